@@ -1,0 +1,46 @@
+"""Build script of the C extension: writes the cffi wrapper of csrc/star_edge.h, and tells CMake where ggml's headers are.
+
+    python build_core.py wrapper HEADER OUT.c    write the C source of the extension module
+    python build_core.py include                 directory of the headers that llama-cpp-python installed
+    python build_core.py version                 version of that llama-cpp-python
+
+The header is the only place where the C interface is declared: its preprocessor lines are dropped and the rest is what cffi parses.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+import cffi
+
+
+def wrapper(header: str, out: str) -> None:
+    text = Path(header).read_text()
+    declarations = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    builder = cffi.FFI()
+    builder.cdef(declarations)
+    builder.set_source("star_edge._core", '#include "star_edge.h"')
+    builder.emit_c_code(out)
+
+
+def include() -> str:
+    # find_spec, not import: importing llama_cpp would load its libraries, which a build does not need
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        sys.exit("llama-cpp-python is not installed: the star_edge extension needs its headers")
+    directory = Path(spec.origin).parent.parent / "include"
+    if not (directory / "ggml-backend.h").exists():
+        sys.exit(f"{directory} has no ggml-backend.h: reinstall llama-cpp-python")
+    return directory.as_posix()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "wrapper":
+        wrapper(sys.argv[2], sys.argv[3])
+    elif sys.argv[1] == "include":
+        print(include(), end="")
+    elif sys.argv[1] == "version":
+        print(importlib.metadata.version("llama-cpp-python"), end="")
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,67 @@
+#include "ggml_api.h"
+
+#include <string.h>
+
+#include "star_edge.h"
+
+se_ggml_api se_ggml;
+
+/* A function pointer and an address have the same size on every platform that llama.cpp runs on; the union keeps the
+ * conversion out of the reach of strict-aliasing rules. */
+typedef union {
+    uintptr_t address;
+    void (*function)(void);
+} any_function;
+
+static const struct {
+    const char * name;
+    size_t offset;
+} BOUND[] = {
+    { "ggml_backend_tensor_get", offsetof(se_ggml_api, tensor_get) },
+    { "ggml_backend_tensor_set", offsetof(se_ggml_api, tensor_set) },
+    { "ggml_backend_buffer_is_host", offsetof(se_ggml_api, buffer_is_host) },
+    { "ggml_nbytes", offsetof(se_ggml_api, nbytes) },
+    { "ggml_get_type_traits", offsetof(se_ggml_api, type_traits) },
+};
+enum { N_BOUND = sizeof(BOUND) / sizeof(BOUND[0]) };
+
+int se_bind(const char * name, uintptr_t address) {
+    if (!name || !address) return SE_ERR_ARGUMENT;
+    for (int i = 0; i < N_BOUND; i++) {
+        if (strcmp(name, BOUND[i].name) == 0) {
+            any_function f = { .address = address };
+            memcpy((char *) &se_ggml + BOUND[i].offset, &f.function, sizeof f.function);
+            return SE_OK;
+        }
+    }
+    return SE_ERR_ARGUMENT;
+}
+
+const char * se_bind_missing(void) {
+    for (int i = 0; i < N_BOUND; i++) {
+        void (*f)(void);
+        memcpy(&f, (char *) &se_ggml + BOUND[i].offset, sizeof f);
+        if (!f) return BOUND[i].name;
+    }
+    return NULL;
+}
+
+bool se_ggml_ready(void) { return se_bind_missing() == NULL; }
+
+const char * se_built_against(void) { return STAR_EDGE_LLAMA_CPP_PYTHON; }
+
+const char * se_error_text(int error) {
+    switch (error) {
+        case SE_OK: return "success";
+        case SE_ERR_ARGUMENT: return "an argument is null or out of range";
+        case SE_ERR_MEMORY: return "out of memory";
+        case SE_ERR_UNBOUND: return "the ggml functions are not bound";
+        case SE_ERR_NO_LAYER_OUT: return "the graph names no layer output (l_out) where the layer window begins or ends";
+        case SE_ERR_NO_ATTENTION: return "the graph has fewer attention operations than layers";
+        case SE_ERR_NO_ROPE: return "positions were given, but the graph has no RoPE";
+        case SE_ERR_SHAPE: return "a tensor of the graph has an unexpected shape or type";
+        case SE_ERR_CAPACITY: return "an output buffer is too small";
+        case SE_ERR_SEVERAL_GRAPHS: return "the decode was split into several graphs";
+        default: return "unknown error";
+    }
+}

@@ -1,0 +1,127 @@
+/* star_edge: the C core.
+ *
+ * A tap sits behind ggml's evaluation callback (`cb_eval`) of a llama_context or an mtmd_context. It observes the graph while
+ * it runs, reads attention out of it, stops it, skips nodes, and overwrites inputs. It knows graphs and tensors; it does not
+ * know images, prompts or policies.
+ *
+ * Nothing here allocates or frees ggml objects, and no ggml library is linked: the functions that the tap needs are bound at
+ * run time (se_bind) from the library that the process has already loaded, so there is never a second copy of ggml.
+ *
+ * Threading: one tap belongs to one context and is used by one thread at a time, as the context itself is.
+ */
+#ifndef STAR_EDGE_H
+#define STAR_EDGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct ggml_tensor;
+
+/* ---- what went wrong; 0 is success ---- */
+enum se_error {
+    SE_OK = 0,
+    SE_ERR_ARGUMENT = 1,      /* a null pointer, a size or an index out of range */
+    SE_ERR_MEMORY = 2,        /* out of memory */
+    SE_ERR_UNBOUND = 3,       /* se_bind has not been called for every function */
+    SE_ERR_NO_LAYER_OUT = 4,  /* the graph has no `l_out-N` where the window begins or ends */
+    SE_ERR_NO_ATTENTION = 5,  /* fewer attention operations than the plan names */
+    SE_ERR_NO_ROPE = 6,       /* positions were given, and no ROPE node was seen */
+    SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
+    SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
+    SE_ERR_SEVERAL_GRAPHS = 9 /* the decode was split into more than one graph while a window was armed */
+};
+const char * se_error_text(int error);
+
+/* ---- ggml functions, bound at run time ---- */
+int se_bind(const char * name, uintptr_t address); /* SE_ERR_ARGUMENT: not a name that the core uses */
+const char * se_bind_missing(void);                /* first name that is still unbound, or NULL */
+const char * se_built_against(void);               /* version of llama-cpp-python whose headers were compiled in */
+
+/* ---- attention scores ---- */
+enum se_reduce { SE_KEEP = 0, SE_MEAN_HEADS = 1, SE_MEAN_ROWS = 2, SE_MEAN_ALL = 3 };
+
+/* softmax(scale * q k^T + mask) for some query rows. Strides are in bytes. k may be any ggml type that has to_float. */
+typedef struct {
+    const void * q;        /* float32, head_dim contiguous */
+    int64_t q_row_stride, q_head_stride;
+    int32_t n_rows, n_head, head_dim;
+    const void * k;        /* head_dim contiguous (in blocks, when quantized) */
+    int32_t k_type;        /* enum ggml_type */
+    int64_t k_row_stride, k_head_stride;
+    int32_t n_kv, n_head_kv; /* n_head is a multiple of n_head_kv (GQA) */
+    const void * mask;     /* (n_rows, n_kv) added to the scaled products, or NULL */
+    int32_t mask_is_f16;
+    int64_t mask_row_stride;
+    float scale;
+    float softcap;         /* 0: none; otherwise softcap * tanh(x / softcap) before the mask (Gemma 2) */
+    float max_bias;        /* 0: none; otherwise ALiBi slopes multiply the mask, as ggml's soft_max does */
+    const float * sinks;   /* (n_head) logits that join the denominator only, or NULL */
+} se_attention;
+
+/* out is (n_head, n_rows, n_kv) float32, less the axes that `reduce` averages over. */
+int se_attention_scores(const se_attention * a, int reduce, int n_threads, float * out, int64_t out_size);
+
+/* ---- the tap ---- */
+typedef struct se_tap se_tap;
+
+/* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
+typedef struct {
+    /* Layer window [first, last) of n_layer. first > 0: nodes up to `l_out-(first-1)` that depend on the input embeddings
+     * are skipped and `inject` stands for its result. last < n_layer: the graph ends at the attention of layer `last`,
+     * after its K and V are in the cache. n_layer == 0: no window, only observe. */
+    int32_t n_layer, first, last;
+    int32_t n_rows, n_embd;
+    const float * inject;        /* (n_rows, n_embd) */
+    float * hidden;              /* out: (n_rows, n_embd), rows of `l_out-(last-1)`, or NULL */
+    const int32_t * positions;   /* (n_pos_per_row, n_rows) RoPE positions to run with, or NULL */
+    int32_t n_pos_per_row;       /* 1, or 4 for M-RoPE */
+    int64_t * cells;             /* out: (n_rows) KV cells that the rows were written to, or NULL */
+    /* Attention: these layers (ascending, counted over attention operations), these query rows. */
+    const int32_t * attn_layers;
+    int32_t n_attn_layers;
+    int32_t row_first, row_count, row_step; /* row_count < 0: up to the end */
+    int32_t reduce;
+    int32_t n_threads;
+    float * attn;                /* out: one block of attn_block floats for each layer */
+    int64_t attn_block;
+} se_plan;
+
+typedef struct {
+    int32_t error;               /* enum se_error of the first thing that went wrong inside the callback */
+    int32_t n_attention;         /* attention operations seen */
+    int32_t n_graphs;            /* graphs seen since se_tap_arm */
+    int32_t n_skipped;           /* nodes that were skipped */
+    int32_t stopped;             /* 1: the graph was ended early */
+    int32_t flash;               /* 1: attention is GGML_OP_FLASH_ATTN_EXT */
+    int32_t n_kv;                /* columns of the scores that were read */
+    int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
+    int32_t attn_masked;         /* 1: the last attention operation that was read has a mask */
+    int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
+    double score_seconds;        /* time spent in the score kernels, reading q and k included */
+} se_result;
+
+se_tap * se_tap_new(void);
+void se_tap_free(se_tap * tap);
+uintptr_t se_tap_callback_address(void); /* a ggml_backend_sched_eval_callback; its user_data is the se_tap */
+bool se_tap_callback(struct ggml_tensor * tensor, bool ask, void * tap);
+
+/* Before one llama_decode of at most n_ubatch rows, or one encode. Checks the plan; on an error nothing is armed. */
+int se_tap_arm(se_tap * tap, const se_plan * plan);
+/* After it, whatever it returned: restores every flag, disarms, and says what happened. */
+int se_tap_finish(se_tap * tap, se_result * result);
+
+/* Lasting settings, for plain decodes between windows (generation). */
+/* RoPE positions >= from get `offset` added (M-RoPE: in the first three sections). offset 0: off. */
+int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset);
+/* bias (n_cells) is added to the attention mask, column by column: exp(bias) is how much a cell counts. NULL: off. Copied. */
+int se_tap_set_cell_bias(se_tap * tap, const float * bias, int32_t n_cells);
+/* Bytes that replace a graph input of that name before its first consumer runs. data NULL: off. Copied. */
+int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t n_bytes);
+/* Copy a graph input of that name out while the graph runs; *n_bytes is the size read, 0 if it was not seen. out NULL: off. */
+int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capacity);
+size_t se_tap_watched_bytes(const se_tap * tap);
+/* Called before every plain decode: position shift and cell bias act once in each graph. */
+void se_tap_begin(se_tap * tap);
+
+#endif

@@ -1,0 +1,182 @@
+"""A llama.cpp context with a tap, and decodes of given rows in it.
+
+Knows batches, positions, KV cells and sequences; knows neither images nor what is pruned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import llama_cpp
+import numpy as np
+from llama_cpp import Llama, _internals
+
+from ..errors import ContextLengthError, EngineError
+from ..tap import Outcome, Plan, Tap
+
+MAIN, PARKED = 0, 1  # sequence ids: the conversation, and dropped tokens whose cells must not be reused yet
+
+
+class TappedContext(_internals.LlamaContext):
+    """A LlamaContext that tells its tap when a plain decode begins."""
+
+    def __init__(self, tap: Tap, **kwargs: object) -> None:
+        self.tap = tap
+        super().__init__(**kwargs)
+
+    def decode(self, batch: _internals.LlamaBatch) -> None:
+        self.tap.begin()
+        super().decode(batch)
+
+
+def attach_tap(llama: Llama, tap: Tap) -> None:
+    """Replaces the context of a `Llama` by one with the tap.
+
+    cb_eval is taken only at creation, so the context is made anew from the model that is already loaded. Two sequences and a
+    unified cache are what parking needs.
+
+    Raises:
+        EngineError: llama.cpp could not create the context, usually for lack of memory.
+    """
+    params = llama.context_params
+    params.cb_eval = ctypes.cast(tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
+    params.cb_eval_user_data = tap.user_data
+    params.n_seq_max = max(2, params.n_seq_max)
+    params.kv_unified = True
+    llama._ctx.close()
+    try:
+        context = TappedContext(tap, model=llama._model, params=params, verbose=llama.verbose)
+    except ValueError as error:
+        raise EngineError("llama.cpp could not create a context", "lower n_ctx, or quantize the KV cache (type_k, type_v)") from error
+    llama._stack.callback(context.close)
+    llama._ctx = context
+    if llama._lora_adapter is not None:
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llama._lora_adapter)
+        scales = (ctypes.c_float * 1)(llama.lora_scale)
+        if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
+            raise EngineError("the LoRA adapter could not be applied to the new context")
+
+
+@dataclass
+class Rows:
+    """Rows of one decode: token ids or embeddings, with the positions that RoPE should see.
+
+    tokens: (n,) int32, or None.
+    embeddings: (n, n_embd_inp) float32, or None. When a window starts past layer 0 both may be None: the input is not read.
+    positions: (n,) int32, or (4, n) for M-RoPE.
+    """
+
+    positions: np.ndarray
+    tokens: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.positions.shape[-1]
+
+    def slice(self, start: int, stop: int) -> Rows:
+        part = lambda array: None if array is None else array[start:stop]
+        return Rows(np.ascontiguousarray(self.positions[..., start:stop]), part(self.tokens), part(self.embeddings))
+
+
+class DecoderContext:
+    """Decodes in the context of a tapped `Llama`.
+
+    The cache's metadata stays dense: the n-th row ever decoded has position n there, which llama.cpp's checks demand. The tap
+    gives RoPE the true positions.
+    """
+
+    def __init__(self, llama: Llama, tap: Tap) -> None:
+        self.llama = llama
+        self.tap = tap
+        model = llama._model.model
+        self.n_layers = llama_cpp.llama_model_n_layer(model)
+        self.n_embd = llama_cpp.llama_model_n_embd(model)
+        self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(model)
+        self.n_vocab = llama.n_vocab()
+        self.n_ctx = llama.n_ctx()
+        self.n_ubatch = min(llama_cpp.llama_n_ubatch(llama.ctx), llama_cpp.llama_n_batch(llama.ctx))
+        self.mrope = llama_cpp.llama_model_rope_type(model) in (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
+        self.has_token_cache = not (llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model))
+        self.n_threads = llama.n_threads_batch
+
+        n = self.n_ubatch
+        self._seq_id = (ctypes.c_int32 * 1)(MAIN)
+        self._seq_ids = (ctypes.POINTER(ctypes.c_int32) * n)(*[self._seq_id] * n)
+        self._n_seq_id = np.ones(n, np.int32)
+        self._no_input = np.zeros((n, self.n_embd_inp), np.float32)
+
+    @property
+    def memory(self) -> object:
+        return llama_cpp.llama_get_memory(self.llama.ctx)
+
+    # ---- rows ----
+
+    def decode(self, rows: Rows, first_position: int, plan: Plan, what: str, logits: bool = False) -> Outcome:
+        """One llama_decode of at most n_ubatch rows into sequence MAIN; only the last row asks for logits.
+
+        plan.positions is filled in where RoPE should see others than the dense positions from first_position on, which are what
+        the cache's metadata get.
+
+        Raises:
+            ContextLengthError: no free KV cells.
+            EngineError: llama.cpp refused or failed, or the tap did.
+        """
+        n = len(rows)
+        if n > self.n_ubatch:
+            raise EngineError(f"{what}: {n} rows in one decode, n_ubatch is {self.n_ubatch}")
+        dense = np.arange(first_position, first_position + n, dtype=np.int32)
+        wants_logits = np.zeros(n, np.int8)
+        wants_logits[-1] = logits
+
+        batch = llama_cpp.llama_batch()
+        batch.n_tokens = n
+        if rows.tokens is not None:
+            tokens = np.ascontiguousarray(rows.tokens, np.int32)
+            batch.token = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+        else:
+            embeddings = self._no_input[:n] if rows.embeddings is None else np.ascontiguousarray(rows.embeddings, np.float32)
+            batch.embd = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            if self.mrope:  # an embedding row carries (t, y, x, unused); a token row one position
+                dense = np.concatenate([dense, dense, dense, np.zeros(n, np.int32)])
+        batch.pos = dense.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+        batch.n_seq_id = self._n_seq_id.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = ctypes.cast(self._seq_ids, type(batch.seq_id))
+        batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+        plan.n_rows = n
+        if rows.positions.ndim > 1 or rows.positions[0] != first_position or rows.positions[-1] != first_position + n - 1:
+            plan.positions = np.ascontiguousarray(rows.positions, np.int32)
+        with self.tap.armed(plan, what) as outcome:
+            status = llama_cpp.llama_decode(self.llama.ctx, batch)
+        if status == 1:
+            raise ContextLengthError(f"{what}: no free KV cells for {n} rows", f"raise n_ctx (it is {self.n_ctx})")
+        if status:
+            raise EngineError(f"{what}: llama_decode returned {status}")
+        return outcome
+
+    def logits(self) -> np.ndarray:
+        """Logits of the last row that asked for them, (n_vocab,) float32, copied."""
+        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        if not pointer:
+            raise EngineError("llama.cpp has no logits for the last row")
+        return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+
+    # ---- cells ----
+
+    def clear(self) -> None:
+        """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
+        llama_cpp.llama_memory_clear(self.memory, False)
+
+    def remove(self, sequence: int, start: int, stop: int = -1) -> None:
+        """Takes the dense positions [start, stop) out of a sequence; cells of no sequence are free again."""
+        if not llama_cpp.llama_memory_seq_rm(self.memory, sequence, start, stop):
+            raise EngineError("llama.cpp cannot remove part of this model's cache")
+
+    def park(self, start: int) -> None:
+        """Moves everything from dense position `start` on from MAIN to PARKED, where no row of MAIN attends to it."""
+        llama_cpp.llama_memory_seq_cp(self.memory, MAIN, PARKED, start, -1)
+        self.remove(MAIN, start)
+
+    def set_causal(self, causal: bool) -> None:
+        llama_cpp.llama_set_causal_attn(self.llama.ctx, causal)

@@ -1,0 +1,264 @@
+"""The decoder stage: probe -> scores -> resume.
+
+Everything is a layer window [first, last) over some rows:
+
+    text before the first image  -> [0, L)   an ordinary decode
+    PROBE                        -> [0, K)   image rows that the vision stage kept, and the text after them; scores at layer K
+    choose n2 of n1 rows for each image
+    RESUME                       -> [K, L)   kept image rows and text rows
+
+so nothing is computed twice: token-layers are K (n1 + T) + (L - K) (n2 + T). After the probe, layers < K hold the right K and
+V in the cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence, the
+cells of the kept ones are freed, and llama.cpp's allocator (llama_kv_cache::find_slot) walks up from the first freed cell:
+it meets exactly those cells, in order. That is verified, not assumed.
+
+Knows segments, layers and cells; knows no pixels and no strings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import EngineError
+from ..tap import MEAN_ALL, AttentionRead, Plan
+from .context import MAIN, PARKED, DecoderContext, Rows
+
+
+@dataclass
+class Segment:
+    """A run of text tokens or the tokens of one image, in prompt order.
+
+    image: index of the image, or None for text.
+    causal: False for images whose rows attend to each other both ways (Gemma 3).
+    """
+
+    rows: Rows
+    image: int | None = None
+    causal: bool = True
+
+
+@dataclass
+class DecoderStage:
+    """What to drop: layer K, how many rows of each image stay, and which text rows score.
+
+    choose(scores (n,), n_keep) returns the ascending indices of the rows that stay.
+    """
+
+    layer: int
+    n_keep: Sequence[int]
+    choose: Callable[[np.ndarray, int], np.ndarray]
+    last_row_only: bool = False
+
+
+@dataclass
+class Prefill:
+    """State after the prompt.
+
+    logits: (n_vocab,) float32 of the last row.
+    n_cells: rows that are in the cache, the dense position of the next token.
+    next_position: RoPE position of the next token.
+    scores, kept: for each image, (n,) float32 and ascending indices into the image's rows; empty without a decoder stage.
+    cells: KV cells of all rows that ran in the last window, (n,) int64.
+    in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
+    """
+
+    logits: np.ndarray
+    n_cells: int
+    next_position: int
+    scores: list[np.ndarray] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)
+    cells: np.ndarray | None = None
+    in_place: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def prefill(context: DecoderContext, segments: Sequence[Segment], next_position: int, stage: DecoderStage | None = None) -> Prefill:
+    """Runs the prompt from an empty cache.
+
+    Raises:
+        ContextLengthError, EngineError: see DecoderContext.decode. The cache must be cleared before the next prompt.
+    """
+    return _Run(context, segments, next_position).run(stage)
+
+
+class _Run:
+    def __init__(self, context: DecoderContext, segments: Sequence[Segment], next_position: int) -> None:
+        self.context = context
+        self.segments = list(segments)
+        self.next_position = next_position
+        self.n_cells = 0
+        self.seconds: dict[str, float] = {}
+        images = [i for i, s in enumerate(self.segments) if s.image is not None]
+        self.first_image = images[0] if images else len(self.segments)
+        self.last_image = images[-1] if images else -1
+
+    def run(self, stage: DecoderStage | None) -> Prefill:
+        prefix, rest = self.segments[: self.first_image], self.segments[self.first_image :]
+        if stage is not None and self.last_image == len(self.segments) - 1:
+            raise EngineError("the decoder stage needs text after the last image")
+        # 1) text before the first image
+        with self.timed("prefix"):
+            self.plain(prefix, last_has_logits=not rest)
+        if not rest:
+            return self.result()
+        if stage is None:
+            with self.timed("prefill"):
+                cells = self.plain(rest, last_has_logits=True)
+            return self.result(cells=cells)
+
+        # 2) probe
+        start = self.n_cells
+        with self.timed("probe"):
+            hidden, cells, columns = self.probe(rest, stage)
+        # 3) choose
+        with self.timed("decoder_stage"):
+            scores, kept, keep_row = self.choose(rest, cells, columns, stage)
+            self.free_kept(start, keep_row)
+        # 4) resume
+        with self.timed("resume"):
+            new_cells = self.resume(rest, hidden, keep_row, stage.layer, start)
+        in_place = bool(np.array_equal(new_cells, cells[keep_row]))
+        if not in_place:
+            with self.timed("fallback"):
+                new_cells = self.restart(rest, keep_row, start)
+        self.context.remove(PARKED, 0)
+        return self.result(scores=scores, kept=kept, cells=new_cells, in_place=in_place)
+
+    def result(self, **fields: object) -> Prefill:
+        return Prefill(self.context.logits(), self.n_cells, self.next_position, seconds=self.seconds, **fields)
+
+    def timed(self, name: str) -> _Timer:
+        return _Timer(self.seconds, name)
+
+    # ---- windows ----
+
+    def plain(self, segments: Sequence[Segment], last_has_logits: bool) -> np.ndarray:
+        """Window [0, L): ordinary decodes, with the true positions."""
+        cells = []
+        for s, segment in enumerate(segments):
+            for rows, is_last in self.chunks(segment):
+                wants = last_has_logits and is_last and s == len(segments) - 1
+                plan = Plan(want_cells=True)
+                cells.append(self.decode(rows, plan, "prefill", segment.causal, wants).cells)
+        return np.concatenate(cells) if cells else np.empty(0, np.int64)
+
+    def probe(self, segments: Sequence[Segment], stage: DecoderStage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Window [0, K). Returns the hidden states (n, n_embd), the cells (n,), and the attention that each cell gets."""
+        ctx, layer = self.context, stage.layer
+        n_rows = sum(len(s.rows) for s in segments)
+        hidden = np.empty((n_rows, ctx.n_embd), np.float32)
+        cells = np.empty(n_rows, np.int64)
+        columns = np.zeros(ctx.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
+        n_scoring = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
+        at = 0
+        for s, segment in enumerate(segments):
+            scores = s > self.last_image - self.first_image
+            for rows, is_last in self.chunks(segment):
+                n = len(rows)
+                plan = Plan(window=(0, layer, ctx.n_layers), hidden=hidden[at : at + n], want_cells=True)
+                weight = n / n_scoring
+                if scores and stage.last_row_only:
+                    scores = is_last and s == len(segments) - 1
+                    weight = 1.0
+                if scores:
+                    rows_read = (n - 1, 1, 1) if stage.last_row_only else (0, n, 1)
+                    plan.attention = AttentionRead([layer], len(columns), rows_read, MEAN_ALL, n_threads=ctx.n_threads)
+                outcome = self.decode(rows, plan, "probe", segment.causal)
+                cells[at : at + n] = outcome.cells
+                for attention in outcome.attention:
+                    columns[: len(attention)] += weight * attention
+                self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
+                at += n
+        return hidden, cells, columns
+
+    def choose(self, segments: Sequence[Segment], cells: np.ndarray, columns: np.ndarray, stage: DecoderStage) -> tuple[list, list, np.ndarray]:
+        """Scores and kept indices of each image, and (n,) bool of the rows that go on."""
+        keep_row = np.ones(len(cells), bool)
+        scores, kept = [], []
+        at = 0
+        for segment in segments:
+            n = len(segment.rows)
+            if segment.image is not None:
+                score = columns[cells[at : at + n]].astype(np.float32)
+                keep = stage.choose(score, stage.n_keep[len(kept)])
+                keep_row[at : at + n] = False
+                keep_row[at + keep] = True
+                scores.append(score)
+                kept.append(keep)
+            at += n
+        return scores, kept, keep_row
+
+    def free_kept(self, start: int, keep_row: np.ndarray) -> None:
+        """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are found again."""
+        self.context.park(start)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], keep_row.astype(np.int8), [0]])))
+        for first, last in edges.reshape(-1, 2):
+            self.context.remove(PARKED, start + int(first), start + int(last))
+        self.n_cells = start
+
+    def resume(self, segments: Sequence[Segment], hidden: np.ndarray, keep_row: np.ndarray, layer: int, start: int) -> np.ndarray:
+        """Window [K, L) over the rows that go on, in one piece when all are causal. Returns their cells."""
+        ctx = self.context
+        positions = np.concatenate([s.rows.positions for s in segments], axis=-1)[..., keep_row]
+        states = hidden[keep_row]
+        sizes, at = [], 0
+        for segment in segments:
+            sizes.append((int(keep_row[at : at + len(segment.rows)].sum()), segment.causal))
+            at += len(segment.rows)
+        if all(causal for _, causal in sizes):
+            sizes = [(len(states), True)]
+        cells, at = [], 0
+        for size, causal in sizes:
+            for rows, _ in self.chunks(Segment(Rows(positions[..., at : at + size]), causal=causal)):
+                n = len(rows)
+                plan = Plan(window=(layer, ctx.n_layers, ctx.n_layers), inject=states[at : at + n], want_cells=True)
+                cells.append(self.decode(rows, plan, "resume", causal, logits=at + n == len(states)).cells)
+                at += n
+        return np.concatenate(cells)
+
+    def restart(self, segments: Sequence[Segment], keep_row: np.ndarray, start: int) -> np.ndarray:
+        """Plain prefill of the rows that go on: their layers below K no longer see the dropped ones."""
+        self.context.remove(PARKED, 0)
+        self.context.remove(MAIN, start)
+        self.n_cells = start
+        kept, at = [], 0
+        for segment in segments:
+            keep = keep_row[at : at + len(segment.rows)]
+            part = lambda array, keep=keep: None if array is None else array[keep]
+            rows = segment.rows
+            kept.append(Segment(Rows(rows.positions[..., keep], part(rows.tokens), part(rows.embeddings)), segment.image, segment.causal))
+            at += len(keep)
+        return self.plain(kept, last_has_logits=True)
+
+    # ---- decodes ----
+
+    def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
+        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether a piece is the segment's last."""
+        n, size = len(segment.rows), self.context.n_ubatch
+        return [(segment.rows.slice(at, min(n, at + size)), at + size >= n) for at in range(0, n, size)]
+
+    def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False):
+        if not causal:
+            self.context.set_causal(False)
+        try:
+            outcome = self.context.decode(rows, self.n_cells, plan, what, logits)
+        finally:
+            if not causal:
+                self.context.set_causal(True)
+        self.n_cells += len(rows)
+        return outcome
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start
