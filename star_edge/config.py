@@ -15,6 +15,15 @@ from .errors import ConfigError
 Keep = float | int
 
 
+def _check_keep(name: str, keep: object) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise ConfigError(f"{name}={keep!r} is a {type(keep).__name__}", "use a fraction (0.25) or a count of tokens (144)")
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:  # NaN fails every comparison
+        raise ConfigError(f"{name}={keep} is no fraction in (0, 1]", "1.0 keeps all; an int is a count of tokens")
+    if isinstance(keep, int) and keep < 1:
+        raise ConfigError(f"{name}={keep} keeps nothing", "keep at least one token of each image")
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How many image tokens to keep at each stage.
@@ -117,12 +126,3 @@ def choose_layer(decoder_layer: int | None, n_layers: int) -> int:
     if decoder_layer > n_layers - 1:
         raise ConfigError(f"decoder_layer={decoder_layer} is outside 1..{n_layers - 1}", f"the model has {n_layers} layers")
     return decoder_layer
-
-
-def _check_keep(name: str, keep: object) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise ConfigError(f"{name}={keep!r} is a {type(keep).__name__}", "use a fraction (0.25) or a count of tokens (144)")
-    if isinstance(keep, float) and not 0.0 < keep <= 1.0:  # NaN fails every comparison
-        raise ConfigError(f"{name}={keep} is no fraction in (0, 1]", "1.0 keeps all; an int is a count of tokens")
-    if isinstance(keep, int) and keep < 1:
-        raise ConfigError(f"{name}={keep} keeps nothing", "keep at least one token of each image")

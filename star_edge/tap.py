@@ -97,7 +97,8 @@ class Tap:
         """Covers one decode or encode. The outcome is filled in when the block ends.
 
         Raises:
-            EngineError: the plan is unusable, or something failed inside the callback.
+            EngineError: the plan is unusable, or something failed inside the callback. `outcome.error` is its code, and the
+                counts of what was seen are there.
         """
         outcome = Outcome()
         keep: list[object] = []  # what the C plan points to must live until finish
@@ -148,11 +149,11 @@ class Tap:
             yield outcome
         finally:
             outcome.error = lib.se_tap_finish(self._tap, result)
+            outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
+            outcome.n_skipped, outcome.stopped, outcome.flash = result.n_skipped, bool(result.stopped), bool(result.flash)
+            outcome.score_seconds = result.score_seconds
         check(outcome.error, what)
-        outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
-        outcome.n_skipped, outcome.stopped, outcome.flash = result.n_skipped, bool(result.stopped), bool(result.flash)
-        outcome.score_seconds = result.score_seconds
-        if read is not None:
+        if read is not None and result.n_kv:
             shape = (result.n_kv,)
             shape = shape if read.reduce & MEAN_ROWS else (result.attn_rows, *shape)
             shape = shape if read.reduce & MEAN_HEADS else (result.attn_heads, *shape)

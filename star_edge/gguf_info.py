@@ -1,0 +1,125 @@
+"""A look at a GGUF file before it is loaded: what it is, and whether all of it is there.
+
+Uses the GGUF reader inside the ggml library that is loaded anyway: it reads the header only, fast for any vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+
+from .errors import ModelFileError
+from .native import GGML
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+def _declare(name: str, result: object, *arguments: object) -> None:
+    function = getattr(GGML, name)
+    function.restype, function.argtypes = result, list(arguments)
+
+
+_P = ctypes.c_void_p
+_declare("gguf_init_from_file", _P, ctypes.c_char_p, _InitParams)
+_declare("gguf_free", None, _P)
+_declare("gguf_find_key", ctypes.c_int64, _P, ctypes.c_char_p)
+_declare("gguf_get_kv_type", ctypes.c_int, _P, ctypes.c_int64)
+_declare("gguf_get_arr_type", ctypes.c_int, _P, ctypes.c_int64)
+_declare("gguf_get_arr_n", ctypes.c_size_t, _P, ctypes.c_int64)
+_declare("gguf_get_arr_data", _P, _P, ctypes.c_int64)
+_declare("gguf_get_val_str", ctypes.c_char_p, _P, ctypes.c_int64)
+_declare("gguf_get_data_offset", ctypes.c_size_t, _P)
+_declare("gguf_get_n_tensors", ctypes.c_int64, _P)
+_declare("gguf_get_tensor_offset", ctypes.c_size_t, _P, ctypes.c_int64)
+_declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
+
+# enum gguf_type -> (ctypes type, reader)
+_SCALARS = {
+    0: ("u8", ctypes.c_uint8), 1: ("i8", ctypes.c_int8), 2: ("u16", ctypes.c_uint16), 3: ("i16", ctypes.c_int16),
+    4: ("u32", ctypes.c_uint32), 5: ("i32", ctypes.c_int32), 6: ("f32", ctypes.c_float), 7: ("bool", ctypes.c_bool),
+    10: ("u64", ctypes.c_uint64), 11: ("i64", ctypes.c_int64), 12: ("f64", ctypes.c_double),
+}  # fmt: skip
+for _kind, (_suffix, _ctype) in _SCALARS.items():
+    _declare(f"gguf_get_val_{_suffix}", _ctype, _P, ctypes.c_int64)
+_STRING, _ARRAY = 8, 9
+
+
+@contextmanager
+def quiet_llama_log() -> Iterator[None]:
+    """llama_cpp prints llama.cpp's log to stderr; what goes wrong here is raised as an error instead."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class GGUFInfo:
+    """Path, size in bytes, and the metadata values that were asked for; keys that are absent are None."""
+
+    path: str
+    n_bytes: int
+    architecture: str
+    values: dict[str, object]
+
+
+def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo:
+    """Reads the header and checks that every tensor lies inside the file.
+
+    Raises:
+        ModelFileError: missing, a directory, unreadable, no GGUF file, or truncated.
+    """
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise ModelFileError(f"{name} does not exist", "check the path")
+    if not os.path.isfile(name):
+        raise ModelFileError(f"{name} is not a file", "give the path of a .gguf file")
+    try:
+        with open(name, "rb") as f:
+            magic = f.read(4)
+    except OSError as error:
+        raise ModelFileError(f"{name} cannot be read ({error.strerror})", "check its permissions") from error
+    n_bytes = os.path.getsize(name)
+    if magic != b"GGUF":
+        cause = "is empty" if not n_bytes else f"is no GGUF file (it begins with {magic!r})"
+        raise ModelFileError(f"{name} {cause}", "download it again, or convert the model to GGUF")
+
+    with quiet_llama_log():
+        handle = GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+    if not handle:
+        raise ModelFileError(f"{name} is truncated or damaged: its header cannot be read ({n_bytes} bytes)", "download it again")
+    try:
+        data = GGML.gguf_get_data_offset(handle)
+        ends = [GGML.gguf_get_tensor_offset(handle, i) + GGML.gguf_get_tensor_size(handle, i) for i in range(GGML.gguf_get_n_tensors(handle))]
+        needed = data + max(ends, default=0)
+        if n_bytes < needed:
+            raise ModelFileError(f"{name} is truncated: it has {n_bytes} bytes and needs {needed}", "download it again")
+        values = {key: _value(handle, key) for key in keys}
+        return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values)
+    finally:
+        GGML.gguf_free(handle)
+
+
+def _value(handle: int, key: str) -> object:
+    index = GGML.gguf_find_key(handle, key.encode())
+    if index < 0:
+        return None
+    kind = GGML.gguf_get_kv_type(handle, index)
+    if kind == _STRING:
+        return GGML.gguf_get_val_str(handle, index).decode("utf-8", "replace")
+    if kind == _ARRAY:
+        kind, n = GGML.gguf_get_arr_type(handle, index), GGML.gguf_get_arr_n(handle, index)
+        if kind not in _SCALARS:
+            return None
+        return list((_SCALARS[kind][1] * n).from_address(GGML.gguf_get_arr_data(handle, index))) if n else []
+    return getattr(GGML, f"gguf_get_val_{_SCALARS[kind][0]}")(handle, index)

@@ -1,0 +1,90 @@
+"""What a run did: tokens, kept indices, scores, times, cells."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from .config import PruneConfig
+from .selection import average_tokens
+
+
+@dataclass
+class ImageReport:
+    """One image of a prompt.
+
+    n_tokens: image tokens that the encoder makes of it.
+    grid: (rows, columns) of those tokens on the image, or None.
+    vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,) int64.
+    vision_scores: attention received in the encoder, (n_tokens,) float32, or None.
+    decoder_scores: attention of the question's text at layer K, (n1,) float32 over vision_kept, or None.
+    """
+
+    n_tokens: int
+    grid: tuple[int, int] | None
+    vision_kept: np.ndarray
+    decoder_kept: np.ndarray
+    vision_scores: np.ndarray | None = None
+    decoder_scores: np.ndarray | None = None
+
+
+@dataclass
+class PruneReport:
+    """What was dropped and where the time went; echoes the config that was used.
+
+    decoder_layer: K, or None when there was no decoder stage.
+    n_text_tokens: text tokens of the prompt.
+    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer.
+    milliseconds: preprocess, encode (vision_stage within it), prefix, probe (decoder_scores within it), decoder_stage,
+        resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate.
+    n_generated: tokens of the answer.
+    in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
+    notes: what a user should know, such as a stage that this model cannot have.
+    """
+
+    config: PruneConfig | None
+    images: list[ImageReport]
+    n_layers: int
+    decoder_layer: int | None
+    n_text_tokens: int
+    n_kv_cells: int
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    n_generated: int = 0
+    in_place: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Image tokens before pruning, over all images."""
+        return sum(i.n_tokens for i in self.images)
+
+    @property
+    def n_vision_kept(self) -> int:
+        return sum(len(i.vision_kept) for i in self.images)
+
+    @property
+    def n_decoder_kept(self) -> int:
+        return sum(len(i.decoder_kept) for i in self.images)
+
+    @property
+    def average_tokens(self) -> float:
+        """Image tokens for each decoder layer, on average."""
+        return average_tokens(self.decoder_layer or 0, self.n_layers, self.n_vision_kept, self.n_decoder_kept)
+
+    @property
+    def token_layer_ratio(self) -> float:
+        """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
+        full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
+        return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain JSON values."""
+        data = asdict(self)
+        for image in data["images"]:
+            for name, value in image.items():
+                if isinstance(value, np.ndarray):
+                    image[name] = value.tolist()
+        for name in ("n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio"):
+            data[name] = getattr(self, name)
+        return data

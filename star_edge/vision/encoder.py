@@ -1,0 +1,273 @@
+"""The vision encoder of an mmproj file, run by libmtmd, with attention scores read out on the way.
+
+Knows chunks, pixels and encoder rows. Which tokens stay is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+import llama_cpp
+import llama_cpp.mtmd_cpp as mtmd
+import numpy as np
+from llama_cpp import Llama
+
+from ..errors import EngineError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
+from ..gguf_info import read_gguf_info
+from ..native import lib
+from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
+from .profiles import METADATA_KEYS, find_profile
+
+MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
+MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
+
+_log: deque[str] = deque(maxlen=64)
+
+
+@mtmd.llama_cpp.llama_log_callback
+def _keep_log(level: int, text: bytes, user_data: object) -> None:
+    if level in (3, 4):  # warnings and errors; the rest is the loader's listing of every tensor
+        _log.append(text.decode("utf-8", "replace").strip())
+
+
+mtmd.mtmd_log_set(_keep_log, None)
+mtmd.mtmd_helper_log_set(_keep_log, None)
+
+
+@dataclass
+class TextChunk:
+    """Token ids, (n,) int32."""
+
+    tokens: np.ndarray
+
+
+@dataclass
+class ImageChunk:
+    """One image, preprocessed but not yet encoded.
+
+    positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x, 0).
+    n_positions: how far the next token's position is from the chunk's first.
+    grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
+    """
+
+    handle: object
+    n_tokens: int
+    positions: np.ndarray
+    n_positions: int
+    grid: tuple[int, int] | None
+    causal: bool
+
+
+@dataclass
+class Prompt:
+    """The chunks of a tokenized prompt, in order. Holds memory of libmtmd until closed."""
+
+    chunks: list[TextChunk | ImageChunk]
+    _handle: object = None
+    seconds: float = 0.0
+
+    def close(self) -> None:
+        if self._handle is not None:
+            mtmd.mtmd_input_chunks_free(self._handle)
+            self._handle = None
+
+
+@dataclass
+class Encoded:
+    """Output of the encoder for one image.
+
+    embeddings: (n_tokens, n_embd_inp) float32, a view of libmtmd's memory: valid until the next encode.
+    scores: attention that each token receives, (n_tokens,) float32, or None when the encoder has no profile.
+    """
+
+    embeddings: np.ndarray
+    scores: np.ndarray | None
+    seconds: float
+    score_seconds: float
+    attention: list[np.ndarray] = field(default_factory=list)
+
+
+class VisionEncoder:
+    """An mmproj file, loaded beside its text model.
+
+    Raises:
+        ModelFileError: missing, truncated, or no mmproj file.
+        ModelMismatchError: made for a text model of another embedding width.
+        UnsupportedModelError: without a vision encoder.
+    """
+
+    def __init__(self, path: str | PathLike, llama: Llama, *, flash_attn: bool, use_gpu: bool, image_min_tokens: int = -1, image_max_tokens: int = -1) -> None:
+        info = read_gguf_info(path, METADATA_KEYS)
+        if info.architecture != "clip":
+            raise ModelFileError(f"{info.path} is a text model ({info.architecture}), not an mmproj file", "give the projector that belongs to the text model")
+        self.path, self.metadata = info.path, info.values
+        self.projector, self.profile = find_profile(info.values)
+        self._layer = self.profile.n_layers_run(info.values) - 1 if self.profile else None
+        self.n_threads = llama.n_threads_batch
+        self.tap = Tap()
+
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu = use_gpu
+        params.print_timings = False
+        params.n_threads = llama.n_threads_batch
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.image_min_tokens, params.image_max_tokens = image_min_tokens, image_max_tokens
+        params.cb_eval = ctypes.cast(self.tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
+        params.cb_eval_user_data = self.tap.user_data
+        _log.clear()
+        self.context = mtmd.mtmd_init_from_file(info.path.encode(), llama.model, params)
+        if self.context is None:
+            self.tap.close()
+            raise self._load_error()
+        if not mtmd.mtmd_support_vision(self.context):
+            self.close()
+            raise UnsupportedModelError(f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model")
+        self.mrope = bool(mtmd.mtmd_decode_use_mrope(self.context))
+        self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(llama.model)
+
+    def _load_error(self) -> Exception:
+        lines = " ".join(_log)
+        if "mismatch" in lines or "n_embd" in lines:
+            detail = next((line for line in _log if "n_embd" in line or "mismatch" in line), lines)
+            return ModelMismatchError(f"{self.path} does not belong to this text model ({_one_line(detail)})", "use the mmproj file that was made for it")
+        return ModelFileError(f"{self.path} cannot be loaded ({_one_line(lines) or 'no reason given'})", "check that this llama.cpp supports the model, or download it again")
+
+    def close(self) -> None:
+        if self.context is not None:
+            mtmd.mtmd_free(self.context)
+            self.context = None
+            self.tap.close()
+
+    # ---- prompt ----
+
+    def tokenize(self, text: str, images: Sequence[np.ndarray], add_special: bool = True) -> Prompt:
+        """Splits a prompt with one media marker for each image, and preprocesses the images ((h, w, 3) uint8).
+
+        Raises:
+            PromptError: markers and images differ in number.
+            EngineError: preprocessing failed.
+        """
+        n_markers = text.count(MEDIA_MARKER)
+        if n_markers != len(images):
+            raise PromptError(f"the prompt has {n_markers} image markers for {len(images)} images", f"write {MEDIA_MARKER} once for each image, or none at all")
+        start = time.perf_counter()
+        data = text.encode()
+        inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=add_special, parse_special=True)
+        handle = mtmd.mtmd_input_chunks_init()
+        bitmaps = [mtmd.mtmd_bitmap_init(i.shape[1], i.shape[0], i.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))) for i in images]
+        prompt = Prompt([], handle)
+        try:
+            array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
+            _log.clear()
+            status = mtmd.mtmd_tokenize(self.context, handle, ctypes.byref(inner), array, len(bitmaps))
+            if status:
+                raise EngineError(f"an image could not be prepared ({_one_line(' '.join(_log)) or f'code {status}'})", "try another size or format of the image")
+            for i in range(mtmd.mtmd_input_chunks_size(handle)):
+                prompt.chunks.append(self._chunk(mtmd.mtmd_input_chunks_get(handle, i)))
+        except BaseException:
+            prompt.close()
+            raise
+        finally:
+            for bitmap in bitmaps:
+                mtmd.mtmd_bitmap_free(bitmap)
+        prompt.seconds = time.perf_counter() - start
+        return prompt
+
+    def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
+        kind = mtmd.mtmd_input_chunk_get_type(chunk)
+        if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            n = ctypes.c_size_t()
+            tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
+            return TextChunk(np.ctypeslib.as_array(tokens, (n.value,)).astype(np.int32) if n.value else np.empty(0, np.int32))
+        if kind != mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+            raise PromptError("the prompt has a chunk that is neither text nor image", "audio is not supported")
+        n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        image = mtmd.mtmd_input_chunk_get_tokens_image(chunk)
+        raw = (mtmd.mtmd_decoder_pos * n)()
+        mtmd.mtmd_helper_image_get_decoder_pos(image, 0, raw)
+        txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
+        nx, ny = mtmd.mtmd_image_tokens_get_nx(image), mtmd.mtmd_image_tokens_get_ny(image)
+        if self.mrope:
+            positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
+        else:
+            positions = txyz[:, 0].copy()
+        grid = (ny, nx) if nx * ny == n and ny > 1 else _square(n)
+        causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
+        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal)
+
+    # ---- encode ----
+
+    def encode(self, chunk: ImageChunk, want_scores: bool = True, read: AttentionRead | None = None) -> Encoded:
+        """Runs the encoder and the projector on one image.
+
+        want_scores: read the attention that each token receives in the last layer without a window mask: the mean over heads
+            and query rows of the softmax, a column mean (STAR, arXiv 2505.12359, section 3.2, prints a row mean, which is
+            constant because a row of a softmax sums to one).
+        read: attention to read instead, for inspection.
+
+        Raises:
+            EngineError: libmtmd failed.
+        """
+        start = time.perf_counter()
+        score_rows = None
+        index = None
+        profile = self.profile if want_scores and read is None else None
+        if profile is None:
+            outcome = self._run(chunk, read)
+        else:
+            outcome, index = self._run_scored(chunk)
+            score_rows = outcome.attention[0]
+        pointer = mtmd.mtmd_get_output_embd(self.context)
+        embeddings = np.ctypeslib.as_array(pointer, (chunk.n_tokens, self.n_embd_inp))
+        scores = None if profile is None else profile.to_tokens(score_rows, index).astype(np.float32)
+        if scores is not None and len(scores) != chunk.n_tokens:
+            raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
+        return Encoded(embeddings, scores, time.perf_counter() - start, outcome.score_seconds, outcome.attention)
+
+    def _run_scored(self, chunk: ImageChunk) -> tuple[Outcome, np.ndarray | None]:
+        max_rows = self.profile.n_rows(chunk.n_tokens)
+        step = -(-max_rows // MAX_QUERY_ROWS)
+        index = np.empty(max_rows, np.int32)
+        for attempt in (1, 2):
+            read = AttentionRead([self._layer], max_rows, (0, -1, step), MEAN_ALL, n_threads=self.n_threads)
+            seen: list[Outcome] = []
+            try:
+                if self.profile.index_input:
+                    with self.tap.watching(self.profile.index_input, index):
+                        outcome = self._run(chunk, read, seen)
+                else:
+                    outcome = self._run(chunk, read, seen)
+            except EngineError:
+                if attempt == 2 or not seen or seen[0].error != lib.SE_ERR_NO_ATTENTION:
+                    raise
+                outcome = seen[0]
+            # The file's metadata say how many layers run; the graph itself has the last word.
+            if outcome.attention and self._layer == outcome.last_unmasked:
+                break
+            self._layer = outcome.last_unmasked
+        index = index[: self.tap.watched() // 4] if self.profile.index_input else None
+        return outcome, index
+
+    def _run(self, chunk: ImageChunk, read: AttentionRead | None, seen: list[Outcome] | None = None) -> Outcome:
+        _log.clear()
+        with self.tap.armed(Plan(attention=read), "vision encoder") as outcome:
+            if seen is not None:
+                seen.append(outcome)
+            status = mtmd.mtmd_encode_chunk(self.context, chunk.handle)
+        if status:
+            raise EngineError(f"the vision encoder failed ({_one_line(' '.join(_log)) or f'code {status}'})")
+        return outcome
+
+
+def _square(n: int) -> tuple[int, int] | None:
+    side = int(round(n**0.5))
+    return (side, side) if side * side == n else None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
