@@ -25,6 +25,7 @@ from .decoder.prefill import DecoderStage, Prefill, prefill
 from .errors import ConfigError, ContextLengthError, EngineClosedError, ModelFileError, UnsupportedModelError
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
+from .inspection import Inspection, read_decoder, read_encoder
 from .report import PruneReport
 from .selection import top_k
 from .tap import Tap
@@ -165,6 +166,10 @@ class StarVLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._formatter is not None
+
     # ---- answers ----
 
     def generate(
@@ -236,6 +241,44 @@ class StarVLM:
         if self.encoder is None:
             return Prompt([TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))])
         return self.encoder.tokenize(text, pictures)
+
+    def inspect(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        decoder_layers: Sequence[int] = (),
+        encoder_layers: Sequence[int] = (),
+        mean_heads: bool = False,
+        chat: bool = True,
+    ) -> Inspection:
+        """Attention of any layers, unpruned. encoder_layers are counted over the layers that run.
+
+        mean_heads: average over heads inside the C core, which saves memory.
+
+        Raises:
+            ConfigError: a layer that the model does not have; otherwise as for `generate`.
+        """
+        self._begin()
+        pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+        tokenized = self.tokenize(prompt, pictures, chat=chat)
+        try:
+            plan, _, _ = self._plan(tokenized, None)
+            grids = [chunk.grid for chunk in plan.images]
+            encoder_maps = [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
+            segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, False, {})
+        finally:
+            tokenized.close()
+        decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
+        tokens, owner = [], []
+        for segment in segments:
+            n = len(segment.rows)
+            owner += [-1 if segment.image is None else segment.image] * n
+            if segment.image is None:
+                tokens += [self.llama.detokenize([int(t)], special=True).decode("utf-8", "replace") for t in segment.rows.tokens]
+            else:
+                tokens += [f"<image {segment.image}>"] * n
+        return Inspection(tokens, np.array(owner), grids, decoder_maps, encoder_maps)
 
     # ---- inside ----
 

@@ -92,6 +92,35 @@ def draw_heatmap(image: np.ndarray, values: np.ndarray, title: str) -> PIL.Image
     return picture
 
 
+def fit_to_grid(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Pads the image to the aspect of a token grid, centred, as llama.cpp's preprocessors do before they resize.
+
+    image: (height, width, 3) uint8. grid: (rows, columns). Returns (height', width', 3) uint8 with grey borders.
+    """
+    height, width = image.shape[:2]
+    side = max(height / grid[0], width / grid[1])  # pixels of one cell
+    full_height, full_width = max(height, round(side * grid[0])), max(width, round(side * grid[1]))
+    canvas = np.full((full_height, full_width, 3), 118, np.uint8)
+    top, left = (full_height - height) // 2, (full_width - width) // 2
+    canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def draw_matrix(values: np.ndarray, title: str) -> PIL.Image.Image:
+    """Draws a matrix, such as the attention of a text prompt (query rows down, key columns across), as colours.
+
+    values: (rows, columns) finite floats; each row is scaled to its own maximum, since rows of a softmax sum to one.
+
+    Raises ValueError for another shape or values that are not finite.
+    """
+    grid = _checked_grid(values, "values")
+    if not np.isfinite(grid).all():
+        raise ValueError("values must be finite")
+    top = grid.max(axis=1, keepdims=True)
+    level = np.divide(np.maximum(grid, 0), top, out=np.zeros_like(grid), where=top > 0)
+    return _side_by_side([(title, _fit((_colours(level) + 0.5).astype(np.uint8)))])
+
+
 # --- panels ---
 
 

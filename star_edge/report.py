@@ -16,6 +16,7 @@ class ImageReport:
 
     n_tokens: image tokens that the encoder makes of it.
     grid: (rows, columns) of those tokens on the image, or None.
+    cells: place of each token on the grid, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
     vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,) int64.
     vision_scores: attention received in the encoder, (n_tokens,) float32, or None.
     decoder_scores: attention of the question's text at layer K, (n1,) float32 over vision_kept, or None.
@@ -23,10 +24,20 @@ class ImageReport:
 
     n_tokens: int
     grid: tuple[int, int] | None
+    cells: np.ndarray
     vision_kept: np.ndarray
     decoder_kept: np.ndarray
     vision_scores: np.ndarray | None = None
     decoder_scores: np.ndarray | None = None
+
+    def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
+        """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
+        if self.grid is None:
+            return None
+        cells = self.cells[kept]
+        on_grid = np.zeros(self.grid[0] * self.grid[1], np.float32)
+        on_grid[cells[cells >= 0]] = 1.0
+        return on_grid.reshape(self.grid)
 
 
 @dataclass

@@ -91,6 +91,7 @@ class DecoderContext:
         self.tap = tap
         model = llama._model.model
         self.n_layers = llama_cpp.llama_model_n_layer(model)
+        self.n_heads = llama_cpp.llama_model_n_head(model)
         self.n_embd = llama_cpp.llama_model_n_embd(model)
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(model)
         self.n_vocab = llama.n_vocab()

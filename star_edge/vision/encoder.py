@@ -83,10 +83,12 @@ class Encoded:
 
     embeddings: (n_tokens, n_embd_inp) float32, a view of libmtmd's memory: valid until the next encode.
     scores: attention that each token receives, (n_tokens,) float32, or None when the encoder has no profile.
+    cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
     """
 
     embeddings: np.ndarray
     scores: np.ndarray | None
+    cells: np.ndarray
     seconds: float
     score_seconds: float
     attention: list[np.ndarray] = field(default_factory=list)
@@ -127,6 +129,8 @@ class VisionEncoder:
         if not mtmd.mtmd_support_vision(self.context):
             self.close()
             raise UnsupportedModelError(f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model")
+        self.n_heads = int(self.metadata["clip.vision.attention.head_count"] or 1)
+        self.last_outcome = Outcome()
         self.mrope = bool(mtmd.mtmd_decode_use_mrope(self.context))
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(llama.model)
 
@@ -227,41 +231,42 @@ class VisionEncoder:
         scores = None if profile is None else profile.to_tokens(score_rows, index).astype(np.float32)
         if scores is not None and len(scores) != chunk.n_tokens:
             raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
-        return Encoded(embeddings, scores, time.perf_counter() - start, outcome.score_seconds, outcome.attention)
+        cells = profile.to_cells(index) if profile and profile.to_cells else np.arange(chunk.n_tokens)
+        return Encoded(embeddings, scores, cells, time.perf_counter() - start, outcome.score_seconds, outcome.attention)
+
+    def max_rows(self, chunk: ImageChunk) -> int:
+        """Rows of the encoder's sequence for an image; an upper bound when the encoder has no profile."""
+        return self.profile.n_rows(chunk.n_tokens) if self.profile else 16 * chunk.n_tokens + 64
 
     def _run_scored(self, chunk: ImageChunk) -> tuple[Outcome, np.ndarray | None]:
-        max_rows = self.profile.n_rows(chunk.n_tokens)
+        max_rows = self.max_rows(chunk)
         step = -(-max_rows // MAX_QUERY_ROWS)
         index = np.empty(max_rows, np.int32)
         for attempt in (1, 2):
             read = AttentionRead([self._layer], max_rows, (0, -1, step), MEAN_ALL, n_threads=self.n_threads)
-            seen: list[Outcome] = []
             try:
                 if self.profile.index_input:
                     with self.tap.watching(self.profile.index_input, index):
-                        outcome = self._run(chunk, read, seen)
+                        self._run(chunk, read)
                 else:
-                    outcome = self._run(chunk, read, seen)
+                    self._run(chunk, read)
             except EngineError:
-                if attempt == 2 or not seen or seen[0].error != lib.SE_ERR_NO_ATTENTION:
+                if attempt == 2 or self.last_outcome.error != lib.SE_ERR_NO_ATTENTION:
                     raise
-                outcome = seen[0]
             # The file's metadata say how many layers run; the graph itself has the last word.
-            if outcome.attention and self._layer == outcome.last_unmasked:
+            if self.last_outcome.attention and self._layer == self.last_outcome.last_unmasked:
                 break
-            self._layer = outcome.last_unmasked
+            self._layer = self.last_outcome.last_unmasked
         index = index[: self.tap.watched() // 4] if self.profile.index_input else None
-        return outcome, index
+        return self.last_outcome, index
 
-    def _run(self, chunk: ImageChunk, read: AttentionRead | None, seen: list[Outcome] | None = None) -> Outcome:
+    def _run(self, chunk: ImageChunk, read: AttentionRead | None) -> Outcome:
         _log.clear()
-        with self.tap.armed(Plan(attention=read), "vision encoder") as outcome:
-            if seen is not None:
-                seen.append(outcome)
+        with self.tap.armed(Plan(attention=read), "vision encoder") as self.last_outcome:
             status = mtmd.mtmd_encode_chunk(self.context, chunk.handle)
         if status:
             raise EngineError(f"the vision encoder failed ({_one_line(' '.join(_log)) or f'code {status}'})")
-        return outcome
+        return self.last_outcome
 
 
 def _square(n: int) -> tuple[int, int] | None:

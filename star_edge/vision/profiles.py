@@ -16,6 +16,7 @@ METADATA_KEYS = (
     "clip.vision.projector_type",
     "clip.has_vision_encoder",
     "clip.vision.block_count",
+    "clip.vision.attention.head_count",
     "clip.vision.feature_layer",
 )
 
@@ -26,6 +27,7 @@ class EncoderProfile:
 
     n_layers_run(metadata): attention layers that the graph runs.
     index_input: graph input that says which rows become tokens, or None.
+    to_cells(index) -> (n_tokens,): cell of the patch grid that a token shows, -1 for none; None: token i shows cell i.
     to_tokens(row_scores (n_rows,), index (n_index,) or None) -> (n_tokens,): the score of a token is the mean over its rows.
     n_rows(n_tokens): rows of the encoder's sequence.
     """
@@ -34,6 +36,7 @@ class EncoderProfile:
     to_tokens: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
     n_rows: Callable[[int], int]
     index_input: str | None = None
+    to_cells: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def _llava_layers(metadata: dict[str, object]) -> int:
@@ -44,9 +47,14 @@ def _llava_layers(metadata: dict[str, object]) -> int:
     return int(metadata["clip.vision.block_count"]) - 1
 
 
+def _llava_cells(index: np.ndarray) -> np.ndarray:
+    """This llama.cpp puts CLS last (clip_graph_llava), so row i is patch i and the last row shows no place."""
+    return np.where(index < len(index), index, -1)
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5: the graph's own `patches` input says which row each token is made of (CLS is among the rows)
-    "mlp": EncoderProfile(_llava_layers, lambda rows, index: rows[index], lambda n: n + 1, index_input="patches"),
+    "mlp": EncoderProfile(_llava_layers, lambda rows, index: rows[index], lambda n: n + 1, index_input="patches", to_cells=_llava_cells),
     # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(
         lambda metadata: int(metadata["clip.vision.block_count"]),

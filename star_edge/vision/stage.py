@@ -97,7 +97,7 @@ def run_vision_stage(
         positions = chunk.positions[..., kept]
         offset = np.array([[position]] * 3 + [[0]], np.int32) if mrope else position
         segments.append(Segment(Rows(positions + offset, embeddings=embeddings), image=len(reports), causal=chunk.causal))
-        reports.append(ImageReport(chunk.n_tokens, chunk.grid, kept, kept, encoded.scores))
+        reports.append(ImageReport(chunk.n_tokens, chunk.grid, encoded.cells, kept, kept, encoded.scores))
         position += chunk.n_positions
     return segments, reports, position
 

@@ -1,0 +1,137 @@
+"""star-edge doctor: what is installed, what a model supports, what would be pruned how."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import click
+import llama_cpp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ..config import PRESETS, PruneConfig, choose_layer, keep_count
+from ..devices import list_devices
+from ..engine import StarVLM
+from ..native import ffi, lib
+from ..selection import average_tokens
+from .options import load_engine, model_options, print_json
+
+
+@click.command()
+@model_options
+@click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run a short prompt with and without the layer window, and compare.")
+@click.option("--json", "as_json", is_flag=True)
+def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
+    """Show versions, devices, what the model supports, and what each preset would keep."""
+    try:
+        width, height = (int(n) for n in image_size.lower().split("x"))
+        if not (0 < width <= 16384 and 0 < height <= 16384):
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(f"{image_size!r} is no size such as 672x672") from None
+    result: dict[str, Any] = {
+        "versions": {
+            "star_edge": version("star-edge"),
+            "compiled against llama-cpp-python": ffi.string(lib.se_built_against()).decode(),
+            "llama-cpp-python": llama_cpp.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "devices": list_devices(),
+        "gpu_offload": bool(llama_cpp.llama_supports_gpu_offload()),
+        "cpu_features": llama_cpp.llama_print_system_info().decode().strip(),
+    }
+    with load_engine(**model) as vlm:
+        result["model"] = _describe(vlm)
+        if vlm.encoder is not None:
+            result["plan"] = _plan(vlm, width, height)
+        if check:
+            result["check"] = _check(vlm, width, height)
+    print_json(result) if as_json else _print(result)
+
+
+def _describe(vlm: StarVLM) -> dict[str, Any]:
+    encoder, decoder = vlm.encoder, vlm.decoder
+    if encoder is None:
+        vision = "no: there is no vision encoder"
+    elif encoder.profile is None:
+        vision = f"no: the token layout of projector type {encoder.projector!r} is not known"
+    else:
+        vision = "yes"
+    return {
+        "text_model": vlm.llama.model_path,
+        "architecture": vlm.llama.metadata.get("general.architecture"),
+        "layers": decoder.n_layers,
+        "embedding_width": decoder.n_embd,
+        "rope": "M-RoPE" if decoder.mrope else "RoPE",
+        "context": decoder.n_ctx,
+        "mmproj": encoder.path if encoder else None,
+        "projector": encoder.projector if encoder else None,
+        "chat_template": vlm.has_chat_template,
+        "vision_stage": vision,
+        "decoder_stage": "yes" if decoder.has_token_cache else "no: a recurrent or hybrid decoder has no cache of single tokens",
+    }
+
+
+def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
+    picture = np.full((height, width, 3), 128, np.uint8)
+    prompt = vlm.tokenize("<__media__>", [picture], chat=False)
+    try:
+        n = sum(c.n_tokens for c in prompt.chunks if hasattr(c, "n_tokens"))
+    finally:
+        prompt.close()
+    presets = {}
+    for name, config in PRESETS.items():
+        n1 = n2 = n
+        layer = None
+        if config is not None:
+            if vlm.encoder.profile is not None:
+                n1 = n2 = keep_count("vision_keep", config.vision_keep, n)
+            if vlm.decoder.has_token_cache and config.prunes_in_decoder:
+                layer = choose_layer(config.decoder_layer, vlm.decoder.n_layers)
+                n2 = min(n1, keep_count("decoder_keep", config.decoder_keep, n))
+        average = average_tokens(layer or 0, vlm.decoder.n_layers, n1, n2)
+        presets[name] = {"vision_kept": n1, "decoder_layer": layer, "decoder_kept": n2, "average_tokens": average}
+    return {"image": f"{width}x{height}", "image_tokens": n, "presets": presets}
+
+
+def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
+    """Keep-all through the layer window against an ordinary decode: the exactness contract, on this model and machine."""
+    if vlm.encoder is None or not vlm.decoder.has_token_cache:
+        return {"done": False, "reason": "needs a vision encoder and a decoder with a token cache"}
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    ask = lambda prune: vlm.read_prompt("<__media__>What is this?", [picture], prune, chat=False)
+    plain, _ = ask(None)
+    windowed, report = ask(PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers)))
+    difference = float(np.abs(plain.logits - windowed.logits).max())
+    return {"done": True, "layer": report.decoder_layer, "max_logit_difference": difference, "same_token": bool(plain.logits.argmax() == windowed.logits.argmax())}
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    for title in ("versions", "model"):
+        table = Table(title=title, show_header=False)
+        for key, value in result[title].items():
+            table.add_row(key, str(value))
+        console.print(table)
+    table = Table("device", "description", "free GiB", "total GiB", title="devices")
+    for d in result["devices"]:
+        table.add_row(d["name"], d["description"], f"{d['free_bytes'] / 2**30:.1f}", f"{d['total_bytes'] / 2**30:.1f}")
+    console.print(table)
+    console.print(f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; {result['cpu_features']}", highlight=False)
+    if "plan" in result:
+        plan = result["plan"]
+        table = Table("preset", "after the encoder", "layer K", "from layer K on", "average per layer", title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens")
+        for name, p in plan["presets"].items():
+            table.add_row(name, str(p["vision_kept"]), str(p["decoder_layer"] or "-"), str(p["decoder_kept"]), f"{p['average_tokens']:.1f}")
+        console.print(table)
+    check = result.get("check", {})
+    if check.get("done"):
+        console.print(f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference {check['max_logit_difference']:.2g}, same token: {check['same_token']}")
+    elif check:
+        console.print(f"check: not done, {check['reason']}")

@@ -1,0 +1,121 @@
+"""Options that several subcommands share, and what they make of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import refvlm
+from ..config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
+from ..engine import KV_TYPES, StarVLM
+from ..errors import ConfigError
+from ..images import load_image
+from ..overlay import Stage, draw_overlay, fit_to_grid
+from ..report import PruneReport
+
+
+class KeepType(click.ParamType):
+    """0.25 or 1.0 is a fraction, 144 a count."""
+
+    name = "fraction|count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Keep:
+        try:
+            return int(value)
+        except ValueError:
+            pass
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a fraction (0.25) nor a count of tokens (144)", param, ctx)
+
+
+def model_options(command: Callable) -> Callable:
+    """-m, --mmproj and how to load them; the parameters reach `load_engine` as keyword arguments."""
+    options = [
+        click.option("-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."),
+        click.option("--mmproj", type=str, help="Vision projector of that model, GGUF."),
+        click.option("-c", "--ctx-size", "n_ctx", type=int, default=4096, show_default=True, help="Context in tokens, 0 for the model's own."),
+        click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=512, show_default=True, help="Rows of one compute batch."),
+        click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=0, show_default=True, help="Layers on the GPU, -1 for all."),
+        click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),
+        click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
+        click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
+        click.option("-t", "--threads", "n_threads", type=int, help="Default: physical cores."),
+        click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def prune_options(command: Callable) -> Callable:
+    """--preset and the fields that override it; the parameters reach `make_config` as keyword arguments."""
+    options = [
+        click.option("--preset", type=str, default=DEFAULT_PRESET, show_default=True, help=f"One of {', '.join(PRESETS)}."),
+        click.option("--vision-keep", type=KeepType(), help="Image tokens to keep after the encoder: fraction of the original, or count."),
+        click.option("--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise."),
+        click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def load_engine(model: str | None, mmproj: str | None, **options: Any) -> StarVLM:
+    """The engine for the given files, or for the reference model when neither is given."""
+    if model is None:
+        if mmproj is not None:
+            raise ConfigError("--mmproj was given without a text model", "add -m TEXT.gguf")
+        model, mmproj = refvlm.TEXT_MODEL, refvlm.MMPROJ
+        options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+    for name in ("n_ctx", "n_ubatch"):
+        if options[name] < 0:
+            raise ConfigError(f"{name}={options[name]} is negative", "use a number of tokens")
+    return StarVLM(model, mmproj, **options)
+
+
+def make_config(preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None) -> PruneConfig | None:
+    return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer)
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def save_picture(picture: Any, path: str) -> None:
+    """Writes a PIL image.
+
+    Raises:
+        ConfigError: the folder does not exist, or the ending is no image format.
+    """
+    try:
+        picture.save(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be written ({error})", "use an existing folder and an ending such as .png") from error
+
+
+def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any) -> list[str]:
+    """Draws each image with dropped tokens dimmed for each stage; several images get -0, -1, ... before the ending.
+
+    Returns the paths written.
+    """
+    written = []
+    for i, (image, source) in enumerate(zip(report.images, sources)):
+        if image.grid is None:
+            raise ConfigError("this model's image tokens have no grid", "leave --overlay out")
+        stages = []
+        for title, kept in (("vision stage", image.vision_kept), (f"decoder, from layer {report.decoder_layer}", image.decoder_kept)):
+            if title.startswith("decoder") and report.decoder_layer is None:
+                continue
+            stages.append(Stage(f"{title}: {len(kept)} of {image.n_tokens}", image.kept_on_grid(kept)))
+        target = Path(path)
+        if len(sources) > 1:
+            target = target.with_name(f"{target.stem}-{i}{target.suffix}")
+        save_picture(draw_overlay(fit_to_grid(load_image(source, limits), image.grid), stages), str(target))
+        written.append(str(target))
+    return written

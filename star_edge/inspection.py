@@ -1,0 +1,118 @@
+"""Attention of any layer, as arrays: read out of the graph that runs, with flash attention on or off.
+
+For vision-language models and for plain text models. Nothing is pruned here: every row sees every row before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+import numpy as np
+
+from .decoder.context import DecoderContext
+from .decoder.prefill import Segment
+from .errors import ConfigError, EngineError
+from .tap import MEAN_HEADS, AttentionRead, Plan
+from .vision.encoder import ImageChunk, VisionEncoder
+
+
+@dataclass
+class Inspection:
+    """Attention of a prompt.
+
+    tokens: text of each prompt token; an image token is "<image I>", I counted from 0.
+    image_of_token: index of the image that a token belongs to, -1 for text, (n,) int64.
+    grids: (rows, columns) of each image's tokens, or None.
+    decoder: layer -> softmax attention (n_heads, n, n) float32, [head, query row, key row]; heads averaged: (n, n).
+    encoder: for each image, layer -> (n_heads, n_rows, n_rows) float32 over the encoder's own rows; heads averaged: 2-D.
+    """
+
+    tokens: list[str]
+    image_of_token: np.ndarray
+    grids: list[tuple[int, int] | None]
+    decoder: dict[int, np.ndarray] = field(default_factory=dict)
+    encoder: list[dict[int, np.ndarray]] = field(default_factory=list)
+
+    def to_image(self, layer: int, image: int = 0) -> np.ndarray:
+        """Attention that the text after the last image pays to each token of an image in decoder layer `layer`.
+
+        The mean over heads and those text rows: what the decoder stage ranks by. (n_tokens,) float32.
+        """
+        attention = self.decoder[layer]
+        last = int(np.flatnonzero(self.image_of_token >= 0)[-1])
+        rows = attention[..., last + 1 :, :].mean(axis=tuple(range(attention.ndim - 1)))
+        return rows[self.image_of_token == image]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything under flat names: tokens, image_of_token, decoder_L, encoder_image_I_layer_L."""
+        data: dict[str, np.ndarray] = {"tokens": np.array(self.tokens), "image_of_token": self.image_of_token}
+        data.update({f"decoder_{layer}": a for layer, a in self.decoder.items()})
+        for i, layers in enumerate(self.encoder):
+            data.update({f"encoder_image_{i}_layer_{layer}": a for layer, a in layers.items()})
+        return data
+
+    def save(self, path: str | PathLike, **more: np.ndarray) -> None:
+        """Writes `arrays()` and `more` as a compressed .npz."""
+        np.savez_compressed(path, **self.arrays(), **more)
+
+
+def read_encoder(encoder: VisionEncoder, chunk: ImageChunk, layers: Sequence[int], mean_heads: bool) -> dict[int, np.ndarray]:
+    """Encodes one image and returns the attention of the given encoder layers (counted over the layers that run).
+
+    Raises:
+        ConfigError: a layer that the encoder does not run.
+    """
+    if min(layers) < 0:
+        raise ConfigError(f"encoder layer {min(layers)} is negative", "layers are counted from 0")
+    n_rows = encoder.max_rows(chunk)
+    read = AttentionRead(
+        sorted(set(layers)), n_rows, (0, -1, 1), MEAN_HEADS if mean_heads else 0, max_rows=n_rows, max_heads=1 if mean_heads else encoder.n_heads, n_threads=encoder.n_threads
+    )
+    try:
+        encoded = encoder.encode(chunk, read=read)
+    except EngineError as error:
+        n_layers = encoder.last_outcome.n_attention
+        if n_layers and max(layers) >= n_layers:
+            raise ConfigError(f"encoder layer {max(layers)} is outside 0..{n_layers - 1}", "the encoder does not run more layers") from error
+        raise
+    return dict(zip(read.layers, encoded.attention))
+
+
+def read_decoder(context: DecoderContext, segments: Sequence[Segment], layers: Sequence[int], mean_heads: bool) -> dict[int, np.ndarray]:
+    """Runs the prompt from an empty cache and returns the attention of the given decoder layers.
+
+    Raises:
+        ConfigError: a layer outside the decoder. ContextLengthError, EngineError: see DecoderContext.decode.
+    """
+    wanted = sorted(set(layers))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < context.n_layers:
+        raise ConfigError(f"decoder layers {wanted} are not all within 0..{context.n_layers - 1}", "use layers of the model")
+    n = sum(len(s.rows) for s in segments)
+    heads = () if mean_heads else (context.n_heads,)
+    result = {layer: np.zeros((*heads, n, n), np.float32) for layer in wanted}
+    cells = np.full(n, -1, np.int64)
+    at = 0
+    for segment in segments:
+        size = context.n_ubatch
+        for start in range(0, len(segment.rows), size):
+            rows = segment.rows.slice(start, min(len(segment.rows), start + size))
+            last = at + len(rows)
+            plan = Plan(want_cells=True)
+            if wanted:
+                columns = (last // 256 + 2) * 256  # llama.cpp pads the attended cells to 256
+                reduce = MEAN_HEADS if mean_heads else 0
+                plan.attention = AttentionRead(wanted, columns, (0, len(rows), 1), reduce, max_rows=len(rows), max_heads=context.n_heads, n_threads=context.n_threads)
+            if not segment.causal:
+                context.set_causal(False)
+            try:
+                outcome = context.decode(rows, at, plan, "inspect")
+            finally:
+                if not segment.causal:
+                    context.set_causal(True)
+            cells[at:last] = outcome.cells
+            for layer, attention in zip(wanted, outcome.attention):
+                result[layer][..., at:last, :last] = attention[..., cells[:last]]
+            at = last
+    return result
