@@ -120,7 +120,7 @@ class _Run:
             self.free_kept(start, keep_row)
         # 4) resume
         with self.timed("resume"):
-            new_cells = self.resume(rest, hidden, keep_row, stage.layer, start)
+            new_cells = self.resume(rest, hidden, keep_row, stage.layer)
         in_place = bool(np.array_equal(new_cells, cells[keep_row]))
         if not in_place:
             with self.timed("fallback"):
@@ -200,24 +200,24 @@ class _Run:
             self.context.remove(PARKED, start + int(first), start + int(last))
         self.n_cells = start
 
-    def resume(self, segments: Sequence[Segment], hidden: np.ndarray, keep_row: np.ndarray, layer: int, start: int) -> np.ndarray:
-        """Window [K, L) over the rows that go on, in one piece when all are causal. Returns their cells."""
+    def resume(self, segments: Sequence[Segment], hidden: np.ndarray, keep_row: np.ndarray, layer: int) -> np.ndarray:
+        """Window [K, L) over the rows that go on. Returns their cells.
+
+        Each segment is a decode of its own, as it was in the probe and is on stock: kernels round differently for another
+        number of rows (the CPU's flash attention changes its accumulator at 64), and non-causal images must stay apart.
+        """
         ctx = self.context
-        positions = np.concatenate([s.rows.positions for s in segments], axis=-1)[..., keep_row]
-        states = hidden[keep_row]
-        sizes, at = [], 0
-        for segment in segments:
-            sizes.append((int(keep_row[at : at + len(segment.rows)].sum()), segment.causal))
-            at += len(segment.rows)
-        if all(causal for _, causal in sizes):
-            sizes = [(len(states), True)]
         cells, at = [], 0
-        for size, causal in sizes:
-            for rows, _ in self.chunks(Segment(Rows(positions[..., at : at + size]), causal=causal)):
-                n = len(rows)
-                plan = Plan(window=(layer, ctx.n_layers, ctx.n_layers), inject=states[at : at + n], want_cells=True)
-                cells.append(self.decode(rows, plan, "resume", causal, logits=at + n == len(states)).cells)
-                at += n
+        for s, segment in enumerate(segments):
+            keep = keep_row[at : at + len(segment.rows)]
+            states = hidden[at : at + len(segment.rows)][keep]
+            done = 0
+            for rows, is_last in self.chunks(Segment(Rows(segment.rows.positions[..., keep]), causal=segment.causal)):
+                plan = Plan(window=(layer, ctx.n_layers, ctx.n_layers), inject=states[done : done + len(rows)], want_cells=True)
+                wants = is_last and s == len(segments) - 1
+                cells.append(self.decode(rows, plan, "resume", segment.causal, logits=wants).cells)
+                done += len(rows)
+            at += len(segment.rows)
         return np.concatenate(cells)
 
     def restart(self, segments: Sequence[Segment], keep_row: np.ndarray, start: int) -> np.ndarray:
