@@ -93,7 +93,8 @@ def write_decoder(path: str | PathLike, shape: DecoderShape, dtype: str = "f32",
     matrix = _matrix_writer(w, dtype, rng)
     norm = lambda name, n: w.add_tensor(name, (1 + 0.1 * rng.standard_normal(n)).astype(np.float32))
     kv = s.n_embd // s.n_heads * s.n_heads_kv
-    matrix("token_embd.weight", s.n_vocab, s.n_embd, gain=1.0)
+    # of deviation 1, like an image token in the tests: this llama.cpp reads no RMS norm epsilon for qwen2vl and uses 0
+    matrix("token_embd.weight", s.n_vocab, s.n_embd, gain=s.n_embd**0.5)
     for i in range(s.n_layers):
         b = f"blk.{i}."
         # llama_tensor_get_type's q4_k_m: the first and last eighth of the layers and every third keep more bits in V and down

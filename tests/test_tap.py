@@ -23,7 +23,7 @@ from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
 
 L, D, HEADS = 5, 128, 4
 STATE, LOOSE = 2e-3, 2e-2  # of attention probabilities
-LOGITS = {False: 1e-2, True: 3e-2}  # of logits of size 1, with an f16 cache; with flash attention V is summed in f16 too
+LOGITS = {False: 2e-2, True: 4e-2}  # of logits of size 1, with an f16 cache; with flash attention V is summed in f16 too
 CHANGED = 0.1  # logits that ought to differ do so by more than this
 ARCHS = ("llama", "qwen2vl")
 KINDS = [(arch, flash) for arch in ARCHS for flash in (False, True)]
@@ -151,7 +151,8 @@ def window_pair(context, rows, layer):
 
 def good_plan():
     """A plan that can be armed, and what keeps its memory alive."""
-    keep = [np.zeros((4, 8), np.float32), np.zeros((4, 8), np.float32), np.zeros(16, np.int32), np.array([1, 3], np.int32), np.zeros((2, 64), np.float32)]
+    f32 = lambda *shape: np.zeros(shape, np.float32)
+    keep = [f32(4, 8), f32(4, 8), np.zeros(16, np.int32), np.array([1, 3], np.int32), f32(2, 64)]
     p = ffi.new("se_plan *")
     p.n_layer, p.first, p.last, p.n_rows, p.n_embd = 6, 1, 5, 4, 8
     p.inject, p.hidden = (ffi.cast("float *", a.ctypes.data) for a in keep[:2])
@@ -170,9 +171,9 @@ def raw():
 
 
 BAD_PLANS = [
-    dict(n_layer=-1), dict(n_rows=-1), dict(n_attn_layers=-1), dict(n_rows=0), dict(first=-1), dict(first=5), dict(first=6, last=6), dict(last=7),
-    dict(last=1), dict(n_embd=0), dict(n_embd=-8), dict(inject=ffi.NULL), dict(last=6), dict(n_pos_per_row=0), dict(n_pos_per_row=2),
-    dict(n_pos_per_row=3), dict(attn_layers=ffi.NULL), dict(attn=ffi.NULL), dict(attn_block=0), dict(attn_block=-1), dict(row_step=0),
+    dict(n_layer=-1), dict(n_rows=-1), dict(n_attn_layers=-1), dict(n_rows=0), dict(first=-1), dict(first=5), dict(first=6, last=6),
+    dict(last=7), dict(last=1), dict(n_embd=0), dict(n_embd=-8), dict(inject=ffi.NULL), dict(last=6), dict(n_pos_per_row=0),
+    dict(n_pos_per_row=2), dict(n_pos_per_row=3), dict(attn_layers=ffi.NULL), dict(attn=ffi.NULL), dict(attn_block=0), dict(attn_block=-1), dict(row_step=0),
     dict(row_step=-1), dict(row_first=-1), dict(reduce=-1), dict(reduce=4), dict(n_layer=0, n_rows=0),
 ]  # fmt: skip
 
@@ -283,7 +284,7 @@ def test_graph_is_whole_again_after_windows(arch, flash, tapped, fresh):
         context.clear()
         probe, resume, logits = window_pair(context, rows, layer)
         assert np.array_equal(probe.cells, np.arange(24)) and np.array_equal(resume.cells, probe.cells)
-        np.testing.assert_allclose(logits, want, atol=LOGITS[True] if flash else 0)
+        assert np.array_equal(logits, want)
         context.clear()
         before = n_reused(context.llama)
         got = stock_decode(context.llama, rows)
@@ -324,7 +325,7 @@ def test_middle_window_and_hidden_states(arch, flash, tapped, models):
     assert outcome.stopped and outcome.n_attention == 4
     context.remove(0, 0)
     _, got = decode(context, Rows(rows.positions), window=(3, L, L), inject=second)
-    np.testing.assert_allclose(got, want, atol=LOGITS[True] if flash else 0)
+    assert np.array_equal(got, want)
     model = Decoder(models[arch], np.float16)
     for layer, hidden in ((1, first), (3, second)):
         np.testing.assert_allclose(hidden, model.hidden(rows.embeddings, rows.positions, layer), atol=LOGITS[flash])
@@ -450,20 +451,18 @@ def test_cell_bias_makes_a_cell_count_three_times(arch, flash, tapped, models):
     context, model = tapped(arch, flash), Decoder(models[arch], np.float16)
     rows = rows_of(arch, 24, seed=4)
     row, token = 5, 77
-    decode(context, Rows(text_positions(arch, 0, 3), embeddings=embeddings(3, 9)))  # so that rows and cells differ
-    context.remove(0, 1)
-    plain, without = decode(context, Rows(text_positions(arch, 1, 24), embeddings=rows.embeddings), 1, want_cells=True)
-    context.clear()
+    decode(context, rows_of(arch, 3, seed=9))
+    context.park(0)  # three cells of another sequence: row i is not in cell i
     outcome, _ = decode(context, rows, want_cells=True)
-    bias = np.zeros(row + 1, np.float32)  # shorter than the cache: the rest of the cells have no bias
+    assert outcome.cells[row] == row + 3
+    bias = np.zeros(row + 4, np.float32)  # shorter than the cache: the other cells have no bias
     bias[outcome.cells[row]] = np.log(3)
-    _, base = decode(context, Rows(text_positions(arch, 24, 1), tokens=np.array([token], np.int32)), 24)
-    context.clear()
-    context.tap.set_cell_bias(bias)
-    _, prefill = decode(context, rows, want_cells=True)
     context.llama.n_tokens = 24
+    base = token_step(context.llama, token)
+    context.remove(0, 0)
+    context.tap.set_cell_bias(bias)
+    _, prefill = decode(context, rows)
     step = token_step(context.llama, token)
-    context.llama.n_tokens = 0
     column = np.zeros(25)
     column[row] = np.log(3)
     inputs = np.concatenate([rows.embeddings, model.embed([token])])
@@ -472,9 +471,10 @@ def test_cell_bias_makes_a_cell_count_three_times(arch, flash, tapped, models):
     np.testing.assert_allclose(step, want[24], atol=LOGITS[flash])
     assert np.abs(step - base).max() > CHANGED
     context.tap.set_cell_bias(None)
-    context.clear()
+    context.remove(0, 0)
     decode(context, rows)
-    assert np.array_equal(decode(context, Rows(text_positions(arch, 24, 1), tokens=np.array([token], np.int32)), 24)[1], base)
+    assert np.array_equal(token_step(context.llama, token), base)
+    context.llama.n_tokens = 0
 
 
 @kinds
@@ -492,7 +492,7 @@ def test_cell_bias_is_three_copies_of_a_row(arch, flash, tapped):
     bias[2] = np.log(3)
     context.tap.set_cell_bias(bias)
     decode(context, Rows(positions, embeddings=rows), window=(0, layer, L), hidden=single)
-    np.testing.assert_allclose(single[3:], tripled[5:], atol=2e-3)
+    np.testing.assert_allclose(single[3:], tripled[5:], atol=5e-3)
     context.tap.set_cell_bias(None)
     context.clear()
     plain = np.empty((12, D), np.float32)
@@ -530,7 +530,6 @@ def test_attention_of_several_layers(arch, flash, cache, tolerance, tapped, mode
     assert len(outcome.attention) == 3 and outcome.score_seconds > 0
     model = Decoder(models[arch], np.float16)
     for layer, got in zip((0, 2, L - 1), outcome.attention):
-        # the last block runs only for the rows that have logits; its queries are there for all of them
         want = model.attention(rows.embeddings, rows.positions, layer)
         assert got.shape[:2] == want.shape[:2]
         np.testing.assert_allclose(got[..., outcome.cells], want, atol=tolerance)
@@ -593,7 +592,8 @@ def encoders(models, tmp_path_factory):
     def get(kind):
         if kind not in made:
             path = folder / f"{kind}.gguf"
-            write_encoder(path, EncoderShape(image_size=56, patch_size=14, n_layers=3, n_embd=64, n_heads=4, n_ff=96, kind=kind), projection_dim=D)
+            shape = EncoderShape(image_size=56, patch_size=14, n_layers=3, n_embd=64, n_heads=4, n_ff=96, kind=kind)
+            write_encoder(path, shape, projection_dim=D)
             llama = load(models["llama" if kind == "clip" else "qwen2vl"], True)
             encoder = VisionEncoder(path, llama, flash_attn=True, use_gpu=False)
             pixels = np.random.default_rng(3).integers(0, 256, (56, 56, 3), dtype=np.uint8)
@@ -756,7 +756,7 @@ def test_dependents_are_skipped_across_backends(graph, embedding):
     a, side = g.add("a", x, weight), g.add("side", weight, weight)
     near = g.leaf("CUDA0#ab#0", 8, 4)  # no node has this name
     b, other = g.add("b", copy, copied_weight), g.add("other", copied_weight, near)
-    out, after = g.add("l_out-0", b, side), None
+    out = g.add("l_out-0", b, side)
     after = g.add("after", out, side)
     g.allocate()
     inject = np.arange(32, dtype=np.float32)
@@ -805,7 +805,8 @@ def test_a_stop_ends_every_later_split(graph):
 def test_a_second_graph_is_noticed(graph):
     g = graph
     x = g.leaf("inp_embd", 8, 4)
-    nodes = [g.add("a", x, x), g.add("l_out-0", x, x), g.add("b", x, x)]
+    nodes = [g.add("a", x, x), g.add("l_out-0", x, x)]
+    nodes.append(g.add("b", nodes[-1], nodes[-1]))
     g.allocate()
     inject = np.ones(32, np.float32)
     assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK

@@ -160,12 +160,12 @@ class _Run:
             for rows, is_last in self.chunks(segment):
                 n = len(rows)
                 plan = Plan(window=(0, layer, ctx.n_layers), hidden=hidden[at : at + n], want_cells=True)
-                weight = n / n_scoring
-                if scores and stage.last_row_only:
-                    scores = is_last and s == len(segments) - 1
-                    weight = 1.0
-                if scores:
-                    rows_read = (n - 1, 1, 1) if stage.last_row_only else (0, n, 1)
+                weight, rows_read = n / n_scoring, (0, n, 1)
+                reads = scores
+                if stage.last_row_only:
+                    weight, rows_read = 1.0, (n - 1, 1, 1)
+                    reads = is_last and s == len(segments) - 1
+                if reads:
                     plan.attention = AttentionRead([layer], len(columns), rows_read, MEAN_ALL, n_threads=ctx.n_threads)
                 outcome = self.decode(rows, plan, "probe", segment.causal)
                 cells[at : at + n] = outcome.cells

@@ -1,0 +1,332 @@
+"""Bad input: each kind has its own typed error that names the cause, and the engine answers the next request."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from conftest import QWEN2VL, random_image
+from PIL import Image
+
+from star_edge import PruneConfig, StarVLM, errors, native, refvlm
+from star_edge.images import ImageLimits
+from star_edge.synthetic import DecoderShape, write_decoder
+
+QUESTION = "how many squares?"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, image_limits=ImageLimits(max_pixels=1_000_000, timeout_s=2)) as engine:
+        engine.expected = engine.generate(QUESTION, refvlm.DEMO_IMAGE, max_tokens=4).text
+        yield engine
+
+
+@pytest.fixture
+def fails(vlm):
+    """Asserts that a call raises the error, that the message has the words, and that the engine is as good as before."""
+
+    def check(error, words, call):
+        with pytest.raises(error) as caught:
+            call()
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in words:
+            assert word in message, message
+        assert vlm.generate(QUESTION, refvlm.DEMO_IMAGE, max_tokens=4).text == vlm.expected
+        return caught.value
+
+    return check
+
+
+def ask(vlm, image=refvlm.DEMO_IMAGE, prune="balanced", prompt=QUESTION, **options):
+    return vlm.generate(prompt, image, prune, max_tokens=4, **options)
+
+
+# ---- files ----
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(errors.ModelFileError, match="nowhere.gguf does not exist"):
+        StarVLM(tmp_path / "nowhere.gguf")
+    with pytest.raises(errors.ModelFileError, match="nowhere.gguf does not exist"):
+        StarVLM(refvlm.TEXT_MODEL, tmp_path / "nowhere.gguf")
+    with pytest.raises(errors.ModelFileError, match="not a file"):
+        StarVLM(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["text", "mmproj"])
+@pytest.mark.parametrize("size", [0, 3, 20, 3000, -1000])
+def test_truncated_file(tmp_path, which, size):
+    source = refvlm.TEXT_MODEL if which == "text" else refvlm.MMPROJ
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(source.read_bytes()[: size if size >= 0 else size])
+    with pytest.raises(errors.ModelFileError) as caught:
+        StarVLM(broken) if which == "text" else StarVLM(refvlm.TEXT_MODEL, broken)
+    assert "broken.gguf" in str(caught.value) and any(w in str(caught.value) for w in ("truncated", "empty", "no GGUF"))
+
+
+def test_file_that_is_no_gguf(tmp_path):
+    other = tmp_path / "model.gguf"
+    other.write_bytes(b"PK\x03\x04" + bytes(1000))
+    with pytest.raises(errors.ModelFileError, match="no GGUF file"):
+        StarVLM(other)
+
+
+def test_damaged_header(tmp_path):
+    data = bytearray(refvlm.TEXT_MODEL.read_bytes())
+    data[8:24] = struct.pack("<QQ", 2**60, 2**60)  # tensors and keys without end
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(errors.ModelFileError, match="header"):
+        StarVLM(tmp_path / "m.gguf")
+
+
+def test_files_given_in_each_others_place():
+    with pytest.raises(errors.ModelFileError, match="is an mmproj file"):
+        StarVLM(refvlm.MMPROJ)
+    with pytest.raises(errors.ModelFileError, match="is a text model"):
+        StarVLM(refvlm.TEXT_MODEL, refvlm.TEXT_MODEL)
+
+
+def test_mmproj_of_another_model(tmp_path):
+    write_decoder(tmp_path / "wide.gguf", DecoderShape(2, 64, 4, 2, 64))
+    with pytest.raises(errors.ModelMismatchError) as caught:
+        StarVLM(tmp_path / "wide.gguf", refvlm.MMPROJ)
+    assert "64" in str(caught.value) and "256" in str(caught.value)
+
+
+def test_images_for_a_text_model():
+    with StarVLM(refvlm.TEXT_MODEL, n_ctx=256) as text_only:
+        with pytest.raises(errors.UnsupportedModelError, match="without a vision encoder"):
+            text_only.generate(QUESTION, refvlm.DEMO_IMAGE)
+        answer = text_only.generate("is there a red star?", max_tokens=4)
+        assert answer.text and answer.report.n_image_tokens == 0
+
+
+def test_no_chat_template(tmp_path, families):
+    with StarVLM(families["llama"].text, n_ctx=256) as vlm:
+        vlm._formatter = None
+        with pytest.raises(errors.UnsupportedModelError, match="chat template"):
+            vlm.generate("hello")
+        assert vlm.generate("hello", chat=False, max_tokens=2).report.n_text_tokens > 0
+
+
+def test_kv_types():
+    with pytest.raises(errors.ConfigError, match="q9_9"):
+        StarVLM(refvlm.TEXT_MODEL, type_k="q9_9")
+    with pytest.raises(errors.ConfigError, match="needs flash attention"):
+        StarVLM(refvlm.TEXT_MODEL, type_v="q8_0", flash_attn=False)
+
+
+# ---- images ----
+
+
+def png(width, height):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def jpeg():
+    buffer = io.BytesIO()
+    Image.fromarray(random_image(0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "words"),
+    [
+        (b"", errors.ImageError, ["empty"]),
+        (jpeg()[:400], errors.ImageError, []),
+        (b"this is no image at all", errors.ImageError, ["23 bytes"]),
+        ("no/such/picture.jpg", errors.ImageError, ["no/such/picture.jpg"]),
+        (png(60000, 60000), errors.ImageTooLargeError, ["60000"]),
+        (png(2000, 2000), errors.ImageTooLargeError, ["2000"]),
+        (np.full((4, 4, 3), np.nan), errors.ImageError, []),
+        ("http://127.0.0.1:9/none.png", errors.ImageError, ["127.0.0.1"]),
+        ("data:image/png;base64,AAAA", errors.ImageError, []),
+        (42, errors.ImageError, ["int"]),
+    ],
+    ids=["empty", "truncated", "no-image", "missing", "bomb", "large", "nan", "http", "data", "type"],
+)
+def test_images(vlm, fails, image, error, words):
+    fails(error, words, lambda: ask(vlm, [image]))
+
+
+def test_more_images_than_markers(vlm, fails):
+    two = [refvlm.DEMO_IMAGE, refvlm.DEMO_IMAGE]
+    fails(errors.PromptError, ["1 image markers for 2 images"], lambda: ask(vlm, two, prompt="USER:<__media__>x ASSISTANT:", chat=False))
+    fails(errors.PromptError, ["2 image markers for 1 images"], lambda: ask(vlm, prompt="<__media__>a<__media__>b", chat=False))
+
+
+# ---- limits and configs ----
+
+
+def test_prompt_over_the_context_is_refused_before_any_compute(vlm, fails, monkeypatch):
+    def must_not_run(*args, **kwargs):
+        raise AssertionError("the encoder ran")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.encoder, "encode", must_not_run)
+        with pytest.raises(errors.ContextLengthError, match="context of 256"):
+            ask(vlm, [refvlm.DEMO_IMAGE] * 4)
+    fails(errors.ContextLengthError, ["256", "n_ctx"], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 4, None, prompt=QUESTION))
+    # the same two images fit once half of their tokens are dropped
+    fails(errors.ContextLengthError, [], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 2, None))
+    assert ask(vlm, [refvlm.DEMO_IMAGE] * 2).report.n_vision_kept == 144
+
+
+def test_more_tokens_than_ubatch_is_no_error():
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_ubatch=32, n_batch=32) as small:
+        assert small.generate("what color is the triangle?", refvlm.DEMO_IMAGE, max_tokens=4).text.strip() == "red"
+
+
+def test_non_causal_image_must_fit_one_ubatch(vlm, fails, monkeypatch):
+    original = vlm.tokenize
+
+    def non_causal(*args, **kwargs):
+        prompt = original(*args, **kwargs)
+        for chunk in prompt.chunks:
+            chunk.causal = False
+        return prompt
+
+    monkeypatch.setattr(vlm.decoder, "n_ubatch", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm, "tokenize", non_causal)
+        with pytest.raises(errors.ContextLengthError, match="144 tokens must be processed at once.*n_ubatch is 100: use n_ubatch=144"):
+            ask(vlm, prune=None)
+    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
+
+
+@pytest.mark.parametrize("keep", [0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, "half", None])
+@pytest.mark.parametrize("name", ["vision_keep", "decoder_keep"])
+def test_keep_values(name, keep):
+    with pytest.raises(errors.ConfigError, match=name):
+        PruneConfig(**{name: keep})
+
+
+def test_keep_over_the_count(vlm, fails):
+    fails(errors.ConfigError, ["vision_keep=145", "144"], lambda: ask(vlm, prune=PruneConfig(vision_keep=145)))
+    fails(errors.ConfigError, ["decoder_keep=200", "144"], lambda: ask(vlm, prune=PruneConfig(decoder_keep=200)))
+    with pytest.raises(errors.ConfigError, match="more than vision_keep"):
+        PruneConfig(vision_keep=0.25, decoder_keep=0.5)
+
+
+@pytest.mark.parametrize("layer", [0, -1, 1.5, True])
+def test_layers_that_no_model_has(layer):
+    with pytest.raises(errors.ConfigError, match="decoder_layer"):
+        PruneConfig(decoder_layer=layer)
+
+
+@pytest.mark.parametrize("layer", [6, 7, 100])
+def test_layers_that_this_model_does_not_have(vlm, fails, layer):
+    fails(errors.ConfigError, [f"decoder_layer={layer}", "1..5"], lambda: ask(vlm, prune=PruneConfig(0.5, 0.25, layer)))
+
+
+def test_prune_values(vlm, fails):
+    fails(errors.ConfigError, ["'fastest'", "balanced"], lambda: ask(vlm, prune="fastest"))
+    fails(errors.ConfigError, ["float"], lambda: ask(vlm, prune=0.5))
+    with pytest.raises(errors.ConfigError, match="text_rows"):
+        PruneConfig(text_rows="some")
+
+
+# ---- consumers that fail ----
+
+
+def test_exception_in_a_streaming_consumer(vlm, fails):
+    def consume():
+        for _ in vlm.generate("what number is shown?", refvlm.DEMO_IMAGE, stream=True):
+            raise ZeroDivisionError("in the consumer")
+
+    fails(ZeroDivisionError, ["in the consumer"], consume)
+
+
+def test_ctrl_c_while_generating(vlm, fails, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm.llama, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(vlm)
+    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
+
+
+def test_ctrl_c_while_decoding(vlm, fails, monkeypatch):
+    """Interrupted between the windows: rows are parked, and the tap has just been armed."""
+    import llama_cpp
+
+    original, calls = llama_cpp.llama_decode, []
+
+    def interrupted(ctx, batch):
+        calls.append(1)
+        status = original(ctx, batch)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(vlm)
+    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
+
+
+def test_failing_decode_is_typed(vlm, fails, monkeypatch):
+    import llama_cpp
+
+    for status, error in ((1, errors.ContextLengthError), (-3, errors.EngineError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama_cpp, "llama_decode", lambda ctx, batch, status=status: status)
+            with pytest.raises(error):
+                ask(vlm)
+    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
+
+
+def test_abandoned_and_outdated_streams(vlm, fails):
+    first = vlm.generate("what number is shown?", refvlm.DEMO_IMAGE, stream=True)
+    next(first)
+    fails(errors.EngineClosedError, ["newer request"], lambda: (ask(vlm), next(first)))
+
+
+def test_closed_engine():
+    engine = StarVLM(refvlm.TEXT_MODEL, n_ctx=128)
+    engine.close()
+    engine.close()
+    with pytest.raises(errors.EngineClosedError):
+        engine.generate("hello")
+
+
+# ---- the extension beside another llama-cpp-python ----
+
+
+def test_version_check():
+    native.check_version("0.3.36", "0.3.36")
+    with pytest.raises(errors.VersionMismatchError) as caught:
+        native.check_version("0.3.36", "0.3.37")
+    assert "0.3.36" in str(caught.value) and "0.3.37" in str(caught.value) and "pip install" in str(caught.value)
+
+
+def test_import_beside_another_version():
+    code = "import llama_cpp; llama_cpp.__version__ = '9.9.9'\nimport star_edge"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "VersionMismatchError" in done.stderr and "9.9.9" in done.stderr
+
+
+def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
+    monkeypatch.setattr(vlm.decoder, "has_token_cache", False)
+    answer = ask(vlm)
+    assert answer.report.decoder_layer is None and "no decoder stage" in answer.report.notes[0]
+    assert answer.report.n_decoder_kept == answer.report.n_vision_kept == 72
+
+
+def test_shapes_of_random_models_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="260"):
+        write_decoder(tmp_path / "m.gguf", DecoderShape(1, 32, 2, 2, 32, n_vocab=100))
+    with pytest.raises(ValueError, match="multiple of 256"):
+        write_decoder(tmp_path / "m.gguf", QWEN2VL.__class__(1, 32, 2, 2, 32), "q4_k_m")
+    with pytest.raises(ValueError, match="q9"):
+        write_decoder(tmp_path / "m.gguf", QWEN2VL, "q9")

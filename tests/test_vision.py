@@ -1,0 +1,108 @@
+"""The vision stage: scores against float64 references, which token shows which place, and encoders without a profile."""
+
+import numpy as np
+import pytest
+from conftest import random_image
+from reference_qwen2vl_vision import QwenVisionEncoder
+
+from star_edge import PruneConfig, StarVLM, refvlm
+from star_edge.images import load_image
+from star_edge.vision import profiles
+from star_edge.vision.encoder import ImageChunk
+
+
+def encode(vlm, image):
+    prompt = vlm.tokenize("<__media__>a", [image], chat=False)
+    try:
+        chunk = next(c for c in prompt.chunks if isinstance(c, ImageChunk))
+        encoded = vlm.encoder.encode(chunk)
+        encoded.embeddings = encoded.embeddings.copy()
+        return chunk, encoded
+    finally:
+        prompt.close()
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+@pytest.mark.parametrize(("height", "width"), [(112, 112), (84, 140), (224, 280)])
+def test_qwen2vl_scores(families, flash_attn, height, width):
+    models = families["qwen2vl"]
+    image = random_image(5, height, width)
+    reference = QwenVisionEncoder(str(models.mmproj))
+    embeddings, attention = reference.encode(image)
+    received = reference.received(attention)
+    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=flash_attn, n_threads=2) as vlm:
+        chunk, encoded = encode(vlm, image)
+    assert chunk.grid == (height // 28, width // 28)
+    assert np.abs(encoded.embeddings - embeddings).max() < 2e-3 * np.abs(embeddings).max()
+    assert np.abs(encoded.scores - received).max() < 1e-3 * received.max()
+
+
+def test_qwen2vl_positions(families):
+    """Kept tokens keep their (t, y, x)."""
+    models = families["qwen2vl"]
+    with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
+        prompt = vlm.tokenize("ab<__media__>c", [random_image(5, 84, 140)], chat=False)
+        chunk = prompt.chunks[1]
+        prompt.close()
+    y, x = np.divmod(np.arange(15), 5)
+    assert np.array_equal(chunk.positions, [np.zeros(15), y, x, np.zeros(15)])
+    assert chunk.n_positions == 5 and chunk.causal
+
+
+def test_tokens_show_the_place_that_the_report_says():
+    """Changing one patch changes the token of that patch most, for every patch tried."""
+    image = load_image(refvlm.DEMO_IMAGE)
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512) as vlm:
+        _, before = encode(vlm, image)
+        for row in range(1, 12, 4):
+            for column in range(1, 12, 4):
+                changed = image.copy()
+                block = changed[14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
+                block[:] = 255 - block
+                _, after = encode(vlm, changed)
+                token = int(((after.embeddings - before.embeddings) ** 2).sum(axis=1).argmax())
+                assert after.cells[token] == 12 * row + column
+    assert after.cells[-1] == -1  # CLS, which stock llama.cpp feeds as the last token
+    assert sorted(after.cells[:-1]) == list(range(1, 144))
+
+
+def test_metadata_that_promise_another_layer_are_corrected_by_the_graph(families, monkeypatch):
+    """The layer to read is found from the running graph when the file's metadata mislead, in both directions."""
+    models = families["llama"]
+    image = random_image(1)
+    with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
+        _, expected = encode(vlm, image)
+        layer = vlm.encoder._layer
+        for wrong in (0, layer + 5):
+            vlm.encoder._layer = wrong
+            _, encoded = encode(vlm, image)
+            assert np.array_equal(encoded.scores, expected.scores)
+            assert vlm.encoder._layer == layer
+
+
+def test_encoder_without_a_profile_prunes_in_the_decoder_only(families, monkeypatch):
+    monkeypatch.setattr(profiles, "PROFILES", {})
+    models = families["llama"]
+    with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
+        _, report = vlm.read_prompt("what?", random_image(1), PruneConfig(0.5, 0.25, 2))
+    assert report.n_vision_kept == report.n_image_tokens == 49
+    assert report.n_decoder_kept == 12
+    assert "no vision stage" in report.notes[0] and "mlp" in report.notes[0]
+
+
+def test_sampled_query_rows_estimate_the_mean(families):
+    """Large encoders score with a sample of query rows; the estimate stays close to the mean over all."""
+    models = families["qwen2vl"]
+    from star_edge.vision import encoder as module
+
+    image = random_image(6, 336, 336)
+    with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
+        _, every = encode(vlm, image)
+        before, module.MAX_QUERY_ROWS = module.MAX_QUERY_ROWS, 144
+        try:
+            _, sampled = encode(vlm, image)
+        finally:
+            module.MAX_QUERY_ROWS = before
+    assert not np.array_equal(every.scores, sampled.scores)
+    assert np.corrcoef(every.scores, sampled.scores)[0, 1] > 0.98
+    assert abs(sampled.scores.sum() / every.scores.sum() - 1) < 1e-3
