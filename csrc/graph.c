@@ -222,11 +222,15 @@ static bool depends(const se_depends * set, const struct ggml_tensor * t) {
     return last && contains_name(set, first + 1, (size_t) (last - first - 1));
 }
 
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
+bool se_depends_has(const se_depends * set, const struct ggml_tensor * node) {
     /* A view of the KV cache (k, v) has only the cache behind it: the row written by SET_ROWS is not among its sources, and
      * it may be computed or not: views are no work. */
     bool found = depends(set, node->view_src);
     for (int i = 0; i < GGML_MAX_SRC && !found; i++) found = depends(set, node->src[i]);
-    if (!found) return 0;
+    return found;
+}
+
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
+    if (!se_depends_has(set, node)) return 0;
     return insert(set, node) ? 1 : -1;
 }

@@ -40,4 +40,7 @@ void se_depends_clear(se_depends * set);
  * Returns 1: depends, 0: does not, -1: out of memory. */
 int se_depends_visit(se_depends * set, const struct ggml_tensor * node);
 
+/* Whether one of its sources is an input embedding or in the set. */
+bool se_depends_has(const se_depends * set, const struct ggml_tensor * node);
+
 #endif

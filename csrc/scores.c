@@ -12,9 +12,13 @@
 #include "parallel.h"
 #include "star_edge.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-/* The package is built once and may be moved: pick the instruction set when it is loaded. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+/* The package is built once and may be moved: pick the instruction set when it is loaded (an ifunc, which musl lacks). */
+#if __GNUC__ >= 12
 #define SE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#endif
 #else
 #define SE_CLONES
 #endif
@@ -213,6 +217,7 @@ static void kv_head(int item, int thread, void * context) {
 
 static int check(const se_attention * a, int reduce, const float * out) {
     if (!a || !out || !a->q || !a->k || reduce < 0 || reduce > SE_MEAN_ALL) return SE_ERR_ARGUMENT;
+    if (a->n_kv > INT32_MAX - PANEL) return SE_ERR_ARGUMENT;
     if (a->n_rows <= 0 || a->n_head <= 0 || a->head_dim <= 0 || a->n_kv <= 0 || a->n_head_kv <= 0) return SE_ERR_ARGUMENT;
     if (a->n_head % a->n_head_kv != 0 || a->k_type < 0 || a->k_type >= GGML_TYPE_COUNT) return SE_ERR_ARGUMENT;
     if (!isfinite(a->scale) || !(a->softcap >= 0.0f) || !(a->max_bias >= 0.0f)) return SE_ERR_ARGUMENT;

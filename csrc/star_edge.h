@@ -29,7 +29,8 @@ enum se_error {
     SE_ERR_NO_ROPE = 6,       /* positions were given, and no ROPE node was seen */
     SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
     SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
-    SE_ERR_SEVERAL_GRAPHS = 9 /* the decode was split into more than one graph while a window was armed */
+    SE_ERR_SEVERAL_GRAPHS = 9, /* the decode was split into more than one graph while a window was armed */
+    SE_ERR_LATE_INPUT = 10    /* a layer of the window reads more of the input than the hidden state */
 };
 const char * se_error_text(int error);
 
@@ -85,6 +86,7 @@ typedef struct {
     int32_t n_threads;
     float * attn;                /* out: one block of attn_block floats for each layer */
     int64_t attn_block;
+    int32_t * attn_n_kv;         /* out: columns of each layer's scores, or NULL */
 } se_plan;
 
 typedef struct {
@@ -94,7 +96,6 @@ typedef struct {
     int32_t n_skipped;           /* nodes that were skipped */
     int32_t stopped;             /* 1: the graph was ended early */
     int32_t flash;               /* 1: attention is GGML_OP_FLASH_ATTN_EXT */
-    int32_t n_kv;                /* columns of the scores that were read */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t attn_masked;         /* 1: the last attention operation that was read has a mask */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
@@ -121,7 +122,9 @@ int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t 
 /* Copy a graph input of that name out while the graph runs; *n_bytes is the size read, 0 if it was not seen. out NULL: off. */
 int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capacity);
 size_t se_tap_watched_bytes(const se_tap * tap);
-/* Called before every plain decode: position shift and cell bias act once in each graph. */
+/* What went wrong in plain decodes since the last call (a shift, a bias or an input that could not be applied), and forget it. */
+int se_tap_take_error(se_tap * tap);
+/* Called before every plain decode: a new graph begins, in which position shift and cell bias are due. */
 void se_tap_begin(se_tap * tap);
 
 #endif

@@ -12,6 +12,8 @@
  *  - Backends compute only nodes with GGML_TENSOR_FLAG_COMPUTE. llama.cpp reuses graphs of the same shape, so every flag that
  *    is cleared here is set again in se_tap_finish, while the graph still exists.
  */
+#define _POSIX_C_SOURCE 199309L /* clock_gettime */
+
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -50,7 +52,10 @@ struct se_tap {
     se_depends * depends;
 
     /* one graph */
-    const struct ggml_tensor * shifted; /* position tensor that already carries the shift */
+    const struct ggml_tensor * graph_start; /* first node since se_tap_begin: seen again, another graph (ubatch) runs */
+    int32_t * positions;    /* shifted positions, (n_positions): the same numbers for every backend's copy */
+    int64_t n_positions;    /* 0: not known yet */
+    size_t positions_capacity;
     const struct ggml_tensor * biased[MAX_MASKS];
     int32_t n_biased;
     void * scratch;
@@ -59,7 +64,11 @@ struct se_tap {
 
 static double seconds(void) {
     struct timespec t;
+#ifdef CLOCK_MONOTONIC
+    clock_gettime(CLOCK_MONOTONIC, &t);
+#else
     timespec_get(&t, TIME_UTC);
+#endif
     return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
 }
 
@@ -107,30 +116,38 @@ static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
 /* src[1] of a ROPE is (n_tokens) or, for M-RoPE, (4 n_tokens) int32: t, y, x, and one unused section. */
 static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
     struct ggml_tensor * positions = node->src[1];
-    if (!positions || positions->type != GGML_TYPE_I32) return;
+    if (!positions || positions->type != GGML_TYPE_I32 || !se_is_input(positions, "inp_pos")) return; /* not the K-shift graph */
     tap->rope_seen = true;
     if (tap->armed && tap->plan.positions) {
         const int64_t n = (int64_t) tap->plan.n_rows * tap->plan.n_pos_per_row;
         if (positions->ne[0] != n) fail(tap, SE_ERR_SHAPE);
         else fail(tap, se_write(positions, tap->plan.positions, 0, (size_t) n * sizeof(int32_t)));
-    } else if (tap->shift && tap->shifted != positions) {
-        tap->shifted = positions;
+    } else if (tap->shift) {
+        /* A backend's copy is made when its split begins, so it may carry the shift already: the shifted numbers are worked out
+         * once for each graph and written to every tensor. */
         const int64_t n = positions->ne[0], n_rows = node->src[0]->ne[2];
-        int32_t * values = scratch(tap, (size_t) n * sizeof(int32_t));
-        if (!values) return;
-        fail(tap, se_read(positions, values, 0, (size_t) n * sizeof(int32_t)));
-        const int64_t n_shift = n == 4 * n_rows ? 3 * n_rows : n;
-        for (int64_t i = 0; i < n_shift; i++) {
-            if (values[i] >= tap->shift_from) values[i] += tap->shift;
+        const size_t size = (size_t) n * sizeof(int32_t);
+        if (!tap->n_positions) {
+            if (size > tap->positions_capacity) {
+                int32_t * bigger = realloc(tap->positions, size);
+                if (!bigger) {
+                    fail(tap, SE_ERR_MEMORY);
+                    return;
+                }
+                tap->positions = bigger;
+                tap->positions_capacity = size;
+            }
+            const int error = se_read(positions, tap->positions, 0, size);
+            fail(tap, error);
+            if (error) return;
+            const int64_t n_shift = n == 4 * n_rows ? 3 * n_rows : n;
+            for (int64_t i = 0; i < n_shift; i++) {
+                if (tap->positions[i] >= tap->shift_from) tap->positions[i] += tap->shift;
+            }
+            tap->n_positions = n;
         }
-        fail(tap, se_write(positions, values, 0, (size_t) n * sizeof(int32_t)));
+        fail(tap, n == tap->n_positions ? se_write(positions, tap->positions, 0, size) : SE_ERR_SHAPE);
     }
-}
-
-static float half_to_float(uint16_t h) { /* the mask holds 0, -inf and ordinary numbers */
-    float out;
-    se_ggml.type_traits(GGML_TYPE_F16)->to_float(&h, &out, 1);
-    return out;
 }
 
 static uint16_t float_to_half(float x) {
@@ -139,15 +156,16 @@ static uint16_t float_to_half(float x) {
     return out;
 }
 
-/* Adds the bias of each cell to its column of the mask: attn_inp_kq_mask is (n_kv, n_tokens), f32 or f16. */
+/* Puts the bias of each cell into its column of the mask: attn_inp_kq_mask is (n_kv, n_tokens), f32 or f16, 0 or -inf. Where
+ * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn. */
 static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * mask = node->src[s];
         if (!mask || mask->op != GGML_OP_NONE || !se_is_input(mask, "attn_inp_kq_mask")) continue;
         bool done = false;
         for (int i = 0; i < tap->n_biased; i++) done = done || tap->biased[i] == mask;
-        if (done || tap->n_biased == MAX_MASKS) continue;
-        tap->biased[tap->n_biased++] = mask;
+        if (done) continue;
+        if (tap->n_biased < MAX_MASKS) tap->biased[tap->n_biased++] = mask;
         if (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32) {
             fail(tap, SE_ERR_SHAPE);
             continue;
@@ -162,10 +180,11 @@ static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
             for (int64_t c = 0; c < n; c++) {
                 if (tap->bias[c] == 0.0f) continue;
                 if (mask->type == GGML_TYPE_F32) {
-                    ((float *) values)[r * n_kv + c] += tap->bias[c];
+                    float * x = (float *) values + r * n_kv + c;
+                    if (*x == 0.0f) *x = tap->bias[c];
                 } else {
                     uint16_t * h = (uint16_t *) values + r * n_kv + c;
-                    *h = float_to_half(half_to_float(*h) + tap->bias[c]);
+                    if ((*h & 0x7FFF) == 0) *h = float_to_half(tap->bias[c]);
                 }
             }
         }
@@ -220,8 +239,8 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
         .out = p->attn + (int64_t) tap->next_layer * p->attn_block, .out_size = p->attn_block,
     };
     fail(tap, se_read_attention(node, &read));
+    if (p->attn_n_kv) p->attn_n_kv[tap->next_layer] = read.n_kv;
     tap->next_layer++;
-    tap->result.n_kv = read.n_kv;
     tap->result.attn_rows = read.n_rows;
     tap->result.attn_heads = read.n_head;
     tap->result.attn_masked = read.masked;
@@ -243,13 +262,16 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     const int layer_out = se_layer_out_index(node);
     const bool has_window = p->n_layer > 0;
     if (has_window && p->first > 0 && !tap->past_window_start) {
+        if (layer_out == p->first - 1) { /* not remembered: it is what the layers of the window may read */
+            tap->past_window_start = true;
+            skip(tap, node);
+            return true;
+        }
         const int found = se_depends_visit(tap->depends, node);
         if (found < 0) fail(tap, SE_ERR_MEMORY);
         if (found > 0) skip(tap, node);
-        if (layer_out == p->first - 1) {
-            tap->past_window_start = true;
-            return true;
-        }
+    } else if (has_window && p->first > 0 && (node->flags & GGML_TENSOR_FLAG_COMPUTE) && se_depends_has(tap->depends, node)) {
+        fail(tap, SE_ERR_LATE_INPUT);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
     if (p->cells && !tap->cells_taken && node->op == GGML_OP_SET_ROWS) take_cells(tap, node);
@@ -294,9 +316,17 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     return true;
 }
 
+/* Position shift and cell bias are due again. */
+static void begin_graph(se_tap * tap) {
+    tap->n_positions = 0;
+    tap->n_biased = 0;
+}
+
 bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
     se_tap * tap = user_data;
     if (!asking) return done(tap, node);
+    if (!tap->graph_start) tap->graph_start = node;
+    else if (tap->graph_start == node || strcmp(node->name, "result_norm") == 0) begin_graph(tap); /* a reused graph; the end of one */
     if (node->op == GGML_OP_ROPE) override_positions(tap, node);
     if (tap->bias) bias_mask(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
@@ -322,6 +352,7 @@ void se_tap_free(se_tap * tap) {
     se_depends_free(tap->depends);
     free(tap->skipped);
     free(tap->scratch);
+    free(tap->positions);
     free(tap->bias);
     free(tap);
 }
@@ -339,6 +370,7 @@ static int check(const se_plan * p) {
     if (p->n_attn_layers > 0) {
         if (!p->attn_layers || !p->attn || p->attn_block < 1 || p->row_step < 1 || p->row_first < 0) return SE_ERR_ARGUMENT;
         if (p->reduce < 0 || p->reduce > SE_MEAN_ALL) return SE_ERR_ARGUMENT;
+        if (p->n_layer > 0 && (p->attn_layers[0] < p->first || p->attn_layers[p->n_attn_layers - 1] > p->last)) return SE_ERR_ARGUMENT; /* not computed */
         for (int32_t i = 1; i < p->n_attn_layers; i++) {
             if (p->attn_layers[i] <= p->attn_layers[i - 1]) return SE_ERR_ARGUMENT;
         }
@@ -377,7 +409,7 @@ int se_tap_finish(se_tap * tap, se_result * result) {
         if (p->cells && !tap->cells_taken) fail(tap, SE_ERR_SHAPE);
     }
     if (result) *result = tap->result;
-    return tap->result.error;
+    return se_tap_take_error(tap);
 }
 
 int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset) {
@@ -439,10 +471,17 @@ int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capac
     return SE_OK;
 }
 
+int se_tap_take_error(se_tap * tap) {
+    if (!tap || tap->armed) return SE_ERR_ARGUMENT;
+    const int error = tap->result.error;
+    tap->result.error = SE_OK;
+    return error;
+}
+
 size_t se_tap_watched_bytes(const se_tap * tap) { return tap ? tap->watch_size : 0; }
 
 void se_tap_begin(se_tap * tap) {
     if (!tap) return;
-    tap->shifted = NULL;
-    tap->n_biased = 0;
+    tap->graph_start = NULL;
+    begin_graph(tap);
 }

@@ -10,4 +10,15 @@ from .report import ImageReport, PruneReport
 from .vision.encoder import MEDIA_MARKER
 
 __version__ = "0.1.0"
-__all__ = ["MEDIA_MARKER", "PRESETS", "Answer", "AnswerStream", "ImageReport", "PruneConfig", "PruneReport", "StarEdgeError", "StarVLM", "__version__"]
+__all__ = [
+    "MEDIA_MARKER",
+    "PRESETS",
+    "Answer",
+    "AnswerStream",
+    "ImageReport",
+    "PruneConfig",
+    "PruneReport",
+    "StarEdgeError",
+    "StarVLM",
+    "__version__",
+]

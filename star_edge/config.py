@@ -47,12 +47,19 @@ class PruneConfig:
     def __post_init__(self) -> None:
         _check_keep("vision_keep", self.vision_keep)
         _check_keep("decoder_keep", self.decoder_keep)
-        if isinstance(self.vision_keep, float) and isinstance(self.decoder_keep, float) and self.decoder_keep > self.vision_keep and self.decoder_keep < 1.0:
+        if (
+            isinstance(self.vision_keep, float)
+            and isinstance(self.decoder_keep, float)
+            and self.decoder_keep > self.vision_keep
+            and self.decoder_keep < 1.0
+        ):
             raise ConfigError(
                 f"decoder_keep={self.decoder_keep} is more than vision_keep={self.vision_keep} leaves",
                 "both are fractions of the image's original tokens: lower decoder_keep, or use 1.0 for no decoder stage",
             )
-        if self.decoder_layer is not None and (isinstance(self.decoder_layer, bool) or not isinstance(self.decoder_layer, int) or self.decoder_layer < 1):
+        if self.decoder_layer is not None and (
+            isinstance(self.decoder_layer, bool) or not isinstance(self.decoder_layer, int) or self.decoder_layer < 1
+        ):
             raise ConfigError(f"decoder_layer={self.decoder_layer!r} is no layer", "use 1 to layers - 1, or None to have it chosen")
         if self.text_rows not in ("all", "last"):
             raise ConfigError(f"text_rows={self.text_rows!r} is unknown", 'use "all" or "last"')

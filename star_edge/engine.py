@@ -22,7 +22,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from .config import DEFAULT_PRESET, PruneConfig, choose_layer, resolve_prune
 from .decoder.context import DecoderContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, prefill
-from .errors import ConfigError, ContextLengthError, EngineClosedError, ModelFileError, UnsupportedModelError
+from .errors import ConfigError, ContextLengthError, EngineClosedError, LayerWindowError, ModelFileError, UnsupportedModelError
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
@@ -137,14 +137,21 @@ class StarVLM:
             )  # fmt: skip
         except ValueError as error:
             self._tap.close()
-            raise ModelFileError(f"{info.path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx") from error
+            raise ModelFileError(
+                f"{info.path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
+            ) from error
         try:
             attach_tap(self.llama, self._tap)
             self.decoder = DecoderContext(self.llama, self._tap)
             if mmproj is not None:
                 use_flash = flash_attn if encoder_flash_attn is None else encoder_flash_attn
                 self.encoder = VisionEncoder(
-                    mmproj, self.llama, flash_attn=use_flash, use_gpu=n_gpu_layers != 0, image_min_tokens=image_min_tokens, image_max_tokens=image_max_tokens
+                    mmproj,
+                    self.llama,
+                    flash_attn=use_flash,
+                    use_gpu=n_gpu_layers != 0,
+                    image_min_tokens=image_min_tokens,
+                    image_max_tokens=image_max_tokens,
                 )
         except BaseException:
             self.close()
@@ -221,7 +228,14 @@ class StarVLM:
         stage = None
         if layer is not None:
             stage = DecoderStage(layer, plan.n_decoder, top_k, last_row_only=config.text_rows == "last")
-        state = prefill(self.decoder, segments, next_position, stage)
+        try:
+            state = prefill(self.decoder, segments, next_position, stage)
+        except LayerWindowError as error:
+            self.decoder.stage_problem = error.cause
+            notes.append(f"no decoder stage: {error.cause}")
+            layer = None
+            self.decoder.clear()
+            state = prefill(self.decoder, segments, next_position)
         for image, scores, kept in zip(image_reports, state.scores, state.kept):
             image.decoder_scores = scores
             image.decoder_kept = image.vision_kept[kept]
@@ -230,7 +244,17 @@ class StarVLM:
         seconds.update(state.seconds)
         seconds["first_token"] = time.perf_counter() - start
         milliseconds = {name: 1e3 * value for name, value in seconds.items()}
-        report = PruneReport(config, image_reports, self.decoder.n_layers, layer, plan.n_text, state.n_cells, milliseconds, in_place=state.in_place, notes=notes)
+        report = PruneReport(
+            config,
+            image_reports,
+            self.decoder.n_layers,
+            layer,
+            plan.n_text,
+            state.n_cells,
+            milliseconds,
+            in_place=state.in_place,
+            notes=notes,
+        )
         return state, report
 
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
@@ -265,7 +289,9 @@ class StarVLM:
         try:
             plan, _, _ = self._plan(tokenized, None)
             grids = [chunk.grid for chunk in plan.images]
-            encoder_maps = [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
+            encoder_maps = (
+                [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
+            )
             segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, False, {})
         finally:
             tokenized.close()
@@ -302,13 +328,18 @@ class StarVLM:
         layer = None
         if prune is not None and prune.prunes_in_decoder:
             layer = choose_layer(prune.decoder_layer, self.decoder.n_layers)
-            if not self.decoder.has_token_cache:
-                layer, reason = None, "a recurrent or hybrid decoder has no cache of single tokens"
+            if self.decoder.stage_problem:
+                layer, reason = None, self.decoder.stage_problem
             elif not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens):
                 layer, reason = None, "there is no text after the last image to score with"
             if layer is None:
                 notes.append(f"no decoder stage: {reason}")
         plan = plan_prompt(prompt.chunks, prune, can_score, layer is not None)
+        if layer is not None and 0 < self.decoder.n_swa < plan.n_cells:
+            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
+            layer = None
+            notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
+            plan = plan_prompt(prompt.chunks, prune, can_score, False)
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",

@@ -59,5 +59,9 @@ class EngineError(StarEdgeError, RuntimeError):
     """llama.cpp, or the tap inside it, failed while running."""
 
 
+class LayerWindowError(EngineError):
+    """A model whose graph cannot be run in layer windows. The engine answers without a decoder stage instead."""
+
+
 class EngineClosedError(StarEdgeError, RuntimeError):
     """The engine was closed, or is busy with an unfinished streamed answer."""

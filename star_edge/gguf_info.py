@@ -100,7 +100,9 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
         raise ModelFileError(f"{name} is truncated or damaged: its header cannot be read ({n_bytes} bytes)", "download it again")
     try:
         data = GGML.gguf_get_data_offset(handle)
-        ends = [GGML.gguf_get_tensor_offset(handle, i) + GGML.gguf_get_tensor_size(handle, i) for i in range(GGML.gguf_get_n_tensors(handle))]
+        ends = [
+            GGML.gguf_get_tensor_offset(handle, i) + GGML.gguf_get_tensor_size(handle, i) for i in range(GGML.gguf_get_n_tensors(handle))
+        ]
         needed = data + max(ends, default=0)
         if n_bytes < needed:
             raise ModelFileError(f"{name} is truncated: it has {n_bytes} bytes and needs {needed}", "download it again")

@@ -68,14 +68,22 @@ def read_encoder(encoder: VisionEncoder, chunk: ImageChunk, layers: Sequence[int
         raise ConfigError(f"encoder layer {min(layers)} is negative", "layers are counted from 0")
     n_rows = encoder.max_rows(chunk)
     read = AttentionRead(
-        sorted(set(layers)), n_rows, (0, -1, 1), MEAN_HEADS if mean_heads else 0, max_rows=n_rows, max_heads=1 if mean_heads else encoder.n_heads, n_threads=encoder.n_threads
+        sorted(set(layers)),
+        n_rows,
+        (0, -1, 1),
+        MEAN_HEADS if mean_heads else 0,
+        max_rows=n_rows,
+        max_heads=1 if mean_heads else encoder.n_heads,
+        n_threads=encoder.n_threads,
     )
     try:
         encoded = encoder.encode(chunk, read=read)
     except EngineError as error:
         n_layers = encoder.last_outcome.n_attention
         if n_layers and max(layers) >= n_layers:
-            raise ConfigError(f"encoder layer {max(layers)} is outside 0..{n_layers - 1}", "the encoder does not run more layers") from error
+            raise ConfigError(
+                f"encoder layer {max(layers)} is outside 0..{n_layers - 1}", "the encoder does not run more layers"
+            ) from error
         raise
     return dict(zip(read.layers, encoded.attention))
 
@@ -103,7 +111,9 @@ def read_decoder(context: DecoderContext, segments: Sequence[Segment], layers: S
             if wanted:
                 columns = (last // 256 + 2) * 256  # llama.cpp pads the attended cells to 256
                 reduce = MEAN_HEADS if mean_heads else 0
-                plan.attention = AttentionRead(wanted, columns, (0, len(rows), 1), reduce, max_rows=len(rows), max_heads=context.n_heads, n_threads=context.n_threads)
+                plan.attention = AttentionRead(
+                    wanted, columns, (0, len(rows), 1), reduce, max_rows=len(rows), max_heads=context.n_heads, n_threads=context.n_threads
+                )
             if not segment.causal:
                 context.set_causal(False)
             try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from .errors import EngineError, VersionMismatchError
+from .errors import EngineError, LayerWindowError, VersionMismatchError
 
 try:
     from ._core import ffi, lib
@@ -64,6 +64,7 @@ for _name in BOUND_FUNCTIONS:
 
 
 def check(error: int, what: str, remedy: str = "") -> None:
-    """Turns an error code of the core into an EngineError."""
+    """Turns an error code of the core into an EngineError, or a LayerWindowError when it is about the model's graph."""
     if error:
-        raise EngineError(f"{what}: {ffi.string(lib.se_error_text(error)).decode()}", remedy)
+        kind = LayerWindowError if error in (lib.SE_ERR_NO_LAYER_OUT, lib.SE_ERR_NO_ATTENTION, lib.SE_ERR_LATE_INPUT) else EngineError
+        raise kind(f"{what}: {ffi.string(lib.se_error_text(error)).decode()}", remedy)

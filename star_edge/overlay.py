@@ -151,9 +151,7 @@ def _line_width(grid: tuple[int, ...], panel: tuple[int, ...]) -> int:
 
 def _over_pixels(grid: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Gives each pixel the value of the cell that its centre falls into."""
-    rows, columns = (
-        ((np.arange(size) + 0.5) * cells / size).astype(int) for size, cells in zip(pixels.shape[:2], grid.shape[:2])
-    )
+    rows, columns = (((np.arange(size) + 0.5) * cells / size).astype(int) for size, cells in zip(pixels.shape[:2], grid.shape[:2]))
     return grid[rows[:, None], columns]
 
 

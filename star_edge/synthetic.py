@@ -124,8 +124,15 @@ def write_encoder(path: str | PathLike, shape: EncoderShape, projection_dim: int
     w.add_bool("clip.has_vision_encoder", True)
     w.add_string("clip.projector_type", "mlp" if s.kind == "clip" else "qwen2vl_merger")
     p = "clip.vision."
-    for key, value in (("image_size", s.image_size), ("patch_size", s.patch_size), ("embedding_length", d), ("feed_forward_length", s.n_ff),
-                       ("block_count", s.n_layers), ("attention.head_count", s.n_heads), ("projection_dim", projection_dim)):
+    for key, value in (
+        ("image_size", s.image_size),
+        ("patch_size", s.patch_size),
+        ("embedding_length", d),
+        ("feed_forward_length", s.n_ff),
+        ("block_count", s.n_layers),
+        ("attention.head_count", s.n_heads),
+        ("projection_dim", projection_dim),
+    ):
         w.add_uint32(p + key, value)
     w.add_float32(p + "attention.layer_norm_epsilon", 1e-5)
     w.add_array(p + "image_mean", [0.48145466, 0.4578275, 0.40821073])
@@ -150,7 +157,14 @@ def write_encoder(path: str | PathLike, shape: EncoderShape, projection_dim: int
         vector("v.post_ln.bias", d)
     for i in range(s.n_layers):
         b = f"v.blk.{i}."
-        for name, n_out, n_in in (("attn_q", d, d), ("attn_k", d, d), ("attn_v", d, d), ("attn_out", d, d), ("ffn_up", s.n_ff, d), ("ffn_down", d, s.n_ff)):
+        for name, n_out, n_in in (
+            ("attn_q", d, d),
+            ("attn_k", d, d),
+            ("attn_v", d, d),
+            ("attn_out", d, d),
+            ("ffn_up", s.n_ff, d),
+            ("ffn_down", d, s.n_ff),
+        ):
             matrix(f"{b}{name}.weight", n_out, n_in)
             vector(f"{b}{name}.bias", n_out)
         for name in ("ln1", "ln2"):

@@ -142,6 +142,8 @@ class Tap:
             c.row_first, c.row_count, c.row_step = read.rows
             c.reduce, c.n_threads = read.reduce, read.n_threads
             c.attn, c.attn_block = pointer(buffer, "float", np.float32), block
+            n_columns = np.zeros(len(layers), np.int32)
+            c.attn_n_kv = pointer(n_columns, "int32_t", np.int32)
 
         check(lib.se_tap_arm(self._tap, c), what)
         result = ffi.new("se_result *")
@@ -153,18 +155,20 @@ class Tap:
             outcome.n_skipped, outcome.stopped, outcome.flash = result.n_skipped, bool(result.stopped), bool(result.flash)
             outcome.score_seconds = result.score_seconds
         check(outcome.error, what)
-        if read is not None and result.n_kv:
-            shape = (result.n_kv,)
-            shape = shape if read.reduce & MEAN_ROWS else (result.attn_rows, *shape)
+        if read is not None:
+            shape = () if read.reduce & MEAN_ROWS else (result.attn_rows,)
             shape = shape if read.reduce & MEAN_HEADS else (result.attn_heads, *shape)
-            size = int(np.prod(shape))
-            outcome.attention = [line[:size].reshape(shape) for line in buffer]
+            outcome.attention = [line[: int(np.prod(shape)) * n].reshape(*shape, n) for line, n in zip(buffer, n_columns) if n]
 
     # ---- lasting settings ----
 
     def begin(self) -> None:
-        """Call before every plain decode of at most n_ubatch rows: shift and bias act once in each graph."""
+        """Call before every plain decode."""
         lib.se_tap_begin(self._tap)
+
+    def check(self) -> None:
+        """Raises EngineError if a shift, a bias or an input could not be applied in a plain decode since the last call."""
+        check(lib.se_tap_take_error(self._tap), "plain decode")
 
     def set_position_shift(self, start: int, offset: int) -> None:
         """RoPE positions >= start get `offset` added in plain decodes; 0 turns it off."""

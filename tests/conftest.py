@@ -64,7 +64,9 @@ class RandomPrompt:
 
     def embed(self, reference):
         """(n, n_embd) float64 rows."""
-        return np.concatenate([reference.embed(s.rows.tokens) if s.rows.tokens is not None else s.rows.embeddings.astype(np.float64) for s in self.segments])
+        return np.concatenate(
+            [reference.embed(s.rows.tokens) if s.rows.tokens is not None else s.rows.embeddings.astype(np.float64) for s in self.segments]
+        )
 
 
 def random_prompt(models: Models, parts, seed=0) -> RandomPrompt:
@@ -74,7 +76,9 @@ def random_prompt(models: Models, parts, seed=0) -> RandomPrompt:
     for part in parts:
         if isinstance(part, int):
             p = np.arange(position, position + part, dtype=np.int32)
-            rows = Rows(np.stack([p, p, p, 0 * p]) if models.mrope else p, tokens=rng.integers(259, models.shape.n_vocab, part).astype(np.int32))
+            rows = Rows(
+                np.stack([p, p, p, 0 * p]) if models.mrope else p, tokens=rng.integers(259, models.shape.n_vocab, part).astype(np.int32)
+            )
             segments.append(Segment(rows))
             position += part
         else:

@@ -6,9 +6,10 @@ slow on purpose. Attention is causal by row order; positions only feed the rotar
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import gguf
 import numpy as np

@@ -15,9 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from reference import (
-    Array, gelu, gelu_quick, layer_norm, linear, load_tensors, merge_heads, silu, softmax, split_heads
-)
+from reference import Array, gelu, gelu_quick, layer_norm, linear, load_tensors, merge_heads, silu, softmax, split_heads
 
 MERGE = 2  # the graph merges MERGE x MERGE patches into one token
 MIN_TOKENS, MAX_TOKENS = 8, 4096  # llama.cpp rescales images outside these limits; no key of the file sets them

@@ -11,7 +11,9 @@ from llama_cpp import Llama
 
 
 def load(path, flash_attn, n_ctx=1024, **options):
-    return Llama(str(path), n_ctx=n_ctx, n_batch=512, n_ubatch=512, flash_attn=flash_attn, n_threads=2, n_threads_batch=2, verbose=False, **options)
+    return Llama(
+        str(path), n_ctx=n_ctx, n_batch=512, n_ubatch=512, flash_attn=flash_attn, n_threads=2, n_threads_batch=2, verbose=False, **options
+    )
 
 
 def logits(llama):

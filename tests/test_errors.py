@@ -126,7 +126,12 @@ def test_kv_types():
 
 def png(width, height):
     chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def jpeg():
@@ -317,10 +322,30 @@ def test_import_beside_another_version():
 
 
 def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
-    monkeypatch.setattr(vlm.decoder, "has_token_cache", False)
+    monkeypatch.setattr(vlm.decoder, "stage_problem", "a recurrent or hybrid decoder has no cache of single tokens")
     answer = ask(vlm)
     assert answer.report.decoder_layer is None and "no decoder stage" in answer.report.notes[0]
     assert answer.report.n_decoder_kept == answer.report.n_vision_kept == 72
+
+
+def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch):
+    """A window that the graph does not allow is found while running; the answer comes without a decoder stage, and says so."""
+    monkeypatch.setattr(vlm.decoder, "n_layers", 9)  # the graph has 6: layer 7 never comes
+    monkeypatch.setattr(vlm.decoder, "stage_problem", None)
+    answer = ask(vlm, prune=PruneConfig(0.5, 0.25, 7))
+    assert answer.report.decoder_layer is None and answer.report.n_decoder_kept == 72
+    assert "no decoder stage: probe" in answer.report.notes[0]
+    expected = ask(vlm, prune=PruneConfig(0.5))
+    assert answer.text == expected.text
+    assert "no decoder stage" in ask(vlm, prune=PruneConfig(0.5, 0.25, 2)).report.notes[0]  # it is remembered
+
+
+def test_prompts_past_the_sliding_window(vlm, monkeypatch):
+    monkeypatch.setattr(vlm.decoder, "n_swa", 70)
+    answer = ask(vlm)
+    assert answer.report.decoder_layer is None and "sliding window of 70" in answer.report.notes[0]
+    monkeypatch.setattr(vlm.decoder, "n_swa", 100)
+    assert ask(vlm).report.decoder_layer == 2
 
 
 def test_shapes_of_random_models_are_checked(tmp_path):

@@ -162,7 +162,14 @@ def test_a_thousand_mixed_requests_leave_no_drift(families):
     models = families["llama"]
     rng = np.random.default_rng(0)
     images = [random_image(i) for i in range(3)]
-    configs = [None, PruneConfig(0.5, 0.25, 2), PruneConfig(decoder_layer=5), PruneConfig(0.25, 1.0), PruneConfig(1.0, 3, 1), PruneConfig(7, 2, 7, text_rows="last")]
+    configs = [
+        None,
+        PruneConfig(0.5, 0.25, 2),
+        PruneConfig(decoder_layer=5),
+        PruneConfig(0.25, 1.0),
+        PruneConfig(1.0, 3, 1),
+        PruneConfig(7, 2, 7, text_rows="last"),
+    ]
     seen = {}
     with StarVLM(models.text, models.mmproj, n_ctx=256, n_threads=2) as vlm:
         for _ in range(1000):

@@ -51,12 +51,16 @@ def decoders(families):
 
 
 def expected(reference, prompt, n_keep, layer, **options):
-    return reference.prune(prompt.embed(reference), options.pop("positions", prompt.positions), prompt.image_of_row, n_keep=n_keep, K=layer, **options)
+    return reference.prune(
+        prompt.embed(reference), options.pop("positions", prompt.positions), prompt.image_of_row, n_keep=n_keep, K=layer, **options
+    )
 
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
-@pytest.mark.parametrize(("parts", "n_keep", "layer"), [([12, (10, 20), 9], [20], 2), ([12, (10, 20), 9], [1], 7), ([5, (6, 7), 4, (9, 5), 13], [9, 17], 4)])
+@pytest.mark.parametrize(
+    ("parts", "n_keep", "layer"), [([12, (10, 20), 9], [20], 2), ([12, (10, 20), 9], [1], 7), ([5, (6, 7), 4, (9, 5), 13], [9, 17], 4)]
+)
 def test_pruned_logits_and_continuation(families, decoders, family, mode, parts, n_keep, layer):
     context, reference = decoders(family, mode)
     prompt = random_prompt(families[family], parts)
@@ -134,7 +138,15 @@ def test_both_stages_end_to_end(families, flash_attn):
     encoder, decoder = ClipEncoder(str(models.mmproj)), Decoder(str(models.text))
     embeddings, attention = encoder.encode(image)
     received = encoder.received(attention)
-    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=flash_attn, type_k="f16" if flash_attn else "f32", type_v="f16" if flash_attn else "f32", n_threads=2) as vlm:
+    with StarVLM(
+        models.text,
+        models.mmproj,
+        n_ctx=512,
+        flash_attn=flash_attn,
+        type_k="f16" if flash_attn else "f32",
+        type_v="f16" if flash_attn else "f32",
+        n_threads=2,
+    ) as vlm:
         state, report = vlm.read_prompt("see <__media__> what is it?", image, PruneConfig(20, 7, 3), chat=False)
         before = vlm.llama.tokenize(b"see ", add_bos=True, special=True)
         after = vlm.llama.tokenize(b" what is it?", add_bos=False, special=True)

@@ -16,7 +16,9 @@ from .options import make_config, print_json, prune_options, save_overlay
 
 @click.command()
 @prune_options
-@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each question, stock and pruned in turn.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each question, stock and pruned in turn."
+)
 @click.option("--overlay", type=click.Path(dir_okay=False), default="star-edge-demo.png", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def demo(preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, repeats: int, overlay: str, as_json: bool) -> None:
@@ -71,7 +73,13 @@ def _print(result: dict[str, Any]) -> None:
         wrong = row["pruned"]["answer"] != row["truth"]
         answers = pair(row, "answer") + (" (wrong)" if wrong else "")
         table.add_row(
-            row["question"], row["truth"], answers, pair(row, "first_token_ms", "{:.1f}"), pair(row, "average_tokens", "{:.0f}"), pair(row, "kv_cells"), style="yellow" if wrong else None
+            row["question"],
+            row["truth"],
+            answers,
+            pair(row, "first_token_ms", "{:.1f}"),
+            pair(row, "average_tokens", "{:.0f}"),
+            pair(row, "kv_cells"),
+            style="yellow" if wrong else None,
         )
     console = Console()
     console.print(table)
@@ -81,6 +89,8 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['first_token_ms']['stock']:.1f} ms stock, {result['first_token_ms']['pruned']:.1f} ms pruned, {result['speed_up']:.2f}x; "
         f"the decoder alone computes {result['token_layer_ratio']:.1f}x fewer token-layers."
     )
-    console.print("This model is tiny, so encoding the image and fixed costs weigh more than in a real one: `make bench` measures a 1.1B decoder.")
+    console.print(
+        "This model is tiny, so encoding the image and fixed costs weigh more than in a real one: `make bench` measures a 1.1B decoder."
+    )
     for path in result["overlay"]:
         console.print(f"Kept tokens for the last question: {path}")

@@ -23,7 +23,9 @@ from .options import load_engine, model_options, print_json
 @click.command()
 @model_options
 @click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for.")
-@click.option("--check/--no-check", default=True, show_default=True, help="Run a short prompt with and without the layer window, and compare.")
+@click.option(
+    "--check/--no-check", default=True, show_default=True, help="Run a short prompt with and without the layer window, and compare."
+)
 @click.option("--json", "as_json", is_flag=True)
 def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
     """Show versions, devices, what the model supports, and what each preset would keep."""
@@ -74,7 +76,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "projector": encoder.projector if encoder else None,
         "chat_template": vlm.has_chat_template,
         "vision_stage": vision,
-        "decoder_stage": "yes" if decoder.has_token_cache else "no: a recurrent or hybrid decoder has no cache of single tokens",
+        "decoder_stage": f"no: {decoder.stage_problem}" if decoder.stage_problem else "yes",
     }
 
 
@@ -92,7 +94,7 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
         if config is not None:
             if vlm.encoder.profile is not None:
                 n1 = n2 = keep_count("vision_keep", config.vision_keep, n)
-            if vlm.decoder.has_token_cache and config.prunes_in_decoder:
+            if not vlm.decoder.stage_problem and config.prunes_in_decoder:
                 layer = choose_layer(config.decoder_layer, vlm.decoder.n_layers)
                 n2 = min(n1, keep_count("decoder_keep", config.decoder_keep, n))
         average = average_tokens(layer or 0, vlm.decoder.n_layers, n1, n2)
@@ -102,14 +104,19 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
 
 def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     """Keep-all through the layer window against an ordinary decode: the exactness contract, on this model and machine."""
-    if vlm.encoder is None or not vlm.decoder.has_token_cache:
-        return {"done": False, "reason": "needs a vision encoder and a decoder with a token cache"}
+    if vlm.encoder is None or vlm.decoder.stage_problem:
+        return {"done": False, "reason": "needs a vision encoder and a decoder stage"}
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     ask = lambda prune: vlm.read_prompt("<__media__>What is this?", [picture], prune, chat=False)
     plain, _ = ask(None)
     windowed, report = ask(PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers)))
     difference = float(np.abs(plain.logits - windowed.logits).max())
-    return {"done": True, "layer": report.decoder_layer, "max_logit_difference": difference, "same_token": bool(plain.logits.argmax() == windowed.logits.argmax())}
+    return {
+        "done": True,
+        "layer": report.decoder_layer,
+        "max_logit_difference": difference,
+        "same_token": bool(plain.logits.argmax() == windowed.logits.argmax()),
+    }
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -123,15 +130,27 @@ def _print(result: dict[str, Any]) -> None:
     for d in result["devices"]:
         table.add_row(d["name"], d["description"], f"{d['free_bytes'] / 2**30:.1f}", f"{d['total_bytes'] / 2**30:.1f}")
     console.print(table)
-    console.print(f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; {result['cpu_features']}", highlight=False)
+    console.print(
+        f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; {result['cpu_features']}",
+        highlight=False,
+    )
     if "plan" in result:
         plan = result["plan"]
-        table = Table("preset", "after the encoder", "layer K", "from layer K on", "average per layer", title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens")
+        table = Table(
+            "preset",
+            "after the encoder",
+            "layer K",
+            "from layer K on",
+            "average per layer",
+            title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens",
+        )
         for name, p in plan["presets"].items():
             table.add_row(name, str(p["vision_kept"]), str(p["decoder_layer"] or "-"), str(p["decoder_kept"]), f"{p['average_tokens']:.1f}")
         console.print(table)
     check = result.get("check", {})
     if check.get("done"):
-        console.print(f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference {check['max_logit_difference']:.2g}, same token: {check['same_token']}")
+        console.print(
+            f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference {check['max_logit_difference']:.2g}, same token: {check['same_token']}"
+        )
     elif check:
         console.print(f"check: not done, {check['reason']}")

@@ -18,12 +18,18 @@ from .options import load_engine, make_config, model_options, print_json, prune_
 @click.option("--image", "images", multiple=True, help="Image file or URL; repeat for several. Without one: a plain text model.")
 @model_options
 @prune_options
-@click.option("-L", "--layer", "decoder_layers", type=int, multiple=True, help="Decoder layer, from 0; repeat for several. Default: layer K.")
+@click.option(
+    "-L", "--layer", "decoder_layers", type=int, multiple=True, help="Decoder layer, from 0; repeat for several. Default: layer K."
+)
 @click.option("-E", "--encoder-layer", "encoder_layers", type=int, multiple=True, help="Encoder layer, from 0; repeat for several.")
 @click.option("--mean-heads", is_flag=True, help="Average over heads.")
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False), default="attention.npz", show_default=True)
-@click.option("--picture", type=click.Path(dir_okay=False), help="Draw the attention of the first decoder layer asked for: to the image, or token by token.")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False),
+    help="Draw the attention of the first decoder layer asked for: to the image, or token by token.",
+)
 @click.option("--overlay", type=click.Path(dir_okay=False), help="Draw the tokens that the prune options would keep.")
 @click.option("--json", "as_json", is_flag=True)
 def inspect(
@@ -48,8 +54,12 @@ def inspect(
                 for name, scores in ((f"scores_vision_{i}", image.vision_scores), (f"scores_decoder_{i}", image.decoder_scores)):
                     if scores is not None:
                         more[name] = scores
-        layers = list(decoder_layers) or ([report.decoder_layer] if report and report.decoder_layer is not None else [vlm.decoder.n_layers // 2])
-        result = vlm.inspect(prompt, list(images), decoder_layers=layers, encoder_layers=encoder_layers, mean_heads=mean_heads, chat=not raw)
+        layers = list(decoder_layers) or (
+            [report.decoder_layer] if report and report.decoder_layer is not None else [vlm.decoder.n_layers // 2]
+        )
+        result = vlm.inspect(
+            prompt, list(images), decoder_layers=layers, encoder_layers=encoder_layers, mean_heads=mean_heads, chat=not raw
+        )
         try:
             result.save(out, **more)
         except OSError as error:

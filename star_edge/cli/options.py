@@ -39,7 +39,9 @@ def model_options(command: Callable) -> Callable:
     options = [
         click.option("-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."),
         click.option("--mmproj", type=str, help="Vision projector of that model, GGUF."),
-        click.option("-c", "--ctx-size", "n_ctx", type=int, default=4096, show_default=True, help="Context in tokens, 0 for the model's own."),
+        click.option(
+            "-c", "--ctx-size", "n_ctx", type=int, default=4096, show_default=True, help="Context in tokens, 0 for the model's own."
+        ),
         click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=512, show_default=True, help="Rows of one compute batch."),
         click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=0, show_default=True, help="Layers on the GPU, -1 for all."),
         click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),

@@ -41,13 +41,15 @@ def run(
     if not prompt:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
     with load_engine(**model) as vlm:
-        answer = vlm.generate(prompt, list(images), config, max_tokens, stream=not as_json, chat=not raw, temperature=temperature, seed=seed)
+        answer = vlm.generate(
+            prompt, list(images), config, max_tokens, stream=not as_json, chat=not raw, temperature=temperature, seed=seed
+        )
+        written = save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else []
         if not as_json:
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()
             click.echo(summary(answer.report), err=True)
-        written = save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else []
         if as_json:
             print_json({"text": answer.text, "finish_reason": answer.finish_reason, "overlay": written, "report": answer.report.to_dict()})
         for path in written:

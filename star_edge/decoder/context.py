@@ -28,6 +28,7 @@ class TappedContext(_internals.LlamaContext):
     def decode(self, batch: _internals.LlamaBatch) -> None:
         self.tap.begin()
         super().decode(batch)
+        self.tap.check()
 
 
 def attach_tap(llama: Llama, tap: Tap) -> None:
@@ -98,7 +99,8 @@ class DecoderContext:
         self.n_ctx = llama.n_ctx()
         self.n_ubatch = min(llama_cpp.llama_n_ubatch(llama.ctx), llama_cpp.llama_n_batch(llama.ctx))
         self.mrope = llama_cpp.llama_model_rope_type(model) in (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
-        self.has_token_cache = not (llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model))
+        self.n_swa = llama_cpp.llama_model_n_swa(model)
+        self.stage_problem = self._find_stage_problem()
         self.n_threads = llama.n_threads_batch
 
         n = self.n_ubatch
@@ -106,6 +108,18 @@ class DecoderContext:
         self._seq_ids = (ctypes.POINTER(ctypes.c_int32) * n)(*[self._seq_id] * n)
         self._n_seq_id = np.ones(n, np.int32)
         self._no_input = np.zeros((n, self.n_embd_inp), np.float32)
+
+    def _find_stage_problem(self) -> str | None:
+        """Why this model cannot have a decoder stage, or None."""
+        model = self.llama._model.model
+        if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
+            return "a recurrent or hybrid decoder has no cache of single tokens"
+        metadata = self.llama.metadata
+        n_experts = int(metadata.get(f"{metadata.get('general.architecture')}.expert_count", 0))
+        if n_experts and 0 < self.llama.model_params.n_gpu_layers <= self.n_layers:
+            # Before a split runs, ggml_backend_sched_compute_splits reads the expert ids that a skipped router never made.
+            return "a mixture of experts that is partly on the GPU: put all layers there (n_gpu_layers=-1), or none"
+        return None
 
     @property
     def memory(self) -> object:
@@ -146,7 +160,7 @@ class DecoderContext:
         batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
         plan.n_rows = n
-        if rows.positions.ndim > 1 or rows.positions[0] != first_position or rows.positions[-1] != first_position + n - 1:
+        if not np.array_equal(rows.positions, dense):
             plan.positions = np.ascontiguousarray(rows.positions, np.int32)
         with self.tap.armed(plan, what) as outcome:
             status = llama_cpp.llama_decode(self.llama.ctx, batch)

@@ -175,7 +175,9 @@ class _Run:
                 at += n
         return hidden, cells, columns
 
-    def choose(self, segments: Sequence[Segment], cells: np.ndarray, columns: np.ndarray, stage: DecoderStage) -> tuple[list, list, np.ndarray]:
+    def choose(
+        self, segments: Sequence[Segment], cells: np.ndarray, columns: np.ndarray, stage: DecoderStage
+    ) -> tuple[list, list, np.ndarray]:
         """Scores and kept indices of each image, and (n,) bool of the rows that go on."""
         keep_row = np.ones(len(cells), bool)
         scores, kept = [], []

@@ -103,10 +103,15 @@ class VisionEncoder:
         UnsupportedModelError: without a vision encoder.
     """
 
-    def __init__(self, path: str | PathLike, llama: Llama, *, flash_attn: bool, use_gpu: bool, image_min_tokens: int = -1, image_max_tokens: int = -1) -> None:
+    def __init__(
+        self, path: str | PathLike, llama: Llama, *, flash_attn: bool, use_gpu: bool, image_min_tokens: int = -1, image_max_tokens: int = -1
+    ) -> None:
         info = read_gguf_info(path, METADATA_KEYS)
         if info.architecture != "clip":
-            raise ModelFileError(f"{info.path} is a text model ({info.architecture}), not an mmproj file", "give the projector that belongs to the text model")
+            raise ModelFileError(
+                f"{info.path} is a text model ({info.architecture}), not an mmproj file",
+                "give the projector that belongs to the text model",
+            )
         self.path, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
         self._layer = self.profile.n_layers_run(info.values) - 1 if self.profile else None
@@ -138,8 +143,13 @@ class VisionEncoder:
         lines = " ".join(_log)
         if "mismatch" in lines or "n_embd" in lines:
             detail = next((line for line in _log if "n_embd" in line or "mismatch" in line), lines)
-            return ModelMismatchError(f"{self.path} does not belong to this text model ({_one_line(detail)})", "use the mmproj file that was made for it")
-        return ModelFileError(f"{self.path} cannot be loaded ({_one_line(lines) or 'no reason given'})", "check that this llama.cpp supports the model, or download it again")
+            return ModelMismatchError(
+                f"{self.path} does not belong to this text model ({_one_line(detail)})", "use the mmproj file that was made for it"
+            )
+        return ModelFileError(
+            f"{self.path} cannot be loaded ({_one_line(lines) or 'no reason given'})",
+            "check that this llama.cpp supports the model, or download it again",
+        )
 
     def close(self) -> None:
         if self.context is not None:
@@ -158,7 +168,10 @@ class VisionEncoder:
         """
         n_markers = text.count(MEDIA_MARKER)
         if n_markers != len(images):
-            raise PromptError(f"the prompt has {n_markers} image markers for {len(images)} images", f"write {MEDIA_MARKER} once for each image, or none at all")
+            raise PromptError(
+                f"the prompt has {n_markers} image markers for {len(images)} images",
+                f"write {MEDIA_MARKER} once for each image, or none at all",
+            )
         start = time.perf_counter()
         data = text.encode()
         inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=add_special, parse_special=True)
@@ -170,7 +183,10 @@ class VisionEncoder:
             _log.clear()
             status = mtmd.mtmd_tokenize(self.context, handle, ctypes.byref(inner), array, len(bitmaps))
             if status:
-                raise EngineError(f"an image could not be prepared ({_one_line(' '.join(_log)) or f'code {status}'})", "try another size or format of the image")
+                raise EngineError(
+                    f"an image could not be prepared ({_one_line(' '.join(_log)) or f'code {status}'})",
+                    "try another size or format of the image",
+                )
             for i in range(mtmd.mtmd_input_chunks_size(handle)):
                 prompt.chunks.append(self._chunk(mtmd.mtmd_input_chunks_get(handle, i)))
         except BaseException:

@@ -41,7 +41,9 @@ class PromptPlan:
         return self.n_text + sum(self.n_vision)
 
 
-def plan_prompt(chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, can_score: bool, can_prune_decoder: bool) -> PromptPlan:
+def plan_prompt(
+    chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, can_score: bool, can_prune_decoder: bool
+) -> PromptPlan:
     """Counts tokens. can_score: the encoder has scores; can_prune_decoder: the decoder stage is possible.
 
     Raises:

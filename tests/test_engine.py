@@ -1,0 +1,280 @@
+"""StarVLM as a user sees it: sources of images, budgets, streaming, llama_cpp's own sampling options, and the report."""
+
+import base64
+import io
+import json
+
+import llama_cpp
+import numpy as np
+import pytest
+import stock
+from conftest import random_image, random_prompt
+from llama_cpp import LlamaGrammar
+from PIL import Image
+
+from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
+from star_edge.config import choose_layer, keep_count, override
+from star_edge.decoder import prefill as prefill_module
+from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
+from star_edge.decoder.prefill import DecoderStage, prefill
+from star_edge.images import load_image
+from star_edge.selection import average_tokens, top_k
+from star_edge.tap import Tap
+
+COLOR = "what color is the triangle?"
+PLATE = "what number is shown?"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=1024) as engine:
+        yield engine
+
+
+def test_answers_of_the_reference_model(vlm):
+    for question in refvlm.demo_questions():
+        assert vlm.generate(question["question"], refvlm.DEMO_IMAGE, None, 8).text.strip() == question["answer"]
+
+
+def test_every_kind_of_image_source(vlm):
+    data = refvlm.DEMO_IMAGE.read_bytes()
+    picture = Image.open(io.BytesIO(data))
+    sources = [
+        refvlm.DEMO_IMAGE,
+        str(refvlm.DEMO_IMAGE),
+        data,
+        picture,
+        np.asarray(picture.convert("RGB")),
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+    ]
+    expected, _ = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE)
+    for source in sources:
+        for images in (source, [source], (source,)):
+            state, _ = vlm.read_prompt(COLOR, images)
+            assert np.array_equal(state.logits, expected.logits)
+
+
+@pytest.mark.parametrize(("keep", "n"), [(1.0, 144), (1, 1), (144, 144), (0.5, 72), (1e-9, 1), (0.121, 17), (0.122, 18), (7, 7)])
+def test_fractions_and_counts(vlm, keep, n):
+    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(vision_keep=keep))
+    assert (report.n_vision_kept, report.n_decoder_kept, report.decoder_layer) == (n, n, None)
+    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(decoder_keep=keep, decoder_layer=3))
+    assert (report.n_vision_kept, report.n_decoder_kept, report.decoder_layer) == (144, n, 3)
+
+
+def test_halves_round_up_and_counts_are_checked():
+    assert [keep_count("k", 0.5, n) for n in (1, 3, 5, 144)] == [1, 2, 3, 72]
+    assert keep_count("k", 3, 3) == 3
+
+
+def test_default_layer():
+    assert [choose_layer(None, n) for n in (2, 3, 6, 22, 28, 32, 80)] == [1, 1, 2, 7, 9, 11, 27]
+    assert choose_layer(5, 6) == 5
+
+
+def test_presets_and_overrides():
+    assert PRESETS["off"] is None
+    assert override(None) is None
+    assert override(None, vision_keep=0.5) == PruneConfig(vision_keep=0.5)
+    assert override(PRESETS["balanced"], decoder_layer=3) == PruneConfig(0.5, 0.125, 3)
+
+
+def test_top_k_is_stable():
+    assert top_k(np.array([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [1, 3]
+    assert top_k(np.array([2.0, 2.0, 2.0, 2.0]), 2).tolist() == [0, 1]
+    with pytest.raises(ValueError):
+        top_k(np.ones(3), 4)
+
+
+def test_off_is_none(vlm):
+    a, _ = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, "off")
+    b, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, None)
+    assert np.array_equal(a.logits, b.logits)
+    assert report.config is None and report.average_tokens == 144
+
+
+def test_report(vlm):
+    answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2), 8)
+    report = answer.report
+    image = report.images[0]
+    assert (report.n_image_tokens, report.n_vision_kept, report.n_decoder_kept) == (144, 72, 18)
+    assert report.average_tokens == pytest.approx((2 * 72 + 4 * 18) / 6) == average_tokens(2, 6, 72, 18)
+    assert report.token_layer_ratio == pytest.approx(6 * (report.n_text_tokens + 144) / (6 * report.n_text_tokens + 2 * 72 + 4 * 18))
+    assert report.n_kv_cells == report.n_text_tokens + 18
+    assert set(image.decoder_kept) <= set(image.vision_kept) and (np.diff(image.decoder_kept) > 0).all()
+    assert np.array_equal(image.vision_kept, top_k(image.vision_scores, 72))
+    assert np.array_equal(image.decoder_kept, image.vision_kept[top_k(image.decoder_scores, 18)])
+    assert image.kept_on_grid(image.decoder_kept).sum() in (17, 18)  # the token of CLS has no place
+    ms = report.milliseconds
+    assert {
+        "preprocess",
+        "encode",
+        "vision_stage",
+        "prefix",
+        "probe",
+        "decoder_scores",
+        "decoder_stage",
+        "resume",
+        "first_token",
+        "generate",
+    } <= set(ms)
+    assert ms["first_token"] >= ms["encode"] + ms["probe"] + ms["resume"]
+    assert report.n_generated == 3  # two digits and the end
+    loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert loaded["images"][0]["decoder_kept"] == image.decoder_kept.tolist() and loaded["average_tokens"] == 36
+
+
+def test_cells_of_dropped_tokens_are_free(vlm):
+    vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+    memory = vlm.decoder.memory
+    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == 9 + 18
+    assert llama_cpp.llama_memory_seq_pos_max(memory, PARKED) == -1
+
+
+def test_several_images_keep_a_share_each(vlm):
+    other = random_image(3, 200, 120)
+    state, report = vlm.read_prompt(
+        "left <__media__> middle <__media__> right", [refvlm.DEMO_IMAGE, other], PruneConfig(0.5, 10, 2), chat=False
+    )
+    assert [len(i.vision_kept) for i in report.images] == [72, 72]
+    assert [len(i.decoder_kept) for i in report.images] == [10, 10]
+    assert state.in_place and report.n_text_tokens + 20 == report.n_kv_cells
+
+
+def test_markers_in_the_prompt_are_kept_in_place(families):
+    models = families["llama"]
+    with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
+        front = vlm._format("what?", 1)
+        inside = vlm._format("before <__media__> after", 1)
+        assert front == "USER:<__media__>what? ASSISTANT:"
+        assert inside == "USER:before <__media__> after ASSISTANT:"
+        # a prompt that holds the marker as text, without images
+        assert vlm._format("plain", 0) == "USER: plain ASSISTANT:"
+
+
+def test_stream_equals_answer(vlm):
+    answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=8)
+    stream = vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=8, stream=True)
+    assert stream.report.n_vision_kept == 72 and stream.text == ""
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == stream.text == answer.text
+    assert stream.finish_reason == answer.finish_reason == "stop"
+    assert vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=1).finish_reason == "length"
+
+
+def test_sampling_is_llama_cpps(vlm):
+    grammar = LlamaGrammar.from_string('root ::= " green" | " blue"', verbose=False)
+    assert vlm.generate(COLOR, refvlm.DEMO_IMAGE, max_tokens=4, grammar=grammar).text in (" green", " blue")
+    stopped = vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=8, stop=[" 7"])
+    assert stopped.text == " 0" and stopped.finish_reason == "stop"
+    hot = [
+        vlm.generate(COLOR, refvlm.DEMO_IMAGE, max_tokens=8, temperature=20.0, top_k=0, top_p=1.0, min_p=0.0, seed=s).text
+        for s in (1, 1, 2, 3)
+    ]
+    assert hot[0] == hot[1] and len(set(hot)) > 1
+    red = vlm.llama.tokenize(b" red", add_bos=False)[-1]
+    assert vlm.generate(COLOR, refvlm.DEMO_IMAGE, max_tokens=1, logit_bias={red: -100.0}).text != " red"
+
+
+def test_answer_goes_on_at_the_true_positions(vlm):
+    """The same tokens, sampled by llama_cpp and decoded by hand at the positions that follow the unpruned prompt."""
+    config = PruneConfig(0.5, 0.125, 2)
+    answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, config, 8)
+    state, report = vlm.read_prompt(PLATE, refvlm.DEMO_IMAGE, config)
+    assert state.next_position == report.n_text_tokens + 144
+    vlm._tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
+    out, tokens = state.logits, []
+    for i in range(answer.report.n_generated - 1):
+        tokens.append(int(out.argmax()))
+        vlm._tap.begin()
+        out = stock.decode(vlm.llama, tokens=tokens[-1:], positions=[state.n_cells + i])
+    assert vlm.llama.detokenize(tokens).decode() == answer.text
+
+
+def test_cells_that_do_not_come_back_are_noticed(families, monkeypatch):
+    """When kept rows land in other cells, the kept rows are decoded again from the start, and the result says so."""
+    models = families["llama"]
+    prompt = random_prompt(models, [12, (10, 20), 9])
+    tap = Tap()
+    llama = stock.load(models.text, True)
+    attach_tap(llama, tap)
+    context = DecoderContext(llama, tap)
+
+    def frees_everything(self, start, keep_row):
+        self.context.park(start)
+        self.context.remove(PARKED, 0)
+        self.n_cells = start
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefill_module._Run, "free_kept", frees_everything)
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [20], top_k))
+    assert not state.in_place and state.n_cells == 41
+    # what is left is an ordinary prompt of the kept rows at their own positions
+    context.clear()
+    kept = state.kept[0]
+    image = prompt.segments[1].rows
+    prompt.segments[1].rows = type(image)(image.positions[kept], embeddings=image.embeddings[kept])
+    expected = prefill(context, prompt.segments, prompt.next_position, None)
+    assert np.array_equal(state.logits, expected.logits)
+    llama.close()
+    tap.close()
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+def test_non_causal_images(families, flash_attn):
+    """Image rows that attend to each other both ways: keep-all equals stock with causal attention switched off for them."""
+    models = families["llama"]
+    prompt = random_prompt(models, [6, (5, 8), 3, (4, 4), 7])
+    for segment in prompt.segments:
+        segment.causal = segment.image is None
+    plain = stock.load(models.text, flash_attn)
+    for segment in prompt.segments:
+        llama_cpp.llama_set_causal_attn(plain.ctx, segment.causal)
+        expected = stock.decode(plain, segment.rows.tokens, segment.rows.embeddings, segment.rows.positions)
+    tap = Tap()
+    llama = stock.load(models.text, flash_attn)
+    attach_tap(llama, tap)
+    context = DecoderContext(llama, tap)
+    for layer in (1, 4, 7):
+        context.clear()
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0, 0], lambda s, n: np.arange(len(s))))
+        assert state.in_place and np.array_equal(state.logits, expected)
+    plain.close()
+    llama.close()
+    tap.close()
+
+
+def test_text_model_without_images(families):
+    llama = stock.load(families["llama"].text, True)
+    tokens = llama.tokenize(b"USER: hello ASSISTANT:", add_bos=True, special=True)
+    expected = stock.decode(llama, tokens=tokens, positions=np.arange(len(tokens)))
+    llama.close()
+    with StarVLM(families["llama"].text, n_ctx=256, n_threads=2) as vlm:
+        state, report = vlm.read_prompt("hello", prune="balanced")
+    assert np.array_equal(state.logits, expected)
+    assert report.decoder_layer is None and report.notes == [] and report.average_tokens == 0
+
+
+def test_inspection_of_a_text_model(families):
+    from reference import Decoder
+
+    with StarVLM(families["llama"].text, n_ctx=256, n_threads=2) as vlm:
+        seen = vlm.inspect("abc def", decoder_layers=[0, 3, 7], chat=False)
+        mean = vlm.inspect("abc def", decoder_layers=[3], chat=False, mean_heads=True)
+        tokens = vlm.llama.tokenize(b"abc def", add_bos=True, special=True)
+    reference = Decoder(str(families["llama"].text))
+    assert len(seen.tokens) == len(tokens)
+    for layer, attention in seen.decoder.items():
+        expected = reference.attention(reference.embed(tokens), np.arange(len(tokens)), layer)
+        assert attention.shape == (8, len(tokens), len(tokens))
+        assert np.abs(attention - expected).max() < 2e-3
+    assert np.allclose(mean.decoder[3], seen.decoder[3].mean(axis=0), atol=1e-6)
+
+
+def test_inspection_agrees_with_the_decoder_stage(vlm):
+    seen = vlm.inspect(COLOR, refvlm.DEMO_IMAGE, decoder_layers=[2], encoder_layers=[3])
+    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(1.0, 0.5, 2))
+    assert np.allclose(seen.to_image(2), report.images[0].decoder_scores, atol=1e-6)
+    assert np.allclose(seen.encoder[0][3].mean(axis=(0, 1))[1:], report.images[0].vision_scores, atol=1e-6)
+    assert load_image(refvlm.DEMO_IMAGE).shape == (168, 168, 3)

@@ -1,0 +1,335 @@
+"""What the tap writes into a running graph and reads out of it: positions, cell bias, encoder inputs, attention."""
+
+import llama_cpp
+import numpy as np
+import pytest
+from reference import Decoder
+from tap_helpers import *  # noqa: F403 - fixtures and helpers
+
+from star_edge.decoder.context import DecoderContext, Rows, attach_tap
+from star_edge.errors import EngineError
+from star_edge.synthetic import EncoderShape, write_encoder
+from star_edge.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
+from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
+
+# ---- positions ----
+
+
+@kinds
+def test_positions_given_are_positions_of_a_stock_decode(arch, flash, tapped, fresh):
+    """The cache counts from 0 and RoPE sees the positions of the plan; llama.cpp takes them as they are from a fresh sequence."""
+    context = tapped(arch, flash)
+    rows = rows_of(arch, 24, start=70)
+    _, got = decode(context, rows)
+    assert np.array_equal(got, stock_decode(fresh(arch, flash), rows))
+    at_zero = Rows(text_positions(arch, 0, 24), embeddings=rows.embeddings)
+    context.clear()
+    assert np.abs(decode(context, at_zero)[1] - got).max() < LOGITS[flash]  # RoPE is relative ...
+    apart = Rows(text_positions(arch, 0, 24) * 3, embeddings=rows.embeddings)
+    context.clear()
+    assert np.abs(decode(context, apart)[1] - got).max() > CHANGED  # ... but not blind
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_image_positions_with_sections(flash, tapped, fresh, models):
+    """(t, y, x) of a 4 x 6 image, which llama.cpp takes from an embedding batch by itself."""
+    i = np.arange(24)
+    positions = np.stack([0 * i + 3, 3 + i // 6, 3 + i % 6, 0 * i]).astype(np.int32)
+    rows = Rows(positions, embeddings=embeddings(24))
+    _, got = decode(tapped("qwen2vl", flash), rows)
+    assert np.array_equal(got, stock_decode(fresh("qwen2vl", flash), rows))
+    np.testing.assert_allclose(got, Decoder(models["qwen2vl"], np.float16).forward(rows.embeddings, positions)[-1], atol=LOGITS[flash])
+
+
+@kinds
+def test_position_shift_equals_true_positions(arch, flash, tapped, fresh):
+    """Generation at dense position n with shift 70 is generation at 70 + n."""
+    context, llama = tapped(arch, flash), fresh(arch, flash)
+    rows = rows_of(arch, 24, start=70)
+    decode(context, rows)
+    stock_decode(llama, rows)
+    context.tap.set_position_shift(24, 70)
+    for step, token in enumerate((7, 100, 33)):
+        context.llama.n_tokens = 24 + step
+        want = stock_decode(llama, Rows(np.array([94 + step], np.int32), tokens=np.array([token])))
+        assert np.array_equal(token_step(context.llama, token), want)
+    context.llama.n_tokens = 0
+
+
+@kinds
+def test_position_shift_over_a_gap(arch, flash, tapped, models):
+    """After rows at 0..9 and 40..49 the answer goes on at 50, and at another place without the shift."""
+    context, model = tapped(arch, flash), Decoder(models[arch], np.float16)
+    positions = np.concatenate([text_positions(arch, 0, 10), text_positions(arch, 40, 10)], axis=-1)
+    rows = Rows(positions, embeddings=embeddings(20))
+    decode(context, rows)
+    tokens = [7, 100]
+    inputs = np.concatenate([rows.embeddings, model.embed(tokens)])
+    want = model.forward(inputs, np.concatenate([positions, text_positions(arch, 50, 2)], axis=-1))[-2:]
+    wrong = model.forward(inputs, np.concatenate([positions, text_positions(arch, 20, 2)], axis=-1))[-2:]
+    context.tap.set_position_shift(20, 30)
+    for step, token in enumerate(tokens):
+        context.llama.n_tokens = 20 + step
+        np.testing.assert_allclose(token_step(context.llama, token), want[step], atol=LOGITS[flash])
+    context.tap.set_position_shift(20, 0)
+    context.remove(0, 20)
+    context.llama.n_tokens = 20
+    np.testing.assert_allclose(token_step(context.llama, tokens[0]), wrong[0], atol=LOGITS[flash])
+    assert np.abs(want[0] - wrong[0]).max() > CHANGED
+    context.llama.n_tokens = 0
+
+
+@pytest.mark.parametrize(("arch", "want"), [("llama", [29]), ("qwen2vl", [29, 29, 29, 0])])
+def test_position_shift_spares_the_fourth_section(arch, want, tapped):
+    """What RoPE reads for one token at 24 with shift 5: the fourth section of M-RoPE is no position."""
+    context = tapped(arch, True)
+    decode(context, rows_of(arch, 24))
+    context.tap.set_position_shift(0, 5)
+    context.llama.n_tokens = 24
+    seen = np.full(8, -1, np.int32)
+    with context.tap.watching("inp_pos", seen):
+        token_step(context.llama, 7)
+    context.llama.n_tokens = 0
+    assert context.tap.watched() == 4 * len(want)
+    assert seen[: len(want)].tolist() == want
+
+
+def test_shift_leaves_smaller_positions_alone(tapped, fresh):
+    """Only positions from `start` on are moved."""
+    context, llama = tapped("llama", False), fresh("llama", False)
+    rows = rows_of("llama", 24)
+    context.tap.set_position_shift(24, 500)
+    _, got = decode(context, rows)
+    assert np.array_equal(got, stock_decode(llama, rows))
+
+
+# ---- cell bias ----
+
+
+@kinds
+def test_cell_bias_makes_a_cell_count_three_times(arch, flash, tapped, models):
+    """log 3 on the cell of one row, at prefill and for a generated token; the column bias of the reference is the oracle."""
+    context, model = tapped(arch, flash), Decoder(models[arch], np.float16)
+    rows = rows_of(arch, 24, seed=4)
+    row, token = 5, 77
+    decode(context, rows_of(arch, 3, seed=9))
+    context.park(0)  # three cells of another sequence: row i is not in cell i
+    outcome, _ = decode(context, rows, want_cells=True)
+    assert outcome.cells[row] == row + 3
+    bias = np.zeros(row + 4, np.float32)  # shorter than the cache: the other cells have no bias
+    bias[outcome.cells[row]] = np.log(3)
+    context.llama.n_tokens = 24
+    base = token_step(context.llama, token)
+    context.remove(0, 0)
+    context.tap.set_cell_bias(bias)
+    _, prefill = decode(context, rows)
+    step = token_step(context.llama, token)
+    column = np.zeros(25)
+    column[row] = np.log(3)
+    inputs = np.concatenate([rows.embeddings, model.embed([token])])
+    want = model.forward(inputs, text_positions(arch, 0, 25), column)
+    np.testing.assert_allclose(prefill, want[23], atol=LOGITS[flash])
+    np.testing.assert_allclose(step, want[24], atol=LOGITS[flash])
+    assert np.abs(step - base).max() > CHANGED
+    context.tap.set_cell_bias(None)
+    context.remove(0, 0)
+    decode(context, rows)
+    assert np.array_equal(token_step(context.llama, token), base)
+    context.llama.n_tokens = 0
+
+
+@kinds
+def test_cell_bias_is_three_copies_of_a_row(arch, flash, tapped):
+    """Three equal cells at one position weigh as one with bias log 3: the copies are made by RoPE positions alone."""
+    context = tapped(arch, flash)
+    rows = embeddings(12, 8)
+    copies = [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    layer = 1  # only the first block: there, equal rows at equal positions have equal keys and values
+    tripled, single = np.empty((14, D), np.float32), np.empty((12, D), np.float32)
+    positions = text_positions(arch, 0, 12)
+    decode(context, Rows(np.ascontiguousarray(positions[..., copies]), embeddings=rows[copies]), window=(0, layer, L), hidden=tripled)
+    context.clear()
+    bias = np.zeros(12, np.float32)
+    bias[2] = np.log(3)
+    context.tap.set_cell_bias(bias)
+    decode(context, Rows(positions, embeddings=rows), window=(0, layer, L), hidden=single)
+    np.testing.assert_allclose(single[3:], tripled[5:], atol=5e-3)
+    context.tap.set_cell_bias(None)
+    context.clear()
+    plain = np.empty((12, D), np.float32)
+    decode(context, Rows(positions, embeddings=rows), window=(0, layer, L), hidden=plain)
+    assert np.abs(plain[3:] - tripled[5:]).max() > 0.02
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_cell_bias_never_opens_a_masked_cell(flash, tapped):
+    """Row 0 sees only itself, whatever the bias of later cells."""
+    context = tapped("llama", flash)
+    rows = rows_of("llama", 8)
+    read = lambda: AttentionRead([0], 512, (0, 1, 1), 0, max_rows=1, max_heads=HEADS)
+    context.tap.set_cell_bias(np.full(8, 9.0, np.float32))
+    outcome, _ = decode(context, rows, attention=read())
+    weights = outcome.attention[0][:, 0]
+    np.testing.assert_allclose(weights[:, 0], 1.0, atol=1e-6)
+    assert (weights[:, 1:] == 0).all()
+
+
+# ---- attention out of a running decode ----
+
+
+def all_heads(layers, n, **options):
+    return AttentionRead(layers, 512, max_rows=n, max_heads=HEADS, reduce=0, **options)
+
+
+@kinds
+@pytest.mark.parametrize(("cache", "tolerance"), [("f16", STATE), ("q8_0", LOOSE)])
+def test_attention_of_several_layers(arch, flash, cache, tolerance, tapped, models):
+    kind = getattr(llama_cpp, f"GGML_TYPE_{cache.upper()}")
+    context = tapped(arch, flash, type_k=kind, **({"type_v": kind} if flash else {}))
+    rows = rows_of(arch, 24)
+    outcome, _ = decode(context, rows, attention=all_heads([0, 2, L - 1], 24), want_cells=True)
+    assert len(outcome.attention) == 3 and outcome.score_seconds > 0
+    model = Decoder(models[arch], np.float16)
+    for layer, got in zip((0, 2, L - 1), outcome.attention):
+        want = model.attention(rows.embeddings, rows.positions, layer)
+        assert got.shape[:2] == want.shape[:2]
+        np.testing.assert_allclose(got[..., outcome.cells], want, atol=tolerance)
+        np.testing.assert_allclose(got.sum(-1), 1, atol=1e-4)
+        rest = np.ones(got.shape[-1], bool)
+        rest[outcome.cells] = False
+        assert (got[..., rest] == 0).all()
+
+
+@kinds
+def test_attention_rows_and_reductions(arch, flash, tapped):
+    context = tapped(arch, flash)
+    rows = rows_of(arch, 24)
+    outcome, _ = decode(context, rows, attention=all_heads([1, 3], 24))
+    full = [a.astype(np.float64) for a in outcome.attention]
+    for first, count, step in ((0, -1, 1), (3, -1, 4), (5, 2, 7), (23, 1, 1), (23, -1, 50)):
+        picked = np.arange(first, 24, step)[: None if count < 0 else count]
+        for reduce, axes in ((0, ()), (MEAN_HEADS, (0,)), (MEAN_ROWS, (1,)), (MEAN_ALL, (0, 1))):
+            context.clear()
+            read = AttentionRead([1, 3], 512, (first, count, step), reduce, max_rows=len(picked), max_heads=HEADS, n_threads=2)
+            got, _ = decode(context, rows, attention=read)
+            for a, b in zip(got.attention, full):
+                np.testing.assert_allclose(a, b[:, picked].mean(axis=axes) if axes else b[:, picked], atol=1e-6)
+
+
+@kinds
+def test_attention_where_the_graph_ends(arch, flash, tapped, models):
+    """The layer that a window stops at is read without being computed, in a second decode that sees the cells of the first."""
+    context, model = tapped(arch, flash), Decoder(models[arch], np.float16)
+    x = embeddings(30)
+    positions = text_positions(arch, 0, 30)
+    decode(context, Rows(np.ascontiguousarray(positions[..., :18]), embeddings=x[:18]), want_cells=True)
+    tail = Rows(np.ascontiguousarray(positions[..., 18:]), embeddings=x[18:])
+    outcome, _ = decode(context, tail, 18, window=(0, 2, L), attention=AttentionRead([2], 512, (4, -1, 1)))
+    want = model.attention(x, positions, 2)[:, 22:].mean(axis=(0, 1))
+    np.testing.assert_allclose(outcome.attention[0][:30], want, atol=STATE)
+
+
+def test_attention_with_cell_bias(tapped, models):
+    """The bias is in the scores, as it is in the softmax that the graph computes."""
+    rows = rows_of("llama", 24)
+    bias = np.linspace(0, 2, 24).astype(np.float32)
+    model = Decoder(models["llama"], np.float16)
+    for flash in (False, True):
+        context = tapped("llama", flash)
+        context.tap.set_cell_bias(bias)
+        outcome, _ = decode(context, rows, attention=all_heads([1], 24))
+        np.testing.assert_allclose(outcome.attention[0][..., :24], model.attention(rows.embeddings, rows.positions, 1, bias), atol=STATE)
+
+
+# ---- inputs of an encoder ----
+
+
+@pytest.fixture(scope="module")
+def encoders(models, tmp_path_factory):
+    """kind -> a VisionEncoder and one image's chunk."""
+    folder, made = tmp_path_factory.mktemp("encoders"), {}
+    opened = []
+
+    def get(kind):
+        if kind not in made:
+            path = folder / f"{kind}.gguf"
+            shape = EncoderShape(image_size=56, patch_size=14, n_layers=3, n_embd=64, n_heads=4, n_ff=96, kind=kind)
+            write_encoder(path, shape, projection_dim=D)
+            llama = load(models["llama" if kind == "clip" else "qwen2vl"], True)
+            encoder = VisionEncoder(path, llama, flash_attn=True, use_gpu=False)
+            pixels = np.random.default_rng(3).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+            prompt = encoder.tokenize(MEDIA_MARKER, [pixels])
+            opened.append((prompt, encoder, llama))
+            made[kind] = encoder, next(c for c in prompt.chunks if hasattr(c, "handle"))
+        return made[kind]
+
+    yield get
+    for prompt, encoder, llama in opened:
+        prompt.close()
+        encoder.close()
+        llama.close()
+
+
+@pytest.mark.parametrize("kind", ["clip", "qwen2vl"])
+def test_set_input_and_watch(kind, encoders):
+    encoder, chunk = encoders(kind)
+    encode = lambda: encoder.encode(chunk, want_scores=False).embeddings.copy()
+    seen = np.full(4096, -1, np.int32)
+    with encoder.tap.watching("positions", seen):
+        before = encode()
+    n = encoder.tap.watched() // 4
+    assert n >= chunk.n_tokens and (seen[n:] == -1).all() and (seen[:n] >= 0).all()
+    other = np.ascontiguousarray(seen[:n][::-1])
+    encoder.tap.set_input("positions", other)
+    again = np.full(4096, -1, np.int32)
+    try:
+        with encoder.tap.watching("positions", again):
+            changed = encode()
+        assert np.array_equal(again[:n], other)  # what is watched is what the graph gets
+        assert np.abs(changed - before).max() > 1e-2
+        assert np.array_equal(encode(), changed)
+        encoder.tap.set_input("positions", seen[:n])
+        assert np.array_equal(encode(), before)
+        encoder.tap.set_input("positions", seen[: n - 1])
+        with pytest.raises(EngineError, match="unexpected shape"):
+            encode()
+    finally:
+        encoder.tap.set_input("positions", None)
+    assert np.array_equal(encode(), before)
+    with encoder.tap.watching("positions", seen[: n - 1]), pytest.raises(EngineError, match="too small"):
+        encode()
+    with encoder.tap.watching("no such input", seen):
+        assert np.array_equal(encode(), before)
+    assert encoder.tap.watched() == 0
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shift_and_bias_in_every_ubatch(arch, flash, models, fresh):
+    """A plain decode of several ubatches: 24 tokens, 8 at a time, the graph reused."""
+    tap = Tap()
+    llama = load(models[arch], flash, n_ubatch=8)
+    attach_tap(llama, tap)
+    tokens = np.arange(40, 64).astype(np.int32)
+
+    def logits(positions):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), False)
+        tap.begin()
+        return stock_decode(llama, Rows(positions, tokens=tokens))
+
+    p = np.arange(24, dtype=np.int32)
+    plain = logits(p)
+    tap.set_position_shift(4, 60)
+    shifted = logits(p)
+    tap.set_position_shift(0, 0)
+    c = DecoderContext(llama, tap)
+    c.clear()
+    at = 0
+    true = np.where(p >= 4, p + 60, p).astype(np.int32)
+    for at in (0, 8, 16):
+        pos = true[at : at + 8] if arch == "llama" else np.stack([true[at : at + 8]] * 3 + [0 * true[at : at + 8]])
+        c.decode(Rows(np.ascontiguousarray(pos), tokens=tokens[at : at + 8]), at, Plan(), "x", logits=at == 16)
+    assert np.abs(shifted - plain).max() > 0.05
+    np.testing.assert_array_equal(shifted, c.logits())
+    llama.close()
+    tap.close()

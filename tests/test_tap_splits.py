@@ -1,0 +1,288 @@
+"""The tap over graphs that run in several splits, on several backends: tensors made by hand in libggml, driven as the scheduler does."""
+
+import cffi
+import gguf
+import numpy as np
+import pytest
+
+from star_edge.native import GGML, ffi, lib
+
+TENSOR = """
+typedef struct tensor {
+    int type; void * buffer; int64_t ne[4]; size_t nb[4]; int op; int32_t op_params[16]; int32_t flags;
+    struct tensor * src[10]; struct tensor * view_src; size_t view_offs; void * data; char name[64]; void * extra; char padding[8];
+} tensor;
+typedef struct { size_t mem_size; void * mem_buffer; bool no_alloc; } init_params;
+void * ggml_init(init_params);
+void ggml_free(void *);
+size_t ggml_tensor_overhead(void);
+tensor * ggml_new_tensor_2d(void *, int, int64_t, int64_t);
+tensor * ggml_set_name(tensor *, const char *);
+tensor * ggml_add(void *, tensor *, tensor *);
+tensor * ggml_rope(void *, tensor *, tensor *, int, int);
+tensor * ggml_soft_max_ext(void *, tensor *, tensor *, float, float);
+tensor * ggml_new_tensor_3d(void *, int, int64_t, int64_t, int64_t);
+tensor * ggml_new_tensor_1d(void *, int, int64_t);
+void * ggml_backend_cpu_buffer_type(void);
+void * ggml_backend_alloc_ctx_tensors_from_buft(void *, void *);
+void ggml_backend_buffer_free(void *);
+"""
+F32, I32 = int(gguf.GGMLQuantizationType.F32), int(gguf.GGMLQuantizationType.I32)
+COMPUTE = 16
+OBJECT_SIZE = 32
+
+
+class Graph:
+    """Tensors made by libggml-base, and the scheduler's loop over them with a tap for its callback. Nothing is computed."""
+
+    def __init__(self):
+        self.ffi = cffi.FFI()
+        self.ffi.cdef(TENSOR)
+        self.ggml = self.ffi.dlopen(GGML._name)
+        assert self.ffi.sizeof("tensor") + OBJECT_SIZE == self.ggml.ggml_tensor_overhead()
+        self.context = self.ggml.ggml_init((1 << 16, self.ffi.NULL, True))
+        self.buffer = None
+        self.tap = lib.se_tap_new()
+
+    def close(self):
+        lib.se_tap_free(self.tap)
+        if self.buffer:
+            self.ggml.ggml_backend_buffer_free(self.buffer)
+        self.ggml.ggml_free(self.context)
+
+    def leaf(self, name, *shape, kind=F32):
+        make = {1: self.ggml.ggml_new_tensor_1d, 2: self.ggml.ggml_new_tensor_2d, 3: self.ggml.ggml_new_tensor_3d}[len(shape)]
+        return self.ggml.ggml_set_name(make(self.context, kind, *shape), name.encode())
+
+    def node(self, name, tensor):
+        tensor.flags |= COMPUTE
+        return self.ggml.ggml_set_name(tensor, name.encode())
+
+    def add(self, name, a, b):
+        return self.node(name, self.ggml.ggml_add(self.context, a, b))
+
+    def allocate(self):
+        self.buffer = self.ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context, self.ggml.ggml_backend_cpu_buffer_type())
+        assert self.buffer
+
+    def values(self, tensor, kind=np.float32):
+        """The tensor's memory as an array that can be written."""
+        n = int(np.prod([tensor.ne[i] for i in range(4)]))
+        return np.frombuffer(self.ffi.buffer(self.ffi.cast("char *", tensor.data), 4 * n), kind)
+
+    def call(self, tensor, ask):
+        return lib.se_tap_callback(ffi.cast("struct ggml_tensor *", int(self.ffi.cast("uintptr_t", tensor))), ask, self.tap)
+
+    def run(self, splits):
+        """Names of the nodes that a backend would compute. A split is a list of nodes, or a callable: a copy between backends."""
+        computed = []
+        for split in splits:
+            if callable(split):
+                split()
+                continue
+            batch = []
+            for node in split:
+                batch.append(node)
+                if self.call(node, True):
+                    computed += [t for t in batch if t.flags & COMPUTE]
+                    batch = []
+                    if not self.call(node, False):
+                        break
+            computed += [t for t in batch if t.flags & COMPUTE]
+        return [self.ffi.string(t.name).decode() for t in computed]
+
+    def arm(self, **fields):
+        plan = ffi.new("se_plan *")
+        for name, value in fields.items():
+            setattr(plan, name, value)
+        return lib.se_tap_arm(self.tap, plan)
+
+    def finish(self):
+        result = ffi.new("se_result *")
+        assert lib.se_tap_finish(self.tap, result) == result.error
+        return result
+
+
+@pytest.fixture
+def graph():
+    g = Graph()
+    yield g
+    g.close()
+
+
+@pytest.mark.parametrize("embedding", ["inp_embd", "inp_tokens", "embd", "CUDA1#inp_embd#3"])
+def test_dependents_are_skipped_across_backends(graph, embedding):
+    """a and b depend on the embeddings, b only through a copy of a on another backend; side does not depend on them."""
+    g = graph
+    x, weight = g.leaf(embedding, 8, 4), g.leaf("blk.0.weight", 8, 4)
+    copy, copied_weight = g.leaf("CUDA0#a#0", 8, 4), g.leaf("CUDA0#blk.1.weight#0", 8, 4)
+    a, side = g.add("a", x, weight), g.add("side", weight, weight)
+    near = g.leaf("CUDA0#ab#0", 8, 4)  # no node has this name
+    b, other = g.add("b", copy, copied_weight), g.add("other", copied_weight, near)
+    out = g.add("l_out-0", b, side)
+    after = g.add("after", out, side)
+    g.allocate()
+    inject = np.arange(32, dtype=np.float32)
+    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert g.run([[a, side], [b, other, out, after]]) == ["side", "other", "after"]
+    assert np.array_equal(g.values(out), inject)
+    skipped = [a, b, out]
+    assert not any(t.flags & COMPUTE for t in skipped)
+    result = g.finish()
+    assert (result.error, result.n_skipped, result.n_graphs) == (lib.SE_OK, 3, 1)
+    assert all(t.flags & COMPUTE for t in (a, side, b, other, out, after))
+    assert g.run([[a, side], [b, other, out, after]]) == ["a", "side", "b", "other", "l_out-0", "after"]  # idle again
+
+
+def test_nodes_that_were_off_stay_off(graph):
+    """A node without the flag (the unused branch of a select) is not given one by the restoring."""
+    g = graph
+    x = g.leaf("inp_embd", 8, 4)
+    unused, used = g.add("unused", x, x), g.add("used", x, x)
+    unused.flags = 0
+    out = g.add("l_out-0", used, x)
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert g.run([[unused, used, out]]) == []
+    assert g.finish().n_skipped == 2
+    assert unused.flags == 0 and used.flags == out.flags == COMPUTE
+
+
+def test_a_stop_ends_every_later_split(graph):
+    """The graph ends at the second attention; a later split computes its first node only, since it must answer something."""
+    g = graph
+    x = g.leaf("inp_embd", 8, 4, 2)
+    nodes = [g.add("k", x, x)]
+    for i in range(3):
+        nodes.append(g.node(f"attention {i}", g.ggml.ggml_soft_max_ext(g.context, nodes[-1], g.ffi.NULL, 1.0, 0.0)))
+        nodes.append(g.add(f"l_out-{i}", nodes[-1], x))
+    tail = [g.add("far", x, x), g.add("farther", x, x)]
+    g.allocate()
+    assert g.arm(n_layer=3, first=0, last=1, n_rows=4) == lib.SE_OK
+    assert g.run([nodes, tail]) == ["k", "attention 0", "l_out-0", "attention 1", "far"]
+    result = g.finish()
+    assert (result.error, result.stopped, result.n_attention, result.flash, result.last_unmasked) == (lib.SE_OK, 1, 2, 0, 1)
+
+
+def test_a_second_graph_is_noticed(graph):
+    g = graph
+    x = g.leaf("inp_embd", 8, 4)
+    nodes = [g.add("a", x, x), g.add("l_out-0", x, x)]
+    nodes.append(g.add("b", nodes[-1], nodes[-1]))
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    g.run([nodes])
+    g.run([nodes])
+    result = g.finish()
+    assert (result.error, result.n_graphs) == (lib.SE_ERR_SEVERAL_GRAPHS, 2)
+    assert all(t.flags & COMPUTE for t in nodes)
+
+
+def test_only_whole_layer_names_count(graph):
+    """l_out-0 (view), l_out--1 and l_out-x are no layer outputs."""
+    g = graph
+    x = g.leaf("inp_embd", 8, 4)
+    nodes = [g.add(name, x, x) for name in ("l_out-0 (view)", "l_out-x", "l_out-", "l_out--0x", "xl_out-0")]
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    g.run([nodes])
+    assert g.finish().error == lib.SE_ERR_NO_LAYER_OUT
+    assert all(t.flags & COMPUTE for t in nodes)
+
+
+@pytest.mark.parametrize("name", ["positions", "CUDA0#positions#0", "Vulkan0#positions#7"])
+def test_inputs_are_written_on_the_backend_that_reads_them(graph, name):
+    g = graph
+    leaf, near = g.leaf(name, 8, 4), g.leaf("CUDA0#positions_2#0", 8, 4)
+    node = g.add("a", leaf, near)
+    g.allocate()
+    g.values(near)[:] = 7
+    new = np.arange(32, dtype=np.float32)
+    assert lib.se_tap_set_input(g.tap, b"positions", ffi.cast("void *", new.ctypes.data), new.nbytes) == lib.SE_OK
+    g.run([[node]])
+    assert np.array_equal(g.values(leaf), new)
+    assert (g.values(near) == 7).all()
+
+
+def test_a_tensor_without_memory_is_an_error(graph):
+    g = graph
+    leaf = g.leaf("positions", 8, 4)
+    node = g.add("a", leaf, leaf)
+    new = np.zeros(32, np.float32)
+    assert lib.se_tap_set_input(g.tap, b"positions", ffi.cast("void *", new.ctypes.data), new.nbytes) == lib.SE_OK
+    assert g.arm() == lib.SE_OK
+    g.run([[node]])
+    assert g.finish().error == lib.SE_ERR_SHAPE
+
+
+@pytest.mark.parametrize("order", ["original first", "copy first", "two copies"])
+def test_position_shift_acts_once_across_backends(graph, order):
+    """The scheduler copies an input when a split begins: after the original's first RoPE, the copy carries the shift already."""
+    g = graph
+    original, copies = g.leaf("inp_pos", 3, kind=I32), [g.leaf(f"CUDA{i}#inp_pos#0", 3, kind=I32) for i in range(2)]
+    x = g.leaf("x", 8, 1, 3)
+    rope = lambda name, positions: g.node(name, g.ggml.ggml_rope(g.context, x, positions, 8, 0))
+    here, again, there, far = rope("q", original), rope("q2", original), rope("q3", copies[0]), rope("q4", copies[1])
+    there_again = rope("q5", copies[0])
+    g.allocate()
+    numbers = lambda t: g.values(t, np.int32)
+
+    def copy(i):
+        def act():
+            numbers(copies[i])[:] = numbers(original)
+
+        return act
+
+    splits = {
+        "original first": [[here], copy(0), [there], [again], copy(1), [far]],
+        "copy first": [copy(0), [there], [here], copy(1), [far], [again]],
+        "two copies": [copy(0), [there], copy(1), [far], [here], [there_again]],
+    }[order]
+    lib.se_tap_set_position_shift(g.tap, 10, 5)
+    for _ in range(2):
+        numbers(original)[:] = [9, 10, 11]
+        lib.se_tap_begin(g.tap)
+        g.run(splits)
+        for t in (original, *copies):
+            assert numbers(t).tolist() == [9, 15, 16]
+
+
+@pytest.mark.parametrize("order", ["original first", "copy first"])
+def test_cell_bias_acts_once_across_backends(graph, order):
+    g = graph
+    mask, copy, kq = g.leaf("attn_inp_kq_mask", 4, 2), g.leaf("CUDA0#attn_inp_kq_mask#0", 4, 2), g.leaf("kq", 4, 2, 2)
+    attend = lambda name, m: g.node(name, g.ggml.ggml_soft_max_ext(g.context, kq, m, 1.0, 0.0))
+    here, there, again = attend("a", mask), attend("b", copy), attend("c", mask)
+    g.allocate()
+
+    def to_device():
+        g.values(copy)[:] = g.values(mask)
+
+    bias = np.array([0, 2, 3], np.float32)
+    lib.se_tap_set_cell_bias(g.tap, ffi.cast("float *", bias.ctypes.data), 3)
+    g.values(mask)[:] = [0, 0, -np.inf, 0] + [0, 0, 0, -np.inf]
+    g.run([[here], to_device, [there], [again]] if order == "original first" else [to_device, [there], [here], [again]])
+    for t in (mask, copy):
+        assert g.values(t).tolist() == [0, 2, -np.inf, 0, 0, 2, 3, -np.inf]
+
+
+def test_a_window_notices_what_reads_the_input_again(graph):
+    """Gemma 3n and 4 give every layer a slice of a tensor made from the embeddings at the start; Qwen3-VL adds slices of the rows."""
+    g = graph
+    x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
+    per_layer = g.add("inp_per_layer", x, w)
+    out = g.add("l_out-0", x, w)
+    ok = g.add("ok", out, w)
+    late = g.add("late", out, per_layer)
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    arm = lambda: g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+    assert arm() == lib.SE_OK
+    g.run([[per_layer, out, ok]])
+    assert g.finish().error == lib.SE_OK
+    assert arm() == lib.SE_OK
+    g.run([[per_layer, out, ok, late]])
+    assert g.finish().error != lib.SE_OK
