@@ -325,6 +325,8 @@ static void begin_graph(se_tap * tap) {
 bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
     se_tap * tap = user_data;
     if (!asking) return done(tap, node);
+    /* Idle: not even the node is looked at, whose memory the weights have long pushed out of the cache. */
+    if (!tap->armed && !tap->shift && !tap->bias && !tap->watch_out && !tap->inputs[0].data) return false;
     if (!tap->graph_start) tap->graph_start = node;
     else if (tap->graph_start == node || strcmp(node->name, "result_norm") == 0) begin_graph(tap); /* a reused graph; the end of one */
     if (node->op == GGML_OP_ROPE) override_positions(tap, node);

@@ -1,0 +1,36 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`. Both make their own .venv.
+# The llama-cpp-python build takes minutes: pip caches its wheel, and the package is built without isolation so that it is not built twice.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
+
+.PHONY: demo test test-slow bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/star-edge demo
+
+test: $(VENV)/installed-tests
+	$(BIN)/python -m pytest tests
+
+# What `make test` leaves out: minutes of it, and a model of 670 MB in a temporary folder
+test-slow: $(VENV)/installed-tests
+	$(BIN)/python -m pytest tests -m slow
+
+bench: $(VENV)/installed-tests
+	$(BIN)/python benchmarks/prefill.py
+
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(LLAMA)" "scikit-build-core>=0.10" "cffi>=1.16" ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist
