@@ -7,6 +7,7 @@ Joins the stages and hands the prompt's state to `llama_cpp.Llama`, which sample
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,11 @@ class StarVLM:
             self.encoder.close()
         self.llama.close()
         self._tap.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            with contextlib.suppress(Exception):  # at interpreter exit parts of llama_cpp may be gone
+                self.close()
 
     def __enter__(self) -> StarVLM:
         return self
@@ -359,11 +365,12 @@ class StarVLM:
         """Lets `llama_cpp.Llama` go on from the prompt's state."""
         llama = self.llama
         n = state.n_cells
-        llama.input_ids[:n] = _IMAGE_TOKEN
+        tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
+        llama.input_ids[:n] = tokens  # for logits processors, and so that create_completion finds the prompt read already
         llama.n_tokens = n
         llama._requires_eval = False  # the logits of the last row are there
         self._tap.set_position_shift(n, state.next_position - n)
-        chunks = llama.create_completion(prompt=[_IMAGE_TOKEN] * n, stream=True, **options)
+        chunks = llama.create_completion(prompt=tokens.tolist(), stream=True, **options)
         answer = AnswerStream(self, chunks, report)
         if stream:
             return answer

@@ -101,6 +101,8 @@ def test_report(vlm):
     assert report.average_tokens == pytest.approx((2 * 72 + 4 * 18) / 6) == average_tokens(2, 6, 72, 18)
     assert report.token_layer_ratio == pytest.approx(6 * (report.n_text_tokens + 144) / (6 * report.n_text_tokens + 2 * 72 + 4 * 18))
     assert report.n_kv_cells == report.n_text_tokens + 18
+    tokens = vlm.llama.input_ids[: report.n_kv_cells].tolist()  # what logits processors see: text as it is, one id for image rows
+    assert tokens[2:20] == [0] * 18 and vlm.llama.detokenize(tokens[20:]).decode().strip() == f"{PLATE} ASSISTANT:"
     assert set(image.decoder_kept) <= set(image.vision_kept) and (np.diff(image.decoder_kept) > 0).all()
     assert np.array_equal(image.vision_kept, top_k(image.vision_scores, 72))
     assert np.array_equal(image.decoder_kept, image.vision_kept[top_k(image.decoder_scores, 18)])

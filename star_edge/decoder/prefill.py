@@ -60,6 +60,7 @@ class Prefill:
 
     logits: (n_vocab,) float32 of the last row.
     n_cells: rows that are in the cache, the dense position of the next token.
+    tokens: what those rows are, (n_cells,) int32: a text token's id, or -1 for a row of an image.
     next_position: RoPE position of the next token.
     scores, kept: for each image, (n,) float32 and ascending indices into the image's rows; empty without a decoder stage.
     cells: KV cells of all rows that ran in the last window, (n,) int64.
@@ -68,6 +69,7 @@ class Prefill:
 
     logits: np.ndarray
     n_cells: int
+    tokens: np.ndarray
     next_position: int
     scores: list[np.ndarray] = field(default_factory=list)
     kept: list[np.ndarray] = field(default_factory=list)
@@ -129,7 +131,13 @@ class _Run:
         return self.result(scores=scores, kept=kept, cells=new_cells, in_place=in_place)
 
     def result(self, **fields: object) -> Prefill:
-        return Prefill(self.context.logits(), self.n_cells, self.next_position, seconds=self.seconds, **fields)
+        kept = iter(fields.get("kept", ()))
+        tokens = []
+        for segment in self.segments:
+            n = len(segment.rows) if segment.image is None else len(next(kept, segment.rows))
+            tokens.append(segment.rows.tokens if segment.rows.tokens is not None else np.full(n, -1))
+        ids = np.concatenate(tokens).astype(np.int32)
+        return Prefill(self.context.logits(), self.n_cells, ids, self.next_position, seconds=self.seconds, **fields)
 
     def timed(self, name: str) -> _Timer:
         return _Timer(self.seconds, name)
