@@ -32,7 +32,7 @@ from stock import Stock
 from star_edge import MEDIA_MARKER, PruneConfig, StarVLM, __version__
 from star_edge.decoder.context import DecoderContext, Rows
 from star_edge.decoder.prefill import DecoderStage, Segment, prefill
-from star_edge.selection import top_k
+from star_edge.selection import keep_by_score, top_k
 from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_encoder
 
 N_BEFORE, N_IMAGE, N_AFTER = 35, 576, 40
@@ -78,7 +78,9 @@ def bench_prefill(stock: Stock, context: DecoderContext, repeats: int) -> list[d
 
         def run() -> None:
             context.clear()
-            state = prefill(context, segments, N_BEFORE + N_IMAGE + N_AFTER, DecoderStage(layer, [n2], top_k))
+            state = prefill(
+                context, segments, N_BEFORE + N_IMAGE + N_AFTER, DecoderStage(layer, [n2], lambda scores, n, mass: keep_by_score(scores, n))
+            )
             if not state.in_place:
                 raise RuntimeError("kept rows did not return to their cells")
 

@@ -159,6 +159,8 @@ static uint16_t float_to_half(float x) {
 /* Puts the bias of each cell into its column of the mask: attn_inp_kq_mask is (n_kv, n_tokens), f32 or f16, 0 or -inf. Where
  * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn. */
 static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
+    /* the mask's consumers: attention itself, or a cast of it */
+    if (node->op != GGML_OP_FLASH_ATTN_EXT && node->op != GGML_OP_SOFT_MAX && node->op != GGML_OP_CPY) return;
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * mask = node->src[s];
         if (!mask || mask->op != GGML_OP_NONE || !se_is_input(mask, "attn_inp_kq_mask")) continue;

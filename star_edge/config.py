@@ -33,6 +33,8 @@ class PruneConfig:
         For both, a float in (0, 1] is a fraction of the image's original tokens, an int is a count for each image:
         1.0 means all, 1 means one token.
     decoder_layer: K, 1 <= K <= layers - 1; layers 0..K-1 see every token that the vision stage left. None: chosen for the model.
+    mass_share: share of each stage's budget that goes to representatives of the dropped tokens, which then count in every softmax
+        for what they stand for (see selection.keep_by_score). 0 is plain STAR: dropped tokens are gone.
     text_rows: "all" scores with every text token after the last image (STAR), "last" with the last one only (FastV).
 
     Raises:
@@ -42,9 +44,15 @@ class PruneConfig:
     vision_keep: Keep = 1.0
     decoder_keep: Keep = 1.0
     decoder_layer: int | None = None
+    mass_share: float = 0.0
     text_rows: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
+        if isinstance(self.mass_share, bool) or not isinstance(self.mass_share, (int, float)) or not 0 <= self.mass_share <= 1:
+            raise ConfigError(
+                f"mass_share={self.mass_share!r} is no share in 0..1",
+                "0 drops tokens for good, 0.5 makes half of the kept ones representatives",
+            )
         _check_keep("vision_keep", self.vision_keep)
         _check_keep("decoder_keep", self.decoder_keep)
         if (

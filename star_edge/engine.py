@@ -28,7 +28,7 @@ from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
 from .report import PruneReport
-from .selection import top_k
+from .selection import keep_by_score
 from .tap import Tap
 from .vision.encoder import MEDIA_MARKER, Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
@@ -228,23 +228,32 @@ class StarVLM:
         try:
             seconds = {"preprocess": time.perf_counter() - start}
             plan, layer, notes = self._plan(tokenized, config)
-            segments, image_reports, next_position = run_vision_stage(plan, self.encoder, self.decoder.mrope, config is not None, seconds)
+            mass_share = config.mass_share if config is not None else 0.0
+            if mass_share and 0 < self.decoder.n_swa < plan.n_cells:
+                mass_share = 0.0  # a sliding-window cache has other cells than the bias is made for
+                notes.append("no representatives: the prompt is longer than the model's sliding window")
+            segments, image_reports, next_position = run_vision_stage(
+                plan, self.encoder, self.decoder.mrope, config is not None, seconds, mass_share
+            )
         finally:
             tokenized.close()
         stage = None
         if layer is not None:
-            stage = DecoderStage(layer, plan.n_decoder, top_k, last_row_only=config.text_rows == "last")
+            choose = lambda scores, n, mass: keep_by_score(scores, n, mass_share, mass)
+            stage = DecoderStage(layer, plan.n_decoder, choose, last_row_only=config.text_rows == "last")
         try:
             state = prefill(self.decoder, segments, next_position, stage)
         except LayerWindowError as error:
             self.decoder.stage_problem = error.cause
             notes.append(f"no decoder stage: {error.cause}")
             layer = None
+            self._tap.set_cell_bias(None)
             self.decoder.clear()
             state = prefill(self.decoder, segments, next_position)
-        for image, scores, kept in zip(image_reports, state.scores, state.kept):
+        for image, scores, selection in zip(image_reports, state.scores, state.selections):
             image.decoder_scores = scores
-            image.decoder_kept = image.vision_kept[kept]
+            image.decoder_kept = image.vision_kept[selection.kept]
+            image.decoder_mass = selection.mass
         if not state.in_place:
             notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
         seconds.update(state.seconds)
@@ -320,6 +329,7 @@ class StarVLM:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
         self._request += 1
         self._tap.set_position_shift(0, 0)
+        self._tap.set_cell_bias(None)
         self.decoder.clear()
         self.llama.reset()
 

@@ -20,6 +20,7 @@ class ImageReport:
     vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,) int64.
     vision_scores: attention received in the encoder, (n_tokens,) float32, or None.
     decoder_scores: attention of the question's text at layer K, (n1,) float32 over vision_kept, or None.
+    vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
     """
 
     n_tokens: int
@@ -29,6 +30,8 @@ class ImageReport:
     decoder_kept: np.ndarray
     vision_scores: np.ndarray | None = None
     decoder_scores: np.ndarray | None = None
+    vision_mass: np.ndarray | None = None
+    decoder_mass: np.ndarray | None = None
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""

@@ -11,6 +11,7 @@ import stock
 from conftest import random_image, random_prompt
 from llama_cpp import LlamaGrammar
 from PIL import Image
+from test_exact import by_score, keep_all
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.config import choose_layer, keep_count, override
@@ -18,7 +19,7 @@ from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.images import load_image
-from star_edge.selection import average_tokens, top_k
+from star_edge.selection import average_tokens, keep_by_score, top_k
 from star_edge.tap import Tap
 
 COLOR = "what color is the triangle?"
@@ -84,6 +85,31 @@ def test_top_k_is_stable():
     assert top_k(np.array([2.0, 2.0, 2.0, 2.0]), 2).tolist() == [0, 1]
     with pytest.raises(ValueError):
         top_k(np.ones(3), 4)
+
+
+def test_representatives_carry_the_mass_of_what_they_stand_for():
+    scores = np.array([9.0, 1, 8, 1, 1, 1, 7, 1])
+    chosen = keep_by_score(scores, 4, 0.5)
+    # 9 and 8 stay; 2 of the other six, evenly spread over 1 3 4 5 6 7, stand for three tokens each
+    assert chosen.kept.tolist() == [0, 2, 3, 6] and chosen.mass.tolist() == [1, 1, 3, 3]
+    # a representative is ranked by what it receives for each token that it stands for
+    again = keep_by_score(np.array([2.0, 3.0, 6.0]), 1, 0.0, np.array([1.0, 1.0, 6.0]))
+    assert again.kept.tolist() == [1] and again.mass.tolist() == [1]
+    assert keep_by_score(scores, 8, 0.5).mass is None and keep_by_score(scores, 3).mass is None
+    everything = keep_by_score(scores, 1, 0.5)
+    assert everything.mass.tolist() == [8]
+    for k in range(1, 8):
+        assert keep_by_score(scores, k, 0.3).mass.sum() == pytest.approx(8)
+
+
+def test_mass_in_both_stages_is_in_the_report(vlm):
+    state, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2, mass_share=0.5))
+    image = report.images[0]
+    assert image.vision_mass.sum() == image.decoder_mass.sum() == pytest.approx(144)
+    assert len(image.vision_mass) == 72 and len(image.decoder_mass) == 18 and state.in_place
+    plain, _ = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, None)  # the bias is gone
+    fresh = vlm.generate(COLOR, refvlm.DEMO_IMAGE, None, 4)
+    assert fresh.text == " red" and plain.n_cells == 153
 
 
 def test_off_is_none(vlm):
@@ -210,11 +236,11 @@ def test_cells_that_do_not_come_back_are_noticed(families, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(prefill_module._Run, "free_kept", frees_everything)
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [20], top_k))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [20], by_score))
     assert not state.in_place and state.n_cells == 41
     # what is left is an ordinary prompt of the kept rows at their own positions
     context.clear()
-    kept = state.kept[0]
+    kept = state.selections[0].kept
     image = prompt.segments[1].rows
     prompt.segments[1].rows = type(image)(image.positions[kept], embeddings=image.embeddings[kept])
     expected = prefill(context, prompt.segments, prompt.next_position, None)
@@ -240,7 +266,7 @@ def test_non_causal_images(families, flash_attn):
     context = DecoderContext(llama, tap)
     for layer in (1, 4, 7):
         context.clear()
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0, 0], lambda s, n: np.arange(len(s))))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0, 0], keep_all))
         assert state.in_place and np.array_equal(state.logits, expected)
     plain.close()
     llama.close()

@@ -13,7 +13,7 @@ from star_edge import PruneConfig, StarVLM, refvlm
 from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.images import load_image
-from star_edge.selection import top_k
+from star_edge.selection import Selection, keep_by_score
 from star_edge.tap import Tap
 
 N_GENERATE = 32
@@ -44,8 +44,12 @@ def tapped(families):
         tap.close()
 
 
-def keep_all(scores, n):
-    return np.arange(len(scores))
+def keep_all(scores, n, mass):
+    return Selection(np.arange(len(scores)))
+
+
+def by_score(scores, n, mass):
+    return keep_by_score(scores, n)
 
 
 def generate(context, state, n):
@@ -148,7 +152,7 @@ def test_ordinary_decode_after_a_pruned_one(families, tapped):
     plain.close()
     context = tapped("llama", True)
     for layer in (1, 4, 7):
-        pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [20], top_k))
+        pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [20], by_score))
         assert not np.array_equal(pruned.logits, expected[0])
         context.clear()
         # straight through llama.cpp, with the tap idle

@@ -9,14 +9,14 @@ import pytest
 import stock
 from conftest import random_image, random_prompt
 from reference import ClipEncoder, Decoder
-from test_exact import generate
+from test_exact import by_score, generate
 
 from star_edge import PruneConfig, StarVLM, refvlm
 from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
 from star_edge.images import load_image
-from star_edge.selection import top_k
+from star_edge.selection import keep_by_score
 from star_edge.tap import Tap
 
 N_GENERATE = 16
@@ -64,7 +64,7 @@ def expected(reference, prompt, n_keep, layer, **options):
 def test_pruned_logits_and_continuation(families, decoders, family, mode, parts, n_keep, layer):
     context, reference = decoders(family, mode)
     prompt = random_prompt(families[family], parts)
-    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, n_keep, top_k))
+    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, n_keep, by_score))
     assert state.in_place
     history, tokens = generate(context, state, N_GENERATE)
 
@@ -72,9 +72,10 @@ def test_pruned_logits_and_continuation(families, decoders, family, mode, parts,
     want = expected(reference, prompt, n_keep, layer)
     tolerance = SCORE_TOLERANCE[mode] * want.scores.max()
     reference_scores = np.split(want.scores, np.cumsum([len(s) for s in state.scores])[:-1])
+    kept_rows = [s.kept for s in state.selections]
     image_rows = [np.flatnonzero(prompt.image_of_row == i) for i in range(len(n_keep))]
-    rows = np.concatenate([r[kept] for r, kept in zip(image_rows, state.kept)])
-    for scores, theirs, kept, n in zip(state.scores, reference_scores, state.kept, n_keep):
+    rows = np.concatenate([r[kept] for r, kept in zip(image_rows, kept_rows)])
+    for scores, theirs, kept, n in zip(state.scores, reference_scores, kept_rows, n_keep):
         assert np.abs(scores - theirs).max() <= tolerance
         assert len(kept) == n and (theirs[kept] >= np.sort(theirs)[-n] - 2 * tolerance).all()
     if mode == "f32":
@@ -94,10 +95,10 @@ def test_positions_are_kept(families, decoders, family):
     """Fails if kept tokens, or the text and the answer after them, are re-numbered."""
     context, reference = decoders(family, "f32")
     prompt = random_prompt(families[family], [12, (10, 20), 9])
-    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(2, [30], top_k))
+    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(2, [30], by_score))
     assert state.n_cells != state.next_position
     history, tokens = generate(context, state, 4)
-    rows = np.flatnonzero(prompt.image_of_row == 0)[state.kept[0]]
+    rows = np.flatnonzero(prompt.image_of_row == 0)[state.selections[0].kept]
 
     def distance(positions, next_position):
         want = expected(reference, prompt, None, 2, keep_rows=rows, positions=positions)
@@ -120,9 +121,9 @@ def test_text_longer_than_ubatch_scores_with_every_row(families, decoders):
     prompt = random_prompt(families["llama"], [3, (10, 10), 75])
     context.n_ubatch, before = 32, context.n_ubatch
     try:
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [10], top_k))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [10], by_score))
         context.clear()
-        last = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [10], top_k, last_row_only=True))
+        last = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [10], by_score, last_row_only=True))
     finally:
         context.n_ubatch = before
     assert np.allclose(state.scores[0], expected(reference, prompt, [10], 3).scores, atol=1e-6)
@@ -175,3 +176,60 @@ def test_shipped_model_scores(flash_attn):
     scores = report.images[0].vision_scores
     assert np.abs(scores - received).max() < 3e-3 * received.max()
     assert set(np.argsort(-scores)[:60]) <= set(np.argsort(-received)[:72])
+
+
+@pytest.mark.parametrize("mode", ["f32", "fa"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_attention_mass(families, decoders, family, mode):
+    """Representatives: log(mass) is in the attention of the probe, in the scores, after layer K, and while generating.
+
+    The reference chooses by itself from the masses' definition: the k - m best by score per unit of mass stay as they are, and
+    m that lie evenly over the rest share the rest's mass.
+    """
+    context, reference = decoders(family, mode)
+    prompt = random_prompt(families[family], [5, (6, 7), 4, (9, 5), 13])
+    layer, n_keep, share = 3, [12, 20], 0.5
+    rng = np.random.default_rng(0)
+    masses = [rng.uniform(1, 6, len(s.rows)) for s in prompt.segments if s.image is not None]
+    for segment in prompt.segments:
+        segment.mass = None if segment.image is None else masses[segment.image]
+    stage = DecoderStage(layer, n_keep, lambda scores, n, mass: keep_by_score(scores, n, share, mass))
+    state = prefill(context, prompt.segments, prompt.next_position, stage)
+    history, tokens = generate(context, state, N_GENERATE)
+    context.tap.set_cell_bias(None)
+    assert state.in_place
+
+    def bias_of(by_image, rows_by_image):
+        bias = np.zeros(len(prompt.image_of_row))
+        for mass, rows in zip(by_image, rows_by_image):
+            bias[rows] = np.log(mass)
+        return bias
+
+    image_rows = [np.flatnonzero(prompt.image_of_row == i) for i in range(2)]
+    before = bias_of(masses, image_rows)
+    want = expected(reference, prompt, None, layer, column_bias=before)
+    scores = np.split(want.scores, [len(image_rows[0])])
+    kept_rows, kept_masses = [], []
+    for i in range(2):
+        assert np.abs(state.scores[i] - scores[i]).max() <= SCORE_TOLERANCE[mode] * want.scores.max()
+        source = scores[i] if mode == "f32" else state.scores[i]  # rounding may swap near-ties
+        k, m = n_keep[i], n_keep[i] // 2
+        order = np.argsort(-source / masses[i], kind="stable")
+        best, rest = order[: k - m], np.sort(order[k - m :])
+        spread = [rest[int((j + 0.5) * len(rest) / m)] for j in range(m)]
+        mass = {int(t): masses[i][t] for t in best} | {int(t): masses[i][rest].sum() / m for t in spread}
+        assert state.selections[i].kept.tolist() == sorted(mass)
+        assert np.allclose(state.selections[i].mass, [mass[t] for t in sorted(mass)])
+        assert state.selections[i].mass.sum() == pytest.approx(masses[i].sum())  # nothing is lost
+        kept_rows.append(image_rows[i][state.selections[i].kept])
+        kept_masses.append(state.selections[i].mass)
+    after = bias_of(kept_masses, kept_rows)
+    n_layers = families[family].shape.n_layers
+    by_layer = np.stack([before] * layer + [after] * (n_layers - layer))
+    result = expected(reference, prompt, None, layer, keep_rows=np.concatenate(kept_rows), column_bias=by_layer)
+    result.column_bias = np.stack([after[result.kept]] * n_layers)  # the answer's tokens see the final masses in every layer
+    _, logits = reference.generate(result, N_GENERATE, prompt.next_position, forced=tokens)
+    for ours, theirs in zip(history, logits):
+        assert np.abs(ours - theirs).max() <= TOLERANCE[mode]
+    without = expected(reference, prompt, None, layer, keep_rows=np.concatenate(kept_rows))
+    assert np.abs(history[0] - without.logits).max() > 0.1  # the masses matter

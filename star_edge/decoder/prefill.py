@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import EngineError
+from ..selection import Selection
 from ..tap import MEAN_ALL, AttentionRead, Plan
 from .context import MAIN, PARKED, DecoderContext, Rows
 
@@ -34,23 +35,25 @@ class Segment:
 
     image: index of the image, or None for text.
     causal: False for images whose rows attend to each other both ways (Gemma 3).
+    mass: original tokens that each row stands for, (n,), or None for one each. Its cell gets log(mass) added to its attention logits.
     """
 
     rows: Rows
     image: int | None = None
     causal: bool = True
+    mass: np.ndarray | None = None
 
 
 @dataclass
 class DecoderStage:
     """What to drop: layer K, how many rows of each image stay, and which text rows score.
 
-    choose(scores (n,), n_keep) returns the ascending indices of the rows that stay.
+    choose(scores (n,), n_keep, mass (n,) or None) says which rows of an image stay, and what they stand for.
     """
 
     layer: int
     n_keep: Sequence[int]
-    choose: Callable[[np.ndarray, int], np.ndarray]
+    choose: Callable[[np.ndarray, int, np.ndarray | None], Selection]
     last_row_only: bool = False
 
 
@@ -62,7 +65,7 @@ class Prefill:
     n_cells: rows that are in the cache, the dense position of the next token.
     tokens: what those rows are, (n_cells,) int32: a text token's id, or -1 for a row of an image.
     next_position: RoPE position of the next token.
-    scores, kept: for each image, (n,) float32 and ascending indices into the image's rows; empty without a decoder stage.
+    scores, selections: for each image, (n,) float32 and what stayed of its rows; empty without a decoder stage.
     cells: KV cells of all rows that ran in the last window, (n,) int64.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
     """
@@ -72,7 +75,7 @@ class Prefill:
     tokens: np.ndarray
     next_position: int
     scores: list[np.ndarray] = field(default_factory=list)
-    kept: list[np.ndarray] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
     cells: np.ndarray | None = None
     in_place: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
@@ -97,6 +100,7 @@ class _Run:
         images = [i for i, s in enumerate(self.segments) if s.image is not None]
         self.first_image = images[0] if images else len(self.segments)
         self.last_image = images[-1] if images else -1
+        self.has_mass = any(s.mass is not None for s in self.segments)
 
     def run(self, stage: DecoderStage | None) -> Prefill:
         prefix, rest = self.segments[: self.first_image], self.segments[self.first_image :]
@@ -107,34 +111,45 @@ class _Run:
             self.plain(prefix, last_has_logits=not rest)
         if not rest:
             return self.result()
+        if self.has_mass:
+            # An empty cache is filled from its first cell on; checked once the rows are there.
+            self.set_masses(np.arange(self.n_cells, self.n_cells + sum(len(s.rows) for s in rest)), [s.mass for s in rest], rest)
         if stage is None:
             with self.timed("prefill"):
+                start = self.n_cells
                 cells = self.plain(rest, last_has_logits=True)
+            self.check_cells(cells, start)
             return self.result(cells=cells)
 
         # 2) probe
         start = self.n_cells
         with self.timed("probe"):
             hidden, cells, columns = self.probe(rest, stage)
+        self.check_cells(cells, start)
         # 3) choose
         with self.timed("decoder_stage"):
-            scores, kept, keep_row = self.choose(rest, cells, columns, stage)
+            scores, selections, keep_row = self.choose(rest, cells, columns, stage)
             self.free_kept(start, keep_row)
+            if self.has_mass or any(s.mass is not None for s in selections):
+                kept = iter(selections)
+                self.set_masses(cells[keep_row], [next(kept).mass if s.image is not None else None for s in rest], rest, selections)
         # 4) resume
         with self.timed("resume"):
             new_cells = self.resume(rest, hidden, keep_row, stage.layer)
         in_place = bool(np.array_equal(new_cells, cells[keep_row]))
         if not in_place:
+            self.context.tap.set_cell_bias(None)
             with self.timed("fallback"):
                 new_cells = self.restart(rest, keep_row, start)
         self.context.remove(PARKED, 0)
-        return self.result(scores=scores, kept=kept, cells=new_cells, in_place=in_place)
+        return self.result(scores=scores, selections=selections, cells=new_cells, in_place=in_place)
 
     def result(self, **fields: object) -> Prefill:
-        kept = iter(fields.get("kept", ()))
+        selections = iter(fields.get("selections", ()))
         tokens = []
         for segment in self.segments:
-            n = len(segment.rows) if segment.image is None else len(next(kept, segment.rows))
+            selection = next(selections, None) if segment.image is not None else None
+            n = len(segment.rows) if selection is None else len(selection.kept)
             tokens.append(segment.rows.tokens if segment.rows.tokens is not None else np.full(n, -1))
         ids = np.concatenate(tokens).astype(np.int32)
         return Prefill(self.context.logits(), self.n_cells, ids, self.next_position, seconds=self.seconds, **fields)
@@ -186,21 +201,42 @@ class _Run:
     def choose(
         self, segments: Sequence[Segment], cells: np.ndarray, columns: np.ndarray, stage: DecoderStage
     ) -> tuple[list, list, np.ndarray]:
-        """Scores and kept indices of each image, and (n,) bool of the rows that go on."""
+        """Scores and selection of each image, and (n,) bool of the rows that go on."""
         keep_row = np.ones(len(cells), bool)
-        scores, kept = [], []
+        scores, selections = [], []
         at = 0
         for segment in segments:
             n = len(segment.rows)
             if segment.image is not None:
                 score = columns[cells[at : at + n]].astype(np.float32)
-                keep = stage.choose(score, stage.n_keep[len(kept)])
+                selection = stage.choose(score, stage.n_keep[len(selections)], segment.mass)
                 keep_row[at : at + n] = False
-                keep_row[at + keep] = True
+                keep_row[at + selection.kept] = True
                 scores.append(score)
-                kept.append(keep)
+                selections.append(selection)
             at += n
-        return scores, kept, keep_row
+        return scores, selections, keep_row
+
+    def set_masses(
+        self,
+        cells: np.ndarray,
+        masses: Sequence[np.ndarray | None],
+        segments: Sequence[Segment],
+        selections: Sequence[Selection] | None = None,
+    ) -> None:
+        """Attention bias log(mass) for the cells of the segments' rows, those of text and of rows without a mass none."""
+        sizes = iter([len(s.kept) for s in selections] if selections is not None else [])
+        parts = []
+        for segment, mass in zip(segments, masses):
+            n = len(segment.rows) if selections is None or segment.image is None else next(sizes)
+            parts.append(np.zeros(n) if mass is None else np.log(mass))
+        bias = np.zeros(int(cells.max()) + 1, np.float32)
+        bias[cells] = np.concatenate(parts)
+        self.context.tap.set_cell_bias(bias)
+
+    def check_cells(self, cells: np.ndarray, start: int) -> None:
+        if self.has_mass and not np.array_equal(cells, np.arange(start, start + len(cells))):
+            raise EngineError("rows of an empty cache are not in its first cells, where their attention bias is", "use mass_share=0")
 
     def free_kept(self, start: int, keep_row: np.ndarray) -> None:
         """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are found again."""

@@ -15,7 +15,7 @@ from ..config import PruneConfig, keep_count
 from ..decoder.context import Rows
 from ..decoder.prefill import Segment
 from ..report import ImageReport
-from ..selection import top_k
+from ..selection import Selection, keep_by_score
 from .encoder import ImageChunk, TextChunk, VisionEncoder
 
 
@@ -65,7 +65,7 @@ def plan_prompt(
 
 
 def run_vision_stage(
-    plan: PromptPlan, encoder: VisionEncoder | None, mrope: bool, prune: bool, seconds: dict[str, float]
+    plan: PromptPlan, encoder: VisionEncoder | None, mrope: bool, prune: bool, seconds: dict[str, float], mass_share: float = 0.0
 ) -> tuple[list[Segment], list[ImageReport], int]:
     """Encodes and prunes. Returns the segments, a report for each image, and the RoPE position after the prompt.
 
@@ -89,17 +89,29 @@ def run_vision_stage(
         encoded = encoder.encode(chunk, want_scores=prune)
         chosen = time.perf_counter()
         if n_keep < chunk.n_tokens:
-            kept = top_k(encoded.scores, n_keep)
+            selection = keep_by_score(encoded.scores, n_keep, mass_share)
         else:
-            kept = np.arange(chunk.n_tokens)
+            selection = Selection(np.arange(chunk.n_tokens))
+        kept = selection.kept
         embeddings = encoded.embeddings[kept]  # a copy of what stays: the encoder's own memory is used again
         end = time.perf_counter()
         seconds["encode"] = seconds.get("encode", 0.0) + end - start
         seconds["vision_stage"] = seconds.get("vision_stage", 0.0) + encoded.score_seconds + end - chosen
         positions = chunk.positions[..., kept]
         offset = np.array([[position]] * 3 + [[0]], np.int32) if mrope else position
-        segments.append(Segment(Rows(positions + offset, embeddings=embeddings), image=len(reports), causal=chunk.causal))
-        reports.append(ImageReport(chunk.n_tokens, chunk.grid, encoded.cells, kept, kept, encoded.scores))
+        segments.append(Segment(Rows(positions + offset, embeddings=embeddings), len(reports), chunk.causal, selection.mass))
+        reports.append(
+            ImageReport(
+                chunk.n_tokens,
+                chunk.grid,
+                encoded.cells,
+                kept,
+                kept,
+                encoded.scores,
+                vision_mass=selection.mass,
+                decoder_mass=selection.mass,
+            )
+        )
         position += chunk.n_positions
     return segments, reports, position
 
