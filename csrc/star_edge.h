@@ -39,6 +39,12 @@ int se_bind(const char * name, uintptr_t address); /* SE_ERR_ARGUMENT: not a nam
 const char * se_bind_missing(void);                /* first name that is still unbound, or NULL */
 const char * se_built_against(void);               /* version of llama-cpp-python whose headers were compiled in */
 
+/* ---- libmtmd's log ---- */
+void se_log_callback(int level, const char * text, void * user_data); /* a ggml_log_callback: keeps warnings and errors */
+uintptr_t se_log_callback_address(void);
+void se_log_clear(void);
+const char * se_log_text(void);
+
 /* ---- attention scores ---- */
 enum se_reduce { SE_KEEP = 0, SE_MEAN_HEADS = 1, SE_MEAN_ROWS = 2, SE_MEAN_ALL = 3 };
 
@@ -97,7 +103,6 @@ typedef struct {
     int32_t stopped;             /* 1: the graph was ended early */
     int32_t flash;               /* 1: attention is GGML_OP_FLASH_ATTN_EXT */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
-    int32_t attn_masked;         /* 1: the last attention operation that was read has a mask */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;

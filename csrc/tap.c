@@ -245,7 +245,6 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
     tap->next_layer++;
     tap->result.attn_rows = read.n_rows;
     tap->result.attn_heads = read.n_head;
-    tap->result.attn_masked = read.masked;
     tap->result.score_seconds += seconds() - start;
 }
 

@@ -8,13 +8,16 @@ Joins the stages and hands the prompt's state to `llama_cpp.Llama`, which sample
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import jinja2
 import llama_cpp
 import numpy as np
 from llama_cpp import Llama
@@ -23,7 +26,16 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from .config import DEFAULT_PRESET, PruneConfig, choose_layer, resolve_prune
 from .decoder.context import DecoderContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, prefill
-from .errors import ConfigError, ContextLengthError, EngineClosedError, LayerWindowError, ModelFileError, UnsupportedModelError
+from .errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineClosedError,
+    EngineError,
+    LayerWindowError,
+    ModelFileError,
+    PromptError,
+    UnsupportedModelError,
+)
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
@@ -34,6 +46,10 @@ from .vision.encoder import MEDIA_MARKER, Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+# What create_completion takes, less what would change the prompt or the form of the result, and what generate names itself
+_SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
+    "self", "prompt", "suffix", "echo", "logprobs", "stream", "model", "max_tokens", "temperature",
+}  # fmt: skip
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
 
@@ -62,21 +78,32 @@ class AnswerStream(Iterator[str]):
         self.finish_reason: str | None = None
 
     def __next__(self) -> str:
-        if self._engine._request != self._request:
-            raise EngineClosedError("a newer request has ended this stream", "read a stream to its end before the next request")
-        for chunk in self._chunks:
-            choice = chunk["choices"][0]
-            self.finish_reason = choice["finish_reason"] or self.finish_reason
-            self.report.n_generated = self._engine.llama.n_tokens - self.report.n_kv_cells + 1
-            self.report.milliseconds["generate"] = 1e3 * (time.perf_counter() - self._start)
-            if choice["text"]:
-                self.text += choice["text"]
-                return choice["text"]
-        raise StopIteration
+        with self._engine._lock:
+            if self._engine._closed:
+                raise EngineClosedError("the engine is closed", "make a new StarVLM")
+            if self._engine._request != self._request and self.finish_reason is None:
+                raise EngineClosedError("a newer request has ended this stream", "read a stream to its end before the next request")
+            try:
+                for chunk in self._chunks:
+                    choice = chunk["choices"][0]
+                    self.finish_reason = choice["finish_reason"] or self.finish_reason
+                    self.report.n_generated = self._engine.llama.n_tokens - self.report.n_kv_cells + 1
+                    self.report.milliseconds["generate"] = 1e3 * (time.perf_counter() - self._start)
+                    if choice["text"]:
+                        self.text += choice["text"]
+                        return choice["text"]
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+            raise StopIteration
 
     def close(self) -> None:
-        """Ends the answer here."""
-        self._chunks.close()
+        """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked."""
+        with self._engine._lock:
+            self._chunks.close()
+            if self._engine._request == self._request and not self._engine._closed:
+                self._engine._begin()
 
 
 class StarVLM:
@@ -117,6 +144,21 @@ class StarVLM:
         verbose: bool = False,
         **llama_options: Any,
     ) -> None:
+        unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
+        if unknown or llama_options.get("vocab_only"):
+            raise ConfigError(
+                f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM", "see help(StarVLM) and llama_cpp.Llama"
+            )
+        for name, value, least in (
+            ("n_ctx", n_ctx, 0),
+            ("n_batch", n_batch, 2),
+            ("n_ubatch", n_ubatch, 1),
+            ("n_gpu_layers", n_gpu_layers, -1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least or (name == "n_ctx" and 0 < value < 2):
+                raise ConfigError(
+                    f"{name}={value!r} is too small or no whole number", f"use {max(least, 2) if name == 'n_ctx' else least} or more"
+                )
         info = read_gguf_info(model)
         if info.architecture == "clip":
             raise ModelFileError(f"{info.path} is an mmproj file, not a text model", "give it as mmproj, and the text model first")
@@ -125,7 +167,8 @@ class StarVLM:
                 raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
         if type_v not in ("f32", "f16", "bf16") and not flash_attn:
             raise ConfigError(f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v")
-        n_threads = n_threads or _physical_cores()
+        n_threads = n_threads if n_threads and n_threads > 0 else _physical_cores()
+        self._lock = threading.RLock()  # one request at a time; other threads wait
         self._request = 0
         self._closed = False
         self.image_limits = image_limits
@@ -138,6 +181,10 @@ class StarVLM:
             )  # fmt: skip
         except ValueError as error:
             self._tap.close()
+            if "context" in str(error):
+                raise EngineError(
+                    f"llama.cpp could not create a context of {n_ctx} tokens", "lower n_ctx, or quantize the KV cache (type_k, type_v)"
+                ) from error
             raise ModelFileError(
                 f"{info.path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
             ) from error
@@ -158,15 +205,17 @@ class StarVLM:
             self.close()
             raise
         self._formatter = self._make_formatter(chat_template)
+        self._parts = self._formatter is not None and self._takes_parts()
 
     def close(self) -> None:
         """Frees the models. Any use after it raises EngineClosedError."""
-        self._closed = True
-        self._request += 1
-        if self.encoder is not None:
-            self.encoder.close()
-        self.llama.close()
-        self._tap.close()
+        with self._lock:
+            self._closed = True
+            self._request += 1
+            if self.encoder is not None:
+                self.encoder.close()
+            self.llama.close()
+            self._tap.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
@@ -190,7 +239,7 @@ class StarVLM:
         prompt: str,
         images: Sequence[ImageSource] = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
         *,
         stream: bool = False,
         chat: bool = True,
@@ -204,14 +253,25 @@ class StarVLM:
         prune: a PruneConfig, a preset's name, or None for stock behaviour on the same code path.
         chat: put the prompt into the model's chat template; False: it is the whole prompt as it is.
         stream: return an AnswerStream at once when the prompt has been read.
+        max_tokens: at most so many tokens of answer; None: until the context is full.
         sampling: further arguments of llama_cpp.Llama.create_completion: top_p, seed, stop, grammar, logit_bias, ...
+
+        One request runs at a time: other threads wait, and a new request ends an unfinished stream.
 
         Raises:
             ConfigError, PromptError, ImageError, ContextLengthError, UnsupportedModelError: before anything is computed.
             EngineError: llama.cpp failed. The engine can be used again after any of them.
         """
-        state, report = self.read_prompt(prompt, images, prune, chat=chat)
-        return self._answer(state, report, stream, max_tokens=max_tokens, temperature=temperature, **sampling)
+        unknown = set(sampling) - _SAMPLING
+        if unknown:
+            raise ConfigError(f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}")
+        if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
+            raise ConfigError(f"max_tokens={max_tokens!r} asks for no answer", "use 1 or more, or None for as many as fit the context")
+        if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+            raise ConfigError(f"temperature={temperature!r} is no temperature", "use 0 (greedy) or more")
+        with self._lock:
+            state, report = self.read_prompt(prompt, images, prune, chat=chat)
+            return self._answer(state, report, stream, max_tokens=max_tokens, temperature=temperature, **sampling)
 
     def read_prompt(
         self, prompt: str, images: Sequence[ImageSource] = (), prune: PruneConfig | str | None = DEFAULT_PRESET, *, chat: bool = True
@@ -220,60 +280,69 @@ class StarVLM:
 
         Arguments and errors as for `generate`.
         """
-        start = time.perf_counter()
-        config = resolve_prune(prune)
-        self._begin()
-        pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
-        tokenized = self.tokenize(prompt, pictures, chat=chat)
-        try:
-            seconds = {"preprocess": time.perf_counter() - start}
-            plan, layer, notes = self._plan(tokenized, config)
-            mass_share = config.mass_share if config is not None else 0.0
-            if mass_share and 0 < self.decoder.n_swa < plan.n_cells:
-                mass_share = 0.0  # a sliding-window cache has other cells than the bias is made for
-                notes.append("no representatives: the prompt is longer than the model's sliding window")
-            segments, image_reports, next_position = run_vision_stage(
-                plan, self.encoder, self.decoder.mrope, config is not None, seconds, mass_share
+        with self._lock:
+            start = time.perf_counter()
+            config = resolve_prune(prune)
+            self._begin()
+            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            tokenized = self.tokenize(prompt, pictures, chat=chat)
+            try:
+                seconds = {"preprocess": time.perf_counter() - start}
+                plan, layer, notes = self._plan(tokenized, config)
+                mass_share = config.mass_share if config is not None else 0.0
+                if mass_share and 0 < self.decoder.n_swa < plan.n_cells:
+                    mass_share = 0.0  # a sliding-window cache has other cells than the bias is made for
+                    notes.append("no representatives: the prompt is longer than the model's sliding window")
+                segments, image_reports, next_position = run_vision_stage(
+                    plan, self.encoder, self.decoder.mrope, config is not None, seconds, mass_share
+                )
+            finally:
+                tokenized.close()
+            stage = None
+            if layer is not None:
+                choose = lambda scores, n, mass: keep_by_score(scores, n, mass_share, mass)
+                stage = DecoderStage(layer, plan.n_decoder, choose, last_row_only=config.text_rows == "last")
+            try:
+                state = prefill(self.decoder, segments, next_position, stage)
+            except LayerWindowError as error:
+                self.decoder.layer_problems[layer] = error.cause
+                notes.append(f"no decoder stage: {error.cause}")
+                layer = None
+                self._tap.set_cell_bias(None)
+                self.decoder.clear()
+                state = prefill(self.decoder, segments, next_position)
+            for image, scores, selection in zip(image_reports, state.scores, state.selections):
+                image.decoder_scores = scores
+                image.decoder_kept = image.vision_kept[selection.kept]
+                image.decoder_mass = selection.mass
+            if not state.in_place:
+                notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
+            seconds.update(state.seconds)
+            seconds["first_token"] = time.perf_counter() - start
+            milliseconds = {name: 1e3 * value for name, value in seconds.items()}
+            report = PruneReport(
+                config,
+                image_reports,
+                self.decoder.n_layers,
+                layer,
+                plan.n_text,
+                state.n_cells,
+                milliseconds,
+                in_place=state.in_place,
+                notes=notes,
             )
-        finally:
-            tokenized.close()
-        stage = None
-        if layer is not None:
-            choose = lambda scores, n, mass: keep_by_score(scores, n, mass_share, mass)
-            stage = DecoderStage(layer, plan.n_decoder, choose, last_row_only=config.text_rows == "last")
-        try:
-            state = prefill(self.decoder, segments, next_position, stage)
-        except LayerWindowError as error:
-            self.decoder.stage_problem = error.cause
-            notes.append(f"no decoder stage: {error.cause}")
-            layer = None
-            self._tap.set_cell_bias(None)
-            self.decoder.clear()
-            state = prefill(self.decoder, segments, next_position)
-        for image, scores, selection in zip(image_reports, state.scores, state.selections):
-            image.decoder_scores = scores
-            image.decoder_kept = image.vision_kept[selection.kept]
-            image.decoder_mass = selection.mass
-        if not state.in_place:
-            notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
-        seconds.update(state.seconds)
-        seconds["first_token"] = time.perf_counter() - start
-        milliseconds = {name: 1e3 * value for name, value in seconds.items()}
-        report = PruneReport(
-            config,
-            image_reports,
-            self.decoder.n_layers,
-            layer,
-            plan.n_text,
-            state.n_cells,
-            milliseconds,
-            in_place=state.in_place,
-            notes=notes,
-        )
-        return state, report
+            return state, report
 
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
         """Chunks of the prompt; pictures are (h, w, 3) uint8. The result must be closed."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed", "make a new StarVLM")
+        if not isinstance(prompt, str):
+            raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError("the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first") from error
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         text = self._format(prompt, len(pictures)) if chat else prompt
@@ -298,28 +367,31 @@ class StarVLM:
         Raises:
             ConfigError: a layer that the model does not have; otherwise as for `generate`.
         """
-        self._begin()
-        pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
-        tokenized = self.tokenize(prompt, pictures, chat=chat)
-        try:
-            plan, _, _ = self._plan(tokenized, None)
-            grids = [chunk.grid for chunk in plan.images]
-            encoder_maps = (
-                [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
-            )
-            segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, False, {})
-        finally:
-            tokenized.close()
-        decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
-        tokens, owner = [], []
-        for segment in segments:
-            n = len(segment.rows)
-            owner += [-1 if segment.image is None else segment.image] * n
-            if segment.image is None:
-                tokens += [self.llama.detokenize([int(t)], special=True).decode("utf-8", "replace") for t in segment.rows.tokens]
-            else:
-                tokens += [f"<image {segment.image}>"] * n
-        return Inspection(tokens, np.array(owner), grids, decoder_maps, encoder_maps)
+        with self._lock:
+            self._begin()
+            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            tokenized = self.tokenize(prompt, pictures, chat=chat)
+            try:
+                plan, _, _ = self._plan(tokenized, None)
+                if encoder_layers and not plan.images:
+                    raise ConfigError("encoder layers were asked for without an image", "give an image")
+                grids = [chunk.grid for chunk in plan.images]
+                encoder_maps = (
+                    [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
+                )
+                segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, False, {})
+            finally:
+                tokenized.close()
+            decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
+            tokens, owner = [], []
+            for segment in segments:
+                n = len(segment.rows)
+                owner += [-1 if segment.image is None else segment.image] * n
+                if segment.image is None:
+                    tokens += [self.llama.detokenize([int(t)], special=True).decode("utf-8", "replace") for t in segment.rows.tokens]
+                else:
+                    tokens += [f"<image {segment.image}>"] * n
+            return Inspection(tokens, np.array(owner), grids, decoder_maps, encoder_maps)
 
     # ---- inside ----
 
@@ -344,8 +416,9 @@ class StarVLM:
         layer = None
         if prune is not None and prune.prunes_in_decoder:
             layer = choose_layer(prune.decoder_layer, self.decoder.n_layers)
-            if self.decoder.stage_problem:
-                layer, reason = None, self.decoder.stage_problem
+            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(layer)
+            if problem:
+                layer, reason = None, problem
             elif not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens):
                 layer, reason = None, "there is no text after the last image to score with"
             if layer is None:
@@ -359,7 +432,7 @@ class StarVLM:
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
-                "raise n_ctx, lower vision_keep, or give fewer or smaller images",
+                "raise n_ctx, lower vision_keep, or give fewer or smaller images" if plan.images else "raise n_ctx, or shorten the prompt",
             )
         for chunk, n in zip(plan.images, plan.n_vision):
             if not chunk.causal and n > self.decoder.n_ubatch:
@@ -390,17 +463,31 @@ class StarVLM:
 
     @staticmethod
     def _image_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
-        if isinstance(images, (list, tuple)):
-            return list(images)
-        return [images]  # one image needs no list
+        if images is None:
+            return []
+        if isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or not isinstance(images, Iterable):
+            return [images]  # one image needs no list
+        return list(images)
 
     def _make_formatter(self, chat_template: str | None) -> Jinja2ChatFormatter | None:
         source = chat_template or self.llama.metadata.get("tokenizer.chat_template")
         if not source:
             return None
         eos = llama_cpp.llama_vocab_get_text(self.llama._model.vocab, self.llama.token_eos())
-        # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
-        return Jinja2ChatFormatter(template=source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token="")
+        try:
+            # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
+            return Jinja2ChatFormatter(template=source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token="")
+        except jinja2.TemplateError as error:
+            raise UnsupportedModelError(f"the chat template cannot be used ({error})", "give another as chat_template") from error
+
+    def _takes_parts(self) -> bool:
+        """Whether the chat template takes a message's content as a list of parts, and not only as one string."""
+        probe = [{"role": "user", "content": [{"type": "text", "text": "PROBE"}]}]
+        try:
+            text = self._formatter(messages=probe).prompt
+        except Exception:  # a template may fail in any way on what it does not expect
+            return False
+        return "PROBE" in text and "'type'" not in text and '"type"' not in text
 
     def _format(self, prompt: str, n_images: int) -> str:
         if self._formatter is None:
@@ -413,8 +500,11 @@ class StarVLM:
                 content.append({"type": "text", "text": MEDIA_MARKER})
             if text:
                 content.append({"type": "text", "text": text})
-        message = {"role": "user", "content": content if n_images else prompt}
-        return self._formatter(messages=[message]).prompt
+        message = {"role": "user", "content": content if n_images and self._parts else prompt}
+        try:
+            return self._formatter(messages=[message]).prompt
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template, or chat=False") from error
 
 
 def _physical_cores() -> int:

@@ -41,7 +41,10 @@ class Inspection:
         The mean over heads and those text rows: what the decoder stage ranks by. (n_tokens,) float32.
         """
         attention = self.decoder[layer]
-        last = int(np.flatnonzero(self.image_of_token >= 0)[-1])
+        images = np.flatnonzero(self.image_of_token >= 0)
+        if not len(images) or images[-1] == len(self.tokens) - 1:
+            raise ConfigError("the prompt has no image with text after it", "there is no attention from text to image")
+        last = int(images[-1])
         rows = attention[..., last + 1 :, :].mean(axis=tuple(range(attention.ndim - 1)))
         return rows[self.image_of_token == image]
 

@@ -145,9 +145,10 @@ class Tap:
             n_columns = np.zeros(len(layers), np.int32)
             c.attn_n_kv = pointer(n_columns, "int32_t", np.int32)
 
-        check(lib.se_tap_arm(self._tap, c), what)
         result = ffi.new("se_result *")
+        # Inside the try from the start: an interrupt must not leave the tap armed.
         try:
+            check(lib.se_tap_arm(self._tap, c), what)
             yield outcome
         finally:
             outcome.error = lib.se_tap_finish(self._tap, result)

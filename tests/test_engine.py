@@ -77,7 +77,7 @@ def test_presets_and_overrides():
     assert PRESETS["off"] is None
     assert override(None) is None
     assert override(None, vision_keep=0.5) == PruneConfig(vision_keep=0.5)
-    assert override(PRESETS["balanced"], decoder_layer=3) == PruneConfig(0.5, 0.125, 3)
+    assert override(PRESETS["balanced"], decoder_layer=3) == PruneConfig(0.5, 0.125, 3, mass_share=0.5)
 
 
 def test_top_k_is_stable():

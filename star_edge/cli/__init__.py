@@ -41,15 +41,24 @@ def cli() -> None:
     """Vision-language GGUF models that do not compute the image tokens that do not matter."""
 
 
+def _drop_stdout() -> None:
+    """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Entry point: runs a command and turns errors into one line and exit status 2."""
     from ..errors import StarEdgeError
 
     try:
         status = cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.exceptions.Abort:
         status = 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        status = 2
     except click.ClickException as error:
         click.echo(f"error: {' '.join(error.format_message().split())} (see star-edge --help)", err=True)
         status = 2
@@ -59,6 +68,10 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # the reader of a pipe has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         status = 1
+    except OSError as error:
+        click.echo(f"error: output cannot be written ({error.strerror or error}): use another place", err=True)
+        _drop_stdout()
+        status = 2
     sys.exit(status if isinstance(status, int) else 0)

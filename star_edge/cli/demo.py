@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from .. import refvlm
-from ..engine import StarVLM
-from .options import make_config, print_json, prune_options, save_overlay
+from .options import load_engine, make_config, print_json, prune_options, save_overlay
 
 
 @click.command()
 @prune_options
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timed runs of each question, stock and pruned in turn."
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each question, stock and pruned in turn."
 )
 @click.option("--overlay", type=click.Path(dir_okay=False), default="star-edge-demo.png", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
@@ -29,8 +29,8 @@ def demo(preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | 
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer)
     rows, answer = [], None
-    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=1024) as vlm:
-        for question in refvlm.demo_questions():
+    with load_engine(None, None) as vlm:
+        for question in track(refvlm.demo_questions(), "asking", console=Console(stderr=True), transient=True):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}
             for repeat in range(repeats + 1):  # the first is a warm-up

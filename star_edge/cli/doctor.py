@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from ..config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..devices import list_devices
 from ..engine import StarVLM
+from ..errors import StarEdgeError
 from ..native import ffi, lib
 from ..selection import average_tokens
 from .options import load_engine, model_options, print_json
@@ -49,12 +51,20 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
         "cpu_features": llama_cpp.llama_print_system_info().decode().strip(),
     }
     with load_engine(**model) as vlm:
+        if check:  # first: running may show what the model does not support
+            result["check"] = _or_reason(_check, vlm, width, height)
         result["model"] = _describe(vlm)
         if vlm.encoder is not None:
-            result["plan"] = _plan(vlm, width, height)
-        if check:
-            result["check"] = _check(vlm, width, height)
+            result["plan"] = _or_reason(_plan, vlm, width, height)
     print_json(result) if as_json else _print(result)
+
+
+def _or_reason(part: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What a part of the report says, or why it cannot be had: the rest is worth showing all the same."""
+    try:
+        return part(*args)
+    except StarEdgeError as error:
+        return {"done": False, "reason": str(error)}
 
 
 def _describe(vlm: StarVLM) -> dict[str, Any]:
@@ -65,6 +75,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         vision = f"no: the token layout of projector type {encoder.projector!r} is not known"
     else:
         vision = "yes"
+    problem = decoder.stage_problem or decoder.layer_problems.get(choose_layer(None, decoder.n_layers))
     return {
         "text_model": vlm.llama.model_path,
         "architecture": vlm.llama.metadata.get("general.architecture"),
@@ -76,7 +87,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "projector": encoder.projector if encoder else None,
         "chat_template": vlm.has_chat_template,
         "vision_stage": vision,
-        "decoder_stage": f"no: {decoder.stage_problem}" if decoder.stage_problem else "yes",
+        "decoder_stage": f"no: {problem}" if problem else "yes",
     }
 
 
@@ -110,6 +121,8 @@ def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     ask = lambda prune: vlm.read_prompt("<__media__>What is this?", [picture], prune, chat=False)
     plain, _ = ask(None)
     windowed, report = ask(PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers)))
+    if report.decoder_layer is None:
+        return {"done": False, "reason": "; ".join(report.notes)}
     difference = float(np.abs(plain.logits - windowed.logits).max())
     return {
         "done": True,
@@ -134,7 +147,9 @@ def _print(result: dict[str, Any]) -> None:
         f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; {result['cpu_features']}",
         highlight=False,
     )
-    if "plan" in result:
+    if "reason" in result.get("plan", {}):
+        console.print(f"plan: not done, {result['plan']['reason']}")
+    elif "plan" in result:
         plan = result["plan"]
         table = Table(
             "preset",

@@ -96,11 +96,12 @@ class DecoderContext:
         self.n_embd = llama_cpp.llama_model_n_embd(model)
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(model)
         self.n_vocab = llama.n_vocab()
-        self.n_ctx = llama.n_ctx()
+        self.n_ctx = min(llama.n_ctx(), len(llama.input_ids))  # llama.cpp pads its context; Llama's own buffer is not padded
         self.n_ubatch = min(llama_cpp.llama_n_ubatch(llama.ctx), llama_cpp.llama_n_batch(llama.ctx))
         self.mrope = llama_cpp.llama_model_rope_type(model) in (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         self.stage_problem = self._find_stage_problem()
+        self.layer_problems: dict[int, str] = {}  # layer K -> why no window can begin there, found while running
         self.n_threads = llama.n_threads_batch
 
         n = self.n_ubatch

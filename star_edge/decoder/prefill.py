@@ -7,7 +7,8 @@ Everything is a layer window [first, last) over some rows:
     choose n2 of n1 rows for each image
     RESUME                       -> [K, L)   kept image rows and text rows
 
-so nothing is computed twice: token-layers are K (n1 + T) + (L - K) (n2 + T). After the probe, layers < K hold the right K and
+so token-layers are K (n1 + T) + (L - K) (n2 + T), and nothing is computed twice but q, k and v of layer K for the rows that stay
+(the scores need them before it is known which). After the probe, layers < K hold the right K and
 V in the cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence, the
 cells of the kept ones are freed, and llama.cpp's allocator (llama_kv_cache::find_slot) walks up from the first freed cell:
 it meets exactly those cells, in order. That is verified, not assumed.

@@ -6,8 +6,6 @@ Knows chunks, pixels and encoder rows. Which tokens stay is decided elsewhere.
 from __future__ import annotations
 
 import ctypes
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,26 +15,23 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from llama_cpp import Llama
 
-from ..errors import EngineError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
+from ..errors import EngineClosedError, EngineError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
 from ..gguf_info import read_gguf_info
-from ..native import lib
+from ..native import ffi, lib
 from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
 from .profiles import METADATA_KEYS, find_profile
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
 MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
 
-_log: deque[str] = deque(maxlen=64)
+_log_callback = ctypes.cast(lib.se_log_callback_address(), llama_cpp.llama_log_callback)
+mtmd.mtmd_log_set(_log_callback, None)
+mtmd.mtmd_helper_log_set(_log_callback, None)
 
 
-@mtmd.llama_cpp.llama_log_callback
-def _keep_log(level: int, text: bytes, user_data: object) -> None:
-    if level in (3, 4):  # warnings and errors; the rest is the loader's listing of every tensor
-        _log.append(text.decode("utf-8", "replace").strip())
-
-
-mtmd.mtmd_log_set(_keep_log, None)
-mtmd.mtmd_helper_log_set(_keep_log, None)
+def _logged() -> str:
+    """Warnings and errors of libmtmd since the log was cleared, in one line."""
+    return " ".join(ffi.string(lib.se_log_text()).decode("utf-8", "replace").split())[:200]
 
 
 @dataclass
@@ -69,7 +64,6 @@ class Prompt:
 
     chunks: list[TextChunk | ImageChunk]
     _handle: object = None
-    seconds: float = 0.0
 
     def close(self) -> None:
         if self._handle is not None:
@@ -89,7 +83,6 @@ class Encoded:
     embeddings: np.ndarray
     scores: np.ndarray | None
     cells: np.ndarray
-    seconds: float
     score_seconds: float
     attention: list[np.ndarray] = field(default_factory=list)
 
@@ -126,7 +119,7 @@ class VisionEncoder:
         params.image_min_tokens, params.image_max_tokens = image_min_tokens, image_max_tokens
         params.cb_eval = ctypes.cast(self.tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
         params.cb_eval_user_data = self.tap.user_data
-        _log.clear()
+        lib.se_log_clear()
         self.context = mtmd.mtmd_init_from_file(info.path.encode(), llama.model, params)
         if self.context is None:
             self.tap.close()
@@ -139,16 +132,18 @@ class VisionEncoder:
         self.mrope = bool(mtmd.mtmd_decode_use_mrope(self.context))
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(llama.model)
 
+    def _check_open(self) -> None:
+        if self.context is None:
+            raise EngineClosedError("the vision encoder is closed", "make a new StarVLM")
+
     def _load_error(self) -> Exception:
-        lines = " ".join(_log)
-        if "mismatch" in lines or "n_embd" in lines:
-            detail = next((line for line in _log if "n_embd" in line or "mismatch" in line), lines)
+        reason = _logged()
+        if "mismatch" in reason or "n_embd" in reason:
             return ModelMismatchError(
-                f"{self.path} does not belong to this text model ({_one_line(detail)})", "use the mmproj file that was made for it"
+                f"{self.path} does not belong to this text model ({reason})", "use the mmproj file that was made for it"
             )
         return ModelFileError(
-            f"{self.path} cannot be loaded ({_one_line(lines) or 'no reason given'})",
-            "check that this llama.cpp supports the model, or download it again",
+            f"{self.path} cannot be loaded ({reason or 'no reason given'})", "use a llama.cpp that supports the model, or download it again"
         )
 
     def close(self) -> None:
@@ -159,32 +154,32 @@ class VisionEncoder:
 
     # ---- prompt ----
 
-    def tokenize(self, text: str, images: Sequence[np.ndarray], add_special: bool = True) -> Prompt:
+    def tokenize(self, text: str, images: Sequence[np.ndarray]) -> Prompt:
         """Splits a prompt with one media marker for each image, and preprocesses the images ((h, w, 3) uint8).
 
         Raises:
             PromptError: markers and images differ in number.
             EngineError: preprocessing failed.
         """
+        self._check_open()
         n_markers = text.count(MEDIA_MARKER)
         if n_markers != len(images):
             raise PromptError(
                 f"the prompt has {n_markers} image markers for {len(images)} images",
                 f"write {MEDIA_MARKER} once for each image, or none at all",
             )
-        start = time.perf_counter()
         data = text.encode()
-        inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=add_special, parse_special=True)
+        inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
         handle = mtmd.mtmd_input_chunks_init()
         bitmaps = [mtmd.mtmd_bitmap_init(i.shape[1], i.shape[0], i.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))) for i in images]
         prompt = Prompt([], handle)
         try:
             array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-            _log.clear()
+            lib.se_log_clear()
             status = mtmd.mtmd_tokenize(self.context, handle, ctypes.byref(inner), array, len(bitmaps))
             if status:
                 raise EngineError(
-                    f"an image could not be prepared ({_one_line(' '.join(_log)) or f'code {status}'})",
+                    f"an image could not be prepared ({_logged() or f'code {status}'})",
                     "try another size or format of the image",
                 )
             for i in range(mtmd.mtmd_input_chunks_size(handle)):
@@ -195,7 +190,6 @@ class VisionEncoder:
         finally:
             for bitmap in bitmaps:
                 mtmd.mtmd_bitmap_free(bitmap)
-        prompt.seconds = time.perf_counter() - start
         return prompt
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
@@ -216,7 +210,7 @@ class VisionEncoder:
             positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
         else:
             positions = txyz[:, 0].copy()
-        grid = (ny, nx) if nx * ny == n and ny > 1 else _square(n)
+        grid = (ny, nx) if nx * ny == n and (ny > 1 or self.mrope) else _square(n)  # without M-RoPE ny is 1 and nx is n
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal)
 
@@ -233,7 +227,7 @@ class VisionEncoder:
         Raises:
             EngineError: libmtmd failed.
         """
-        start = time.perf_counter()
+        self._check_open()
         score_rows = None
         index = None
         profile = self.profile if want_scores and read is None else None
@@ -248,7 +242,7 @@ class VisionEncoder:
         if scores is not None and len(scores) != chunk.n_tokens:
             raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
         cells = profile.to_cells(index) if profile and profile.to_cells else np.arange(chunk.n_tokens)
-        return Encoded(embeddings, scores, cells, time.perf_counter() - start, outcome.score_seconds, outcome.attention)
+        return Encoded(embeddings, scores, cells, outcome.score_seconds, outcome.attention)
 
     def max_rows(self, chunk: ImageChunk) -> int:
         """Rows of the encoder's sequence for an image; an upper bound when the encoder has no profile."""
@@ -277,18 +271,14 @@ class VisionEncoder:
         return self.last_outcome, index
 
     def _run(self, chunk: ImageChunk, read: AttentionRead | None) -> Outcome:
-        _log.clear()
+        lib.se_log_clear()
         with self.tap.armed(Plan(attention=read), "vision encoder") as self.last_outcome:
             status = mtmd.mtmd_encode_chunk(self.context, chunk.handle)
         if status:
-            raise EngineError(f"the vision encoder failed ({_one_line(' '.join(_log)) or f'code {status}'})")
+            raise EngineError(f"the vision encoder failed ({_logged() or f'code {status}'})")
         return self.last_outcome
 
 
 def _square(n: int) -> tuple[int, int] | None:
     side = int(round(n**0.5))
     return (side, side) if side * side == n else None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]

@@ -14,7 +14,6 @@ import numpy as np
 METADATA_KEYS = (
     "clip.projector_type",
     "clip.vision.projector_type",
-    "clip.has_vision_encoder",
     "clip.vision.block_count",
     "clip.vision.attention.head_count",
     "clip.vision.feature_layer",
