@@ -1,4 +1,4 @@
-"""Accuracy of the shipped reference model under each preset, on the held-out questions of the tests.
+"""Accuracy of the shipped reference model under each preset, with and without representatives, on the tests' held-out questions.
 
 python benchmarks/accuracy.py [--limit N]
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,8 @@ def main() -> None:
     questions = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()][: parser.parse_args().limit]
     table = Table("preset", "average tokens", *FAMILIES, "all", title=f"exact match on {len(questions)} questions, %")
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512) as vlm:
-        for preset, config in PRESETS.items():
+        plain = {f"{name}, mass_share=0": replace(config, mass_share=0.0) for name, config in PRESETS.items() if config}
+        for preset, config in (PRESETS | plain).items():
             right = defaultdict(list)
             for q in track(questions, preset, transient=True):
                 answer = vlm.generate(q["question"], FOLDER / q["image"], config, max_tokens=4)

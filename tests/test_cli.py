@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -131,6 +133,25 @@ def test_doctor(star_edge):
     assert data["check"] == {"done": True, "layer": 2, "max_logit_difference": 0.0, "same_token": True}
     text = star_edge("doctor", "--no-check").stdout
     assert "balanced" in text and "mlp" in text
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.8, 1.3, 2.0])
+def test_ctrl_c(tmp_path, delay):
+    """A real SIGINT, while importing, loading or asking, ends the command at once and quietly."""
+    code = "from star_edge.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "demo", "--repeats", "500"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT, 1)  # 1: Python itself was still importing
+    assert "ctypes" not in stderr and (process.returncode == 1 or "Traceback" not in stderr)
+
+
+def test_bare_command_and_odd_text(star_edge):
+    assert "Commands:" in star_edge(status=2).stdout
+    assert "surrogates" in star_edge("run", "a\udcffb", status=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,64 @@ def test_sampling_is_llama_cpps(vlm):
     assert vlm.generate(COLOR, refvlm.DEMO_IMAGE, max_tokens=1, logit_bias={red: -100.0}).text != " red"
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_generation_through_llama_cpp_has_the_true_positions(families, family):
+    """Logits of every token that `generate` samples equal the float64 reference's at the positions after the unpruned prompt,
+    and not those at positions that go on from the kept rows."""
+    from llama_cpp import LogitsProcessorList
+    from reference import Decoder
+
+    models, image = families[family], random_image(4, 112, 112) if family == "qwen2vl" else random_image(4)
+    seen = []
+
+    def capture(tokens, scores):
+        seen.append(np.array(scores, np.float64))
+        return scores
+
+    config = PruneConfig(0.75, 0.5, 3)
+    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2) as vlm:
+        answer = vlm.generate("ab<__media__>cde?", image, config, 12, chat=False, logits_processor=LogitsProcessorList([capture]))
+        report = answer.report.images[0]
+        prompt = vlm.tokenize("ab<__media__>cde?", [image], chat=False)
+        before, chunk, after = prompt.chunks
+        embeddings = vlm.encoder.encode(chunk).embeddings[report.vision_kept].astype(np.float64)
+        prompt.close()
+    reference = Decoder(str(models.text))
+    n, end = len(before.tokens), len(before.tokens) + chunk.n_positions
+    rows = np.concatenate([reference.embed(before.tokens), embeddings, reference.embed(after.tokens)])
+    text = lambda start, k: (
+        np.stack([np.arange(start, start + k)] * 3 + [np.zeros(k, int)]) if models.mrope else np.arange(start, start + k)
+    )
+    offset = np.array([[n], [n], [n], [0]]) if models.mrope else n
+    positions = np.concatenate([text(0, n), chunk.positions[..., report.vision_kept] + offset, text(end, len(after.tokens))], axis=-1)
+    of_image = np.repeat([-1, 0, -1], [n, len(embeddings), len(after.tokens)])
+    kept = n + np.flatnonzero(np.isin(report.vision_kept, report.decoder_kept))
+    want = reference.prune(rows, positions, of_image, K=3, keep_rows=kept)
+    tokens = [int(s.argmax()) for s in seen]
+    assert len(tokens) >= 12  # more where bytes make no character yet
+    difference = lambda at: [float(np.abs(a - b).max()) for a, b in zip(seen, reference.generate(want, len(tokens), at, forced=tokens)[1])]
+    assert max(difference(end + len(after.tokens))) < 1e-3
+    assert answer.report.n_kv_cells != end + len(after.tokens)
+    assert min(difference(answer.report.n_kv_cells)[1:]) > 0.01
+
+
+def test_nothing_is_left_for_direct_use_of_llama(vlm):
+    """After an answer, a closed stream and a finished stream, `vlm.llama` completes text as a fresh Llama does."""
+    prompt = vlm.llama.tokenize(b"USER: is there a red star? ASSISTANT:", add_bos=True)
+    complete = lambda llama: llama.create_completion(prompt=prompt, max_tokens=6, temperature=0)["choices"][0]["text"]
+    fresh = stock.load(refvlm.TEXT_MODEL, True)
+    expected = complete(fresh)
+    fresh.close()
+    vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=4)
+    assert complete(vlm.llama) == expected
+    stream = vlm.generate(PLATE, refvlm.DEMO_IMAGE, stream=True)
+    next(stream)
+    stream.close()
+    assert complete(vlm.llama) == expected
+    list(vlm.generate(PLATE, refvlm.DEMO_IMAGE, stream=True))
+    assert complete(vlm.llama) == expected
+
+
 def test_answer_goes_on_at_the_true_positions(vlm):
     """The same tokens, sampled by llama_cpp and decoded by hand at the positions that follow the unpruned prompt."""
     config = PruneConfig(0.5, 0.125, 2)

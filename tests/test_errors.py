@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -237,6 +238,71 @@ def test_prune_values(vlm, fails):
         PruneConfig(text_rows="some")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suffix": "x"},
+        {"bogus": 3},
+        {"logprobs": 3},
+        {"max_tokens": 0},
+        {"max_tokens": "a"},
+        {"temperature": float("nan")},
+        {"temperature": -1},
+    ],
+)
+def test_sampling_options_are_checked_before_compute(vlm, fails, monkeypatch, options):
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm, "read_prompt", lambda *a, **k: pytest.fail("computed"))
+        with pytest.raises(errors.ConfigError, match=next(iter(options))):
+            vlm.generate(QUESTION, refvlm.DEMO_IMAGE, **options)
+    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_ctx": 1},
+        {"n_ctx": -5},
+        {"n_batch": 1},
+        {"n_ubatch": 0},
+        {"n_gpu_layers": -7},
+        {"vocab_only": True},
+        {"n_gpu_layer": -1},
+        {"n_ctx": 4.5},
+    ],
+)
+def test_constructor_options(options):
+    with pytest.raises(errors.ConfigError, match=next(iter(options))):
+        StarVLM(refvlm.TEXT_MODEL, **options)
+
+
+def test_smallest_context():
+    with StarVLM(refvlm.TEXT_MODEL, n_ctx=2) as tiny:
+        with pytest.raises(errors.ContextLengthError, match="context of 2"):
+            tiny.generate("is there a red star?")
+
+
+@pytest.mark.parametrize("prompt", [None, b"bytes", 3, "a\udcffb"])
+def test_prompts_that_are_no_text(vlm, fails, prompt):
+    fails(errors.PromptError, ["prompt"], lambda: ask(vlm, prompt=prompt))
+
+
+def test_chat_templates(vlm, monkeypatch):
+    """Templates that loop over the parts of a message, that take one string, and that are none."""
+    text = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    plus = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    for template, expected in ((text, "[INST] <__media__>what? [/INST]"), (plus, "<|user|><__media__>what?")):
+        monkeypatch.setattr(vlm, "_formatter", vlm._make_formatter(template))
+        monkeypatch.setattr(vlm, "_parts", vlm._takes_parts())
+        assert vlm._format("what?", 1) == expected
+    refuses = vlm._make_formatter("{{ raise_exception('only assistants') }}")
+    monkeypatch.setattr(vlm, "_formatter", refuses)
+    with pytest.raises(errors.PromptError, match="only assistants"):
+        vlm._format("what?", 1)
+    with pytest.raises(errors.UnsupportedModelError, match="chat template cannot be used"):
+        vlm._make_formatter("{{ foo(")
+
+
 # ---- consumers that fail ----
 
 
@@ -279,6 +345,41 @@ def test_ctrl_c_while_decoding(vlm, fails, monkeypatch):
     fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
 
 
+def test_interrupt_right_after_arming(vlm, fails, monkeypatch):
+    """The tap is disarmed wherever an interrupt strikes."""
+    original = native.lib.se_tap_arm
+
+    class Interrupting:
+        def __getattr__(self, name):
+            return getattr(native.lib, name)
+
+        def se_tap_arm(self, *args):
+            original(*args)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("star_edge.tap.lib", Interrupting())
+        with pytest.raises(KeyboardInterrupt):
+            ask(vlm)
+    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
+
+
+def test_threads_wait_for_each_other(vlm):
+    """Two threads, one engine: every answer is right, none fails."""
+    questions = refvlm.demo_questions()
+    expected = [vlm.generate(q["question"], refvlm.DEMO_IMAGE, max_tokens=4).text for q in questions]
+    answers = [[], []]
+
+    def work(n):
+        for _ in range(3):
+            answers[n].append([vlm.generate(q["question"], refvlm.DEMO_IMAGE, max_tokens=4).text for q in questions])
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert answers == [[expected] * 3] * 2
+
+
 def test_failing_decode_is_typed(vlm, fails, monkeypatch):
     import llama_cpp
 
@@ -300,8 +401,14 @@ def test_closed_engine():
     engine = StarVLM(refvlm.TEXT_MODEL, n_ctx=128)
     engine.close()
     engine.close()
-    with pytest.raises(errors.EngineClosedError):
-        engine.generate("hello")
+    for call in (lambda: engine.generate("hello"), lambda: engine.tokenize("hello", []), lambda: engine.inspect("hello")):
+        with pytest.raises(errors.EngineClosedError, match="closed"):
+            call()
+    engine = StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256)
+    stream = engine.generate(QUESTION, refvlm.DEMO_IMAGE, stream=True)
+    engine.close()
+    with pytest.raises(errors.EngineClosedError, match="the engine is closed"):
+        next(stream)
 
 
 # ---- the extension beside another llama-cpp-python ----
@@ -331,13 +438,14 @@ def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
 def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch):
     """A window that the graph does not allow is found while running; the answer comes without a decoder stage, and says so."""
     monkeypatch.setattr(vlm.decoder, "n_layers", 9)  # the graph has 6: layer 7 never comes
-    monkeypatch.setattr(vlm.decoder, "stage_problem", None)
+    monkeypatch.setattr(vlm.decoder, "layer_problems", {})
     answer = ask(vlm, prune=PruneConfig(0.5, 0.25, 7))
     assert answer.report.decoder_layer is None and answer.report.n_decoder_kept == 72
     assert "no decoder stage: probe" in answer.report.notes[0]
     expected = ask(vlm, prune=PruneConfig(0.5))
     assert answer.text == expected.text
-    assert "no decoder stage" in ask(vlm, prune=PruneConfig(0.5, 0.25, 2)).report.notes[0]  # it is remembered
+    assert "no decoder stage" in ask(vlm, prune=PruneConfig(0.5, 0.25, 7)).report.notes[0]  # remembered, for this layer
+    assert ask(vlm, prune=PruneConfig(0.5, 0.25, 2)).report.decoder_layer == 2
 
 
 def test_prompts_past_the_sliding_window(vlm, monkeypatch):

@@ -154,7 +154,17 @@ def test_ordinary_decode_after_a_pruned_one(families, tapped):
     for layer in (1, 4, 7):
         pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [20], by_score))
         assert not np.array_equal(pruned.logits, expected[0])
+        # First a graph of the same shape as the resume's last one (embedding rows, as many, as many outputs and cells), which
+        # llama.cpp reuses (llm_graph_result::can_reuse): a flag left cleared would show here.
+        at = state_rows = len(prompt.segments[-1].rows)
+        context.remove(0, 12)
+        rows = np.random.default_rng(1).standard_normal((state_rows, 256)).astype(np.float32)
+        again = stock.decode(context.llama, embeddings=rows, positions=np.arange(12, 12 + at))
         context.clear()
+        one = stock.load(families["llama"].text, True)
+        stock.decode(one, tokens=prompt.segments[0].rows.tokens, positions=prompt.segments[0].rows.positions)
+        assert np.array_equal(again, stock.decode(one, embeddings=rows, positions=np.arange(12, 12 + at)))
+        one.close()
         # straight through llama.cpp, with the tap idle
         history, _ = stock.run_segments(context.llama, prompt.segments, prompt.next_position)
         assert np.array_equal(history[0], expected[0])
