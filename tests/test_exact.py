@@ -12,6 +12,7 @@ from conftest import random_image, random_prompt
 from star_edge import PruneConfig, StarVLM, refvlm
 from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
+from star_edge.engine import KV_TYPES
 from star_edge.images import load_image
 from star_edge.selection import Selection, keep_by_score
 from star_edge.tap import Tap
@@ -65,17 +66,18 @@ def generate(context, state, n):
 
 
 @pytest.mark.parametrize("parts", [PARTS, SEVERAL], ids=["one-image", "three-images"])
-@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+@pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
-def test_keep_all_equals_stock(families, tapped, family, flash_attn, parts):
+def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, parts):
+    options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache]}
     prompt = random_prompt(families[family], parts)
     n_images = sum(s.image is not None for s in prompt.segments)
-    plain = stock.load(families[family].text, flash_attn)
+    plain = stock.load(families[family].text, flash_attn, **options)
     expected, expected_tokens = stock.run_segments(plain, prompt.segments, prompt.next_position, N_GENERATE)
     plain.close()
     n_layers = families[family].shape.n_layers
     for layer in (1, n_layers // 2, n_layers - 1):
-        context = tapped(family, flash_attn)
+        context = tapped(family, flash_attn, **options)
         state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0] * n_images, keep_all))
         history, tokens = generate(context, state, N_GENERATE)
         assert state.in_place
@@ -86,8 +88,6 @@ def test_keep_all_equals_stock(families, tapped, family, flash_attn, parts):
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
 def test_keep_all_with_small_ubatch_and_quantized_cache(families, tapped, cache):
     """Segments longer than n_ubatch take several decodes; the cache may be quantized."""
-    from star_edge.engine import KV_TYPES
-
     options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache]}
     prompt = random_prompt(families["llama"], [7, (15, 15), 40])
     plain = stock.load(families["llama"].text, True, **options)
