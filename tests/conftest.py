@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Before any library reads them: threads of the reference and of llama.cpp that spin against each other cost minutes when other
-# work shares the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# work shares the cores, and threads that sleep at once cost as much on tiny models. Spin briefly.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402

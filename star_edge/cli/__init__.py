@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -48,6 +49,8 @@ def _drop_stdout() -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one line and exit status 2."""
+    # Ctrl-C ends the process where it stands: llama_cpp's log callback is Python, in which a KeyboardInterrupt would be lost.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from ..errors import StarEdgeError
 
     try:
@@ -65,8 +68,6 @@ def main() -> None:
     except StarEdgeError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         status = 2
-    except KeyboardInterrupt:
-        status = 130
     except BrokenPipeError:  # the reader of a pipe has gone
         _drop_stdout()
         status = 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,7 @@ def load_engine(model: str | None, mmproj: str | None, **options: Any) -> StarVL
             raise ConfigError("--mmproj was given without a text model", "add -m TEXT.gguf")
         model, mmproj = refvlm.TEXT_MODEL, refvlm.MMPROJ
         options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
-    # llama_cpp's log callback is Python, in which a Ctrl-C would be lost: while loading it simply ends the process
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        return StarVLM(model, mmproj, **options)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return StarVLM(model, mmproj, **options)
 
 
 def make_config(preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None) -> PruneConfig | None:
