@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-import jinja2
-import llama_cpp
 import numpy as np
 from llama_cpp import Llama
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from .chat import ChatFormat
 from .config import DEFAULT_PRESET, PruneConfig, choose_layer, resolve_prune
 from .decoder.context import DecoderContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, prefill
@@ -42,7 +40,7 @@ from .inspection import Inspection, read_decoder, read_encoder
 from .report import PruneReport
 from .selection import keep_by_score
 from .tap import Tap
-from .vision.encoder import MEDIA_MARKER, Prompt, TextChunk, VisionEncoder
+from .vision.encoder import Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
@@ -189,6 +187,7 @@ class StarVLM:
                 f"{info.path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
             ) from error
         try:
+            self._chat = ChatFormat(self.llama, chat_template)
             attach_tap(self.llama, self._tap)
             self.decoder = DecoderContext(self.llama, self._tap)
             if mmproj is not None:
@@ -204,8 +203,6 @@ class StarVLM:
         except BaseException:
             self.close()
             raise
-        self._formatter = self._make_formatter(chat_template)
-        self._parts = self._formatter is not None and self._takes_parts()
 
     def close(self) -> None:
         """Frees the models. Any use after it raises EngineClosedError."""
@@ -230,7 +227,7 @@ class StarVLM:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._formatter is not None
+        return self._chat.exists
 
     # ---- answers ----
 
@@ -345,7 +342,7 @@ class StarVLM:
             raise PromptError("the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first") from error
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
-        text = self._format(prompt, len(pictures)) if chat else prompt
+        text = self._chat.format(prompt, len(pictures)) if chat else prompt
         if self.encoder is None:
             return Prompt([TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))])
         return self.encoder.tokenize(text, pictures)
@@ -468,43 +465,6 @@ class StarVLM:
         if isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or not isinstance(images, Iterable):
             return [images]  # one image needs no list
         return list(images)
-
-    def _make_formatter(self, chat_template: str | None) -> Jinja2ChatFormatter | None:
-        source = chat_template or self.llama.metadata.get("tokenizer.chat_template")
-        if not source:
-            return None
-        eos = llama_cpp.llama_vocab_get_text(self.llama._model.vocab, self.llama.token_eos())
-        try:
-            # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
-            return Jinja2ChatFormatter(template=source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token="")
-        except jinja2.TemplateError as error:
-            raise UnsupportedModelError(f"the chat template cannot be used ({error})", "give another as chat_template") from error
-
-    def _takes_parts(self) -> bool:
-        """Whether the chat template takes a message's content as a list of parts, and not only as one string."""
-        probe = [{"role": "user", "content": [{"type": "text", "text": "PROBE"}]}]
-        try:
-            text = self._formatter(messages=probe).prompt
-        except Exception:  # a template may fail in any way on what it does not expect
-            return False
-        return "PROBE" in text and "'type'" not in text and '"type"' not in text
-
-    def _format(self, prompt: str, n_images: int) -> str:
-        if self._formatter is None:
-            raise UnsupportedModelError("the model has no chat template", "give chat_template, or chat=False and the whole prompt")
-        if MEDIA_MARKER not in prompt:
-            prompt = MEDIA_MARKER * n_images + prompt
-        content = []
-        for i, text in enumerate(prompt.split(MEDIA_MARKER)):
-            if i:
-                content.append({"type": "text", "text": MEDIA_MARKER})
-            if text:
-                content.append({"type": "text", "text": text})
-        message = {"role": "user", "content": content if n_images and self._parts else prompt}
-        try:
-            return self._formatter(messages=[message]).prompt
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template, or chat=False") from error
 
 
 def _physical_cores() -> int:

@@ -172,12 +172,12 @@ def test_several_images_keep_a_share_each(vlm):
 def test_markers_in_the_prompt_are_kept_in_place(families):
     models = families["llama"]
     with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
-        front = vlm._format("what?", 1)
-        inside = vlm._format("before <__media__> after", 1)
+        front = vlm._chat.format("what?", 1)
+        inside = vlm._chat.format("before <__media__> after", 1)
         assert front == "USER:<__media__>what? ASSISTANT:"
         assert inside == "USER:before <__media__> after ASSISTANT:"
         # a prompt that holds the marker as text, without images
-        assert vlm._format("plain", 0) == "USER: plain ASSISTANT:"
+        assert vlm._chat.format("plain", 0) == "USER: plain ASSISTANT:"
 
 
 def test_stream_equals_answer(vlm):

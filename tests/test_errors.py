@@ -13,6 +13,7 @@ from conftest import QWEN2VL, random_image
 from PIL import Image
 
 from star_edge import PruneConfig, StarVLM, errors, native, refvlm
+from star_edge.chat import ChatFormat
 from star_edge.images import ImageLimits
 from star_edge.synthetic import DecoderShape, write_decoder
 
@@ -109,7 +110,7 @@ def test_images_for_a_text_model():
 
 def test_no_chat_template(tmp_path, families):
     with StarVLM(families["llama"].text, n_ctx=256) as vlm:
-        vlm._formatter = None
+        vlm._chat.exists = False
         with pytest.raises(errors.UnsupportedModelError, match="chat template"):
             vlm.generate("hello")
         assert vlm.generate("hello", chat=False, max_tokens=2).report.n_text_tokens > 0
@@ -287,20 +288,16 @@ def test_prompts_that_are_no_text(vlm, fails, prompt):
     fails(errors.PromptError, ["prompt"], lambda: ask(vlm, prompt=prompt))
 
 
-def test_chat_templates(vlm, monkeypatch):
+def test_chat_templates(vlm):
     """Templates that loop over the parts of a message, that take one string, and that are none."""
     text = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     plus = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
     for template, expected in ((text, "[INST] <__media__>what? [/INST]"), (plus, "<|user|><__media__>what?")):
-        monkeypatch.setattr(vlm, "_formatter", vlm._make_formatter(template))
-        monkeypatch.setattr(vlm, "_parts", vlm._takes_parts())
-        assert vlm._format("what?", 1) == expected
-    refuses = vlm._make_formatter("{{ raise_exception('only assistants') }}")
-    monkeypatch.setattr(vlm, "_formatter", refuses)
+        assert ChatFormat(vlm.llama, template).format("what?", 1) == expected
     with pytest.raises(errors.PromptError, match="only assistants"):
-        vlm._format("what?", 1)
+        ChatFormat(vlm.llama, "{{ raise_exception('only assistants') }}").format("what?", 1)
     with pytest.raises(errors.UnsupportedModelError, match="chat template cannot be used"):
-        vlm._make_formatter("{{ foo(")
+        ChatFormat(vlm.llama, "{{ foo(")
 
 
 # ---- consumers that fail ----
