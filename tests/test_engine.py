@@ -294,6 +294,10 @@ def test_cells_that_do_not_come_back_are_noticed(families, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(prefill_module._Run, "free_kept", frees_everything)
+        with_mass = DecoderStage(3, [20], lambda scores, n, mass: keep_by_score(scores, n, 0.5))
+        heavy = prefill(context, prompt.segments, prompt.next_position, with_mass)
+        assert not heavy.in_place and heavy.selections[0].mass is None  # nothing is claimed that was not done
+        context.clear()
         state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [20], by_score))
     assert not state.in_place and state.n_cells == 41
     # what is left is an ordinary prompt of the kept rows at their own positions

@@ -156,14 +156,14 @@ def test_ordinary_decode_after_a_pruned_one(families, tapped):
         assert not np.array_equal(pruned.logits, expected[0])
         # First a graph of the same shape as the resume's last one (embedding rows, as many, as many outputs and cells), which
         # llama.cpp reuses (llm_graph_result::can_reuse): a flag left cleared would show here.
-        at = state_rows = len(prompt.segments[-1].rows)
+        n = len(prompt.segments[-1].rows)
         context.remove(0, 12)
-        rows = np.random.default_rng(1).standard_normal((state_rows, 256)).astype(np.float32)
-        again = stock.decode(context.llama, embeddings=rows, positions=np.arange(12, 12 + at))
+        rows = np.random.default_rng(1).standard_normal((n, 256)).astype(np.float32)
+        again = stock.decode(context.llama, embeddings=rows, positions=np.arange(12, 12 + n))
         context.clear()
         one = stock.load(families["llama"].text, True)
         stock.decode(one, tokens=prompt.segments[0].rows.tokens, positions=prompt.segments[0].rows.positions)
-        assert np.array_equal(again, stock.decode(one, embeddings=rows, positions=np.arange(12, 12 + at)))
+        assert np.array_equal(again, stock.decode(one, embeddings=rows, positions=np.arange(12, 12 + n)))
         one.close()
         # straight through llama.cpp, with the tap idle
         history, _ = stock.run_segments(context.llama, prompt.segments, prompt.next_position)

@@ -67,7 +67,6 @@ class Prefill:
     tokens: what those rows are, (n_cells,) int32: a text token's id, or -1 for a row of an image.
     next_position: RoPE position of the next token.
     scores, selections: for each image, (n,) float32 and what stayed of its rows; empty without a decoder stage.
-    cells: KV cells of all rows that ran in the last window, (n,) int64.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
     """
 
@@ -77,7 +76,6 @@ class Prefill:
     next_position: int
     scores: list[np.ndarray] = field(default_factory=list)
     selections: list[Selection] = field(default_factory=list)
-    cells: np.ndarray | None = None
     in_place: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -120,7 +118,7 @@ class _Run:
                 start = self.n_cells
                 cells = self.plain(rest, last_has_logits=True)
             self.check_cells(cells, start)
-            return self.result(cells=cells)
+            return self.result()
 
         # 2) probe
         start = self.n_cells
@@ -139,11 +137,13 @@ class _Run:
             new_cells = self.resume(rest, hidden, keep_row, stage.layer)
         in_place = bool(np.array_equal(new_cells, cells[keep_row]))
         if not in_place:
+            # Masses were for cells that the rows did not come back to: what stays now stands for itself alone, and is reported so.
             self.context.tap.set_cell_bias(None)
+            selections = [Selection(s.kept) for s in selections]
             with self.timed("fallback"):
-                new_cells = self.restart(rest, keep_row, start)
+                self.restart(rest, keep_row, start)
         self.context.remove(PARKED, 0)
-        return self.result(scores=scores, selections=selections, cells=new_cells, in_place=in_place)
+        return self.result(scores=scores, selections=selections, in_place=in_place)
 
     def result(self, **fields: object) -> Prefill:
         selections = iter(fields.get("selections", ()))
@@ -267,7 +267,7 @@ class _Run:
             at += len(segment.rows)
         return np.concatenate(cells)
 
-    def restart(self, segments: Sequence[Segment], keep_row: np.ndarray, start: int) -> np.ndarray:
+    def restart(self, segments: Sequence[Segment], keep_row: np.ndarray, start: int) -> None:
         """Plain prefill of the rows that go on: their layers below K no longer see the dropped ones."""
         self.context.remove(PARKED, 0)
         self.context.remove(MAIN, start)
@@ -279,7 +279,7 @@ class _Run:
             rows = segment.rows
             kept.append(Segment(Rows(rows.positions[..., keep], part(rows.tokens), part(rows.embeddings)), segment.image, segment.causal))
             at += len(keep)
-        return self.plain(kept, last_has_logits=True)
+        self.plain(kept, last_has_logits=True)
 
     # ---- decodes ----
 
