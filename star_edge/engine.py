@@ -1,8 +1,6 @@
 """StarVLM: a vision-language GGUF model with image-token pruning.
 
-    image -> vision stage -> probe -> decoder stage -> resume -> text
-
-Joins the stages and hands the prompt's state to `llama_cpp.Llama`, which samples. Knows no details of any stage.
+Loads the files, checks what a caller gives, and lets `llama_cpp.Llama` sample from the prompt that `PromptReader` has read.
 """
 
 from __future__ import annotations
@@ -21,34 +19,22 @@ import numpy as np
 from llama_cpp import Llama
 
 from .chat import ChatFormat
-from .config import DEFAULT_PRESET, PruneConfig, choose_layer, resolve_prune
-from .decoder.context import DecoderContext, attach_tap
-from .decoder.prefill import DecoderStage, Prefill, prefill
-from .errors import (
-    ConfigError,
-    ContextLengthError,
-    EngineClosedError,
-    EngineError,
-    LayerWindowError,
-    ModelFileError,
-    PromptError,
-    UnsupportedModelError,
-)
+from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
+from .decoder.prefill import Prefill
+from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
+from .reader import PromptReader
 from .report import PruneReport
-from .selection import keep_by_score
-from .tap import Tap
-from .vision.encoder import Prompt, TextChunk, VisionEncoder
-from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
+from .vision.encoder import Prompt, TextChunk
+from .vision.stage import run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 # What create_completion takes, less what would change the prompt or the form of the result, and what generate names itself
 _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
     "self", "prompt", "suffix", "echo", "logprobs", "stream", "model", "max_tokens", "temperature",
 }  # fmt: skip
-_IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
 
 @dataclass
@@ -69,7 +55,7 @@ class AnswerStream(Iterator[str]):
 
     def __init__(self, engine: StarVLM, chunks: Iterator[Any], report: PruneReport) -> None:
         self._engine, self._chunks = engine, chunks
-        self._request = engine._request
+        self._request = engine._reader.request
         self._start = time.perf_counter()
         self.report = report
         self.text = ""
@@ -79,13 +65,13 @@ class AnswerStream(Iterator[str]):
         with self._engine._lock:
             if self._engine._closed:
                 raise EngineClosedError("the engine is closed", "make a new StarVLM")
-            if self._engine._request != self._request and self.finish_reason is None:
+            if self._engine._reader.request != self._request and self.finish_reason is None:
                 raise EngineClosedError("a newer request has ended this stream", "read a stream to its end before the next request")
             try:
                 for chunk in self._chunks:
                     choice = chunk["choices"][0]
                     self.finish_reason = choice["finish_reason"] or self.finish_reason
-                    self.report.n_generated = self._engine.llama.n_tokens - self.report.n_kv_cells + 1
+                    self.report.n_generated = self._engine._reader.n_generated(self.report)
                     self.report.milliseconds["generate"] = 1e3 * (time.perf_counter() - self._start)
                     if choice["text"]:
                         self.text += choice["text"]
@@ -100,8 +86,8 @@ class AnswerStream(Iterator[str]):
         """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked."""
         with self._engine._lock:
             self._chunks.close()
-            if self._engine._request == self._request and not self._engine._closed:
-                self._engine._begin()
+            if not self._engine._closed and self._engine._reader.request == self._request:
+                self._engine._reader.begin()
 
 
 class StarVLM:
@@ -167,18 +153,14 @@ class StarVLM:
             raise ConfigError(f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v")
         n_threads = n_threads if n_threads and n_threads > 0 else _physical_cores()
         self._lock = threading.RLock()  # one request at a time; other threads wait
-        self._request = 0
         self._closed = False
         self.image_limits = image_limits
-        self.encoder: VisionEncoder | None = None
-        self._tap = Tap()
         try:
             self.llama = Llama(
                 info.path, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, flash_attn=flash_attn,
                 type_k=KV_TYPES[type_k], type_v=KV_TYPES[type_v], n_threads=n_threads, n_threads_batch=n_threads, verbose=verbose, **llama_options,
             )  # fmt: skip
         except ValueError as error:
-            self._tap.close()
             if "context" in str(error):
                 raise EngineError(
                     f"llama.cpp could not create a context of {n_ctx} tokens", "lower n_ctx, or quantize the KV cache (type_k, type_v)"
@@ -188,31 +170,24 @@ class StarVLM:
             ) from error
         try:
             self._chat = ChatFormat(self.llama, chat_template)
-            attach_tap(self.llama, self._tap)
-            self.decoder = DecoderContext(self.llama, self._tap)
-            if mmproj is not None:
-                use_flash = flash_attn if encoder_flash_attn is None else encoder_flash_attn
-                self.encoder = VisionEncoder(
-                    mmproj,
-                    self.llama,
-                    flash_attn=use_flash,
-                    use_gpu=n_gpu_layers != 0,
-                    image_min_tokens=image_min_tokens,
-                    image_max_tokens=image_max_tokens,
-                )
+            self._reader = PromptReader(
+                self.llama,
+                mmproj,
+                encoder_flash_attn=flash_attn if encoder_flash_attn is None else encoder_flash_attn,
+                encoder_on_gpu=n_gpu_layers != 0,
+                image_min_tokens=image_min_tokens,
+                image_max_tokens=image_max_tokens,
+            )
         except BaseException:
             self.close()
             raise
+        self.decoder, self.encoder = self._reader.decoder, self._reader.encoder
 
     def close(self) -> None:
         """Frees the models. Any use after it raises EngineClosedError."""
         with self._lock:
             self._closed = True
-            self._request += 1
-            if self.encoder is not None:
-                self.encoder.close()
             self.llama.close()
-            self._tap.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
@@ -282,53 +257,7 @@ class StarVLM:
             config = resolve_prune(prune)
             self._begin()
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
-            tokenized = self.tokenize(prompt, pictures, chat=chat)
-            try:
-                seconds = {"preprocess": time.perf_counter() - start}
-                plan, layer, notes = self._plan(tokenized, config)
-                mass_share = config.mass_share if config is not None else 0.0
-                if mass_share and 0 < self.decoder.n_swa < plan.n_cells:
-                    mass_share = 0.0  # a sliding-window cache has other cells than the bias is made for
-                    notes.append("no representatives: the prompt is longer than the model's sliding window")
-                segments, image_reports, next_position = run_vision_stage(
-                    plan, self.encoder, self.decoder.mrope, config is not None, seconds, mass_share
-                )
-            finally:
-                tokenized.close()
-            stage = None
-            if layer is not None:
-                choose = lambda scores, n, mass: keep_by_score(scores, n, mass_share, mass)
-                stage = DecoderStage(layer, plan.n_decoder, choose, last_row_only=config.text_rows == "last")
-            try:
-                state = prefill(self.decoder, segments, next_position, stage)
-            except LayerWindowError as error:
-                self.decoder.layer_problems[layer] = error.cause
-                notes.append(f"no decoder stage: {error.cause}")
-                layer = None
-                self._tap.set_cell_bias(None)
-                self.decoder.clear()
-                state = prefill(self.decoder, segments, next_position)
-            for image, scores, selection in zip(image_reports, state.scores, state.selections):
-                image.decoder_scores = scores
-                image.decoder_kept = image.vision_kept[selection.kept]
-                image.decoder_mass = selection.mass
-            if not state.in_place:
-                notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
-            seconds.update(state.seconds)
-            seconds["first_token"] = time.perf_counter() - start
-            milliseconds = {name: 1e3 * value for name, value in seconds.items()}
-            report = PruneReport(
-                config,
-                image_reports,
-                self.decoder.n_layers,
-                layer,
-                plan.n_text,
-                state.n_cells,
-                milliseconds,
-                in_place=state.in_place,
-                notes=notes,
-            )
-            return state, report
+            return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
 
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
         """Chunks of the prompt; pictures are (h, w, 3) uint8. The result must be closed."""
@@ -369,7 +298,7 @@ class StarVLM:
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
             try:
-                plan, _, _ = self._plan(tokenized, None)
+                plan, _, _ = self._reader.plan(tokenized, None)
                 if encoder_layers and not plan.images:
                     raise ConfigError("encoder layers were asked for without an image", "give an image")
                 grids = [chunk.grid for chunk in plan.images]
@@ -396,61 +325,11 @@ class StarVLM:
         """Ends whatever was going on and empties the cache."""
         if self._closed:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
-        self._request += 1
-        self._tap.set_position_shift(0, 0)
-        self._tap.set_cell_bias(None)
-        self.decoder.clear()
-        self.llama.reset()
-
-    def _plan(self, prompt: Prompt, config: PruneConfig | None) -> tuple[PromptPlan, int | None, list[str]]:
-        """Counts, layer K (None: no decoder stage) and notes; every limit is checked here, before anything is computed."""
-        notes: list[str] = []
-        has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
-        prune = config if has_images else None
-        can_score = self.encoder is not None and self.encoder.profile is not None
-        if prune is not None and prune.prunes_in_vision and not can_score:
-            notes.append(f"no vision stage: the token layout of projector type {self.encoder.projector!r} is not known")
-        layer = None
-        if prune is not None and prune.prunes_in_decoder:
-            layer = choose_layer(prune.decoder_layer, self.decoder.n_layers)
-            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(layer)
-            if problem:
-                layer, reason = None, problem
-            elif not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens):
-                layer, reason = None, "there is no text after the last image to score with"
-            if layer is None:
-                notes.append(f"no decoder stage: {reason}")
-        plan = plan_prompt(prompt.chunks, prune, can_score, layer is not None)
-        if layer is not None and 0 < self.decoder.n_swa < plan.n_cells:
-            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
-            layer = None
-            notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
-            plan = plan_prompt(prompt.chunks, prune, can_score, False)
-        if plan.n_cells + 1 > self.decoder.n_ctx:
-            raise ContextLengthError(
-                f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
-                "raise n_ctx, lower vision_keep, or give fewer or smaller images" if plan.images else "raise n_ctx, or shorten the prompt",
-            )
-        for chunk, n in zip(plan.images, plan.n_vision):
-            if not chunk.causal and n > self.decoder.n_ubatch:
-                raise ContextLengthError(
-                    f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is {self.decoder.n_ubatch}",
-                    f"use n_ubatch={n} or more",
-                )
-        if not plan.n_cells:
-            raise ConfigError("the prompt is empty", "give some text")
-        return plan, layer, notes
+        self._reader.begin()
 
     def _answer(self, state: Prefill, report: PruneReport, stream: bool, **options: Any) -> Answer | AnswerStream:
         """Lets `llama_cpp.Llama` go on from the prompt's state."""
-        llama = self.llama
-        n = state.n_cells
-        tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
-        llama.input_ids[:n] = tokens  # for logits processors, and so that create_completion finds the prompt read already
-        llama.n_tokens = n
-        llama._requires_eval = False  # the logits of the last row are there
-        self._tap.set_position_shift(n, state.next_position - n)
-        chunks = llama.create_completion(prompt=tokens.tolist(), stream=True, **options)
+        chunks = self.llama.create_completion(prompt=self._reader.hand_over(state), stream=True, **options)
         answer = AnswerStream(self, chunks, report)
         if stream:
             return answer

@@ -269,11 +269,11 @@ def test_answer_goes_on_at_the_true_positions(vlm):
     answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, config, 8)
     state, report = vlm.read_prompt(PLATE, refvlm.DEMO_IMAGE, config)
     assert state.next_position == report.n_text_tokens + 144
-    vlm._tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
+    vlm.decoder.tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
     out, tokens = state.logits, []
     for i in range(answer.report.n_generated - 1):
         tokens.append(int(out.argmax()))
-        vlm._tap.begin()
+        vlm.decoder.tap.begin()
         out = stock.decode(vlm.llama, tokens=tokens[-1:], positions=[state.n_cells + i])
     assert vlm.llama.detokenize(tokens).decode() == answer.text
 

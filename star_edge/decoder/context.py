@@ -19,11 +19,39 @@ MAIN, PARKED = 0, 1  # sequence ids: the conversation, and dropped tokens whose 
 
 
 class TappedContext(_internals.LlamaContext):
-    """A LlamaContext that tells its tap when a plain decode begins."""
+    """A LlamaContext that tells its tap when a plain decode begins, and what it still has to do for the prompt in the cache.
+
+    request: changes whenever the prompt in the cache goes.
+    """
 
     def __init__(self, tap: Tap, **kwargs: object) -> None:
         self.tap = tap
+        self.request = 0
+        self._n_prompt = 0
         super().__init__(**kwargs)
+
+    def continue_prompt(self, n_cells: int, next_position: int) -> None:
+        """What is decoded after the n_cells rows of the prompt goes on at next_position, until forget_prompt."""
+        self._n_prompt = n_cells
+        self.tap.set_position_shift(n_cells, next_position - n_cells)
+
+    def forget_prompt(self) -> None:
+        """Plain decodes are plain again: no position shift, no attention bias."""
+        self.request += 1
+        self._n_prompt = 0
+        self.tap.set_position_shift(0, 0)
+        self.tap.set_cell_bias(None)
+
+    # Whoever uses the Llama for something else cuts the cache through one of these two first: Llama.eval does, and Llama.embed.
+
+    def kv_cache_clear(self) -> None:
+        self.forget_prompt()
+        super().kv_cache_clear()
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        if p0 < self._n_prompt:
+            self.forget_prompt()
+        return super().kv_cache_seq_rm(seq_id, p0, p1)
 
     def decode(self, batch: _internals.LlamaBatch) -> None:
         self.tap.begin()

@@ -1,0 +1,189 @@
+"""Reads a prompt: from its chunks to the logits of the first answer token.
+
+    image -> vision stage -> probe -> decoder stage -> resume -> text
+
+Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, whoever made it. Knows no details of any stage, and
+neither chat templates nor where images come from.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from os import PathLike
+
+import numpy as np
+from llama_cpp import Llama
+
+from .config import PruneConfig, choose_layer
+from .decoder.context import DecoderContext, TappedContext, attach_tap
+from .decoder.prefill import DecoderStage, Prefill, prefill
+from .errors import ConfigError, ContextLengthError, LayerWindowError
+from .report import PruneReport
+from .selection import keep_by_score
+from .tap import Tap
+from .vision.encoder import Prompt, TextChunk, VisionEncoder
+from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
+
+_IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
+
+
+class PromptReader:
+    """A `Llama` with what reading pruned prompts takes: a context with a tap, and the vision encoder of `mmproj`, if given.
+
+    The context of the Llama is made anew, unless it has a tap already; what is in its cache is lost then. The Llama owns everything
+    that is made here: `Llama.close` frees it, and the reader does not keep the Llama alive.
+
+    Raises:
+        ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
+        EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        mmproj: str | PathLike | None,
+        *,
+        encoder_flash_attn: bool,
+        encoder_on_gpu: bool,
+        image_min_tokens: int = -1,
+        image_max_tokens: int = -1,
+    ) -> None:
+        self.llama: Llama = weakref.proxy(llama)
+        self.encoder: VisionEncoder | None = None
+        if mmproj is not None:
+            self.encoder = VisionEncoder(
+                mmproj,
+                self.llama,
+                flash_attn=encoder_flash_attn,
+                use_gpu=encoder_on_gpu,
+                image_min_tokens=image_min_tokens,
+                image_max_tokens=image_max_tokens,
+            )
+            llama._stack.callback(self.encoder.close)  # before the model that it points to
+        if not isinstance(llama._ctx, TappedContext):
+            tap = Tap()
+            llama._stack.callback(tap.close)  # after the context, which attach_tap puts on the stack
+            attach_tap(llama, tap)
+        self.context: TappedContext = llama._ctx
+        self.decoder = DecoderContext(self.llama, self.context.tap)
+
+    @property
+    def request(self) -> int:
+        """Changes whenever the cache stops holding what it held: a stream is over when this is not what it was at its start."""
+        return self.context.request
+
+    def begin(self) -> None:
+        """Ends whatever was going on and empties the cache."""
+        self.context.forget_prompt()
+        self.decoder.clear()
+        self.llama.reset()
+
+    def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
+        """Everything before the first answer token, from an empty cache (`begin`). Closes the prompt.
+
+        start: when the request began, in the seconds of time.perf_counter.
+
+        Raises:
+            ConfigError, ContextLengthError: before anything is computed.
+            EngineError: llama.cpp failed; `begin` makes the Llama usable again.
+        """
+        try:
+            seconds = {"preprocess": time.perf_counter() - start}
+            plan, layer, notes = self.plan(prompt, config)
+            mass_share = config.mass_share if config is not None else 0.0
+            if mass_share and 0 < self.decoder.n_swa < plan.n_cells:
+                mass_share = 0.0  # a sliding-window cache has other cells than the bias is made for
+                notes.append("no representatives: the prompt is longer than the model's sliding window")
+            segments, image_reports, next_position = run_vision_stage(
+                plan, self.encoder, self.decoder.mrope, config is not None, seconds, mass_share
+            )
+        finally:
+            prompt.close()
+        stage = None
+        if layer is not None:
+            choose = lambda scores, n, mass: keep_by_score(scores, n, mass_share, mass)
+            stage = DecoderStage(layer, plan.n_decoder, choose, last_row_only=config.text_rows == "last")
+        try:
+            state = prefill(self.decoder, segments, next_position, stage)
+        except LayerWindowError as error:
+            self.decoder.layer_problems[layer] = error.cause
+            notes.append(f"no decoder stage: {error.cause}")
+            layer = None
+            self.decoder.tap.set_cell_bias(None)
+            self.decoder.clear()
+            state = prefill(self.decoder, segments, next_position)
+        for image, scores, selection in zip(image_reports, state.scores, state.selections):
+            image.decoder_scores = scores
+            image.decoder_kept = image.vision_kept[selection.kept]
+            image.decoder_mass = selection.mass
+        if not state.in_place:
+            notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
+        seconds.update(state.seconds)
+        seconds["first_token"] = time.perf_counter() - start
+        milliseconds = {name: 1e3 * value for name, value in seconds.items()}
+        report = PruneReport(
+            config,
+            image_reports,
+            self.decoder.n_layers,
+            layer,
+            plan.n_text,
+            state.n_cells,
+            milliseconds,
+            in_place=state.in_place,
+            notes=notes,
+        )
+        return state, report
+
+    def plan(self, prompt: Prompt, config: PruneConfig | None) -> tuple[PromptPlan, int | None, list[str]]:
+        """Counts, layer K (None: no decoder stage) and notes; every limit is checked here, before anything is computed."""
+        notes: list[str] = []
+        has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
+        prune = config if has_images else None
+        can_score = self.encoder is not None and self.encoder.profile is not None
+        if prune is not None and prune.prunes_in_vision and not can_score:
+            notes.append(f"no vision stage: the token layout of projector type {self.encoder.projector!r} is not known")
+        layer = None
+        if prune is not None and prune.prunes_in_decoder:
+            layer = choose_layer(prune.decoder_layer, self.decoder.n_layers)
+            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(layer)
+            if problem:
+                layer, reason = None, problem
+            elif not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens):
+                layer, reason = None, "there is no text after the last image to score with"
+            if layer is None:
+                notes.append(f"no decoder stage: {reason}")
+        plan = plan_prompt(prompt.chunks, prune, can_score, layer is not None)
+        if layer is not None and 0 < self.decoder.n_swa < plan.n_cells:
+            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
+            layer = None
+            notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
+            plan = plan_prompt(prompt.chunks, prune, can_score, False)
+        if plan.n_cells + 1 > self.decoder.n_ctx:
+            raise ContextLengthError(
+                f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
+                "raise n_ctx, lower vision_keep, or give fewer or smaller images" if plan.images else "raise n_ctx, or shorten the prompt",
+            )
+        for chunk, n in zip(plan.images, plan.n_vision):
+            if not chunk.causal and n > self.decoder.n_ubatch:
+                raise ContextLengthError(
+                    f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is {self.decoder.n_ubatch}",
+                    f"use n_ubatch={n} or more",
+                )
+        if not plan.n_cells:
+            raise ConfigError("the prompt is empty", "give some text")
+        return plan, layer, notes
+
+    def hand_over(self, state: Prefill) -> list[int]:
+        """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read already."""
+        llama, n = self.llama, state.n_cells
+        tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
+        llama.input_ids[:n] = tokens  # for logits processors, and so that create_completion finds the prompt read already
+        llama.n_tokens = n
+        llama._requires_eval = False  # the logits of the last row are there
+        self.context.continue_prompt(n, state.next_position)
+        return tokens.tolist()
+
+    def n_generated(self, report: PruneReport) -> int:
+        """Tokens that the Llama has sampled for the prompt of the report: the last one is in no cell yet."""
+        return self.llama.n_tokens - report.n_kv_cells + 1
