@@ -27,7 +27,7 @@ def main() -> None:
     questions = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()][: parser.parse_args().limit]
     table = Table("preset", "average tokens", *FAMILIES, "all", title=f"exact match on {len(questions)} questions, %")
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512) as vlm:
-        plain = {f"{name}, mass_share=0": replace(config, mass_share=0.0) for name, config in PRESETS.items() if config}
+        plain = {f"{name} without representatives": replace(config, representatives="none") for name, config in PRESETS.items() if config}
         for preset, config in (PRESETS | plain).items():
             right = defaultdict(list)
             for q in track(questions, preset, transient=True):

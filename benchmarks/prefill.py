@@ -31,12 +31,19 @@ from stock import Stock
 
 from star_edge import MEDIA_MARKER, PruneConfig, StarVLM, __version__
 from star_edge.decoder.context import DecoderContext, Rows
-from star_edge.decoder.prefill import DecoderStage, Segment, prefill
-from star_edge.selection import keep_by_score, top_k
+from star_edge.decoder.prefill import DecoderStage, Seen, Segment, prefill
+from star_edge.representatives import select
+from star_edge.selection import Selection, Tokens, top_k
 from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_encoder
 
 N_BEFORE, N_IMAGE, N_AFTER = 35, 576, 40
 CONFIGS = [(576, 58, 2), (288, 58, 11), (144, 29, 5)]  # n1, n2, K
+
+
+def choose(seen: Seen, n_keep: int) -> Selection:
+    """What PruneConfig's defaults do in the decoder stage."""
+    tokens = Tokens(seen.hidden, seen.rows, (24, 24), seen.mass, seen.attention)
+    return select("cluster", tokens, seen.attention, n_keep, PruneConfig().decoder_share)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -58,7 +65,7 @@ class Prompt:
         end = N_BEFORE + N_IMAGE
         return [
             Segment(Rows(np.arange(N_BEFORE, dtype=np.int32), tokens=self.before)),
-            Segment(Rows((N_BEFORE + kept).astype(np.int32), embeddings=self.embeddings[kept]), image=0),
+            Segment(Rows((N_BEFORE + kept).astype(np.int32), embeddings=self.embeddings[kept]), image=0, mass=np.full(n1, N_IMAGE / n1)),
             Segment(Rows(np.arange(end, end + N_AFTER, dtype=np.int32), tokens=self.after)),
         ]
 
@@ -78,9 +85,7 @@ def bench_prefill(stock: Stock, context: DecoderContext, repeats: int) -> list[d
 
         def run() -> None:
             context.clear()
-            state = prefill(
-                context, segments, N_BEFORE + N_IMAGE + N_AFTER, DecoderStage(layer, [n2], lambda scores, n, mass: keep_by_score(scores, n))
-            )
+            state = prefill(context, segments, N_BEFORE + N_IMAGE + N_AFTER, DecoderStage([(layer, [n2])], choose))
             if not state.in_place:
                 raise RuntimeError("kept rows did not return to their cells")
 

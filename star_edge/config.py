@@ -6,37 +6,67 @@ as an argument.
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from .errors import ConfigError
+from .representatives import REPRESENTATIVES
+from .scorers import DECODER_SCORERS, VISION_SCORERS
 
 Keep = float | int
 
 
-def _check_keep(name: str, keep: object) -> None:
+MAX_WINDOWS = 6  # each parks what it drops in a sequence of its own (decoder.context.N_SEQUENCES)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_keep(name: str, keep: object) -> Keep:
+    """The keep ratio or count as Python's own float or int."""
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise ConfigError(f"{name}={keep!r} is a {type(keep).__name__}", "use a fraction (0.25) or a count of tokens (144)")
     if not isinstance(keep, numbers.Integral) and not 0.0 < keep <= 1.0:  # NaN fails every comparison
         raise ConfigError(f"{name}={keep} is no fraction in (0, 1]", "1.0 keeps all; an int is a count of tokens")
     if isinstance(keep, numbers.Integral) and keep < 1:
         raise ConfigError(f"{name}={keep} keeps nothing", "keep at least one token of each image")
+    return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
+
+
+def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> None:
+    if isinstance(first, int) and isinstance(then, int) and then > first:
+        raise ConfigError(f"{then_name}={then} is more than {first_name}={first} leaves", f"lower {then_name}")
+    if isinstance(first, float) and isinstance(then, float) and first < then < 1.0:
+        raise ConfigError(
+            f"{then_name}={then} is more than {first_name}={first} leaves",
+            f"both are fractions of the image's original tokens: lower {then_name}, or use 1.0 for no decoder stage",
+        )
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How many image tokens to keep at each stage.
+    """How many image tokens to keep at each stage, and which.
 
-    vision_keep: what stays after the vision encoder (STAR stage 1), ranked by the attention that a patch receives there.
-    decoder_keep: what stays from decoder layer K on (stage 2), ranked by the attention of the question's text.
+    vision_keep: what stays after the vision encoder (stage 1).
+    decoder_keep: what stays from decoder layer K on (stage 2).
         For both, a float in (0, 1] is a fraction of the image's original tokens, an int is a count for each image:
         1.0 means all, 1 means one token.
     decoder_layer: K, 1 <= K <= layers - 1; layers 0..K-1 see every token that the vision stage left. None: chosen for the model.
-    mass_share: share of each stage's budget that goes to representatives of the dropped tokens, which then count in every softmax
-        for what they stand for (see selection.keep_by_score). 0 is plain STAR: dropped tokens are gone.
-    text_rows: "all" scores with every text token after the last image (STAR), "last" with the last one only (FastV).
+    vision_scorer, decoder_scorer: what tokens are ranked by, a name in scorers.VISION_SCORERS and scorers.DECODER_SCORERS.
+    representatives: what becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even" keep their
+        weight in every softmax; "none" drops them for good, as the paper does.
+    vision_share, decoder_share: the part of each stage's budget that is chosen to represent the dropped tokens instead of by score.
+    windows: more than one decoder stage (PyramidDrop, arXiv 2410.17247): (layer, keep) pairs with ascending layers in place of
+        decoder_layer and decoder_keep. A layer is an int, or a float in (0, 1), a fraction of the model's layers.
+    positions: "original" keeps the RoPE positions of the full image; "renumbered" closes the gaps after the vision stage, which
+        costs accuracy (arXiv 2506.21873) and is here to be measured.
+    seed: for scorers that draw lots.
+
+    The defaults are the best that was measured (ACCURACY.md); PRESETS["star"] is the paper's method.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -45,71 +75,142 @@ class PruneConfig:
     vision_keep: Keep = 1.0
     decoder_keep: Keep = 1.0
     decoder_layer: int | None = None
-    mass_share: float = 0.0
-    text_rows: Literal["all", "last"] = "all"
+    vision_scorer: str = "attention"
+    decoder_scorer: str = "text"
+    representatives: str = "cluster"
+    vision_share: float = 1.0
+    decoder_share: float = 0.5
+    windows: tuple[tuple[int | float, Keep], ...] = ()
+    positions: Literal["original", "renumbered"] = "original"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.mass_share, bool) or not isinstance(self.mass_share, (int, float)) or not 0 <= self.mass_share <= 1:
-            raise ConfigError(
-                f"mass_share={self.mass_share!r} is no share in 0..1",
-                "0 drops tokens for good, 0.5 makes half of the kept ones representatives",
-            )
+        for name in ("vision_share", "decoder_share"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share <= 1:
+                raise ConfigError(f"{name}={share!r} is no share in 0..1", "0 chooses all by score, 0.5 half of them, 1 none")
+            object.__setattr__(self, name, float(share))
         for name in ("vision_keep", "decoder_keep"):
-            keep = getattr(self, name)
-            _check_keep(name, keep)  # and NumPy's numbers become Python's
-            object.__setattr__(self, name, int(keep) if isinstance(keep, numbers.Integral) else float(keep))
-        if isinstance(self.vision_keep, int) and isinstance(self.decoder_keep, int) and self.decoder_keep > self.vision_keep:
-            raise ConfigError(f"decoder_keep={self.decoder_keep} is more than vision_keep={self.vision_keep} leaves", "lower decoder_keep")
-        if (
-            isinstance(self.vision_keep, float)
-            and isinstance(self.decoder_keep, float)
-            and self.decoder_keep > self.vision_keep
-            and self.decoder_keep < 1.0
-        ):
-            raise ConfigError(
-                f"decoder_keep={self.decoder_keep} is more than vision_keep={self.vision_keep} leaves",
-                "both are fractions of the image's original tokens: lower decoder_keep, or use 1.0 for no decoder stage",
-            )
-        if self.decoder_layer is not None and (
-            isinstance(self.decoder_layer, bool) or not isinstance(self.decoder_layer, int) or self.decoder_layer < 1
-        ):
+            object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
+        _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
+        if self.decoder_layer is not None and not (_is_int(self.decoder_layer) and self.decoder_layer >= 1):
             raise ConfigError(f"decoder_layer={self.decoder_layer!r} is no layer", "use 1 to layers - 1, or None to have it chosen")
-        if self.text_rows not in ("all", "last"):
-            raise ConfigError(f"text_rows={self.text_rows!r} is unknown", 'use "all" or "last"')
+        for name, names in (
+            ("vision_scorer", VISION_SCORERS),
+            ("decoder_scorer", DECODER_SCORERS),
+            ("representatives", REPRESENTATIVES),
+            ("positions", ("original", "renumbered")),
+        ):
+            if getattr(self, name) not in tuple(names):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r} is no seed", "use 0 or a positive whole number")
+        object.__setattr__(self, "windows", self._check_windows())
+
+    def _check_windows(self) -> tuple[tuple[int | float, Keep], ...]:
+        if isinstance(self.windows, str) or not all(isinstance(w, (tuple, list)) and len(w) == 2 for w in self.windows):
+            raise ConfigError(f"windows={self.windows!r} is no list of (layer, keep) pairs", "for example ((8, 0.5), (16, 0.25))")
+        if self.windows and (self.decoder_layer is not None or self.decoder_keep != 1.0):
+            raise ConfigError("windows stand in place of decoder_layer and decoder_keep", "give one or the other")
+        if len(self.windows) > MAX_WINDOWS:
+            raise ConfigError(f"{len(self.windows)} windows are more than {MAX_WINDOWS}", "use fewer windows")
+        last_name, last_keep = "vision_keep", self.vision_keep
+        windows = []
+        for layer, keep in self.windows:
+            if not (_is_int(layer) and layer >= 1 or isinstance(layer, float) and 0 < layer < 1):
+                raise ConfigError(f"windows: {layer!r} is no layer", "use 1 to layers - 1, or a fraction of the layers in (0, 1)")
+            name = f"the window at {layer}"
+            keep = _check_keep(name, keep)
+            _check_order(last_name, last_keep, name, keep)
+            last_name, last_keep = name, keep
+            windows.append((layer, keep))
+        return tuple(windows)
 
     @property
     def prunes_in_decoder(self) -> bool:
-        """Whether there is a decoder stage. An explicit decoder_layer asks for one even when everything is kept."""
-        return self.decoder_keep != 1.0 or isinstance(self.decoder_keep, int) or self.decoder_layer is not None
+        """Whether there is a decoder stage. An explicit layer asks for one even when everything is kept."""
+        return self.decoder_keep != 1.0 or isinstance(self.decoder_keep, int) or self.decoder_layer is not None or bool(self.windows)
 
     @property
     def prunes_in_vision(self) -> bool:
         return self.vision_keep != 1.0 or isinstance(self.vision_keep, int)
 
+    @property
+    def encoder_attention(self) -> str | None:
+        """Which attention the vision stage reads: "received", "cls", or None where nothing is chosen by it."""
+        by_score = self.prunes_in_vision and (self.representatives == "none" or self.vision_share < 1)
+        return VISION_SCORERS[self.vision_scorer].reads if by_score else None
 
+    def decoder_windows(self, n_layers: int) -> list[tuple[int, Keep]]:
+        """(layer K, keep) of each decoder stage for a decoder of n_layers.
+
+        Raises:
+            ConfigError: layers outside 1..n_layers - 1, or two windows at one layer.
+        """
+        if not self.windows:
+            return [(choose_layer(self.decoder_layer, n_layers), self.decoder_keep)]
+        layers = [choose_layer(layer if _is_int(layer) else max(1, round(layer * n_layers)), n_layers) for layer, _ in self.windows]
+        if any(after <= before for before, after in zip(layers, layers[1:])):
+            raise ConfigError(f"windows are at layers {layers} of {n_layers}", "use ascending layers, and no more windows than fit")
+        return [(layer, keep) for layer, (_, keep) in zip(layers, self.windows)]
+
+
+_PLAIN = {"representatives": "none", "vision_share": 0.0, "decoder_share": 0.0}
 PRESETS: dict[str, PruneConfig | None] = {
     "off": None,
-    # mass_share 0.5 was the best of 0, 0.15, 0.3, 0.5 and 0.7 for "balanced" on questions that no table reports
-    "quality": PruneConfig(vision_keep=0.75, decoder_keep=0.375, mass_share=0.5),
-    "balanced": PruneConfig(vision_keep=0.5, decoder_keep=0.125, mass_share=0.5),
-    "fast": PruneConfig(vision_keep=0.25, decoder_keep=0.0625, mass_share=0.5),
+    "quality": PruneConfig(vision_keep=0.75, decoder_keep=0.375),
+    "balanced": PruneConfig(vision_keep=0.375, decoder_keep=0.1875),
+    "fast": PruneConfig(vision_keep=0.1, decoder_keep=0.1),
+    # Published methods, at the budgets of their papers; other budgets through override
+    "star": PruneConfig(vision_keep=0.5, decoder_keep=0.25, **_PLAIN),
+    "fastv": PruneConfig(decoder_keep=0.5, decoder_layer=2, decoder_scorer="last", **_PLAIN),
+    "visionzip": PruneConfig(vision_keep=1 / 9, vision_scorer="cls", representatives="contextual", vision_share=10 / 64),
+    "divprune": PruneConfig(vision_keep=0.098, vision_scorer="maxmin", **_PLAIN),
+    "pyramiddrop": PruneConfig(windows=((0.25, 0.5), (0.5, 0.25), (0.75, 0.125)), decoder_scorer="last", **_PLAIN),
 }
 DEFAULT_PRESET = "balanced"
 
 
 def resolve_prune(prune: PruneConfig | str | None) -> PruneConfig | None:
-    """The config behind a preset's name; None and "off" mean no pruning.
+    """The config behind a preset's name or in a file of `star-edge tune` (a path that ends in .json); None and "off" mean no pruning.
 
     Raises:
-        ConfigError: an unknown name, or something that is no config.
+        ConfigError: an unknown name, a file that cannot be read or holds no config, or something that is no config.
     """
     if prune is None or isinstance(prune, PruneConfig):
         return prune
     if isinstance(prune, str):
         if prune in PRESETS:
             return PRESETS[prune]
-        raise ConfigError(f"there is no preset {prune!r}", f"use one of {', '.join(PRESETS)}, or a PruneConfig")
+        if prune.endswith(".json"):
+            return load_config(prune)
+        raise ConfigError(
+            f"there is no preset {prune!r}", f"use one of {', '.join(PRESETS)}, a .json file of star-edge tune, or a PruneConfig"
+        )
     raise ConfigError(f"prune={prune!r} is a {type(prune).__name__}", "use a PruneConfig, the name of a preset, or None")
+
+
+def load_config(path: str) -> PruneConfig | None:
+    """The config under "config" in a JSON file, as `star-edge tune` writes it: an object of PruneConfig's fields, or null for none.
+
+    Raises:
+        ConfigError: names the file and what is wrong.
+    """
+    remedy = 'use a file that star-edge tune wrote, or {"config": {"vision_keep": 0.5}}'
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the config") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error})", remedy) from error
+    values = data.get("config", {}) if isinstance(data, dict) else {}
+    if values is None:
+        return None
+    unknown = sorted(set(values) - {f.name for f in fields(PruneConfig)}) if isinstance(values, dict) else ["config"]
+    if unknown or not values:
+        raise ConfigError(f"{path} has {'unknown fields: ' + ', '.join(unknown) if unknown else 'no config'}", remedy)
+    return PruneConfig(**values)
 
 
 def override(config: PruneConfig | None, **changes: object) -> PruneConfig | None:

@@ -298,14 +298,14 @@ class StarVLM:
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
             try:
-                plan, _, _ = self._reader.plan(tokenized, None)
+                plan, _ = self._reader.plan(tokenized, None)
                 if encoder_layers and not plan.images:
                     raise ConfigError("encoder layers were asked for without an image", "give an image")
                 grids = [chunk.grid for chunk in plan.images]
                 encoder_maps = (
                     [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
                 )
-                segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, False, {})
+                segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, None, {})
             finally:
                 tokenized.close()
             decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)

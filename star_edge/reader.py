@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import time
 import weakref
+import zlib
+from dataclasses import replace
 from os import PathLike
 
 import numpy as np
 from llama_cpp import Llama
 
-from .config import PruneConfig, choose_layer
+from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
-from .decoder.prefill import DecoderStage, Prefill, prefill
+from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, LayerWindowError
-from .report import PruneReport
-from .selection import keep_by_score
+from .report import ImageReport, PruneReport
+from .representatives import select
+from .scorers import DECODER_SCORERS
+from .selection import Selection, Tokens
 from .tap import Tap
 from .vision.encoder import Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
@@ -90,33 +94,34 @@ class PromptReader:
         """
         try:
             seconds = {"preprocess": time.perf_counter() - start}
-            plan, layer, notes = self.plan(prompt, config)
-            mass_share = config.mass_share if config is not None else 0.0
-            if mass_share and 0 < self.decoder.n_swa < plan.n_cells:
-                mass_share = 0.0  # a sliding-window cache has other cells than the bias is made for
+            plan, notes = self.plan(prompt, config)
+            used = config
+            if config is not None and config.representatives != "none" and 0 < self.decoder.n_swa < plan.n_cells:
+                used = replace(config, representatives="none")  # a sliding-window cache has other cells than the bias is made for
                 notes.append("no representatives: the prompt is longer than the model's sliding window")
-            segments, image_reports, next_position = run_vision_stage(
-                plan, self.encoder, self.decoder.mrope, config is not None, seconds, mass_share
-            )
+            segments, image_reports, next_position = run_vision_stage(plan, self.encoder, self.decoder.mrope, used, seconds)
         finally:
             prompt.close()
         stage = None
-        if layer is not None:
-            choose = lambda scores, n, mass: keep_by_score(scores, n, mass_share, mass)
-            stage = DecoderStage(layer, plan.n_decoder, choose, last_row_only=config.text_rows == "last")
+        windows = plan.windows
+        if windows:
+            choose = lambda seen, n: _choose(seen, n, image_reports[seen.image], used)
+            stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads)
         try:
             state = prefill(self.decoder, segments, next_position, stage)
         except LayerWindowError as error:
-            self.decoder.layer_problems[layer] = error.cause
+            for layer, _ in windows:
+                self.decoder.layer_problems[layer] = error.cause
             notes.append(f"no decoder stage: {error.cause}")
-            layer = None
+            windows = []
             self.decoder.tap.set_cell_bias(None)
             self.decoder.clear()
             state = prefill(self.decoder, segments, next_position)
-        for image, scores, selection in zip(image_reports, state.scores, state.selections):
-            image.decoder_scores = scores
-            image.decoder_kept = image.vision_kept[selection.kept]
-            image.decoder_mass = selection.mass
+        for i, image in enumerate(image_reports):
+            for scores, selections in zip(state.scores, state.selections):
+                image.decoder_scores = scores[i] if image.decoder_scores is None else image.decoder_scores
+                image.decoder_kept = image.vision_kept[selections[i].kept]
+                image.decoder_mass = selections[i].mass
         if not state.in_place:
             notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
         seconds.update(state.seconds)
@@ -126,7 +131,7 @@ class PromptReader:
             config,
             image_reports,
             self.decoder.n_layers,
-            layer,
+            [(layer, sum(len(s.kept) for s in selections)) for (layer, _), selections in zip(windows, state.selections)],
             plan.n_text,
             state.n_cells,
             milliseconds,
@@ -135,30 +140,30 @@ class PromptReader:
         )
         return state, report
 
-    def plan(self, prompt: Prompt, config: PruneConfig | None) -> tuple[PromptPlan, int | None, list[str]]:
-        """Counts, layer K (None: no decoder stage) and notes; every limit is checked here, before anything is computed."""
+    def plan(self, prompt: Prompt, config: PruneConfig | None) -> tuple[PromptPlan, list[str]]:
+        """Counts, decoder stages and notes; every limit is checked here, before anything is computed."""
         notes: list[str] = []
         has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
         prune = config if has_images else None
-        can_score = self.encoder is not None and self.encoder.profile is not None
-        if prune is not None and prune.prunes_in_vision and not can_score:
+        can_prune_vision = self.encoder is not None and self.encoder.profile is not None
+        if prune is not None and prune.prunes_in_vision and not can_prune_vision:
             notes.append(f"no vision stage: the token layout of projector type {self.encoder.projector!r} is not known")
-        layer = None
+        windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
-            layer = choose_layer(prune.decoder_layer, self.decoder.n_layers)
-            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(layer)
+            windows = prune.decoder_windows(self.decoder.n_layers)
+            problem = self.decoder.stage_problem
+            for layer, _ in windows:
+                problem = problem or self.decoder.layer_problems.get(layer)
+            if not problem and (not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens)):
+                problem = "there is no text after the last image to score with"
             if problem:
-                layer, reason = None, problem
-            elif not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens):
-                layer, reason = None, "there is no text after the last image to score with"
-            if layer is None:
-                notes.append(f"no decoder stage: {reason}")
-        plan = plan_prompt(prompt.chunks, prune, can_score, layer is not None)
-        if layer is not None and 0 < self.decoder.n_swa < plan.n_cells:
+                windows = []
+                notes.append(f"no decoder stage: {problem}")
+        plan = plan_prompt(prompt.chunks, prune, can_prune_vision, windows)
+        if windows and 0 < self.decoder.n_swa < plan.n_cells:
             # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
-            layer = None
             notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
-            plan = plan_prompt(prompt.chunks, prune, can_score, False)
+            plan = plan_prompt(prompt.chunks, prune, can_prune_vision, [])
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
@@ -172,7 +177,7 @@ class PromptReader:
                 )
         if not plan.n_cells:
             raise ConfigError("the prompt is empty", "give some text")
-        return plan, layer, notes
+        return plan, notes
 
     def hand_over(self, state: Prefill) -> list[int]:
         """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read already."""
@@ -187,3 +192,21 @@ class PromptReader:
     def n_generated(self, report: PruneReport) -> int:
         """Tokens that the Llama has sampled for the prompt of the report: the last one is in no cell yet."""
         return self.llama.n_tokens - report.n_kv_cells + 1
+
+
+def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) -> Selection:
+    """The decoder stage's choice of n_keep of an image's rows."""
+    tokens = Tokens(
+        seen.hidden,
+        image.cells[image.vision_kept[seen.rows]],
+        image.grid,
+        seen.mass,
+        seen.attention,
+        seen.row_attention,
+        seen.text_hidden,
+    )
+    if config.decoder_scorer == "random":
+        tokens.seed = zlib.crc32(seen.hidden.tobytes()) + config.seed
+    share = 0.0 if config.representatives == "none" else config.decoder_share
+    by_score = max(1, n_keep - round(share * n_keep))
+    return select(config.representatives, tokens, DECODER_SCORERS[config.decoder_scorer].score(tokens, by_score), n_keep, share)

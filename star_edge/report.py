@@ -18,8 +18,8 @@ class ImageReport:
     grid: (rows, columns) of those tokens on the image, or None.
     cells: place of each token on the grid, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
     vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,) int64.
-    vision_scores: attention received in the encoder, (n_tokens,) float32, or None.
-    decoder_scores: attention of the question's text at layer K, (n1,) float32 over vision_kept, or None.
+    vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
+    decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
     """
 
@@ -47,7 +47,7 @@ class ImageReport:
 class PruneReport:
     """What was dropped and where the time went; echoes the config that was used.
 
-    decoder_layer: K, or None when there was no decoder stage.
+    windows: (layer K, image tokens from there on) of each decoder stage; empty when there was none.
     n_text_tokens: text tokens of the prompt.
     n_kv_cells: KV cells that hold the prompt when generation starts, in every layer.
     milliseconds: preprocess, encode (vision_stage within it), prefix, probe (decoder_scores within it), decoder_stage,
@@ -60,7 +60,7 @@ class PruneReport:
     config: PruneConfig | None
     images: list[ImageReport]
     n_layers: int
-    decoder_layer: int | None
+    windows: list[tuple[int, int]]
     n_text_tokens: int
     n_kv_cells: int
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -82,9 +82,14 @@ class PruneReport:
         return sum(len(i.decoder_kept) for i in self.images)
 
     @property
+    def decoder_layer(self) -> int | None:
+        """K of the first decoder stage, or None when there was none."""
+        return self.windows[0][0] if self.windows else None
+
+    @property
     def average_tokens(self) -> float:
         """Image tokens for each decoder layer, on average."""
-        return average_tokens(self.decoder_layer or 0, self.n_layers, self.n_vision_kept, self.n_decoder_kept)
+        return average_tokens(self.n_vision_kept, self.windows, self.n_layers)
 
     @property
     def token_layer_ratio(self) -> float:
@@ -99,6 +104,6 @@ class PruneReport:
             for name, value in image.items():
                 if isinstance(value, np.ndarray):
                     image[name] = value.tolist()
-        for name in ("n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio"):
+        for name in ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio"):
             data[name] = getattr(self, name)
         return data

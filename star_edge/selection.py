@@ -1,56 +1,121 @@
-"""Which tokens stay, given their scores.
+"""What stays of an image's tokens: top-k, distances between tokens, and the figure that budgets are compared on.
 
-Knows neither where scores come from nor what a token shows.
+Knows vectors, scores and places on a grid; knows neither where they come from nor what a token shows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+PLACE_WEIGHT = 0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
+MAX_DIMENSIONS = 256  # of the vectors that distances are computed from
 
 
 @dataclass
 class Selection:
-    """What stays: ascending indices (k,) int64, and how many original tokens each stands for, (k,) float64, or None for one each."""
+    """What stays of n tokens.
+
+    kept: ascending indices, (k,) int64. mass: original tokens that each stands for, (k,) float64, or None for one each.
+    group: index into `kept` of the token that each of the n went to, (n,) int64, or None when dropped tokens are gone.
+    scores: what the ranking was by, (n,) float32, or None.
+    """
 
     kept: np.ndarray
     mass: np.ndarray | None = None
+    group: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+
+@dataclass
+class Tokens:
+    """What is known of the tokens of one image when some of them are chosen.
+
+    vectors: (n, n_embd) float32: projected embeddings in the vision stage, hidden states entering layer K in the decoder stage.
+    cells: place of each on the grid, row by row, (n,) int64, -1 for none; grid: (rows, columns), or None.
+    mass: original tokens that each stands for, (n,) float64, or None for one each.
+    attention: what each receives, (n,) float32: in the encoder, or from the question's text in the decoder; None if not read.
+    row_attention: the same for each text row, (n_text, n) float32, and text_vectors: (n_text, n_embd), their hidden states: only
+        for a scorer that asks for them.
+    seed: for scorers that draw lots.
+    """
+
+    vectors: np.ndarray
+    cells: np.ndarray
+    grid: tuple[int, int] | None = None
+    mass: np.ndarray | None = None
+    attention: np.ndarray | None = None
+    row_attention: np.ndarray | None = None
+    text_vectors: np.ndarray | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def masses(self) -> np.ndarray:
+        return np.ones(len(self)) if self.mass is None else np.asarray(self.mass, np.float64)
+
+    @cached_property
+    def unit_vectors(self) -> np.ndarray:
+        """Vectors of length 1, (n, <= MAX_DIMENSIONS) float32.
+
+        Longer vectors go through a seeded random projection first, which keeps angles up to about 1/sqrt(MAX_DIMENSIONS)
+        (Johnson and Lindenstrauss 1984): all distances of 576 tokens of 4096 dimensions would cost more than the rest of the stage.
+        """
+        vectors = np.asarray(self.vectors, np.float32)
+        if vectors.shape[1] > MAX_DIMENSIONS:
+            vectors = vectors @ _projection(vectors.shape[1])
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    def distances(self) -> np.ndarray:
+        """Distance of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
+
+        Both are divided by their mean over all pairs, so that the weight means the same for every model. Tokens without a place
+        are at the mean distance from all others.
+        """
+        unit = self.unit_vectors
+        far = 1.0 - unit @ unit.T
+        np.maximum(far, 0.0, out=far)
+        far /= max(float(far.mean()), 1e-12)
+        if self.grid is not None and self.grid[0] * self.grid[1] > 1:
+            place = np.stack(np.divmod(self.cells, self.grid[1]), axis=1).astype(np.float32)
+            apart = np.sqrt(((place[:, None] - place[None]) ** 2).sum(axis=2))
+            apart /= max(float(apart.mean()), 1e-12)
+            nowhere = self.cells < 0
+            apart[nowhere] = 1.0
+            apart[:, nowhere] = 1.0
+            far += PLACE_WEIGHT * apart
+        np.fill_diagonal(far, 0.0)
+        return far
+
+
+_projections: dict[int, np.ndarray] = {}
+
+
+def _projection(n_dimensions: int) -> np.ndarray:
+    """Gaussian (n_dimensions, MAX_DIMENSIONS) float32, the same in every process."""
+    if n_dimensions not in _projections:
+        _projections[n_dimensions] = np.random.default_rng(n_dimensions).standard_normal((n_dimensions, MAX_DIMENSIONS), np.float32)
+    return _projections[n_dimensions]
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k highest scores, ascending, (k,) int64. Of equal scores the lower index wins."""
-    if not 1 <= k <= len(scores):
+    if not 0 <= k <= len(scores):
         raise ValueError(f"cannot keep {k} of {len(scores)} tokens")
     best = np.argsort(-np.asarray(scores), kind="stable")[:k]
     return np.sort(best)
 
 
-def keep_by_score(scores: np.ndarray, k: int, mass_share: float = 0.0, mass: np.ndarray | None = None) -> Selection:
-    """Keeps k tokens, by score alone or with some of them as representatives of the dropped ones.
+def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: int) -> float:
+    """Image tokens for each decoder layer, on average, the figure that the literature compares on.
 
-    scores: (n,) attention that each token receives. mass: original tokens that each stands for so far, (n,), default one each.
-    mass_share: 0 keeps the k highest scores (STAR). Otherwise round(mass_share k) of the k, at least one, are spread evenly, in
-        index order, over the tokens that are not among the k - m highest, and share the mass of all of those equally: a dropped
-        token then takes its part in every softmax through its representative, whose attention logit gets log(mass) added
-        (proportional attention, Token Merging, arXiv 2210.09461, section 3.2). Tokens are ranked by score for each unit of
-        mass, since a representative receives attention for all that it stands for.
+    n_first tokens enter layer 0; windows are (layer, tokens from there on), ascending. One window (K, n2) makes
+    (K n1 + (L - K) n2) / L.
     """
-    weights = np.ones(len(scores)) if mass is None else np.asarray(mass, np.float64)
-    density = np.asarray(scores, np.float64) / weights
-    m = max(1, round(mass_share * k)) if mass_share > 0 else 0
-    if m == 0 or k == len(scores):
-        kept = top_k(density, k)
-        return Selection(kept, None if mass is None else weights[kept])
-    best = top_k(density, k - m) if k > m else np.empty(0, np.int64)
-    rest = np.setdiff1d(np.arange(len(scores)), best)
-    spread = rest[((np.arange(m) + 0.5) * len(rest) / m).astype(np.int64)]
-    weights = weights.copy()
-    weights[spread] = weights[rest].sum() / m
-    kept = np.sort(np.concatenate([best, spread]))
-    return Selection(kept, weights[kept])
-
-
-def average_tokens(layer: int, n_layers: int, n1: int, n2: int) -> float:
-    """Image tokens for each decoder layer, on average: (K n1 + (L - K) n2) / L, the figure that the literature compares on."""
-    return (layer * n1 + (n_layers - layer) * n2) / n_layers
+    edges = [(0, n_first), *windows, (n_layers, 0)]
+    return sum(n * (after - layer) for (layer, n), (after, _) in zip(edges, edges[1:])) / n_layers

@@ -277,6 +277,28 @@ class Decoder:
             caches.append(cache)
         return Result(self.logits(x[-1:])[0], kept, scores, image_rows, caches, bias[:, kept])
 
+    def progressive(self, rows: Array, positions: Array, is_image: Array, windows: Sequence[tuple[int, Sequence[int]]]) -> Result:
+        """Several decoder stages: from block K on, for each (K, image rows that stay, as indices into rows), only those go on.
+
+        scores of the result: a list with, for each stage, the attention (n,) of the text after the last image to the rows that are
+        still there, NaN for the others.
+        """
+        x, positions, is_image = np.asarray(rows, np.float64), np.asarray(positions), np.asarray(is_image)
+        text = np.flatnonzero(is_image < 0)
+        last_image = np.flatnonzero(is_image >= 0)[-1]
+        alive, caches, scores, stages = np.arange(len(x)), [], [], dict(windows)
+        for il in range(self.n_layer):
+            if il in stages:
+                q, cache = self._project(il, x, positions)
+                seen = np.full(len(is_image), np.nan)
+                seen[alive] = self._weights(q, cache.k, np.zeros(len(x)))[:, alive > last_image].mean(axis=(0, 1))
+                scores.append(seen)
+                stay = np.isin(alive, np.concatenate([text, np.asarray(stages[il], int)]))
+                caches, x, positions, alive = [c.take(np.flatnonzero(stay)) for c in caches], x[stay], positions[..., stay], alive[stay]
+            x, cache, _ = self.layer(il, x, positions, column_bias=np.zeros(len(x)))
+            caches.append(cache)
+        return Result(self.logits(x[-1:])[0], alive, scores, np.flatnonzero(is_image >= 0), caches, np.zeros((self.n_layer, len(alive))))
+
     @staticmethod
     def _choose(scores: Array, image: Array, image_rows: Array, n_keep: Any) -> Array:
         """The best n_keep rows of each image; of equal scores the earlier row."""

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import llama_cpp
 import numpy as np
@@ -11,7 +12,7 @@ import stock
 from conftest import random_image, random_prompt
 from llama_cpp import LlamaGrammar
 from PIL import Image
-from test_exact import by_score, keep_all
+from test_exact import by_score, by_share, keep_all
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.config import choose_layer, keep_count, override
@@ -19,7 +20,7 @@ from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.images import load_image
-from star_edge.selection import average_tokens, keep_by_score, top_k
+from star_edge.selection import average_tokens, top_k
 from star_edge.tap import Tap
 
 COLOR = "what color is the triangle?"
@@ -77,7 +78,7 @@ def test_presets_and_overrides():
     assert PRESETS["off"] is None
     assert override(None) is None
     assert override(None, vision_keep=0.5) == PruneConfig(vision_keep=0.5)
-    assert override(PRESETS["balanced"], decoder_layer=3) == PruneConfig(0.5, 0.125, 3, mass_share=0.5)
+    assert override(PRESETS["balanced"], decoder_layer=3) == replace(PRESETS["balanced"], decoder_layer=3)
 
 
 def test_top_k_is_stable():
@@ -87,23 +88,8 @@ def test_top_k_is_stable():
         top_k(np.ones(3), 4)
 
 
-def test_representatives_carry_the_mass_of_what_they_stand_for():
-    scores = np.array([9.0, 1, 8, 1, 1, 1, 7, 1])
-    chosen = keep_by_score(scores, 4, 0.5)
-    # 9 and 8 stay; 2 of the other six, evenly spread over 1 3 4 5 6 7, stand for three tokens each
-    assert chosen.kept.tolist() == [0, 2, 3, 6] and chosen.mass.tolist() == [1, 1, 3, 3]
-    # a representative is ranked by what it receives for each token that it stands for
-    again = keep_by_score(np.array([2.0, 3.0, 6.0]), 1, 0.0, np.array([1.0, 1.0, 6.0]))
-    assert again.kept.tolist() == [1] and again.mass.tolist() == [1]
-    assert keep_by_score(scores, 8, 0.5).mass is None and keep_by_score(scores, 3).mass is None
-    everything = keep_by_score(scores, 1, 0.5)
-    assert everything.mass.tolist() == [8]
-    for k in range(1, 8):
-        assert keep_by_score(scores, k, 0.3).mass.sum() == pytest.approx(8)
-
-
 def test_mass_in_both_stages_is_in_the_report(vlm):
-    state, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2, mass_share=0.5))
+    state, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
     image = report.images[0]
     assert image.vision_mass.sum() == image.decoder_mass.sum() == pytest.approx(144)
     assert len(image.vision_mass) == 72 and len(image.decoder_mass) == 18 and state.in_place
@@ -120,11 +106,11 @@ def test_off_is_none(vlm):
 
 
 def test_report(vlm):
-    answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2), 8)
+    answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2, representatives="none"), 8)
     report = answer.report
     image = report.images[0]
     assert (report.n_image_tokens, report.n_vision_kept, report.n_decoder_kept) == (144, 72, 18)
-    assert report.average_tokens == pytest.approx((2 * 72 + 4 * 18) / 6) == average_tokens(2, 6, 72, 18)
+    assert report.average_tokens == pytest.approx((2 * 72 + 4 * 18) / 6) == average_tokens(72, [(2, 18)], 6)
     assert report.token_layer_ratio == pytest.approx(6 * (report.n_text_tokens + 144) / (6 * report.n_text_tokens + 2 * 72 + 4 * 18))
     assert report.n_kv_cells == report.n_text_tokens + 18
     tokens = vlm.llama.input_ids[: report.n_kv_cells].tolist()  # what logits processors see: text as it is, one id for image rows
@@ -183,7 +169,7 @@ def test_markers_in_the_prompt_are_kept_in_place(families):
 def test_stream_equals_answer(vlm):
     answer = vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=8)
     stream = vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=8, stream=True)
-    assert stream.report.n_vision_kept == 72 and stream.text == ""
+    assert stream.report.n_vision_kept == 54 and stream.text == ""
     pieces = list(stream)
     assert len(pieces) > 1
     assert "".join(pieces) == stream.text == answer.text
@@ -219,7 +205,7 @@ def test_generation_through_llama_cpp_has_the_true_positions(families, family):
         seen.append(np.array(scores, np.float64))
         return scores
 
-    config = PruneConfig(0.75, 0.5, 3)
+    config = PruneConfig(0.75, 0.5, 3, representatives="none")
     with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2) as vlm:
         answer = vlm.generate("ab<__media__>cde?", image, config, 12, chat=False, logits_processor=LogitsProcessorList([capture]))
         report = answer.report.images[0]
@@ -287,22 +273,22 @@ def test_cells_that_do_not_come_back_are_noticed(families, monkeypatch):
     attach_tap(llama, tap)
     context = DecoderContext(llama, tap)
 
-    def frees_everything(self, start, keep_row):
-        self.context.park(start)
+    def frees_everything(self, start, keep_row, parking):
+        self.context.park(start, parking)
         self.context.remove(PARKED, 0)
         self.n_cells = start
 
     with monkeypatch.context() as patch:
         patch.setattr(prefill_module._Run, "free_kept", frees_everything)
-        with_mass = DecoderStage(3, [20], lambda scores, n, mass: keep_by_score(scores, n, 0.5))
+        with_mass = DecoderStage([(3, [20])], lambda seen, n: by_share(seen, n, 0.5))
         heavy = prefill(context, prompt.segments, prompt.next_position, with_mass)
-        assert not heavy.in_place and heavy.selections[0].mass is None  # nothing is claimed that was not done
+        assert not heavy.in_place and heavy.selections[0][0].mass is None  # nothing is claimed that was not done
         context.clear()
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [20], by_score))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(3, [20])], by_score))
     assert not state.in_place and state.n_cells == 41
     # what is left is an ordinary prompt of the kept rows at their own positions
     context.clear()
-    kept = state.selections[0].kept
+    kept = state.selections[0][0].kept
     image = prompt.segments[1].rows
     prompt.segments[1].rows = type(image)(image.positions[kept], embeddings=image.embeddings[kept])
     expected = prefill(context, prompt.segments, prompt.next_position, None)
@@ -328,7 +314,7 @@ def test_non_causal_images(families, flash_attn):
     context = DecoderContext(llama, tap)
     for layer in (1, 4, 7):
         context.clear()
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0, 0], keep_all))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0, 0])], keep_all))
         assert state.in_place and np.array_equal(state.logits, expected)
     plain.close()
     llama.close()
@@ -366,5 +352,6 @@ def test_inspection_agrees_with_the_decoder_stage(vlm):
     seen = vlm.inspect(COLOR, refvlm.DEMO_IMAGE, decoder_layers=[2], encoder_layers=[3])
     _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(1.0, 0.5, 2))
     assert np.allclose(seen.to_image(2), report.images[0].decoder_scores, atol=1e-6)
+    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, representatives="none"))
     assert np.allclose(seen.encoder[0][3].mean(axis=(0, 1))[1:], report.images[0].vision_scores, atol=1e-6)
     assert load_image(refvlm.DEMO_IMAGE).shape == (168, 168, 3)

@@ -178,11 +178,11 @@ def test_prompt_over_the_context_is_refused_before_any_compute(vlm, fails, monke
     with monkeypatch.context() as patch:
         patch.setattr(vlm.encoder, "encode", must_not_run)
         with pytest.raises(errors.ContextLengthError, match="context of 256"):
-            ask(vlm, [refvlm.DEMO_IMAGE] * 4)
+            ask(vlm, [refvlm.DEMO_IMAGE] * 5)
     fails(errors.ContextLengthError, ["256", "n_ctx"], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 4, None, prompt=QUESTION))
     # the same two images fit once half of their tokens are dropped
     fails(errors.ContextLengthError, [], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 2, None))
-    assert ask(vlm, [refvlm.DEMO_IMAGE] * 2).report.n_vision_kept == 144
+    assert ask(vlm, [refvlm.DEMO_IMAGE] * 2).report.n_vision_kept == 108
 
 
 def test_more_tokens_than_ubatch_is_no_error():
@@ -235,8 +235,16 @@ def test_layers_that_this_model_does_not_have(vlm, fails, layer):
 def test_prune_values(vlm, fails):
     fails(errors.ConfigError, ["'fastest'", "balanced"], lambda: ask(vlm, prune="fastest"))
     fails(errors.ConfigError, ["float"], lambda: ask(vlm, prune=0.5))
-    with pytest.raises(errors.ConfigError, match="text_rows"):
-        PruneConfig(text_rows="some")
+    for options in (
+        {"vision_scorer": "some"}, {"decoder_scorer": "cls"}, {"representatives": "x"}, {"positions": "new"}, {"seed": -1}, {"seed": 0.5},
+        {"vision_share": 1.5}, {"decoder_share": "half"}, {"decoder_share": float("nan")},
+        {"windows": ((2, 0.5),), "decoder_keep": 0.5}, {"windows": "ab"}, {"windows": ((2,),)}, {"windows": ((0, 0.5),)}, {"windows": ((1.0, 0.5),)},
+        {"windows": ((2, 0.25), (4, 0.5))}, {"vision_keep": 0.25, "windows": ((2, 0.5),)}, {"windows": ((2, 0.0),)}, {"windows": ((1, 0.5),) * 7},
+    ):  # fmt: skip
+        with pytest.raises(errors.ConfigError, match="window" if "windows" in options else next(iter(options))):
+            PruneConfig(**options)
+    fails(errors.ConfigError, ["ascending"], lambda: ask(vlm, prune=PruneConfig(windows=((4, 0.5), (2, 0.25)))))
+    fails(errors.ConfigError, ["1..5"], lambda: ask(vlm, prune=PruneConfig(windows=((4, 0.5), (6, 0.25)))))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +437,7 @@ def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
     monkeypatch.setattr(vlm.decoder, "stage_problem", "a recurrent or hybrid decoder has no cache of single tokens")
     answer = ask(vlm)
     assert answer.report.decoder_layer is None and "no decoder stage" in answer.report.notes[0]
-    assert answer.report.n_decoder_kept == answer.report.n_vision_kept == 72
+    assert answer.report.n_decoder_kept == answer.report.n_vision_kept == 54
 
 
 def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch):
@@ -446,9 +454,9 @@ def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch)
 
 
 def test_prompts_past_the_sliding_window(vlm, monkeypatch):
-    monkeypatch.setattr(vlm.decoder, "n_swa", 70)
+    monkeypatch.setattr(vlm.decoder, "n_swa", 50)
     answer = ask(vlm)
-    assert answer.report.decoder_layer is None and "sliding window of 70" in answer.report.notes[0]
+    assert answer.report.decoder_layer is None and "sliding window of 50" in answer.report.notes[0]
     monkeypatch.setattr(vlm.decoder, "n_swa", 100)
     assert ask(vlm).report.decoder_layer == 2
 

@@ -14,7 +14,8 @@ from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
 from star_edge.images import load_image
-from star_edge.selection import Selection, keep_by_score
+from star_edge.representatives import select
+from star_edge.selection import Selection, Tokens
 from star_edge.tap import Tap
 
 N_GENERATE = 32
@@ -45,12 +46,18 @@ def tapped(families):
         tap.close()
 
 
-def keep_all(scores, n, mass):
-    return Selection(np.arange(len(scores)))
+def keep_all(seen, n):
+    return Selection(np.arange(len(seen.attention)))
 
 
-def by_score(scores, n, mass):
-    return keep_by_score(scores, n)
+def by_share(seen, n, share=0.0):
+    """The n best by attention; with a share, that part of n stands for the rest, spread evenly."""
+    tokens = Tokens(seen.hidden, seen.rows, mass=seen.mass)
+    return select("even" if share else "none", tokens, seen.attention, n, share)
+
+
+def by_score(seen, n):
+    return by_share(seen, n)
 
 
 def generate(context, state, n):
@@ -78,7 +85,7 @@ def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, part
     n_layers = families[family].shape.n_layers
     for layer in (1, n_layers // 2, n_layers - 1):
         context = tapped(family, flash_attn, **options)
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0] * n_images, keep_all))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0] * n_images)], keep_all))
         history, tokens = generate(context, state, N_GENERATE)
         assert state.in_place
         assert tokens == expected_tokens
@@ -100,7 +107,7 @@ def test_keep_all_with_small_ubatch_and_quantized_cache(families, tapped, cache)
     context = tapped("llama", True, **options)
     context.n_ubatch, before = 32, context.n_ubatch
     try:
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [0], keep_all))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(3, [0])], keep_all))
     finally:
         context.n_ubatch = before
     assert np.array_equal(state.logits, expected)
@@ -152,7 +159,7 @@ def test_ordinary_decode_after_a_pruned_one(families, tapped):
     plain.close()
     context = tapped("llama", True)
     for layer in (1, 4, 7):
-        pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [20], by_score))
+        pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [20])], by_score))
         assert not np.array_equal(pruned.logits, expected[0])
         # First a graph of the same shape as the resume's last one (embedding rows, as many, as many outputs and cells), which
         # llama.cpp reuses (llm_graph_result::can_reuse): a flag left cleared would show here.
@@ -182,7 +189,8 @@ def test_a_thousand_mixed_requests_leave_no_drift(families):
         PruneConfig(decoder_layer=5),
         PruneConfig(0.25, 1.0),
         PruneConfig(1.0, 3, 1),
-        PruneConfig(7, 2, 7, text_rows="last"),
+        PruneConfig(7, 2, 7, decoder_scorer="last"),
+        PruneConfig(12, windows=((2, 9), (4, 5), (7, 2))),
     ]
     seen = {}
     with StarVLM(models.text, models.mmproj, n_ctx=256, n_threads=2) as vlm:

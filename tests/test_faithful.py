@@ -4,19 +4,20 @@ The reference (tests/reference.py) was written from the paper and the design, wi
 cache and flash attention off both compute the same thing, so the tolerance is that of float32 arithmetic.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import stock
 from conftest import random_image, random_prompt
 from reference import ClipEncoder, Decoder
-from test_exact import by_score, generate
+from test_exact import by_score, by_share, generate
 
-from star_edge import PruneConfig, StarVLM, refvlm
+from star_edge import PRESETS, StarVLM, refvlm
 from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
 from star_edge.images import load_image
-from star_edge.selection import keep_by_score
 from star_edge.tap import Tap
 
 N_GENERATE = 16
@@ -64,18 +65,18 @@ def expected(reference, prompt, n_keep, layer, **options):
 def test_pruned_logits_and_continuation(families, decoders, family, mode, parts, n_keep, layer):
     context, reference = decoders(family, mode)
     prompt = random_prompt(families[family], parts)
-    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, n_keep, by_score))
+    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, n_keep)], by_score))
     assert state.in_place
     history, tokens = generate(context, state, N_GENERATE)
 
     # The choice: scores agree, and no kept row scores worse than a dropped one by more than rounding.
     want = expected(reference, prompt, n_keep, layer)
     tolerance = SCORE_TOLERANCE[mode] * want.scores.max()
-    reference_scores = np.split(want.scores, np.cumsum([len(s) for s in state.scores])[:-1])
-    kept_rows = [s.kept for s in state.selections]
+    reference_scores = np.split(want.scores, np.cumsum([len(s) for s in state.scores[0]])[:-1])
+    kept_rows = [s.kept for s in state.selections[0]]
     image_rows = [np.flatnonzero(prompt.image_of_row == i) for i in range(len(n_keep))]
     rows = np.concatenate([r[kept] for r, kept in zip(image_rows, kept_rows)])
-    for scores, theirs, kept, n in zip(state.scores, reference_scores, kept_rows, n_keep):
+    for scores, theirs, kept, n in zip(state.scores[0], reference_scores, kept_rows, n_keep):
         assert np.abs(scores - theirs).max() <= tolerance
         assert len(kept) == n and (theirs[kept] >= np.sort(theirs)[-n] - 2 * tolerance).all()
     if mode == "f32":
@@ -95,10 +96,10 @@ def test_positions_are_kept(families, decoders, family):
     """Fails if kept tokens, or the text and the answer after them, are re-numbered."""
     context, reference = decoders(family, "f32")
     prompt = random_prompt(families[family], [12, (10, 20), 9])
-    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(2, [30], by_score))
+    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(2, [30])], by_score))
     assert state.n_cells != state.next_position
     history, tokens = generate(context, state, 4)
-    rows = np.flatnonzero(prompt.image_of_row == 0)[state.selections[0].kept]
+    rows = np.flatnonzero(prompt.image_of_row == 0)[state.selections[0][0].kept]
 
     def distance(positions, next_position):
         want = expected(reference, prompt, None, 2, keep_rows=rows, positions=positions)
@@ -121,14 +122,14 @@ def test_text_longer_than_ubatch_scores_with_every_row(families, decoders):
     prompt = random_prompt(families["llama"], [3, (10, 10), 75])
     context.n_ubatch, before = 32, context.n_ubatch
     try:
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [10], by_score))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(3, [10])], by_score))
         context.clear()
-        last = prefill(context, prompt.segments, prompt.next_position, DecoderStage(3, [10], by_score, last_row_only=True))
+        last = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(3, [10])], by_score, text_rows="last"))
     finally:
         context.n_ubatch = before
-    assert np.allclose(state.scores[0], expected(reference, prompt, [10], 3).scores, atol=1e-6)
+    assert np.allclose(state.scores[0][0], expected(reference, prompt, [10], 3).scores, atol=1e-6)
     want = expected(reference, prompt, [10], 3, text_rows=[len(prompt.image_of_row) - 1])
-    assert np.allclose(last.scores[0], want.scores, atol=1e-6)
+    assert np.allclose(last.scores[0][0], want.scores, atol=1e-6)
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
@@ -148,7 +149,9 @@ def test_both_stages_end_to_end(families, flash_attn):
         type_v="f16" if flash_attn else "f32",
         n_threads=2,
     ) as vlm:
-        state, report = vlm.read_prompt("see <__media__> what is it?", image, PruneConfig(20, 7, 3), chat=False)
+        state, report = vlm.read_prompt(
+            "see <__media__> what is it?", image, replace(PRESETS["star"], vision_keep=20, decoder_keep=7, decoder_layer=3), chat=False
+        )
         before = vlm.llama.tokenize(b"see ", add_bos=True, special=True)
         after = vlm.llama.tokenize(b" what is it?", add_bos=False, special=True)
     picture = report.images[0]
@@ -172,7 +175,7 @@ def test_shipped_model_scores(flash_attn):
     image = load_image(refvlm.DEMO_IMAGE)
     received = encoder.received(encoder.encode(image)[1])
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, flash_attn=flash_attn) as vlm:
-        _, report = vlm.read_prompt("how many squares?", image, PruneConfig(0.5, 0.125))
+        _, report = vlm.read_prompt("how many squares?", image, PRESETS["star"])
     scores = report.images[0].vision_scores
     assert np.abs(scores - received).max() < 3e-3 * received.max()
     assert set(np.argsort(-scores)[:60]) <= set(np.argsort(-received)[:72])
@@ -193,7 +196,7 @@ def test_attention_mass(families, decoders, family, mode):
     masses = [rng.uniform(1, 6, len(s.rows)) for s in prompt.segments if s.image is not None]
     for segment in prompt.segments:
         segment.mass = None if segment.image is None else masses[segment.image]
-    stage = DecoderStage(layer, n_keep, lambda scores, n, mass: keep_by_score(scores, n, share, mass))
+    stage = DecoderStage([(layer, n_keep)], lambda seen, n: by_share(seen, n, share))
     state = prefill(context, prompt.segments, prompt.next_position, stage)
     history, tokens = generate(context, state, N_GENERATE)
     context.tap.set_cell_bias(None)
@@ -211,18 +214,18 @@ def test_attention_mass(families, decoders, family, mode):
     scores = np.split(want.scores, [len(image_rows[0])])
     kept_rows, kept_masses = [], []
     for i in range(2):
-        assert np.abs(state.scores[i] - scores[i]).max() <= SCORE_TOLERANCE[mode] * want.scores.max()
-        source = scores[i] if mode == "f32" else state.scores[i]  # rounding may swap near-ties
+        assert np.abs(state.scores[0][i] - scores[i]).max() <= SCORE_TOLERANCE[mode] * want.scores.max()
+        source = scores[i] if mode == "f32" else state.scores[0][i]  # rounding may swap near-ties
         k, m = n_keep[i], n_keep[i] // 2
         order = np.argsort(-source / masses[i], kind="stable")
         best, rest = order[: k - m], np.sort(order[k - m :])
         spread = [rest[int((j + 0.5) * len(rest) / m)] for j in range(m)]
         mass = {int(t): masses[i][t] for t in best} | {int(t): masses[i][rest].sum() / m for t in spread}
-        assert state.selections[i].kept.tolist() == sorted(mass)
-        assert np.allclose(state.selections[i].mass, [mass[t] for t in sorted(mass)])
-        assert state.selections[i].mass.sum() == pytest.approx(masses[i].sum())  # nothing is lost
-        kept_rows.append(image_rows[i][state.selections[i].kept])
-        kept_masses.append(state.selections[i].mass)
+        assert state.selections[0][i].kept.tolist() == sorted(mass)
+        assert np.allclose(state.selections[0][i].mass, [mass[t] for t in sorted(mass)])
+        assert state.selections[0][i].mass.sum() == pytest.approx(masses[i].sum())  # nothing is lost
+        kept_rows.append(image_rows[i][state.selections[0][i].kept])
+        kept_masses.append(state.selections[0][i].mass)
     after = bias_of(kept_masses, kept_rows)
     n_layers = families[family].shape.n_layers
     by_layer = np.stack([before] * layer + [after] * (n_layers - layer))

@@ -30,10 +30,10 @@ def test_one_billion_parameters_in_q4_k_m(tmp_path):
     context = DecoderContext(llama, tap)
     for layer in (1, 11, 21):
         context.clear()
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage(layer, [0], keep_all))
+        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0])], keep_all))
         assert state.in_place and np.array_equal(state.logits, expected[0])
     context.clear()
-    pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage(11, [58], by_score))
+    pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(11, [58])], by_score))
     assert pruned.in_place and pruned.n_cells == 35 + 58 + 40
     llama.close()
     tap.close()

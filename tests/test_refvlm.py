@@ -2,11 +2,12 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from star_edge import PruneConfig, StarVLM, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 
 FOLDER = Path(__file__).parent / "refvlm_questions"
 QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
@@ -37,5 +38,5 @@ def test_keep_all_answers_as_the_unpruned_model(vlm):
 
 def test_star_at_a_quarter_of_the_tokens(vlm):
     """Vision 50%, decoder 12.5%, K = 2: 84.6% was measured with a proof of concept on the same binaries."""
-    result = accuracy(vlm, PruneConfig(0.5, 0.125, 2))
+    result = accuracy(vlm, replace(PRESETS["star"], decoder_keep=0.125, decoder_layer=2))
     assert result["all"] == pytest.approx(84.6, abs=1.0), result

@@ -273,7 +273,7 @@ def encoders(models, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["clip", "qwen2vl"])
 def test_set_input_and_watch(kind, encoders):
     encoder, chunk = encoders(kind)
-    encode = lambda: encoder.encode(chunk, want_scores=False).embeddings.copy()
+    encode = lambda: encoder.encode(chunk, None, want_cells=False).embeddings.copy()
     seen = np.full(4096, -1, np.int32)
     with encoder.tap.watching("positions", seen):
         before = encode()

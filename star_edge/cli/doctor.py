@@ -100,16 +100,16 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
         prompt.close()
     presets = {}
     for name, config in PRESETS.items():
-        n1 = n2 = n
-        layer = None
+        n1 = n
+        windows: list[tuple[int, int]] = []
         if config is not None:
             if vlm.encoder.profile is not None:
-                n1 = n2 = keep_count("vision_keep", config.vision_keep, n)
+                n1 = keep_count("vision_keep", config.vision_keep, n)
             if not vlm.decoder.stage_problem and config.prunes_in_decoder:
-                layer = choose_layer(config.decoder_layer, vlm.decoder.n_layers)
-                n2 = min(n1, keep_count("decoder_keep", config.decoder_keep, n))
-        average = average_tokens(layer or 0, vlm.decoder.n_layers, n1, n2)
-        presets[name] = {"vision_kept": n1, "decoder_layer": layer, "decoder_kept": n2, "average_tokens": average}
+                for layer, keep in config.decoder_windows(vlm.decoder.n_layers):
+                    windows.append((layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n))))
+        average = average_tokens(n1, windows, vlm.decoder.n_layers)
+        presets[name] = {"vision_kept": n1, "windows": windows, "average_tokens": average}
     return {"image": f"{width}x{height}", "image_tokens": n, "presets": presets}
 
 
@@ -160,7 +160,8 @@ def _print(result: dict[str, Any]) -> None:
             title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens",
         )
         for name, p in plan["presets"].items():
-            table.add_row(name, str(p["vision_kept"]), str(p["decoder_layer"] or "-"), str(p["decoder_kept"]), f"{p['average_tokens']:.1f}")
+            layers, kept = (", ".join(str(w[i]) for w in p["windows"]) or "-" for i in (0, 1))
+            table.add_row(name, str(p["vision_kept"]), layers, kept, f"{p['average_tokens']:.1f}")
         console.print(table)
     check = result.get("check", {})
     if check.get("done"):

@@ -15,7 +15,8 @@ from llama_cpp import Llama, _internals
 from ..errors import ContextLengthError, EngineError
 from ..tap import Outcome, Plan, Tap
 
-MAIN, PARKED = 0, 1  # sequence ids: the conversation, and dropped tokens whose cells must not be reused yet
+# Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be reused yet
+MAIN, PARKED, N_SEQUENCES = 0, 1, 7
 
 
 class TappedContext(_internals.LlamaContext):
@@ -62,8 +63,8 @@ class TappedContext(_internals.LlamaContext):
 def attach_tap(llama: Llama, tap: Tap) -> None:
     """Replaces the context of a `Llama` by one with the tap.
 
-    cb_eval is taken only at creation, so the context is made anew from the model that is already loaded. Two sequences and a
-    unified cache are what parking needs.
+    cb_eval is taken only at creation, so the context is made anew from the model that is already loaded. A unified
+    cache is what parking needs: it has LLAMA_MAX_SEQ sequences whatever n_seq_max says (llama_kv_cache::seq_to_stream).
 
     Raises:
         EngineError: llama.cpp could not create the context, usually for lack of memory.
@@ -217,9 +218,9 @@ class DecoderContext:
         if not llama_cpp.llama_memory_seq_rm(self.memory, sequence, start, stop):
             raise EngineError("llama.cpp cannot remove part of this model's cache")
 
-    def park(self, start: int) -> None:
-        """Moves everything from dense position `start` on from MAIN to PARKED, where no row of MAIN attends to it."""
-        llama_cpp.llama_memory_seq_cp(self.memory, MAIN, PARKED, start, -1)
+    def park(self, start: int, parking: int) -> None:
+        """Moves everything from dense position `start` on from MAIN to sequence `parking`, where no row of MAIN attends to it."""
+        llama_cpp.llama_memory_seq_cp(self.memory, MAIN, parking, start, -1)
         self.remove(MAIN, start)
 
     def set_causal(self, causal: bool) -> None:

@@ -7,9 +7,9 @@ Everything is a layer window [first, last) over some rows:
     choose n2 of n1 rows for each image
     RESUME                       -> [K, L)   kept image rows and text rows
 
-so token-layers are K (n1 + T) + (L - K) (n2 + T), and nothing is computed twice but q, k and v of layer K for the rows that stay
+and with several decoder stages, at layers K1 < K2 < ..., each resume ends at the next one and is its probe. With one, token-layers are K (n1 + T) + (L - K) (n2 + T), and nothing is computed twice but q, k and v of layer K for the rows that stay
 (the scores need them before it is known which). After the probe, layers < K hold the right K and
-V in the cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence, the
+V in the cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence (one for each decoder stage: their dense positions overlap), the
 cells of the kept ones are freed, and llama.cpp's allocator (llama_kv_cache::find_slot) walks up from the first freed cell:
 it meets exactly those cells, in order. That is verified, not assumed.
 
@@ -26,8 +26,8 @@ import numpy as np
 
 from ..errors import EngineError
 from ..selection import Selection
-from ..tap import MEAN_ALL, AttentionRead, Plan
-from .context import MAIN, PARKED, DecoderContext, Rows
+from ..tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Plan
+from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
 
 
 @dataclass
@@ -46,16 +46,33 @@ class Segment:
 
 
 @dataclass
-class DecoderStage:
-    """What to drop: layer K, how many rows of each image stay, and which text rows score.
+class Seen:
+    """What a decoder stage knows of the rows of one image when it chooses.
 
-    choose(scores (n,), n_keep, mass (n,) or None) says which rows of an image stay, and what they stand for.
+    hidden: (n, n_embd) float32, states that enter layer K. mass: as in Segment. attention: mean over heads and the text rows that
+    score, (n,) float32. row_attention (n_text, n) and text_hidden (n_text, n_embd): for each text row, if DecoderStage asks for them.
+    image: index of the image. rows: which of the rows that the vision stage left these are, (n,) int64.
     """
 
-    layer: int
-    n_keep: Sequence[int]
-    choose: Callable[[np.ndarray, int, np.ndarray | None], Selection]
-    last_row_only: bool = False
+    hidden: np.ndarray
+    mass: np.ndarray | None
+    attention: np.ndarray
+    row_attention: np.ndarray | None
+    text_hidden: np.ndarray | None
+    image: int
+    rows: np.ndarray
+
+
+@dataclass
+class DecoderStage:
+    """What to drop: for each window layer K and how many rows of each image stay; choose(seen, n_keep) says which, and what they stand for.
+
+    text_rows: the rows of the text after the last image that score: "all" or "last" as a mean, or "each".
+    """
+
+    windows: Sequence[tuple[int, Sequence[int]]]
+    choose: Callable[[Seen, int], Selection]
+    text_rows: str = "all"
 
 
 @dataclass
@@ -66,7 +83,8 @@ class Prefill:
     n_cells: rows that are in the cache, the dense position of the next token.
     tokens: what those rows are, (n_cells,) int32: a text token's id, or -1 for a row of an image.
     next_position: RoPE position of the next token.
-    scores, selections: for each image, (n,) float32 and what stayed of its rows; empty without a decoder stage.
+    scores, selections: for each decoder stage a list with, for each image, the attention that its rows got there, (n,) float32, and
+        what stayed, as indices into the rows that the vision stage left.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
     """
 
@@ -74,8 +92,8 @@ class Prefill:
     n_cells: int
     tokens: np.ndarray
     next_position: int
-    scores: list[np.ndarray] = field(default_factory=list)
-    selections: list[Selection] = field(default_factory=list)
+    scores: list[list[np.ndarray]] = field(default_factory=list)
+    selections: list[list[Selection]] = field(default_factory=list)
     in_place: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -109,49 +127,53 @@ class _Run:
         with self.timed("prefix"):
             self.plain(prefix, last_has_logits=not rest)
         if not rest:
-            return self.result()
+            return self.result(self.segments)
         if self.has_mass:
             # An empty cache is filled from its first cell on; checked once the rows are there.
-            self.set_masses(np.arange(self.n_cells, self.n_cells + sum(len(s.rows) for s in rest)), [s.mass for s in rest], rest)
+            self.set_masses(rest, np.arange(self.n_cells, self.n_cells + sum(len(s.rows) for s in rest)))
+        start = self.n_cells
         if stage is None:
             with self.timed("prefill"):
-                start = self.n_cells
                 cells = self.plain(rest, last_has_logits=True)
             self.check_cells(cells, start)
-            return self.result()
+            return self.result(self.segments)
 
         # 2) probe
-        start = self.n_cells
+        ends = [layer for layer, _ in stage.windows] + [self.context.n_layers]
         with self.timed("probe"):
-            hidden, cells, columns = self.probe(rest, stage)
-        self.check_cells(cells, start)
-        # 3) choose
-        with self.timed("decoder_stage"):
-            scores, selections, keep_row = self.choose(rest, cells, columns, stage)
-            self.free_kept(start, keep_row)
-            if self.has_mass or any(s.mass is not None for s in selections):
-                kept = iter(selections)
-                self.set_masses(cells[keep_row], [next(kept).mass if s.image is not None else None for s in rest], rest, selections)
-        # 4) resume
-        with self.timed("resume"):
-            new_cells = self.resume(rest, hidden, keep_row, stage.layer)
-        in_place = bool(np.array_equal(new_cells, cells[keep_row]))
-        if not in_place:
-            # Masses were for cells that the rows did not come back to: what stays now stands for itself alone, and is reported so.
-            self.context.tap.set_cell_bias(None)
-            selections = [Selection(s.kept) for s in selections]
-            with self.timed("fallback"):
-                self.restart(rest, keep_row, start)
-        self.context.remove(PARKED, 0)
-        return self.result(scores=scores, selections=selections, in_place=in_place)
+            end = self.window(rest, 0, ends[0], None, stage.text_rows)
+        self.check_cells(end.cells, start)
+        live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
+        all_scores, all_selections = [], []
+        for w, (layer, n_keep) in enumerate(stage.windows):
+            # 3) choose
+            with self.timed("decoder_stage"):
+                selections = self.choose(live, kept_rows, end, n_keep, stage)
+                all_scores.append([end.attention[p] for p in self.places(live) if p is not None])
+                live, keep_row = self.thin(live, selections)
+                self.free_kept(start, keep_row, PARKED + w)
+                if any(s.mass is not None for s in live):
+                    self.set_masses(live, end.cells[keep_row])
+                own_cells = end.cells[keep_row]
+                kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
+            # 4) resume
+            with self.timed("resume"):
+                end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows)
+            in_place = bool(np.array_equal(end.cells, own_cells))
+            # Masses were for cells that the rows did not come back to: what stays then stands for itself alone, and is reported so.
+            mass = lambda s, in_place=in_place: s.mass if in_place else None
+            all_selections.append([Selection(rows, mass(s)) for rows, s in zip(kept_rows, selections) if s is not None])
+            if not in_place:
+                self.context.tap.set_cell_bias(None)
+                with self.timed("fallback"):
+                    self.restart(rest, kept_rows, start)
+                break
+        for w in range(len(all_scores)):
+            self.context.remove(PARKED + w, 0)
+        return self.result(prefix + live, scores=all_scores, selections=all_selections, in_place=in_place)
 
-    def result(self, **fields: object) -> Prefill:
-        selections = iter(fields.get("selections", ()))
-        tokens = []
-        for segment in self.segments:
-            selection = next(selections, None) if segment.image is not None else None
-            n = len(segment.rows) if selection is None else len(selection.kept)
-            tokens.append(segment.rows.tokens if segment.rows.tokens is not None else np.full(n, -1))
+    def result(self, segments: Sequence[Segment], **fields: object) -> Prefill:
+        tokens = [np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens for s, original in zip(segments, self.segments)]
         ids = np.concatenate(tokens).astype(np.int32)
         return Prefill(self.context.logits(), self.n_cells, ids, self.next_position, seconds=self.seconds, **fields)
 
@@ -170,115 +192,116 @@ class _Run:
                 cells.append(self.decode(rows, plan, "prefill", segment.causal, wants).cells)
         return np.concatenate(cells) if cells else np.empty(0, np.int64)
 
-    def probe(self, segments: Sequence[Segment], stage: DecoderStage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Window [0, K). Returns the hidden states (n, n_embd), the cells (n,), and the attention that each cell gets."""
-        ctx, layer = self.context, stage.layer
-        n_rows = sum(len(s.rows) for s in segments)
-        hidden = np.empty((n_rows, ctx.n_embd), np.float32)
+    def window(self, segments: Sequence[Segment], first: int, last: int, inject: np.ndarray | None, text_rows: str) -> _WindowEnd:
+        """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
+
+        Each segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the CPU's
+        flash attention changes its accumulator at 64), and non-causal images must stay apart.
+        """
+        ctx = self.context
+        n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
+        hidden = None if is_end else np.empty((n_rows, ctx.n_embd), np.float32)
         cells = np.empty(n_rows, np.int64)
         columns = np.zeros(ctx.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
+        lines: list[np.ndarray] = []
         n_scoring = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
         at = 0
         for s, segment in enumerate(segments):
-            scores = s > self.last_image - self.first_image
+            is_scoring = s > self.last_image - self.first_image
             for rows, is_last in self.chunks(segment):
-                n = len(rows)
-                plan = Plan(window=(0, layer, ctx.n_layers), hidden=hidden[at : at + n], want_cells=True)
-                weight, rows_read = n / n_scoring, (0, n, 1)
-                reads = scores
-                if stage.last_row_only:
-                    weight, rows_read = 1.0, (n - 1, 1, 1)
-                    reads = is_last and s == len(segments) - 1
-                if reads:
-                    plan.attention = AttentionRead([layer], len(columns), rows_read, MEAN_ALL, n_threads=ctx.n_threads)
-                outcome = self.decode(rows, plan, "probe", segment.causal)
+                n, is_final = len(rows), is_last and s == len(segments) - 1
+                plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
+                if first > 0:
+                    plan.inject = inject[at : at + n]
+                if not is_end:
+                    plan.hidden = hidden[at : at + n]
+                    weight = n / n_scoring if text_rows != "last" else 1.0
+                    if is_final if text_rows == "last" else is_scoring:
+                        taken = (n - 1, 1, 1) if text_rows == "last" else (0, n, 1)
+                        reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
+                        plan.attention = AttentionRead([last], len(columns), taken, reduce, max_rows=n, n_threads=ctx.n_threads)
+                outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", segment.causal, logits=is_end and is_final)
                 cells[at : at + n] = outcome.cells
                 for attention in outcome.attention:
-                    columns[: len(attention)] += weight * attention
+                    lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
+                    columns[: attention.shape[-1]] += weight * (attention if attention.ndim == 1 else attention.mean(axis=0))
                 self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
                 at += n
-        return hidden, cells, columns
+        at_cells = lambda line: np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
+        return _WindowEnd(hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None)
+
+    def places(self, segments: Sequence[Segment]) -> list[slice | None]:
+        """For each segment, where the rows of its image lie among those of all segments; None for text."""
+        edges = np.cumsum([0] + [len(s.rows) for s in segments])
+        return [slice(int(a), int(b)) if s.image is not None else None for s, a, b in zip(segments, edges, edges[1:])]
 
     def choose(
-        self, segments: Sequence[Segment], cells: np.ndarray, columns: np.ndarray, stage: DecoderStage
-    ) -> tuple[list, list, np.ndarray]:
-        """Scores and selection of each image, and (n,) bool of the rows that go on."""
-        keep_row = np.ones(len(cells), bool)
-        scores, selections = [], []
-        at = 0
-        for segment in segments:
-            n = len(segment.rows)
-            if segment.image is not None:
-                score = columns[cells[at : at + n]].astype(np.float32)
-                selection = stage.choose(score, stage.n_keep[len(selections)], segment.mass)
-                keep_row[at : at + n] = False
-                keep_row[at + selection.kept] = True
-                scores.append(score)
-                selections.append(selection)
-            at += n
-        return scores, selections, keep_row
+        self, segments: Sequence[Segment], kept_rows: Sequence[np.ndarray], end: _WindowEnd, n_keep: Sequence[int], stage: DecoderStage
+    ) -> list[Selection | None]:
+        """What stays of each segment's rows; None for text, which stays."""
+        n_text = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
+        selections: list[Selection | None] = []
+        for segment, place, rows in zip(segments, self.places(segments), kept_rows):
+            if place is None:
+                selections.append(None)
+                continue
+            by_row = end.row_attention is not None
+            seen = Seen(
+                end.hidden[place],
+                segment.mass,
+                end.attention[place],
+                end.row_attention[:, place] if by_row else None,
+                end.hidden[-n_text:] if by_row else None,
+                segment.image,
+                rows,
+            )
+            selections.append(stage.choose(seen, n_keep[segment.image]))
+        return selections
 
-    def set_masses(
-        self,
-        cells: np.ndarray,
-        masses: Sequence[np.ndarray | None],
-        segments: Sequence[Segment],
-        selections: Sequence[Selection] | None = None,
-    ) -> None:
+    def thin(self, segments: Sequence[Segment], selections: Sequence[Selection | None]) -> tuple[list[Segment], np.ndarray]:
+        """The segments with the rows that go on, which enter past layer 0 from their hidden states, and (n,) bool of those rows."""
+        keep_row = np.ones(sum(len(s.rows) for s in segments), bool)
+        live = []
+        for segment, place, selection in zip(segments, self.places(segments), selections):
+            positions = segment.rows.positions
+            if selection is not None:
+                keep_row[place] = False
+                keep_row[place.start + selection.kept] = True
+                positions = positions[..., selection.kept]
+            live.append(Segment(Rows(positions), segment.image, segment.causal, None if selection is None else selection.mass))
+        return live, keep_row
+
+    def set_masses(self, segments: Sequence[Segment], cells: np.ndarray) -> None:
         """Attention bias log(mass) for the cells of the segments' rows, those of text and of rows without a mass none."""
-        sizes = iter([len(s.kept) for s in selections] if selections is not None else [])
-        parts = []
-        for segment, mass in zip(segments, masses):
-            n = len(segment.rows) if selections is None or segment.image is None else next(sizes)
-            parts.append(np.zeros(n) if mass is None else np.log(mass))
         bias = np.zeros(int(cells.max()) + 1, np.float32)
-        bias[cells] = np.concatenate(parts)
+        bias[cells] = np.concatenate([np.zeros(len(s.rows)) if s.mass is None else np.log(s.mass) for s in segments])
         self.context.tap.set_cell_bias(bias)
 
     def check_cells(self, cells: np.ndarray, start: int) -> None:
         if self.has_mass and not np.array_equal(cells, np.arange(start, start + len(cells))):
-            raise EngineError("rows of an empty cache are not in its first cells, where their attention bias is", "use mass_share=0")
+            raise EngineError(
+                "rows of an empty cache are not in its first cells, where their attention bias is", 'use representatives="none"'
+            )
 
-    def free_kept(self, start: int, keep_row: np.ndarray) -> None:
+    def free_kept(self, start: int, keep_row: np.ndarray, parking: int) -> None:
         """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are found again."""
-        self.context.park(start)
+        self.context.park(start, parking)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], keep_row.astype(np.int8), [0]])))
         for first, last in edges.reshape(-1, 2):
-            self.context.remove(PARKED, start + int(first), start + int(last))
+            self.context.remove(parking, start + int(first), start + int(last))
         self.n_cells = start
 
-    def resume(self, segments: Sequence[Segment], hidden: np.ndarray, keep_row: np.ndarray, layer: int) -> np.ndarray:
-        """Window [K, L) over the rows that go on. Returns their cells.
-
-        Each segment is a decode of its own, as it was in the probe and is on stock: kernels round differently for another
-        number of rows (the CPU's flash attention changes its accumulator at 64), and non-causal images must stay apart.
-        """
-        ctx = self.context
-        cells, at = [], 0
-        for s, segment in enumerate(segments):
-            keep = keep_row[at : at + len(segment.rows)]
-            states = hidden[at : at + len(segment.rows)][keep]
-            done = 0
-            for rows, is_last in self.chunks(Segment(Rows(segment.rows.positions[..., keep]), causal=segment.causal)):
-                plan = Plan(window=(layer, ctx.n_layers, ctx.n_layers), inject=states[done : done + len(rows)], want_cells=True)
-                wants = is_last and s == len(segments) - 1
-                cells.append(self.decode(rows, plan, "resume", segment.causal, logits=wants).cells)
-                done += len(rows)
-            at += len(segment.rows)
-        return np.concatenate(cells)
-
-    def restart(self, segments: Sequence[Segment], keep_row: np.ndarray, start: int) -> None:
+    def restart(self, segments: Sequence[Segment], kept_rows: Sequence[np.ndarray], start: int) -> None:
         """Plain prefill of the rows that go on: their layers below K no longer see the dropped ones."""
-        self.context.remove(PARKED, 0)
+        for parking in range(PARKED, N_SEQUENCES):
+            self.context.remove(parking, 0)
         self.context.remove(MAIN, start)
         self.n_cells = start
-        kept, at = [], 0
-        for segment in segments:
-            keep = keep_row[at : at + len(segment.rows)]
+        kept = []
+        for segment, keep in zip(segments, kept_rows):
             part = lambda array, keep=keep: None if array is None else array[keep]
             rows = segment.rows
             kept.append(Segment(Rows(rows.positions[..., keep], part(rows.tokens), part(rows.embeddings)), segment.image, segment.causal))
-            at += len(keep)
         self.plain(kept, last_has_logits=True)
 
     # ---- decodes ----
@@ -298,6 +321,16 @@ class _Run:
                 self.context.set_causal(True)
         self.n_cells += len(rows)
         return outcome
+
+
+@dataclass
+class _WindowEnd:
+    """What a window leaves: states (n, n_embd) and attention (n,), for each text row (n_text, n), at its last layer; cells (n,)."""
+
+    hidden: np.ndarray | None
+    cells: np.ndarray
+    attention: np.ndarray
+    row_attention: np.ndarray | None
 
 
 class _Timer:

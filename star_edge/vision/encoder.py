@@ -76,7 +76,7 @@ class Encoded:
     """Output of the encoder for one image.
 
     embeddings: (n_tokens, n_embd_inp) float32, a view of libmtmd's memory: valid until the next encode.
-    scores: attention that each token receives, (n_tokens,) float32, or None when the encoder has no profile.
+    scores: attention that each token receives, (n_tokens,) float32, or None when it was not asked for.
     cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
     """
 
@@ -216,50 +216,51 @@ class VisionEncoder:
 
     # ---- encode ----
 
-    def encode(self, chunk: ImageChunk, want_scores: bool = True, read: AttentionRead | None = None) -> Encoded:
+    def encode(
+        self, chunk: ImageChunk, attention: str | None = "received", *, want_cells: bool = True, read: AttentionRead | None = None
+    ) -> Encoded:
         """Runs the encoder and the projector on one image.
 
-        want_scores: read the attention that each token receives in the last layer without a window mask: the mean over heads
-            and query rows of the softmax, a column mean (STAR, arXiv 2505.12359, section 3.2, prints a row mean, which is
-            constant because a row of a softmax sums to one).
+        attention: read what each token receives in the last layer without a window mask. "received": the mean over heads and
+            query rows of the softmax, a column mean (STAR, arXiv 2505.12359, section 3.2, prints a row mean, which is
+            constant because a row of a softmax sums to one). "cls": from the CLS row alone, or as "received" if there is none.
+        want_cells: find out which place of the grid each token shows; otherwise token i is taken to show cell i.
         read: attention to read instead, for inspection.
 
         Raises:
             EngineError: libmtmd failed.
         """
         self._check_open()
-        score_rows = None
-        index = None
-        profile = self.profile if want_scores and read is None else None
-        if profile is None:
+        profile = self.profile
+        index = scores = None
+        if profile is None or read is not None or (attention is None and not (want_cells and profile.to_cells)):
             outcome = self._run(chunk, read)
+        elif attention is None:
+            outcome, index = self._run_watched(chunk, None)
         else:
-            outcome, index = self._run_scored(chunk)
-            score_rows = outcome.attention[0]
+            outcome, index = self._run_scored(chunk, attention)
+            scores = profile.to_tokens(outcome.attention[0], index).astype(np.float32)
+            if len(scores) != chunk.n_tokens:
+                raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
         pointer = mtmd.mtmd_get_output_embd(self.context)
         embeddings = np.ctypeslib.as_array(pointer, (chunk.n_tokens, self.n_embd_inp))
-        scores = None if profile is None else profile.to_tokens(score_rows, index).astype(np.float32)
-        if scores is not None and len(scores) != chunk.n_tokens:
-            raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
-        cells = profile.to_cells(index) if profile and profile.to_cells else np.arange(chunk.n_tokens)
+        cells = np.arange(chunk.n_tokens) if index is None or not profile.to_cells else profile.to_cells(index)
         return Encoded(embeddings, scores, cells, outcome.score_seconds, outcome.attention)
 
     def max_rows(self, chunk: ImageChunk) -> int:
         """Rows of the encoder's sequence for an image; an upper bound when the encoder has no profile."""
         return self.profile.n_rows(chunk.n_tokens) if self.profile else 16 * chunk.n_tokens + 64
 
-    def _run_scored(self, chunk: ImageChunk) -> tuple[Outcome, np.ndarray | None]:
+    def _run_scored(self, chunk: ImageChunk, attention: str) -> tuple[Outcome, np.ndarray | None]:
         max_rows = self.max_rows(chunk)
-        step = -(-max_rows // MAX_QUERY_ROWS)
-        index = np.empty(max_rows, np.int32)
+        rows = (0, -1, -(-max_rows // MAX_QUERY_ROWS))
+        if attention == "cls" and self.profile.cls_row:
+            rows = (self.profile.cls_row(chunk.n_tokens), 1, 1)
         for attempt in (1, 2):
-            read = AttentionRead([self._layer], max_rows, (0, -1, step), MEAN_ALL, n_threads=self.n_threads)
+            read = AttentionRead([self._layer], max_rows, rows, MEAN_ALL, n_threads=self.n_threads)
+            index = None
             try:
-                if self.profile.index_input:
-                    with self.tap.watching(self.profile.index_input, index):
-                        self._run(chunk, read)
-                else:
-                    self._run(chunk, read)
+                _, index = self._run_watched(chunk, read)
             except EngineError:
                 if attempt == 2 or self.last_outcome.error != lib.SE_ERR_NO_ATTENTION:
                     raise
@@ -267,8 +268,16 @@ class VisionEncoder:
             if self.last_outcome.attention and self._layer == self.last_outcome.last_unmasked:
                 break
             self._layer = self.last_outcome.last_unmasked
-        index = index[: self.tap.watched() // 4] if self.profile.index_input else None
         return self.last_outcome, index
+
+    def _run_watched(self, chunk: ImageChunk, read: AttentionRead | None) -> tuple[Outcome, np.ndarray | None]:
+        """Also brings the graph input that says which rows become tokens, if the profile names one."""
+        if not self.profile.index_input:
+            return self._run(chunk, read), None
+        index = np.empty(self.max_rows(chunk), np.int32)
+        with self.tap.watching(self.profile.index_input, index):
+            outcome = self._run(chunk, read)
+        return outcome, index[: self.tap.watched() // 4]
 
     def _run(self, chunk: ImageChunk, read: AttentionRead | None) -> Outcome:
         lib.se_log_clear()

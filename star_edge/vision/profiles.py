@@ -29,6 +29,7 @@ class EncoderProfile:
     to_cells(index) -> (n_tokens,): cell of the patch grid that a token shows, -1 for none; None: token i shows cell i.
     to_tokens(row_scores (n_rows,), index (n_index,) or None) -> (n_tokens,): the score of a token is the mean over its rows.
     n_rows(n_tokens): rows of the encoder's sequence.
+    cls_row(n_tokens): the CLS row among them; None: there is none.
     """
 
     n_layers_run: Callable[[dict[str, object]], int]
@@ -36,6 +37,7 @@ class EncoderProfile:
     n_rows: Callable[[int], int]
     index_input: str | None = None
     to_cells: Callable[[np.ndarray], np.ndarray] | None = None
+    cls_row: Callable[[int], int] | None = None
 
 
 def _llava_layers(metadata: dict[str, object]) -> int:
@@ -53,7 +55,14 @@ def _llava_cells(index: np.ndarray) -> np.ndarray:
 
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5: the graph's own `patches` input says which row each token is made of (CLS is among the rows)
-    "mlp": EncoderProfile(_llava_layers, lambda rows, index: rows[index], lambda n: n + 1, index_input="patches", to_cells=_llava_cells),
+    "mlp": EncoderProfile(
+        _llava_layers,
+        lambda rows, index: rows[index],
+        lambda n: n + 1,
+        index_input="patches",
+        to_cells=_llava_cells,
+        cls_row=lambda n: n,
+    ),
     # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(
         lambda metadata: int(metadata["clip.vision.block_count"]),

@@ -1,4 +1,4 @@
-"""The vision stage: encode each image, keep the tokens that its encoder attends to.
+"""The vision stage: encode each image, keep the tokens that say most about it.
 
 Turns the chunks of a prompt into the segments that the decoder runs.
 """
@@ -6,29 +6,33 @@ Turns the chunks of a prompt into the segments that the decoder runs.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import PruneConfig, keep_count
+from ..config import Keep, PruneConfig, keep_count
 from ..decoder.context import Rows
 from ..decoder.prefill import Segment
 from ..report import ImageReport
-from ..selection import Selection, keep_by_score
-from .encoder import ImageChunk, TextChunk, VisionEncoder
+from ..representatives import merge, select
+from ..scorers import VISION_SCORERS
+from ..selection import Selection, Tokens
+from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
 
 
 @dataclass
 class PromptPlan:
     """What a prompt will take, known before anything is computed.
 
-    n_vision: tokens of each image that the vision stage leaves, n_decoder: those that the decoder stage leaves.
+    n_vision: tokens of each image that the vision stage leaves. windows: (layer K, tokens of each image that stay from there on) for
+    each decoder stage.
     """
 
     chunks: Sequence[TextChunk | ImageChunk]
     n_vision: list[int]
-    n_decoder: list[int]
+    windows: list[tuple[int, list[int]]]
     n_text: int
 
     @property
@@ -42,30 +46,27 @@ class PromptPlan:
 
 
 def plan_prompt(
-    chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, can_score: bool, can_prune_decoder: bool
+    chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, can_prune_vision: bool, windows: Sequence[tuple[int, Keep]]
 ) -> PromptPlan:
-    """Counts tokens. can_score: the encoder has scores; can_prune_decoder: the decoder stage is possible.
+    """Counts tokens. can_prune_vision: the encoder is known; windows: (layer, keep) of the decoder stages that are possible.
 
     Raises:
-        ConfigError: a count over an image's tokens, or a decoder stage that would keep more than the vision stage leaves.
+        ConfigError: a count over an image's tokens.
     """
-    n_vision, n_decoder = [], []
-    for chunk in chunks:
-        if not isinstance(chunk, ImageChunk):
-            continue
-        n1 = n2 = chunk.n_tokens
-        if config is not None and can_score:
-            n1 = n2 = keep_count("vision_keep", config.vision_keep, chunk.n_tokens)
-        if config is not None and can_prune_decoder:
-            n2 = min(n1, keep_count("decoder_keep", config.decoder_keep, chunk.n_tokens))
-        n_vision.append(n1)
-        n_decoder.append(n2)
+    sizes = [chunk.n_tokens for chunk in chunks if isinstance(chunk, ImageChunk)]
+    n_vision = sizes
+    if config is not None and can_prune_vision:
+        n_vision = [keep_count("vision_keep", config.vision_keep, n) for n in sizes]
+    counts, left = [], n_vision
+    for layer, keep in windows:
+        left = [min(n, keep_count("decoder_keep", keep, size)) for n, size in zip(left, sizes)]
+        counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
-    return PromptPlan(chunks, n_vision, n_decoder, n_text)
+    return PromptPlan(chunks, n_vision, counts, n_text)
 
 
 def run_vision_stage(
-    plan: PromptPlan, encoder: VisionEncoder | None, mrope: bool, prune: bool, seconds: dict[str, float], mass_share: float = 0.0
+    plan: PromptPlan, encoder: VisionEncoder | None, mrope: bool, config: PruneConfig | None, seconds: dict[str, float]
 ) -> tuple[list[Segment], list[ImageReport], int]:
     """Encodes and prunes. Returns the segments, a report for each image, and the RoPE position after the prompt.
 
@@ -86,18 +87,21 @@ def run_vision_stage(
             continue
         n_keep = plan.n_vision[len(reports)]
         start = time.perf_counter()
-        encoded = encoder.encode(chunk, want_scores=prune)
+        encoded = encoder.encode(chunk, config.encoder_attention if config else None, want_cells=config is not None)
         chosen = time.perf_counter()
         if n_keep < chunk.n_tokens:
-            selection = keep_by_score(encoded.scores, n_keep, mass_share)
+            selection = _select(encoded, chunk, n_keep, config)
+            embeddings = merge(encoded.embeddings, selection)
         else:
             selection = Selection(np.arange(chunk.n_tokens))
+            embeddings = encoded.embeddings.copy()  # the encoder's own memory is used again
         kept = selection.kept
-        embeddings = encoded.embeddings[kept]  # a copy of what stays: the encoder's own memory is used again
         end = time.perf_counter()
         seconds["encode"] = seconds.get("encode", 0.0) + end - start
         seconds["vision_stage"] = seconds.get("vision_stage", 0.0) + encoded.score_seconds + end - chosen
-        positions = chunk.positions[..., kept]
+        positions, n_positions = chunk.positions[..., kept], chunk.n_positions
+        if config is not None and config.positions == "renumbered" and n_keep < chunk.n_tokens:
+            positions, n_positions = _text_positions(0, n_keep, mrope), n_keep
         offset = np.array([[position]] * 3 + [[0]], np.int32) if mrope else position
         segments.append(Segment(Rows(positions + offset, embeddings=embeddings), len(reports), chunk.causal, selection.mass))
         reports.append(
@@ -107,13 +111,25 @@ def run_vision_stage(
                 encoded.cells,
                 kept,
                 kept,
-                encoded.scores,
+                selection.scores,
                 vision_mass=selection.mass,
                 decoder_mass=selection.mass,
             )
         )
-        position += chunk.n_positions
+        position += n_positions
     return segments, reports, position
+
+
+def _select(encoded: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
+    tokens = Tokens(encoded.embeddings, encoded.cells, chunk.grid, attention=encoded.scores)
+    tokens.seed = zlib.crc32(encoded.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
+    share = 0.0 if config.representatives == "none" else config.vision_share
+    by_score = n_keep - round(share * n_keep)
+    if share == 1.0:  # nothing is chosen by score
+        selection = select(config.representatives, tokens, np.zeros(len(tokens)), n_keep, share)
+        selection.scores = None
+        return selection
+    return select(config.representatives, tokens, VISION_SCORERS[config.vision_scorer].score(tokens, by_score), n_keep, share)
 
 
 def _text_positions(start: int, n: int, mrope: bool) -> np.ndarray:

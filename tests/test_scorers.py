@@ -1,0 +1,249 @@
+"""Scorers and representatives against loops written from the papers' definitions."""
+
+import numpy as np
+import pytest
+
+from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
+from star_edge.representatives import MAX_CLUSTERED, REPRESENTATIVES, merge, select
+from star_edge.scorers import DECODER_SCORERS, VISION_SCORERS
+from star_edge.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, average_tokens
+
+RNG = np.random.default_rng(5)
+
+
+def random_tokens(n=30, d=12, grid=(5, 6), **fields):
+    return Tokens(RNG.standard_normal((n, d)).astype(np.float32), np.arange(n), grid, **fields)
+
+
+def cosine_distance(x):
+    return np.array([[1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in x] for a in x])
+
+
+def kept_by(scores, k):
+    return set(np.argsort(-scores, kind="stable")[:k].tolist())
+
+
+def test_max_min_diversity_is_the_papers_greedy_choice():
+    tokens = random_tokens()
+    far = cosine_distance(tokens.vectors.astype(float)) + np.diag([np.inf] * 30)
+    chosen = [int(far.min(axis=1).argmax())]
+    while len(chosen) < 9:
+        rest = [i for i in range(30) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: min(far[i, j] for j in chosen)))
+    for k in (1, 4, 9):
+        assert kept_by(VISION_SCORERS["maxmin"].score(tokens, k), k) == set(chosen[:k])
+
+
+def test_scope_is_saliency_times_coverage_gain():
+    tokens = random_tokens(attention=RNG.random(30).astype(np.float32))
+    alike = np.maximum(1 - cosine_distance(tokens.vectors.astype(float)), 0)
+    chosen = []
+    for _ in range(8):
+        covered = np.max([alike[j] for j in chosen], axis=0) if chosen else np.zeros(30)
+        gain = [-1 if i in chosen else tokens.attention[i] * np.maximum(alike[i] - covered, 0).sum() for i in range(30)]
+        chosen.append(int(np.argmax(gain)))
+    assert kept_by(VISION_SCORERS["scope"].score(tokens, 8), 8) == set(chosen)
+
+
+def test_text_raters_leave_out_rows_that_are_not_about_the_image():
+    tokens = random_tokens(n=8, d=16)
+    about, not_about = tokens.vectors[:4].sum(axis=0), -tokens.vectors.sum(axis=0)
+    tokens.text_vectors = np.stack([about, not_about, about * 2])
+    tokens.row_attention = RNG.random((3, 8)).astype(np.float32)
+    assert np.allclose(DECODER_SCORERS["raters"].score(tokens, 3), tokens.row_attention[[0, 2]].mean(axis=0))
+    tokens.text_vectors = np.stack([about] * 3)  # all alike: every row rates
+    assert np.allclose(DECODER_SCORERS["raters"].score(tokens, 3), tokens.row_attention.mean(axis=0), atol=1e-6)
+
+
+def test_baselines():
+    tokens = random_tokens(n=12, grid=(3, 4))
+    assert kept_by(VISION_SCORERS["uniform"].score(tokens, 4), 4) == {1, 4, 7, 10}
+    draws = []
+    for seed in (0, 0, 1):
+        tokens.seed = seed
+        draws.append(kept_by(VISION_SCORERS["random"].score(tokens, 5), 5))
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_distances():
+    tokens = random_tokens()
+    far = cosine_distance(tokens.vectors.astype(float))
+    place = np.array([divmod(i, 6) for i in range(30)], float)
+    apart = np.linalg.norm(place[:, None] - place[None], axis=2)
+    want = far / far.mean() + PLACE_WEIGHT * apart / apart.mean()
+    assert np.abs(tokens.distances() - want * (1 - np.eye(30))).max() < 1e-4
+    nowhere = Tokens(tokens.vectors, np.where(np.arange(30) == 7, -1, np.arange(30)), (5, 6)).distances()
+    others = np.arange(30) != 7
+    assert np.allclose(nowhere[7, others], (far / far.mean())[7, others] + PLACE_WEIGHT, atol=1e-4)
+    assert np.allclose(Tokens(tokens.vectors, tokens.cells, None).distances(), far / far.mean() * (1 - np.eye(30)), atol=1e-4)
+    assert not random_tokens(n=3, grid=None).distances()[[0, 1, 2], [0, 1, 2]].any()
+
+
+def test_long_vectors_keep_their_angles():
+    """A random projection: cosines of 4096 dimensions up to 1/sqrt(256), the same each time."""
+    tokens = random_tokens(n=60, d=4096, grid=None)
+    tokens.vectors[30:] += 2 * tokens.vectors[:30]
+    exact = 1 - cosine_distance(tokens.vectors.astype(float))
+    assert tokens.unit_vectors.shape == (60, MAX_DIMENSIONS)
+    error = tokens.unit_vectors @ tokens.unit_vectors.T - exact
+    assert error.std() < 1.2 / np.sqrt(MAX_DIMENSIONS)
+    assert np.array_equal(tokens.unit_vectors, Tokens(tokens.vectors.copy(), tokens.cells).unit_vectors)
+
+
+def test_clusters_by_distance_alone():
+    """Four tight groups of unequal size: one representative each, with the group's size as its mass and its mean as its embedding."""
+    centres = np.eye(4, 8) * 10
+    sizes = [9, 3, 1, 7]
+    vectors = np.concatenate([c + 0.1 * RNG.standard_normal((n, 8)) for c, n in zip(centres, sizes)]).astype(np.float32)
+    owner = np.repeat(np.arange(4), sizes)
+    order = RNG.permutation(20)
+    tokens = Tokens(vectors[order], np.arange(20))
+    selection = select("cluster", tokens, np.zeros(20), 4, 1.0)
+    assert sorted(owner[order][selection.kept].tolist()) == [0, 1, 2, 3]
+    assert selection.mass.tolist() == [sizes[o] for o in owner[order][selection.kept]]
+    merged = merge(tokens.vectors, selection)
+    for i, kept in enumerate(selection.kept):
+        mine = owner[order] == owner[order][kept]
+        assert np.allclose(merged[i], tokens.vectors[mine].mean(axis=0), atol=1e-5)
+        spread = [np.linalg.norm(cosine_distance(tokens.vectors[mine].astype(float))[j], 1) for j in range(mine.sum())]
+        assert np.flatnonzero(mine)[int(np.argmin(spread))] == kept  # the medoid
+
+
+def test_clusters_around_tokens_chosen_by_score():
+    tokens = random_tokens(mass=RNG.uniform(1, 5, 30))
+    scores = RNG.random(30)
+    selection = select("cluster", tokens, scores, 8, 0.5)
+    best = np.argsort(-scores / np.sqrt(tokens.mass), kind="stable")[:4]
+    far = tokens.distances().astype(float)
+    chosen = best.tolist()
+    while len(chosen) < 8:
+        chosen.append(max((i for i in range(30) if i not in chosen), key=lambda i: min(far[i, j] for j in chosen)))
+    assert selection.kept.tolist() == sorted(chosen)
+    mass = dict.fromkeys(selection.kept.tolist(), 0.0)
+    for i in range(30):
+        mass[i if i in mass else min(mass, key=lambda j: far[i, j])] += tokens.mass[i]
+    assert np.allclose(selection.mass, [mass[i] for i in selection.kept])
+
+
+def test_even_spread():
+    scores = np.array([9.0, 1, 8, 1, 1, 1, 7, 1])
+    tokens = random_tokens(n=8, grid=None)
+    chosen = select("even", tokens, scores, 4, 0.5)
+    # 9 and 8 stay; 2 of the other six, evenly spread over 1 3 4 5 6 7, stand for three tokens each
+    assert chosen.kept.tolist() == [0, 2, 3, 6] and chosen.mass.tolist() == [1, 1, 3, 3]
+    # a representative is ranked by what it receives for each token that it stands for
+    heavy = random_tokens(n=3, grid=None, mass=np.array([1.0, 1.0, 6.0]))
+    again = select("even", heavy, np.array([2.0, 3.0, 6.0]), 1, 0.0)
+    assert again.kept.tolist() == [1] and again.mass.tolist() == [1]
+    assert select("even", tokens, scores, 1, 0.5).mass.tolist() == [8]
+
+
+def test_contextual_targets_take_in_the_alike():
+    tokens = random_tokens(n=10, grid=None)
+    scores = np.arange(10.0)
+    selection = select("contextual", tokens, scores, 5, 0.4)
+    assert selection.mass is None and {7, 8, 9} <= set(selection.kept.tolist())
+    targets = [i for i in selection.kept.tolist() if i < 7]
+    alike = 1 - cosine_distance(tokens.vectors.astype(float))
+    for i in range(7):
+        owner = selection.kept[selection.group[i]]
+        assert owner == (i if i in targets else max(targets, key=lambda j: alike[i, j]))
+    merged = merge(tokens.vectors, selection)
+    for i in (7, 8, 9):
+        assert np.array_equal(merged[np.searchsorted(selection.kept, i)], tokens.vectors[i])
+
+
+@pytest.mark.parametrize("kind", list(REPRESENTATIVES))
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_counts_and_masses_add_up(kind, share):
+    for n, k in ((1, 1), (7, 1), (7, 6), (7, 7), (40, 13)):
+        mass = RNG.uniform(1, 3, n)
+        tokens = random_tokens(n=n, grid=None, mass=mass)
+        selection = select(kind, tokens, RNG.random(n), k, share)
+        assert len(set(selection.kept.tolist())) == k and np.all(np.diff(selection.kept) > 0) and selection.kept.max() < n
+        if kind == "cluster" or kind == "even" and share > 0:
+            assert selection.mass.sum() == pytest.approx(mass.sum())  # nothing is lost
+
+
+def test_equal_tokens_are_no_trouble():
+    tokens = Tokens(np.zeros((9, 4), np.float32), np.zeros(9, np.int64), (3, 3))
+    selection = select("cluster", tokens, np.zeros(9), 4, 1.0)
+    assert len(selection.kept) == 4 and selection.mass.sum() == 9 and selection.mass.min() >= 1
+
+
+def test_large_images_are_clustered_band_by_band():
+    n = 2 * MAX_CLUSTERED + 100
+    tokens = Tokens(RNG.standard_normal((n, 8)).astype(np.float32), np.arange(n), (1, n))
+    for k, share in ((50, 1.0), (50, 0.5), (2, 1.0)):
+        selection = select("cluster", tokens, RNG.random(n), k, share)
+        assert len(selection.kept) == k == len(set(selection.kept.tolist())) and selection.mass.sum() == pytest.approx(n)
+    edges = np.linspace(0, n, 4)
+    assert np.ptp(np.histogram(select("cluster", tokens, np.zeros(n), 60, 1.0).kept, edges)[0]) <= 1
+
+
+def test_average_tokens_of_windows():
+    assert average_tokens(100, [], 8) == 100
+    assert average_tokens(100, [(2, 50), (4, 20)], 8) == (2 * 100 + 2 * 50 + 4 * 20) / 8
+
+
+@pytest.mark.parametrize("scorer", list(VISION_SCORERS))
+@pytest.mark.parametrize("representatives", list(REPRESENTATIVES))
+def test_every_combination_runs(scorer, representatives, vlm):
+    config = PruneConfig(0.25, 0.1, 3, vision_scorer=scorer, representatives=representatives, vision_share=0.4)
+    state, report = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, config)
+    image = report.images[0]
+    assert (len(image.vision_kept), len(image.decoder_kept)) == (36, 14) and state.in_place and np.isfinite(state.logits).all()
+    if representatives == "none":
+        assert image.vision_mass is None and image.decoder_mass is None
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=2) as engine:
+        yield engine
+
+
+def test_cls_attention_is_not_attention_received(vlm):
+    report = lambda scorer: vlm.read_prompt(
+        "how many squares?", refvlm.DEMO_IMAGE, PruneConfig(0.25, vision_scorer=scorer, vision_share=0.0)
+    )[1]
+    received, cls = (report(s).images[0].vision_scores for s in ("attention", "cls"))
+    from reference import ClipEncoder
+
+    from star_edge.images import load_image
+
+    encoder = ClipEncoder(str(refvlm.MMPROJ))
+    attention = encoder.encode(load_image(refvlm.DEMO_IMAGE))[1]
+    theirs = attention[:, -1].mean(axis=0)[encoder.token_rows()]  # CLS is the last row in this layout
+    assert np.abs(cls - theirs).max() < 3e-3 * theirs.max()
+    assert np.abs(received - theirs).max() > 0.1 * theirs.max()
+
+
+def test_nothing_is_read_that_is_not_needed():
+    """The defaults choose by distances: the encoder's attention is not computed."""
+    assert PruneConfig(0.5, 0.25).encoder_attention is None
+    assert PruneConfig(1.0, 0.25, vision_share=0.5).encoder_attention is None
+    assert PRESETS["star"].encoder_attention == "received" and PRESETS["visionzip"].encoder_attention == "cls"
+    assert PRESETS["divprune"].encoder_attention is None and PRESETS["fastv"].encoder_attention is None
+
+
+@pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config])
+def test_presets_run(name, vlm):
+    _, report = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, name)
+    assert report.average_tokens < 144 and not report.notes
+
+
+def test_renumbered_positions(vlm, families):
+    config = PruneConfig(20, 7, 3)
+    ask = lambda positions, engine: engine.read_prompt("what is it?", refvlm.DEMO_IMAGE, PruneConfig(20, 7, 3, positions=positions))
+    state, report = ask("original", vlm)
+    closed, same = ask("renumbered", vlm)
+    assert np.array_equal(report.images[0].vision_kept, same.images[0].vision_kept)
+    assert state.next_position - closed.next_position == 144 - 20
+    assert np.abs(state.logits - closed.logits).max() > 0.01
+    assert config.positions == "original"
+    models = families["qwen2vl"]
+    with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=2) as qwen:
+        state, report = ask("original", qwen)
+        closed, _ = ask("renumbered", qwen)
+        assert closed.next_position == report.n_text_tokens + 20 and np.abs(state.logits - closed.logits).max() > 1e-3

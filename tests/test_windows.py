@@ -1,0 +1,105 @@
+"""Several decoder stages (progressive pruning): exact with everything kept, faithful to the float64 reference, cells where they belong."""
+
+import numpy as np
+import pytest
+import stock
+from conftest import random_image, random_prompt
+from reference import Decoder
+from test_exact import by_score, generate, keep_all
+
+from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
+from star_edge.decoder.context import MAIN, N_SEQUENCES, DecoderContext, attach_tap
+from star_edge.decoder.prefill import DecoderStage, prefill
+from star_edge.engine import KV_TYPES
+from star_edge.tap import Tap
+
+PARTS = [5, (6, 7), 4, (9, 5), 13]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2vl"])
+def model(request, families):
+    """(models, context, reference): f32 cache, flash attention off."""
+    models, tap = families[request.param], Tap()
+    llama = stock.load(models.text, False, type_k=KV_TYPES["f32"], type_v=KV_TYPES["f32"])
+    attach_tap(llama, tap)
+    yield models, DecoderContext(llama, tap), Decoder(str(models.text))
+    llama.close()
+    tap.close()
+
+
+def fresh(context):
+    context.clear()
+    context.tap.set_position_shift(0, 0)
+    return context
+
+
+def test_keep_all_is_exact(model):
+    models, context, _ = model
+    prompt = random_prompt(models, PARTS)
+    plain = prefill(fresh(context), prompt.segments, prompt.next_position)
+    expected, tokens = generate(context, plain, 8)
+    for windows in ([1, 2, 7], [3, 4], [1, 2, 3, 4, 5, 6]):
+        state = prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(k, [0, 0]) for k in windows], keep_all))
+        history, same = generate(context, state, 8)
+        assert state.in_place and same == tokens and all(np.array_equal(a, b) for a, b in zip(history, expected)), windows
+
+
+@pytest.mark.parametrize("windows", [[(2, [30, 20]), (4, [11, 20]), (6, [3, 1])], [(1, [20, 20]), (2, [10, 10])]])
+def test_pruned_logits_scores_and_continuation(model, windows):
+    models, context, reference = model
+    prompt = random_prompt(models, PARTS)
+    state = prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage(windows, by_score))
+    assert state.in_place and [[len(s.kept) for s in stage] for stage in state.selections] == [n for _, n in windows]
+    history, tokens = generate(context, state, 12)
+    image_rows = [np.flatnonzero(prompt.image_of_row == i) for i in range(2)]
+    kept = [np.concatenate([rows[s.kept] for rows, s in zip(image_rows, stage)]) for stage in state.selections]
+    want = reference.progressive(
+        prompt.embed(reference), prompt.positions, prompt.image_of_row, [(k, rows) for (k, _), rows in zip(windows, kept)]
+    )
+    before = [np.arange(len(rows)) for rows in image_rows]
+    for scores, theirs, stage in zip(state.scores, want.scores, state.selections):
+        for i in range(2):
+            mine = theirs[image_rows[i][before[i]]]
+            assert np.abs(scores[i] - mine).max() <= 1e-4 * np.nanmax(theirs)
+            assert np.array_equal(stage[i].kept, before[i][np.sort(np.argsort(-mine, kind="stable")[: len(stage[i].kept)])])
+            before[i] = stage[i].kept
+    _, logits = reference.generate(want, 12, prompt.next_position, forced=tokens)
+    assert max(np.abs(a - b).max() for a, b in zip(history, logits)) <= 2e-4
+    first_only = reference.progressive(prompt.embed(reference), prompt.positions, prompt.image_of_row, [(windows[0][0], kept[0])])
+    assert np.abs(history[0] - first_only.logits).max() > 0.01  # the later stages matter
+
+
+def test_dropped_cells_are_free_again(model):
+    models, context, _ = model
+    prompt = random_prompt(models, PARTS)
+    windows = [(2, [30, 20]), (4, [11, 20]), (6, [3, 1])]
+    state = prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage(windows, by_score))
+    import llama_cpp
+
+    largest = [llama_cpp.llama_memory_seq_pos_max(context.memory, s) for s in range(N_SEQUENCES)]
+    assert largest == [state.n_cells - 1] + [-1] * (N_SEQUENCES - 1)
+    assert llama_cpp.llama_memory_seq_pos_min(context.memory, MAIN) == 0
+
+
+def test_report_of_a_progressive_run():
+    config = PruneConfig(0.5, windows=((0.25, 0.25), (4, 10)))
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512) as vlm:
+        state, report = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, config)
+        assert report.windows == [(2, 36), (4, 10)] and report.decoder_layer == 2 and state.in_place
+        assert report.average_tokens == pytest.approx((2 * 72 + 2 * 36 + 2 * 10) / 6)
+        image = report.images[0]
+        assert len(image.decoder_kept) == 10 and set(image.decoder_kept) <= set(image.vision_kept)
+        assert image.decoder_mass.sum() == pytest.approx(144)
+        _, report = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, PRESETS["pyramiddrop"])
+        assert report.windows == [(2, 72), (3, 36), (4, 18)]  # a quarter, a half and three quarters of 6 layers
+        assert report.images[0].decoder_mass is None
+
+
+@pytest.mark.parametrize("scorer", ["text", "last", "raters", "uniform", "random"])
+def test_decoder_scorers_answer(families, scorer):
+    models = families["qwen2vl"]
+    with StarVLM(models.text, models.mmproj, n_ctx=256, n_threads=2) as vlm:
+        config = PruneConfig(0.5, windows=((2, 0.25), (5, 3)), decoder_scorer=scorer)
+        state, report = vlm.read_prompt("what is this?", [random_image(1), random_image(2)], config)
+        again, _ = vlm.read_prompt("what is this?", [random_image(1), random_image(2)], config)
+    assert report.windows[-1] == (5, 6) and state.in_place and np.array_equal(state.logits, again.logits)
