@@ -154,7 +154,10 @@ def choose_configs(
         if config.name in result and result[config.name].prune != config.prune:
             raise ConfigError(f"two configs have the name {config.name!r}", "give each a name of its own")
         result.setdefault(config.name, config)
-    return list(result.values()), notes + grid_notes
+    notes += grid_notes
+    if notes and len(result) == 1:
+        raise ConfigError(f"no config is left to compare: {notes[0]}", "change the values, or drop --set")
+    return list(result.values()), notes
 
 
 def _try(configs: list[NamedConfig], notes: list[str], name: str, method: str, build: typing.Callable[[], PruneConfig]) -> None:

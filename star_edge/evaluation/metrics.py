@@ -24,8 +24,9 @@ VQA_ANSWERS = 4  # fewer cannot give 1: an answer counts in full when three othe
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation or space at either end."""
-    return " ".join(text.lower().split()).strip(string.punctuation + string.whitespace)
+    """Lower case, single spaces, no punctuation or space at either end; text that is all punctuation stays as it is."""
+    text = " ".join(text.lower().split())
+    return text.strip(string.punctuation + string.whitespace) or text
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:

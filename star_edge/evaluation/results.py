@@ -27,7 +27,8 @@ _START_AGAIN = "use --fresh to start again, or another --out"
 def fingerprint_file(path: str | os.PathLike) -> str:
     """A hash of a file's size and of 64 pieces spread over it, head and tail included: 1 MiB is read of a model of any size.
 
-    The time of the file does not count; another model, or the same one quantized or fine-tuned otherwise, differs in every piece.
+    The time of the file does not count. The metadata is at the head; weights that differ nearly everywhere (another quantization,
+    a fine-tune) differ in the other pieces too.
 
     Raises:
         EvaluationError: it cannot be read.

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from .configs import OFF, NamedConfig
@@ -24,7 +25,8 @@ def summarise(
 ) -> dict[str, Any]:
     """Plain values for each config, over the questions that it answered. Shares are in 0..1, and None is what cannot be said.
 
-    n, n_errors: questions answered, and failed. accuracy, accuracy_by_category: mean score over those that have a true answer.
+    n, n_errors: questions answered, and failed. n_scored: those with a true answer, over which accuracy and accuracy_by_category
+    are mean scores.
     The rest is over questions that the unpruned model answered too:
     relative_accuracy: mean score over the unpruned model's. difference: the one less the other, interval: its 95% bootstrap interval
     over images, mcnemar_p: see `statistics`. agreement: share of answers that are the unpruned model's. kl: mean KL divergence of
@@ -61,6 +63,7 @@ def _summarise(tasks: Sequence[Task], config: NamedConfig, records: Mapping[tupl
         "method": config.method,
         "config": None if config.prune is None else asdict(config.prune),
         "n": len(answered),
+        "n_scored": len(scored),
         "n_errors": len(mine) - len(answered),
         "accuracy": _mean(r["score"] for _, r in scored),
         "accuracy_by_category": {category: _mean(scores) for category, scores in by_category.items()},
@@ -107,19 +110,21 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     if summary["metric"] is not None:
         categories = list(dict.fromkeys(c for row in rows for c in row["accuracy_by_category"]))
         table = _table(
-            f"{METRIC_TITLES[summary['metric']]} in %: {title}", "config", "n", *categories, "all", "interval of difference", "p"
+            f"{METRIC_TITLES[summary['metric']]} in %: {title}", "config", "n", *categories, "all", "95% interval of difference", "p"
         )
         for row in rows:
             interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
             p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}"
             shares = [_percent(row["accuracy_by_category"].get(c)) for c in categories]
-            table.add_row(row["name"], str(row["n"]), *shares, _percent(row["accuracy"]), interval, p)
+            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, _percent(row["accuracy"]), interval, p)
         result.append(table)
     if summary["metric"] == "pope":
         table = _table("POPE, yes is positive, in %", "config", "accuracy", "precision", "recall", "F1", "yes ratio")
         for row in rows:
             figures = row["pope"] or {}
-            table.add_row(row["name"], *(_percent(figures.get(key)) for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")))
+            table.add_row(
+                escape(row["name"]), *(_percent(figures.get(key)) for key in ("accuracy", "precision", "recall", "f1", "yes_ratio"))
+            )
         result.append(table)
     table = _table(
         f"Beside the unpruned model: {title}",
@@ -127,7 +132,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     )
     for row in rows:
         table.add_row(
-            row["name"], _number(row["average_tokens"], ".1f"), _percent(row["relative_accuracy"]), _percent(row["agreement"]),
+            escape(row["name"]), _number(row["average_tokens"], ".1f"), _percent(row["relative_accuracy"]), _percent(row["agreement"]),
             _number(row["kl"], ".3f"), _number(row["first_token_ms"], ".1f"), _number(row["speed_up"], ".2f"), str(row["n_errors"] or ""),
         )  # fmt: skip
     result.append(table)
@@ -138,7 +143,7 @@ def _table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     return table
 
 
