@@ -15,6 +15,7 @@ _ENDINGS = (".png", ".svg")
 # Distinct for colour-blind readers too (Okabe and Ito, 2008), with markers of their own for prints in grey
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
+_LINES = ("-", ":", "-.")  # after seven methods the colours come again
 _GREY = "#555555"
 
 
@@ -76,12 +77,15 @@ def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[s
         axis.annotate("unpruned", (off[x], 100 * off[key]), (0, 7), textcoords="offset points", ha="right", color=_GREY)
     for i, (method, rows) in enumerate(methods.items()):
         rows = sorted(rows, key=lambda row: row[x])
-        style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        turn, place = divmod(i, len(_COLORS))
+        style = {"color": _COLORS[place], "marker": _MARKERS[place], "linestyle": _LINES[turn % len(_LINES)]}
         axis.plot([row[x] for row in rows], [100 * row[key] for row in rows], label=method, markersize=5, linewidth=1.6, **style)
         if len(methods) == 1:
             for row in rows:
                 axis.annotate(row["name"], (row[x], 100 * row[key]), (6, -11), textcoords="offset points", fontsize=8)
-    axis.set_xlim(left=0)
+    axis.margins(y=0.12)  # room for the names below the lowest points
+    right = max([row[x] for rows in methods.values() for row in rows] + ([off[x]] if off[x] is not None else []), default=1)
+    axis.set_xlim(0, right * (1.12 if len(methods) == 1 else 1.05))
 
 
 def _pyplot() -> Any:
