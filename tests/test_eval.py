@@ -21,7 +21,7 @@ from star_edge.evaluation.tasks import read_tasks
 
 FOLDER = Path(__file__).parent / "refvlm_questions"
 COMMON = ("-n", "4", "-t", "1", "--image-root", str(FOLDER))
-QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
+QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def write(path, questions):
 
 
 def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 def answers_of(path):
@@ -193,6 +193,8 @@ def test_pope(ask, tmp_path):
     write(tmp_path / "q.jsonl", [{"image": q["image"], "text": q["question"], "label": q["answer"]} for q in questions])
     out, _ = ask("q.jsonl", "--preset", "quality")
     assert "POPE accuracy in %" in out and "yes ratio" in out
+    data = json.loads(ask("q.jsonl", "--preset", "off", "--limit", 2, "--seed", 1, "--json")[0])
+    assert data["n_tasks"] == 2 and [row["name"] for row in data["configs"]] == ["off"]
     data = json.loads(ask("q.jsonl", "--preset", "quality", "--json")[0])
     assert data["metric"] == "pope"
     pope = data["configs"][0]["pope"]
@@ -231,6 +233,20 @@ def test_a_config_that_fails_on_one_image_is_counted(vlm, tmp_path):
     off, many, few = (results.records["0", name] for name in ("off", "many", "few"))
     assert "context" in off["error"] and "144 tokens" in many["error"]
     assert few["answer"] and few["kl"] is None and few["unpruned_first_token_ms"] is None
+
+
+def test_logits_that_are_no_numbers_are_an_error(vlm, tmp_path, monkeypatch):
+    write(tmp_path / "q.jsonl", QUESTIONS[:1])
+    tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
+    results = Results(None, {}, tasks, [OFF])
+
+    def generate(prompt, images, prune, max_tokens, logits_processor):
+        for processor in logits_processor:
+            processor(None, np.float32([0, np.nan]))
+
+    monkeypatch.setattr(vlm, "generate", generate)
+    run_tasks(vlm, tasks, [OFF], results, metric="exact", max_tokens=1)
+    assert "not all finite" in results.records["0", "off"]["error"]
 
 
 # ---- resuming ----
@@ -299,8 +315,8 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
     for option in ((), ("--fresh",)):
         refused("no results file", "q.jsonl", "--out", "q.jsonl", *option)
     Path("r.jsonl").write_text(begun)
-    ask(*args, "--fresh", "--prompt-suffix", "!")
-    assert lines_of("r.jsonl")[0]["prompt_suffix"] == "!" and len(lines_of("r.jsonl")) == 3
+    ask(*args, "--fresh", "--prompt-suffix", r"\nOne word.")
+    assert lines_of("r.jsonl")[0]["prompt_suffix"] == "\nOne word." and len(lines_of("r.jsonl")) == 3
 
 
 def test_two_runs_do_not_share_a_file(ask, tmp_path):
@@ -309,6 +325,16 @@ def test_two_runs_do_not_share_a_file(ask, tmp_path):
     with Results("r.jsonl", {"a": 1}, [], []):
         _, err = ask("q.jsonl", "--out", "r.jsonl", status=2)
         assert "in use by another run" in err
+
+
+def test_a_record_is_in_the_file_before_add_returns(tmp_path):
+    task = read_tasks(write(tmp_path / "q.jsonl", QUESTIONS[:1]))[0]
+    path = str(tmp_path / "r.jsonl")
+    with Results(path, {"a": 1}, [task], [OFF]) as results:
+        results.add(task, OFF, answer="\u00e4\u2028")
+        assert lines_of(path)[1]["answer"] == "\u00e4\u2028" and not results.done(task, NamedConfig("other", "m", None))
+    with Results(path, {"a": 1}, [task], [OFF]) as results:
+        assert results.done(task, OFF)
 
 
 def test_a_header_cut_short_is_written_again(tmp_path):

@@ -165,10 +165,10 @@ def same_answer(answer: str, unpruned: str) -> bool:
 def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
     """KL(p || q) = sum p (log p - log q) in nats, with p and q the softmax of the unpruned and the pruned logits, both (n_vocab,).
 
-    Kullback and Leibler (1951). 0 for the same distribution; float64 inside, so that logits equal to the bit give exactly 0.
+    Kullback and Leibler (1951). Logits must be finite. 0 for the same distribution; float64 inside, so that logits equal to the bit give exactly 0.
     """
     log_p, log_q = _log_softmax(unpruned), _log_softmax(pruned)
-    return max(0.0, float(np.sum(np.exp(log_p) * (log_p - log_q))))  # rounding may leave -1e-17
+    return float(np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q))))  # rounding may leave -1e-17; not-a-number stays
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from llama_cpp import LogitsProcessorList
 
 from ..config import PruneConfig, choose_layer
 from ..engine import Answer, StarVLM
-from ..errors import StarEdgeError
+from ..errors import EngineError, StarEdgeError
 from ..images import load_image
 from .configs import OFF, NamedConfig
 from .metrics import METRICS, kl_divergence
@@ -111,7 +111,11 @@ class _Pass:
 def _generate(
     vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None, max_tokens: int
 ) -> tuple[Answer, np.ndarray]:
-    """The greedy answer, and the logits of its first token, (n_vocab,) float32: what the first sampler of the chain sees."""
+    """The greedy answer, and the logits of its first token, (n_vocab,) float32: what the first sampler of the chain sees.
+
+    Raises:
+        EngineError: logits that are no numbers, of which neither an answer nor a divergence would mean anything.
+    """
     first: list[np.ndarray] = []
 
     def keep_first(_: object, logits: np.ndarray) -> np.ndarray:
@@ -120,6 +124,8 @@ def _generate(
         return logits
 
     answer = vlm.generate(prompt, pictures, prune, max_tokens, logits_processor=LogitsProcessorList([keep_first]))
+    if not np.isfinite(first[0]).all():
+        raise EngineError("the logits of the first token are not all finite", "check the model and its KV cache type")
     return answer, first[0]
 
 
