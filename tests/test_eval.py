@@ -47,7 +47,7 @@ def star_edge(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def ask(star_edge):
     """`star-edge eval` on the model's questions, answers of at most 4 tokens, with one thread: two wait for each other on a busy machine."""
-    return lambda *args, status=0: star_edge("eval", *args, *COMMON, status=status)
+    return lambda *args, status=0: star_edge("eval", *COMMON, *args, status=status)
 
 
 def write(path, questions):
@@ -224,12 +224,14 @@ def test_a_broken_image_is_counted_and_the_run_goes_on(ask, tmp_path):
 
 def test_a_config_that_fails_on_one_image_is_counted(vlm, tmp_path):
     """More tokens than a small context holds, unpruned only; and a count that is over the image's tokens."""
-    write(tmp_path / "q.jsonl", QUESTIONS[:1])
+    write(tmp_path / "q.jsonl", [QUESTIONS[0], {**QUESTIONS[1], "image": "nope.png"}])
     tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
+    done = []
     configs = [OFF, NamedConfig("many", "m", PruneConfig(500)), NamedConfig("few", "m", PruneConfig(10))]
     results = Results(None, {}, tasks, configs)
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=100, n_threads=1) as small:
-        run_tasks(small, tasks, configs, results, metric="exact", max_tokens=2)
+        run_tasks(small, tasks, configs, results, metric="exact", max_tokens=2, progress=done.append)
+    assert sum(done) == 6 and all("nope.png" in results.records["1", c.name]["error"] for c in configs)
     off, many, few = (results.records["0", name] for name in ("off", "many", "few"))
     assert "context" in off["error"] and "144 tokens" in many["error"]
     assert few["answer"] and few["kl"] is None and few["unpruned_first_token_ms"] is None
@@ -296,6 +298,7 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
         assert Path(args[args.index("--out") + 1]).read_bytes() == before
 
     refused("prompt_suffix '', and now it is '!'", *args, "--prompt-suffix", "!")
+    refused("max_tokens 4, and now it is 5", *args, "-n", 5)
     refused("n_ubatch 512", *args, "-ub", 64)
     Path("c.json").write_text('[{"name": "mine", "vision_keep": 0.25}]')
     refused("config 'mine' has changed", *args)
