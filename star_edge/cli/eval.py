@@ -87,6 +87,7 @@ def eval(
                 console=console, transient=True, disable=as_json or not console.is_terminal,
             )  # fmt: skip
             with progress:
+                console.show_cursor(True)  # rich hides it, and Ctrl-C, which ends the process where it stands, would leave it so
                 bar = progress.add_task("", total=len(questions) * len(configs))
                 run_tasks(
                     vlm, questions, configs, results, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix,
