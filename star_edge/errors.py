@@ -63,5 +63,9 @@ class LayerWindowError(EngineError):
     """A model whose graph cannot be run in layer windows. The engine answers without a decoder stage instead."""
 
 
+class EvaluationError(StarEdgeError, ValueError):
+    """A file of questions or of results that cannot be used, or a picture of them that cannot be drawn."""
+
+
 class EngineClosedError(StarEdgeError, RuntimeError):
     """The engine was closed, or is busy with an unfinished streamed answer."""

@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "Answer a question about images.",
     "demo": "Ask the shipped reference model about a picture, stock beside pruned.",
     "inspect": "Attention of any layer, and the tokens that stay, as arrays and as a picture.",
+    "eval": "Accuracy and speed of presets and other configs on your own questions, beside the unpruned model.",
     "doctor": "Versions, devices, what a model supports, and what would be pruned how.",
 }
 

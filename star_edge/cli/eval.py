@@ -1,0 +1,133 @@
+"""star-edge eval: accuracy and speed of configs on questions with known answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import llama_cpp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import __version__, refvlm
+from ..config import PRESETS
+from ..errors import ConfigError, EvaluationError
+from ..evaluation import plots
+from ..evaluation.configs import choose_configs, parse_values
+from ..evaluation.metrics import METRICS, choose_metric
+from ..evaluation.results import Results, fingerprint_file
+from ..evaluation.runner import run_tasks
+from ..evaluation.summary import summarise, tables
+from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
+from .options import load_engine, model_options, print_json
+
+
+@click.command()
+@click.argument("tasks", required=False, type=click.Path())
+@model_options
+@click.option("--image-root", type=click.Path(), help="Folder that image paths are relative to. Default: that of TASKS.")
+@click.option("--preset", "presets", multiple=True, help=f"One of {', '.join(PRESETS)}; repeat for several. Default: all of them.")
+@click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25.")
+@click.option("--decoder-keep", help="Grid, likewise.")
+@click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
+)
+@click.option("--configs", "config_file", type=click.Path(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.')
+@click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True)
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many questions: the first ones, or with --seed a random choice.")
+@click.option("--seed", type=int, help="Choose the --limit questions at random.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Append results here as they come; the same command goes on where it stopped.")
+@click.option("--fresh", is_flag=True, help="Start --out again.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw accuracy against tokens and time, .png or .svg (needs matplotlib).")
+@click.option("--json", "as_json", is_flag=True)
+def eval(
+    tasks: str | None, image_root: str | None, presets: tuple[str, ...], vision_keep: str | None, decoder_keep: str | None,
+    decoder_layer: str | None, sets: tuple[str, ...], config_file: str | None, metric: str, max_tokens: int, prompt_suffix: str,
+    limit: int | None, seed: int | None, out: str | None, fresh: bool, plot: str | None, as_json: bool, **model: Any,
+) -> None:  # fmt: skip
+    """Ask the questions of TASKS with several configs and the unpruned model, and compare answers and times.
+
+    TASKS is a JSONL file: image (path or URL), question, and as far as known answer, category and id; the names of POPE, LLaVA and VQA
+    files are understood. Without answers, agreement with the unpruned model is what is compared.
+
+    Times to the first token are medians over runs that are interleaved question by question; reading image files is not in them.
+    """
+    if tasks is None:
+        raise EvaluationError("there are no questions", f"give a JSONL file with one object for each line, such as {FORMAT}")
+    if seed is not None and limit is None:
+        raise ConfigError("--seed chooses among questions, and no --limit was given", "add --limit N")
+    if fresh and out is None:
+        raise ConfigError("--fresh has no results to start again", "add --out FILE")
+    if plot:
+        plots.check(plot)
+    questions = read_tasks(tasks, image_root)
+    metric_name = choose_metric(metric, questions)
+    questions = sample_tasks(questions, limit, seed)
+    budget = {
+        name: parse_values(name, text)
+        for name, text in (("vision_keep", vision_keep), ("decoder_keep", decoder_keep), ("decoder_layer", decoder_layer))
+        if text is not None
+    }
+    configs, dropped = choose_configs(presets, budget, _parse_sets(sets), config_file)
+    prompt_suffix = prompt_suffix.replace("\\n", "\n")
+    options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "verbose")}
+    header = {"star_edge": __version__, "llama_cpp_python": llama_cpp.__version__, "metric": metric_name, "max_tokens": max_tokens}
+    header |= {"prompt_suffix": prompt_suffix, **options}
+    console = Console(stderr=True)
+    with load_engine(**model) as vlm:
+        text_model, mmproj = (model["model"], model["mmproj"]) if model["model"] else (refvlm.TEXT_MODEL, refvlm.MMPROJ)
+        files = {"model": fingerprint_file(text_model), "mmproj": fingerprint_file(mmproj) if mmproj else None}
+        with Results(out, {**files, **header}, questions, configs, fresh) as results:
+            progress = Progress(
+                TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=console, transient=True, disable=as_json or not console.is_terminal,
+            )  # fmt: skip
+            with progress:
+                console.show_cursor(True)  # rich hides it, and Ctrl-C, which ends the process where it stands, would leave it so
+                bar = progress.add_task("", total=len(questions) * len(configs))
+                run_tasks(
+                    vlm, questions, configs, results, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix,
+                    progress=lambda n: progress.advance(bar, n),
+                )  # fmt: skip
+            summary = summarise(questions, configs, results.records, metric_name)
+    summary["notes"] = dropped
+    if not any(row["n"] for row in summary["configs"]):
+        first = summary["errors"][0]
+        raise EvaluationError(f"no question could be answered; the first one ({first['task']}): {first['error']}")
+    if plot:
+        plots.save(summary, plot)
+    if as_json:
+        print_json(summary)
+    else:
+        _print(summary, [path for path in (out, plot) if path])
+
+
+def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:
+    result: dict[str, list[Any]] = {}
+    for text in sets:
+        field, equals, values = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no value", "write --set FIELD=VALUE or --set FIELD=VALUE1,VALUE2")
+        result[field.strip()] = result.get(field.strip(), []) + parse_values(field.strip(), values)
+    return result
+
+
+def _print(summary: dict[str, Any], written: list[str]) -> None:
+    console = Console()
+    for table in tables(summary):
+        console.print(table)
+    for note in summary["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    for row in summary["configs"]:
+        for note, n in row["notes"].items():
+            console.print(f"note: {row['name']}: {note} ({n} of {row['n']} questions)", markup=False, highlight=False)
+    for error in summary["errors"][:3]:
+        console.print(f"failed: question {error['task']}, {error['config']}: {error['error']}", markup=False, highlight=False)
+    if summary["n_errors"] > 3:
+        console.print(f"failed: {summary['n_errors']} answers in all")
+    for path in written:
+        console.print(f"written: {Path(path)}", markup=False, highlight=False)

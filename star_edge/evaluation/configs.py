@@ -1,0 +1,246 @@
+"""Which configs to compare: presets, grids over any field of `PruneConfig`, and files.
+
+Knows the fields of `PruneConfig` by their annotations alone, so that a new field can be varied without a change here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import PRESETS, PruneConfig, resolve_prune
+from ..errors import ConfigError, StarEdgeError
+
+_HINTS = typing.get_type_hints(PruneConfig)
+_BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # and how a name shortens them
+
+
+@dataclass(frozen=True)
+class NamedConfig:
+    """name: unique, for tables and result files. method: configs of one method are joined by a line in pictures."""
+
+    name: str
+    method: str
+    prune: PruneConfig | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any field that is not at its default, so that a field added later changes nothing."""
+        default = asdict(PruneConfig())
+        values = {} if self.prune is None else {k: v for k, v in asdict(self.prune).items() if v != default.get(k)}
+        content = json.dumps([self.prune is None, values], sort_keys=True, default=repr)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+OFF = NamedConfig("off", "off", None)
+
+
+def parse_values(field: str, text: str) -> list[Any]:
+    """Values of a field from "a,b,c", each of the type that the field's annotation says.
+
+    Commas inside brackets do not separate: values of fields that hold several numbers are JSON, "[[2,0.5],[4,0.25]],[[3,0.25]]".
+
+    Raises:
+        ConfigError: no such field, or a value of another type.
+    """
+    if field not in _HINTS:
+        raise ConfigError(f"PruneConfig has no field {field!r}", f"use one of {', '.join(f.name for f in fields(PruneConfig))}")
+    parts = [part.strip() for part in _split(text)]
+    if not all(parts):
+        raise ConfigError(f"{field}={text!r} has an empty value", "separate values by single commas")
+    return [_parse(field, _HINTS[field], part) for part in parts]
+
+
+def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> tuple[list[NamedConfig], list[str]]:
+    """Each preset with each combination of the values in `sets`, and notes on combinations that PruneConfig refuses.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    bases = [(name, resolve_prune(name)) for name in names]
+    configs, notes = [], []
+    for values in _combinations(sets):
+        for name, prune in bases:
+            if prune is None:
+                continue  # "off" has no fields, and is always run
+            title = " ".join([name, *_titles(values)])
+            _try(configs, notes, title, " ".join(["presets", *_titles(values)]), lambda p=prune, v=values: replace(p, **v))
+    return configs, notes
+
+
+def grid_configs(budget: Mapping[str, Sequence[Any]], sets: Mapping[str, Sequence[Any]]) -> tuple[list[NamedConfig], list[str]]:
+    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer) and of `sets`; other fields at their defaults.
+
+    One method for each combination of `sets` and of the budget fields but one: the one along which a line makes sense in a picture,
+    the last that has several values, except that layers are left to the end.
+
+    Returns the configs, and notes on combinations that PruneConfig refuses.
+    """
+    varied = [name for name in ("decoder_keep", "vision_keep", "decoder_layer") if len(budget.get(name, ())) > 1]
+    in_method = {*varied[1:], *sets}
+    configs, notes = [], []
+    for values in _combinations({**budget, **sets}):
+        method = " ".join(["grid", *_titles({k: v for k, v in values.items() if k in in_method})])
+        _try(configs, notes, " ".join(_titles(values)), method, lambda v=values: PruneConfig(**v))
+    return configs, notes
+
+
+def file_configs(path: str | os.PathLike) -> list[NamedConfig]:
+    """Configs from a JSON file: a list of {"name": ..., "method": ..., and fields of PruneConfig}; "method" is by default the name.
+
+    Raises:
+        ConfigError: names the file and the entry.
+    """
+    name = os.fspath(path)
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror})", "check the path of the configs") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} is no JSON ({error})", 'write a list such as [{"name": "half", "vision_keep": 0.5}]') from error
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries):
+        raise ConfigError(f"{name} is no list of objects with a name", 'write a list such as [{"name": "half", "vision_keep": 0.5}]')
+    configs = []
+    for entry in entries:
+        values = {k: _tuples(v) for k, v in entry.items() if k not in ("name", "method")}
+        unknown = sorted(set(values) - set(_HINTS))
+        if unknown:
+            raise ConfigError(f"{name}: {entry['name']!r} has unknown fields: {', '.join(unknown)}", f"use {', '.join(_HINTS)}")
+        try:
+            prune = _build(lambda v=values: PruneConfig(**v))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {entry['name']!r}: {error.cause}", error.remedy) from error
+        configs.append(NamedConfig(entry["name"], str(entry.get("method", entry["name"])), prune))
+    return configs
+
+
+def choose_configs(
+    presets: Sequence[str] = (),
+    budget: Mapping[str, Sequence[Any]] | None = None,
+    sets: Mapping[str, Sequence[Any]] | None = None,
+    file: str | os.PathLike | None = None,
+) -> tuple[list[NamedConfig], list[str]]:
+    """All configs asked for, "off" first, and notes on those that were dropped. Without any, the presets.
+
+    `sets` goes with presets and grid, not with a file, which says all.
+
+    Raises:
+        ConfigError: an unknown preset or field, two configs of one name, or nothing left to run.
+    """
+    budget, sets = budget or {}, sets or {}
+    for name in presets:
+        resolve_prune(name)
+    if sets and file and not (presets or budget):
+        raise ConfigError(
+            "--set has nothing to vary: a file of configs says all", "put the values into the file, or add --preset or a grid"
+        )
+    if not (presets or budget or file):
+        presets = tuple(PRESETS)
+    from_presets, notes = preset_configs(presets, sets) if presets else ([], [])
+    from_grid, grid_notes = grid_configs(budget, sets) if budget else ([], [])
+    if sets and bool(from_presets) != bool(from_grid):  # the values say enough where there is one source
+        from_presets, from_grid = ([replace(c, method=c.method.partition(" ")[2]) for c in cs] for cs in (from_presets, from_grid))
+    result = {OFF.name: OFF}
+    for config in [*from_presets, *from_grid, *(file_configs(file) if file else [])]:
+        if config.name in result and result[config.name].prune != config.prune:
+            raise ConfigError(f"two configs have the name {config.name!r}", "give each a name of its own")
+        result.setdefault(config.name, config)
+    notes += grid_notes
+    if notes and len(result) == 1:
+        raise ConfigError(f"no config is left to compare: {notes[0]}", "change the values, or drop --set")
+    return list(result.values()), notes
+
+
+def _try(configs: list[NamedConfig], notes: list[str], name: str, method: str, build: typing.Callable[[], PruneConfig]) -> None:
+    try:
+        configs.append(NamedConfig(name, method, _build(build)))
+    except ConfigError as error:
+        notes.append(f"dropped {name}: {error.cause}")
+
+
+def _build(build: typing.Callable[[], PruneConfig]) -> PruneConfig:
+    """A field's wrong type may surface as any error of a comparison: it is a ConfigError all the same."""
+    try:
+        return build()
+    except StarEdgeError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"PruneConfig cannot be made ({error})", "check the types of its fields") from error
+
+
+def _combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def _titles(values: Mapping[str, Any]) -> list[str]:
+    return [f"{_BUDGET[k]} {v}" if k in _BUDGET else f"{k}={v}" for k, v in values.items()]
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _parse(field: str, hint: Any, text: str) -> Any:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    simple = text.lower()
+    if type(None) in kinds and simple in ("none", "null"):
+        return None
+    if bool in kinds and simple in ("true", "false"):
+        return simple == "true"
+    if int in kinds and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if float in kinds:
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            for choice in typing.get_args(kind):
+                if str(choice) == text:
+                    return choice
+    if str in kinds:
+        return text
+    if any(_is_container(kind) for kind in kinds):
+        try:
+            return _tuples(json.loads(text))
+        except ValueError:
+            pass
+    raise ConfigError(f"{field}={text!r} does not fit its type", f"use {_readable(kinds)}")
+
+
+def _is_container(kind: Any) -> bool:
+    return (typing.get_origin(kind) or kind) in (tuple, list, dict, Sequence, Mapping)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where a frozen config has tuples."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _readable(kinds: Sequence[Any]) -> str:
+    names = {type(None): "none", bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    parts = []
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            parts += [str(choice) for choice in typing.get_args(kind)]
+        else:
+            parts.append(names.get(kind, "JSON such as [1, 2]"))
+    return ", ".join(parts[:-1]) + (" or " if len(parts) > 1 else "") + parts[-1]

@@ -1,0 +1,176 @@
+"""Was an answer right, and how far is it from the unpruned model's.
+
+Scores are in 0..1. Text comes in as the model wrote it; each metric normalises it in its own way.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from ..errors import EvaluationError
+from .tasks import Task
+
+Score = Callable[[str, Sequence[str]], float]
+
+VQA_ANSWERS = 4  # fewer cannot give 1: an answer counts in full when three others gave it
+
+
+# ---- exact match ----
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no punctuation or space at either end; text that is all punctuation stays as it is."""
+    text = " ".join(text.lower().split())
+    return text.strip(string.punctuation + string.whitespace) or text
+
+
+def exact_match(answer: str, truths: Sequence[str]) -> float:
+    """1 when the normalised answer is one of the normalised truths, otherwise 0."""
+    return float(normalise(answer) in {normalise(t) for t in truths})
+
+
+# ---- VQA accuracy ----
+
+_VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_VQA_NUMBERS = {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}  # fmt: skip
+_VQA_ARTICLES = {"a", "an", "the"}
+# Written without some or all of their apostrophes they get them back
+_VQA_CONTRACTIONS = {
+    word.replace("'", ""): word
+    for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
+    how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+    won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    """.split()
+}
+
+
+def normalise_vqa(text: str) -> str:
+    """The answer normalisation of the VQA challenge (github.com/GT-Vision-Lab/VQA, vqaEval.py).
+
+    Punctuation goes: for a space, or for nothing where it stands beside a space or the text has a comma between digits. So do full
+    stops that no digit follows. Then lower case, articles dropped, number words to digits, apostrophes put back into contractions.
+    """
+    text = " ".join(text.split())
+    digits_with_comma = re.search(r"\d,\d", text) is not None
+    result = text
+    for mark in _VQA_PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if beside_space or digits_with_comma else " ")
+    words = re.sub(r"\.(?!\d)", "", result).lower().split()
+    words = [_VQA_NUMBERS.get(word, word) for word in words]
+    return " ".join(_VQA_CONTRACTIONS.get(word.replace("'", ""), word) for word in words if word not in _VQA_ARTICLES)
+
+
+def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """Agreement with the people asked, as the VQA challenge counts it (arXiv 1505.00468; visualqa.org/evaluation.html).
+
+    For each person, min(others who gave this answer / 3, 1); the mean over all persons. With ten persons of whom k gave it:
+    0, 0.3, 0.6, 0.9, 1 for k = 0, 1, 2, 3, 4 and more. Both sides are always normalised, as TextVQA's evaluation does; the code of
+    the VQA challenge leaves people's answers as they are when all ten are the same.
+    """
+    given = [normalise_vqa(t) == normalise_vqa(answer) for t in truths]
+    n_given = sum(given)
+    return sum(min((n_given - own) / 3, 1.0) for own in given) / len(given)
+
+
+# ---- POPE ----
+
+
+def says_yes(answer: str) -> bool:
+    """POPE's reading of an answer (github.com/AoiDragon/POPE, evaluate.py): its first sentence says no when it has one of the words
+    "no" or "not", otherwise yes. Here in any case, and words may be separated by any white space."""
+    words = answer.strip().split(".")[0].replace(",", "").lower().split()
+    return "no" not in words and "not" not in words
+
+
+def pope_match(answer: str, truths: Sequence[str]) -> float:
+    """1 when the answer says what the label says."""
+    return float(says_yes(answer) == says_yes(truths[0]))
+
+
+@dataclass(frozen=True)
+class PopeScores:
+    """accuracy, precision, recall, f1, yes_ratio: in 0..1 with "yes" as the positive class; None where nothing is divided by."""
+
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    yes_ratio: float | None
+
+    def to_dict(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
+    """The five figures of POPE (arXiv 2305.10355).
+
+    accuracy = (TP + TN) / n, precision = TP / (TP + FP), recall = TP / (TP + FN), F1 = 2 TP / (2 TP + FP + FN),
+    yes ratio = (TP + FP) / n.
+    """
+    said, true = np.array([says_yes(a) for a in answers], bool), np.array([says_yes(t) for t in labels], bool)
+    tp, fp, fn, n = int((said & true).sum()), int((said & ~true).sum()), int((~said & true).sum()), len(said)
+    ratio = lambda a, b: a / b if b else None
+    return PopeScores(ratio(n - fp - fn, n), ratio(tp, tp + fp), ratio(tp, tp + fn), ratio(2 * tp, 2 * tp + fp + fn), ratio(tp + fp, n))
+
+
+# ---- which one ----
+
+METRICS: dict[str, Score] = {"exact": exact_match, "vqa": vqa_accuracy, "pope": pope_match}
+
+
+def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
+    """The metric's name for "auto": vqa when every question has the answers of several people, pope when each answer is yes or no,
+    otherwise exact. None when no question has an answer.
+
+    Raises:
+        EvaluationError: a metric that does not fit the answers.
+    """
+    labelled = [task for task in tasks if task.answers]
+    is_vqa = lambda task: len(task.answers) >= VQA_ANSWERS
+    is_pope = lambda task: {normalise(a) for a in task.answers} in ({"yes"}, {"no"})
+    if name == "auto":
+        if not labelled:
+            return None
+        return "vqa" if all(map(is_vqa, labelled)) else "pope" if all(map(is_pope, labelled)) else "exact"
+    if not labelled:
+        raise EvaluationError(f"metric {name} needs answers, and no question has one", 'add "answer" to the questions, or use auto')
+    for fits, wanted in ((is_vqa, "vqa"), (is_pope, "pope")):
+        odd = next((task for task in labelled if name == wanted and not fits(task)), None)
+        if odd is not None:
+            needs = f"{VQA_ANSWERS} or more people's answers (usually 10)" if name == "vqa" else "yes or no as the answer"
+            raise EvaluationError(f"metric {name} needs {needs}, and question {odd.id!r} has {list(odd.answers)}", "use --metric exact")
+    return name
+
+
+# ---- beside the unpruned model ----
+
+
+def same_answer(answer: str, unpruned: str) -> bool:
+    """Whether two answers are the same after `normalise`."""
+    return normalise(answer) == normalise(unpruned)
+
+
+def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
+    """KL(p || q) = sum p (log p - log q) in nats, with p and q the softmax of the unpruned and the pruned logits, both (n_vocab,).
+
+    Kullback and Leibler (1951). Logits must be finite. 0 for the same distribution; float64 inside, so that logits equal to the bit give exactly 0.
+    """
+    log_p, log_q = _log_softmax(unpruned), _log_softmax(pruned)
+    return float(np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q))))  # rounding may leave -1e-17; not-a-number stays
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())

@@ -1,0 +1,100 @@
+"""Pictures of a summary: accuracy against image tokens and against time, one line for each method."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import EvaluationError
+from .configs import OFF
+from .summary import METRIC_TITLES
+
+_ENDINGS = (".png", ".svg")
+# Distinct for colour-blind readers too (Okabe and Ito, 2008), with markers of their own for prints in grey
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_LINES = ("-", ":", "-.")  # after seven methods the colours come again
+_GREY = "#555555"
+
+
+def check(path: str) -> None:
+    """Fails before anything is computed for it.
+
+    Raises:
+        EvaluationError: matplotlib is not installed, the ending is not known, or there is no such folder.
+    """
+    _pyplot()
+    if Path(path).suffix.lower() not in _ENDINGS:
+        raise EvaluationError(f"{path} ends in neither {' nor '.join(_ENDINGS)}", "use one of these endings")
+    if not Path(path).parent.is_dir():
+        raise EvaluationError(f"the folder of {path} does not exist", "use an existing folder")
+
+
+def save(summary: Mapping[str, Any], path: str) -> None:
+    """Draws accuracy, or agreement with the unpruned model where there are no answers, against average tokens per layer (left) and
+    against the median time to the first token (right). Configs of one method are joined by a line; the unpruned model is a dashed one.
+
+    Raises:
+        EvaluationError: see `check`, or the file cannot be written.
+    """
+    pyplot = _pyplot()
+    key = "agreement" if summary["metric"] is None else "accuracy"
+    off = next(row for row in summary["configs"] if row["name"] == OFF.name)
+    methods = defaultdict(list)
+    for row in summary["configs"]:
+        if row is not off and row[key] is not None:
+            methods[row["method"]].append(row)
+    with pyplot.rc_context({"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+        for axis, x, label in (
+            (axes[0], "average_tokens", "image tokens per decoder layer, average"),
+            (axes[1], "first_token_ms", "time to first token, ms (median)"),
+        ):
+            _draw(axis, methods, off, x, key)
+            axis.set_xlabel(label)
+        what = "same answer as unpruned" if summary["metric"] is None else METRIC_TITLES[summary["metric"]]
+        axes[0].set_ylabel(f"{what}, %")
+        figure.suptitle(f"{summary['n_tasks']} questions, {summary['n_images']} images", x=0.01, ha="left", fontsize=10, color=_GREY)
+        if len(methods) > 1:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        try:
+            figure.savefig(path, dpi=150, facecolor="white")
+        except OSError as error:
+            raise EvaluationError(f"{path} cannot be written ({error.strerror or error})", "use another place") from error
+        finally:
+            pyplot.close(figure)
+
+
+def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[str, Any], x: str, key: str) -> None:
+    axis.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axis.set_axisbelow(True)
+    if off[key] is not None:
+        axis.axhline(100 * off[key], color=_GREY, linestyle="--", linewidth=1)
+        axis.plot([off[x]], [100 * off[key]], marker="*", markersize=11, color=_GREY, linestyle="none")
+        axis.annotate("unpruned", (off[x], 100 * off[key]), (0, 7), textcoords="offset points", ha="right", color=_GREY)
+    for i, (method, rows) in enumerate(methods.items()):
+        rows = sorted(rows, key=lambda row: row[x])
+        turn, place = divmod(i, len(_COLORS))
+        style = {"color": _COLORS[place], "marker": _MARKERS[place], "linestyle": _LINES[turn % len(_LINES)]}
+        axis.plot([row[x] for row in rows], [100 * row[key] for row in rows], label=method, markersize=5, linewidth=1.6, **style)
+        if len(methods) == 1:
+            for row in rows:
+                axis.annotate(row["name"], (row[x], 100 * row[key]), (6, -11), textcoords="offset points", fontsize=8)
+    axis.margins(y=0.12)  # room for the names below the lowest points
+    right = max([row[x] for rows in methods.values() for row in rows] + ([off[x]] if off[x] is not None else []), default=1)
+    axis.set_xlim(0, right * (1.12 if len(methods) == 1 else 1.05))
+
+
+def _pyplot() -> Any:
+    """matplotlib.pyplot without a window system, imported when asked for: it is an optional dependency."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise EvaluationError("pictures of results need matplotlib, which is not installed", "pip install 'star-edge[plot]'") from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

@@ -1,0 +1,138 @@
+"""Asks every question with every config, and records answer, score, tokens, time and distance from the unpruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from llama_cpp import LogitsProcessorList
+
+from ..config import PruneConfig, choose_layer
+from ..engine import Answer, StarVLM
+from ..errors import EngineError, StarEdgeError
+from ..images import load_image
+from .configs import OFF, NamedConfig
+from .metrics import METRICS, kl_divergence
+from .results import Results
+from .tasks import Task
+
+
+def run_tasks(
+    vlm: StarVLM,
+    tasks: Sequence[Task],
+    configs: Sequence[NamedConfig],
+    results: Results,
+    *,
+    metric: str | None,
+    max_tokens: int,
+    prompt_suffix: str = "",
+    progress: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Fills `results` with what is missing. Answers are greedy.
+
+    For each question the unpruned model is asked first, since every KL divergence needs its logits; then the configs, starting
+    with another one for each question, so that none always comes first. When that question was answered unpruned in an earlier
+    run, its prompt is read once more: times are compared within one pass only. An image is loaded once, before the clock starts.
+    A question or a config that fails is recorded with its error, and the run goes on.
+
+    metric: name in `metrics.METRICS`, or None without answers. progress: called with the number of (question, config) pairs done.
+
+    Raises:
+        ConfigError: a config names a layer that the model does not have.
+    """
+    for config in configs:
+        if config.prune is not None and config.prune.decoder_layer is not None:
+            choose_layer(config.prune.decoder_layer, vlm.decoder.n_layers)
+    pruned = [c for c in configs if c.prune is not None]
+    warm = False
+    for i, task in enumerate(tasks):
+        pending = [c for c in configs if not results.done(task, c)]
+        progress(len(configs) - len(pending))
+        if not pending:
+            continue
+        try:
+            pictures = [load_image(image, vlm.image_limits) for image in task.images]
+        except StarEdgeError as error:
+            for config in pending:
+                results.add(task, config, error=str(error))
+            progress(len(pending))
+            continue
+        prompt = task.question + prompt_suffix
+        if not warm:  # the first requests allocate and page in
+            for config in (OFF, *pruned[:1]):
+                _try_to_read(vlm, prompt, pictures, config.prune)
+            warm = True
+        pass_ = _Pass(vlm, task, prompt, pictures, results, metric, max_tokens)
+        if OFF in pending:
+            pass_.ask(OFF)
+            progress(1)
+        else:
+            pass_.read_unpruned()
+        turn = i % len(pruned) if pruned else 0
+        for config in pruned[turn:] + pruned[:turn]:
+            if config in pending:
+                pass_.ask(config)
+                progress(1)
+
+
+class _Pass:
+    """One question, and the unpruned model's first logits and time for it while its configs are asked."""
+
+    def __init__(
+        self, vlm: StarVLM, task: Task, prompt: str, pictures: list[np.ndarray], results: Results, metric: str | None, max_tokens: int
+    ) -> None:
+        self.vlm, self.task, self.prompt, self.pictures, self.results = vlm, task, prompt, pictures, results
+        self.metric, self.max_tokens = metric, max_tokens
+        self.logits: np.ndarray | None = None
+        self.milliseconds: float | None = None
+
+    def read_unpruned(self) -> None:
+        read = _try_to_read(self.vlm, self.prompt, self.pictures, None)
+        if read is not None:
+            self.logits, self.milliseconds = read
+
+    def ask(self, config: NamedConfig) -> None:
+        try:
+            answer, logits = _generate(self.vlm, self.prompt, self.pictures, config.prune, self.max_tokens)
+        except StarEdgeError as error:
+            self.results.add(self.task, config, error=str(error))
+            return
+        report = answer.report
+        if config == OFF:
+            self.logits, self.milliseconds = logits, report.milliseconds["first_token"]
+        score = METRICS[self.metric](answer.text, self.task.answers) if self.metric and self.task.answers else None
+        self.results.add(
+            self.task, config, answer=answer.text, finish_reason=answer.finish_reason, score=score, image_tokens=report.n_image_tokens,
+            average_tokens=report.average_tokens, first_token_ms=report.milliseconds["first_token"],
+            unpruned_first_token_ms=self.milliseconds, kl=None if self.logits is None else kl_divergence(self.logits, logits), notes=report.notes,
+        )  # fmt: skip
+
+
+def _generate(
+    vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None, max_tokens: int
+) -> tuple[Answer, np.ndarray]:
+    """The greedy answer, and the logits of its first token, (n_vocab,) float32: what the first sampler of the chain sees.
+
+    Raises:
+        EngineError: logits that are no numbers, of which neither an answer nor a divergence would mean anything.
+    """
+    first: list[np.ndarray] = []
+
+    def keep_first(_: object, logits: np.ndarray) -> np.ndarray:
+        if not first:
+            first.append(np.array(logits, np.float32))
+        return logits
+
+    answer = vlm.generate(prompt, pictures, prune, max_tokens, logits_processor=LogitsProcessorList([keep_first]))
+    if not np.isfinite(first[0]).all():
+        raise EngineError("the logits of the first token are not all finite", "check the model and its KV cache type")
+    return answer, first[0]
+
+
+def _try_to_read(vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None) -> tuple[np.ndarray, float] | None:
+    """First logits and milliseconds to them, or None where the prompt cannot be read (`_Pass.ask` records why)."""
+    try:
+        state, report = vlm.read_prompt(prompt, pictures, prune)
+    except StarEdgeError:
+        return None
+    return np.array(state.logits, np.float32), report.milliseconds["first_token"]

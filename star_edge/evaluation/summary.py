@@ -1,0 +1,155 @@
+"""What the results of a run say for each config: as plain data for JSON, and as tables."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from .configs import OFF, NamedConfig
+from .metrics import pope_scores, same_answer
+from .results import Record
+from .statistics import mcnemar_p, mean_interval, sign_counts
+from .tasks import Task
+
+METRIC_TITLES = {"exact": "exact match", "vqa": "VQA accuracy", "pope": "POPE accuracy", None: "no answers"}
+
+
+def summarise(
+    tasks: Sequence[Task], configs: Sequence[NamedConfig], records: Mapping[tuple[str, str], Record], metric: str | None
+) -> dict[str, Any]:
+    """Plain values for each config, over the questions that it answered. Shares are in 0..1, and None is what cannot be said.
+
+    n, n_errors: questions answered, and failed. n_scored: those with a true answer, over which accuracy and accuracy_by_category
+    are mean scores.
+    The rest is over questions that the unpruned model answered too:
+    relative_accuracy: mean score over the unpruned model's. difference: the one less the other, interval: its 95% bootstrap interval
+    over images, mcnemar_p: see `statistics`. agreement: share of answers that are the unpruned model's. kl: mean KL divergence of
+    the first token in nats. average_tokens: image tokens for each decoder layer, the mean. first_token_ms: median.
+    speed_up: median over questions of the unpruned first-token time over the config's, both from one pass over the question.
+    pope: see `metrics.pope_scores`. notes: what the engine said, with the number of questions.
+    """
+    rows = [_summarise(tasks, config, records, metric) for config in configs]
+    errors = [r for t in tasks for c in configs if "error" in (r := records.get((t.id, c.name), {}))]
+    return {
+        "metric": metric,
+        "n_tasks": len(tasks),
+        "n_images": len({t.images for t in tasks}),
+        "configs": rows,
+        "n_errors": len(errors),
+        "errors": [{key: r[key] for key in ("task", "config", "error")} for r in errors[:20]],
+    }
+
+
+def _summarise(tasks: Sequence[Task], config: NamedConfig, records: Mapping[tuple[str, str], Record], metric: str | None) -> dict[str, Any]:
+    mine = [(t, records[t.id, config.name]) for t in tasks if (t.id, config.name) in records]
+    answered = [(t, r) for t, r in mine if "error" not in r]
+    scored = [(t, r) for t, r in answered if r["score"] is not None]
+    paired = [(t, r, off) for t, r in answered if "error" not in (off := records.get((t.id, OFF.name), {"error": ""}))]
+    both = [(t, r["score"], off["score"]) for t, r, off in paired if r["score"] is not None]
+    by_category = defaultdict(list)
+    for task, record in scored:
+        if task.category is not None:
+            by_category[task.category].append(record["score"])
+    unpruned = _mean(off for _, _, off in both)
+    accuracy_of_both = _mean(score for _, score, _ in both)
+    row: dict[str, Any] = {
+        "name": config.name,
+        "method": config.method,
+        "config": None if config.prune is None else asdict(config.prune),
+        "n": len(answered),
+        "n_scored": len(scored),
+        "n_errors": len(mine) - len(answered),
+        "accuracy": _mean(r["score"] for _, r in scored),
+        "accuracy_by_category": {category: _mean(scores) for category, scores in by_category.items()},
+        "relative_accuracy": accuracy_of_both / unpruned if unpruned else None,
+        "agreement": _mean(same_answer(r["answer"], off["answer"]) for _, r, off in paired),
+        "kl": _mean(r["kl"] for _, r in answered if r["kl"] is not None),
+        "average_tokens": _mean(r["average_tokens"] for _, r in answered),
+        "first_token_ms": _median(r["first_token_ms"] for _, r in answered),
+        "speed_up": _median(r["unpruned_first_token_ms"] / r["first_token_ms"] for _, r in answered if r["unpruned_first_token_ms"]),
+        "difference": None,
+        "interval": None,
+        "mcnemar_p": None,
+        "pope": None,
+        "notes": dict(Counter(note for _, r in answered for note in r["notes"])),
+    }
+    if both and config != OFF:
+        differences = [score - off for _, score, off in both]
+        row["difference"] = _mean(differences)
+        row["interval"] = mean_interval(differences, [t.images for t, _, _ in both])
+        row["mcnemar_p"] = mcnemar_p(*sign_counts([off for *_, off in both], [score for _, score, _ in both]))
+    if metric == "pope" and scored:
+        row["pope"] = pope_scores([r["answer"] for _, r in scored], [t.answers[0] for t, _ in scored]).to_dict()
+    return row
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return float(np.mean(values)) if values else None
+
+
+def _median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return float(np.median(values)) if values else None
+
+
+# ---- tables ----
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Accuracy, POPE's figures where they apply, and the comparison with the unpruned model."""
+    result = []
+    rows = summary["configs"]
+    title = f"{summary['n_tasks']} questions, {summary['n_images']} images"
+    if summary["metric"] is not None:
+        categories = list(dict.fromkeys(c for row in rows for c in row["accuracy_by_category"]))
+        table = _table(
+            f"{METRIC_TITLES[summary['metric']]} in %: {title}", "config", "n", *categories, "all", "95% interval of difference", "p"
+        )
+        for row in rows:
+            interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
+            p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}"
+            shares = [_percent(row["accuracy_by_category"].get(c)) for c in categories]
+            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, _percent(row["accuracy"]), interval, p)
+        result.append(table)
+    if summary["metric"] == "pope":
+        table = _table("POPE, yes is positive, in %", "config", "accuracy", "precision", "recall", "F1", "yes ratio")
+        for row in rows:
+            figures = row["pope"] or {}
+            table.add_row(
+                escape(row["name"]), *(_percent(figures.get(key)) for key in ("accuracy", "precision", "recall", "f1", "yes_ratio"))
+            )
+        result.append(table)
+    table = _table(
+        f"Beside the unpruned model: {title}",
+        *("config", "tokens per layer", "relative accuracy, %", "same answer, %", "KL, nats", "first token, ms", "speed-up", "errors"),
+    )
+    for row in rows:
+        table.add_row(
+            escape(row["name"]), _number(row["average_tokens"], ".1f"), _percent(row["relative_accuracy"]), _percent(row["agreement"]),
+            _number(row["kl"], ".3f"), _number(row["first_token_ms"], ".1f"), _number(row["speed_up"], ".2f"), str(row["n_errors"] or ""),
+        )  # fmt: skip
+    result.append(table)
+    return result
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for name in others:
+        table.add_column(escape(name), justify="right")
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

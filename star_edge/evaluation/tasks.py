@@ -1,0 +1,138 @@
+"""Questions about images, read from a JSONL file in this package's form or in those of POPE, LLaVA and VQA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import EvaluationError
+
+FORMAT = '{"image": "a.jpg", "question": "what is this?", "answer": "a cat"}'
+
+# The first name that a line has is taken. POPE: text, label. LLaVA: question_id, text. VQA and TextVQA: question_id, answers.
+_NAMES = {
+    "id": ("id", "question_id"),
+    "image": ("image", "images"),
+    "question": ("question", "prompt", "text"),
+    "answer": ("answer", "answers", "label"),
+    "category": ("category", "family"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question.
+
+    id: unique in its file. images: paths or URLs that `images.load_image` reads. answers: the true one, all that people gave
+    (VQA has ten), or none. category: for a breakdown, or None. fingerprint: changes with images (by name), question and answers.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    question: str
+    answers: tuple[str, ...]
+    category: str | None
+    fingerprint: str
+
+
+def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Task]:
+    """Reads one JSON object for each line; empty lines are skipped.
+
+    Fields: image (path, data: or http(s): URL, or a list of them), question, and as far as known answer (a string, or a list of
+    what people answered), category and id (default: the number of the line). Other names of the same: question_id; images; prompt,
+    text; answers, label; family. Paths are relative to image_root, by default the folder of the file.
+
+    Raises:
+        EvaluationError: names the file and the line.
+    """
+    name = os.fspath(path)
+    folder = Path(image_root) if image_root is not None else Path(path).parent
+    if image_root is not None and not folder.is_dir():
+        raise EvaluationError(f"the image root {folder} is no folder", "give the folder that image paths are relative to")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{name} is no text in UTF-8", f"write one JSON object for each line: {FORMAT}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise EvaluationError(f"{name} cannot be read ({reason})", "check the path of the questions") from error
+    tasks, line_of_id = [], {}
+    # Not splitlines(): JSON strings may hold U+2028 as it is
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        task = _parse_line(line, f"{name}, line {number}", str(number), folder)
+        if task.id in line_of_id:
+            raise EvaluationError(
+                f"{name}: lines {line_of_id[task.id]} and {number} have the same id {task.id!r}", "make ids unique, or leave them out"
+            )
+        line_of_id[task.id] = number
+        tasks.append(task)
+    if not tasks:
+        raise EvaluationError(f"{name} holds no question", f"write one JSON object for each line: {FORMAT}")
+    return tasks
+
+
+def sample_tasks(tasks: Sequence[Task], limit: int | None, seed: int | None) -> list[Task]:
+    """The first `limit` tasks, or with a seed a random choice of so many, in the order of the file."""
+    if limit is None or limit >= len(tasks):
+        return list(tasks)
+    if seed is None:
+        return list(tasks[:limit])
+    return [tasks[i] for i in sorted(random.Random(seed).sample(range(len(tasks)), limit))]
+
+
+def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise EvaluationError(f"{where} is no JSON ({error})", f"write one object for each line: {FORMAT}") from error
+    if not isinstance(data, dict):
+        raise EvaluationError(f"{where} is a {type(data).__name__}, no object", f"write one object for each line: {FORMAT}")
+    fields = {field: next((data[n] for n in names if data.get(n) is not None), None) for field, names in _NAMES.items()}
+    images = fields["image"] if isinstance(fields["image"], list) else [fields["image"]]
+    if not images or not all(isinstance(image, str) and image for image in images):
+        raise EvaluationError(f"{where} names no image", 'add "image": a path or URL, or a list of them')
+    question = fields["question"]
+    if not isinstance(question, str) or not question.strip():
+        raise EvaluationError(f"{where} has no question", 'add "question" as a string')
+    answers = [_answer_text(a, where) for a in (fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]])]
+    answers = [a for a in answers if a]
+    task_id = fields["id"] if fields["id"] is not None else default_id
+    if not isinstance(task_id, (str, int)):
+        raise EvaluationError(f"{where} has the id {task_id!r}", "use a string or a whole number")
+    category = None if fields["category"] is None else str(fields["category"])
+    content = json.dumps([images, question, answers]).encode()
+    return Task(
+        str(task_id),
+        tuple(_locate(i, folder) for i in images),
+        question,
+        tuple(answers),
+        category,
+        hashlib.sha256(content).hexdigest()[:16],
+    )
+
+
+def _answer_text(answer: Any, where: str) -> str:
+    """An answer as text, empty for none. VQA has objects with an "answer"; some files have numbers and truth values."""
+    if isinstance(answer, dict):
+        answer = answer.get("answer")
+    if answer is None:
+        return ""
+    if isinstance(answer, bool):
+        return "yes" if answer else "no"
+    if isinstance(answer, (str, int, float)):
+        return str(answer).strip()
+    raise EvaluationError(f"{where} has an answer that is a {type(answer).__name__}", "use a string, or a list of strings")
+
+
+def _locate(image: str, folder: Path) -> str:
+    """URLs as they are (as images.load_image tells them), paths relative to the folder."""
+    return image if re.match(r"data:|[a-z][a-z0-9+.-]+://", image, re.IGNORECASE) else str(folder / image)
