@@ -65,3 +65,11 @@ class LayerWindowError(EngineError):
 
 class EngineClosedError(StarEdgeError, RuntimeError):
     """The engine was closed, or is busy with an unfinished streamed answer."""
+
+
+class HubError(StarEdgeError, RuntimeError):
+    """A model that the Hugging Face hub does not have, does not hand out, or cannot be asked for."""
+
+
+class MissingDependencyError(StarEdgeError, ImportError):
+    """An optional package that is not installed; the remedy names the extra of star-edge that brings it."""
