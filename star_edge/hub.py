@@ -166,7 +166,7 @@ def _list_online(repo: str) -> list[str] | None:
     except Exception as error:  # without a network: the HTTP library's own, another one in each major version of huggingface_hub
         if refusal := _refusal(repo, error):
             raise refusal from error
-        _log.warning("%s does not answer (%s): looking in the cache", constants.ENDPOINT, _short(error))
+        _log.warning("%s gives no answer (%s): looking in the cache", constants.ENDPOINT, _short(error))
         return None
     return [file.rfilename for file in info.siblings or []]
 
@@ -180,7 +180,7 @@ def _list_cached(repo: str) -> list[str]:
         repos = [r for r in scan_cache_dir().repos if r.repo_type == "model" and r.repo_id == repo]
     except CacheNotFound:
         repos = []
-    revisions = [revision for r in repos for revision in r.revisions if "main" in revision.refs]
+    revisions = [revision for r in repos for revision in r.revisions if "main" in revision.refs and revision.files]
     if not revisions:
         raise HubError(f"{repo} is not in the cache, and the hub cannot be reached", remedy)
     snapshot = revisions[0].snapshot_path
@@ -197,7 +197,7 @@ def _download(repo: str, name: str, cached: bool) -> Path:
             raise refusal from error
         if isinstance(error, OSError) and error.strerror:
             raise HubError(f"{name} cannot be written ({error.strerror})", "free some space, or set HF_HOME to another folder") from error
-        raise HubError(f"{name} of {repo} cannot be fetched ({_short(error)})", "try again: what has arrived is kept") from error
+        raise HubError(f"{name} of {repo} cannot be fetched ({_short(error)})", "try again, or look at the network") from error
 
 
 def _refusal(repo: str, error: Exception) -> HubError | None:
