@@ -73,3 +73,11 @@ class HubError(StarEdgeError, RuntimeError):
 
 class MissingDependencyError(StarEdgeError, ImportError):
     """An optional package that is not installed; the remedy names the extra of star-edge that brings it."""
+
+
+class OutputError(StarEdgeError, ValueError):
+    """A file of results that belongs to something else, or cannot be written."""
+
+
+class WorkerError(StarEdgeError, RuntimeError):
+    """Workers of a batch that do not start."""
