@@ -69,7 +69,9 @@ def run_on_ray(
         try:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise WorkerError(f"Ray cannot be reached or started ({error})", "check RAY_ADDRESS, or unset it") from error
+            raise WorkerError(
+                f"Ray cannot be reached or started ({error})", "check RAY_ADDRESS and RAY_AUTH_TOKEN, or unset RAY_ADDRESS"
+            ) from error
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers, n_cpus, n_gpus = share_out(resources, workers, use_gpu)
