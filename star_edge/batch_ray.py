@@ -149,8 +149,6 @@ def _drive(ray: Any, waiting: deque[Task], hire: Callable[[], Any], emit: Callab
         while waiting and idle:
             worker, task = idle.pop(), waiting.popleft()
             running[worker.answer.remote(task)] = (worker, task)
-    for worker in idle:
-        ray.kill(worker)
 
 
 def _short(error: Exception) -> str:
