@@ -235,7 +235,7 @@ class Results:
     `done` holds the ids (as str) of the tasks that need no further run. A last line that was cut off is dropped, and so are
     errors of the given tasks: they are tried again. Lines of other tasks stay. Each line also tells the model and the task's key.
 
-    model: see `describe_model`. fresh: whatever the file holds is dropped.
+    model: see `describe_model`. fresh: whatever the file holds is dropped when the first result comes, so not by a run that fails before.
 
     Raises:
         OutputError: the file holds something else, or results of another model, prompt or settings; another run is writing it;
@@ -247,11 +247,12 @@ class Results:
         self._model = model
         self._keys = {str(task.id): task.key for task in tasks}
         self.done: set[str] = set()
+        self._drop = fresh
         try:
             self._file = self._open(self.path)
             data = b"" if fresh else self._file.read()
             kept = self._keep(data)
-            if fresh or kept != data:
+            if kept != data:
                 self._replace(kept)
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror})", "use an existing folder with space") from error
@@ -260,6 +261,9 @@ class Results:
         """Writes one result, in one piece."""
         line = {**result, "model": self._model, "task": self._keys[str(result["id"])]}
         try:
+            if self._drop:
+                self._replace(b"")
+                self._drop = False
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise OutputError(

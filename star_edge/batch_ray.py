@@ -50,8 +50,8 @@ def run_on_ray(
     load: makes an engine, called in each worker with n_threads=; it must be picklable, and its files must lie in the same place on
         every machine, as must the images.
     workers, n_threads, use_gpu: see `share_out`.
-    A task whose worker died MAX_ATTEMPTS times has an error for a result. Ray is the cluster of RAY_ADDRESS, or one that runs on
-    this machine, or is started for the time being.
+    A task whose worker died MAX_ATTEMPTS times has an error for a result. Ray is the cluster that this process is
+    connected to, or that of RAY_ADDRESS, or is started on this machine for the time being.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -67,7 +67,8 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            # "local" unless an address is given: by itself Ray would join whatever cluster ran last on this machine, even a dead one
+            ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise WorkerError(
                 f"Ray cannot be reached or started ({error})", "check RAY_ADDRESS and RAY_AUTH_TOKEN, or unset RAY_ADDRESS"

@@ -216,6 +216,7 @@ def test_results_of_something_else_are_refused_and_left_alone(out):
         with pytest.raises(OutputError, match=r"out\.jsonl, line 1 is no result"):
             Results(out, tasks, "m#1")
         assert out.read_bytes() == foreign
+    assert write(out, tasks, model="m#2", fresh=True) == set() and out.read_bytes() == foreign  # not before there is something new
     assert write(out, tasks, (1, "B"), model="m#2", fresh=True) == set()
     assert [line["text"] for line in lines(out)] == ["B"]
 
