@@ -69,3 +69,19 @@ class EvaluationError(StarEdgeError, ValueError):
 
 class EngineClosedError(StarEdgeError, RuntimeError):
     """The engine was closed, or is busy with an unfinished streamed answer."""
+
+
+class HubError(StarEdgeError, RuntimeError):
+    """A model that the Hugging Face hub does not have, does not hand out, or cannot be asked for."""
+
+
+class MissingDependencyError(StarEdgeError, ImportError):
+    """An optional package that is not installed; the remedy names the extra of star-edge that brings it."""
+
+
+class OutputError(StarEdgeError, ValueError):
+    """A file of results that belongs to something else, or cannot be written."""
+
+
+class WorkerError(StarEdgeError, RuntimeError):
+    """Workers of a batch that do not start."""

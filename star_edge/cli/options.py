@@ -13,6 +13,7 @@ from .. import refvlm
 from ..config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..engine import KV_TYPES, StarVLM
 from ..errors import ConfigError
+from ..hub import fetch
 from ..images import load_image
 from ..overlay import Stage, draw_overlay, fit_to_grid
 from ..report import PruneReport
@@ -35,10 +36,19 @@ class KeepType(click.ParamType):
 
 
 def model_options(command: Callable) -> Callable:
-    """-m, --mmproj and how to load them; the parameters reach `load_engine` as keyword arguments."""
+    """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
     options = [
         click.option("-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."),
         click.option("--mmproj", type=str, help="Vision projector of that model, GGUF."),
+        click.option(
+            "-hf",
+            "-hfr",
+            "--hf-repo",
+            "hf_repo",
+            metavar="OWNER/REPO[:QUANT]",
+            help="Text model and mmproj from the Hugging Face hub. Default quant: Q4_K_M, else Q8_0, else the first.",
+        ),
+        click.option("--no-mmproj", is_flag=True, help="With -hf: the text model alone."),
         click.option(
             "-c", "--ctx-size", "n_ctx", type=int, default=4096, show_default=True, help="Context in tokens, 0 for the model's own."
         ),
@@ -68,14 +78,34 @@ def prune_options(command: Callable) -> Callable:
     return command
 
 
-def load_engine(model: str | None, mmproj: str | None, **options: Any) -> StarVLM:
-    """The engine for the given files, or for the reference model when neither is given."""
-    if model is None:
-        if mmproj is not None:
-            raise ConfigError("--mmproj was given without a text model", "add -m TEXT.gguf")
-        model, mmproj = refvlm.TEXT_MODEL, refvlm.MMPROJ
+def load_engine(
+    model: str | None = None, mmproj: str | None = None, hf_repo: str | None = None, no_mmproj: bool = False, **options: Any
+) -> StarVLM:
+    """The engine for the given files, for those of a repository of the hub, or for the reference model when none is given."""
+    files = find_model(model, mmproj, hf_repo, no_mmproj)
+    if files[0] == refvlm.TEXT_MODEL:
         options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
-    return StarVLM(model, mmproj, **options)
+    return StarVLM(*files, **options)
+
+
+def find_model(model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool) -> tuple[str | Path, str | Path | None]:
+    """Paths of the text model and its mmproj, downloaded where they must be; a --mmproj stands in for the repository's own.
+
+    Raises:
+        ConfigError: options that exclude each other; otherwise as `hub.fetch`.
+    """
+    if no_mmproj and (hf_repo is None or mmproj is not None):
+        raise ConfigError("--no-mmproj is for -hf without --mmproj", "leave it out")
+    if hf_repo is not None:
+        if model is not None:
+            raise ConfigError("-m and -hf both name a model", "give one of them")
+        files = fetch(hf_repo, mmproj=mmproj is None and not no_mmproj)
+        return files.model, mmproj or files.mmproj
+    if model is not None:
+        return model, mmproj
+    if mmproj is not None:
+        raise ConfigError("--mmproj was given without a text model", "add -m TEXT.gguf")
+    return refvlm.TEXT_MODEL, refvlm.MMPROJ
 
 
 def make_config(preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None) -> PruneConfig | None:

@@ -1,4 +1,4 @@
-"""star-edge run: one prompt, any number of images, an answer."""
+"""star-edge run: one prompt, any number of images, an answer; or a batch of such requests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ from typing import Any
 
 import click
 
+from ..batch import Settings, names_several
 from ..errors import ConfigError, ImageError
 from ..report import PruneReport
+from .batch import run_batch
 from .options import load_engine, make_config, model_options, print_json, prune_options, save_overlay
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--image", "images", multiple=True, help="Image file or URL; repeat for several.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    help="Image file or URL; repeat for several in one request. With --each also a folder or a quoted pattern.",
+)
+@click.option("--each", is_flag=True, help="Ask about each image on its own, instead of about all in one request.")
+@click.option(
+    "--tasks", "tasks_file", help="JSON Lines file of requests: image or images, prompt, and optionally id, preset, max_tokens, ..."
+)
+@click.option("--out", help="With --each or --tasks: a JSON Lines file of results, which a second run goes on with. Default: stdout.")
+@click.option("--fresh", is_flag=True, help="Drop what --out holds.")
+@click.option("--ray", "use_ray", is_flag=True, help="With --each or --tasks: several engines, on Ray (RAY_ADDRESS, or started here).")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine."
+)
 @model_options
 @prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
@@ -24,22 +41,29 @@ from .options import load_engine, make_config, model_options, print_json, prune_
 @click.option("--overlay", type=click.Path(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and the whole report as JSON.")
 def run(
-    prompt: str | None, images: tuple[str, ...], preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None,
-    max_tokens: int, temperature: float, seed: int | None, raw: bool, overlay: str | None, as_json: bool, **model: Any,
-) -> None:  # fmt: skip
+    prompt: str | None, images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool,
+    workers: int | None, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, max_tokens: int,
+    temperature: float, seed: int | None, raw: bool, overlay: str | None, as_json: bool, **model: Any,
+) -> int:  # fmt: skip
     """Answer PROMPT about the images.
 
     PROMPT may hold <__media__> where each image belongs; without it the images stand first. `-` or no PROMPT reads stdin.
+
+    With --each or --tasks there is one line of JSON for each request, and the exit status is 3 when some of them failed.
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer)
+    _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, overlay)
     if overlay and config is None:
         raise ConfigError("--overlay has nothing to show with --preset off", "use another preset or --vision-keep")
     if overlay and not images:
         raise ImageError("--overlay needs an image", "add --image FILE")
-    if prompt is None or prompt == "-":
+    if prompt == "-" or (prompt is None and tasks_file is None):
         prompt = sys.stdin.read().strip() if not sys.stdin.isatty() else ""
-    if not prompt:
+    if not prompt and tasks_file is None:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
+    if each or tasks_file is not None:
+        settings = Settings(config, max_tokens, temperature, seed, raw)
+        return run_batch(prompt, images, tasks_file, settings, out, fresh, use_ray, workers, model)
     with load_engine(**model) as vlm:
         answer = vlm.generate(
             prompt, list(images), config, max_tokens, stream=not as_json, chat=not raw, temperature=temperature, seed=seed
@@ -54,6 +78,34 @@ def run(
             print_json({"text": answer.text, "finish_reason": answer.finish_reason, "overlay": written, "report": answer.report.to_dict()})
         for path in written:
             click.echo(f"overlay: {path}", err=True)
+    return 0
+
+
+def _check_batch_options(
+    images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool, workers: int | None,
+    overlay: str | None,
+) -> None:  # fmt: skip
+    """A folder or a pattern never becomes one request about many images unseen: --each has to be said."""
+    if each and tasks_file is not None:
+        raise ConfigError("--each and --tasks exclude each other", "the tasks name their images")
+    if tasks_file is not None and images:
+        raise ConfigError("--image and --tasks exclude each other", "the tasks name their images")
+    if each and not images:
+        raise ImageError("--each needs images", "add --image 'FOLDER/*.jpg'")
+    if each or tasks_file is not None:
+        if overlay:
+            raise ConfigError("--overlay is for one request", "leave it out")
+    else:
+        several = next((image for image in images if names_several(image)), None)
+        if several is not None:
+            raise ConfigError(f"--image {several} names a folder or several files", "add --each to ask about each of them on its own")
+        for name, given in (("--out", out), ("--fresh", fresh), ("--ray", use_ray)):
+            if given:
+                raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
+    if fresh and out is None:
+        raise ConfigError("--fresh has no --out to start over", "leave it out")
+    if workers is not None and not use_ray:
+        raise ConfigError("--workers is for --ray", "add --ray, or leave it out")
 
 
 def summary(report: PruneReport) -> str:

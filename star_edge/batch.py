@@ -1,0 +1,345 @@
+"""Many requests to one engine: the tasks, an answer or an error as a JSON line for each, and a file of results that can be gone on with.
+
+Knows the engine's public surface only. `batch_ray` hands the same tasks to several engines.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import PIL.Image
+
+from .config import PruneConfig, override, resolve_prune
+from .engine import StarVLM
+from .errors import ConfigError, ImageError, OutputError, StarEdgeError
+from .images import FORMATS
+
+_TASK_FIELDS: dict[str, tuple[type, ...]] = {
+    "id": (str, int), "image": (str,), "images": (list,), "prompt": (str,), "preset": (str,), "vision_keep": (int, float),
+    "decoder_keep": (int, float), "decoder_layer": (int,), "max_tokens": (int,), "temperature": (int, float), "seed": (int,), "raw": (bool,),
+}  # fmt: skip
+_LINE_START = b'{"id": '  # of every line of a results file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a request is answered: the arguments of `StarVLM.generate`; raw is its chat=False."""
+
+    prune: PruneConfig | None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request about any number of images.
+
+    images: paths and URLs as they were given, which is what results show. sources: where they are read, with absolute paths.
+    """
+
+    id: str | int
+    images: tuple[str, ...]
+    sources: tuple[str, ...]
+    prompt: str
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the answer depends on, other than the model and what the image files hold."""
+        return _hash([self.images, self.prompt, asdict(self.settings)])
+
+
+# ---- tasks ----
+
+
+def each_image(images: Iterable[str], prompt: str, settings: Settings) -> list[Task]:
+    """One task for each image that the paths, URLs, folders and glob patterns name; its id is the image as it is named.
+
+    A folder stands for the image files in it, by their endings and without its subfolders; in a pattern ** stands for any folders.
+
+    Raises:
+        ImageError: a path that does not exist, or a pattern or folder without images.
+    """
+    found = dict.fromkeys(path for image in images for path in _expand(image))
+    return [Task(path, (path,), (_locate(path, ""),), prompt, settings) for path in found]
+
+
+def names_several(image: str) -> bool:
+    """Whether an image argument is a folder or a pattern: a file whose name looks like a pattern is that file."""
+    return not _is_url(image) and (os.path.isdir(image) or (not os.path.exists(image) and glob.has_magic(image)))
+
+
+def _expand(image: str) -> list[str]:
+    if not names_several(image):
+        if not _is_url(image) and not os.path.exists(image):
+            raise ImageError(f"{image} does not exist", "check the path of the image")
+        return [image]
+    if os.path.isdir(image):
+        PIL.Image.init()
+        endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
+        names = [name for name in os.listdir(image) if os.path.splitext(name)[1].lower() in endings and not name.startswith(".")]
+        paths = [os.path.join(image, name) for name in names]
+    else:
+        paths = glob.glob(image, recursive=True)
+    paths = sorted(path for path in paths if os.path.isfile(path))
+    if not paths:
+        raise ImageError(f"there is no image in {image}", "check the folder or the pattern, and quote it so that the shell leaves it alone")
+    return paths
+
+
+def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> list[Task]:
+    """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep, decoder_keep,
+    decoder_layer, max_tokens, temperature, seed, raw.
+
+    prompt, settings: for tasks that do not say. Paths of images are relative to the file's folder. The id is a hash of the task
+    where it has none.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is no task; it is named. Images are not looked at yet.
+    """
+    name = os.fspath(path)
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})", "give a JSON Lines file") from error
+    tasks: list[Task] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            task = _read_task(json.loads(line), os.path.dirname(name), prompt, settings)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name}, line {number} is no JSON ({error})", 'write {"image": "a.jpg", "prompt": "..."}') from error
+        except ConfigError as error:
+            raise ConfigError(f"{name}, line {number}: {error.cause}", error.remedy) from error
+        if str(task.id) in line_of:
+            raise ConfigError(f"{name}, line {number} repeats line {line_of[str(task.id)]}", "give each task an id of its own")
+        line_of[str(task.id)] = number
+        tasks.append(task)
+    if not tasks:
+        raise ConfigError(f"{name} holds no tasks", 'write lines such as {"image": "a.jpg", "prompt": "..."}')
+    return tasks
+
+
+def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -> Task:
+    if not isinstance(data, dict):
+        raise ConfigError(f"a {type(data).__name__} is no task", 'write {"image": "a.jpg", "prompt": "..."}')
+    for field, value in data.items():
+        if field not in _TASK_FIELDS:
+            raise ConfigError(f"{field!r} is no field of a task", f"use {', '.join(_TASK_FIELDS)}")
+        kinds = _TASK_FIELDS[field]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ConfigError(f"{field}={value!r} is a {type(value).__name__}", f"use {' or '.join(kind.__name__ for kind in kinds)}")
+    if "image" in data and "images" in data:
+        raise ConfigError("it has both image and images", "give one of them")
+    images = tuple(data.get("images", [data["image"]] if "image" in data else []))
+    if not all(isinstance(image, str) for image in images):
+        raise ConfigError(f"images={list(images)!r} are not all str", "use paths or URLs")
+    text = data.get("prompt", prompt)
+    if not text:
+        raise ConfigError("it has no prompt", "give one in the line, or one for all tasks as PROMPT")
+    base = resolve_prune(data["preset"]) if "preset" in data else settings.prune
+    prune = override(base, **{name: data.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer")})
+    changes = {name: data[name] for name in ("max_tokens", "temperature", "seed", "raw") if name in data}
+    task = Task("", images, tuple(_locate(image, folder) for image in images), text, replace(settings, prune=prune, **changes))
+    if task.settings.max_tokens < 1 or not 0 <= task.settings.temperature < float("inf"):
+        raise ConfigError("max_tokens is below 1, or temperature below 0 or no number", "use 1 or more, and 0 (greedy) or more")
+    return replace(task, id=data.get("id", task.key))
+
+
+def _is_url(image: str) -> bool:
+    return re.match(r"data:|[a-z][a-z0-9+.-]+://", image, re.IGNORECASE) is not None
+
+
+def _locate(image: str, folder: str) -> str:
+    return image if _is_url(image) else os.path.abspath(os.path.join(folder, image))
+
+
+# ---- answers ----
+
+
+def run_tasks(tasks: Iterable[Task], load: Callable[[], StarVLM], emit: Callable[[dict[str, Any]], None]) -> None:
+    """Answers the tasks in turn on one engine, and calls emit with the result of each."""
+    with load() as vlm:
+        for task in tasks:
+            emit(answer(vlm, task))
+
+
+def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
+    """One result, as plain JSON values: id, image (images where there is not one), prompt, and then either
+    text, finish_reason, image_tokens (before pruning), average_tokens (for each decoder layer), first_token_ms and notes, or error.
+    """
+    s = task.settings
+    try:
+        done = vlm.generate(task.prompt, list(task.sources), s.prune, s.max_tokens, chat=not s.raw, temperature=s.temperature, seed=s.seed)
+    except StarEdgeError as error:
+        return failure(task, str(error))
+    except Exception as error:  # whatever one task meets, the others are answered
+        return failure(task, f"{type(error).__name__}: {error}")
+    report = done.report
+    return {
+        **_about(task), "text": done.text, "finish_reason": done.finish_reason, "image_tokens": report.n_image_tokens,
+        "average_tokens": report.average_tokens, "first_token_ms": round(report.milliseconds["first_token"], 1), "notes": report.notes,
+    }  # fmt: skip
+
+
+def failure(task: Task, message: str) -> dict[str, Any]:
+    """The result of a task that has no answer."""
+    return {**_about(task), "error": " ".join(message.split())}
+
+
+def _about(task: Task) -> dict[str, Any]:
+    images = {"image": task.images[0]} if len(task.images) == 1 else {"images": list(task.images)}
+    return {"id": task.id, **images, "prompt": task.prompt}
+
+
+# ---- results ----
+
+
+def describe_model(model: str | PathLike, mmproj: str | PathLike | None, options: dict[str, Any]) -> str:
+    """Names of the files, and a hash over their sizes, their first and last MiB, and the options: "text.gguf+mmproj.gguf#1f2e3d4c".
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    parts: list[Any] = [options]
+    paths = [os.fspath(path) for path in (model, mmproj) if path is not None]
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                for start in (0, max(0, size - (1 << 20))):
+                    file.seek(start)
+                    parts.append(hashlib.sha256(file.read(1 << 20)).hexdigest())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the model") from error
+        parts.append(size)
+    return f"{'+'.join(os.path.basename(path) for path in paths)}#{_hash(parts)[:8]}"
+
+
+class Results:
+    """A JSON Lines file with one result for each task, which a later run goes on with.
+
+    `done` holds the ids (as str) of the tasks that need no further run. A last line that was cut off is dropped, and so are
+    errors of the given tasks: they are tried again. Lines of other tasks stay. Each line also tells the model and the task's key.
+
+    model: see `describe_model`. fresh: whatever the file holds is dropped when the first result comes, so not by a run that fails before.
+
+    Raises:
+        OutputError: the file holds something else, or results of another model, prompt or settings; another run is writing it;
+            or it cannot be written.
+    """
+
+    def __init__(self, path: str | PathLike, tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
+        self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
+        self._model = model
+        self._keys = {str(task.id): task.key for task in tasks}
+        self.done: set[str] = set()
+        self._drop = fresh
+        try:
+            self._file = self._open(self.path)
+            data = b"" if fresh else self._file.read()
+            kept = self._keep(data)
+            if kept != data:
+                self._replace(kept)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror})", "use an existing folder with space") from error
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Writes one result, in one piece."""
+        line = {**result, "model": self._model, "task": self._keys[str(result["id"])]}
+        try:
+            if self._drop:
+                self._replace(b"")
+                self._drop = False
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written ({error.strerror})", "make room, and run again: what is done stays done"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _keep(self, data: bytes) -> bytes:
+        """The lines that stay; fills `done`."""
+        kept = []
+        lines = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                result = json.loads(line)
+                name, model, key = str(result["id"]), result["model"], result["task"]
+            except (ValueError, KeyError, TypeError):
+                # Only the beginning of a result is taken for one that was cut off: this may be a file of someone else
+                if number == len(lines) and line[: len(_LINE_START)] == _LINE_START[: len(line)]:
+                    continue
+                raise OutputError(
+                    f"{self.path}, line {number} is no result of star-edge", "use another --out, or --fresh to drop it"
+                ) from None
+            if name in self._keys and "error" in result:
+                continue
+            if model != self._model:
+                raise OutputError(
+                    f"{self.path} was made with {model}, the model and options of this run are {self._model}",
+                    "use another --out, or --fresh to drop what it holds",
+                )
+            if name in self._keys:
+                if key != self._keys[name]:
+                    raise OutputError(
+                        f"{self.path} has task {name} with another image, prompt or settings",
+                        "use another --out, or --fresh to drop what it holds",
+                    )
+                if name in self.done:
+                    continue
+                self.done.add(name)
+            kept.append(line + b"\n")
+        return b"".join(kept)
+
+    def _replace(self, data: bytes) -> None:
+        """The old contents or the new ones, never half of them."""
+        beside = f"{self.path}.{os.getpid()}.tmp"
+        file = self._open(beside)
+        try:
+            file.truncate(0)
+            file.write(data)
+            os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        except OSError:
+            file.close()
+            os.unlink(beside)
+            raise
+        self._file.close()
+        self._file = file
+
+    def _open(self, path: str) -> BinaryIO:
+        file = open(path, "a+b", buffering=0)  # unbuffered: a line is with the system when `add` returns
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            pass
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise OutputError(f"{path} is being written by another run", "wait for it, or use another --out") from None
+        file.seek(0)
+        return file
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
