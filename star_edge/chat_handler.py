@@ -156,7 +156,6 @@ class StarChatHandler(MTMDChatHandler):
                 raise ConfigError("logprobs were asked for, and the Llama keeps none", "make it with logits_all=True")
             self._init_mtmd_context(llama)
             reader = self._reader
-            reader.begin()
             self._request = request
             try:
                 with self._typed_errors(request):
