@@ -3,6 +3,7 @@
 Two-stage pruning (STAR, arXiv 2505.12359) on stock llama.cpp, through llama-cpp-python and one small C extension.
 """
 
+from .chat_handler import StarChatHandler
 from .config import PRESETS, PruneConfig
 from .engine import Answer, AnswerStream, StarVLM
 from .errors import StarEdgeError
@@ -18,6 +19,7 @@ __all__ = [
     "ImageReport",
     "PruneConfig",
     "PruneReport",
+    "StarChatHandler",
     "StarEdgeError",
     "StarVLM",
     "__version__",

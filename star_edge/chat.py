@@ -18,6 +18,7 @@ class ChatFormat:
     """The chat template of a text model, or another given as Jinja source.
 
     exists: False when the file has none and none was given; `format` then raises.
+    takes_parts: whether it takes a message's content as a list of parts, and not only as one string.
 
     Raises:
         UnsupportedModelError: the source is no template.
@@ -34,7 +35,7 @@ class ChatFormat:
             self._formatter = Jinja2ChatFormatter(template=source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token="")
         except jinja2.TemplateError as error:
             raise UnsupportedModelError(f"the chat template cannot be used ({error})", "give another as chat_template") from error
-        self._takes_parts = self._probe()
+        self.takes_parts = self._probe()
 
     def _probe(self) -> bool:
         """Whether the template takes a message's content as a list of parts, and not only as one string."""
@@ -61,7 +62,7 @@ class ChatFormat:
                 content.append({"type": "text", "text": MEDIA_MARKER})
             if text:
                 content.append({"type": "text", "text": text})
-        message = {"role": "user", "content": content if n_images and self._takes_parts else prompt}
+        message = {"role": "user", "content": content if n_images and self.takes_parts else prompt}
         try:
             return self._formatter(messages=[message]).prompt
         except (jinja2.TemplateError, ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ from llama_cpp import Llama
 from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
-from .errors import ConfigError, ContextLengthError, LayerWindowError
+from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .report import ImageReport, PruneReport
 from .representatives import select
 from .scorers import DECODER_SCORERS
@@ -68,7 +68,12 @@ class PromptReader:
         if not isinstance(llama._ctx, TappedContext):
             tap = Tap()
             llama._stack.callback(tap.close)  # after the context, which attach_tap puts on the stack
-            attach_tap(llama, tap)
+            try:
+                attach_tap(llama, tap)
+            except EngineError:
+                if self.encoder is not None:
+                    self.encoder.close()
+                raise
         self.context: TappedContext = llama._ctx
         self.decoder = DecoderContext(self.llama, self.context.tap)
 
@@ -185,12 +190,17 @@ class PromptReader:
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
         llama.input_ids[:n] = tokens  # for logits processors, and so that create_completion finds the prompt read already
         llama.n_tokens = n
+        if llama._logits_all and n <= len(llama.scores):
+            llama.scores[n - 1] = state.logits  # create_completion takes the logprobs of the first answer token from here
         llama._requires_eval = False  # the logits of the last row are there
         self.context.continue_prompt(n, state.next_position)
         return tokens.tolist()
 
     def n_generated(self, report: PruneReport) -> int:
-        """Tokens that the Llama has sampled for the prompt of the report: the last one is in no cell yet."""
+        """Tokens that the Llama has sampled for the prompt of the report: the last one is in no cell yet.
+
+        With a draft model, drafts that were decoded count too.
+        """
         return self.llama.n_tokens - report.n_kv_cells + 1
 
 

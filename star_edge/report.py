@@ -9,6 +9,8 @@ import numpy as np
 from .config import PruneConfig
 from .selection import average_tokens
 
+_TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio")
+
 
 @dataclass
 class ImageReport:
@@ -97,6 +99,20 @@ class PruneReport:
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
         return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
 
+    def summary(self) -> dict[str, object]:
+        """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
+        return {
+            "config": asdict(self.config) if self.config is not None else None,
+            "images": [
+                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept)} for i in self.images
+            ],
+            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated")},
+            **{name: getattr(self, name) for name in _TOTALS},
+            "milliseconds": dict(self.milliseconds),
+            "in_place": self.in_place,
+            "notes": list(self.notes),
+        }
+
     def to_dict(self) -> dict[str, object]:
         """Everything as plain JSON values."""
         data = asdict(self)
@@ -104,6 +120,5 @@ class PruneReport:
             for name, value in image.items():
                 if isinstance(value, np.ndarray):
                     image[name] = value.tolist()
-        for name in ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio"):
-            data[name] = getattr(self, name)
+        data.update({name: getattr(self, name) for name in _TOTALS})
         return data

@@ -150,12 +150,12 @@ def test_a_layer_that_the_model_lacks_ends_the_run_before_it_begins(vlm):
 
 def test_json_plot_and_tables(ask, tmp_path):
     write(tmp_path / "q.jsonl", QUESTIONS[:6])
-    args = ("q.jsonl", "--vision-keep", "0.25,1.0", "--decoder-keep", "0.5,0.0625", "--set", "mass_share=0,0.5", "--out", "r.jsonl")
+    args = ("q.jsonl", "--vision-keep", "0.25,1.0", "--decoder-keep", "0.5,0.0625", "--set", "vision_share=0,0.5", "--out", "r.jsonl")
     out, err = ask(*args, "--json")
     assert not err
     data = json.loads(out)
     assert [row["name"] for row in data["configs"]] == ["off"] + [
-        f"vision {v} decoder {d} mass_share={m}" for v, d in ((0.25, 0.0625), (1.0, 0.5), (1.0, 0.0625)) for m in (0.0, 0.5)
+        f"vision {v} decoder {d} vision_share={m}" for v, d in ((0.25, 0.0625), (1.0, 0.5), (1.0, 0.0625)) for m in (0.0, 0.5)
     ]
     assert len(data["notes"]) == 2 and "vision 0.25 decoder 0.5" in data["notes"][0]
     assert data["metric"] == "exact" and data["n_tasks"] == 6 and data["n_errors"] == 0
@@ -163,7 +163,7 @@ def test_json_plot_and_tables(ask, tmp_path):
     assert set(off["accuracy_by_category"]) == {q["family"] for q in QUESTIONS[:6]} and off["accuracy_by_category"]["color"] == 1
     assert off["relative_accuracy"] == off["agreement"] == off["speed_up"] == 1 and off["kl"] == 0 and off["difference"] is None
     assert hard["average_tokens"] == (2 * 36 + 4 * 9) / 6 and hard["kl"] > 0 and 0 <= hard["mcnemar_p"] <= 1 and hard["interval"] is None
-    assert hard["config"]["vision_keep"] == 0.25 and hard["method"] == "vision 0.25 mass_share=0.0"
+    assert hard["config"]["vision_keep"] == 0.25 and hard["method"] == "vision 0.25 vision_share=0.0"
     # Everything is there: tables and pictures need no answer
     begun = Path("r.jsonl").read_bytes()
     pytest.importorskip("matplotlib")
@@ -175,7 +175,7 @@ def test_json_plot_and_tables(ask, tmp_path):
     assert picture.width >= 1200 and len(picture.convert("RGB").resize((100, 50)).getcolors(10000)) > 5
     ask(*args, "--plot", "p.svg")
     svg = Path("p.svg").read_text()
-    assert all(words in svg for words in ("unpruned", "exact match, %", "time to first token", "vision 0.25 mass_share=0.5"))
+    assert all(words in svg for words in ("unpruned", "exact match, %", "time to first token", "vision 0.25 vision_share=0.5"))
 
 
 def test_without_answers_agreement_is_what_is_compared(ask, tmp_path):
@@ -358,15 +358,15 @@ def test_a_header_cut_short_is_written_again(tmp_path):
         ([], ["no questions", '"image"']),
         (["nope.jsonl"], ["nope.jsonl"]),
         (["q.jsonl", "--preset", "zzz"], ["zzz", "balanced"]),
-        (["q.jsonl", "--set", "nope=1"], ["nope", "mass_share"]),
-        (["q.jsonl", "--set", "mass_share"], ["FIELD=VALUE"]),
-        (["q.jsonl", "--set", "mass_share=2"], ["mass_share=2"]),
+        (["q.jsonl", "--set", "nope=1"], ["nope", "vision_share"]),
+        (["q.jsonl", "--set", "vision_share"], ["FIELD=VALUE"]),
+        (["q.jsonl", "--set", "vision_share=2"], ["vision_share=2"]),
         (["q.jsonl", "--vision-keep", "half"], ["vision_keep='half'"]),
         (["q.jsonl", "--vision-keep", "0.25", "--decoder-keep", "0.5"], ["decoder_keep=0.5"]),
         (["q.jsonl", "--configs", "no.json"], ["no.json"]),
         (["q.jsonl", "--metric", "vqa"], ["vqa", "10"]),
         (["q.jsonl", "--metric", "bleu"], ["bleu"]),
-        (["q.jsonl", "--preset", "off", "--set", "mass_share=x"], ["mass_share='x'"]),
+        (["q.jsonl", "--preset", "off", "--set", "vision_share=x"], ["vision_share='x'"]),
         (["q.jsonl", "--seed", "1"], ["--limit"]),
         (["q.jsonl", "--fresh"], ["--out"]),
         (["q.jsonl", "--plot", "p.pdf"], [".svg"]),

@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from star_edge import PruneConfig
+from star_edge import PRESETS, PruneConfig
 from star_edge.errors import ConfigError, EvaluationError
 from star_edge.evaluation import configs as configs_module
 from star_edge.evaluation.configs import choose_configs, file_configs, parse_values
@@ -302,8 +303,8 @@ def test_values_have_the_type_of_their_field(monkeypatch):
     assert parse_values("vision_keep", "0.5, 144,1.0") == [0.5, 144, 1.0]
     assert [type(v) for v in parse_values("vision_keep", "0.5,144,1.0")] == [float, int, float]
     assert parse_values("decoder_layer", "2,none") == [2, None]
-    assert parse_values("text_rows", "all,last") == ["all", "last"]
-    assert [type(v) for v in parse_values("mass_share", "0,0.5")] == [float, float]
+    assert parse_values("positions", "original,renumbered") == ["original", "renumbered"]
+    assert [type(v) for v in parse_values("vision_share", "0,0.5")] == [float, float]
     # Kinds of field that PruneConfig may have
     more = {"flag": bool, "word": str | None, "windows": tuple[tuple[int, float], ...]}
     monkeypatch.setattr(configs_module, "_HINTS", {**configs_module._HINTS, **more})
@@ -313,8 +314,8 @@ def test_values_have_the_type_of_their_field(monkeypatch):
     for field, text, words in (
         ("nope", "1", "vision_keep"),
         ("decoder_layer", "2.5", "a whole number or none"),
-        ("mass_share", "much", "a number"),
-        ("text_rows", "some", "all or last"),
+        ("vision_share", "much", "a number"),
+        ("positions", "some", "original or renumbered"),
         ("vision_keep", "0.5,,1", "empty"),
         ("flag", "1", "true or false"),
         ("windows", "[1", "JSON"),
@@ -328,27 +329,29 @@ def test_presets_are_run_unless_others_are_named():
     configs, notes = choose_configs()
     assert [c.name for c in configs] == ["off", "quality", "balanced", "fast"] and not notes
     assert configs[0].prune is None and len({c.method for c in configs[1:]}) == 1
-    configs, _ = choose_configs(["fast", "off", "fast"], sets={"mass_share": [0.0, 0.5]})
+    configs, _ = choose_configs(["fast", "off", "fast"], sets={"vision_share": [0.0, 0.5]})
     assert [(c.name, c.method) for c in configs[1:]] == [
-        ("fast mass_share=0.0", "mass_share=0.0"),
-        ("fast mass_share=0.5", "mass_share=0.5"),
+        ("fast vision_share=0.0", "vision_share=0.0"),
+        ("fast vision_share=0.5", "vision_share=0.5"),
     ]
-    assert configs[1].prune == PruneConfig(0.25, 0.0625, mass_share=0.0)
+    assert configs[1].prune == replace(PRESETS["fast"], vision_share=0.0)
     with pytest.raises(ConfigError, match="zzz"):
         choose_configs(["zzz"])
 
 
 def test_grid():
-    configs, notes = choose_configs(budget={"vision_keep": [0.5, 0.25], "decoder_keep": [0.5, 0.125]}, sets={"text_rows": ["all", "last"]})
+    configs, notes = choose_configs(
+        budget={"vision_keep": [0.5, 0.25], "decoder_keep": [0.5, 0.125]}, sets={"positions": ["original", "renumbered"]}
+    )
     assert [c.name for c in configs] == ["off"] + [
-        f"vision {v} decoder {d} text_rows={rows}"
+        f"vision {v} decoder {d} positions={rows}"
         for v, d, rows in [
-            (0.5, 0.5, "all"), (0.5, 0.5, "last"), (0.5, 0.125, "all"), (0.5, 0.125, "last"), (0.25, 0.125, "all"), (0.25, 0.125, "last"),
+            (v, d, p) for v, d in ((0.5, 0.5), (0.5, 0.125), (0.25, 0.125)) for p in ("original", "renumbered")
         ]
     ]  # fmt: skip
-    assert configs[-1].prune == PruneConfig(0.25, 0.125, text_rows="last")
-    assert configs[-1].method == "vision 0.25 text_rows=last"  # a line runs along decoder_keep
-    assert len(notes) == 2 and notes[0].startswith("dropped vision 0.25 decoder 0.5 text_rows=all: decoder_keep=0.5 is more than")
+    assert configs[-1].prune == PruneConfig(0.25, 0.125, positions="renumbered")
+    assert configs[-1].method == "vision 0.25 positions=renumbered"  # a line runs along decoder_keep
+    assert len(notes) == 2 and notes[0].startswith("dropped vision 0.25 decoder 0.5 positions=original: decoder_keep=0.5 is more than")
     configs, _ = choose_configs(["fast"], {"vision_keep": [0.5, 0.25]})
     assert [(c.name, c.method) for c in configs[1:]] == [("fast", "presets"), ("vision 0.5", "grid"), ("vision 0.25", "grid")]
     configs, _ = choose_configs(budget={"decoder_keep": [0.5], "decoder_layer": [2, 3]})
@@ -377,7 +380,7 @@ def test_configs_from_a_file(tmp_path):
         file_configs(tmp_path / "no.json")
     path.write_text('[{"name": "a", "vision_keep": 0.5}]')
     with pytest.raises(ConfigError, match="--set"):
-        choose_configs(sets={"mass_share": [0.5]}, file=path)
+        choose_configs(sets={"vision_share": [0.5]}, file=path)
 
 
 def test_fingerprint_of_a_config():

@@ -27,7 +27,9 @@ from .options import load_engine, model_options, print_json
 @click.argument("tasks", required=False, type=click.Path())
 @model_options
 @click.option("--image-root", type=click.Path(), help="Folder that image paths are relative to. Default: that of TASKS.")
-@click.option("--preset", "presets", multiple=True, help=f"One of {', '.join(PRESETS)}; repeat for several. Default: all of them.")
+@click.option(
+    "--preset", "presets", multiple=True, help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast."
+)
 @click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25.")
 @click.option("--decoder-keep", help="Grid, likewise.")
 @click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model.")

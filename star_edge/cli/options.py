@@ -68,7 +68,13 @@ def model_options(command: Callable) -> Callable:
 def prune_options(command: Callable) -> Callable:
     """--preset and the fields that override it; the parameters reach `make_config` as keyword arguments."""
     options = [
-        click.option("--preset", type=str, default=DEFAULT_PRESET, show_default=True, help=f"One of {', '.join(PRESETS)}."),
+        click.option(
+            "--preset",
+            type=str,
+            default=DEFAULT_PRESET,
+            show_default=True,
+            help=f"One of {', '.join(PRESETS)}, or a file of star-edge tune.",
+        ),
         click.option("--vision-keep", type=KeepType(), help="Image tokens to keep after the encoder: fraction of the original, or count."),
         click.option("--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise."),
         click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),

@@ -5,6 +5,7 @@ Knows batches, positions, KV cells and sequences; knows neither images nor what 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from dataclasses import dataclass
 
@@ -67,20 +68,28 @@ def attach_tap(llama: Llama, tap: Tap) -> None:
     cache is what parking needs: it has LLAMA_MAX_SEQ sequences whatever n_seq_max says (llama_kv_cache::seq_to_stream).
 
     Raises:
-        EngineError: llama.cpp could not create the context, usually for lack of memory.
+        EngineError: llama.cpp could not create the context, usually for lack of memory. The Llama has one without the tap then.
     """
     params = llama.context_params
+    untapped = type(params).from_buffer_copy(params)
     params.cb_eval = ctypes.cast(tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
     params.cb_eval_user_data = tap.user_data
     params.n_seq_max = max(2, params.n_seq_max)
     params.kv_unified = True
     llama._ctx.close()
     try:
-        context = TappedContext(tap, model=llama._model, params=params, verbose=llama.verbose)
+        _install(llama, TappedContext(tap, model=llama._model, params=params, verbose=llama.verbose))
     except ValueError as error:
+        llama.context_params = untapped
+        with contextlib.suppress(ValueError):
+            _install(llama, _internals.LlamaContext(model=llama._model, params=untapped, verbose=llama.verbose))
         raise EngineError("llama.cpp could not create a context", "lower n_ctx, or quantize the KV cache (type_k, type_v)") from error
+
+
+def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._stack.callback(context.close)
     llama._ctx = context
+    llama.reset()  # what was in the old cache is gone
     if llama._lora_adapter is not None:
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llama._lora_adapter)
         scales = (ctypes.c_float * 1)(llama.lora_scale)
@@ -132,6 +141,8 @@ class DecoderContext:
         self.stage_problem = self._find_stage_problem()
         self.layer_problems: dict[int, str] = {}  # layer K -> why no window can begin there, found while running
         self.n_threads = llama.n_threads_batch
+        # As Llama.eval does it: a matrix product rounds differently for one row than for several, and logprobs show it.
+        self.all_logits = llama._logits_all
 
         n = self.n_ubatch
         self._seq_id = (ctypes.c_int32 * 1)(MAIN)
@@ -158,7 +169,7 @@ class DecoderContext:
     # ---- rows ----
 
     def decode(self, rows: Rows, first_position: int, plan: Plan, what: str, logits: bool = False) -> Outcome:
-        """One llama_decode of at most n_ubatch rows into sequence MAIN; only the last row asks for logits.
+        """One llama_decode of at most n_ubatch rows into sequence MAIN; only the last row asks for logits, or all for `logits_all`.
 
         plan.positions is filled in where RoPE should see others than the dense positions from first_position on, which are what
         the cache's metadata get.
@@ -172,7 +183,7 @@ class DecoderContext:
             raise EngineError(f"{what}: {n} rows in one decode, n_ubatch is {self.n_ubatch}")
         dense = np.arange(first_position, first_position + n, dtype=np.int32)
         wants_logits = np.zeros(n, np.int8)
-        wants_logits[-1] = logits
+        wants_logits[0 if self.all_logits else -1 :] = logits
 
         batch = llama_cpp.llama_batch()
         batch.n_tokens = n

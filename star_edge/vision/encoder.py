@@ -182,8 +182,7 @@ class VisionEncoder:
                     f"an image could not be prepared ({_logged() or f'code {status}'})",
                     "try another size or format of the image",
                 )
-            for i in range(mtmd.mtmd_input_chunks_size(handle)):
-                prompt.chunks.append(self._chunk(mtmd.mtmd_input_chunks_get(handle, i)))
+            prompt.chunks = self.chunks(handle)
         except BaseException:
             prompt.close()
             raise
@@ -191,6 +190,14 @@ class VisionEncoder:
             for bitmap in bitmaps:
                 mtmd.mtmd_bitmap_free(bitmap)
         return prompt
+
+    def chunks(self, handle: object) -> list[TextChunk | ImageChunk]:
+        """What is in libmtmd's mtmd_input_chunks, which must outlive the images' encoding.
+
+        Raises:
+            PromptError: audio.
+        """
+        return [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)

@@ -1,0 +1,299 @@
+"""StarChatHandler: image-token pruning for a `llama_cpp.Llama` that the user builds.
+
+It stands where llama_cpp's MTMDChatHandler stands, and is one: chat template, tools, grammars, sampling options and the form of
+the answer are that class's. Replaced are where pixels come from and how the prompt is evaluated, and the report is added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+import urllib.parse
+import urllib.request
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+import jinja2
+import llama_cpp
+import llama_cpp.mtmd_cpp as mtmd
+import numpy as np
+from llama_cpp import Llama
+from llama_cpp.llama_chat_format import MTMDChatHandler
+
+from .chat import ChatFormat
+from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
+from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError, UnsupportedModelError
+from .gguf_info import read_gguf_info
+from .images import ImageLimits, load_image
+from .reader import PromptReader
+from .report import PruneReport
+from .vision.encoder import Prompt
+
+_REPORT_KEY = "star_edge"  # of a response
+# Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
+_overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
+
+
+class _Libmtmd:
+    """libmtmd as MTMDChatHandler calls it: when it asks how many chunks it has to evaluate, they are read, and none is left."""
+
+    def __init__(self, read: Callable[[object], None]) -> None:
+        self._read = read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mtmd, name)
+
+    def mtmd_input_chunks_size(self, chunks: object) -> int:
+        self._read(chunks)
+        return 0
+
+
+@dataclass
+class _Request:
+    """A request under way. number: PromptReader.request while it is in the cache; n_prompt: its prompt as MTMDChatHandler counts it."""
+
+    config: PruneConfig | None
+    start: float
+    report: PruneReport | None = None
+    number: int = -1
+    n_prompt: int = 0
+    read_at: float = 0.0
+
+
+class StarChatHandler(MTMDChatHandler):
+    """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(clip_model_path=...))`.
+
+    clip_model_path: the mmproj file that belongs to the text model. verbose, use_gpu: as in MTMDChatHandler.
+    prune: a PruneConfig, a preset's name, or None for stock behaviour. The attribute `prune` may be set at any time, and
+        `with handler.pruning("fast"):` holds for the requests made inside.
+    encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
+    image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
+    image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of strangers
+        give an image_loader.
+    image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
+
+    A response has a key "star_edge" more than MTMDChatHandler's, in a stream the last chunk: PruneReport.summary().
+    `last_report` is the whole report of the last prompt that was read. `usage` counts the prompt before pruning.
+
+    On first use the context of the Llama is made anew: its cache is empty then. A handler serves one Llama. One request runs at a
+    time: other threads wait, and a new request ends an unfinished stream, which then raises EngineClosedError.
+
+    Raises:
+        ModelFileError: clip_model_path cannot be read. ConfigError: prune is no config.
+    """
+
+    def __init__(
+        self,
+        clip_model_path: str | PathLike,
+        verbose: bool = True,
+        use_gpu: bool = True,
+        *,
+        prune: PruneConfig | str | None = DEFAULT_PRESET,
+        encoder_flash_attn: bool | None = None,
+        image_min_tokens: int = -1,
+        image_max_tokens: int = -1,
+        image_limits: ImageLimits = ImageLimits(),
+        image_loader: Callable[[str], np.ndarray] | None = None,
+    ) -> None:
+        read_gguf_info(clip_model_path)
+        super().__init__(fspath(clip_model_path), verbose, use_gpu)
+        self.prune = prune
+        self.encoder_flash_attn = encoder_flash_attn
+        self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
+        self.image_limits = image_limits
+        self.image_loader = image_loader or self._load_source
+        self.last_report: PruneReport | None = None
+        self._mtmd_cpp = _Libmtmd(self._read)
+        self._lock = threading.RLock()
+        self._llama: Callable[[], Llama | None] = lambda: None
+        self._reader: PromptReader | None = None
+        self._chat: ChatFormat | None = None
+        self._request: _Request | None = None
+
+    # ---- what to prune ----
+
+    @property
+    def prune(self) -> PruneConfig | None:
+        """Config of requests outside `pruning` blocks."""
+        return self._prune
+
+    @prune.setter
+    def prune(self, prune: PruneConfig | str | None) -> None:
+        self._prune = resolve_prune(prune)
+
+    @contextlib.contextmanager
+    def pruning(self, prune: PruneConfig | str | None) -> Iterator[None]:
+        """Another config for the requests that this thread or task makes inside the block; streams keep it to their end.
+
+        Raises:
+            ConfigError: prune is no config.
+        """
+        token = _overrides.set({**(_overrides.get() or {}), self: resolve_prune(prune)})
+        try:
+            yield
+        finally:
+            _overrides.reset(token)
+
+    # ---- a request ----
+
+    def __call__(self, *, llama: Llama, messages: list[Any], stream: bool = False, **options: Any) -> Any:
+        """Arguments as in MTMDChatHandler.
+
+        Raises:
+            PromptError, ImageError, ConfigError, ContextLengthError: the request cannot be served.
+            UnsupportedModelError, ModelMismatchError: nor can the model.
+            EngineError: llama.cpp failed. EngineClosedError: the Llama is closed. The Llama can be used again after any of them.
+        """
+        with self._lock:
+            request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
+            if options.get("logprobs") and options.get("top_logprobs") is not None and not llama._logits_all:
+                raise ConfigError("logprobs were asked for, and the Llama keeps none", "make it with logits_all=True")
+            self._init_mtmd_context(llama)
+            reader = self._reader
+            self._request = request
+            try:
+                with self._typed_errors(request):
+                    result = super().__call__(llama=llama, messages=messages, stream=stream, **options)
+                if stream:
+                    return self._stream(result, reader, request)
+                self._finish(result, reader, request)
+                usage = result["usage"]
+                usage["prompt_tokens"] = request.n_prompt
+                usage["total_tokens"] = request.n_prompt + usage["completion_tokens"]
+            except BaseException:
+                reader.begin()
+                raise
+            finally:
+                self._request = None
+            reader.begin()
+            return result
+
+    def _stream(self, chunks: Iterator[dict[str, Any]], reader: PromptReader, request: _Request) -> Iterator[dict[str, Any]]:
+        finished = False
+        try:
+            while True:
+                with self._lock, self._typed_errors(request):
+                    if reader.context.ctx is None or reader.request != request.number:
+                        if finished:
+                            return
+                        cause = "the Llama is closed" if reader.context.ctx is None else "a newer request has ended this stream"
+                        raise EngineClosedError(cause, "read a stream to its end first")
+                    chunk = next(chunks, None)
+                    if chunk is None:
+                        return
+                    if chunk["choices"][0]["finish_reason"] is not None:
+                        finished = True
+                        self._finish(chunk, reader, request)
+                yield chunk
+        finally:
+            # A stream that was dropped may be cleared away while another thread answers: that request begins afresh anyway.
+            if self._lock.acquire(blocking=False):
+                try:
+                    if reader.context.ctx is not None and reader.request == request.number:
+                        reader.begin()
+                finally:
+                    self._lock.release()
+
+    def _finish(self, response: dict[str, Any], reader: PromptReader, request: _Request) -> None:
+        request.report.n_generated = reader.n_generated(request.report)
+        request.report.milliseconds["generate"] = 1e3 * (time.perf_counter() - request.read_at)
+        response[_REPORT_KEY] = request.report.summary()
+
+    @contextlib.contextmanager
+    def _typed_errors(self, request: _Request) -> Iterator[None]:
+        """MTMDChatHandler and Llama raise built-in errors, for bad messages also whatever a template runs into."""
+        try:
+            yield
+        except StarEdgeError:
+            raise
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if request.report is None:
+                raise PromptError(f"the messages cannot be used ({reason})", "check them against the model's chat template") from error
+            raise ConfigError(f"llama_cpp refuses the request ({reason})", "see Llama.create_chat_completion") from error
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp failed ({error})", "make the request smaller, or n_ctx larger") from error
+
+    # ---- what MTMDChatHandler calls ----
+
+    def _init_mtmd_context(self, llama_model: Llama) -> None:
+        self.verbose = llama_model.verbose
+        if llama_model._model.model is None:
+            raise EngineClosedError("the Llama is closed", "make a new one")
+        owner = self._llama()
+        if owner is llama_model:
+            return
+        if owner is not None and owner._model.model is not None:
+            raise ConfigError("this StarChatHandler serves another Llama", "make a StarChatHandler for each Llama")
+        chat = ChatFormat(llama_model)
+        use_flash = llama_model.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._reader = PromptReader(
+            llama_model,
+            self.clip_model_path,
+            encoder_flash_attn=use_flash if self.encoder_flash_attn is None else self.encoder_flash_attn,
+            encoder_on_gpu=self.use_gpu,
+            image_min_tokens=self.image_min_tokens,
+            image_max_tokens=self.image_max_tokens,
+        )
+        self._llama, self._chat = weakref.ref(llama_model), chat  # a strong reference would keep the model in memory until the next gc
+        self.mtmd_ctx = self._reader.encoder.context
+
+    def _get_chat_template(self, llama_model: Llama) -> str:
+        if not self._chat.exists:
+            raise UnsupportedModelError("the model has no chat template", "use a GGUF file that has one")
+        return super()._get_chat_template(llama_model)
+
+    def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
+        converted = super()._get_template_messages(messages, media_marker)
+        if not self._chat.takes_parts:
+            for message in converted:
+                if isinstance(message.get("content"), list):
+                    message["content"] = "".join(part["text"] for part in message["content"])
+        return converted
+
+    def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
+        """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""
+        n_markers = text.count(media_marker)
+        if n_markers != len(image_urls):
+            raise PromptError(
+                f"the prompt has {n_markers} image markers for {len(image_urls)} images",
+                f"give images in messages of the user, leave out {media_marker}, and use a model whose chat template shows every message",
+            )
+        return text
+
+    def load_image(self, image_url: str) -> np.ndarray:
+        """(h, w, 3) uint8, C-contiguous.
+
+        Raises:
+            ImageError: no image, or not one that the limits allow.
+        """
+        image = self.image_loader(image_url)
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            shape = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ImageError(f"the image_loader returned a {shape}", "return (h, w, 3) uint8")
+        return np.ascontiguousarray(image)
+
+    def _create_bitmap_from_bytes(self, image: np.ndarray) -> object:
+        return mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+
+    def _load_source(self, url: str) -> np.ndarray:
+        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads them through urllib
+            parts = urllib.parse.urlsplit(url)
+            if parts.netloc not in ("", "localhost"):
+                raise ImageError(f"{url[:200]} is on another host", "write file:///path, or give the path itself")
+            url = urllib.request.url2pathname(parts.path)
+        return load_image(url, self.image_limits)
+
+    def _read(self, chunks: object) -> None:
+        """Reads libmtmd's chunks, which MTMDChatHandler frees, into the cache, which it has emptied."""
+        request, reader = self._request, self._reader
+        state, request.report = reader.read(Prompt(reader.encoder.chunks(chunks)), request.config, request.start)
+        reader.hand_over(state)
+        self.last_report = request.report
+        request.number, request.n_prompt, request.read_at = reader.request, state.next_position, time.perf_counter()

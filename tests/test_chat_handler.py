@@ -1,0 +1,809 @@
+"""StarChatHandler in place of MTMDChatHandler: the same outputs without pruning, and the engine's with it; nothing is left behind."""
+
+import base64
+import functools
+import io
+import itertools
+import json
+import threading
+import weakref
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from conftest import random_image
+from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList, _internals
+from llama_cpp.llama_cache import LlamaRAMCache
+from llama_cpp.llama_chat_format import MTMDChatHandler
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from PIL import Image
+from test_errors import png
+
+from star_edge import PRESETS, PruneConfig, StarChatHandler, StarVLM, errors, refvlm
+from star_edge.images import ImageLimits, load_image
+from star_edge.reader import PromptReader
+
+TEXT = "USER: is there a red star? is there a blue square? what number is shown? ASSISTANT:"
+COLOR = "what color is the triangle?"
+PLATE = "what number is shown?"
+
+TOOL_TEMPLATE = (
+    "{% if tools %}TOOLS: {{ tools | tojson }}\n{% endif %}{% if functions %}FUNCTIONS: {{ functions | tojson }}\n{% endif %}"
+    "{% for message in messages %}{{ message['role'] }}:"
+    "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}\n{% endfor %}assistant:"
+)
+TOOL = {
+    "name": "report",
+    "description": "Report what is seen.",
+    "parameters": {
+        "type": "object",
+        "properties": {"color": {"type": "string", "enum": ["red", "blue"]}, "n": {"type": "integer", "maximum": 9}},
+        "required": ["color", "n"],
+    },
+}
+
+
+def data_url(image=refvlm.DEMO_IMAGE):
+    """A PNG: both sides decode it to the same pixels."""
+    if isinstance(image, np.ndarray):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        data = buffer.getvalue()
+    else:
+        data = image.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+DEMO, OTHER = data_url(), data_url(random_image(3, 168, 168))
+
+
+def user(*parts):
+    """A message of the user: strings that begin with "data:" are images."""
+    content = [{"type": "image_url", "image_url": {"url": p}} if p.startswith("data:") else {"type": "text", "text": p} for p in parts]
+    return {"role": "user", "content": content}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def load(handler, text=refvlm.TEXT_MODEL, template=None, **options):
+    """A Llama built in the ordinary way."""
+    options = {"n_ctx": 512, "n_threads": 1, "n_threads_batch": 1, "verbose": False, **options}
+    llm = Llama(model_path=str(text), chat_handler=handler, **options)
+    if options.get("logits_all"):
+        llm.scores[:] = 0  # llama_cpp takes logprobs of all its rows, read or not
+    if template:
+        llm.metadata["tokenizer.chat_template"] = template
+    return llm
+
+
+def ask(llm, *messages, **options):
+    options = {"temperature": 0.0, "max_tokens": 4, **options}
+    return llm.create_chat_completion(list(messages) or [user(DEMO, COLOR)], **options)
+
+
+def text_of(response):
+    return response["choices"][0]["message"]["content"]
+
+
+def streamed(chunks):
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+def bare(response):
+    """A response without the report and without what differs from call to call: time, and the ids of the completion and of tool calls."""
+    if isinstance(response, dict):
+        return {k: bare(v) for k, v in response.items() if k not in ("id", "created", "star_edge")}
+    return [bare(v) for v in response] if isinstance(response, list) else response
+
+
+class Pair:
+    """The same Llama with MTMDChatHandler and with StarChatHandler that prunes nothing."""
+
+    def __init__(self, text, mmproj, **options):
+        self.stock = load(MTMDChatHandler(str(mmproj), verbose=False), text, **options)
+        self.handler = StarChatHandler(mmproj, prune="off")
+        self.star = load(self.handler, text, **options)
+
+    def check(self, *messages, **options):
+        """Asks both, at once and streamed; equal in every field. Returns the answer at once."""
+        expected, got = (ask(llm, *messages, **options) for llm in (self.stock, self.star))
+        assert bare(got) == bare(expected)
+        assert "star_edge" not in expected and got["star_edge"]["config"] is None
+        a, b = (list(ask(llm, *messages, stream=True, **options)) for llm in (self.stock, self.star))
+        assert bare(a) == bare(b)
+        return got
+
+    def close(self):
+        self.stock.close()
+        self.star.close()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    pair = Pair(refvlm.TEXT_MODEL, refvlm.MMPROJ, logits_all=True)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture(scope="module")
+def handler():
+    return StarChatHandler(clip_model_path=refvlm.MMPROJ, prune="balanced", verbose=False)
+
+
+@pytest.fixture(scope="module")
+def llm(handler):
+    llm = load(handler)
+    yield llm
+    llm.close()
+
+
+# ---- the same as MTMDChatHandler ----
+
+
+SAMPLING = {
+    "greedy": {},
+    "hot": {"temperature": 8.0, "seed": 7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 8},
+    "unseeded": {"temperature": 4.0, "max_tokens": 8},
+    "penalties": {"temperature": 2.0, "seed": 3, "repeat_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.2, "max_tokens": 8},
+    "mirostat": {"temperature": 1.0, "seed": 5, "mirostat_mode": 2, "max_tokens": 6},
+    "length": {"max_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_off_equals_mtmd(pair, sampling):
+    plain = pair.check(user(DEMO, COLOR), **sampling)
+    detailed = pair.check(user(DEMO, PLATE), logprobs=True, top_logprobs=3, **sampling)
+    assert detailed["choices"][0]["logprobs"]["content"] and plain["usage"]["prompt_tokens"] > 144
+    if not sampling:
+        assert text_of(plain) == " red"
+
+
+def test_off_equals_mtmd_for_other_options(pair):
+    red = pair.star.tokenize(b" red", add_bos=False)[-1]
+    assert text_of(pair.check(stop=" red")) == ""
+    assert text_of(pair.check(user(DEMO, PLATE), stop=[" 7", "x"], max_tokens=8)) == " 0"
+    assert text_of(pair.check(logit_bias={red: -100.0})) != " red"
+    grammar = LlamaGrammar.from_string('root ::= " green" | " blue"', verbose=False)
+    assert text_of(pair.check(grammar=grammar)) in (" green", " blue")
+    assert pair.check(model="mine")["model"] == "mine"
+
+
+def test_off_equals_mtmd_for_response_formats(pair):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    answer = pair.check(
+        user(DEMO, PLATE), response_format={"type": "json_object", "schema": schema}, max_tokens=48, logprobs=True, top_logprobs=1
+    )
+    assert set(json.loads(text_of(answer))) == {"n"}
+    assert text_of(pair.check(response_format={"type": "json_object"}, max_tokens=8)).lstrip()[0] == "{"
+    assert text_of(pair.check(response_format={"type": "text"})) == " red"
+
+
+def test_off_equals_mtmd_for_several_turns_and_texts_alone(pair):
+    first = [user(DEMO, COLOR), assistant(" red")]
+    for messages in (
+        [*first, user(OTHER, PLATE)],
+        [{"role": "system", "content": "Be brief."}, *first, user("and", OTHER, "or", DEMO, "?")],
+        [*first, {"role": "user", "content": PLATE}],
+        [{"role": "user", "content": "is there a red star?"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": DEMO}, {"type": "text", "text": COLOR}]}],
+    ):
+        pair.check(*messages, logprobs=True, top_logprobs=2)
+    assert pair.star.create_chat_completion([*first, user(OTHER, PLATE)])["star_edge"]["n_image_tokens"] == 288
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_off_equals_mtmd_on_random_models(families, family, flash_attn):
+    models = families[family]
+    options = {"type_k": 8, "type_v": 8} if flash_attn else {}
+    pair = Pair(models.text, models.mmproj, logits_all=True, flash_attn=flash_attn, **options)
+    images = [data_url(random_image(seed, 112, 140)) for seed in (1, 2)]
+    for sampling in ({}, {"temperature": 1.5, "seed": 11}):
+        pair.check(user("see", images[0], "what?"), max_tokens=12, logprobs=True, top_logprobs=2, **sampling)
+        turns = [user(images[0], "a?"), assistant("b"), user("c", images[1], "d?")]
+        answer = pair.check(*turns, max_tokens=12, **sampling)
+    assert answer["star_edge"]["n_layers"] == 8 and answer["usage"]["completion_tokens"] >= 12
+    assert pair.star._ctx.params.type_k == options.get("type_k", 1) == pair.stock._ctx.params.type_k
+    pair.close()
+
+
+def test_off_equals_mtmd_with_tools_and_functions():
+    pair = Pair(refvlm.TEXT_MODEL, refvlm.MMPROJ, template=TOOL_TEMPLATE, n_ctx=1024, logits_all=True)
+    tools = [{"type": "function", "function": TOOL}]
+    choice = {"type": "function", "function": {"name": "report"}}
+    answer = pair.check(tools=tools, tool_choice=choice, max_tokens=64)
+    call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert call["name"] == "report" and set(json.loads(call["arguments"])) == {"color", "n"}
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    pair.check(tools=tools, tool_choice="auto", logprobs=True, top_logprobs=1)
+    old = pair.check(functions=[TOOL], function_call={"name": "report"}, max_tokens=64)
+    assert json.loads(old["choices"][0]["message"]["function_call"]["arguments"])
+    # the template has them: the prompt is longer
+    assert pair.check(tools=tools)["usage"]["prompt_tokens"] > pair.check()["usage"]["prompt_tokens"] + 50
+
+    pair.handler.prune = "fast"
+    pruned = ask(pair.star, tools=tools, tool_choice=choice, max_tokens=64, stream=True)
+    chunks = list(pruned)
+    pieces = [
+        c["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] for c in chunks if c["choices"][0]["delta"].get("tool_calls")
+    ]
+    assert set(json.loads("".join(pieces))) == {"color", "n"} and chunks[-1]["star_edge"]["average_tokens"] == 18
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"embedding": True}, {"draft_model": LlamaPromptLookupDecoding()}, {"n_batch": 40}], ids=lambda o: [*o][0]
+)
+def test_off_equals_mtmd_on_other_llamas(options):
+    pair = Pair(refvlm.TEXT_MODEL, refvlm.MMPROJ, **options)
+    if "embedding" in options:
+        before = pair.star.embed(TEXT)
+    assert text_of(pair.check(user(DEMO, PLATE), max_tokens=8)).split() == ["0", "7"]
+    if "embedding" in options:
+        assert np.array_equal(pair.star.embed(TEXT), before)
+    pair.handler.prune = PruneConfig(0.5, 0.125, 2, vision_share=0.5)
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, flash_attn=False, n_threads=1) as vlm:
+        expected = vlm.generate(PLATE, refvlm.DEMO_IMAGE, pair.handler.prune, max_tokens=8)
+    assert text_of(ask(pair.star, user(DEMO, PLATE), max_tokens=8)) == expected.text
+    if "embedding" in options:
+        stream = ask(pair.star, stream=True)
+        next(stream)
+        assert np.array_equal(pair.star.embed(TEXT), before)  # in the middle of a stream whose tokens have masses
+    pair.close()
+
+
+def test_a_draft_model_with_a_prompt_over_n_batch():
+    """llama_cpp keeps n_batch rows of logits then, and fails when it writes the next: a typed error here."""
+    llm = load(StarChatHandler(refvlm.MMPROJ, prune="off"), draft_model=LlamaPromptLookupDecoding(), n_batch=64)
+    with pytest.raises(errors.ConfigError, match="refuses"):
+        ask(llm)
+    llm.chat_handler.prune = "fast"
+    assert ask(llm)["star_edge"]["n_kv_cells"] < 64
+    llm.close()
+
+
+# ---- pruned ----
+
+
+CONFIGS = ["balanced", "fast", PruneConfig(0.5, 0.125, 2), PruneConfig(10, 3, vision_share=0.5)]
+
+
+@pytest.mark.parametrize("family", ["refvlm", "llama", "qwen2vl"])
+def test_pruned_equals_the_engine(families, family):
+    """The logits of every token, and what was kept, equal StarVLM's with the same config and prompt."""
+    text, mmproj = (refvlm.TEXT_MODEL, refvlm.MMPROJ) if family == "refvlm" else (families[family].text, families[family].mmproj)
+    image = load_image(refvlm.DEMO_IMAGE) if family == "refvlm" else random_image(5, 112, 112)
+    seen = []
+
+    def capture(tokens, scores):
+        seen.append((tokens.tolist(), scores.copy()))
+        return scores
+
+    options = {"max_tokens": 6, "temperature": 0.0, "logits_processor": LogitsProcessorList([capture])}
+    handler = StarChatHandler(mmproj)
+    with StarVLM(text, mmproj, n_ctx=512, n_threads=1) as vlm:
+        llm = load(handler, text, flash_attn=True)
+        for config in CONFIGS:
+            answer = vlm.generate(PLATE, image, config, **options)
+            expected, seen = seen, []
+            handler.prune = config
+            chunks = list(llm.create_chat_completion([user(data_url(image), PLATE)], stream=True, **options))
+            got, seen = seen, []
+            response = chunks[-1]
+            assert streamed(chunks) == answer.text and len(got) == len(expected) >= 2
+            for (tokens_a, logits_a), (tokens_b, logits_b) in zip(got, expected):
+                assert tokens_a == tokens_b and np.array_equal(logits_a, logits_b)
+            for name in ("vision_kept", "decoder_kept", "vision_scores", "decoder_scores"):
+                assert np.array_equal(getattr(handler.last_report.images[0], name), getattr(answer.report.images[0], name))
+            assert response["star_edge"]["average_tokens"] == answer.report.average_tokens < 40
+            assert response["star_edge"]["n_generated"] == answer.report.n_generated == len(got)
+        llm.close()
+
+
+def test_pruned_conversation_with_images_in_several_turns(llm, handler):
+    """As StarVLM reads the same prompt: each image keeps its share, and the pixels are those of its turn."""
+    messages = [user(DEMO, COLOR), assistant(" red"), user(OTHER, PLATE)]
+    prompt = f"USER:<__media__>{COLOR} ASSISTANT:  red</s>USER:<__media__>{PLATE} ASSISTANT:"
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, flash_attn=False, n_threads=1) as vlm:
+        response = ask(llm, *messages)
+        report = handler.last_report
+        rendered = llm.tokenize(prompt.replace("<__media__>", "").replace("</s>", "").encode())
+        assert abs(report.n_text_tokens - len(rendered)) <= 6
+        state, expected = vlm.read_prompt(prompt.replace("</s>", ""), [refvlm.DEMO_IMAGE, random_image(3, 168, 168)], chat=False)
+    assert report.n_image_tokens == 288 and [len(i.decoder_kept) for i in report.images] == [18, 18]
+    for got, want in zip(report.images, expected.images):
+        assert np.array_equal(got.vision_kept, want.vision_kept)
+    assert response["usage"]["prompt_tokens"] == report.n_text_tokens + 288
+
+
+def test_config_of_a_request(llm, handler):
+    average = lambda: ask(llm)["star_edge"]["average_tokens"]
+    assert average() == 36
+    with handler.pruning("fast"):
+        assert average() == 18
+        with handler.pruning(PruneConfig(1.0, 0.5, 3)):
+            assert average() == 108
+            stream = ask(llm, stream=True)
+        with handler.pruning(None):
+            assert average() == 144
+        assert average() == 18
+        others = []
+        thread = threading.Thread(target=lambda: others.append(average()))
+        thread.start()
+        thread.join()
+        assert others == [36]  # another thread's requests are not in the block
+        other = StarChatHandler(refvlm.MMPROJ, prune="quality")
+        assert other.prune == PRESETS["quality"] and handler.prune == PRESETS["balanced"]
+    assert average() == 36
+    with handler.pruning(PruneConfig(1.0, 0.5, 3)):
+        stream = ask(llm, stream=True)
+    assert list(stream)[-1]["star_edge"]["average_tokens"] == 108
+    with pytest.raises(errors.ConfigError, match="no preset 'fsat'"), handler.pruning("fsat"):
+        pass
+    with pytest.raises(errors.ConfigError, match="no preset"):
+        handler.prune = "fsat"
+    with pytest.raises(errors.ConfigError, match="no preset"):
+        StarChatHandler(refvlm.MMPROJ, prune="fsat")
+    assert average() == 36
+
+
+def test_report_comes_back_with_the_response(llm, handler):
+    response = ask(llm, user(DEMO, PLATE), max_tokens=8)
+    summary = json.loads(json.dumps(response, allow_nan=False))["star_edge"]
+    assert len(json.dumps(summary)) < 2000
+    assert summary["images"] == [{"n_tokens": 144, "n_vision_kept": 72, "n_decoder_kept": 18}]
+    assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (0.5, 2, 6)
+    assert summary["n_kv_cells"] == summary["n_text_tokens"] + 18 and summary["n_generated"] == 3  # two digits and the end
+    assert {"preprocess", "encode", "probe", "resume", "first_token", "generate"} <= set(summary["milliseconds"])
+    report = handler.last_report
+    assert report.summary() == summary and len(report.images[0].decoder_kept) == 18
+    assert {k: report.to_dict()[k] for k in summary if k != "images"} == {k: v for k, v in summary.items() if k != "images"}
+    assert report.milliseconds["first_token"] >= report.milliseconds["encode"] > 0
+
+    chunks = list(ask(llm, user(DEMO, PLATE), max_tokens=8, stream=True))
+    assert all("star_edge" not in chunk for chunk in chunks[:-1])
+    last = json.loads(json.dumps(chunks[-1]))["star_edge"]
+    assert last["n_generated"] == 3 and last["milliseconds"]["generate"] > 0
+    assert streamed(chunks) == text_of(response)
+    assert ask(llm, {"role": "user", "content": "is there a red star?"})["star_edge"]["n_image_tokens"] == 0
+
+
+def test_a_template_that_takes_only_strings():
+    """Many text models of LLaVA files have one: MTMDChatHandler shows them a Python list."""
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}[assistant]"
+    handler = StarChatHandler(refvlm.MMPROJ)
+    llm = load(handler, template=template)
+    response = ask(llm, user("look:", DEMO, COLOR), assistant("red"), user(COLOR))
+    text = f"[user]look:{COLOR}[assistant]red[user]{COLOR}[assistant]"
+    assert abs(handler.last_report.n_text_tokens - len(llm.tokenize(text.encode()))) <= 6
+    assert response["star_edge"]["n_decoder_kept"] == 18
+    llm.close()
+
+
+# ---- images ----
+
+
+def test_sources_of_images(llm, tmp_path):
+    expected = ask(llm, logprobs=None)
+    path = tmp_path / "a picture.png"
+    path.write_bytes(refvlm.DEMO_IMAGE.read_bytes())
+    for url in (str(path), path.as_uri(), f"file://localhost{path.as_uri()[7:]}"):
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}]}
+        response = ask(llm, message)
+        assert text_of(response) == text_of(expected) and response["usage"] == expected["usage"]
+    # the question may name the image
+    named = {"role": "user", "content": [message["content"][0], {"type": "text", "text": f"{url} {COLOR}"}]}
+    assert ask(llm, named)["star_edge"]["n_image_tokens"] == 144
+
+
+def test_image_loader_and_limits():
+    asked = []
+
+    def loader(url):
+        asked.append(url)
+        return load_image(refvlm.DEMO_IMAGE)[:, ::-1]  # a view: not contiguous
+
+    llm = load(StarChatHandler(refvlm.MMPROJ, image_loader=loader))
+    mirrored = ask(llm, user("data:1", "data:2", COLOR))
+    assert asked == ["data:1", "data:2"] and mirrored["star_edge"]["n_image_tokens"] == 288
+    report = llm.chat_handler.last_report
+    llm.chat_handler.image_loader = lambda url: np.ascontiguousarray(load_image(refvlm.DEMO_IMAGE)[:, ::-1])
+    ask(llm, user("data:1", "data:2", COLOR))
+    assert np.array_equal(report.images[0].vision_scores, llm.chat_handler.last_report.images[0].vision_scores)
+    for bad in (None, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
+        llm.chat_handler.image_loader = lambda url, bad=bad: bad
+        with pytest.raises(errors.ImageError, match="image_loader returned"):
+            ask(llm)
+    llm.close()
+
+    llm = load(StarChatHandler(refvlm.MMPROJ, image_limits=ImageLimits(max_pixels=1000, allow_http=False)))
+    with pytest.raises(errors.ImageTooLargeError):
+        ask(llm)
+    with pytest.raises(errors.ImageError, match="HTTP is off"):
+        ask(llm, {"role": "user", "content": [{"type": "image_url", "image_url": "http://127.0.0.1:9/a.png"}]})
+    llm.close()
+
+
+def test_encoder_options_reach_the_encoder(families):
+    models = families["qwen2vl"]
+    n_tokens = {}
+    for limit in (4, 16):
+        handler = StarChatHandler(models.mmproj, image_min_tokens=limit, image_max_tokens=limit, use_gpu=False)
+        llm = load(handler, models.text)
+        n_tokens[limit] = ask(llm, user(data_url(random_image(1, 112, 112)), "?"))["star_edge"]["n_image_tokens"]
+        llm.close()
+    assert n_tokens == {4: 4, 16: 16}
+
+
+@pytest.mark.parametrize(
+    ("llama_flash", "encoder_flash", "expected"), [(False, None, False), (True, None, True), (True, False, False), (False, True, True)]
+)
+def test_flash_attention_of_the_encoder(llama_flash, encoder_flash, expected):
+    handler = StarChatHandler(refvlm.MMPROJ, encoder_flash_attn=encoder_flash)
+    llm = load(handler, flash_attn=llama_flash)
+    ask(llm)
+    assert handler._reader.encoder.last_outcome.flash is expected
+    llm.close()
+
+
+# ---- nothing is left behind ----
+
+
+def complete(llm):
+    prompt = llm.tokenize(b"USER: is there a red star? ASSISTANT:", add_bos=True)
+    return [int(t) for t in itertools.islice(llm.generate(prompt, temp=0.0), 6)]
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What a Llama without any handler makes of a text."""
+    llm = load(None)
+    yield complete(llm)
+    llm.close()
+
+
+def test_text_is_completed_as_before(llm, fresh):
+    ask(llm)
+    assert complete(llm) == fresh
+    list(ask(llm, stream=True))
+    assert complete(llm) == fresh
+    stream = ask(llm, stream=True)  # not begun
+    assert complete(llm) == fresh
+    stream = ask(llm, stream=True)
+    next(stream)
+    stream.close()
+    assert complete(llm) == fresh
+    stream = ask(llm, stream=True)
+    next(stream)
+    assert complete(llm) == fresh  # in the middle of the stream
+    with pytest.raises(errors.EngineClosedError, match="ended this stream"):
+        list(stream)
+    assert complete(llm) == fresh
+
+
+def test_states_of_texts_are_restored_as_before(llm, monkeypatch):
+    """A state that Llama.load_state brings back is longer than the prompt of the last request, and has positions of its own."""
+    prompt = "is there a red star? " * 8
+
+    def go_on(llm):
+        seen = []
+        capture = lambda tokens, scores: seen.append(scores.copy()) or scores
+        llm.create_completion(prompt + PLATE, max_tokens=2, temperature=0.0, logits_processor=LogitsProcessorList([capture]))
+        return np.array(seen)
+
+    plain = load(None)
+    plain.create_completion(prompt, max_tokens=1)  # so that both decode the same rows at a time
+    expected = go_on(plain)
+    plain.close()
+    llm.set_cache(LlamaRAMCache())
+    llm.create_completion(prompt, max_tokens=1)
+    ask(llm)
+    assert np.array_equal(go_on(llm), expected)
+    list(ask(llm, stream=True))
+    assert np.array_equal(go_on(llm), expected)
+    stream = ask(llm, stream=True)
+    next(stream)
+    stream.close()
+    assert np.array_equal(go_on(llm), expected)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm, "sample", functools.partial(_raise, KeyboardInterrupt()))
+        ask(llm)
+    assert np.array_equal(go_on(llm), expected)
+    llm.set_cache(None)
+
+
+def test_requests_do_not_see_each_other(llm, handler):
+    questions = [(user(DEMO, COLOR), "balanced"), (user(DEMO, PLATE), None), (user(OTHER, COLOR), "fast"), (user("hello"), None)]
+    answers = {}
+    for cache in (None, LlamaRAMCache()):  # the ids in the cache are the same for any image
+        llm.set_cache(cache)
+        for i in (0, 1, 2, 3, 3, 0, 2, 1, 0):
+            with handler.pruning(questions[i][1]):
+                answer = bare(ask(llm, questions[i][0], max_tokens=8, temperature=3.0, seed=1))
+            assert answers.setdefault(i, answer) == answer
+    llm.set_cache(None)
+    assert len({text_of(a) for a in answers.values()}) > 1
+
+
+def test_streams(llm):
+    expected = text_of(ask(llm, user(DEMO, PLATE), max_tokens=8))
+    first = ask(llm, stream=True)
+    next(first)
+    second = ask(llm, user(DEMO, PLATE), max_tokens=8, stream=True)
+    with pytest.raises(errors.EngineClosedError, match="newer request"):
+        next(first)
+    assert streamed(second) == expected
+    finished = ask(llm, stream=True)
+    while next(finished)["choices"][0]["finish_reason"] is None:
+        pass
+    ask(llm)
+    assert list(finished) == []  # it had said everything
+    for _ in range(3):  # dropped, while another one goes on
+        dropped = ask(llm, stream=True)
+        next(dropped)
+        last = ask(llm, user(DEMO, PLATE), max_tokens=8, stream=True)
+        start = [next(last), next(last)]
+        del dropped
+        assert streamed([*start, *last]) == expected
+
+
+def test_dropping_a_stream_does_not_wait(llm, handler):
+    stream = ask(llm, stream=True)
+    next(stream)
+    held, release = threading.Event(), threading.Event()
+
+    def busy():
+        with handler._lock:
+            held.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    held.wait(10)
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    closer.join(5)
+    alive = closer.is_alive()
+    release.set()
+    thread.join()
+    assert not alive
+    assert text_of(ask(llm)) == " red"
+
+
+def test_threads_take_turns(llm):
+    expected = {question: text_of(ask(llm, user(DEMO, question), max_tokens=8)) for question in (COLOR, PLATE)}
+    wrong = []
+
+    def run(question):
+        for _ in range(3):
+            try:
+                answer = text_of(ask(llm, user(DEMO, question), max_tokens=8))
+            except Exception as error:
+                answer = error
+            if answer != expected[question]:
+                wrong.append(answer)
+
+    threads = [threading.Thread(target=run, args=(q,)) for q in (COLOR, PLATE)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert wrong == []
+
+
+# ---- life of the Llama ----
+
+
+def test_a_llama_that_is_let_go_is_freed_at_once():
+    handler = StarChatHandler(refvlm.MMPROJ)
+    llm = load(handler)
+    expected = text_of(ask(llm))
+    gone = weakref.ref(llm)
+    del llm
+    assert gone() is None  # no reference cycle keeps its memory until the next collection
+    llm = load(handler)  # and the handler can serve another
+    assert text_of(ask(llm)) == expected
+    llm.close()
+
+
+def test_a_handler_serves_one_llama(llm, handler):
+    other = load(handler)
+    with pytest.raises(errors.ConfigError, match="serves another Llama"):
+        ask(other)
+    other.close()
+    assert text_of(ask(llm)) == " red"
+
+
+def test_two_handlers_on_one_llama(llm, handler):
+    second = StarChatHandler(refvlm.MMPROJ, prune="fast")
+    llm.chat_handler = second
+    assert ask(llm)["star_edge"]["average_tokens"] == 18
+    llm.chat_handler = handler
+    stream = ask(llm, stream=True)
+    llm.chat_handler = second
+    ask(llm)
+    llm.chat_handler = handler
+    with pytest.raises(errors.EngineClosedError):
+        next(stream)
+    assert ask(llm)["star_edge"]["average_tokens"] == 36
+
+
+def test_closed():
+    handler = StarChatHandler(refvlm.MMPROJ)
+    llm = load(handler)
+    stream = ask(llm, stream=True)
+    next(stream)
+    llm.close()
+    with pytest.raises(errors.EngineClosedError, match="the Llama is closed"):
+        next(stream)
+    with pytest.raises(errors.EngineClosedError, match="the Llama is closed"):
+        ask(llm)
+    llm.close()
+
+
+# ---- errors ----
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": DEMO}}
+BAD_MESSAGES = {
+    "no list": 5,
+    "no dicts": [5],
+    "no content": [{"role": "user"}],
+    "no role": [{"content": "x"}],
+    "an image of the assistant": [{"role": "assistant", "content": [IMAGE]}, {"role": "user", "content": "x"}],
+    "a marker in the text": [user(DEMO, "<__media__>")],
+    "surrogates": [{"role": "user", "content": "\ud800"}],
+}
+BAD_IMAGES = {
+    "": "path is empty",
+    "/nowhere/at/all.png": "does not exist",
+    "data:image/png;base64,AAAA": "",
+    "data:,": "",
+    "ftp://a/b": "",
+    "file://host/a": "another host",
+}
+
+
+@pytest.fixture
+def fails(llm):
+    def check(error, words, *messages, **options):
+        with pytest.raises(error) as caught:
+            response = ask(llm, *messages, **options)
+            list(response)
+        assert isinstance(caught.value, errors.StarEdgeError) and "\n" not in str(caught.value)
+        assert words in str(caught.value), str(caught.value)
+        assert text_of(ask(llm)) == " red"
+
+    return check
+
+
+@pytest.mark.parametrize("messages", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+def test_bad_messages(llm, messages):
+    with pytest.raises(errors.PromptError) as caught:
+        llm.create_chat_completion(messages)
+    assert "\n" not in str(caught.value) and ("image markers for" in str(caught.value)) == ("data:" in str(messages))
+    assert text_of(ask(llm)) == " red"
+
+
+@pytest.mark.parametrize(("url", "words"), BAD_IMAGES.items())
+def test_bad_images(fails, url, words):
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}]}
+    fails(errors.ImageError, words, message)
+
+
+def test_bad_options(fails, llm, handler, monkeypatch):
+    fails(errors.ImageError, "", {"role": "user", "content": [{"type": "image_url", "image_url": {"no": "url"}}]})
+    fails(errors.ImageTooLargeError, "", user("data:image/png;base64," + base64.b64encode(png(100_000, 100_000)).decode(), COLOR))
+    fails(errors.ConfigError, "logits_all=True", logprobs=True, top_logprobs=2)
+    fails(errors.ConfigError, "Tool choice 'x' not found", tools=[], tool_choice={"type": "function", "function": {"name": "x"}})
+    fails(errors.ConfigError, "refuses", response_format={})
+    fails(errors.ContextLengthError, "of a context of 512", user(*[DEMO] * 8, COLOR))
+    with handler.pruning(PruneConfig(500, 1)):
+        with pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):
+            ask(llm)
+    for target, name, error in (
+        (handler._reader.encoder, "encode", errors.EngineError("the encoder failed")),
+        (llm._ctx, "decode", RuntimeError("llama_decode returned -3")),
+        (llm, "sample", KeyboardInterrupt()),
+    ):
+        for stream in (False, True):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(errors.EngineError if not isinstance(error, KeyboardInterrupt) else KeyboardInterrupt),
+            ):
+                patch.setattr(target, name, functools.partial(_raise, error))
+                list(ask(llm, stream=stream))
+            assert text_of(ask(llm)) == " red"
+
+
+def _raise(error, *args, **options):
+    raise error
+
+
+def test_a_loader_may_refuse_in_its_own_words(llm, handler, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    monkeypatch.setattr(handler, "image_loader", functools.partial(_raise, Refused()))
+    with pytest.raises(Refused):
+        ask(llm)
+    monkeypatch.undo()
+    assert text_of(ask(llm)) == " red"
+
+
+def test_bad_files(families, tmp_path, fresh):
+    with pytest.raises(errors.ModelFileError, match="nowhere.gguf does not exist"):
+        StarChatHandler(clip_model_path=str(tmp_path / "nowhere.gguf"))
+    llm = load(StarChatHandler(refvlm.MMPROJ), families["qwen2vl"].text)
+    with pytest.raises(errors.StarEdgeError):
+        StarChatHandler(tmp_path)
+    llm.close()
+    (tmp_path / "wide").mkdir()
+    for mmproj, error in ((refvlm.TEXT_MODEL, errors.ModelFileError), (families["qwen2vl"].mmproj, None)):
+        llm = load(StarChatHandler(mmproj))
+        if error:
+            with pytest.raises(error, match="is a text model"):
+                ask(llm)
+            assert complete(llm) == fresh  # nothing was done to the Llama
+            llm.chat_handler = StarChatHandler(refvlm.MMPROJ)
+            assert text_of(ask(llm)) == " red"
+        llm.close()
+
+
+def test_templates_that_cannot_be_used():
+    for template, error in (
+        ("{{ foo(", errors.UnsupportedModelError),
+        ("{{ raise_exception('no') }}", errors.PromptError),
+        ("no messages", errors.PromptError),
+    ):
+        llm = load(StarChatHandler(refvlm.MMPROJ), template=template)
+        with pytest.raises(error, match="template"):
+            ask(llm)
+        llm.close()
+    llm = load(StarChatHandler(refvlm.MMPROJ))
+    del llm.metadata["tokenizer.chat_template"]
+    with pytest.raises(errors.UnsupportedModelError, match="no chat template"):
+        ask(llm)
+    llm.close()
+
+
+def test_no_memory_for_the_context(monkeypatch, fresh):
+    """The Llama gets a context as it had, and the next request may try again."""
+    llm = load(StarChatHandler(refvlm.MMPROJ))
+    create = llama_cpp.llama_init_from_model
+    with monkeypatch.context() as patch, pytest.raises(errors.EngineError, match="could not create a context"):
+        patch.setattr(_internals.llama_cpp, "llama_init_from_model", lambda model, p: None if p.cb_eval_user_data else create(model, p))
+        ask(llm)
+    assert not llm.context_params.cb_eval_user_data and llm.context_params.n_seq_max == 1
+    assert complete(llm) == fresh
+    assert text_of(ask(llm)) == " red"
+    assert llama_cpp.llama_n_seq_max(llm.ctx) >= 2
+    llm.close()
+
+
+# ---- the README ----
+
+
+def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
+    """The block after the marker runs as it is, with the reference model in place of the user's files."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme.split("<!-- executed: script -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    for name, source in (("text.gguf", refvlm.TEXT_MODEL), ("mmproj.gguf", refvlm.MMPROJ), ("receipt.png", refvlm.DEMO_IMAGE)):
+        (tmp_path / name).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    variables = {}
+    exec(compile(code, "README.md", "exec"), variables)
+    printed = capsys.readouterr().out
+    assert "36.0" in printed and "18.0" in printed
+    variables["llm"].close()
+
+
+def test_the_reader_does_not_keep_a_llama(families):
+    llm = load(None, families["llama"].text)
+    reader = PromptReader(llm, None, encoder_flash_attn=False, encoder_on_gpu=False)
+    gone = weakref.ref(llm)
+    del llm
+    assert gone() is None and reader.encoder is None
