@@ -78,8 +78,14 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: list[int]) -> str:
-    """Text of token ids, without the special ones."""
-    return "".join(TOKENS[i] for i in ids if TOKEN_TYPES[i] == _NORMAL).replace(_SPACE, " ").strip()
+    """Text of token ids, without the special ones. Byte tokens count too: an untrained model gives them."""
+    pieces = []
+    for i in ids:
+        if TOKEN_TYPES[i] == _NORMAL:
+            pieces.append(TOKENS[i].replace(_SPACE, " ").encode())
+        elif TOKEN_TYPES[i] == _BYTE:
+            pieces.append(bytes([int(TOKENS[i][3:5], 16)]))
+    return b"".join(pieces).decode("utf-8", "ignore").strip()
 
 
 def encode_question(question: str) -> list[int]:
