@@ -120,9 +120,8 @@ def report(asked: list[Asked]) -> float:
         own = [a for a in asked if family in (a.family, "all")]
         if not own:
             continue
-        share = [
-            sum(hits) / len(own) for hits in zip(*((a.by_torch == a.answer, a.by_llama == a.answer, a.by_torch == a.by_llama) for a in own))
-        ]
+        hits = [(a.by_torch == a.answer, a.by_llama == a.answer, a.by_torch == a.by_llama) for a in own]
+        share = [sum(column) / len(own) for column in zip(*hits)]
         print(f"{family:8}{len(own):10}" + "".join(f"{100 * s:10.2f}" for s in share))
         agreement = share[2]
     for a in [a for a in asked if a.by_torch != a.by_llama][:10]:

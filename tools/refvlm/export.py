@@ -22,8 +22,8 @@ from vocabulary import BOS, EOS, TOKEN_SCORES, TOKEN_TYPES, TOKENS, UNKNOWN
 
 TEXT_F16, TEXT_Q8_0, MMPROJ_F16 = "refvlm-text-f16.gguf", "refvlm-text-q8_0.gguf", "refvlm-mmproj-f16.gguf"
 
-# The encoder was trained on the rows that stock llama.cpp hands to the projector (model.py). Whoever corrects that order for models that were
-# trained in CLIP's must leave this file alone.
+# The encoder was trained on the rows that stock llama.cpp hands to the projector (model.py). Whoever corrects that order for models that
+# were trained in CLIP's must leave this file alone.
 LAYOUT_KEY, LAYOUT = "star_edge.encoder_layout", "stock"
 
 # Pictures first, then the text without a space between: the space prefix of the tokenizer is the question's first space

@@ -2,8 +2,8 @@
 
 python tools/refvlm/train.py --out DIR [--size small] [--device cpu] [--seed 0]
 
-A run that was killed goes on from DIR/checkpoint.pt with the pictures that it would have seen. Progress is in DIR/log.jsonl, the weights
-are in DIR/model.pt at the end.
+A run that was killed goes on from DIR/checkpoint.pt with the pictures that it would have seen. Progress is in DIR/log.jsonl (what came
+after the checkpoint is there twice then), the weights are in DIR/model.pt at the end.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Trainer:
         for phase in PHASES[PHASES.index(saved["phase"]) :]:
             groups = self._groups(phase)
             first = 0
-            if saved and saved["phase"] == phase:
+            if saved["phase"] == phase:
                 first = saved["step"]
                 for group, state in zip(groups, saved["groups"]):
                     group.load_state_dict(state)
@@ -253,7 +253,7 @@ class Trainer:
             return {"phase": PHASES[0], "step": 0, "groups": []}
         saved = torch.load(path, map_location=self.device)
         if any(saved[key] != value for key, value in self.identity.items()):
-            raise SystemExit(f"{path} is of another run (size, plan or seed): give another --out")
+            raise SystemExit(f"{path} is of another run (size, plan, seed or precision): give another --out")
         self.model.load_state_dict(saved["model"])
         self._log({"resumed": saved["phase"], "step": saved["step"]})
         return saved
