@@ -147,9 +147,8 @@ def main() -> int:
     answer_with_llama(args.gguf / args.text, args.gguf / MMPROJ_F16, asked, max_tokens, args.threads)
     agreement = report(asked)
     accepted = agreement >= REQUIRED_AGREEMENT
-    print(
-        f"{'accepted' if accepted else 'NOT ACCEPTED'}: {100 * agreement:.2f}% of the answers are the same, {100 * REQUIRED_AGREEMENT}% are required"
-    )
+    verdict = "accepted" if accepted else "NOT ACCEPTED"
+    print(f"{verdict}: {100 * agreement:.2f}% of the answers are the same, {100 * REQUIRED_AGREEMENT}% are required")
     return 0 if accepted else 1
 
 
