@@ -17,7 +17,7 @@ from scenes import LARGE_SCENES, SMALL_SCENES, SceneGenerator
 
 CONFIGS = {"small": SMALL_SCENES, "large": LARGE_SCENES}
 N_BACKGROUNDS = 150
-DEFAULT_IMAGES = 1000  # a plate stands in about 54% of the pictures, and every family should have 500 questions
+DEFAULT_IMAGES = 1000  # a plate stands in about 55% of the pictures, and every family should have 500 questions
 
 
 def write_split(split: str, out: Path, n_images: int = DEFAULT_IMAGES, seed: int = 0, size: str = "small") -> tuple[Counter, str]:

@@ -21,7 +21,7 @@ from vocabulary import COLOR_NAMES, PREFIX, TOKENS
 # CLIP's own pixel statistics: LLaVA files carry them
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-_BACKGROUND_WEIGHT = 0.25  # nine patches of ten are background
+_BACKGROUND_WEIGHT = 0.25  # six patches of seven are background (small scenes)
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def whitened_dct(c: ModelConfig) -> np.ndarray:
     """First patch filters (v_width, 3 * patch_size^2): cosine filters of the lowest frequencies on opponent colours.
 
-    Each is scaled to unit variance over real patches. A random start took several times the steps to see colours and shapes.
+    Each is scaled to unit variance over real patches. Edges and colours then need not be found first.
     """
     p, grid = c.scenes.patch_size, c.scenes.grid
     index = np.arange(p)

@@ -13,7 +13,7 @@ from scenes import Scene, SceneObject
 from vocabulary import COLOR_NAMES, DIGITS, PLATE, PLURALS, SHAPES
 
 FAMILIES = ("exist", "color", "digit", "plate", "count", "where")
-# Fourteen questions share one picture in training: encoding it dominates the cost
+# Fourteen questions share one picture in training: the picture's rows cost more than theirs
 TRAINING_PLAN = ("exist",) * 4 + ("color",) * 3 + ("digit",) * 2 + ("plate",) + ("count",) * 2 + ("where",) * 2
 HELD_OUT_PLAN = ("exist", "exist", "color", "digit", "plate", "count", "where")
 _ALWAYS_POSSIBLE = ("exist", "color", "count", "where")
