@@ -160,7 +160,7 @@ PRESETS: dict[str, PruneConfig | None] = {
     "off": None,
     "quality": PruneConfig(vision_keep=0.75, decoder_keep=0.375),
     "balanced": PruneConfig(vision_keep=0.375, decoder_keep=0.1875),
-    "fast": PruneConfig(vision_keep=0.1, decoder_keep=0.1),
+    "fast": PruneConfig(vision_keep=0.15, decoder_keep=0.075),
     # Published methods, at the budgets of their papers; other budgets through override
     "star": PruneConfig(vision_keep=0.5, decoder_keep=0.25, **_PLAIN),
     "fastv": PruneConfig(decoder_keep=0.5, decoder_layer=2, decoder_scorer="last", **_PLAIN),

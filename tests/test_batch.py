@@ -74,7 +74,7 @@ def test_tasks_of_a_file(album):
     assert one == Task(one.key, ("b.png",), (str(album / "b.png"),), "one?", BALANCED)
     assert two.id == 7 and two.sources == (str(album / "b.png"), "https://host/x.png") and two.settings == Settings(PRESETS["fast"], 5)
     assert three.prompt == "all?" and three.sources == ("/x.png",)
-    assert three.settings == Settings(PruneConfig(0.25, 9, vision_share=0.5), 256, 0.5, 3, True)
+    assert three.settings == Settings(PruneConfig(0.25, 9), 256, 0.5, 3, True)
     assert off.settings.prune is None and off.images == ()
     assert len({task.key for task in (one, two, three, off)}) == 4
 
