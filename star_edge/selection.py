@@ -67,7 +67,7 @@ class Tokens:
         (Johnson and Lindenstrauss 1984): all distances of 576 tokens of 4096 dimensions would cost more than the rest of the stage.
         """
         vectors = np.asarray(self.vectors, np.float32)
-        if vectors.shape[1] > MAX_DIMENSIONS:
+        if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
             vectors = vectors @ _projection(vectors.shape[1])
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
