@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py methods > methods.json    every method at the same average tokens
     python benchmarks/accuracy.py shapes > shapes.json      how to spend a budget: vision stage, both stages, layer K, shares
+    python benchmarks/accuracy.py table summary.json        what `star-edge eval --json` printed, as a table in Markdown
 
 Average tokens are for the reference model: 144 image tokens, 6 decoder layers.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 N_LAYERS = 6
 BUDGETS = (0.5, 0.25, 0.1)  # average tokens over the image's tokens
@@ -71,8 +73,24 @@ def shapes() -> Iterator[dict]:
                 yield {"name": f"{name}, {b:g}", "method": name, **both(b, layer), "decoder_share": share}
 
 
+def table(summary: dict) -> None:
+    """A row for each config, in falling average tokens; accuracy in %, and of the difference from unpruned its 95% interval."""
+    rows = sorted(summary["configs"], key=lambda row: -round(row["average_tokens"] / 5))
+    families = list(rows[0]["accuracy_by_category"])
+    print("| config | tokens |", " | ".join(families), "| all | relative | interval | same answer | KL |")
+    print("|" + "---|" * (len(families) + 7))
+    for row in rows:
+        interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
+        shares = [row["accuracy_by_category"][f] for f in families] + [row["accuracy"], row["relative_accuracy"]]
+        cells = [row["name"], f"{row['average_tokens']:.1f}", *(f"{100 * x:.1f}" for x in shares), interval]
+        print("|", " | ".join([*cells, f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}"]), "|")
+
+
 if __name__ == "__main__":
     tables = {"methods": methods, "shapes": shapes}
-    if len(sys.argv) != 2 or sys.argv[1] not in tables:
-        sys.exit(f"usage: python benchmarks/accuracy.py {'|'.join(tables)}")
-    print(json.dumps(list(tables[sys.argv[1]]()), indent=1))
+    if len(sys.argv) == 3 and sys.argv[1] == "table":
+        table(json.loads(Path(sys.argv[2]).read_text()))
+    elif len(sys.argv) == 2 and sys.argv[1] in tables:
+        print(json.dumps(list(tables[sys.argv[1]]()), indent=1))
+    else:
+        sys.exit("usage: python benchmarks/accuracy.py methods|shapes|table SUMMARY.json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from .errors import ConfigError
@@ -125,6 +125,10 @@ class PruneConfig:
             last_name, last_keep = name, keep
             windows.append((layer, keep))
         return tuple(windows)
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as plain JSON values, which PruneConfig(**values) takes again."""
+        return asdict(self) | {"windows": [list(window) for window in self.windows]}
 
     @property
     def prunes_in_decoder(self) -> bool:

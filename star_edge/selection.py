@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 PLACE_WEIGHT = 0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
-MAX_DIMENSIONS = 128  # of the vectors that distances are computed from
+MAX_DIMENSIONS = 128  # of long vectors, for their distances
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Tokens:
 
     @cached_property
     def unit_vectors(self) -> np.ndarray:
-        """Vectors of length 1, (n, <= MAX_DIMENSIONS) float32.
+        """Vectors of length 1, (n, <= 2 MAX_DIMENSIONS) float32.
 
         Longer vectors go through a seeded random projection first, which keeps angles up to about 1/sqrt(MAX_DIMENSIONS)
         (Johnson and Lindenstrauss 1984): all distances of 576 tokens of 4096 dimensions would cost more than the rest of the stage.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -94,7 +93,7 @@ def tune(
     chosen = next((row for row in rows if row["name"] == best.name), None)
     result = {
         "star_edge": __version__,
-        "config": None if best.prune is None else asdict(best.prune),
+        "config": None if best.prune is None else best.prune.to_dict(),
         "name": best.name,
         "keep": keep,
         "measured_by": "relative_accuracy" if metric_name is not None else "agreement",
