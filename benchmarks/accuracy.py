@@ -1,8 +1,10 @@
 """The configs behind the tables of ACCURACY.md, as a file for `star-edge eval --configs`.
 
     python benchmarks/accuracy.py methods > methods.json    every method at the same average tokens
+    python benchmarks/accuracy.py picture > picture.json    the few of them that a picture can hold
     python benchmarks/accuracy.py shapes > shapes.json      how to spend a budget: vision stage, both stages, layer K, shares
     python benchmarks/accuracy.py table summary.json        what `star-edge eval --json` printed, as a table in Markdown
+    python benchmarks/accuracy.py compare summary.json      the same, methods against budgets
 
 Average tokens are for the reference model: 144 image tokens, 6 decoder layers.
 """
@@ -64,6 +66,12 @@ def methods() -> Iterator[dict]:
         yield row("clusters, random in the decoder", {**both(b, 2), "decoder_scorer": "random"})
 
 
+def picture() -> Iterator[dict]:
+    shown = ("clusters, both stages, K=2", "STAR, masses spread evenly", "STAR, K=2", "DivPrune", "SCOPE", "VisionZip", "random", "uniform")
+    chosen = [config for config in methods() if config["method"] in shown]
+    yield from sorted(chosen, key=lambda config: shown.index(config["method"]))
+
+
 def shapes() -> Iterator[dict]:
     for b in BUDGETS:
         yield {"name": f"vision {b:g}", "method": "vision stage alone", "vision_keep": b}
@@ -86,11 +94,24 @@ def table(summary: dict) -> None:
         print("|", " | ".join([*cells, f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}"]), "|")
 
 
+def compare(summary: dict) -> None:
+    """A row for each method, a column for each budget: accuracy in %, and KL divergence in nats."""
+    unpruned = summary["configs"][0]
+    cells = {row["method"]: {} for row in summary["configs"][1:]}
+    for row in summary["configs"][1:]:
+        cells[row["method"]][row["name"].rsplit(" ", 1)[1]] = f"{100 * row['accuracy']:.1f} ({row['kl']:.3f})"
+    print(f"| unpruned {100 * unpruned['accuracy']:.1f} |", " | ".join(f"{100 * b:g}%" for b in BUDGETS), "|")
+    print("|" + "---|" * (len(BUDGETS) + 1))
+    for method, by_budget in cells.items():
+        print("|", " | ".join([method, *(by_budget.get(f"{b:g}", "") for b in BUDGETS)]), "|")
+
+
 if __name__ == "__main__":
-    tables = {"methods": methods, "shapes": shapes}
-    if len(sys.argv) == 3 and sys.argv[1] == "table":
-        table(json.loads(Path(sys.argv[2]).read_text()))
+    tables = {"methods": methods, "picture": picture, "shapes": shapes}
+    printers = {"table": table, "compare": compare}
+    if len(sys.argv) == 3 and sys.argv[1] in printers:
+        printers[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
     elif len(sys.argv) == 2 and sys.argv[1] in tables:
         print(json.dumps(list(tables[sys.argv[1]]()), indent=1))
     else:
-        sys.exit("usage: python benchmarks/accuracy.py methods|shapes|table SUMMARY.json")
+        sys.exit("usage: python benchmarks/accuracy.py methods|picture|shapes, or table|compare SUMMARY.json")
