@@ -7,22 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-import llama_cpp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import __version__, refvlm
+from .. import __version__
 from ..errors import ConfigError, EvaluationError
-from ..evaluation.configs import OFF, NamedConfig
+from ..evaluation.configs import OFF
 from ..evaluation.metrics import METRICS, choose_metric
-from ..evaluation.results import Record, Results, fingerprint_file
-from ..evaluation.runner import run_tasks
 from ..evaluation.summary import summarise
-from ..evaluation.tasks import FORMAT, Task, read_tasks, sample_tasks
+from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
 from ..evaluation.tuning import candidates, split
 from ..evaluation.tuning import tune as search
-from .options import load_engine, model_options, print_json
+from .asking import asking
+from .options import model_options, print_json
 
 
 @click.command()
@@ -61,33 +58,12 @@ def tune(
     questions = sample_tasks(questions, limit, seed) if limit else questions
     choosing, reporting = split(questions)
     everything = [OFF, *(config for family in candidates() for config in family)]
-    prompt_suffix = prompt_suffix.replace("\\n", "\n")
-    options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "verbose")}
-    header = {"star_edge": __version__, "llama_cpp_python": llama_cpp.__version__, "metric": metric_name, "max_tokens": max_tokens}
-    header |= {"prompt_suffix": prompt_suffix, **options}
-    console = Console(stderr=True)
-    with load_engine(**model) as vlm:
-        text_model, mmproj = (model["model"], model["mmproj"]) if model["model"] else (refvlm.TEXT_MODEL, refvlm.MMPROJ)
-        files = {"model": fingerprint_file(text_model), "mmproj": fingerprint_file(mmproj) if mmproj else None}
-        with Results(out, {**files, **header}, questions, everything, fresh) as results:
-            progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                console=console, transient=True, disable=as_json or not console.is_terminal,
-            )  # fmt: skip
-
-            def ask(configs: Sequence[NamedConfig], on: Sequence[Task] = choosing) -> Mapping[tuple[str, str], Record]:
-                bar = progress.add_task(configs[-1].name, total=len(on) * len(configs))
-                run_tasks(
-                    vlm, on, configs, results, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix,
-                    progress=lambda n: progress.advance(bar, n),
-                )  # fmt: skip
-                progress.remove_task(bar)
-                return results.records
-
-            with progress:
-                console.show_cursor(True)  # rich hides it, and Ctrl-C, which ends the process where it stands, would leave it so
-                best, rows = search(ask, choosing, metric_name, keep)
-                reported = summarise(reporting, [best], ask([OFF, best], reporting), metric_name)["configs"][0] if reporting else None
+    with asking(
+        model, questions, everything,
+        out=out, fresh=fresh, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix, quiet=as_json,
+    ) as ask:  # fmt: skip
+        best, rows = search(lambda configs: ask(choosing, configs), choosing, metric_name, keep)
+        reported = summarise(reporting, [best], ask(reporting, [OFF, best]), metric_name)["configs"][0] if reporting else None
     if not any(row["n"] for row in rows):
         raise EvaluationError("no question could be answered", "see star-edge eval with the same file for the errors")
     chosen = next((row for row in rows if row["name"] == best.name), None)
