@@ -16,6 +16,7 @@ import click
 # Imported when used: `star-edge --help` should not load llama.cpp.
 COMMANDS = {
     "run": "Answer a question about images.",
+    "serve": "Serve a model: OpenAI's API, and a page that shows what is pruned.",
     "demo": "Ask the shipped reference model about a picture, stock beside pruned.",
     "inspect": "Attention of any layer, and the tokens that stay, as arrays and as a picture.",
     "eval": "Accuracy and speed of presets and other configs on your own questions, beside the unpruned model.",
