@@ -14,7 +14,7 @@ from ..config import DEFAULT_PRESET, PRESETS, resolve_prune
 from ..errors import ConfigError, MissingDependencyError
 from .options import find_model, model_options
 
-_SHUTDOWN_SECONDS = 3  # for answers under way, before they are stopped
+_SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
 
 
 @click.command()
@@ -48,6 +48,7 @@ def serve(
     """
     try:
         import uvicorn
+        from sse_starlette.sse import AppStatus
 
         from ..server.app import make_app
         from ..server.settings import Policy
@@ -80,7 +81,13 @@ def serve(
         app, host=host, port=port, log_level="info" if options["verbose"] else "warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS
     )
 
+    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them in good order
+
     class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.state.engine.stop_jobs()
+            await super().shutdown(sockets)
+
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             address = self.servers[0].sockets[0].getsockname()[:2]

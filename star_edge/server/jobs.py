@@ -58,10 +58,13 @@ class Engine:
         # A thread of its own: slow downloads and other routes may have taken all of the default ones.
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
 
-    async def stop(self) -> None:
-        """Ends every job, and returns when none uses the Llama any more."""
+    def stop_jobs(self) -> None:
         for job in list(self.jobs):
             job.stop()
+
+    async def stop(self) -> None:
+        """Ends every job, and returns when none uses the Llama any more."""
+        self.stop_jobs()
         while self.jobs:
             await anyio.sleep(0.01)
 

@@ -53,13 +53,11 @@ def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet, also as an IPv6 address that stands for an IPv4 one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if any(i is not None and not is_public(str(i)) for i in inner):
+        inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.sixtofour is not None or ip.teredo is not None:  # tunnels of the past, to who knows where
             return False
-        if ip.ipv4_mapped is not None:
-            return True
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private)
 
 
@@ -99,7 +97,7 @@ def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, s
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not url.isascii() or re.search(r"[\s\\]", url):
         raise ImageError(f"{_shown(url)} is no URL that is fetched", "use http:// or https://, without a user name, percent-encoded")
-    connection = http.client.HTTPConnection(parts.hostname, timeout=deadline.seconds)
+    connection = http.client.HTTPConnection(parts.hostname, 0)
     try:
         connection.sock = _connect(parts, deadline)
         target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
