@@ -48,7 +48,7 @@ class Server:
         return openai.OpenAI(base_url=self.url + "/v1", api_key=key, **{"max_retries": 0, **options})
 
     def request(self, method, path, body=None, headers=None):
-        """(status, headers, body as JSON where it is such)."""
+        """(status, headers, body: from JSON or as text where it is such)."""
         connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=20)
         try:
             data = json.dumps(body) if isinstance(body, (dict, list)) else body
@@ -56,8 +56,8 @@ class Server:
             connection.request(method, path, data, headers, encode_chunked="Transfer-Encoding" in headers)
             answer = connection.getresponse()
             text = answer.read()
-            is_json = "json" in answer.headers.get("Content-Type", "")
-            return answer.status, answer.headers, json.loads(text) if is_json else text.decode()
+            kind = answer.headers.get("Content-Type", "")
+            return answer.status, answer.headers, json.loads(text) if "json" in kind else text if "image" in kind else text.decode()
         finally:
             connection.close()
 

@@ -559,7 +559,18 @@ def test_slow_downloads_hold_up_nobody(monkeypatch):
     assert answers == ["red"] * 12
 
 
-# ---- the page and the end ----
+# ---- the README, the page and the end ----
+
+
+def test_client_of_the_readme(server, tmp_path, monkeypatch, capsys):
+    """The block after the marker runs as it is, but for the port; its server is that of the module, with the reference model."""
+    code = (ROOT / "README.md").read_text().split("<!-- executed: server -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    assert "http://127.0.0.1:8000" in code
+    (tmp_path / "receipt.png").symlink_to(refvlm.DEMO_IMAGE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "36.0" in printed and printed.strip().endswith("36.0"), printed
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):

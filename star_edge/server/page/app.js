@@ -8,6 +8,7 @@ let picture = null; // {image: ImageBitmap, url: data URL}
 let running = null; // AbortController of the questions under way
 let asked = null; // the question that has been answered, for another budget
 const firstToken = {}; // milliseconds by card, of each time it was asked
+const generation = {}; // milliseconds by card, of the answer after its first token
 
 // ---- the picture ----
 
@@ -181,8 +182,8 @@ async function answer(name, question, signal) {
       if (!report) continue;
       const { first_token: first, generate } = report.milliseconds;
       firstToken[name] = [first];
+      generation[name] = generate;
       put("tokens", `${Number(report.average_tokens.toFixed(1))} of ${report.n_image_tokens}`);
-      put("total", milliseconds(first + generate));
       put("notes", report.notes.join(" "));
       if (name === "pruned") showKept(report);
       compare();
@@ -213,6 +214,7 @@ function compare() {
   const longest = Math.max(...Object.values(medians));
   for (const [name, ms] of Object.entries(medians)) {
     $(name).querySelector(".first").textContent = milliseconds(ms);
+    $(name).querySelector(".total").textContent = milliseconds(ms + generation[name]);
     $(name).querySelector(".bar").style.width = `${(100 * ms) / longest}%`;
   }
   const { pruned, stock } = medians;
