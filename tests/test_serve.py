@@ -607,9 +607,27 @@ def test_signals_end_it_in_good_order(how):
         (["-m", "nowhere.gguf", "--mmproj", "x"], "nowhere.gguf does not exist"),
         (["-m", str(refvlm.TEXT_MODEL), "--mmproj", "nowhere.gguf"], "nowhere.gguf does not exist"),
         (["-m", str(refvlm.TEXT_MODEL)], "has no mmproj"),
+        (["--host", "203.0.113.1"], "203.0.113.1 port 8000 cannot be used"),
     ],
 )
 def test_bad_options(monkeypatch, options, words):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(errors.StarEdgeError, match=words):
         serve.main(options, standalone_mode=False)
+
+
+def test_a_port_that_is_taken(server, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    port = server.url.rpartition(":")[2]
+    with pytest.raises(errors.ConfigError, match=f"port {port} cannot be used"):
+        serve.main(["--port", port], standalone_mode=False)
+
+
+def test_another_address_needs_no_local_name():
+    """Bound to all addresses, a server has names that it cannot know; without a key it says what that means."""
+    assert Policy(host="::1").is_local and Policy(host="localhost").is_local and not Policy(host="0.0.0.0").is_local
+    server = Server("--host", "0.0.0.0")
+    server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+    assert server.request("GET", "/health", headers={"Host": "box.example"})[0] == 200
+    status, stderr = server.stop()
+    assert status == 0 and "everybody who reaches this address can use it" in stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def serve(
         options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
     alias = hf_repo or Path(text).stem
 
+    listener = _bind(host, port)
     # The matrices of both stages are small, and BLAS threads that spin take the cores from llama.cpp's: 18 ms became 2 under load
     threadpoolctl.threadpool_limits(1, user_api="blas")
     # uvicorn ends in good order on either signal, and then sends it to whoever had it before
@@ -93,14 +95,30 @@ def serve(
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
-            address = self.servers[0].sockets[0].getsockname()[:2]
+            address = listener.getsockname()
             url = f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
             if as_json:
                 click.echo(json.dumps({"url": url, "model": alias}))
             else:
                 click.echo(f"{alias} is served at {url}: the page there, OpenAI's API under {url}/v1. Ctrl-C ends it.")
-                if not policy.is_local and policy.api_key is None:
-                    click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
+            if not policy.is_local and policy.api_key is None:
+                click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
 
-    Server(config).run()
+    Server(config).run([listener])
     return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, and does not listen before there is somebody to answer.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"{host} port {port} cannot be used ({error.strerror or error})", "give another --host or --port") from error
+    return listener
