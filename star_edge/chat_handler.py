@@ -38,6 +38,7 @@ from .vision.encoder import Prompt
 _REPORT_KEY = "star_edge"  # of a response
 # Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
+_is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar("star_edge_is_cancelled", default=None)  # of `cancellable` blocks
 
 
 class _Libmtmd:
@@ -140,6 +141,18 @@ class StarChatHandler(MTMDChatHandler):
         finally:
             _overrides.reset(token)
 
+    @contextlib.contextmanager
+    def cancellable(self, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+        """Requests that this thread makes inside the block raise RequestCancelledError soon after is_cancelled() becomes true.
+
+        It is asked before each decode, so an answer ends within a token. The chunks of a stream are not held to it: stop reading them.
+        """
+        token = _is_cancelled.set(is_cancelled)
+        try:
+            yield
+        finally:
+            _is_cancelled.reset(token)
+
     # ---- a request ----
 
     def __call__(self, *, llama: Llama, messages: list[Any], stream: bool = False, **options: Any) -> Any:
@@ -148,7 +161,8 @@ class StarChatHandler(MTMDChatHandler):
         Raises:
             PromptError, ImageError, ConfigError, ContextLengthError: the request cannot be served.
             UnsupportedModelError, ModelMismatchError: nor can the model.
-            EngineError: llama.cpp failed. EngineClosedError: the Llama is closed. The Llama can be used again after any of them.
+            EngineError: llama.cpp failed. EngineClosedError: the Llama is closed. RequestCancelledError: see `cancellable`.
+            The Llama can be used again after any of them.
         """
         with self._lock:
             request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
@@ -157,6 +171,7 @@ class StarChatHandler(MTMDChatHandler):
             self._init_mtmd_context(llama)
             reader = self._reader
             self._request = request
+            reader.context.is_cancelled = _is_cancelled.get()
             try:
                 with self._typed_errors(request):
                     result = super().__call__(llama=llama, messages=messages, stream=stream, **options)
@@ -170,7 +185,7 @@ class StarChatHandler(MTMDChatHandler):
                 reader.begin()
                 raise
             finally:
-                self._request = None
+                self._request = reader.context.is_cancelled = None
             reader.begin()
             return result
 

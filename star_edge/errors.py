@@ -71,6 +71,10 @@ class EngineClosedError(StarEdgeError, RuntimeError):
     """The engine was closed, or is busy with an unfinished streamed answer."""
 
 
+class RequestCancelledError(StarEdgeError, RuntimeError):
+    """Whoever made the request does not want its answer any more."""
+
+
 class HubError(StarEdgeError, RuntimeError):
     """A model that the Hugging Face hub does not have, does not hand out, or cannot be asked for."""
 

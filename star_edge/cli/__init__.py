@@ -16,6 +16,7 @@ import click
 # Imported when used: `star-edge --help` should not load llama.cpp.
 COMMANDS = {
     "run": "Answer a question about images.",
+    "serve": "Serve a model: OpenAI's API, and a page that shows what is pruned.",
     "demo": "Ask the shipped reference model about a picture, stock beside pruned.",
     "tune": "Find the cheapest config that keeps the accuracy on your own questions.",
     "inspect": "Attention of any layer, and the tokens that stay, as arrays and as a picture.",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import llama_cpp
 import numpy as np
 from llama_cpp import Llama, _internals
 
-from ..errors import ContextLengthError, EngineError
+from ..errors import ContextLengthError, EngineError, RequestCancelledError
 from ..tap import Outcome, Plan, Tap
 
 # Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be reused yet
@@ -24,11 +25,13 @@ class TappedContext(_internals.LlamaContext):
     """A LlamaContext that tells its tap when a plain decode begins, and what it still has to do for the prompt in the cache.
 
     request: changes whenever the prompt in the cache goes.
+    is_cancelled: asked before every decode, of a prompt's too; when it says so, RequestCancelledError is raised instead.
     """
 
     def __init__(self, tap: Tap, **kwargs: object) -> None:
         self.tap = tap
         self.request = 0
+        self.is_cancelled: Callable[[], bool] | None = None
         self._n_prompt = 0
         super().__init__(**kwargs)
 
@@ -55,7 +58,12 @@ class TappedContext(_internals.LlamaContext):
             self.forget_prompt()
         return super().kv_cache_seq_rm(seq_id, p0, p1)
 
+    def check_cancelled(self) -> None:
+        if self.is_cancelled is not None and self.is_cancelled():
+            raise RequestCancelledError("the request was cancelled")
+
     def decode(self, batch: _internals.LlamaBatch) -> None:
+        self.check_cancelled()
         self.tap.begin()
         super().decode(batch)
         self.tap.check()
@@ -177,7 +185,9 @@ class DecoderContext:
         Raises:
             ContextLengthError: no free KV cells.
             EngineError: llama.cpp refused or failed, or the tap did.
+            RequestCancelledError: TappedContext.is_cancelled says so.
         """
+        self.llama._ctx.check_cancelled()
         n = len(rows)
         if n > self.n_ubatch:
             raise EngineError(f"{what}: {n} rows in one decode, n_ubatch is {self.n_ubatch}")

@@ -1,0 +1,124 @@
+"""star-edge serve: an OpenAI-compatible server with pruning, and a page to see it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import refvlm
+from ..config import DEFAULT_PRESET, PRESETS, resolve_prune
+from ..errors import ConfigError, MissingDependencyError
+from .options import find_model, model_options
+
+_SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than localhost: use --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@model_options
+@click.option(
+    "--preset", metavar="NAME|FILE.json", default=DEFAULT_PRESET, show_default=True,
+    help=f"For requests without `prune`: {', '.join(PRESETS)}, or a file of star-edge tune.",
+)  # fmt: skip
+@click.option("--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY.")
+@click.option("--allow-remote-images", is_flag=True, help="Fetch http(s) image URLs, from public addresses only.")
+@click.option("--max-image-bytes", type=int, default=16 * 2**20, show_default=True)
+@click.option("--max-image-pixels", type=int, default=32_000_000, show_default=True)
+@click.option("--max-images", type=int, default=8, show_default=True, help="Images of one request.")
+@click.option(
+    "--max-body-bytes", type=int, default=32 * 2**20, show_default=True, help="Size of a request; an image takes 4/3 of its bytes."
+)
+@click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503.")
+@click.option(
+    "--cors-origin", "cors_origins", multiple=True, help="Site whose pages may call, such as https://example.org; repeat for several."
+)
+@click.option("--json", "as_json", is_flag=True, help="When ready, print one line of JSON with the address.")
+def serve(
+    host: str, port: int, preset: str, as_json: bool, model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool, **options: Any
+) -> int:  # fmt: skip
+    """Serve a model: OpenAI's API under /v1, a page to try it at /, /health and /metrics.
+
+    It is llama-cpp-python's server with pruning; a request may have a field `prune`, a preset's name or an object of PruneConfig's
+    fields. Ctrl-C ends it.
+    """
+    try:
+        import threadpoolctl
+        import uvicorn
+        from sse_starlette.sse import AppStatus
+
+        from ..server.app import make_app
+        from ..server.settings import Policy
+    except ImportError as error:
+        raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
+    names = (
+        "api_key",
+        "allow_remote_images",
+        "max_image_bytes",
+        "max_image_pixels",
+        "max_images",
+        "max_body_bytes",
+        "max_queue",
+        "cors_origins",
+    )
+    policy = Policy(host=host, **{name: options.pop(name) for name in names})
+    resolve_prune(preset)  # a wrong one shows before a model is downloaded
+    text, projector = find_model(model, mmproj, hf_repo, no_mmproj)
+    if projector is None:
+        raise ConfigError("the model has no mmproj", "add --mmproj FILE; for text alone use python -m llama_cpp.server")
+    if text == refvlm.TEXT_MODEL:
+        options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+    alias = hf_repo or Path(text).stem
+
+    listener = _bind(host, port)
+    # The matrices of both stages are small, and BLAS threads that spin take the cores from llama.cpp's: 18 ms became 2 under load
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    # uvicorn ends in good order on either signal, and then sends it to whoever had it before
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: None)
+    app = make_app(text, projector, policy, preset, alias=alias, **options)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="info" if options["verbose"] else "warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS
+    )
+
+    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them in good order
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            app.state.engine.stop_jobs()
+            await super().shutdown(sockets)
+
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            address = listener.getsockname()
+            url = f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
+            if as_json:
+                click.echo(json.dumps({"url": url, "model": alias}))
+            else:
+                click.echo(f"{alias} is served at {url}: the page there, OpenAI's API under {url}/v1. Ctrl-C ends it.")
+            if not policy.is_local and policy.api_key is None:
+                click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
+
+    Server(config).run([listener])
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, and does not listen before there is somebody to answer.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(f"{host} port {port} cannot be used ({error.strerror or error})", "give another --host or --port") from error
+    return listener

@@ -1,0 +1,163 @@
+"""Fetches images from URLs of strangers: from public addresses only, and never longer or more than allowed.
+
+Knows HTTP and addresses; knows neither image formats nor requests.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import urllib.parse
+
+from ..errors import ImageError, ImageTooLargeError
+from ..images import USER_AGENT
+
+MAX_REDIRECTS = 5
+_CHUNK_BYTES = 1 << 16
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_REMEDY = "check the URL, or send the image as a data: URL"
+
+
+def fetch(url: str, max_bytes: int, seconds: float = 20.0) -> bytes:
+    """The body at an http:// or https:// URL.
+
+    The name is resolved once for each hop, every address of it is checked, and the connection goes to a checked address, so that
+    a name that changes its address in between gains nothing. Proxies of the environment are not used: they resolve names themselves.
+
+    seconds: for everything together, redirects included; resolving names has the resolver's own limit.
+
+    Raises:
+        ImageError: no such URL, an address that is not public, or no answer. ImageTooLargeError: more than max_bytes.
+    """
+    deadline = _Deadline(seconds)
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            body, url = _get(url, max_bytes, deadline)
+            if body is not None:
+                return body
+        raise ImageError(f"{_shown(url)} is redirected more than {MAX_REDIRECTS} times", _REMEDY)
+    except ImageError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = f"no complete answer within {seconds:g} s" if deadline.passed or isinstance(error, TimeoutError) else type(error).__name__
+        raise ImageError(f"{_shown(url)} cannot be fetched ({reason})", _REMEDY) from error
+    finally:
+        deadline.cancel()
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet, also as an IPv6 address that stands for an IPv4 one."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.sixtofour is not None or ip.teredo is not None:  # tunnels of the past, to who knows where
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private)
+
+
+class _Deadline:
+    """Shuts the socket under way when the time is up: a server that sends a byte now and then would pass any timeout of single reads."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.passed = False
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def watch(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._socket = sock
+            if self.passed:
+                raise TimeoutError
+
+    def _end(self) -> None:
+        with self._lock:
+            self.passed = True
+            if self._socket is not None:
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # closed already
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+
+def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, str]:
+    """The body and the URL, or None and where the answer redirects to."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not url.isascii() or re.search(r"[\s\\]", url):
+        raise ImageError(f"{_shown(url)} is no URL that is fetched", "use http:// or https://, without a user name, percent-encoded")
+    connection = http.client.HTTPConnection(parts.hostname, 0)
+    try:
+        connection.sock = _connect(parts, deadline)
+        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        connection.putrequest("GET", target, skip_host=True, skip_accept_encoding=True)
+        for name, value in (("Host", parts.netloc), ("User-Agent", USER_AGENT), ("Accept", "image/*"), ("Connection", "close")):
+            connection.putheader(name, value)
+        connection.endheaders()
+        with connection.getresponse() as response:
+            location = response.headers.get("Location")
+            if response.status in (301, 302, 303, 307, 308) and location:
+                return None, urllib.parse.urljoin(url, location)
+            if response.status != 200:
+                raise ImageError(f"{_shown(url)} cannot be fetched (HTTP {response.status})", _REMEDY)
+            data = bytearray()
+            while chunk := response.read1(min(_CHUNK_BYTES, max_bytes + 1 - len(data))):
+                data += chunk
+                if len(data) > max_bytes:
+                    raise ImageTooLargeError(f"{_shown(url)} is larger than the {max_bytes} bytes allowed", "send a smaller image")
+            if response.length:  # of what Content-Length promised, also when the deadline cut it
+                raise TimeoutError if deadline.passed else http.client.IncompleteRead(b"", response.length)
+            if deadline.passed:
+                raise TimeoutError
+            return bytes(data), url
+    finally:
+        connection.close()
+
+
+def _connect(parts: urllib.parse.SplitResult, deadline: _Deadline) -> socket.socket:
+    """A connection to an address of the URL's host, none of which may be private."""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    if not addresses or not all(is_public(address) for address in addresses):
+        raise ImageError(f"{_shown(parts.geturl())} is not on a public address", "send the image as a data: URL")
+    error: OSError | None = None
+    for address in addresses:
+        try:
+            sock = socket.create_connection((address, port), deadline.seconds)
+            break
+        except OSError as caught:
+            error = caught
+            if deadline.passed:
+                raise
+    else:
+        raise error
+    try:
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            deadline.watch(sock)
+            sock.do_handshake()
+        else:
+            deadline.watch(sock)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _shown(url: str) -> str:
+    """Without user names and queries, which hold secrets, and short."""
+    text = re.sub(r"(?<=://)[^/]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])[:160]
+    return "".join(c if c.isprintable() else "?" for c in text)

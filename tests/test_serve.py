@@ -1,0 +1,633 @@
+"""star-edge serve: answers, the queue, what is refused, and how it ends. Servers are real ones, in processes of their own."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import signal
+import socket
+import threading
+import time
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+from serving import DEMO, Server, data_url, message
+
+from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
+from star_edge.cli.serve import serve
+from star_edge.server import remote
+from star_edge.server.app import make_app
+from star_edge.server.guard import Guard
+from star_edge.server.settings import Policy
+
+COLOR = "what color is the triangle?"
+ROOT = Path(__file__).parent.parent
+QUESTIONS = Path(__file__).parent / "refvlm_questions"
+LONG = {"max_tokens": 600, "extra_body": {"min_tokens": 600}}  # an answer of seconds: the end token is forbidden
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server("--max-queue", "128")
+    yield server
+    status, stderr = server.stop()
+    assert status == 0 and "Traceback" not in stderr and "ERROR" not in stderr
+
+
+@pytest.fixture(scope="module")
+def strict():
+    server = Server(
+        "--max-queue", "2", "--allow-remote-images", "--max-images", "2", "--max-image-bytes", "50000", "--max-image-pixels", "40000",
+        "--max-body-bytes", "250000", "--cors-origin", "https://friend.example", "--preset", "fast",
+        environment={"STAR_EDGE_API_KEY": "secret", "CONFIG_FILE": "/nowhere", "API_KEY": "other", "N_CTX": "8"},
+    )  # fmt: skip
+    yield server
+    assert server.stop()[0] == 0
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=1024, n_threads=1) as engine:
+        yield engine
+
+
+def ask(client, *urls, question=COLOR, **options):
+    options = {"model": "any", "temperature": 0, "max_tokens": 4, **options}
+    return client.chat.completions.create(messages=[message(question, *(urls or [DEMO]))], **options)
+
+
+def text_of(response):
+    return response.choices[0].message.content.strip()
+
+
+def pieces(stream):
+    """(text, last chunk)"""
+    chunks = list(stream)
+    return "".join(c.choices[0].delta.content or "" for c in chunks).strip(), chunks[-1]
+
+
+# ---- answers ----
+
+
+def test_answers_as_the_engine_and_reports(server, vlm):
+    config = PruneConfig(vision_keep=0.5, decoder_keep=20, decoder_layer=3)
+    expected = vlm.generate(COLOR, [DEMO], config, max_tokens=4)
+    extra = {"prune": {"vision_keep": 0.5, "decoder_keep": 20, "decoder_layer": 3}, "star_edge": {"kept": True}}
+    client = server.client()
+    response = ask(client, extra_body=extra)
+    text, last = pieces(ask(client, stream=True, extra_body=extra))
+    assert text_of(response) == text == expected.text.strip() == "red"
+    assert response.usage.prompt_tokens > 144 and last.choices[0].finish_reason
+    for report in (response.star_edge, last.star_edge):
+        assert report["average_tokens"] == expected.report.average_tokens
+        (kept,), image = report["kept"], expected.report.images[0]
+        assert kept["grid"] == [12, 12] and kept["cells"] == image.cells.tolist()
+        assert kept["vision_kept"] == image.vision_kept.tolist() and kept["decoder_kept"] == image.decoder_kept.tolist()
+        assert report["milliseconds"]["queue"] >= 0
+    assert "kept" not in ask(client).star_edge
+
+
+def test_the_default_is_the_preset_and_off_is_off(server):
+    client = server.client()
+    assert ask(client).star_edge["average_tokens"] == 36
+    assert ask(client, extra_body={"prune": "fast"}).star_edge["average_tokens"] == 14
+    assert ask(client, extra_body={"prune": "off"}).star_edge["config"] is None
+    assert ask(client, extra_body={"prune": None}).star_edge["average_tokens"] == 36
+
+
+def test_names_no_file(server):
+    status, _, models = server.request("GET", "/v1/models")
+    assert status == 200 and [m["id"] for m in models["data"]] == [server.ready["model"]] == ["refvlm-text-q8_0"]
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+    assert server.request("POST", "/v1/chat/completions", body)[2]["model"] == "refvlm-text-q8_0"
+
+
+def test_max_completion_tokens(server):
+    assert ask(server.client(), max_tokens=None, max_completion_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_routes_of_the_app_are_there(server):
+    assert server.request("POST", "/extras/tokenize/count", {"input": "how many squares?"})[2]["count"] > 2
+    completion = server.client().completions.create(model="m", prompt="what number is shown?", max_tokens=2, temperature=0)
+    assert completion.object == "text_completion"
+    assert text_of(ask(server.client())) == "red"
+
+
+def test_metrics_count_what_happened(server):
+    names = ['star_edge_image_tokens_total{point="before"}', 'star_edge_image_tokens_total{point="after_vision"}',
+             'star_edge_image_tokens_total{point="after_decoder"}', "star_edge_generated_tokens_total",
+             "star_edge_time_to_first_token_seconds_count",
+             'star_edge_requests_total{path="/v1/chat/completions",status="200"}',
+             'star_edge_requests_total{path="/v1/chat/completions",status="400"}', 'star_edge_errors_total{error="ConfigError"}']  # fmt: skip
+    before = [server.metric(name) for name in names]
+    response = ask(server.client())
+    pieces(ask(server.client(), stream=True))
+    with pytest.raises(openai.BadRequestError):
+        ask(server.client(), extra_body={"prune": "x"})
+    n = 2 * response.star_edge["n_generated"]
+    assert [server.metric(name) - b for name, b in zip(names, before)] == [288, 108, 54, n, 2, 2, 1, 1]
+    assert server.request("GET", "/health")[2] == {"status": "ok", "waiting": 0}
+
+
+# ---- the queue ----
+
+
+def test_a_hundred_requests_of_eight_clients(server):
+    """All at once, half of them streamed, each about another picture with an answer that is known."""
+    wanted = [json.loads(line) for line in (QUESTIONS / "questions.jsonl").read_text().splitlines()]
+    wanted = [q for q in wanted if q["family"] in ("color", "digit")][:100]
+    presets = {"off": 144, "quality": 72}
+
+    async def one(client, i, q):
+        preset = list(presets)[i % 2]
+        stream = i % 4 < 2
+        answer = await ask(client, data_url(QUESTIONS / q["image"]), question=q["question"], stream=stream, extra_body={"prune": preset})
+        if stream:
+            chunks = [chunk async for chunk in answer]
+            text, report = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].star_edge
+        else:
+            text, report = answer.choices[0].message.content, answer.star_edge
+        return text.strip(), report["average_tokens"], report["milliseconds"]["queue"]
+
+    async def all_of_them():
+        clients = [openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) for _ in range(8)]
+        try:
+            return await asyncio.gather(*(one(clients[i % 8], i, q) for i, q in enumerate(wanted)))
+        finally:
+            await asyncio.gather(*(c.close() for c in clients))
+
+    answers = asyncio.run(all_of_them())
+    assert [text for text, _, _ in answers] == [q["answer"] for q in wanted]
+    assert [average for _, average, _ in answers] == [list(presets.values())[i % 2] for i in range(100)]
+    assert len({q["image"] for q in wanted}) > 40 and max(waited for _, _, waited in answers) > 500  # they did queue
+
+
+@contextlib.contextmanager
+def busy(server, key="none"):
+    """The engine is at a long answer inside the block."""
+    with ask(server.client(key), stream=True, **LONG) as stream:
+        next(iter(stream))
+        yield
+    server.wait(lambda: server.request("GET", "/health")[2]["waiting"] == 0)
+
+
+def test_first_come_first_served(server):
+    order, threads = [], []
+
+    def run(i):
+        ask(server.client(), stream=False)
+        order.append(i)
+
+    with busy(server):
+        for i in range(6):
+            threads.append(threading.Thread(target=run, args=(i,)))
+            threads[-1].start()
+            server.wait(lambda i=i: server.request("GET", "/health")[2]["waiting"] == i + 1)
+    [t.join() for t in threads]
+    assert order == list(range(6))
+
+
+def test_the_queue_is_bounded(strict):
+    refused, answered = [], []
+
+    def run():
+        try:
+            answered.append(text_of(ask(strict.client("secret"))))
+        except openai.APIStatusError as error:
+            refused.append(error)
+
+    with busy(strict, "secret"):
+        threads = [threading.Thread(target=run) for _ in range(5)]
+        [t.start() for t in threads]
+        strict.wait(lambda: len(refused) == 3)
+    [t.join() for t in threads]
+    assert answered == ["red", "red"]
+    assert {e.status_code for e in refused} == {503} and refused[0].response.headers["Retry-After"] == "1"
+    assert refused[0].code == "queue_full" and "2 requests wait already" in refused[0].message
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_answer(server, stream):
+    generated, left = server.metric("star_edge_generated_tokens_total"), server.metric('star_edge_errors_total{error="ClientLeft"}')
+    body = {"messages": [message(COLOR, DEMO)], "max_tokens": 800, "min_tokens": 800, "stream": stream, "temperature": 0}
+    data = json.dumps(body).encode()
+    prompts = server.metric("star_edge_time_to_first_token_seconds_count")
+    with socket.create_connection(urllib.parse.urlsplit(server.url).netloc.split(":")) as sock:
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        sock.sendall(b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        if stream:
+            assert b"200 OK" in sock.recv(100)
+        else:
+            time.sleep(0.15)
+    server.wait(lambda: server.metric('star_edge_errors_total{error="ClientLeft"}') == left + 1, 1)
+    assert text_of(ask(server.client())) == "red"
+    n = server.metric("star_edge_generated_tokens_total") - generated
+    assert n < 400, n
+    assert server.metric("star_edge_time_to_first_token_seconds_count") == prompts + (2 if stream else 1)
+
+
+def test_one_who_leaves_the_queue_is_not_answered(server):
+    prompts = server.metric("star_edge_time_to_first_token_seconds_count")
+    with busy(server):
+        with pytest.raises(openai.APITimeoutError):
+            ask(server.client(timeout=0.3))
+        server.wait(lambda: server.request("GET", "/health")[2]["waiting"] == 0, 2)
+    assert server.metric("star_edge_time_to_first_token_seconds_count") == prompts + 1
+
+
+def test_cancellable():
+    import llama_cpp
+
+    handler = StarChatHandler(refvlm.MMPROJ, verbose=False)
+    llm = llama_cpp.Llama(str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
+    talk = lambda: llm.create_chat_completion([message(COLOR, DEMO)], temperature=0, max_tokens=4)["choices"][0]["message"]["content"]
+    for n_decodes in (0, 1, 5):  # at once, within the prompt, within the answer
+        asked = iter(range(100))
+        with handler.cancellable(lambda asked=asked, n=n_decodes: next(asked) >= n), pytest.raises(errors.RequestCancelledError):
+            llm.create_chat_completion([message(COLOR, DEMO)], max_tokens=8, logit_bias={llm.token_eos(): -100.0})
+        assert talk() == " red"
+    llm.close()
+
+
+# ---- what is refused ----
+
+
+@pytest.fixture
+def refused(server):
+    def check(words, body=None, url=None, status=400):
+        body = body if body is not None else {"messages": [message(COLOR, *([url] if url is not None else []))], "max_tokens": 2}
+        for stream in (False, True):
+            got, _, answer = server.request("POST", "/v1/chat/completions", {**body, "stream": stream})
+            assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}, answer
+            assert words in answer["error"]["message"] and "\n" not in answer["error"]["message"], answer
+        assert text_of(ask(server.client())) == "red"
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("prune", "words"),
+    [
+        ("nope", "no preset 'nope': use one of off"),
+        ("/etc/passwd.json", "there is no preset"),
+        (3, "prune is a int: use"),
+        ({"keep": 1}, "prune has no field 'keep': use vision_keep"),
+        ({"vision_keep": 1.5}, "no fraction in (0, 1]"),
+        ({"vision_keep": []}, "vision_keep=[] is a list"),
+        ({"windows": 5}, "prune cannot be used"),
+        ({"decoder_layer": 6}, "outside 1..5"),
+        ({"vision_keep": 145}, "over the image's 144 tokens"),
+    ],
+)
+def test_bad_prune(refused, prune, words):
+    refused(words, {"messages": [message(COLOR, DEMO)], "prune": prune})
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://example.com/a.png", "start the server with --allow-remote-images"),
+        ("HTTPS://example.com/a.png", "start the server with --allow-remote-images"),
+        ("file:///etc/hostname", "neither a data: nor an http(s) URL"),
+        (str(refvlm.DEMO_IMAGE), "neither a data: nor an http(s) URL"),
+        ("image-0", "neither a data: nor an http(s) URL"),
+        ("ftp://example.com/a", "neither a data: nor an http(s) URL"),
+        ("", "neither a data: nor an http(s) URL"),
+        ("data:image/png;base64,AAAA", "not an image in a known format"),
+        ("data:image/png;base64,A!", "invalid base64"),
+    ],
+)
+def test_bad_image_urls(refused, url, words):
+    refused(words, url=url)
+
+
+def test_bad_requests(refused, server):
+    refused("messages", {"messages": 5})
+    refused("star_edge", {"messages": [message(COLOR)], "star_edge": {"keep": True}})
+    refused("markers", {"messages": [message("<__media__>", DEMO)]})
+    refused("the grammar cannot be parsed", {"messages": [message(COLOR)], "grammar": "root :="})
+    refused("of a context of 1024", {"messages": [message(COLOR, *[DEMO] * 8)], "prune": "off"})
+    refused("at most 8", {"messages": [message(COLOR, *[DEMO] * 9)]})
+    status, _, answer = server.request("POST", "/v1/chat/completions", "{")
+    assert status == 400 and "cannot be read" in answer["error"]["message"]
+    context = server.request("POST", "/v1/chat/completions", {"messages": [message(COLOR, *[DEMO] * 8)], "prune": "off"})
+    assert context[2]["error"]["code"] == "context_length_exceeded"
+
+
+def png(width, height, noise=False):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8) * noise
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_limits(strict):
+    client = strict.client("secret")
+    for urls, words in (
+        ([DEMO] * 3, "at most 2"),
+        ([png(201, 200)], "--max-image-pixels"),
+        ([png(150, 150, noise=True)], "--max-image-bytes"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            ask(client, *urls)
+    assert ask(client, DEMO, png(200, 200)).star_edge["n_image_tokens"] == 288
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(client, "data:," + "x" * 250_000)
+    assert caught.value.status_code == 413 and "--max-body-bytes" in caught.value.message
+    chunked = iter([b"x" * 1000] * 260)  # without a Content-Length
+    assert (
+        strict.request("POST", "/v1/chat/completions", chunked, {"Authorization": "Bearer secret", "Transfer-Encoding": "chunked"})[0]
+        == 413
+    )
+    assert ask(client).star_edge["average_tokens"] == 14
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "[::ffff:127.0.0.1]", "0.0.0.0"])
+def test_no_remote_image_of_this_network(strict, host):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        with pytest.raises(openai.BadRequestError, match="not on a public address"):
+            ask(strict.client("secret"), f"http://{host}:{listener.getsockname()[1]}/a.png")
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+def test_the_key(strict):
+    for key in ("", "Secret", "secretx", "sécret"):
+        for path in ("/v1/models", "/metrics", "/docs", "/nothing"):
+            status, headers, answer = strict.request("GET", path, headers={"Authorization": f"Bearer {key}".encode()})
+            assert status == 401 and headers["WWW-Authenticate"] == "Bearer" and answer["error"]["code"] == "invalid_api_key"
+    for path in ("/v1/chat/completions", "/v1/completions", "/extras/tokenize"):
+        assert strict.request("POST", path, {})[0] == 401
+    with pytest.raises(openai.AuthenticationError):
+        ask(strict.client("other"))
+    assert strict.client("secret").models.list().data
+    for path in ("/", "/health", "/page/setup.json", "/page/app.js"):
+        assert strict.request("GET", path)[0] == 200
+    assert "refvlm" not in json.dumps(strict.request("GET", "/page/setup.json")[2])
+
+
+def test_other_sites(server, strict):
+    """A page of another site is neither answered nor, where its name points here, taken for our own."""
+    body = {"messages": [message(COLOR)], "max_tokens": 1}
+    port = urllib.parse.urlsplit(server.url).port
+    for headers, status in (
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": f"evil.example:{port}"}, 403),
+        ({"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"}, 403),
+        ({"Origin": server.url}, 200),
+        ({"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, 200),
+    ):
+        got, answered, _ = server.request("POST", "/v1/chat/completions", body, headers)
+        assert got == status and "Access-Control-Allow-Origin" not in answered, headers
+    asks = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    status, headers, _ = strict.request("OPTIONS", "/v1/chat/completions", headers=asks)
+    assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://friend.example"
+    status, headers, _ = strict.request("OPTIONS", "/v1/chat/completions", headers={**asks, "Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in headers
+    key = {"Authorization": "Bearer secret", "Origin": "https://friend.example"}
+    assert strict.request("POST", "/v1/chat/completions", body, key)[0] == 200
+    assert strict.request("POST", "/v1/chat/completions", body, {**key, "Origin": "https://evil.example"})[0] == 403
+
+
+def test_a_request_that_arrives_too_slowly():
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(0.03)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(None, Policy(body_seconds=0.1), lambda *_: None, set())
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"host", b"localhost")]}
+    asyncio.run(guard(scope, receive, send))
+    assert sent[0]["status"] == 408 and guard._n_posts == 0
+
+
+# ---- remote images ----
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
+        ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
+        ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("255.255.255.255", False), ("240.0.0.1", False),
+        ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fd00:ec2::254", False), ("ff02::1", False),
+        ("::ffff:10.0.0.1", False), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("::127.0.0.1", False),
+    ],
+)  # fmt: skip
+def test_public_addresses(address, public):
+    assert remote.is_public(address) == public
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """A server that answers for every public address; names resolve to what `names` says. Logs connections and requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            web.requests.append((self.headers["Host"], self.path))
+            status, headers, body = web.pages.get(self.path, (404, {}, b""))
+            self.send_response(status)
+            for item in headers.items():
+                self.send_header(*item)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for part in body if isinstance(body, list) else [body]:
+                    self.wfile.write(part)
+                    time.sleep(0.05 * isinstance(body, list))
+
+    class Web:
+        def __init__(self):
+            self.names, self.pages, self.requests, self.connected = {}, {}, [], []
+            self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    web = Web()
+    threading.Thread(target=web.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    connect = socket.create_connection
+
+    real = remote.socket.getaddrinfo
+
+    def resolve(name, port, *args, **options):
+        if name == "127.0.0.1":
+            return real(name, port, *args, **options)
+        addresses = web.names.get(name, ["93.184.216.34"])
+        return [(None, None, None, "", (address, port)) for address in (addresses.pop(0) if isinstance(addresses[0], list) else addresses)]
+
+    def create_connection(address, timeout):
+        web.connected.append(address)
+        return connect(web.server.server_address, timeout)
+
+    monkeypatch.setattr(remote.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(remote.socket, "create_connection", create_connection)
+    yield web
+    web.server.shutdown()
+    web.server.server_close()
+
+
+def test_fetch(web):
+    web.pages = {"/a?b=1": (200, {}, b"data"), "/r": (302, {"Location": "//other.test/a?b=1"}, b"")}
+    assert remote.fetch("http://name.test:81/a?b=1", 4) == b"data"
+    assert web.connected == [("93.184.216.34", 81)] and web.requests == [("name.test:81", "/a?b=1")]
+    assert remote.fetch("http://name.test/r", 4) == b"data"
+    assert web.requests[-1] == ("other.test", "/a?b=1")
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(web):
+    """A name that is private when it is asked again (DNS rebinding) is not asked again."""
+    web.names["name.test"] = [["93.184.216.34"], ["127.0.0.1"]]
+    web.pages["/"] = (200, {}, b"data")
+    assert remote.fetch("http://name.test", 10) == b"data"
+    assert web.connected == [("93.184.216.34", 80)]
+    web.names["mixed.test"] = ["93.184.216.34", "10.0.0.1"]
+    with pytest.raises(errors.ImageError, match="not on a public address"):
+        remote.fetch("http://mixed.test", 10)
+    assert len(web.connected) == 1
+
+
+@pytest.mark.parametrize("target", ["http://private.test/", "file:///etc/passwd", "ftp://name.test/", "http://user@name.test/", "/loop"])
+def test_redirects_are_checked(web, target):
+    web.names["private.test"] = ["169.254.169.254"]
+    web.pages["/loop"] = (302, {"Location": target}, b"")
+    with pytest.raises(errors.ImageError, match="public address|no URL that is fetched|more than 5 times"):
+        remote.fetch("http://name.test/loop", 10)
+    assert {address for address, _ in web.connected} == {"93.184.216.34"} and len(web.connected) <= 6
+
+
+def test_fetch_ends(web):
+    web.pages = {
+        "/big": (200, {}, b"12345"),
+        "/slow": (200, {}, [b"x"] * 100),
+        "/cut": (200, {"Content-Length": "9"}, b"1234"),
+        "/error": (500, {}, b""),
+    }
+    with pytest.raises(errors.ImageTooLargeError):
+        remote.fetch("http://name.test/big", 4)
+    start = time.monotonic()
+    with pytest.raises(errors.ImageError, match="within 0.3 s"):
+        remote.fetch("http://name.test/slow?key=secret".replace("?key=secret", ""), 1000, 0.3)
+    assert time.monotonic() - start < 2
+    for path in ("/cut", "/error", "/gone"):
+        with pytest.raises(errors.ImageError, match="cannot be fetched") as caught:
+            remote.fetch(f"http://name.test{path}?key=secret", 1000)
+        assert "secret" not in str(caught.value)
+
+
+def test_slow_downloads_hold_up_nobody(monkeypatch):
+    """More of them than there are threads for downloads, and all before the request that is answered first."""
+    app = make_app(refvlm.TEXT_MODEL, refvlm.MMPROJ, Policy(allow_remote_images=True), alias="m", n_ctx=512, n_threads=1)
+    go_on = threading.Event()
+
+    def fetch(url, max_bytes):
+        assert go_on.wait(20)
+        return refvlm.DEMO_IMAGE.read_bytes()
+
+    monkeypatch.setattr(remote, "fetch", fetch)
+
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    answers = []
+    try:
+        while not running.started:
+            time.sleep(0.01)
+        port = running.servers[0].sockets[0].getsockname()[1]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        slow = [threading.Thread(target=lambda: answers.append(text_of(ask(client, "https://name.test/a.png")))) for _ in range(12)]
+        [t.start() for t in slow]
+        time.sleep(0.3)
+        assert text_of(ask(client, timeout=10)) == "red" and not answers
+        go_on.set()
+        [t.join() for t in slow]
+    finally:
+        go_on.set()
+        running.should_exit = True
+        thread.join()
+    assert answers == ["red"] * 12
+
+
+# ---- the README, the page and the end ----
+
+
+def test_client_of_the_readme(server, tmp_path, monkeypatch, capsys):
+    """The block after the marker runs as it is, but for the port; its server is that of the module, with the reference model."""
+    code = (ROOT / "README.md").read_text().split("<!-- executed: server -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    assert "http://127.0.0.1:8000" in code
+    (tmp_path / "receipt.png").symlink_to(refvlm.DEMO_IMAGE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "36.0" in printed and printed.strip().endswith("36.0"), printed
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    status, headers, html = server.request("GET", "/")
+    policy = headers["Content-Security-Policy"]
+    assert status == 200 and "default-src 'none'" in policy and "http" not in policy and "unsafe" not in policy
+    files = {name: server.request("GET", f"/page/{name}") for name in ("app.js", "style.css", "demo.png", "setup.json")}
+    assert all(status == 200 for status, _, _ in files.values())
+    for text in (html, files["app.js"][2], files["style.css"][2]):
+        assert text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", ""), "a URL of elsewhere"
+    assert server.request("GET", "/page/../serve.py")[0] == server.request("GET", "/page/%2e%2e%2fapp.py")[0] == 404
+    assert len(files["setup.json"][2]["demo_questions"]) == 7
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_in_good_order(how):
+    server = Server()
+    with ask(server.client(), stream=True, **LONG) as stream:
+        next(stream)
+        start = time.monotonic()
+        assert server.stop(how) == (0, "")
+        assert time.monotonic() - start < 3
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--api-key", " "], "the API key is empty"),
+        (["--preset", "x"], "there is no preset 'x'"),
+        (["--max-images", "-1"], "is negative"),
+        (["--max-image-bytes", "0"], "allows nothing"),
+        (["-m", "nowhere.gguf", "--mmproj", "x"], "nowhere.gguf does not exist"),
+        (["-m", str(refvlm.TEXT_MODEL), "--mmproj", "nowhere.gguf"], "nowhere.gguf does not exist"),
+        (["-m", str(refvlm.TEXT_MODEL)], "has no mmproj"),
+        (["--host", "203.0.113.1"], "203.0.113.1 port 8000 cannot be used"),
+    ],
+)
+def test_bad_options(monkeypatch, options, words):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(errors.StarEdgeError, match=words):
+        serve.main(options, standalone_mode=False)
+
+
+def test_a_port_that_is_taken(server, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    port = server.url.rpartition(":")[2]
+    with pytest.raises(errors.ConfigError, match=f"port {port} cannot be used"):
+        serve.main(["--port", port], standalone_mode=False)
+
+
+def test_another_address_needs_no_local_name():
+    """Bound to all addresses, a server has names that it cannot know; without a key it says what that means."""
+    assert Policy(host="::1").is_local and Policy(host="localhost").is_local and not Policy(host="0.0.0.0").is_local
+    server = Server("--host", "0.0.0.0")
+    server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+    assert server.request("GET", "/health", headers={"Host": "box.example"})[0] == 200
+    status, stderr = server.stop()
+    assert status == 0 and "everybody who reaches this address can use it" in stderr
