@@ -95,6 +95,14 @@ def test_answers_as_the_engine_and_reports(server, vlm):
     assert "kept" not in ask(client).star_edge
 
 
+def test_pictures_keep_their_order(server, vlm):
+    urls = [DEMO, data_url(QUESTIONS / "0000.png")]
+    got = ask(server.client(), *urls, extra_body={"star_edge": {"kept": True}}).star_edge["kept"]
+    images = vlm.generate(COLOR, urls, "balanced", max_tokens=4).report.images
+    assert [k["vision_kept"] for k in got] == [image.vision_kept.tolist() for image in images]
+    assert got[0]["vision_kept"] != got[1]["vision_kept"]
+
+
 def test_the_default_is_the_preset_and_off_is_off(server):
     client = server.client()
     assert ask(client).star_edge["average_tokens"] == 36
@@ -250,9 +258,11 @@ def test_cancellable():
     llm = llama_cpp.Llama(str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
     talk = lambda: llm.create_chat_completion([message(COLOR, DEMO)], temperature=0, max_tokens=4)["choices"][0]["message"]["content"]
     for n_decodes in (0, 1, 5):  # at once, within the prompt, within the answer
+        handler.last_report = None
         asked = iter(range(100))
         with handler.cancellable(lambda asked=asked, n=n_decodes: next(asked) >= n), pytest.raises(errors.RequestCancelledError):
             llm.create_chat_completion([message(COLOR, DEMO)], max_tokens=8, logit_bias={llm.token_eos(): -100.0})
+        assert (handler.last_report is None) == (n_decodes < 2)  # there is one when the prompt has been read
         assert talk() == " red"
     llm.close()
 
@@ -410,8 +420,9 @@ def test_a_request_that_arrives_too_slowly():
 
     guard = Guard(None, Policy(body_seconds=0.1), lambda *_: None, set())
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"host", b"localhost")]}
+    start = time.monotonic()
     asyncio.run(guard(scope, receive, send))
-    assert sent[0]["status"] == 408 and guard._n_posts == 0
+    assert sent[0]["status"] == 408 and guard._n_posts == 0 and time.monotonic() - start < 2
 
 
 # ---- remote images ----
