@@ -13,13 +13,16 @@ FOLDER = Path(__file__).parent / "refvlm_questions"
 QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
 
 
+def right(vlm, config, questions):
+    return [vlm.generate(q["question"], FOLDER / q["image"], config, max_tokens=4).text.strip() == q["answer"] for q in questions]
+
+
 def accuracy(vlm, config):
-    right = defaultdict(list)
-    for q in QUESTIONS:
-        answer = vlm.generate(q["question"], FOLDER / q["image"], config, max_tokens=4).text.strip()
-        right[q["family"]].append(answer == q["answer"])
-        right["all"].append(answer == q["answer"])
-    return {family: 100 * sum(r) / len(r) for family, r in right.items()}
+    by_family = defaultdict(list)
+    for q, is_right in zip(QUESTIONS, right(vlm, config, QUESTIONS)):
+        by_family[q["family"]].append(is_right)
+        by_family["all"].append(is_right)
+    return {family: 100 * sum(r) / len(r) for family, r in by_family.items()}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,9 @@ def test_star_at_a_quarter_of_the_tokens(vlm):
     assert result["all"] == pytest.approx(84.6, abs=1.0), result
 
 
-@pytest.mark.parametrize(("preset", "relative"), [("quality", 99.5), ("balanced", 98.0), ("fast", 95.0)])
-def test_presets_keep_what_they_promise(vlm, preset, relative):
-    """Relative accuracy at 2x, 4x and 10x fewer average tokens, on every question (ACCURACY.md has the larger suite)."""
-    assert accuracy(vlm, preset)["all"] >= relative / 100 * 96.8
+def test_presets_keep_what_they_promise(vlm):
+    """Relative accuracy at 2x, 4x and 10x fewer average tokens, on every fourth question (ACCURACY.md has 6,377 others)."""
+    some = QUESTIONS[::4]
+    unpruned = sum(right(vlm, None, some))
+    for preset, relative in (("quality", 0.995), ("balanced", 0.98), ("fast", 0.95)):
+        assert sum(right(vlm, preset, some)) >= relative * unpruned, preset
