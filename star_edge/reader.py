@@ -115,8 +115,7 @@ class PromptReader:
         try:
             state = prefill(self.decoder, segments, next_position, stage)
         except LayerWindowError as error:
-            for layer, _ in windows:
-                self.decoder.layer_problems[layer] = error.cause
+            self.decoder.layer_problems[tuple(layer for layer, _ in windows)] = error.cause
             notes.append(f"no decoder stage: {error.cause}")
             windows = []
             self.decoder.tap.set_cell_bias(None)
@@ -156,9 +155,7 @@ class PromptReader:
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
             windows = prune.decoder_windows(self.decoder.n_layers)
-            problem = self.decoder.stage_problem
-            for layer, _ in windows:
-                problem = problem or self.decoder.layer_problems.get(layer)
+            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(tuple(layer for layer, _ in windows))
             if not problem and (not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens)):
                 problem = "there is no text after the last image to score with"
             if problem:

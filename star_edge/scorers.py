@@ -123,6 +123,6 @@ DECODER_SCORERS: dict[str, Scorer] = {
     "text": Scorer(attention, "all"),
     "last": Scorer(attention, "last"),
     "raters": Scorer(text_raters, "each"),
-    "uniform": Scorer(uniform, "all"),
+    "uniform": Scorer(uniform, "all"),  # these two read it for the report alone
     "random": Scorer(random, "all"),
 }

@@ -82,7 +82,8 @@ class Tokens:
         np.maximum(far, 0.0, out=far)
         far /= max(float(far.mean()), 1e-12)
         if self.grid is not None and self.grid[0] * self.grid[1] > 1:
-            far += PLACE_WEIGHT * _places(self.grid, np.asarray(self.cells, np.int64).tobytes())
+            places = _recent_places if len(self) <= 1024 else _places  # 4 MiB each are kept, not more
+            far += PLACE_WEIGHT * places(self.grid, np.asarray(self.cells, np.int64).tobytes())
         np.fill_diagonal(far, 0.0)
         return far
 
@@ -93,7 +94,6 @@ def _projection(n_dimensions: int) -> np.ndarray:
     return np.random.default_rng(n_dimensions).standard_normal((n_dimensions, MAX_DIMENSIONS), np.float32)
 
 
-@lru_cache(maxsize=4)  # a model sees few grids, and the vision stage's cells are the same for each image of a size
 def _places(grid: tuple[int, int], cells: bytes) -> np.ndarray:
     """Distances on the grid over their mean, (n, n) float32; 1 to and from a token without a place. cells: int64 of `Tokens.cells`."""
     where = np.frombuffer(cells, np.int64)
@@ -104,6 +104,10 @@ def _places(grid: tuple[int, int], cells: bytes) -> np.ndarray:
     apart[nowhere] = 1.0
     apart[:, nowhere] = 1.0
     return apart
+
+
+# A model sees few grids, and the vision stage's cells are the same for each image of a size
+_recent_places = lru_cache(maxsize=8)(_places)
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:

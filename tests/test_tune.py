@@ -71,6 +71,21 @@ def test_nothing_keeps_enough():
     assert tune(ask, TASKS[:50], "exact", 0.9)[0] == OFF
 
 
+def test_a_question_that_nobody_can_answer_speaks_against_no_config():
+    tasks = TASKS[:60]
+    ask, _ = fake_ask(lambda config: 60, lambda config: float(config.name.split()[-1]) if config != OFF else 1.0, tasks)
+
+    def with_errors(configs, broken):
+        records = ask(configs)
+        for name in broken:
+            records[tasks[3].id, name] = {"task": tasks[3].id, "config": name, "error": "no such image"}
+        return records
+
+    best, _ = tune(lambda configs: with_errors(configs, [c.name for c in configs]), tasks, "exact", 0.9)
+    assert best.name == f"vision {BUDGETS[-1]:g}" or best.name == f"both {BUDGETS[-1]:g}"
+    assert tune(lambda configs: with_errors(configs, [c.name for c in configs[1:]]), tasks, "exact", 0.9)[0] == OFF
+
+
 def test_command_and_its_file(star_edge, tmp_path):  # noqa: F811
     questions = FOLDER / "questions.jsonl"
     args = (

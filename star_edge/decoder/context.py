@@ -147,7 +147,7 @@ class DecoderContext:
         self.mrope = llama_cpp.llama_model_rope_type(model) in (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         self.stage_problem = self._find_stage_problem()
-        self.layer_problems: dict[int, str] = {}  # layer K -> why no window can begin there, found while running
+        self.layer_problems: dict[tuple[int, ...], str] = {}  # layers of decoder stages -> why they cannot be, found while running
         self.n_threads = llama.n_threads_batch
         # As Llama.eval does it: a matrix product rounds differently for one row than for several, and logprobs show it.
         self.all_logits = llama._logits_all

@@ -67,8 +67,9 @@ def tune(
         while low < high:
             middle = (low + high) // 2
             config = family[middle]
-            rows[config.name] = summarise(tasks, [config], ask([OFF, config]), metric)["configs"][0]
-            if not rows[config.name]["n_errors"] and retained(rows[config.name], metric) >= keep:
+            unpruned, rows[config.name] = summarise(tasks, [OFF, config], ask([OFF, config]), metric)["configs"]
+            # a question that nobody can answer (a broken image) speaks against no config
+            if rows[config.name]["n_errors"] <= unpruned["n_errors"] and retained(rows[config.name], metric) >= keep:
                 passed.append(config)
                 low = middle + 1
             else:
