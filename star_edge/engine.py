@@ -27,6 +27,7 @@ from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
 from .reader import PromptReader
 from .report import PruneReport
+from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt, TextChunk
 from .vision.stage import run_vision_stage
 
@@ -99,11 +100,13 @@ class StarVLM:
     the encoder. type_k, type_v: type of the KV cache ("f16", "q8_0", ...); a quantized V needs flash attention.
     n_threads: default, the physical cores as far as they can be told. chat_template: Jinja source, default the file's own.
     image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
+    image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in as well
+    (2 GiB at most), for later processes; only you and those you trust should be able to write there.
     Further keyword arguments go to llama_cpp.Llama.
 
     Raises:
         ModelFileError, ModelMismatchError, UnsupportedModelError: the files cannot be used.
-        ConfigError: an unknown KV type.
+        ConfigError: an unknown KV type, or a cache that cannot be used.
         EngineError: llama.cpp could not create a context.
     """
 
@@ -125,6 +128,8 @@ class StarVLM:
         image_limits: ImageLimits = ImageLimits(),
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        image_cache_bytes: int = DEFAULT_BYTES,
+        image_cache_dir: str | PathLike | None = None,
         verbose: bool = False,
         **llama_options: Any,
     ) -> None:
@@ -177,6 +182,8 @@ class StarVLM:
                 encoder_on_gpu=n_gpu_layers != 0,
                 image_min_tokens=image_min_tokens,
                 image_max_tokens=image_max_tokens,
+                image_cache_bytes=image_cache_bytes,
+                image_cache_dir=image_cache_dir,
             )
         except BaseException:
             self.close()

@@ -26,6 +26,7 @@ from .representatives import select
 from .scorers import DECODER_SCORERS
 from .selection import Selection, Tokens
 from .tap import Tap
+from .vision.cache import DEFAULT_BYTES, check_bytes
 from .vision.encoder import Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
 
@@ -40,6 +41,7 @@ class PromptReader:
 
     Raises:
         ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
+        ConfigError: the cache's size or directory cannot be used.
         EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
     """
 
@@ -52,7 +54,10 @@ class PromptReader:
         encoder_on_gpu: bool,
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        image_cache_bytes: int = DEFAULT_BYTES,
+        image_cache_dir: str | PathLike | None = None,
     ) -> None:
+        check_bytes(image_cache_bytes)
         self.llama: Llama = weakref.proxy(llama)
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
@@ -63,6 +68,8 @@ class PromptReader:
                 use_gpu=encoder_on_gpu,
                 image_min_tokens=image_min_tokens,
                 image_max_tokens=image_max_tokens,
+                cache_bytes=image_cache_bytes,
+                cache_dir=image_cache_dir,
             )
             llama._stack.callback(self.encoder.close)  # before the model that it points to
         if not isinstance(llama._ctx, TappedContext):

@@ -23,6 +23,7 @@ class ImageReport:
     vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
+    cached: the encoder's output was known from an earlier request.
     """
 
     n_tokens: int
@@ -34,6 +35,7 @@ class ImageReport:
     decoder_scores: np.ndarray | None = None
     vision_mass: np.ndarray | None = None
     decoder_mass: np.ndarray | None = None
+    cached: bool = False
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
@@ -104,7 +106,8 @@ class PruneReport:
         return {
             "config": asdict(self.config) if self.config is not None else None,
             "images": [
-                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept)} for i in self.images
+                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
+                for i in self.images
             ],
             **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated")},
             **{name: getattr(self, name) for name in _TOTALS},
