@@ -76,7 +76,7 @@ class StarChatHandler(MTMDChatHandler):
         `with handler.pruning("fast"):` holds for the requests made inside.
     encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
     image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    image_cache_bytes, image_cache_dir: as in StarVLM.
+    image_cache_bytes, image_cache_dir, reuse: as in StarVLM.
     image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of strangers
         give an image_loader.
     image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
@@ -103,6 +103,7 @@ class StarChatHandler(MTMDChatHandler):
         image_max_tokens: int = -1,
         image_cache_bytes: int = DEFAULT_BYTES,
         image_cache_dir: str | PathLike | None = None,
+        reuse: bool = True,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
@@ -112,6 +113,7 @@ class StarChatHandler(MTMDChatHandler):
         self.encoder_flash_attn = encoder_flash_attn
         self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
         self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
+        self.reuse = reuse
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
         self.last_report: PruneReport | None = None
@@ -164,6 +166,7 @@ class StarChatHandler(MTMDChatHandler):
             self._init_mtmd_context(llama)
             reader = self._reader
             self._request = request
+            reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
             try:
                 with self._typed_errors(request):
                     result = super().__call__(llama=llama, messages=messages, stream=stream, **options)
@@ -249,6 +252,7 @@ class StarChatHandler(MTMDChatHandler):
             image_max_tokens=self.image_max_tokens,
             image_cache_bytes=self.image_cache_bytes,
             image_cache_dir=self.image_cache_dir,
+            reuse=self.reuse,
         )
         self._llama, self._chat = weakref.ref(llama_model), chat  # a strong reference would keep the model in memory until the next gc
         self.mtmd_ctx = self._reader.encoder.context

@@ -102,6 +102,7 @@ class StarVLM:
     image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
     image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in as well
     (2 GiB at most), for later processes; only you and those you trust should be able to write there.
+    reuse: what the decoder read of a prompt up to its last image is kept for the next one that begins alike.
     Further keyword arguments go to llama_cpp.Llama.
 
     Raises:
@@ -130,6 +131,7 @@ class StarVLM:
         image_max_tokens: int = -1,
         image_cache_bytes: int = DEFAULT_BYTES,
         image_cache_dir: str | PathLike | None = None,
+        reuse: bool = True,
         verbose: bool = False,
         **llama_options: Any,
     ) -> None:
@@ -184,6 +186,7 @@ class StarVLM:
                 image_max_tokens=image_max_tokens,
                 image_cache_bytes=image_cache_bytes,
                 image_cache_dir=image_cache_dir,
+                reuse=reuse,
             )
         except BaseException:
             self.close()
@@ -302,6 +305,7 @@ class StarVLM:
         """
         with self._lock:
             self._begin()
+            self.decoder.clear()
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
             try:
@@ -329,7 +333,7 @@ class StarVLM:
     # ---- inside ----
 
     def _begin(self) -> None:
-        """Ends whatever was going on and empties the cache."""
+        """Ends whatever was going on, and empties the cache but for what the next prompt may use."""
         if self._closed:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
         self._reader.begin()

@@ -56,8 +56,10 @@ class PromptReader:
         image_max_tokens: int = -1,
         image_cache_bytes: int = DEFAULT_BYTES,
         image_cache_dir: str | PathLike | None = None,
+        reuse: bool = True,
     ) -> None:
         check_bytes(image_cache_bytes)
+        self.reuse = reuse
         self.llama: Llama = weakref.proxy(llama)
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
@@ -90,13 +92,13 @@ class PromptReader:
         return self.context.request
 
     def begin(self) -> None:
-        """Ends whatever was going on and empties the cache."""
-        self.context.forget_prompt()
-        self.decoder.clear()
+        """Ends whatever was going on and empties the cache, but for what the next prompt may use."""
+        self.context.clears_to_stem = False
+        self.context.end_prompt()
         self.llama.reset()
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
-        """Everything before the first answer token, from an empty cache (`begin`). Closes the prompt.
+        """Everything before the first answer token, after `begin`. Closes the prompt.
 
         start: when the request began, in the seconds of time.perf_counter.
 
@@ -119,8 +121,10 @@ class PromptReader:
         if windows:
             choose = lambda seen, n: _choose(seen, n, image_reports[seen.image], used)
             stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads)
+        # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
+        keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         try:
-            state = prefill(self.decoder, segments, next_position, stage)
+            state = prefill(self.decoder, segments, next_position, stage, keep=keep)
         except LayerWindowError as error:
             for layer, _ in windows:
                 self.decoder.layer_problems[layer] = error.cause
@@ -128,7 +132,7 @@ class PromptReader:
             windows = []
             self.decoder.tap.set_cell_bias(None)
             self.decoder.clear()
-            state = prefill(self.decoder, segments, next_position)
+            state = prefill(self.decoder, segments, next_position, keep=keep)
         for i, image in enumerate(image_reports):
             for scores, selections in zip(state.scores, state.selections):
                 image.decoder_scores = scores[i] if image.decoder_scores is None else image.decoder_scores
@@ -148,6 +152,7 @@ class PromptReader:
             state.n_cells,
             milliseconds,
             in_place=state.in_place,
+            reused_tokens=state.n_reused,
             notes=notes,
         )
         return state, report

@@ -54,10 +54,12 @@ class PruneReport:
     windows: (layer K, image tokens from there on) of each decoder stage; empty when there was none.
     n_text_tokens: text tokens of the prompt.
     n_kv_cells: KV cells that hold the prompt when generation starts, in every layer.
-    milliseconds: preprocess, encode (vision_stage within it), prefix, probe (decoder_scores within it), decoder_stage,
+    milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it), decoder_stage,
         resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate.
     n_generated: tokens of the answer.
     in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
+    reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
+        stage in the layers below it, otherwise in all.
     notes: what a user should know, such as a stage that this model cannot have.
     """
 
@@ -70,6 +72,7 @@ class PruneReport:
     milliseconds: dict[str, float] = field(default_factory=dict)
     n_generated: int = 0
     in_place: bool = True
+    reused_tokens: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -109,7 +112,7 @@ class PruneReport:
                 {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
                 for i in self.images
             ],
-            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated")},
+            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens")},
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,
