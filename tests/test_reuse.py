@@ -309,7 +309,7 @@ def test_pieces_of_n_ubatch(families, family):
     assert reused[4:] == [n_alike // 16 * 16, (len(texts[2]) - 1) // 16 * 16] and reused[3] > 0
 
 
-def test_a_thousand_mixed_requests_equal_fresh_engines(families):
+def test_mixed_requests_equal_fresh_ones(families):
     models = families["llama"]
     rng = np.random.default_rng(0)
     images = [random_image(i) for i in range(2)]
@@ -320,7 +320,7 @@ def test_a_thousand_mixed_requests_equal_fresh_engines(families):
     expected, n_reused = {}, 0
     with engine(models, n_ctx=256) as vlm, engine(models, n_ctx=256, reuse=False) as plain:
         request = None
-        for _ in range(700):
+        for _ in range(300):
             # often the same image and config as before, as in a conversation
             c, which, start = (
                 request if request and rng.random() < 0.6 else (rng.integers(8), tuple(rng.integers(0, 2, rng.integers(0, 3))), "")
@@ -347,7 +347,7 @@ def test_a_thousand_mixed_requests_equal_fresh_engines(families):
             elif surprise < 0.25:
                 with pytest.raises(errors.ContextLengthError):
                     vlm.read_prompt("x" * 300 + text, chosen, configs[c], chat=False)
-    assert 200 < n_reused < 600 and len(expected) > 60
+    assert 80 < n_reused < 250 and len(expected) > 50
 
 
 # ---- what must not be used ----

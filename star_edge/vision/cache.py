@@ -113,6 +113,11 @@ class ImageCache:
             with contextlib.suppress(OSError):  # a full disk costs time at the next request, and this one nothing
                 self._write(key, image)
 
+    def clear(self) -> None:
+        """Forgets what is in memory."""
+        self._images.clear()
+        self.used = 0
+
     # ---- memory ----
 
     def _remember(self, key: bytes, image: CachedImage) -> None:
