@@ -123,6 +123,8 @@ class PromptReader:
             stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads)
         # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
+        if not keep:
+            self.decoder.clear()
         try:
             state = prefill(self.decoder, segments, next_position, stage, keep=keep)
         except LayerWindowError as error:

@@ -705,7 +705,7 @@ def test_bad_options(fails, llm, handler, monkeypatch):
         with pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):
             ask(llm)
     for target, name, error in (
-        (handler._reader.encoder, "encode", errors.EngineError("the encoder failed")),
+        (handler._reader.encoder, "encode_once", errors.EngineError("the encoder failed")),
         (llm._ctx, "decode", RuntimeError("llama_decode returned -3")),
         (llm, "sample", KeyboardInterrupt()),
     ):
