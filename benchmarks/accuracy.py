@@ -1,43 +1,117 @@
-"""Accuracy of the shipped reference model under each preset, with and without representatives, on the tests' held-out questions.
+"""The configs behind the tables of ACCURACY.md, as a file for `star-edge eval --configs`.
 
-python benchmarks/accuracy.py [--limit N]
+    python benchmarks/accuracy.py methods > methods.json    every method at the same average tokens
+    python benchmarks/accuracy.py picture > picture.json    the few of them that a picture can hold
+    python benchmarks/accuracy.py shapes > shapes.json      how to spend a budget: vision stage, both stages, layer K, shares
+    python benchmarks/accuracy.py table summary.json        what `star-edge eval --json` printed, as a table in Markdown
+    python benchmarks/accuracy.py compare summary.json      the same, methods against budgets
+
+Average tokens are for the reference model: 144 image tokens, 6 decoder layers.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections import defaultdict
-from dataclasses import replace
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from star_edge import PRESETS, StarVLM, refvlm
-
-FOLDER = Path(__file__).parent.parent / "tests" / "refvlm_questions"
-FAMILIES = ("exist", "color", "digit", "plate", "count", "where")
+N_LAYERS = 6
+BUDGETS = (0.5, 0.25, 0.1)  # average tokens over the image's tokens
+PLAIN = {"representatives": "none"}
+EVEN = {"representatives": "even", "vision_share": 0.5, "decoder_share": 0.5}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int)
-    questions = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()][: parser.parse_args().limit]
-    table = Table("preset", "average tokens", *FAMILIES, "all", title=f"exact match on {len(questions)} questions, %")
-    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512) as vlm:
-        plain = {f"{name} without representatives": replace(config, representatives="none") for name, config in PRESETS.items() if config}
-        for preset, config in (PRESETS | plain).items():
-            right = defaultdict(list)
-            for q in track(questions, preset, transient=True):
-                answer = vlm.generate(q["question"], FOLDER / q["image"], config, max_tokens=4)
-                right[q["family"]].append(answer.text.strip() == q["answer"])
-                right["all"].append(answer.text.strip() == q["answer"])
-            share = lambda name, right=right: f"{100 * sum(right[name]) / len(right[name]):.1f}" if right[name] else "-"
-            table.add_row(preset, f"{answer.report.average_tokens:.0f}", *(share(f) for f in FAMILIES), share("all"))
-    Console().print(table)
+def both(budget: float, layer: int, ratio: float = 0.5) -> dict:
+    """Vision and decoder keep with n2 = ratio n1 that average to the budget: (K n1 + (L - K) n2) / L."""
+    vision = budget * N_LAYERS / (layer + (N_LAYERS - layer) * ratio)
+    return {"vision_keep": vision, "decoder_keep": vision * ratio, "decoder_layer": layer}
+
+
+def decoder_only(budget: float, layer: int) -> dict | None:
+    """Decoder keep that averages to the budget with all tokens before layer K, or None where there is none."""
+    keep = (budget * N_LAYERS - layer) / (N_LAYERS - layer)
+    return {"decoder_keep": keep, "decoder_layer": layer} if keep > 0 else None
+
+
+def methods() -> Iterator[dict]:
+    for b in BUDGETS:
+
+        def row(method: str, fields: dict, b: float = b) -> dict:
+            return {"name": f"{method} {b:g}", "method": method, **fields}
+
+        yield row("random", {"vision_keep": b, "vision_scorer": "random", **PLAIN})
+        yield row("uniform", {"vision_keep": b, "vision_scorer": "uniform", **PLAIN})
+        yield row("attention received (STAR stage 1)", {"vision_keep": b, **PLAIN})
+        yield row("CLS attention (FasterVLM)", {"vision_keep": b, "vision_scorer": "cls", **PLAIN})
+        yield row("VisionZip", {"vision_keep": b, "vision_scorer": "cls", "representatives": "contextual", "vision_share": 10 / 64})
+        yield row("DivPrune", {"vision_keep": b, "vision_scorer": "maxmin", **PLAIN})
+        yield row("SCOPE", {"vision_keep": b, "vision_scorer": "scope", **PLAIN})
+        for layer in (2, 1):
+            stage = decoder_only(b, layer)
+            if stage and (layer == 2 or not decoder_only(b, 2)):
+                yield row(f"FastV, K={layer}", {**stage, "decoder_scorer": "last", **PLAIN})
+                yield row(f"STAR stage 2, K={layer}", {**stage, **PLAIN})
+                yield row(f"SparseVLM raters, K={layer}", {**stage, "decoder_scorer": "raters", **PLAIN})
+        if b == 0.5:
+            yield row("PyramidDrop", {"windows": [[2, 0.5], [3, 0.25], [4, 0.125]], "decoder_scorer": "last", **PLAIN})
+        yield row("STAR, K=2", {**both(b, 2), **PLAIN})
+        yield row("STAR stage 1, re-numbered", {"vision_keep": b, "positions": "renumbered", **PLAIN})
+        yield row("STAR, masses spread evenly", {**both(b, 2), **EVEN})
+        yield row("DivPrune + nearest masses", {"vision_keep": b, "vision_scorer": "maxmin", "vision_share": 0.0})
+        yield row("attention + nearest masses", {"vision_keep": b, "vision_share": 0.0})
+        yield row("clusters", {"vision_keep": b})
+        yield row("clusters, re-numbered", {"vision_keep": b, "positions": "renumbered"})
+        yield row("clusters, both stages, K=2", both(b, 2))
+        yield row("clusters, random in the decoder", {**both(b, 2), "decoder_scorer": "random"})
+
+
+def picture() -> Iterator[dict]:
+    shown = ("clusters, both stages, K=2", "STAR, masses spread evenly", "STAR, K=2", "DivPrune", "SCOPE", "VisionZip", "random", "uniform")
+    chosen = [config for config in methods() if config["method"] in shown]
+    yield from sorted(chosen, key=lambda config: shown.index(config["method"]))
+
+
+def shapes() -> Iterator[dict]:
+    for b in BUDGETS:
+        yield {"name": f"vision {b:g}", "method": "vision stage alone", "vision_keep": b}
+        for layer in (1, 2, 3, 4):
+            for share in (0.25, 0.5, 1.0):
+                name = f"K={layer}, share {share:g}"
+                yield {"name": f"{name}, {b:g}", "method": name, **both(b, layer), "decoder_share": share}
+
+
+def table(summary: dict) -> None:
+    """A row for each config, in falling average tokens; accuracy in %, and of the difference from unpruned its 95% interval."""
+    rows = sorted(summary["configs"], key=lambda row: -round(row["average_tokens"] / 5))
+    families = list(rows[0]["accuracy_by_category"])
+    print("| config | tokens |", " | ".join(families), "| all | relative | interval | same answer | KL |")
+    print("|" + "---|" * (len(families) + 7))
+    for row in rows:
+        interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
+        shares = [row["accuracy_by_category"][f] for f in families] + [row["accuracy"], row["relative_accuracy"]]
+        cells = [row["name"], f"{row['average_tokens']:.1f}", *(f"{100 * x:.1f}" for x in shares), interval]
+        print("|", " | ".join([*cells, f"{100 * row['agreement']:.1f}", f"{row['kl']:.3f}"]), "|")
+
+
+def compare(summary: dict) -> None:
+    """A row for each method, a column for each budget: accuracy in %, and KL divergence in nats."""
+    unpruned = summary["configs"][0]
+    cells = {row["method"]: {} for row in summary["configs"][1:]}
+    for row in summary["configs"][1:]:
+        cells[row["method"]][row["name"].rsplit(" ", 1)[1]] = f"{100 * row['accuracy']:.1f} ({row['kl']:.3f})"
+    print(f"| unpruned {100 * unpruned['accuracy']:.1f} |", " | ".join(f"{100 * b:g}%" for b in BUDGETS), "|")
+    print("|" + "---|" * (len(BUDGETS) + 1))
+    for method, by_budget in cells.items():
+        print("|", " | ".join([method, *(by_budget.get(f"{b:g}", "") for b in BUDGETS)]), "|")
 
 
 if __name__ == "__main__":
-    main()
+    tables = {"methods": methods, "picture": picture, "shapes": shapes}
+    printers = {"table": table, "compare": compare}
+    if len(sys.argv) == 3 and sys.argv[1] in printers:
+        printers[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
+    elif len(sys.argv) == 2 and sys.argv[1] in tables:
+        print(json.dumps(list(tables[sys.argv[1]]()), indent=1))
+    else:
+        sys.exit("usage: python benchmarks/accuracy.py methods|picture|shapes, or table|compare SUMMARY.json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from .errors import ConfigError
@@ -126,6 +126,10 @@ class PruneConfig:
             windows.append((layer, keep))
         return tuple(windows)
 
+    def to_dict(self) -> dict[str, object]:
+        """The fields as plain JSON values, which PruneConfig(**values) takes again."""
+        return asdict(self) | {"windows": [list(window) for window in self.windows]}
+
     @property
     def prunes_in_decoder(self) -> bool:
         """Whether there is a decoder stage. An explicit layer asks for one even when everything is kept."""
@@ -160,7 +164,7 @@ PRESETS: dict[str, PruneConfig | None] = {
     "off": None,
     "quality": PruneConfig(vision_keep=0.75, decoder_keep=0.375),
     "balanced": PruneConfig(vision_keep=0.375, decoder_keep=0.1875),
-    "fast": PruneConfig(vision_keep=0.1, decoder_keep=0.1),
+    "fast": PruneConfig(vision_keep=0.15, decoder_keep=0.075),
     # Published methods, at the budgets of their papers; other budgets through override
     "star": PruneConfig(vision_keep=0.5, decoder_keep=0.25, **_PLAIN),
     "fastv": PruneConfig(decoder_keep=0.5, decoder_layer=2, decoder_scorer="last", **_PLAIN),

@@ -107,7 +107,7 @@ class PruneReport:
     def summary(self) -> dict[str, object]:
         """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
         return {
-            "config": asdict(self.config) if self.config is not None else None,
+            "config": self.config.to_dict() if self.config is not None else None,
             "images": [
                 {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
                 for i in self.images
@@ -122,6 +122,8 @@ class PruneReport:
     def to_dict(self) -> dict[str, object]:
         """Everything as plain JSON values."""
         data = asdict(self)
+        data["config"] = self.config.to_dict() if self.config is not None else None
+        data["windows"] = [list(window) for window in self.windows]
         for image in data["images"]:
             for name, value in image.items():
                 if isinstance(value, np.ndarray):

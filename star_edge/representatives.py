@@ -118,8 +118,14 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
         return vectors[selection.kept]
     order = np.argsort(selection.group, kind="stable")
     sizes = np.bincount(selection.group, minlength=len(selection.kept))
-    sums = np.add.reduceat(vectors[order], np.concatenate([[0], np.cumsum(sizes)[:-1]]), axis=0)
-    return (sums / sizes[:, None]).astype(np.float32)
+    first = np.cumsum(sizes) - sizes
+    sums = np.empty((len(sizes), vectors.shape[1]), np.float32)
+    np.take(vectors, order[first], axis=0, out=sums)
+    for member in range(1, sizes.max()):  # few groups are large: cheaper than np.add.reduceat, which goes element by element
+        larger = np.flatnonzero(sizes > member)
+        sums[larger] += vectors[order[first[larger] + member]]
+    sums /= sizes[:, None].astype(np.float32)
+    return sums
 
 
 def _assign(far: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 PLACE_WEIGHT = 0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
-MAX_DIMENSIONS = 256  # of the vectors that distances are computed from
+MAX_DIMENSIONS = 128  # of long vectors, for their distances
 
 
 @dataclass
@@ -61,13 +61,13 @@ class Tokens:
 
     @cached_property
     def unit_vectors(self) -> np.ndarray:
-        """Vectors of length 1, (n, <= MAX_DIMENSIONS) float32.
+        """Vectors of length 1, (n, <= 2 MAX_DIMENSIONS) float32.
 
         Longer vectors go through a seeded random projection first, which keeps angles up to about 1/sqrt(MAX_DIMENSIONS)
         (Johnson and Lindenstrauss 1984): all distances of 576 tokens of 4096 dimensions would cost more than the rest of the stage.
         """
         vectors = np.asarray(self.vectors, np.float32)
-        if vectors.shape[1] > MAX_DIMENSIONS:
+        if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
             vectors = vectors @ _projection(vectors.shape[1])
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
@@ -82,25 +82,28 @@ class Tokens:
         np.maximum(far, 0.0, out=far)
         far /= max(float(far.mean()), 1e-12)
         if self.grid is not None and self.grid[0] * self.grid[1] > 1:
-            place = np.stack(np.divmod(self.cells, self.grid[1]), axis=1).astype(np.float32)
-            apart = np.sqrt(((place[:, None] - place[None]) ** 2).sum(axis=2))
-            apart /= max(float(apart.mean()), 1e-12)
-            nowhere = self.cells < 0
-            apart[nowhere] = 1.0
-            apart[:, nowhere] = 1.0
-            far += PLACE_WEIGHT * apart
+            far += PLACE_WEIGHT * _places(self.grid, np.asarray(self.cells, np.int64).tobytes())
         np.fill_diagonal(far, 0.0)
         return far
 
 
-_projections: dict[int, np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)
 def _projection(n_dimensions: int) -> np.ndarray:
     """Gaussian (n_dimensions, MAX_DIMENSIONS) float32, the same in every process."""
-    if n_dimensions not in _projections:
-        _projections[n_dimensions] = np.random.default_rng(n_dimensions).standard_normal((n_dimensions, MAX_DIMENSIONS), np.float32)
-    return _projections[n_dimensions]
+    return np.random.default_rng(n_dimensions).standard_normal((n_dimensions, MAX_DIMENSIONS), np.float32)
+
+
+@lru_cache(maxsize=4)  # a model sees few grids, and the vision stage's cells are the same for each image of a size
+def _places(grid: tuple[int, int], cells: bytes) -> np.ndarray:
+    """Distances on the grid over their mean, (n, n) float32; 1 to and from a token without a place. cells: int64 of `Tokens.cells`."""
+    where = np.frombuffer(cells, np.int64)
+    row, column = (part.astype(np.float32) for part in np.divmod(where, grid[1]))
+    apart = np.sqrt((row[:, None] - row) ** 2 + (column[:, None] - column) ** 2)
+    apart /= max(float(apart.mean()), 1e-12)
+    nowhere = where < 0
+    apart[nowhere] = 1.0
+    apart[:, nowhere] = 1.0
+    return apart
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from llama_cpp.llama_cache import LlamaRAMCache
 from llama_cpp.llama_chat_format import MTMDChatHandler
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from PIL import Image
+from presets import kept
 from test_errors import png
 
 from star_edge import PRESETS, PruneConfig, StarChatHandler, StarVLM, errors, refvlm
@@ -232,7 +233,7 @@ def test_off_equals_mtmd_with_tools_and_functions():
     pieces = [
         c["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] for c in chunks if c["choices"][0]["delta"].get("tool_calls")
     ]
-    assert set(json.loads("".join(pieces))) == {"color", "n"} and chunks[-1]["star_edge"]["average_tokens"] == 18
+    assert set(json.loads("".join(pieces))) == {"color", "n"} and chunks[-1]["star_edge"]["average_tokens"] == kept("fast").average
     pair.close()
 
 
@@ -315,7 +316,7 @@ def test_pruned_conversation_with_images_in_several_turns(llm, handler):
         rendered = llm.tokenize(prompt.replace("<__media__>", "").replace("</s>", "").encode())
         assert abs(report.n_text_tokens - len(rendered)) <= 6
         state, expected = vlm.read_prompt(prompt.replace("</s>", ""), [refvlm.DEMO_IMAGE, random_image(3, 168, 168)], chat=False)
-    assert report.n_image_tokens == 288 and [len(i.decoder_kept) for i in report.images] == [18, 18]
+    assert report.n_image_tokens == 288 and [len(i.decoder_kept) for i in report.images] == [kept("balanced").decoder] * 2
     for got, want in zip(report.images, expected.images):
         assert np.array_equal(got.vision_kept, want.vision_kept)
     assert response["usage"]["prompt_tokens"] == report.n_text_tokens + 288
@@ -325,13 +326,13 @@ def test_config_of_a_request(llm, handler):
     average = lambda: ask(llm)["star_edge"]["average_tokens"]
     assert average() == 36
     with handler.pruning("fast"):
-        assert average() == 18
+        assert average() == kept("fast").average
         with handler.pruning(PruneConfig(1.0, 0.5, 3)):
             assert average() == 108
             stream = ask(llm, stream=True)
         with handler.pruning(None):
             assert average() == 144
-        assert average() == 18
+        assert average() == kept("fast").average
         others = []
         thread = threading.Thread(target=lambda: others.append(average()))
         thread.start()
@@ -356,12 +357,14 @@ def test_report_comes_back_with_the_response(llm, handler):
     response = ask(llm, user(DEMO, PLATE), max_tokens=8)
     summary = json.loads(json.dumps(response, allow_nan=False))["star_edge"]
     assert len(json.dumps(summary)) < 2000
-    assert summary["images"] == [{"n_tokens": 144, "n_vision_kept": 72, "n_decoder_kept": 18}]
-    assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (0.5, 2, 6)
-    assert summary["n_kv_cells"] == summary["n_text_tokens"] + 18 and summary["n_generated"] == 3  # two digits and the end
+    assert summary["images"] == [{"n_tokens": 144, "n_vision_kept": kept("balanced").vision, "n_decoder_kept": kept("balanced").decoder}]
+    assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (PRESETS["balanced"].vision_keep, 2, 6)
+    assert (
+        summary["n_kv_cells"] == summary["n_text_tokens"] + kept("balanced").decoder and summary["n_generated"] == 3
+    )  # two digits and the end
     assert {"preprocess", "encode", "probe", "resume", "first_token", "generate"} <= set(summary["milliseconds"])
     report = handler.last_report
-    assert report.summary() == summary and len(report.images[0].decoder_kept) == 18
+    assert report.summary() == summary and len(report.images[0].decoder_kept) == kept("balanced").decoder
     assert {k: report.to_dict()[k] for k in summary if k != "images"} == {k: v for k, v in summary.items() if k != "images"}
     assert report.milliseconds["first_token"] >= report.milliseconds["encode"] > 0
 
@@ -381,7 +384,7 @@ def test_a_template_that_takes_only_strings():
     response = ask(llm, user("look:", DEMO, COLOR), assistant("red"), user(COLOR))
     text = f"[user]look:{COLOR}[assistant]red[user]{COLOR}[assistant]"
     assert abs(handler.last_report.n_text_tokens - len(llm.tokenize(text.encode()))) <= 6
-    assert response["star_edge"]["n_decoder_kept"] == 18
+    assert response["star_edge"]["n_decoder_kept"] == kept("balanced").decoder
     llm.close()
 
 
@@ -620,7 +623,7 @@ def test_a_handler_serves_one_llama(llm, handler):
 def test_two_handlers_on_one_llama(llm, handler):
     second = StarChatHandler(refvlm.MMPROJ, prune="fast")
     llm.chat_handler = second
-    assert ask(llm)["star_edge"]["average_tokens"] == 18
+    assert ask(llm)["star_edge"]["average_tokens"] == kept("fast").average
     llm.chat_handler = handler
     stream = ask(llm, stream=True)
     llm.chat_handler = second
@@ -700,7 +703,7 @@ def test_bad_options(fails, llm, handler, monkeypatch):
     fails(errors.ConfigError, "logits_all=True", logprobs=True, top_logprobs=2)
     fails(errors.ConfigError, "Tool choice 'x' not found", tools=[], tool_choice={"type": "function", "function": {"name": "x"}})
     fails(errors.ConfigError, "refuses", response_format={})
-    fails(errors.ContextLengthError, "of a context of 512", user(*[DEMO] * 8, COLOR))
+    fails(errors.ContextLengthError, "of a context of 512", user(*[DEMO] * 40, COLOR))
     with handler.pruning(PruneConfig(500, 1)):
         with pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):
             ask(llm)
@@ -797,7 +800,7 @@ def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
     variables = {}
     exec(compile(code, "README.md", "exec"), variables)
     printed = capsys.readouterr().out
-    assert "36.0" in printed and "18.0" in printed
+    assert str(kept("balanced").average) in printed and str(kept("fast").average) in printed
     variables["llm"].close()
 
 

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from presets import kept
 
 from star_edge import refvlm
 from star_edge.cli import COMMANDS
@@ -41,7 +42,7 @@ def test_help(star_edge):
 def test_run(star_edge, tmp_path):
     done = star_edge("run", "what color is the triangle?", "--image", IMAGE, "--overlay", "o.png")
     assert done.stdout.strip() == "red"
-    assert "144 -> 54 -> 27 from layer 2" in done.stderr
+    assert f"144 -> {kept('balanced').vision} -> {kept('balanced').decoder} from layer 2" in done.stderr
     picture = Image.open(tmp_path / "o.png")
     assert picture.width > 3 * 336 and picture.height > 336
 
@@ -80,7 +81,7 @@ def test_demo(star_edge, tmp_path):
     assert "stock 7 of 7" in done.stdout and (tmp_path / "star-edge-demo.png").exists()
     data = json.loads(star_edge("demo", "--repeats", "2", "--json", "--overlay", "x.png").stdout)
     assert data["n_right"]["stock"] == 7 and len(data["questions"]) == 7
-    assert data["questions"][0]["stock"]["kv_cells"] == 153 and data["questions"][0]["pruned"]["kv_cells"] == 36
+    assert data["questions"][0]["stock"]["kv_cells"] == 153 and data["questions"][0]["pruned"]["kv_cells"] == 9 + kept("balanced").decoder
     assert data["questions"][0]["pruned"]["first_token_ms"] > 0 and data["token_layer_ratio"] > 3
     assert (tmp_path / "x.png").exists()
 
@@ -111,7 +112,7 @@ def test_inspect(star_edge, tmp_path):
     n = len(data["tokens"])
     assert arrays["decoder_1"].shape == (8, n, n) and arrays["encoder_image_0_layer_0"].shape == (4, 145, 145)
     assert np.allclose(arrays["decoder_2"].sum(axis=-1), 1, atol=1e-4)
-    assert len(arrays["kept_vision_0"]) == 54 and len(arrays["kept_decoder_0"]) == 27
+    assert len(arrays["kept_vision_0"]) == kept("balanced").vision and len(arrays["kept_decoder_0"]) == kept("balanced").decoder
     assert np.allclose(arrays["scores_decoder_0"][:5] >= 0, True) and (arrays["image_of_token"] == 0).sum() == 144
     for name in ("p.png", "k.png"):
         assert Image.open(tmp_path / name).width > 600
@@ -129,7 +130,11 @@ def test_doctor(star_edge):
     assert data["versions"]["llama-cpp-python"] == data["versions"]["compiled against llama-cpp-python"]
     assert any(d["name"] == "CPU" for d in data["devices"])
     assert data["model"]["vision_stage"] == data["model"]["decoder_stage"] == "yes"
-    assert data["plan"]["presets"]["balanced"] == {"vision_kept": 54, "windows": [[2, 27]], "average_tokens": 36.0}
+    assert data["plan"]["presets"]["balanced"] == {
+        "vision_kept": kept("balanced").vision,
+        "windows": [[2, kept("balanced").decoder]],
+        "average_tokens": kept("balanced").average,
+    }
     assert data["check"] == {"done": True, "layer": 2, "max_logit_difference": 0.0, "same_token": True}
     text = star_edge("doctor", "--no-check").stdout
     assert "balanced" in text and "mlp" in text

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import QWEN2VL, random_image
 from PIL import Image
+from presets import kept
 
 from star_edge import PruneConfig, StarVLM, errors, native, refvlm
 from star_edge.chat import ChatFormat
@@ -182,7 +183,7 @@ def test_prompt_over_the_context_is_refused_before_any_compute(vlm, fails, monke
     fails(errors.ContextLengthError, ["256", "n_ctx"], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 4, None, prompt=QUESTION))
     # the same two images fit once half of their tokens are dropped
     fails(errors.ContextLengthError, [], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 2, None))
-    assert ask(vlm, [refvlm.DEMO_IMAGE] * 2).report.n_vision_kept == 108
+    assert ask(vlm, [refvlm.DEMO_IMAGE] * 2).report.n_vision_kept == 2 * kept("balanced").vision
 
 
 def test_more_tokens_than_ubatch_is_no_error():
@@ -437,7 +438,7 @@ def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
     monkeypatch.setattr(vlm.decoder, "stage_problem", "a recurrent or hybrid decoder has no cache of single tokens")
     answer = ask(vlm)
     assert answer.report.decoder_layer is None and "no decoder stage" in answer.report.notes[0]
-    assert answer.report.n_decoder_kept == answer.report.n_vision_kept == 54
+    assert answer.report.n_decoder_kept == answer.report.n_vision_kept == kept("balanced").vision
 
 
 def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch):

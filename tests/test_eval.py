@@ -80,7 +80,7 @@ def test_records_are_what_the_engine_says(vlm, tmp_path):
     write(tmp_path / "q.jsonl", [QUESTIONS[i] for i in (2, 3, 9)])
     tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
     keep_all = NamedConfig("all", "m", PruneConfig(decoder_layer=2))
-    hard = NamedConfig("hard", "m", PruneConfig(0.25, 0.0625, 2))
+    hard = NamedConfig("hard", "m", PruneConfig(0.25, 0.0625, 2, representatives="none"))
     results = Results(None, {}, tasks, [OFF, keep_all, hard])
     run_tasks(vlm, tasks, [OFF, keep_all, hard], results, metric="exact", max_tokens=4)
     for task in tasks:

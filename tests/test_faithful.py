@@ -13,11 +13,13 @@ from conftest import random_image, random_prompt
 from reference import ClipEncoder, Decoder
 from test_exact import by_score, by_share, generate
 
-from star_edge import PRESETS, StarVLM, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
 from star_edge.images import load_image
+from star_edge.representatives import select
+from star_edge.selection import Tokens
 from star_edge.tap import Tap
 
 N_GENERATE = 16
@@ -236,3 +238,48 @@ def test_attention_mass(families, decoders, family, mode):
         assert np.abs(ours - theirs).max() <= TOLERANCE[mode]
     without = expected(reference, prompt, None, layer, keep_rows=np.concatenate(kept_rows))
     assert np.abs(history[0] - without.logits).max() > 0.1  # the masses matter
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_defaults_end_to_end(families, family):
+    """The default config: given what it kept, and what each kept token stands for, logits equal the reference's.
+
+    The vision stage hands the decoder the mean embedding of each group, at the kept token's position, with log(mass) in the
+    attention from layer 0; the decoder stage's masses take over at layer K.
+    """
+    models = families[family]
+    image = random_image(7)
+    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2) as vlm:
+        prompt = vlm.tokenize("ab<__media__>cde?", [load_image(image)], chat=False)
+        before, chunk, after = prompt.chunks
+        embeddings = vlm.encoder.encode(chunk).embeddings.astype(np.float64)
+        prompt.close()
+        state, report = vlm.read_prompt("ab<__media__>cde?", image, PruneConfig(0.5, 0.2, 3), chat=False)
+        picture, decoder = report.images[0], Decoder(str(models.text))
+        tokens = Tokens(embeddings.astype(np.float32), picture.cells, picture.grid)
+        selection = select("cluster", tokens, np.zeros(len(tokens)), len(picture.vision_kept), 1.0)
+    assert np.array_equal(selection.kept, picture.vision_kept) and np.array_equal(selection.mass, picture.vision_mass)
+    merged = np.stack([embeddings[selection.group == i].mean(axis=0) for i in range(len(selection.kept))])
+    n, n1 = len(before.tokens), len(selection.kept)
+    rows = np.concatenate([decoder.embed(before.tokens), merged, decoder.embed(after.tokens)])
+    after_image = n + chunk.n_positions + np.arange(len(after.tokens))
+    if chunk.positions.ndim == 1:
+        positions = np.concatenate([np.arange(n), n + chunk.positions[picture.vision_kept], after_image])
+    else:
+        text = lambda p: np.stack([p, p, p, 0 * p])
+        offset = np.array([[n]] * 3 + [[0]])
+        positions = np.concatenate([text(np.arange(n)), chunk.positions[:, picture.vision_kept] + offset, text(after_image)], axis=1)
+    of_image = np.concatenate([np.full(n, -1), np.zeros(n1, int), np.full(len(after.tokens), -1)])
+    first, second = np.zeros(len(rows)), np.zeros(len(rows))
+    first[n : n + n1] = np.log(picture.vision_mass)
+    kept = n + np.searchsorted(picture.vision_kept, picture.decoder_kept)
+    second[kept] = np.log(picture.decoder_mass)
+    n_layers = models.shape.n_layers
+    bias = np.stack([first] * 3 + [second] * (n_layers - 3))
+    want = decoder.prune(rows, positions, of_image, None, K=3, keep_rows=kept, column_bias=bias)
+    seen = decoder.prune(rows, positions, of_image, None, K=3, column_bias=first).scores
+    assert np.abs(picture.decoder_scores - seen).max() < 1e-3 * seen.max()
+    assert np.abs(state.logits - want.logits).max() < 1e-3
+    unmerged = np.concatenate([rows[:n], embeddings[picture.vision_kept], rows[n + n1 :]])
+    wrong = decoder.prune(unmerged, positions, of_image, None, K=3, keep_rows=kept, column_bias=bias)
+    assert np.abs(state.logits - wrong.logits).max() > 0.01

@@ -17,6 +17,7 @@ import click
 COMMANDS = {
     "run": "Answer a question about images.",
     "demo": "Ask the shipped reference model about a picture, stock beside pruned.",
+    "tune": "Find the cheapest config that keeps the accuracy on your own questions.",
     "inspect": "Attention of any layer, and the tokens that stay, as arrays and as a picture.",
     "eval": "Accuracy and speed of presets and other configs on your own questions, beside the unpruned model.",
     "doctor": "Versions, devices, what a model supports, and what would be pruned how.",

@@ -6,21 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-import llama_cpp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import __version__, refvlm
 from ..config import PRESETS
 from ..errors import ConfigError, EvaluationError
 from ..evaluation import plots
 from ..evaluation.configs import choose_configs, parse_values
 from ..evaluation.metrics import METRICS, choose_metric
-from ..evaluation.results import Results, fingerprint_file
-from ..evaluation.runner import run_tasks
 from ..evaluation.summary import summarise, tables
 from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
-from .options import load_engine, model_options, print_json
+from .asking import asking
+from .options import model_options, print_json
 
 
 @click.command()
@@ -75,27 +71,11 @@ def eval(
         if text is not None
     }
     configs, dropped = choose_configs(presets, budget, _parse_sets(sets), config_file)
-    prompt_suffix = prompt_suffix.replace("\\n", "\n")
-    options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "verbose")}
-    header = {"star_edge": __version__, "llama_cpp_python": llama_cpp.__version__, "metric": metric_name, "max_tokens": max_tokens}
-    header |= {"prompt_suffix": prompt_suffix, **options}
-    console = Console(stderr=True)
-    with load_engine(**model) as vlm:
-        text_model, mmproj = (model["model"], model["mmproj"]) if model["model"] else (refvlm.TEXT_MODEL, refvlm.MMPROJ)
-        files = {"model": fingerprint_file(text_model), "mmproj": fingerprint_file(mmproj) if mmproj else None}
-        with Results(out, {**files, **header}, questions, configs, fresh) as results:
-            progress = Progress(
-                TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                console=console, transient=True, disable=as_json or not console.is_terminal,
-            )  # fmt: skip
-            with progress:
-                console.show_cursor(True)  # rich hides it, and Ctrl-C, which ends the process where it stands, would leave it so
-                bar = progress.add_task("", total=len(questions) * len(configs))
-                run_tasks(
-                    vlm, questions, configs, results, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix,
-                    progress=lambda n: progress.advance(bar, n),
-                )  # fmt: skip
-            summary = summarise(questions, configs, results.records, metric_name)
+    with asking(
+        model, questions, configs,
+        out=out, fresh=fresh, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix, quiet=as_json,
+    ) as ask:  # fmt: skip
+        summary = summarise(questions, configs, ask(questions, configs), metric_name)
     summary["notes"] = dropped
     if not any(row["n"] for row in summary["configs"]):
         first = summary["errors"][0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ def _summarise(tasks: Sequence[Task], config: NamedConfig, records: Mapping[tupl
     row: dict[str, Any] = {
         "name": config.name,
         "method": config.method,
-        "config": None if config.prune is None else asdict(config.prune),
+        "config": None if config.prune is None else config.prune.to_dict(),
         "n": len(answered),
         "n_scored": len(scored),
         "n_errors": len(mine) - len(answered),
