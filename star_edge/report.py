@@ -53,7 +53,8 @@ class PruneReport:
 
     windows: (layer K, image tokens from there on) of each decoder stage; empty when there was none.
     n_text_tokens: text tokens of the prompt.
-    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer.
+    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next request may use stay in
+        theirs until an answer needs the room.
     milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it), decoder_stage,
         resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate.
     n_generated: tokens of the answer.

@@ -13,6 +13,8 @@ V in the cells of all probed rows, so a kept row must come back to its own cell.
 cells of the kept ones are freed, and llama.cpp's allocator (llama_kv_cache::find_slot) walks up from the first freed cell:
 it meets exactly those cells, in order. That is verified, not assumed.
 
+What an earlier prompt has left of the text before and of the probe is not computed again: see reuse.py.
+
 Knows segments, layers and cells; knows no pixels and no strings.
 """
 

@@ -94,7 +94,7 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
     n_prefix: rows of the prompt before its first image. layer: K of its first decoder stage, or None.
     """
     owner = context.llama._ctx
-    stem, owner.stem = owner.stem, None
+    stem, owner.stem, owner.n_parked = owner.stem, None, 0
     others = [MAIN, *range(PARKED + 1, N_SEQUENCES)]
     if (
         stem is None
