@@ -190,7 +190,7 @@ def main() -> None:
         if not mmproj.exists() and not options.no_encoder:
             write_encoder(mmproj, CLIP_L_336, TINYLLAMA_1B.n_embd, "f16")
         projector = None if options.no_encoder else mmproj
-        with StarVLM(text, projector, n_ctx=2048) as vlm:
+        with StarVLM(text, projector, n_ctx=2048, image_cache_bytes=0, reuse=False) as vlm:
             stock = Stock(text, projector, vlm.decoder.n_threads)
             result = {
                 "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__},

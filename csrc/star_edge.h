@@ -76,7 +76,8 @@ typedef struct se_tap se_tap;
 typedef struct {
     /* Layer window [first, last) of n_layer. first > 0: nodes up to `l_out-(first-1)` that depend on the input embeddings
      * are skipped and `inject` stands for its result. last < n_layer: the graph ends at the attention of layer `last`,
-     * after its K and V are in the cache. n_layer == 0: no window, only observe. */
+     * after its K and V are in the cache. first == last, within 1..n_layer-1: nothing but that layer's K and V, from `inject`.
+     * n_layer == 0: no window, only observe. */
     int32_t n_layer, first, last;
     int32_t n_rows, n_embd;
     const float * inject;        /* (n_rows, n_embd) */

@@ -363,7 +363,8 @@ void se_tap_free(se_tap * tap) {
 static int check(const se_plan * p) {
     if (p->n_layer < 0 || p->n_rows < 0 || p->n_attn_layers < 0) return SE_ERR_ARGUMENT;
     if (p->n_layer > 0) {
-        if (p->n_rows < 1 || p->first < 0 || p->first >= p->last || p->last > p->n_layer) return SE_ERR_ARGUMENT;
+        if (p->n_rows < 1 || p->first < 0 || p->first > p->last || p->last > p->n_layer) return SE_ERR_ARGUMENT;
+        if (p->first == p->last && (p->first == 0 || p->last == p->n_layer || p->hidden)) return SE_ERR_ARGUMENT;
         if ((p->first > 0 || p->hidden) && p->n_embd < 1) return SE_ERR_ARGUMENT;
         if (p->first > 0 && !p->inject) return SE_ERR_ARGUMENT;
         if (p->hidden && p->last == p->n_layer) return SE_ERR_ARGUMENT; /* only rows with logits reach the last layer's end */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
 import time
 import urllib.parse
@@ -33,6 +34,7 @@ from .gguf_info import read_gguf_info
 from .images import ImageLimits, load_image
 from .reader import PromptReader
 from .report import PruneReport
+from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt
 
 _REPORT_KEY = "star_edge"  # of a response
@@ -75,6 +77,7 @@ class StarChatHandler(MTMDChatHandler):
         `with handler.pruning("fast"):` holds for the requests made inside.
     encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
     image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
+    image_cache_bytes, image_cache_dir, reuse: as in StarVLM.
     image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of strangers
         give an image_loader.
     image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
@@ -99,6 +102,9 @@ class StarChatHandler(MTMDChatHandler):
         encoder_flash_attn: bool | None = None,
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        image_cache_bytes: int = DEFAULT_BYTES,
+        image_cache_dir: str | PathLike | None = None,
+        reuse: bool = True,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
@@ -107,6 +113,8 @@ class StarChatHandler(MTMDChatHandler):
         self.prune = prune
         self.encoder_flash_attn = encoder_flash_attn
         self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
+        self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
+        self.reuse = reuse
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
         self.last_report: PruneReport | None = None
@@ -116,6 +124,7 @@ class StarChatHandler(MTMDChatHandler):
         self._reader: PromptReader | None = None
         self._chat: ChatFormat | None = None
         self._request: _Request | None = None
+        self._bitmap_numbers = itertools.count()
 
     # ---- what to prune ----
 
@@ -172,6 +181,7 @@ class StarChatHandler(MTMDChatHandler):
             reader = self._reader
             self._request = request
             reader.context.is_cancelled = _is_cancelled.get()
+            reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
             try:
                 with self._typed_errors(request):
                     result = super().__call__(llama=llama, messages=messages, stream=stream, **options)
@@ -255,6 +265,9 @@ class StarChatHandler(MTMDChatHandler):
             encoder_on_gpu=self.use_gpu,
             image_min_tokens=self.image_min_tokens,
             image_max_tokens=self.image_max_tokens,
+            image_cache_bytes=self.image_cache_bytes,
+            image_cache_dir=self.image_cache_dir,
+            reuse=self.reuse,
         )
         self._llama, self._chat = weakref.ref(llama_model), chat  # a strong reference would keep the model in memory until the next gc
         self.mtmd_ctx = self._reader.encoder.context
@@ -295,7 +308,9 @@ class StarChatHandler(MTMDChatHandler):
         return np.ascontiguousarray(image)
 
     def _create_bitmap_from_bytes(self, image: np.ndarray) -> object:
-        return mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        self._reader.encoder.name_bitmap(bitmap, image, next(self._bitmap_numbers))
+        return bitmap
 
     def _load_source(self, url: str) -> np.ndarray:
         if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads them through urllib

@@ -27,6 +27,7 @@ from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
 from .reader import PromptReader
 from .report import PruneReport
+from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt, TextChunk
 from .vision.stage import run_vision_stage
 
@@ -99,11 +100,14 @@ class StarVLM:
     the encoder. type_k, type_v: type of the KV cache ("f16", "q8_0", ...); a quantized V needs flash attention.
     n_threads: default, the physical cores as far as they can be told. chat_template: Jinja source, default the file's own.
     image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
+    image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in as well
+    (2 GiB at most), for later processes; only you and those you trust should be able to write there.
+    reuse: what the decoder read of a prompt up to its last image is kept for the next one that begins alike.
     Further keyword arguments go to llama_cpp.Llama.
 
     Raises:
         ModelFileError, ModelMismatchError, UnsupportedModelError: the files cannot be used.
-        ConfigError: an unknown KV type.
+        ConfigError: an unknown KV type, or a cache that cannot be used.
         EngineError: llama.cpp could not create a context.
     """
 
@@ -125,6 +129,9 @@ class StarVLM:
         image_limits: ImageLimits = ImageLimits(),
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        image_cache_bytes: int = DEFAULT_BYTES,
+        image_cache_dir: str | PathLike | None = None,
+        reuse: bool = True,
         verbose: bool = False,
         **llama_options: Any,
     ) -> None:
@@ -177,6 +184,9 @@ class StarVLM:
                 encoder_on_gpu=n_gpu_layers != 0,
                 image_min_tokens=image_min_tokens,
                 image_max_tokens=image_max_tokens,
+                image_cache_bytes=image_cache_bytes,
+                image_cache_dir=image_cache_dir,
+                reuse=reuse,
             )
         except BaseException:
             self.close()
@@ -295,6 +305,7 @@ class StarVLM:
         """
         with self._lock:
             self._begin()
+            self.decoder.clear()
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
             try:
@@ -322,7 +333,7 @@ class StarVLM:
     # ---- inside ----
 
     def _begin(self) -> None:
-        """Ends whatever was going on and empties the cache."""
+        """Ends whatever was going on, and empties the cache but for what the next prompt may use."""
         if self._closed:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
         self._reader.begin()

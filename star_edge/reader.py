@@ -26,6 +26,7 @@ from .representatives import select
 from .scorers import DECODER_SCORERS
 from .selection import Selection, Tokens
 from .tap import Tap
+from .vision.cache import DEFAULT_BYTES, check_bytes
 from .vision.encoder import Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
 
@@ -40,6 +41,7 @@ class PromptReader:
 
     Raises:
         ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
+        ConfigError: the cache's size or directory cannot be used.
         EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
     """
 
@@ -52,7 +54,12 @@ class PromptReader:
         encoder_on_gpu: bool,
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        image_cache_bytes: int = DEFAULT_BYTES,
+        image_cache_dir: str | PathLike | None = None,
+        reuse: bool = True,
     ) -> None:
+        check_bytes(image_cache_bytes)
+        self.reuse = reuse
         self.llama: Llama = weakref.proxy(llama)
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
@@ -63,6 +70,8 @@ class PromptReader:
                 use_gpu=encoder_on_gpu,
                 image_min_tokens=image_min_tokens,
                 image_max_tokens=image_max_tokens,
+                cache_bytes=image_cache_bytes,
+                cache_dir=image_cache_dir,
             )
             llama._stack.callback(self.encoder.close)  # before the model that it points to
         if not isinstance(llama._ctx, TappedContext):
@@ -83,13 +92,13 @@ class PromptReader:
         return self.context.request
 
     def begin(self) -> None:
-        """Ends whatever was going on and empties the cache."""
-        self.context.forget_prompt()
-        self.decoder.clear()
+        """Ends whatever was going on and empties the cache, but for what the next prompt may use."""
+        self.context.clears_to_stem = False
+        self.context.end_prompt()
         self.llama.reset()
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
-        """Everything before the first answer token, from an empty cache (`begin`). Closes the prompt.
+        """Everything before the first answer token, after `begin`. Closes the prompt.
 
         start: when the request began, in the seconds of time.perf_counter.
 
@@ -112,15 +121,19 @@ class PromptReader:
         if windows:
             choose = lambda seen, n: _choose(seen, n, image_reports[seen.image], used)
             stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads)
+        # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
+        keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
+        if not keep:
+            self.decoder.clear()
         try:
-            state = prefill(self.decoder, segments, next_position, stage)
+            state = prefill(self.decoder, segments, next_position, stage, keep=keep)
         except LayerWindowError as error:
             self.decoder.layer_problems[tuple(layer for layer, _ in windows)] = error.cause
             notes.append(f"no decoder stage: {error.cause}")
             windows = []
             self.decoder.tap.set_cell_bias(None)
             self.decoder.clear()
-            state = prefill(self.decoder, segments, next_position)
+            state = prefill(self.decoder, segments, next_position, keep=keep)
         for i, image in enumerate(image_reports):
             for scores, selections in zip(state.scores, state.selections):
                 image.decoder_scores = scores[i] if image.decoder_scores is None else image.decoder_scores
@@ -140,6 +153,7 @@ class PromptReader:
             state.n_cells,
             milliseconds,
             in_place=state.in_place,
+            reused_tokens=state.n_reused,
             notes=notes,
         )
         return state, report

@@ -23,6 +23,7 @@ class ImageReport:
     vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
+    cached: the encoder's output was known from an earlier request.
     """
 
     n_tokens: int
@@ -34,6 +35,7 @@ class ImageReport:
     decoder_scores: np.ndarray | None = None
     vision_mass: np.ndarray | None = None
     decoder_mass: np.ndarray | None = None
+    cached: bool = False
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
@@ -51,11 +53,14 @@ class PruneReport:
 
     windows: (layer K, image tokens from there on) of each decoder stage; empty when there was none.
     n_text_tokens: text tokens of the prompt.
-    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer.
-    milliseconds: preprocess, encode (vision_stage within it), prefix, probe (decoder_scores within it), decoder_stage,
+    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next request may use stay in
+        theirs until an answer needs the room.
+    milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it), decoder_stage,
         resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate.
     n_generated: tokens of the answer.
     in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
+    reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
+        stage in the layers below it, otherwise in all.
     notes: what a user should know, such as a stage that this model cannot have.
     """
 
@@ -68,6 +73,7 @@ class PruneReport:
     milliseconds: dict[str, float] = field(default_factory=dict)
     n_generated: int = 0
     in_place: bool = True
+    reused_tokens: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -104,9 +110,10 @@ class PruneReport:
         return {
             "config": self.config.to_dict() if self.config is not None else None,
             "images": [
-                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept)} for i in self.images
+                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
+                for i in self.images
             ],
-            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated")},
+            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens")},
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,

@@ -124,7 +124,8 @@ def test_report_comes_back_with_the_response(llm, handler):
     response = ask(llm, user(DEMO, PLATE), max_tokens=8)
     summary = json.loads(json.dumps(response, allow_nan=False))["star_edge"]
     assert len(json.dumps(summary)) < 2000
-    assert summary["images"] == [{"n_tokens": 144, "n_vision_kept": kept("balanced").vision, "n_decoder_kept": kept("balanced").decoder}]
+    image = {"n_tokens": 144, "n_vision_kept": kept("balanced").vision, "n_decoder_kept": kept("balanced").decoder, "cached": True}
+    assert summary["images"] == [image]
     assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (PRESETS["balanced"].vision_keep, 2, 6)
     assert (
         summary["n_kv_cells"] == summary["n_text_tokens"] + kept("balanced").decoder and summary["n_generated"] == 3
@@ -475,7 +476,7 @@ def test_bad_options(fails, llm, handler, monkeypatch):
         with pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):
             ask(llm)
     for target, name, error in (
-        (handler._reader.encoder, "encode", errors.EngineError("the encoder failed")),
+        (handler._reader.encoder, "encode_once", errors.EngineError("the encoder failed")),
         (llm._ctx, "decode", RuntimeError("llama_decode returned -3")),
         (llm, "sample", KeyboardInterrupt()),
     ):

@@ -108,8 +108,9 @@ def test_python_checks_its_arrays(tapped):
                  dict(inject=np.empty((D, 6), np.float32).T, window=(2, L, L))):  # fmt: skip
         with pytest.raises(EngineError, match="test"):
             decode(context, rows, **plan)
-    with pytest.raises(EngineError, match="out of range"):
-        decode(context, rows, window=(3, 3, L), inject=np.zeros((6, D), np.float32))
+    for window in ((0, 0, L), (L, L, L), (4, 3, L)):
+        with pytest.raises(EngineError, match="out of range"):
+            decode(context, rows, window=window, inject=np.zeros((6, D), np.float32))
     decode(context, rows)
 
 

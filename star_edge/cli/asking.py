@@ -15,7 +15,7 @@ from ..evaluation.configs import NamedConfig
 from ..evaluation.results import Record, Results, fingerprint_file
 from ..evaluation.runner import run_tasks
 from ..evaluation.tasks import Task
-from .options import load_engine
+from .options import AFRESH, load_engine
 
 Ask = Callable[[Sequence[Task], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
 
@@ -37,7 +37,7 @@ def asking(
     header = {"star_edge": __version__, "llama_cpp_python": llama_cpp.__version__, "metric": metric, "max_tokens": max_tokens}
     header |= {"prompt_suffix": prompt_suffix, **options}
     console = Console(stderr=True)
-    with load_engine(**model) as vlm:
+    with load_engine(**model, **AFRESH) as vlm:
         text_model = vlm.llama.model_path
         mmproj = vlm.encoder.path if vlm.encoder is not None else None
         files = {"model": fingerprint_file(text_model), "mmproj": fingerprint_file(mmproj) if mmproj else None}

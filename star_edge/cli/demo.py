@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import refvlm
-from .options import load_engine, make_config, print_json, prune_options, save_overlay
+from .options import AFRESH, load_engine, make_config, print_json, prune_options, save_overlay
 
 
 @click.command()
@@ -29,7 +29,7 @@ def demo(preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | 
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer)
     rows, answer = [], None
-    with load_engine(None, None) as vlm:
+    with load_engine(None, None, **AFRESH) as vlm:
         for question in track(refvlm.demo_questions(), "asking", console=Console(stderr=True), transient=True):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}

@@ -19,7 +19,7 @@ from ..engine import StarVLM
 from ..errors import StarEdgeError
 from ..native import ffi, lib
 from ..selection import average_tokens
-from .options import load_engine, model_options, print_json
+from .options import AFRESH, load_engine, model_options, print_json
 
 
 @click.command()
@@ -50,7 +50,7 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
         "gpu_offload": bool(llama_cpp.llama_supports_gpu_offload()),
         "cpu_features": llama_cpp.llama_print_system_info().decode().strip(),
     }
-    with load_engine(**model) as vlm:
+    with load_engine(**model, **AFRESH) as vlm:
         if check:  # first: running may show what the model does not support
             result["check"] = _or_reason(_check, vlm, width, height)
         result["model"] = _describe(vlm)

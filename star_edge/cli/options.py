@@ -84,6 +84,10 @@ def prune_options(command: Callable) -> Callable:
     return command
 
 
+# Where times are compared, or two ways of reading a prompt, nothing may come from an earlier request.
+AFRESH: dict[str, Any] = {"image_cache_bytes": 0, "reuse": False}
+
+
 def load_engine(
     model: str | None = None, mmproj: str | None = None, hf_repo: str | None = None, no_mmproj: bool = False, **options: Any
 ) -> StarVLM:

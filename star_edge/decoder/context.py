@@ -26,12 +26,18 @@ class TappedContext(_internals.LlamaContext):
 
     request: changes whenever the prompt in the cache goes.
     is_cancelled: asked before every decode, of a prompt's too; when it says so, RequestCancelledError is raised instead.
+    stem: rows of the last prompt that a later one may use (decoder.reuse.Stem), or None; n_parked: how many of them are in no
+        sequence but PARKED.
+    clears_to_stem: the next kv_cache_clear is the beginning of a request and leaves the stem.
     """
 
     def __init__(self, tap: Tap, **kwargs: object) -> None:
         self.tap = tap
         self.request = 0
         self.is_cancelled: Callable[[], bool] | None = None
+        self.stem: object | None = None
+        self.n_parked = 0
+        self.clears_to_stem = False
         self._n_prompt = 0
         super().__init__(**kwargs)
 
@@ -47,23 +53,61 @@ class TappedContext(_internals.LlamaContext):
         self.tap.set_position_shift(0, 0)
         self.tap.set_cell_bias(None)
 
-    # Whoever uses the Llama for something else cuts the cache through one of these two first: Llama.eval does, and Llama.embed.
+    def end_prompt(self) -> None:
+        """Empties the cache but for the stem."""
+        self.forget_prompt()
+        if self.stem is None:
+            llama_cpp.llama_memory_clear(self.memory, False)
+        else:
+            llama_cpp.llama_memory_seq_rm(self.memory, MAIN, 0, -1)
+
+    def forget_stem(self) -> None:
+        self.stem, self.n_parked = None, 0
+        if self.memory is not None and llama_cpp.llama_memory_seq_pos_max(self.memory, PARKED) >= 0:
+            llama_cpp.llama_memory_seq_rm(self.memory, PARKED, 0, -1)
+
+    # Whoever uses the Llama for something else cuts the cache through one of these first: Llama.eval does, and Llama.embed.
 
     def kv_cache_clear(self) -> None:
+        if self.clears_to_stem:
+            self.clears_to_stem = False
+            self.end_prompt()
+            return
         self.forget_prompt()
+        self.forget_stem()
         super().kv_cache_clear()
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         if p0 < self._n_prompt:
             self.forget_prompt()
+        if not self._n_prompt:
+            self.forget_stem()
         return super().kv_cache_seq_rm(seq_id, p0, p1)
 
     def check_cancelled(self) -> None:
         if self.is_cancelled is not None and self.is_cancelled():
             raise RequestCancelledError("the request was cancelled")
 
+    def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
+        self.forget_stem()
+        super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)
+
+    def kv_cache_seq_keep(self, seq_id: int) -> None:
+        self.forget_stem()
+        super().kv_cache_seq_keep(seq_id)
+
+    def kv_cache_seq_shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
+        self.forget_stem()
+        super().kv_cache_seq_shift(seq_id, p0, p1, shift)
+
     def decode(self, batch: _internals.LlamaBatch) -> None:
         self.check_cancelled()
+        if not self._n_prompt:
+            self.forget_stem()
+        elif self.n_parked:
+            n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 + self.n_parked
+            if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
+                self.forget_stem()
         self.tap.begin()
         super().decode(batch)
         self.tap.check()
@@ -232,7 +276,12 @@ class DecoderContext:
 
     def clear(self) -> None:
         """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
+        self.llama._ctx.stem = None
         llama_cpp.llama_memory_clear(self.memory, False)
+
+    def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
+        """Puts the dense positions [start, stop) of a sequence into another as well."""
+        llama_cpp.llama_memory_seq_cp(self.memory, source, sequence, start, stop)
 
     def remove(self, sequence: int, start: int, stop: int = -1) -> None:
         """Takes the dense positions [start, stop) out of a sequence; cells of no sequence are free again."""
@@ -241,7 +290,7 @@ class DecoderContext:
 
     def park(self, start: int, parking: int) -> None:
         """Moves everything from dense position `start` on from MAIN to sequence `parking`, where no row of MAIN attends to it."""
-        llama_cpp.llama_memory_seq_cp(self.memory, MAIN, parking, start, -1)
+        self.copy(MAIN, parking, start)
         self.remove(MAIN, start)
 
     def set_causal(self, causal: bool) -> None:

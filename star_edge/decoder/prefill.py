@@ -13,6 +13,8 @@ V in the cells of all probed rows, so a kept row must come back to its own cell.
 cells of the kept ones are freed, and llama.cpp's allocator (llama_kv_cache::find_slot) walks up from the first freed cell:
 it meets exactly those cells, in order. That is verified, not assumed.
 
+What an earlier prompt has left of the text before and of the probe is not computed again: see reuse.py.
+
 Knows segments, layers and cells; knows no pixels and no strings.
 """
 
@@ -27,22 +29,9 @@ import numpy as np
 from ..errors import EngineError
 from ..selection import Selection
 from ..tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Plan
+from . import reuse
 from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
-
-
-@dataclass
-class Segment:
-    """A run of text tokens or the tokens of one image, in prompt order.
-
-    image: index of the image, or None for text.
-    causal: False for images whose rows attend to each other both ways (Gemma 3).
-    mass: original tokens that each row stands for, (n,), or None for one each. Its cell gets log(mass) added to its attention logits.
-    """
-
-    rows: Rows
-    image: int | None = None
-    causal: bool = True
-    mass: np.ndarray | None = None
+from .segments import Segment
 
 
 @dataclass
@@ -86,6 +75,7 @@ class Prefill:
     scores, selections: for each decoder stage a list with, for each image, the attention that its rows got there, (n,) float32, and
         what stayed, as indices into the rows that the vision stage left.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
+    n_reused: rows that an earlier prompt had decoded, with a decoder stage in the layers below it.
     """
 
     logits: np.ndarray
@@ -95,24 +85,38 @@ class Prefill:
     scores: list[list[np.ndarray]] = field(default_factory=list)
     selections: list[list[Selection]] = field(default_factory=list)
     in_place: bool = True
+    n_reused: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def prefill(context: DecoderContext, segments: Sequence[Segment], next_position: int, stage: DecoderStage | None = None) -> Prefill:
-    """Runs the prompt from an empty cache.
+def prefill(
+    context: DecoderContext, segments: Sequence[Segment], next_position: int, stage: DecoderStage | None = None, *, keep: bool = False
+) -> Prefill:
+    """Runs the prompt from an empty cache. keep: or from what an earlier prompt has left, and leaves what a later one may use.
 
     Raises:
         ContextLengthError, EngineError: see DecoderContext.decode. The cache must be cleared before the next prompt.
     """
-    return _Run(context, segments, next_position).run(stage)
+    run = _Run(context, segments, next_position, keep)
+    try:
+        return run.run(stage)
+    except reuse.RowsMovedError:
+        context.clear()
+        context.tap.set_cell_bias(None)
+        again = _Run(context, segments, next_position, keep)
+        again.seconds["fallback"] = sum(run.seconds.values())
+        return again.run(stage)
 
 
 class _Run:
-    def __init__(self, context: DecoderContext, segments: Sequence[Segment], next_position: int) -> None:
+    def __init__(self, context: DecoderContext, segments: Sequence[Segment], next_position: int, keep: bool = False) -> None:
         self.context = context
+        self.keep = keep
+        self.attached = reuse.Attached()
         self.segments = list(segments)
         self.next_position = next_position
         self.n_cells = 0
+        self.in_order = True
         self.seconds: dict[str, float] = {}
         images = [i for i, s in enumerate(self.segments) if s.image is not None]
         self.first_image = images[0] if images else len(self.segments)
@@ -123,26 +127,36 @@ class _Run:
         prefix, rest = self.segments[: self.first_image], self.segments[self.first_image :]
         if stage is not None and self.last_image == len(self.segments) - 1:
             raise EngineError("the decoder stage needs text after the last image")
+        n_prefix = sum(len(s.rows) for s in prefix)
+        if self.keep:
+            with self.timed("reuse"):
+                self.attached = reuse.attach(self.context, self.segments, n_prefix, stage.windows[0][0] if stage else None)
+                self.n_cells = self.attached.n_main
+        n_reused = self.attached.n_main
         # 1) text before the first image
         with self.timed("prefix"):
-            self.plain(prefix, last_has_logits=not rest)
+            cells = self.plain(prefix, last_has_logits=not rest, skip=n_reused)
+        self.check_cells(cells, self.n_cells - len(cells))
         if not rest:
-            return self.result(self.segments)
+            return self.result(self.segments, stem=(self.segments, n_prefix, None, None, n_prefix))
         if self.has_mass:
             # An empty cache is filled from its first cell on; checked once the rows are there.
-            self.set_masses(rest, np.arange(self.n_cells, self.n_cells + sum(len(s.rows) for s in rest)))
-        start = self.n_cells
+            self.set_masses(rest, np.arange(n_prefix, n_prefix + sum(len(s.rows) for s in rest)))
+        start = n_prefix
+        stem = self.segments[: self.last_image + 1]
+        n_stem = sum(len(s.rows) for s in stem)
         if stage is None:
             with self.timed("prefill"):
-                cells = self.plain(rest, last_has_logits=True)
-            self.check_cells(cells, start)
-            return self.result(self.segments)
+                cells = self.plain(rest, last_has_logits=True, skip=max(0, n_reused - n_prefix))
+            self.check_cells(cells, max(start, n_reused))
+            return self.result(self.segments, stem=(stem, n_prefix, None, None, n_stem))
 
         # 2) probe
         ends = [layer for layer, _ in stage.windows] + [self.context.n_layers]
         with self.timed("probe"):
             end = self.window(rest, 0, ends[0], None, stage.text_rows)
         self.check_cells(end.cells, start)
+        stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
         all_scores, all_selections = [], []
         for w, (layer, n_keep) in enumerate(stage.windows):
@@ -168,25 +182,42 @@ class _Run:
                 with self.timed("fallback"):
                     self.restart(rest, kept_rows, start)
                 break
-        for w in range(len(all_scores)):
-            self.context.remove(PARKED + w, 0)
-        return self.result(prefix + live, scores=all_scores, selections=all_selections, in_place=in_place)
+        n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
+        return self.result(
+            prefix + live,
+            (stem, n_prefix, stage.windows[0][0], stem_hidden, n_live) if in_place else None,
+            scores=all_scores,
+            selections=all_selections,
+            in_place=in_place,
+        )
 
-    def result(self, segments: Sequence[Segment], **fields: object) -> Prefill:
+    def result(self, segments: Sequence[Segment], stem: tuple | None, **fields: object) -> Prefill:
+        """segments: of the rows that are left. stem: arguments of reuse.keep, or None when nothing can be kept."""
+        if self.keep and stem is not None and self.in_order:
+            with self.timed("reuse"):
+                reuse.keep(self.context, *stem)
+        else:
+            for parking in range(PARKED, N_SEQUENCES):
+                self.context.remove(parking, 0)
         tokens = [np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens for s, original in zip(segments, self.segments)]
         ids = np.concatenate(tokens).astype(np.int32)
-        return Prefill(self.context.logits(), self.n_cells, ids, self.next_position, seconds=self.seconds, **fields)
+        return Prefill(
+            self.context.logits(), self.n_cells, ids, self.next_position, n_reused=self.attached.n_rows, seconds=self.seconds, **fields
+        )
 
     def timed(self, name: str) -> _Timer:
         return _Timer(self.seconds, name)
 
     # ---- windows ----
 
-    def plain(self, segments: Sequence[Segment], last_has_logits: bool) -> np.ndarray:
-        """Window [0, L): ordinary decodes, with the true positions."""
-        cells = []
+    def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
+        """Window [0, L): ordinary decodes, with the true positions. skip: first rows, in whole decodes, that are in the cache already."""
+        cells, at = [], 0
         for s, segment in enumerate(segments):
             for rows, is_last in self.chunks(segment):
+                at += len(rows)
+                if at <= skip:
+                    continue
                 wants = last_has_logits and is_last and s == len(segments) - 1
                 plan = Plan(want_cells=True)
                 cells.append(self.decode(rows, plan, "prefill", segment.causal, wants).cells)
@@ -194,6 +225,8 @@ class _Run:
 
     def window(self, segments: Sequence[Segment], first: int, last: int, inject: np.ndarray | None, text_rows: str) -> _WindowEnd:
         """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
+
+        With first = 0, rows that an earlier prompt's probe left are brought back instead of computed.
 
         Each segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the CPU's
         flash attention changes its accumulator at 64), and non-causal images must stay apart.
@@ -206,6 +239,7 @@ class _Run:
         lines: list[np.ndarray] = []
         n_scoring = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
         at = 0
+        known = self.attached.hidden if first == 0 and self.attached.hidden is not None else np.empty((0, ctx.n_embd), np.float32)
         for s, segment in enumerate(segments):
             is_scoring = s > self.last_image - self.first_image
             for rows, is_last in self.chunks(segment):
@@ -213,7 +247,10 @@ class _Run:
                 plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
                 if first > 0:
                     plan.inject = inject[at : at + n]
-                if not is_end:
+                if at < len(known):  # whole decodes, and none that scores: reuse.attach
+                    plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
+                    hidden[at : at + n] = plan.inject
+                elif not is_end:
                     plan.hidden = hidden[at : at + n]
                     weight = n / n_scoring if text_rows != "last" else 1.0
                     if is_final if text_rows == "last" else is_scoring:
@@ -278,7 +315,13 @@ class _Run:
         self.context.tap.set_cell_bias(bias)
 
     def check_cells(self, cells: np.ndarray, start: int) -> None:
-        if self.has_mass and not np.array_equal(cells, np.arange(start, start + len(cells))):
+        """Row i of a prompt belongs in cell i: for the masses, for what is reused, and for what is kept."""
+        if np.array_equal(cells, np.arange(start, start + len(cells))):
+            return
+        if self.attached.n_rows:
+            raise reuse.RowsMovedError
+        self.in_order = False
+        if self.has_mass:
             raise EngineError(
                 "rows of an empty cache are not in its first cells, where their attention bias is", 'use representatives="none"'
             )
@@ -308,8 +351,8 @@ class _Run:
 
     def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
         """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether a piece is the segment's last."""
-        n, size = len(segment.rows), self.context.n_ubatch
-        return [(segment.rows.slice(at, min(n, at + size)), at + size >= n) for at in range(0, n, size)]
+        n = len(segment.rows)
+        return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
 
     def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False):
         if not causal:

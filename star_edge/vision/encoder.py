@@ -6,6 +6,7 @@ Knows chunks, pixels and encoder rows. Which tokens stay is decided elsewhere.
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -19,6 +20,7 @@ from ..errors import EngineClosedError, EngineError, ModelFileError, ModelMismat
 from ..gguf_info import read_gguf_info
 from ..native import ffi, lib
 from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
+from .cache import CachedImage, ImageCache, file_digest, pixels_id
 from .profiles import METADATA_KEYS, find_profile
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
@@ -48,6 +50,7 @@ class ImageChunk:
     positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x, 0).
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
+    content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
 
     handle: object
@@ -56,6 +59,7 @@ class ImageChunk:
     n_positions: int
     grid: tuple[int, int] | None
     causal: bool
+    content: str = ""
 
 
 @dataclass
@@ -75,9 +79,10 @@ class Prompt:
 class Encoded:
     """Output of the encoder for one image.
 
-    embeddings: (n_tokens, n_embd_inp) float32, a view of libmtmd's memory: valid until the next encode.
+    embeddings: (n_tokens, n_embd_inp) float32. Unless cached, a view of libmtmd's memory: valid until the next encode.
     scores: attention that each token receives, (n_tokens,) float32, or None when it was not asked for.
     cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
+    cached: it comes from the cache. Arrays are read-only then.
     """
 
     embeddings: np.ndarray
@@ -85,10 +90,13 @@ class Encoded:
     cells: np.ndarray
     score_seconds: float
     attention: list[np.ndarray] = field(default_factory=list)
+    cached: bool = False
 
 
 class VisionEncoder:
     """An mmproj file, loaded beside its text model.
+
+    cache_bytes, cache_dir: what `encode_once` keeps in memory, and where it keeps more.
 
     Raises:
         ModelFileError: missing, truncated, or no mmproj file.
@@ -97,7 +105,16 @@ class VisionEncoder:
     """
 
     def __init__(
-        self, path: str | PathLike, llama: Llama, *, flash_attn: bool, use_gpu: bool, image_min_tokens: int = -1, image_max_tokens: int = -1
+        self,
+        path: str | PathLike,
+        llama: Llama,
+        *,
+        flash_attn: bool,
+        use_gpu: bool,
+        image_min_tokens: int = -1,
+        image_max_tokens: int = -1,
+        cache_bytes: int = 0,
+        cache_dir: str | PathLike | None = None,
     ) -> None:
         info = read_gguf_info(path, METADATA_KEYS)
         if info.architecture != "clip":
@@ -109,6 +126,14 @@ class VisionEncoder:
         self.projector, self.profile = find_profile(info.values)
         self._layer = self.profile.n_layers_run(info.values) - 1 if self.profile else None
         self.n_threads = llama.n_threads_batch
+        self.cache: ImageCache | None = None
+        if cache_bytes or cache_dir is not None:
+            settings = (
+                flash_attn, use_gpu, image_min_tokens, image_max_tokens, MAX_QUERY_ROWS, llama_cpp.__version__, platform.machine(),
+                llama_cpp.llama_print_system_info(),  # CPU features, which decide how kernels round
+            )  # fmt: skip
+            model = file_digest(info.path) if cache_dir is not None else b""  # within a process the encoder stays the same
+            self.cache = ImageCache(cache_bytes, cache_dir, model + repr(settings).encode())
         self.tap = Tap()
 
         params = mtmd.mtmd_context_params_default()
@@ -176,6 +201,8 @@ class VisionEncoder:
         try:
             array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
             lib.se_log_clear()
+            for i, (bitmap, image) in enumerate(zip(bitmaps, images)):
+                self.name_bitmap(bitmap, image, i)
             status = mtmd.mtmd_tokenize(self.context, handle, ctypes.byref(inner), array, len(bitmaps))
             if status:
                 raise EngineError(
@@ -197,7 +224,19 @@ class VisionEncoder:
         Raises:
             PromptError: audio.
         """
-        return [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
+        chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
+        n_parts: dict[str, int] = {}
+        for chunk in chunks:
+            if isinstance(chunk, ImageChunk) and chunk.content:
+                # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
+                part = n_parts[chunk.content] = n_parts.get(chunk.content, -1) + 1
+                chunk.content = f"{chunk.content.partition(':')[2]} {part}"
+        return chunks
+
+    def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
+        """Lets the chunks of a bitmap be found in the cache. image: its pixels; number: another one for each bitmap of a prompt."""
+        if self.cache is not None:
+            mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{pixels_id(image)}".encode())
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)
@@ -219,9 +258,29 @@ class VisionEncoder:
             positions = txyz[:, 0].copy()
         grid = (ny, nx) if nx * ny == n and (ny > 1 or self.mrope) else _square(n)  # without M-RoPE ny is 1 and nx is n
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
-        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal)
+        name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
+        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, name)
 
     # ---- encode ----
+
+    def encode_once(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> Encoded:
+        """As `encode`, which it runs only if the cache does not have all that is asked for."""
+        if self.cache is None or not chunk.content:
+            return self.encode(chunk, attention, want_cells=want_cells)
+        self._check_open()
+        attention = attention if self.profile else None
+        want_cells = bool(want_cells and self.profile and self.profile.to_cells)
+        key, n = self.cache.key(chunk.content), chunk.n_tokens
+        found = self.cache.get(key, n, self.n_embd_inp, attention, want_cells)
+        if found is not None:
+            scores = None if attention is None else found.scores[attention]
+            return Encoded(found.embeddings, scores, found.cells if want_cells else np.arange(n), 0.0, cached=True)
+        encoded = self.encode(chunk, attention, want_cells=want_cells)
+        image = CachedImage(
+            encoded.embeddings.copy(), encoded.cells if want_cells else None, {} if attention is None else {attention: encoded.scores}
+        )
+        self.cache.put(key, image)
+        return encoded
 
     def encode(
         self, chunk: ImageChunk, attention: str | None = "received", *, want_cells: bool = True, read: AttentionRead | None = None
@@ -251,7 +310,7 @@ class VisionEncoder:
                 raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
         pointer = mtmd.mtmd_get_output_embd(self.context)
         embeddings = np.ctypeslib.as_array(pointer, (chunk.n_tokens, self.n_embd_inp))
-        cells = np.arange(chunk.n_tokens) if index is None or not profile.to_cells else profile.to_cells(index)
+        cells = np.arange(chunk.n_tokens) if index is None or not profile.to_cells else profile.to_cells(index).astype(np.int64)
         return Encoded(embeddings, scores, cells, outcome.score_seconds, outcome.attention)
 
     def max_rows(self, chunk: ImageChunk) -> int:

@@ -87,14 +87,14 @@ def run_vision_stage(
             continue
         n_keep = plan.n_vision[len(reports)]
         start = time.perf_counter()
-        encoded = encoder.encode(chunk, config.encoder_attention if config else None, want_cells=config is not None)
+        encoded = encoder.encode_once(chunk, config.encoder_attention if config else None, want_cells=config is not None)
         chosen = time.perf_counter()
         if n_keep < chunk.n_tokens:
             selection = _select(encoded, chunk, n_keep, config)
             embeddings = merge(encoded.embeddings, selection)
         else:
             selection = Selection(np.arange(chunk.n_tokens))
-            embeddings = encoded.embeddings.copy()  # the encoder's own memory is used again
+            embeddings = encoded.embeddings if encoded.cached else encoded.embeddings.copy()  # the encoder's own memory is used again
         kept = selection.kept
         end = time.perf_counter()
         seconds["encode"] = seconds.get("encode", 0.0) + end - start
@@ -114,6 +114,7 @@ def run_vision_stage(
                 selection.scores,
                 vision_mass=selection.mass,
                 decoder_mass=selection.mass,
+                cached=encoded.cached,
             )
         )
         position += n_positions

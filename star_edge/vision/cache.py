@@ -1,0 +1,235 @@
+"""Outputs of the vision encoder, kept by what they were made of: in memory and, if wanted, in a directory.
+
+A key stands for the image's pixels, the mmproj file and every setting that changes the result, so a hit equals a miss bit for
+bit. Not thread-safe: the encoder that it belongs to is not either. Several processes may share a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import struct
+import tempfile
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError
+
+DEFAULT_BYTES = 256 * 2**20
+DIRECTORY_BYTES = 2 * 2**30  # of all files in a directory
+_KINDS = ("received", "cls")  # of attention, in the order in which a file has them
+
+# A file: header, embeddings, cells, scores by kind, and the SHA-256 of all before it. Little-endian.
+_HEADER = struct.Struct("<8s32sIIII")  # magic, key, n_tokens, n_embd, 1 if cells are there, bits of the kinds that are
+_MAGIC = b"starimg1"  # another number when a file holds something else, or the scores are computed in another way
+_SUFFIX, _TEMPORARY = ".starimg", ".starimg-part"
+_CHECKSUM = 32
+_ABANDONED_SECONDS = 3600  # a temporary file of that age belongs to no process that still writes it
+
+
+@dataclass
+class CachedImage:
+    """What the encoder made of one image. Arrays are read-only.
+
+    embeddings: (n_tokens, n_embd_inp) float32. cells: (n_tokens,) int64, or None if they were not asked for. scores: attention that
+    each token receives, (n_tokens,) float32, by the kind that was read.
+    """
+
+    embeddings: np.ndarray
+    cells: np.ndarray | None = None
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for array in (self.embeddings, self.cells, *self.scores.values()):
+            if array is not None:
+                array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(a.nbytes for a in (self.embeddings, self.cells, *self.scores.values()) if a is not None)
+
+    def has(self, attention: str | None, cells: bool) -> bool:
+        return (attention is None or attention in self.scores) and not (cells and self.cells is None)
+
+    def joined(self, other: CachedImage) -> CachedImage:
+        """With what an earlier run had read of the same image."""
+        return CachedImage(self.embeddings, other.cells if self.cells is None else self.cells, {**other.scores, **self.scores})
+
+
+class ImageCache:
+    """Least recently used goes first, in memory and in the directory.
+
+    fingerprint: of everything but the image that changes the encoder's output.
+
+    Raises:
+        ConfigError: a size that is none, or a directory that cannot be used.
+    """
+
+    def __init__(self, n_bytes: int, directory: str | PathLike | None, fingerprint: bytes) -> None:
+        check_bytes(n_bytes)
+        self.n_bytes, self.fingerprint = n_bytes, fingerprint
+        self.used = 0
+        self._images: OrderedDict[bytes, CachedImage] = OrderedDict()
+        self.directory = None if directory is None else Path(directory)
+        if self.directory is not None:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"image_cache_dir {self.directory} cannot be made ({error.strerror})", "give a directory") from error
+
+    def key(self, image: str) -> bytes:
+        """image: what identifies its pixels."""
+        return hashlib.sha256(self.fingerprint + image.encode()).digest()
+
+    def get(self, key: bytes, n_tokens: int, n_embd: int, attention: str | None, cells: bool) -> CachedImage | None:
+        """The image, if all that is asked for is there."""
+        image = self._images.get(key)
+        if image is not None:
+            self._images.move_to_end(key)
+        if (image is None or not image.has(attention, cells)) and self.directory is not None:
+            found = self._read(key, n_tokens, n_embd)
+            if found is not None:
+                image = found if image is None else found.joined(image)
+                self._remember(key, image)
+        return image if image is not None and image.has(attention, cells) else None
+
+    def put(self, key: bytes, image: CachedImage) -> None:
+        before = self._images.get(key)
+        if before is None and self.directory is not None:
+            before = self._read(key, *image.embeddings.shape)
+        image = image if before is None else image.joined(before)
+        self._remember(key, image)
+        if self.directory is not None:
+            with contextlib.suppress(OSError):  # a full disk costs time at the next request, and this one nothing
+                self._write(key, image)
+
+    def clear(self) -> None:
+        """Forgets what is in memory."""
+        self._images.clear()
+        self.used = 0
+
+    # ---- memory ----
+
+    def _remember(self, key: bytes, image: CachedImage) -> None:
+        before = self._images.pop(key, None)
+        self.used += image.n_bytes - (before.n_bytes if before else 0)
+        self._images[key] = image
+        while self.used > self.n_bytes:
+            self.used -= self._images.popitem(last=False)[1].n_bytes
+
+    # ---- directory ----
+
+    def _path(self, key: bytes) -> Path:
+        return self.directory / (key.hex() + _SUFFIX)
+
+    def _read(self, key: bytes, n_tokens: int, n_embd: int) -> CachedImage | None:
+        """None for whatever is not a whole file of this image."""
+        path = self._path(key)
+        largest = _HEADER.size + n_tokens * (4 * n_embd + 8 + 4 * len(_KINDS)) + _CHECKSUM
+        try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or not _HEADER.size + _CHECKSUM <= status.st_size <= largest:
+                return None
+            data = path.read_bytes()
+        except OSError:
+            return None
+        body = data[:-_CHECKSUM]
+        if len(body) < _HEADER.size or hashlib.sha256(body).digest() != data[-_CHECKSUM:]:
+            return None
+        magic, its_key, its_tokens, its_embd, has_cells, bits = _HEADER.unpack_from(body)
+        kinds = [kind for i, kind in enumerate(_KINDS) if bits >> i & 1]
+        size = _HEADER.size + n_tokens * (4 * n_embd + 8 * has_cells + 4 * len(kinds))
+        if (
+            (magic, its_key, its_tokens, its_embd) != (_MAGIC, key, n_tokens, n_embd)
+            or has_cells > 1
+            or bits >> len(_KINDS)
+            or len(body) != size
+        ):
+            return None
+        at = _HEADER.size
+
+        def take(dtype: str, n: int) -> np.ndarray:
+            nonlocal at
+            array = np.frombuffer(body, dtype, n, at)
+            at += array.nbytes
+            return array.astype(dtype[1:])  # in memory of its own, aligned, in this machine's byte order
+
+        embeddings = take("<f4", n_tokens * n_embd).reshape(n_tokens, n_embd)
+        cells = take("<i8", n_tokens) if has_cells else None
+        scores = {kind: take("<f4", n_tokens) for kind in kinds}
+        if cells is not None and not ((cells >= -1) & (cells < n_tokens)).all():  # they are used as indices
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the time of last use: access times are often off
+        return CachedImage(embeddings, cells, scores)
+
+    def _write(self, key: bytes, image: CachedImage) -> None:
+        bits = sum(1 << i for i, kind in enumerate(_KINDS) if kind in image.scores)
+        parts = [_HEADER.pack(_MAGIC, key, *image.embeddings.shape, image.cells is not None, bits)]
+        parts.append(np.ascontiguousarray(image.embeddings, "<f4").tobytes())
+        if image.cells is not None:
+            parts.append(np.ascontiguousarray(image.cells, "<i8").tobytes())
+        parts += [np.ascontiguousarray(image.scores[kind], "<f4").tobytes() for kind in _KINDS if kind in image.scores]
+        body = b"".join(parts)
+        self._make_room(len(body) + _CHECKSUM)
+        # Renamed into place: another process sees the whole file or none.
+        with tempfile.NamedTemporaryFile(dir=self.directory, suffix=_TEMPORARY, delete=False) as file:
+            try:
+                file.write(body)
+                file.write(hashlib.sha256(body).digest())
+                file.close()
+                os.replace(file.name, self._path(key))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
+
+    def _make_room(self, n_bytes: int) -> None:
+        files = []
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # another process may have removed it
+                    status = entry.stat(follow_symlinks=False)
+                    if entry.name.endswith(_TEMPORARY) and status.st_mtime < time.time() - _ABANDONED_SECONDS:
+                        os.unlink(entry.path)
+                    elif entry.name.endswith(_SUFFIX) and stat.S_ISREG(status.st_mode):
+                        files.append((status.st_mtime_ns, status.st_size, entry.path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if used + n_bytes <= DIRECTORY_BYTES:
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                used -= size
+
+
+def check_bytes(n_bytes: int) -> None:
+    """Raises ConfigError for what is no size of a cache."""
+    if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
+        raise ConfigError(f"image_cache_bytes={n_bytes!r} is no size", "use a number of bytes, or 0 for no cache in memory")
+
+
+def file_digest(path: str | PathLike) -> bytes:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.digest()
+
+
+def pixels_id(pixels: np.ndarray) -> str:
+    """What stands for an image, (h, w, 3) uint8."""
+    digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()

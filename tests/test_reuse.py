@@ -1,0 +1,496 @@
+"""What is kept from one request to the next: encoder outputs, and what the decoder computed. Every answer equals a fresh engine's."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import llama_cpp
+import numpy as np
+import pytest
+import stock
+from conftest import random_image
+from llama_cpp import Llama
+from test_chat_handler import COLOR, PLATE, data_url, user
+
+from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
+from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, Rows
+from star_edge.tap import Plan
+from star_edge.vision import cache as image_cache
+from star_edge.vision.encoder import TextChunk
+
+QUESTIONS = ("what is this?", "where is the cat, and how many are there?")
+BY_SCORE = PruneConfig(0.5, 0.25, 2, representatives="none")
+CLS = PruneConfig(0.5, vision_scorer="cls", representatives="none")
+
+
+def engine(models, **options):
+    return StarVLM(models.text, models.mmproj, **{"n_ctx": 512, "n_threads": 1, **options})
+
+
+def same(one, other):
+    """Logits and everything in a report that is no time."""
+    (state, report), (expected, wanted) = one, other
+    assert np.array_equal(state.logits, expected.logits)
+    for image, want in zip(report.images, wanted.images, strict=True):
+        for name in ("cells", "vision_kept", "vision_scores", "vision_mass", "decoder_kept", "decoder_scores", "decoder_mass"):
+            a, b = getattr(image, name), getattr(want, name)
+            assert (a is None and b is None) or (a.dtype == b.dtype and np.array_equal(a, b)), name
+    return report
+
+
+# ---- encoder cache ----
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_a_hit_equals_a_miss(families, family, tmp_path):
+    """In memory, from the directory, and without any cache."""
+    models, images = families[family], [random_image(1), random_image(2, 84, 126)]
+    configs = [None, BY_SCORE, "balanced", CLS]
+    with engine(models, image_cache_bytes=0) as vlm:
+        expected = [vlm.read_prompt("a", images, config) for config in configs]
+        assert vlm.encoder.cache is None
+        assert not any(image.cached for _, report in expected for image in report.images)
+    with engine(models, image_cache_dir=tmp_path) as vlm:
+        for turn in range(2):
+            for config, want in zip(configs, expected):
+                report = same(vlm.read_prompt("a", images, config), want)
+                assert all(image.cached for image in report.images) or turn == 0
+                if turn:
+                    assert report.milliseconds["encode"] < 20
+    with engine(models, image_cache_bytes=0, image_cache_dir=tmp_path) as vlm:
+        for config, want in zip(configs, expected):
+            report = same(vlm.read_prompt("a", images, config), want)
+            assert all(image.cached for image in report.images)
+        assert report.summary()["images"][0]["cached"] is True
+
+
+def test_attention_that_was_not_read_is_a_miss(families):
+    with engine(families["llama"]) as vlm:
+        cached = lambda config: vlm.read_prompt("a", random_image(1), config)[1].images[0].cached
+        assert [cached(None), cached(None)] == [False, True]
+        assert [cached("balanced"), cached("balanced"), cached(None)] == [False, True, True]  # cells
+        assert [cached(BY_SCORE), cached(BY_SCORE)] == [False, True]
+        assert [cached(CLS), cached(CLS), cached(BY_SCORE), cached("balanced")] == [False, True, True, True]
+        assert not vlm.read_prompt("a", random_image(2), None)[1].images[0].cached
+
+
+def test_other_pixels_and_shapes_are_other_images(families):
+    image = random_image(1)
+    changed = image.copy()
+    changed[50, 50, 0] ^= 1
+    reshaped = np.ascontiguousarray(image.reshape(49, 196, 3))
+    with engine(families["llama"]) as vlm:
+        for picture in (image, changed, reshaped):
+            assert [vlm.read_prompt("a", picture, None)[1].images[0].cached for _ in range(2)] == [False, True]
+        _, report = vlm.read_prompt("a", [image, image, random_image(3), image], None)
+        assert [i.cached for i in report.images] == [True, True, False, True]
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first(families):
+    one = 49 * 256 * 4
+    with engine(families["llama"], image_cache_bytes=2 * one + 100) as vlm:
+        cached = lambda seed: vlm.read_prompt("a", random_image(seed), None)[1].images[0].cached
+        assert [cached(i) for i in (1, 2, 1, 3, 1, 2)] == [False, False, True, False, True, False]
+        assert vlm.encoder.cache.used == 2 * one
+    with engine(families["llama"], image_cache_bytes=one - 1) as vlm:
+        assert [vlm.read_prompt("a", random_image(1), None)[1].images[0].cached for _ in range(2)] == [False, False]
+        assert vlm.encoder.cache.used == 0
+
+
+def test_files_that_are_not_whole_are_replaced(families, tmp_path):
+    image = random_image(1)
+    with engine(families["llama"], image_cache_bytes=0, image_cache_dir=tmp_path) as vlm:
+        want = vlm.read_prompt("a", image, BY_SCORE)
+        (path,) = tmp_path.iterdir()
+        good = path.read_bytes()
+        vlm.read_prompt("a", random_image(2), BY_SCORE)
+        (other,) = set(tmp_path.iterdir()) - {path}
+        flipped = lambda at: good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
+        bad = [b"", good[:20], good[:-1], good + b"x", good[: len(good) // 2], b"\0" * len(good), flipped(0), flipped(60), flipped(-33)]
+        for data in [*bad, other.read_bytes(), os.urandom(len(good))]:
+            path.write_bytes(data)
+            assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
+            assert path.read_bytes() == good
+            assert same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
+        # cells outside the image, under a checksum that is right
+        cells = len(good) - 32 - 4 * 49 - 8 * 49
+        body = good[:cells] + (49).to_bytes(8, "little") + good[cells + 8 : -32]
+        path.write_bytes(body + image_cache.hashlib.sha256(body).digest())
+        assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
+        path.unlink()
+        path.mkdir()
+        assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
+        path.rmdir()
+        path.symlink_to(other)
+        assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
+        assert not path.is_symlink() and {p.suffix for p in tmp_path.iterdir()} == {".starimg"}
+
+
+def test_another_encoder_or_setting_shares_nothing(families, tmp_path):
+    image = random_image(1)
+    hits = lambda models, **options: _hits(models, image, tmp_path, options)
+    assert hits(families["llama"]) == 0
+    assert hits(families["llama"]) == 1
+    assert hits(families["llama"], flash_attn=False) == 0
+    assert hits(families["llama"], image_min_tokens=4) == 0
+    assert hits(families["qwen2vl"]) == 0
+
+
+def _hits(models, image, folder, options):
+    with engine(models, image_cache_bytes=0, image_cache_dir=folder, **options) as vlm:
+        return int(vlm.read_prompt("a", image, None)[1].images[0].cached)
+
+
+def test_the_directory_is_bounded(families, tmp_path, monkeypatch):
+    with engine(families["llama"], image_cache_bytes=0, image_cache_dir=tmp_path) as vlm:
+        (tmp_path / "note.txt").write_text("mine")
+        (tmp_path / "old.starimg-part").write_bytes(b"x")
+        os.utime(tmp_path / "old.starimg-part", (0, 0))
+        vlm.read_prompt("a", random_image(0), None)
+        (first,) = tmp_path.glob("*.starimg")
+        monkeypatch.setattr(image_cache, "DIRECTORY_BYTES", 3 * first.stat().st_size)
+        for seed in (1, 2):
+            vlm.read_prompt("a", random_image(seed), None)
+        for i, path in enumerate(sorted(tmp_path.glob("*.starimg"), key=lambda p: p.stat().st_mtime_ns)):
+            os.utime(path, (1000 + i, 1000 + i))
+        cached = lambda seed: vlm.read_prompt("a", random_image(seed), None)[1].images[0].cached
+        assert cached(0)  # used again, so the next one to go is 1
+        assert not cached(3) and len(list(tmp_path.glob("*.starimg"))) == 3
+        assert [cached(0), cached(2), cached(1)] == [True, True, False]
+    assert (tmp_path / "note.txt").read_text() == "mine" and not list(tmp_path.glob("*-part"))
+
+
+def test_a_later_process_finds_the_directory(families, tmp_path):
+    models = families["llama"]
+    script = (
+        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import conftest; from star_edge import StarVLM\n"
+        "vlm = StarVLM(*sys.argv[2:4], n_ctx=512, n_threads=1, image_cache_dir=sys.argv[4])\n"
+        "state, report = vlm.read_prompt('a', conftest.random_image(1), 'balanced')\n"
+        "print(report.images[0].cached, state.logits.tobytes().hex())\n"
+    )
+    command = [sys.executable, "-c", script, os.path.dirname(__file__), models.text, models.mmproj, tmp_path]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split() for _ in range(2))
+    assert (first[0], second[0]) == ("False", "True") and first[1] == second[1]
+
+
+def test_bad_sizes_and_directories_are_refused(families, tmp_path):
+    (tmp_path / "file").write_text("")
+    for options in ({"image_cache_bytes": -1}, {"image_cache_bytes": 1.5}, {"image_cache_dir": tmp_path / "file"}):
+        with pytest.raises(errors.ConfigError, match="image_cache"):
+            engine(families["llama"], **options)
+
+
+# ---- a further question ----
+
+PRESETS = ["off", "balanced", "fast", "star", "pyramiddrop"]
+
+
+def fresh(models, request, **options):
+    with engine(models, image_cache_bytes=0, **options) as vlm:
+        return vlm.read_prompt(*request, chat=False)
+
+
+def first_tokens(vlm, prompt, images):
+    """Text tokens before the first image."""
+    with contextlib.closing(vlm.tokenize(prompt, images, chat=False)) as tokenized:
+        return tokenized.chunks[0].tokens
+
+
+def cells(vlm):
+    """Positions of each sequence."""
+    span = lambda s: (
+        llama_cpp.llama_memory_seq_pos_min(vlm.decoder.memory, s),
+        llama_cpp.llama_memory_seq_pos_max(vlm.decoder.memory, s),
+    )
+    return [span(s) for s in range(N_SEQUENCES)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_a_further_question_equals_a_fresh_engine(families, family, flash_attn, cache, preset):
+    models, image = families[family], random_image(1)
+    options = dict(flash_attn=flash_attn, type_k=cache, type_v=cache)
+    prompts = [f"system: be brief <__media__> {q}" for q in (*QUESTIONS, "x")]
+    with engine(models, **options) as vlm:
+        for i, prompt in enumerate(prompts):
+            got = vlm.read_prompt(prompt, image, preset, chat=False)
+            report = same(got, fresh(models, (prompt, image, preset), **options))
+            n_prefix = len(first_tokens(vlm, prompt, [image]))
+            assert report.reused_tokens == (n_prefix + report.n_vision_kept if i else 0)
+            assert report.in_place
+
+
+def answers(vlm, request, n=12):
+    """Token by token, with logits: what is sampled from, so that masses, positions and cells while generating count."""
+    state, _ = vlm.read_prompt(*request, chat=False)
+    prompt = vlm._reader.hand_over(state)
+    logits, tokens = [state.logits], []
+    for _ in range(n):
+        tokens.append(int(logits[-1].argmax()))
+        vlm.llama.eval(tokens[-1:])
+        logits.append(vlm.decoder.logits())
+    assert len(prompt) == state.n_cells
+    return np.array(logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_answers_to_a_further_question_equal_a_fresh_engines(families, family):
+    models, image = families[family], random_image(1)
+    for preset in ("balanced", "pyramiddrop", "off", PruneConfig(0.5, 0.25, 2, representatives="even")):
+        with engine(models) as vlm:
+            answers(vlm, (f"ab <__media__> {QUESTIONS[0]}", image, preset))
+            got = answers(vlm, (f"ab <__media__> {QUESTIONS[1]}", image, preset), 40)
+        with engine(models) as vlm:
+            assert np.array_equal(got, answers(vlm, (f"ab <__media__> {QUESTIONS[1]}", image, preset), 40))
+
+
+def test_as_much_is_read_again_as_differs(families):
+    """Several images, turns and system prompts: whole segments that are alike from the beginning."""
+    models = families["llama"]
+    a, b, c = (random_image(i) for i in range(3))
+    m = "<__media__>"
+    config = PruneConfig(1.0, 0.25, 3)
+    steps = [  # with the number of segments that are not read again
+        (f"one {m} two {m} three?", [a, b], config, 0),
+        (f"one {m} two {m} four?", [a, b], config, 4),
+        (f"one {m} two {m} three?", [a, c], config, 3),
+        (f"one {m} other {m} three?", [a, c], config, 2),
+        (f"one {m} and now the second question?", a, config, 2),
+        (f"one {m} and now the second question? yes. the third {m}?", [a, b], config, 2),
+        (f"one {m} and now the second question? yes. the third {m}? no. a fourth", [a, b], config, 4),
+        (f"one {m} two?", a, PruneConfig(1.0, 0.25, 4), 1),  # another layer: the text before the image is the same in any case
+        (f"one {m} two?", a, PruneConfig(1.0, 0.5, 4), 2),  # another budget
+        (f"one {m} two?", a, PruneConfig(1.0, 0.5, 4, decoder_scorer="last"), 2),
+        (f"one {m} two?", a, PruneConfig(0.5, 0.5, 4, representatives="none"), 1),  # other rows
+        (f"one {m} two?", a, PruneConfig(0.5, 0.5, 4), 1),  # other masses
+        (f"one {m} two?", a, PruneConfig(0.5, 1.0), 1),  # no decoder stage
+        (f"one {m} three?", a, PruneConfig(0.5, 1.0), 2),
+        (f"one {m} three?", a, PruneConfig(0.5, 1.0), 2),
+        (f"one {m} three?", c, PruneConfig(0.5, 1.0), 1),
+        (f"two {m} three?", c, PruneConfig(0.5, 1.0), 0),
+        ("one two", [], None, 0),
+        (f"{m} what?", a, config, 0),
+        (f"{m} where?", a, config, 2),  # BOS is a segment
+        (f"{m} where? {m}", [a, b], None, 1),
+        (f"{m} where? {m}", [a, b], None, 3),  # the last segment gives the logits
+    ]
+    with engine(models) as vlm:
+        for prompt, images, config, n_segments in steps:
+            got = vlm.read_prompt(prompt, images, config, chat=False)
+            report = same(got, fresh(models, (prompt, images, config)))
+            left = iter(len(image.vision_kept) for image in report.images)
+            with contextlib.closing(vlm.tokenize(prompt, images if isinstance(images, list) else [images], chat=False)) as tokenized:
+                sizes = [len(chunk.tokens) if isinstance(chunk, TextChunk) else next(left) for chunk in tokenized.chunks]
+            assert report.reused_tokens == sum(sizes[:n_segments]), prompt
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_pieces_of_n_ubatch(families, family):
+    """Long segments take several decodes; of text that begins alike, whole decodes are used again."""
+    models, image = families[family], random_image(1, 112, 112)
+    text = "a long system prompt that goes on and on. " * 2
+    options = dict(n_ubatch=16, n_batch=16)
+    requests = [
+        (f"{text}<__media__> one?", image, PruneConfig(1.0, 0.25, 3)),
+        (f"{text}<__media__> two?", image, PruneConfig(1.0, 0.25, 3)),
+        (f"{text}x<__media__> two?", image, PruneConfig(1.0, 0.25, 3)),
+        (f"{text}y, and {text}", [], None),
+        (f"{text}y, and {text}z", [], None),
+        (f"{text}y, and {text}z", [], None),
+    ]
+    with engine(models, **options) as vlm:
+        reused = [same(vlm.read_prompt(*r, chat=False), fresh(models, r, **options)).reused_tokens for r in requests]
+        texts = [vlm.llama.tokenize(r[0].encode(), special=True) for r in requests[3:]]
+    n = 16 if family == "qwen2vl" else 49
+    assert reused[0] == 0 and reused[1] > len(text) + n and reused[2] % 16 == 0 < reused[2]
+    n_alike = len(os.path.commonprefix(texts))
+    assert reused[4:] == [n_alike // 16 * 16, (len(texts[2]) - 1) // 16 * 16] and reused[3] > 0
+
+
+def test_mixed_requests_equal_fresh_ones(families):
+    models = families["llama"]
+    rng = np.random.default_rng(0)
+    images = [random_image(i) for i in range(2)]
+    configs = [
+        None, "balanced", "star", PruneConfig(0.5, 0.25, 2), PruneConfig(decoder_layer=5), PruneConfig(0.25, 1.0),
+        PruneConfig(7, 2, 7, decoder_scorer="last"), PruneConfig(12, windows=((2, 9), (4, 5), (7, 2))),
+    ]  # fmt: skip
+    expected, n_reused = {}, 0
+    with engine(models, n_ctx=256) as vlm, engine(models, n_ctx=256, reuse=False) as plain:
+        request = None
+        for _ in range(300):
+            # often the same image and config as before, as in a conversation
+            c, which, start = (
+                request if request and rng.random() < 0.6 else (rng.integers(8), tuple(rng.integers(0, 2, rng.integers(0, 3))), "")
+            )
+            request = (c, which, start)
+            text = "s: " + "<__media__> and " * len(which) + ("what?", "where is it, and how many?")[rng.integers(2)]
+            chosen = [images[i] for i in which]
+            key = (c, which, text)
+            state, report = vlm.read_prompt(text, chosen, configs[c], chat=False)
+            if key not in expected:
+                expected[key] = plain.read_prompt(text, chosen, configs[c], chat=False)[0].logits
+            assert np.array_equal(state.logits, expected[key]), key
+            assert report.in_place
+            n_reused += report.reused_tokens > 10
+            surprise = rng.random()
+            if surprise < 0.1:  # a stream that is dropped
+                next(vlm.generate(text, chosen, configs[c], max_tokens=4, stream=True, chat=False), None)
+            elif surprise < 0.15:
+                vlm.generate(text, chosen, configs[c], max_tokens=100, chat=False)
+            elif surprise < 0.2:
+                vlm.llama.create_completion("other text", max_tokens=2)
+            elif surprise < 0.22:
+                vlm.inspect(text, chosen, decoder_layers=[1], chat=False)
+            elif surprise < 0.25:
+                with pytest.raises(errors.ContextLengthError):
+                    vlm.read_prompt("x" * 300 + text, chosen, configs[c], chat=False)
+    assert 80 < n_reused < 250 and len(expected) > 50
+
+
+# ---- what must not be used ----
+
+
+SURPRISES = {
+    "llama_memory_clear": lambda vlm: llama_cpp.llama_memory_clear(vlm.decoder.memory, True),
+    "other rows": lambda vlm: (
+        llama_cpp.llama_memory_clear(vlm.decoder.memory, True),
+        stock.decode(vlm.llama, tokens=np.arange(300, 400), positions=np.arange(100)),
+    ),
+    "kv_cache_clear": lambda vlm: vlm.llama._ctx.kv_cache_clear(),
+    "seq_rm": lambda vlm: vlm.llama._ctx.kv_cache_seq_rm(-1, 20, -1),
+    "all sequences": lambda vlm: llama_cpp.llama_memory_seq_rm(vlm.decoder.memory, -1, 20, -1),
+    "shift": lambda vlm: vlm.llama._ctx.kv_cache_seq_shift(0, 10, 30, 5),
+    "eval": lambda vlm: (vlm.llama.reset(), vlm.llama.eval(list(range(300, 420)))),
+    "completion": lambda vlm: vlm.llama.create_completion("x" * 90, max_tokens=3),
+    "state": lambda vlm: vlm.llama.load_state(vlm.llama.save_state()),
+    "n_ubatch": lambda vlm: setattr(vlm.decoder, "n_ubatch", 16),
+    "inspect": lambda vlm: vlm.inspect("a", random_image(2), decoder_layers=[0]),
+}
+
+
+@pytest.mark.parametrize("idle", [False, True], ids=["read", "answered"])
+@pytest.mark.parametrize("surprise", SURPRISES)
+def test_after_a_surprise_everything_is_read(families, surprise, idle):
+    models = families["llama"]
+    for preset in (None, "star"):
+        request = ("ab <__media__> " + QUESTIONS[0], random_image(1), preset)
+        with engine(models) as vlm:
+            vlm.generate(*request, max_tokens=2, chat=False) if idle else vlm.read_prompt(*request, chat=False)
+            SURPRISES[surprise](vlm)
+            options = {"n_ubatch": 16} if surprise == "n_ubatch" else {}
+            report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
+            assert report.reused_tokens == 0
+            assert same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options)).reused_tokens > 20
+
+
+def test_a_state_of_another_image_is_no_stem(families):
+    """Llama.load_state brings back cells of the same sequences and positions."""
+    ask = lambda vlm, seed: vlm.read_prompt("ab <__media__> c", random_image(seed), "star", chat=False)
+    with engine(families["llama"]) as vlm:
+        first = ask(vlm, 1)
+        n_prefix = len(first_tokens(vlm, "ab <__media__> c", [random_image(1)]))
+        saved = vlm.llama.save_state()
+        ask(vlm, 2)
+        vlm.llama.load_state(saved)
+        assert same(ask(vlm, 2), fresh(families["llama"], ("ab <__media__> c", random_image(2), "star"))).reused_tokens == 0
+        assert same(ask(vlm, 1), first).reused_tokens == n_prefix
+
+
+def test_rows_that_move_are_read_again(families, monkeypatch):
+    """llama.cpp gives other cells than expected: found out, and read from the beginning."""
+    models = families["llama"]
+    for preset in ("star", None):
+        requests = [(f"ab <__media__> {q}", random_image(1), preset) for q in QUESTIONS]
+        with engine(models) as vlm:
+            vlm.read_prompt(*requests[0], chat=False)
+            remove = type(vlm.decoder).remove
+            n_calls = []
+
+            def leave_one(self, sequence, start, stop=-1, remove=remove, n_calls=n_calls):
+                remove(self, sequence, start, stop)
+                if sequence == PARKED and start == 0 and not n_calls:  # a cell in the way of the rows that come next
+                    n_calls.append(1)
+                    at = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1
+                    one = np.array([300], np.int32)
+                    self.decode(Rows(np.arange(at, at + 1), tokens=one), at, Plan(), "in the way")
+                    self.copy(MAIN, 5, at)
+                    remove(self, MAIN, at)
+
+            monkeypatch.setattr(type(vlm.decoder), "remove", leave_one)
+            got = vlm.read_prompt(*requests[1], chat=False)
+            assert n_calls
+            monkeypatch.undo()
+            assert same(got, fresh(models, requests[1])).reused_tokens == 0
+            assert "fallback" in got[1].milliseconds
+            assert same(vlm.read_prompt(*requests[0], chat=False), fresh(models, requests[0])).reused_tokens > 20
+
+
+def test_nothing_is_left_when_it_is_off(families):
+    with engine(families["llama"], reuse=False) as vlm:
+        for _ in range(2):
+            state, report = vlm.read_prompt("a", random_image(1), "star")
+            assert report.reused_tokens == 0
+        assert cells(vlm) == [(0, state.n_cells - 1)] + [(-1, -1)] * (N_SEQUENCES - 1)
+
+
+def test_a_long_answer_takes_the_cells_of_the_stem(families):
+    """The context is as large as without reuse."""
+    with engine(families["llama"], n_ctx=256) as vlm:
+        request = ("ab <__media__> c", random_image(1), PruneConfig(1.0, 4, 2))
+        answer = vlm.generate(*request, max_tokens=None, chat=False, logit_bias={vlm.llama.token_eos(): -100.0})
+        assert answer.finish_reason == "length"
+        assert answer.report.n_kv_cells + answer.report.n_generated >= 256
+        assert same(vlm.read_prompt(*request, chat=False), fresh(families["llama"], request, n_ctx=256)).reused_tokens == 0
+        with pytest.raises(errors.ContextLengthError):
+            vlm.read_prompt("x" * 300, chat=False)
+        assert vlm.read_prompt(*request, chat=False)[1].reused_tokens > 49
+        assert vlm.read_prompt("y" * 240, chat=False)[0].n_cells > 240  # does not fit beside the stem
+
+
+def test_an_owner_finds_the_llama_as_if_nothing_had_been_asked(families):
+    models = families["llama"]
+    with engine(models, n_ctx=256) as vlm:
+        expected = vlm.llama.create_completion("x" * 100, max_tokens=100, temperature=0.0)["choices"][0]["text"]
+        vlm.generate("ab <__media__> c", random_image(1), "star", max_tokens=3, chat=False)
+        assert [first for first, _ in cells(vlm)] == [-1, 0, -1, -1, -1, -1, -1]
+        assert vlm.llama.create_completion("x" * 100, max_tokens=100, temperature=0.0)["choices"][0]["text"] == expected
+        assert [first for first, _ in cells(vlm)] == [0, -1, -1, -1, -1, -1, -1]
+        vlm.generate("ab <__media__> c", random_image(1), "star", max_tokens=3, chat=False)
+        state = vlm.llama.save_state()
+        vlm.llama.load_state(state)
+        assert vlm.llama.create_completion("x" * 200, max_tokens=40)
+
+
+@pytest.mark.parametrize("preset", ["off", "star"])
+def test_chat_handler(families, preset):
+    """Questions about one image through Llama.create_chat_completion, with other uses of the Llama between."""
+    image = random_image(3, 168, 168)
+    ask = lambda llm, question, **options: llm.create_chat_completion(
+        [user(data_url(image), question)], max_tokens=8, temperature=0.0, **options
+    )
+    text = lambda response: response["choices"][0]["message"]["content"]
+    make = lambda **options: Llama(
+        str(refvlm.TEXT_MODEL), n_ctx=1024, n_threads=1, verbose=False, flash_attn=True,
+        chat_handler=StarChatHandler(str(refvlm.MMPROJ), verbose=False, prune=preset, **options),
+    )  # fmt: skip
+    llm, plain = make(), make(reuse=False, image_cache_bytes=0)
+    expected = {q: text(ask(plain, q)) for q in (COLOR, PLATE)}
+    reused = []
+    for i, question in enumerate((COLOR, PLATE, PLATE, COLOR, PLATE, COLOR)):
+        if i == 2:
+            llm.create_completion("USER: is there a star?", max_tokens=3)
+        if i == 3:
+            next(ask(llm, PLATE, stream=True))
+        if i == 4:
+            with pytest.raises(errors.StarEdgeError):
+                llm.create_chat_completion([user("data:image/png;base64,AAAA", COLOR)])
+        response = ask(llm, question)
+        assert text(response) == expected[question]
+        reused.append(response["star_edge"]["reused_tokens"] > 50)
+        assert response["star_edge"]["images"][0]["cached"] is (i > 0)
+    assert reused == [False, True, False, True, True, True]
+    llm.close()
+    plain.close()
