@@ -10,10 +10,13 @@ import numpy as np
 from llama_cpp import Llama
 
 
-def load(path, flash_attn, n_ctx=1024, **options):
-    return Llama(
-        str(path), n_ctx=n_ctx, n_batch=512, n_ubatch=512, flash_attn=flash_attn, n_threads=2, n_threads_batch=2, verbose=False, **options
-    )
+def load(path, flash_attn, n_ctx=1024, n_threads=2, **options):
+    threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    return Llama(str(path), n_ctx=n_ctx, n_batch=512, n_ubatch=512, flash_attn=flash_attn, verbose=False, **threads, **options)
+
+
+def clear(llama):
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
 
 
 def logits(llama):
@@ -73,7 +76,7 @@ class Multimodal:
 
     def __init__(self, llama, mmproj, flash_attn):
         params = mtmd.mtmd_context_params_default()
-        params.use_gpu, params.print_timings, params.n_threads = False, False, 2
+        params.use_gpu, params.print_timings, params.n_threads = False, False, llama.n_threads
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.llama = llama
         self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
@@ -90,7 +93,7 @@ class Multimodal:
         chunks = mtmd.mtmd_input_chunks_init()
         array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
         assert mtmd.mtmd_tokenize(self.ctx, chunks, ctypes.byref(text), array, len(bitmaps)) == 0
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.llama.ctx), True)
+        clear(self.llama)
         past = llama_cpp.llama_pos(0)
         assert mtmd.mtmd_helper_eval_chunks(self.ctx, self.llama.ctx, chunks, 0, 0, 512, True, ctypes.byref(past)) == 0
         out = logits(self.llama)
