@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow bench clean
+.PHONY: demo test test-slow support-table bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -18,6 +18,10 @@ test: $(VENV)/installed-tests
 # What `make test` leaves out: minutes of it, and a model of 670 MB in a temporary folder
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest tests -m slow
+
+# The README's table of families, from what their tests show
+support-table: $(VENV)/installed-tests
+	$(BIN)/python -m pytest tests/test_families.py --write-support-table
 
 bench: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/prefill.py

@@ -109,3 +109,32 @@ def random_image(seed, height=98, width=98):
         block = rng.integers(0, 256, (n, n, 3))
         image += block[np.arange(height)[:, None] * n // height, np.arange(width)[None] * n // width]
     return np.ascontiguousarray((image / 3).astype(np.uint8))
+
+
+# ---- the README's support table (tests/support.py) ----
+
+FAMILY_RESULTS = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-support-table", action="store_true", help="write the README's table from what test_families.py shows")
+
+
+def pytest_configure(config):
+    config.stash[FAMILY_RESULTS] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "fixture" in params and (report.when == "call" or not report.passed):
+        outcome = "failed" if hasattr(report, "wasxfail") else report.outcome  # what is expected to fail does not work
+        item.config.stash[FAMILY_RESULTS][params["fixture"], item.originalname, params.get("mode")] = outcome
+    return report
+
+
+@pytest.fixture
+def family_results(request):
+    """(family, test function, mode) -> outcome, of the family tests that this session has run so far."""
+    return request.config.stash[FAMILY_RESULTS]

@@ -97,6 +97,7 @@ class Fixture:
         self.name = folder.name
         self.text, self.mmproj = folder / "text.gguf", folder / "mmproj.gguf"
         self.facts = json.loads((folder / "expected.json").read_text())
+        self.title = self.facts.get("title", folder.name)
         self.vision_problem, self.decoder_problem = self.facts["vision_stage"], self.facts["decoder_stage"]
         self.repaired = self.facts["encoder"] == "repaired"
         with np.load(folder / "expected.npz") as data:

@@ -11,6 +11,7 @@ and that no greedy token leads by less than 0.02.
 import numpy as np
 import pytest
 import stock
+import support
 from families import MODES, N_THREADS, load_fixtures, tokenized
 from test_exact import by_score, generate, keep_all
 
@@ -260,3 +261,16 @@ def test_a_stage_that_cannot_be_is_reported(fixture, engines):
     if fixture.vision_problem and fixture.decoder_problem:
         unpruned, _ = vlm.read_prompt(prompt.text, prompt.pictures, None, chat=False)
         assert np.array_equal(state.logits, unpruned.logits)
+
+
+# ---- the README ----
+
+
+def test_support_table(family_results, request):
+    """The README says of each family what the tests above showed. Stands last in this file: it needs their results."""
+    if not support.is_complete(FIXTURES, family_results):
+        pytest.skip("needs the results of the whole file")
+    shown = support.table(FIXTURES, family_results)
+    if request.config.getoption("--write-support-table"):
+        support.write(shown)
+    assert support.read() == shown, "run `make support-table` and read what changed"
