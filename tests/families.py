@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from star_edge.decoder.context import Rows
 from star_edge.decoder.prefill import Segment
 
 FOLDER = Path(__file__).parent / "fixtures"
-REPAIRS = "encoder" in inspect.signature(StarVLM).parameters
 # mode -> (flash attention, type of the KV cache)
 MODES = {"f32": (False, "f32"), "f16": (False, "f16"), "fa": (True, "f16"), "q8_0": (True, "q8_0")}
 
@@ -99,7 +97,6 @@ class Fixture:
         self.facts = json.loads((folder / "expected.json").read_text())
         self.title = self.facts.get("title", folder.name)
         self.vision_problem, self.decoder_problem = self.facts["vision_stage"], self.facts["decoder_stage"]
-        self.repaired = self.facts["encoder"] == "repaired"
         with np.load(folder / "expected.npz") as data:
             self._arrays = dict(data)
         self.prompts = [self._prompt(i, facts) for i, facts in enumerate(self.facts["prompts"])]
@@ -141,7 +138,6 @@ class Fixture:
     def engine(self, mode: str = "f32", encoder: str | None = None) -> StarVLM:
         """encoder: "stock" or "repaired"; default, whatever makes its features right."""
         flash_attn, cache = MODES[mode]
-        repair = {"encoder": encoder or self.facts["encoder"]} if REPAIRS else {}
         return StarVLM(
             self.text,
             self.mmproj,
@@ -151,13 +147,8 @@ class Fixture:
             type_k=cache,
             type_v=cache,
             n_threads=N_THREADS,
-            **repair,
+            encoder=encoder or self.facts["encoder"],
         )
-
-    @property
-    def needs_repair(self) -> bool:
-        """Whether this engine cannot do what the fixture's encoder needs."""
-        return self.repaired and not REPAIRS
 
 
 def load_fixtures() -> dict[str, Fixture]:

@@ -24,7 +24,6 @@ LOGITS = {"f32": 2e-4, "f16": 4e-2, "fa": 1e-1}  # given transformers' features
 SCORES = {"f32": 1e-4, "f16": 1e-2, "fa": 1e-2}  # of the highest score
 END_TO_END = {"f32": 6e-2, "fa": 1.2e-1}  # pixels too: the encoder rounds activations to f16 for filters and f16 matrices
 N_GENERATE = 8
-REPAIR_MISSING = "stock llama.cpp is wrong for CLIP encoders (DESIGN.md, 'Two upstream defects'), and this engine has no repair yet"
 
 
 @pytest.fixture(scope="module", params=list(FIXTURES))
@@ -45,13 +44,6 @@ def engines(fixture):
     yield get
     for vlm in made.values():
         vlm.close()
-
-
-@pytest.fixture
-def right_encoder(fixture, request):
-    """For tests that look at what the encoder makes: expected to fail where the engine cannot repair stock yet."""
-    if fixture.needs_repair:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=REPAIR_MISSING))
 
 
 @pytest.fixture
@@ -149,7 +141,7 @@ def test_whole_pipeline_equals_stock(fixture, engines, mode):
 # ---- transformers: the encoder ----
 
 
-def test_features(fixture, engines, right_encoder):
+def test_features(fixture, engines):
     vlm = engines()
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
@@ -162,7 +154,7 @@ def test_features(fixture, engines, right_encoder):
 
 
 @pytest.mark.parametrize("mode", ["f32", "fa"])
-def test_encoder_scores(fixture, engines, right_encoder, mode):
+def test_encoder_scores(fixture, engines, mode):
     """What each image token's patches receive; the same top-k up to ties."""
     if fixture.vision_problem:
         pytest.skip(f"no encoder scores: {fixture.vision_problem}")
@@ -220,7 +212,7 @@ def test_pruned_decoder(fixture, engines, decoder_stage, mode):
 
 
 @pytest.mark.parametrize("mode", ["f32", "fa", "q8_0"])
-def test_both_stages(fixture, engines, right_encoder, mode):
+def test_both_stages(fixture, engines, mode):
     """Plain STAR on both stages: the same tokens stay, and logits and answer are transformers'. q8_0: tokens and budget alone."""
     vlm = engines(mode)
     for prompt in fixture.prompts:
