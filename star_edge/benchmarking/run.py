@@ -35,7 +35,7 @@ BASELINES = {
 }
 # Of a synthetic shape's prompt, BOS and the chat template's own text included
 TEXT_BEFORE, TEXT_AFTER = 35, 40
-_TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len(" ASSISTANT:")
+_TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len("\u2581ASSISTANT:".encode())  # SentencePiece's space
 
 
 def make_specs(configs: Sequence[NamedConfig], baselines: Sequence[str], max_tokens: int) -> list[SideSpec]:

@@ -62,7 +62,7 @@ class Sample:
 
     first_token: from the call to the first sampled token. stages: of STAGES, and they add up to it. tokens: time of each further token.
     n_text, n_image: tokens of the prompt before pruning. n_cells: KV cells that hold the prompt when generation starts, and cache_bytes: of all
-    layers, as llama.cpp counts them to save the sequence; taken where one token was asked for, so that it costs no time elsewhere.
+    layers, as llama.cpp counts them to save the sequence; taken where one token was asked for, so that it costs no time elsewhere. text: the answer.
     """
 
     first_token: float
@@ -73,6 +73,7 @@ class Sample:
     n_cells: int
     average_tokens: float
     cache_bytes: int | None
+    text: str
     report: PruneReport | None = None
 
 
@@ -82,8 +83,8 @@ class _Watched:
     image_max_tokens: MTMDChatHandler has no argument for it.
     """
 
-    def __init__(self, image_max_tokens: int | None) -> None:
-        self.image_max_tokens = image_max_tokens
+    def __init__(self, image_max_tokens: int | None, n_ctx: int) -> None:
+        self.image_max_tokens, self.n_ctx = image_max_tokens, n_ctx
         self.llama_context: Any = None
         self.begin()
 
@@ -111,6 +112,11 @@ class _Watched:
                 self.n_text += n
             else:
                 self.n_image += n
+        if self.n_text + self.n_image >= self.n_ctx:  # the context itself is padded, the Llama's own arrays are not
+            raise ContextLengthError(
+                f"the prompt takes {self.n_text + self.n_image} tokens of a context of {self.n_ctx}",
+                "raise n_ctx (-c), or use a smaller picture",
+            )
         return status
 
     def mtmd_helper_eval_chunk_single(
@@ -220,20 +226,18 @@ class Workbench:
         try:
             start = time.perf_counter()
             with pruning:
-                llama.create_chat_completion(messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0)
+                answer = llama.create_chat_completion(messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0)
         except StarEdgeError:
             raise
         except (ValueError, RuntimeError, AssertionError) as error:
-            if "n_ctx" in str(error):
-                raise ContextLengthError(f"{spec.name}: {error}", "raise n_ctx (-c), or use a smaller picture") from error
-            raise EngineError(f"{spec.name}: llama-cpp-python failed ({error})", "see its log with --verbose") from error
+            raise EngineError(f"llama-cpp-python failed ({error})", "see its log with --verbose") from error
         finally:
             del llama.sample
             llama.chat_handler = None
-        sample = self._sample(start, clock, watch)
+        sample = self._sample(start, clock, watch, answer["choices"][0]["message"]["content"])
         if len(clock.times) < n_generate:
             raise ContextLengthError(
-                f"{spec.name}: a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a context of {self.n_ctx}",
+                f"a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a context of {self.n_ctx}",
                 "raise n_ctx (-c), or generate fewer tokens (-n)",
             )
         return sample
@@ -268,7 +272,7 @@ class Workbench:
     def projector(self) -> str | None:
         return self._star._reader.encoder.projector if self._star is not None and self._star._reader is not None else None
 
-    def _sample(self, start: float, clock: _Clock, watch: _Watched | None) -> Sample:
+    def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
         times = clock.times
         total = times[0] - start
         tokens = [after - before for before, after in zip(times, times[1:])]
@@ -279,7 +283,9 @@ class Workbench:
                 "prefill": watch.decoded - watch.tokenized - watch.encode,
             }
             n = watch.n_text + watch.n_image
-            return Sample(total, _with_rest(stages, total), tokens, watch.n_text, watch.n_image, n, float(watch.n_image), clock.cache_bytes)
+            return Sample(
+                total, _with_rest(stages, total), tokens, watch.n_text, watch.n_image, n, float(watch.n_image), clock.cache_bytes, text
+            )
         report = self._star.last_report
         average = average_tokens(report.n_vision_kept, report.windows, report.n_layers)
         return Sample(
@@ -291,6 +297,7 @@ class Workbench:
             report.n_kv_cells,
             average,
             clock.cache_bytes,
+            text,
             report,
         )
 
@@ -316,12 +323,10 @@ class Workbench:
         try:
             context = _internals.LlamaContext(model=self.llama._model, params=params, verbose=False)
         except ValueError as error:
-            raise EngineError(
-                f"{spec.name}: llama.cpp could not create the context", "lower n_ctx (-c), or measure fewer sides (--baseline)"
-            ) from error
+            raise EngineError("llama.cpp could not create the context", "lower n_ctx (-c), or measure fewer sides (--baseline)") from error
         self.llama._stack.callback(context.close)
         handler = MTMDChatHandler(self._mmproj, verbose=False, use_gpu=self._use_gpu)
-        handler._mtmd_cpp = _Watched(spec.image_max_tokens)
+        handler._mtmd_cpp = _Watched(spec.image_max_tokens, self.n_ctx)
         return _Side(spec, context, params, handler)
 
     def _install(self, context: Any, params: Any) -> None:

@@ -95,47 +95,39 @@ def _token_layers(sample: Sample, n_layers: int) -> float:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """One row for each side: what is left of the tokens, times, speed-ups, memory. Stages that no side has are left out."""
+    """One column for each side, one row for each quantity: there are few sides, and a terminal is narrow."""
     header, rows = text_table(result)
     styled = Table(title=escape(result.get("title", "")), title_justify="left")
-    for i, column in enumerate(header):
-        styled.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    styled.add_column("", no_wrap=True)
     for row in rows:
-        styled.add_row(*(escape(cell) for cell in row))
+        styled.add_column(escape(row[0]), justify="right")
+    for i, quantity in enumerate(header[1:], 1):
+        styled.add_row(quantity, *(escape(row[i]) for row in rows))
     return styled
 
 
 def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table, as texts."""
+    """Header and one row for each side, as texts. Stages that no side has are left out."""
     sides = result["sides"]
     stages = [name for name in STAGES if any(row["stages_ms"][name] for row in sides)]
     memory = [key for key in _MEMORY if any(row[key] is not None for row in sides)]
-    header = ["side", "tokens per layer", "first token, ms", *(_TITLES[name] for name in stages), "speed-up", "ideal"]
-    header += ["decoder", "of ideal", "selection", "tokens/s", "KV cells", "KV MiB", *(_MEMORY[key] for key in memory)]
+    header = ["side", "image tokens per layer", "first token, ms", "min to max", *(_TITLES[name] for name in stages), "speed-up", "ideal"]
+    header += ["decoder speed-up", "of its ideal", "selection", "tokens/s", "KV cells", "KV MiB", *(_MEMORY[key] for key in memory)]
     return header, [_cells(row, stages, memory) for row in sides]
 
 
 def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str]) -> list[str]:
     time, rate, share = row["first_token_ms"], row["tokens_per_s"], row["selection_share"]
     mib = lambda n: "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
-    texts = [row["name"], f"{row['average_tokens']:.1f}", f"{_ms(time['median'])} ({_ms(time['min'])}-{_ms(time['max'])})"]
+    texts = [row["name"], f"{row['average_tokens']:.1f}", _ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
     texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
     texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]
     texts += ["-" if share is None else f"{100 * share:.2f}%", "-" if rate is None else f"{rate['median']:.1f}", str(row["kv_cells"])]
     return texts + [mib(row[key]) for key in ("kv_bytes", *memory)]
 
 
-_TITLES = {
-    "preprocess": "pre",
-    "encode": "encode",
-    "vision_stage": "vision",
-    "prefill": "prefill",
-    "probe": "probe",
-    "decoder_stage": "choose",
-    "resume": "resume",
-    "first_token": "rest",
-}
-_MEMORY = {"peak_rss_bytes": "RSS MiB", "device_bytes": "GPU MiB"}
+_TITLES = {name: f"  {name.replace('_', ' ')}" for name in STAGES} | {"first_token": "  sampling, Python"}
+_MEMORY = {"peak_rss_bytes": "peak RSS, MiB", "device_bytes": "GPU memory, MiB"}
 
 
 def _ms(value: float) -> str:
