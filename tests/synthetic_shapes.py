@@ -5,6 +5,7 @@ from dataclasses import replace
 from star_edge.synthetic import SHAPES, DecoderShape, ModelShape
 
 _ENCODERS = {
+    "llava-1.1b": {"image_size": 98},
     "llava-1.5-7b": {"image_size": 98},
     "llava-next-7b": {"image_size": 98, "pinpoints": ((98, 196), (196, 98), (196, 196))},
     "smolvlm-500m": {"image_size": 128, "longest_edge": 256},
@@ -19,6 +20,7 @@ _DECODERS = {
 # Picture, and the image tokens that the encoder makes of it by hand: (98 / 14)^2; an overview and 2 x 2 crops of that;
 # an overview and 2 x 2 tiles of (128 / 16 / 4)^2; (168 / 28)^2; (112 / 14 / 4)^2
 _REQUESTS = {
+    "llava-1.1b": ((98, 98), 49),
     "llava-1.5-7b": ((98, 98), 49),
     "llava-next-7b": ((196, 196), 5 * 49),
     "smolvlm-500m": ((200, 200), 5 * 4),

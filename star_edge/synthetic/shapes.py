@@ -106,6 +106,7 @@ QWEN25_VISION = EncoderShape(image_size=560, patch_size=14, n_layers=32, n_embd=
 SIGLIP_SO400M_896 = EncoderShape(image_size=896, patch_size=14, n_layers=27, n_embd=1152, n_heads=16, n_ff=4304, kind="gemma3", n_merge=4)
 
 SHAPES = {
+    "llava-1.1b": ModelShape(TINYLLAMA_1B, CLIP_L_336, "q4_k_m", (336, 336), 576, "TinyLlama-1.1B as a LLaVA-1.5, one picture of 576 tokens"),
     "llava-1.5-7b": ModelShape(VICUNA_7B, CLIP_L_336, "q4_k_m", (336, 336), 576, "LLaVA-1.5-7B, one picture of 576 tokens"),
     "llava-next-7b": ModelShape(
         VICUNA_7B, CLIP_L_336_NEXT, "q4_k_m", (672, 672), 2880, "LLaVA-NeXT-7B, an overview and four crops of 576 tokens"
