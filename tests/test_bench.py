@@ -1,6 +1,11 @@
 """star-edge bench: sides that are what they say, times that add up, ratios against hand-computed ones. No time is asserted."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import llama_cpp
 import numpy as np
@@ -365,6 +370,25 @@ def test_command_on_a_shape(tmp_path, capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["sides"]] == ["star_edge, unpruned", "fast"] and result["reference"] == "star_edge, unpruned"
     assert result["shape"] == "llava-1.5-7b" and result["model"]["n_ctx"] == 256 and len(list((tmp_path / "models").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_killed_command_leaves_no_model(number, tmp_path):
+    """At a real size, so that there is time to be killed in."""
+    code = "import sys; from star_edge.cli import main; main()"
+    args = ["bench", "--shape", "llava-1.1b", "--preset", "fast", "--baseline", "none", "--no-memory"]
+    started = subprocess.Popen([sys.executable, "-c", code, *args], env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob("star-edge-bench-*/random-mmproj-*.gguf")):
+            assert started.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        started.send_signal(number)
+        assert started.wait(60) == -number
+    finally:
+        started.kill()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

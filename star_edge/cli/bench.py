@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import signal
 import sys
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +129,7 @@ def bench(
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
         files = nullcontext((text, mmproj))
     console = Console(stderr=True)
-    with files as (text, mmproj):
+    with files as (text, mmproj), _removed_when_killed(Path(text).parent if shape is not None and folder is None else None):
         total = (len(names) + len(configs)) * (1 + repeats + memory) + bool(idle_hook)
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -151,6 +156,24 @@ def bench(
         print_json(result)
     else:
         _print(result, [path for path in (out, plot) if path])
+
+
+@contextmanager
+def _removed_when_killed(folder: Path | None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process where it stands: gigabytes in a temporary folder go first."""
+
+    def end(number: int, _: object) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signals = [signal.SIGINT, signal.SIGTERM] if folder is not None and threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, end) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parse_size(text: str) -> tuple[int, int]:
