@@ -8,9 +8,10 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,6 @@ def bench(
         if not given("n_ctx"):
             options["n_ctx"] = shape_context(about, max(max_tokens, idle_hook + idle_hook // 4 + 4))
         request, title = shape_request(about, fewer_tokens), f"{about.about}, random weights, {about.dtype}"
-        files = model_files(about, folder)
     else:
         text, mmproj = find_model(model["model"], model["mmproj"], model["hf_repo"], model["no_mmproj"])
         if mmproj is None:
@@ -127,9 +127,10 @@ def bench(
             images = images or (str(refvlm.DEMO_IMAGE),)
         pictures = [load_image(source) for source in images] or [picture(*_parse_size(image_size))]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
-        files = nullcontext((text, mmproj))
     console = Console(stderr=True)
-    with files as (text, mmproj), _removed_when_killed(Path(text).parent if shape is not None and folder is None else None):
+    with ExitStack() as stack:
+        if shape is not None:
+            text, mmproj = stack.enter_context(model_files(SHAPES[shape], folder or stack.enter_context(_temporary_folder())))
         total = (len(names) + len(configs)) * (1 + repeats + memory) + bool(idle_hook)
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -159,21 +160,22 @@ def bench(
 
 
 @contextmanager
-def _removed_when_killed(folder: Path | None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process where it stands: gigabytes in a temporary folder go first."""
+def _temporary_folder() -> Iterator[str]:
+    """A folder that goes away, also when the command is ended by Ctrl-C or SIGTERM, which `main` lets end the process where it stands."""
+    with tempfile.TemporaryDirectory(prefix="star-edge-bench-") as folder:
 
-    def end(number: int, _: object) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        def end(number: int, _: object) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    signals = [signal.SIGINT, signal.SIGTERM] if folder is not None and threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, end) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        in_main = threading.current_thread() is threading.main_thread()
+        before = {n: signal.signal(n, end) for n in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+        try:
+            yield folder
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _parse_size(text: str) -> tuple[int, int]:
