@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow support-table bench clean
+.PHONY: demo test test-slow support-table bench bench-all clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -23,8 +23,13 @@ test-slow: $(VENV)/installed-tests
 support-table: $(VENV)/installed-tests
 	$(BIN)/python -m pytest tests/test_families.py --write-support-table
 
+# A random 1.1B LLaVA in a temporary folder, minutes
 bench: $(VENV)/installed-tests
-	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/star-edge bench --shape llava-1.1b --configs benchmarks/configs/llava-1.1b.json --idle-hook 256
+
+# Everything in BENCHMARKS.md, hours: on a quiet machine. The models stay in BENCH_MODELS (13 GB) if that is set.
+bench-all: $(VENV)/installed-tests
+	$(BIN)/python benchmarks/tables.py run $(if $(BENCH_MODELS),--folder $(BENCH_MODELS))
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -17,6 +17,11 @@ import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu  # noqa: E402
+
+if gpu.ON:
+    gpu.install()
+
 from star_edge.decoder.context import Rows  # noqa: E402
 from star_edge.decoder.prefill import Segment  # noqa: E402
 from star_edge.synthetic import DecoderShape, EncoderShape, write_decoder, write_encoder  # noqa: E402

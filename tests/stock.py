@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import gpu
 import llama_cpp
 import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
@@ -76,7 +77,7 @@ class Multimodal:
 
     def __init__(self, llama, mmproj, flash_attn):
         params = mtmd.mtmd_context_params_default()
-        params.use_gpu, params.print_timings, params.n_threads = False, False, llama.n_threads
+        params.use_gpu, params.print_timings, params.n_threads = gpu.ON, False, llama.n_threads
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.llama = llama
         self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)

@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "Find the cheapest config that keeps the accuracy on your own questions.",
     "inspect": "Attention of any layer, and the tokens that stay, as arrays and as a picture.",
     "eval": "Accuracy and speed of presets and other configs on your own questions, beside the unpruned model.",
+    "bench": "Time to the first token, decoding speed and memory, beside stock llama-cpp-python.",
     "doctor": "Versions, devices, what a model supports, and what would be pruned how.",
 }
 

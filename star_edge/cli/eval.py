@@ -16,7 +16,7 @@ from ..evaluation.metrics import METRICS, choose_metric
 from ..evaluation.summary import summarise, tables
 from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
 from .asking import asking
-from .options import model_options, print_json
+from .options import model_options, parse_sets, print_json
 
 
 @click.command()
@@ -70,7 +70,7 @@ def eval(
         for name, text in (("vision_keep", vision_keep), ("decoder_keep", decoder_keep), ("decoder_layer", decoder_layer))
         if text is not None
     }
-    configs, dropped = choose_configs(presets, budget, _parse_sets(sets), config_file)
+    configs, dropped = choose_configs(presets, budget, parse_sets(sets), config_file)
     with asking(
         model, questions, configs,
         out=out, fresh=fresh, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix, quiet=as_json,
@@ -86,16 +86,6 @@ def eval(
         print_json(summary)
     else:
         _print(summary, [path for path in (out, plot) if path])
-
-
-def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:
-    result: dict[str, list[Any]] = {}
-    for text in sets:
-        field, equals, values = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text!r} has no value", "write --set FIELD=VALUE or --set FIELD=VALUE1,VALUE2")
-        result[field.strip()] = result.get(field.strip(), []) + parse_values(field.strip(), values)
-    return result
 
 
 def _print(summary: dict[str, Any], written: list[str]) -> None:

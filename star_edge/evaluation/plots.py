@@ -25,7 +25,7 @@ def check(path: str) -> None:
     Raises:
         EvaluationError: matplotlib is not installed, the ending is not known, or there is no such folder.
     """
-    _pyplot()
+    pyplot_module()
     if Path(path).suffix.lower() not in _ENDINGS:
         raise EvaluationError(f"{path} ends in neither {' nor '.join(_ENDINGS)}", "use one of these endings")
     if not Path(path).parent.is_dir():
@@ -39,7 +39,7 @@ def save(summary: Mapping[str, Any], path: str) -> None:
     Raises:
         EvaluationError: see `check`, or the file cannot be written.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     key = "agreement" if summary["metric"] is None else "accuracy"
     off = next(row for row in summary["configs"] if row["name"] == OFF.name)
     methods = defaultdict(list)
@@ -88,7 +88,7 @@ def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[s
     axis.set_xlim(0, right * (1.12 if len(methods) == 1 else 1.05))
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
     """matplotlib.pyplot without a window system, imported when asked for: it is an optional dependency."""
     try:
         import matplotlib

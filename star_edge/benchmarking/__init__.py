@@ -1,0 +1,1 @@
+"""Times and memory of stock llama.cpp and of pruned configs, side by side."""

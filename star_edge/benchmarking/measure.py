@@ -1,0 +1,108 @@
+"""Who is asked when: warm-up, interleaved repeats, and single tokens with and without an idle hook."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from ..errors import EngineError, StarEdgeError
+from .sides import Request, Sample, SideSpec, Workbench
+
+
+def order(n_sides: int, repeat: int) -> list[int]:
+    """Which side is asked when in a repeat: each begins in turn, so that none always follows the same warm cache or hot core."""
+    return [(i + repeat) % n_sides for i in range(n_sides)]
+
+
+def run_sides(
+    bench: Workbench,
+    specs: Sequence[SideSpec],
+    request: Request,
+    *,
+    repeats: int,
+    n_generate: int,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, list[Sample]], dict[str, int], list[str]]:
+    """Asks each side once to warm up, then `repeats` times in rotated order.
+
+    Returns samples by the side's name, bytes of the KV cache that holds the prompt by name, and a note for each side that had to be left
+    out: it could not be made here, or its smaller picture has as many tokens as the full one.
+
+    Raises:
+        StarEdgeError: no star_edge side could be asked, with the cause of the first.
+    """
+    samples: dict[str, list[Sample]] = {}
+    cache_bytes: dict[str, int] = {}
+    notes: list[str] = []
+    left: list[SideSpec] = []
+    first_error: StarEdgeError | None = None
+    full = 0
+    for spec in specs:
+        try:
+            warm = bench.ask(spec, request, 1)  # one token: the cache holds the prompt alone
+        except StarEdgeError as error:
+            if spec.kind == "star_edge" and first_error is None:
+                first_error = error
+            notes.append(f"left out {spec.name}: {error}")
+        else:
+            full = max(full, warm.n_image)
+            if spec.image_max_tokens is not None and warm.n_image >= full:
+                notes.append(f"left out {spec.name}: this encoder makes {warm.n_image} tokens of the smaller picture too")
+            else:
+                cache_bytes[spec.name] = warm.cache_bytes
+                samples[spec.name] = []
+                left.append(spec)
+        progress()
+    if not any(spec.kind == "star_edge" for spec in left):
+        raise first_error or EngineError("there is no side to measure")
+    for repeat in range(repeats):
+        for i in order(len(left), repeat):
+            samples[left[i].name].append(bench.ask(left[i], request, n_generate))
+            progress()
+    return samples, cache_bytes, notes
+
+
+def time_idle_hook(bench: Workbench, stock: SideSpec, star: SideSpec, n_tokens: int) -> dict[str, float]:
+    """What a callback that has nothing to do costs a generated token: contexts of one model with and without it, one token each in turn.
+
+    Returns medians in milliseconds, their ratio, and the number of tokens behind each, after a warm-up.
+
+    Raises:
+        EngineError: a decode failed.
+    """
+    contexts = {"stock": bench.context(stock), "hook": bench.context(star)}
+    times: dict[str, list[float]] = {name: [] for name in contexts}
+    warm_up = max(4, n_tokens // 4)
+    for context in contexts.values():
+        context.kv_cache_clear()
+    for i in range(warm_up + n_tokens):
+        for name in sorted(contexts, reverse=bool(i % 2)):
+            start = time.perf_counter()
+            _decode_token(contexts[name], 1 + i % 200, i)
+            if i >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    for context in contexts.values():
+        context.kv_cache_clear()
+    stock_ms, hook_ms = (1e3 * statistics.median(times[name]) for name in ("stock", "hook"))
+    return {"stock_ms_per_token": stock_ms, "hook_ms_per_token": hook_ms, "ratio": hook_ms / stock_ms, "tokens": n_tokens}
+
+
+def _decode_token(context: Any, token: int, position: int) -> None:
+    """One llama_decode of one row of sequence 0, to its logits."""
+    ids, at, one, sequence = (np.array([n], np.int32) for n in (token, position, 1, 0))
+    wants = np.ones(1, np.int8)
+    pointer = lambda array, kind=ctypes.c_int32: array.ctypes.data_as(ctypes.POINTER(kind))
+    batch = llama_cpp.llama_batch()
+    batch.n_tokens = 1
+    batch.token, batch.pos, batch.n_seq_id = pointer(ids), pointer(at), pointer(one)
+    batch.seq_id = ctypes.cast((ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence)), type(batch.seq_id))
+    batch.logits = pointer(wants, ctypes.c_int8)
+    if llama_cpp.llama_decode(context.ctx, batch):
+        raise EngineError("llama_decode failed")
+    llama_cpp.llama_get_logits_ith(context.ctx, -1)  # waits for the result

@@ -1,0 +1,75 @@
+"""Peak memory of each side, in a fresh process that asks it once.
+
+In one process with all sides their memory could not be told apart; times, on the other hand, are compared within one process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import PruneConfig
+from ..devices import list_devices
+from ..errors import EngineError
+from .sides import Request, SideSpec, Workbench
+
+
+def measure(model: str, mmproj: str, options: dict[str, Any], spec: SideSpec, request: Request) -> dict[str, int | None]:
+    """{"peak_rss_bytes", "device_bytes"} of a process that loads the model and answers the request with one token.
+
+    Pages of the model file that it has touched are in peak_rss_bytes. device_bytes: what all GPUs have less free afterwards, or None
+    without one; other programs on them are in it too.
+
+    Raises:
+        EngineError: the process failed; its last line says why.
+    """
+    job = {
+        "model": model,
+        "mmproj": mmproj,
+        "options": options,
+        "spec": {**asdict(spec), "prune": None if spec.prune is None else spec.prune.to_dict()},
+        "request": asdict(request),
+    }
+    done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise EngineError(f"{spec.name}: its memory could not be measured ({reason[:300]})", "leave it out with --no-memory")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    try:
+        # Not ru_maxrss, which Linux carries over from the parent through fork and exec (exec_mmap)
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _free_on_devices() -> int | None:
+    free = [int(d["free_bytes"]) for d in list_devices() if d["total_bytes"] and not str(d["name"]).startswith(("CPU", "BLAS"))]
+    return sum(free) if free else None
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    before = _free_on_devices()
+    prune = None if job["spec"]["prune"] is None else PruneConfig(**job["spec"]["prune"])
+    spec = SideSpec(**{**job["spec"], "prune": prune})
+    with Workbench(job["model"], job["mmproj"], **job["options"]) as bench:
+        bench.ask(spec, Request(**job["request"]), 1)
+        after = _free_on_devices()
+        rss = peak_rss()
+    print(json.dumps({"peak_rss_bytes": rss, "device_bytes": None if before is None else before - after}))
+
+
+if __name__ == "__main__":
+    _main()

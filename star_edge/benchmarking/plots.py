@@ -1,0 +1,87 @@
+"""Pictures of a benchmark: where the time to the first token goes on each side, and how pruning takes it away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import EvaluationError
+from ..evaluation.plots import check, pyplot_module
+from .sides import STAGES
+
+__all__ = ["check", "save"]
+
+# Okabe and Ito's colours (2008), which colour-blind readers can tell apart
+_COLORS = dict(zip(STAGES, ("#999999", "#56B4E9", "#F0E442", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#555555")))
+_NAMES = {name: name.replace("_", " ") for name in STAGES} | {"prefill": "prefill (stock), or text before the image"}
+_GREY = "#555555"
+
+
+def save(result: Mapping[str, Any], path: str) -> None:
+    """Draws stacked bars of the stages of each side (left), and a waterfall from the reference to the fastest star_edge side (right).
+
+    Raises:
+        EvaluationError: see `check`, or the file cannot be written.
+    """
+    pyplot = pyplot_module()
+    sides = result["sides"]
+    with pyplot.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
+        height = max(3.4, 0.42 * len(sides) + 1.8)
+        figure, (bars, fall) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained", width_ratios=(3, 2))
+        _bars(bars, sides)
+        _waterfall(fall, sides, result["reference"])
+        figure.suptitle(result.get("title", ""), x=0.01, ha="left", fontsize=10, color=_GREY)
+        handles, labels = bars.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        try:
+            figure.savefig(path, dpi=150, facecolor="white")
+        except OSError as error:
+            raise EvaluationError(f"{path} cannot be written ({error.strerror or error})", "use another place") from error
+        finally:
+            pyplot.close(figure)
+
+
+def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:
+    names = [row["name"] for row in sides]
+    left = [0.0] * len(sides)
+    for stage in STAGES:
+        widths = [row["stages_ms"][stage] for row in sides]
+        if any(widths):
+            axis.barh(names, widths, left=left, color=_COLORS[stage], label=_NAMES[stage], height=0.7)
+            left = [a + b for a, b in zip(left, widths)]
+    for i, row in enumerate(sides):
+        axis.text(left[i], i, f"  {row['speed_up']:.2f}x", va="center", color=_GREY)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel("time to first token, ms (the median repeat)")
+
+
+def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tuple[str, float]]]:
+    """Name of the star_edge side with the shortest time to first token, and the steps in ms that lead there from the reference's time:
+    what each part takes less (negative) or more. The reference's time and the steps add up to the side's."""
+    base = next(row for row in sides if row["name"] == reference)
+    best = min((row for row in sides if row["kind"] == "star_edge"), key=lambda row: row["first_token_ms"]["median"])
+    of = lambda row, *names: sum(row["stages_ms"][name] for name in names)
+    parts = {
+        "encoder": ("encode",),
+        "decoder": ("prefill", "probe", "resume"),
+        "selection": ("vision_stage", "decoder_stage"),
+        "rest": ("preprocess", "first_token"),
+    }
+    return best["name"], [(title, of(best, *names) - of(base, *names)) for title, names in parts.items()]
+
+
+def _waterfall(axis: Any, sides: list[dict[str, Any]], reference: str) -> None:
+    best, steps = waterfall(sides, reference)
+    level = next(row for row in sides if row["name"] == reference)["first_token_ms"]["median"]
+    axis.bar([reference], [level], color=_GREY, width=0.6)
+    for title, change in steps:
+        axis.bar([title], [change], bottom=[level], color="#009E73" if change <= 0 else "#D55E00", width=0.6)
+        axis.annotate(f"{change:+.0f}", (title, max(level, level + change)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        level += change
+    label = best if best != reference else f"{best} "
+    axis.bar([label], [level], color="#0072B2", width=0.6)
+    axis.annotate(f"{level:.0f}", (label, level), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axis.set_ylabel("time to first token, ms")
+    axis.margins(y=0.1)
+    axis.tick_params(axis="x", labelrotation=20)

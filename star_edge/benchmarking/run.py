@@ -1,0 +1,194 @@
+"""One benchmark from its model to its result."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from PIL import Image
+
+from .. import __version__
+from ..chat import MEDIA_MARKER
+from ..devices import list_devices
+from ..errors import ConfigError, StarEdgeError
+from ..evaluation.configs import NamedConfig
+from ..synthetic import ModelShape
+from . import memory
+from .measure import run_sides, time_idle_hook
+from .sides import Request, SideSpec, Workbench
+from .summary import summarise
+
+BASELINES = {
+    "shipped": "stock as shipped",  # Llama's defaults: no flash attention, in the encoder neither
+    "flash": "stock, flash attn",
+    "fewer": "stock, fewer tokens",
+}
+# Of a synthetic shape's prompt, BOS and the chat template's own text included
+TEXT_BEFORE, TEXT_AFTER = 35, 40
+_TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len("\u2581ASSISTANT:".encode())  # SentencePiece's space
+
+
+def make_specs(configs: Sequence[NamedConfig], baselines: Sequence[str], max_tokens: int) -> list[SideSpec]:
+    """Stock sides, then star_edge without pruning and with each config. max_tokens: what a picture may have on stock with fewer tokens."""
+    specs = []
+    for name in baselines:
+        specs.append(SideSpec(BASELINES[name], "stock", None, name != "shipped", max_tokens if name == "fewer" else None))
+    return specs + [SideSpec(c.name if c.prune is not None else "star_edge, unpruned", "star_edge", c.prune) for c in configs]
+
+
+def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer: float) -> Request:
+    """One user message: text, the pictures ((h, w, 3) uint8), text. fewer: share of the pixels that the smaller pictures have.
+
+    Raises:
+        ConfigError: a marker for pictures in the text.
+    """
+    if MEDIA_MARKER in before + after:
+        raise ConfigError(f"the prompt holds {MEDIA_MARKER}", "leave it out: the picture stands before the prompt")
+    full, small = [], []
+    for pixels in pictures:
+        image = Image.fromarray(pixels)
+        side = math.sqrt(fewer)
+        full.append(_data_url(image))
+        small.append(_data_url(image.resize((max(1, round(side * image.width)), max(1, round(side * image.height))))))
+    text = lambda value: [{"type": "text", "text": value}] if value else []
+    message = lambda urls: [
+        {
+            "role": "user",
+            "content": [*text(before), *({"type": "image_url", "image_url": {"url": url}} for url in urls), *text(after)],
+        }
+    ]
+    return Request(message(full), message(small))
+
+
+def shape_request(shape: ModelShape, fewer: float) -> Request:
+    """TEXT_BEFORE text tokens (one for each byte, with the chat template's), a picture, and TEXT_AFTER text tokens.
+
+    Encoders with tokens of their own around images have those in addition.
+    """
+    width, height = shape.picture
+    return make_request([picture(width, height)], "a" * (TEXT_BEFORE - _TEMPLATE_BEFORE), "b" * (TEXT_AFTER - _TEMPLATE_AFTER), fewer)
+
+
+def shape_context(shape: ModelShape, n_generate: int) -> int:
+    """Context that the shape's request and answer fit: its tokens, room for those around tiles, in whole blocks of 256."""
+    n = TEXT_BEFORE + TEXT_AFTER + shape.n_image_tokens + 128 + n_generate
+    return -(-n // 256) * 256
+
+
+def picture(width: int, height: int) -> np.ndarray:
+    """A picture with structure at several scales, (height, width, 3) uint8."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((height, width, 3))
+    for n in (3, 12, 48):
+        block = rng.integers(0, 256, (n, n, 3))
+        image += block[np.arange(height)[:, None] * n // height, np.arange(width)[None] * n // width]
+    return (image / 3).astype(np.uint8)
+
+
+def run(
+    model: str | os.PathLike,
+    mmproj: str | os.PathLike,
+    options: dict[str, Any],
+    configs: Sequence[NamedConfig],
+    baselines: Sequence[str],
+    request: Request,
+    *,
+    fewer: float,
+    repeats: int,
+    n_generate: int,
+    hook_tokens: int = 0,
+    with_memory: bool = True,
+    title: str = "",
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called before each request with its kind.
+
+    options: of StarVLM. baselines: of BASELINES. fewer: share of the image tokens that the baseline of that name may have. hook_tokens: tokens for the cost of an idle hook, 0 for none.
+
+    Raises:
+        As StarVLM and StarChatHandler; ContextLengthError: prompt and answer do not fit n_ctx.
+    """
+    start = time.perf_counter()
+    notes: list[str] = []
+    with Workbench(model, mmproj, **options) as bench:
+        n_tokens, n_pictures = bench.count_image_tokens(request)
+        specs = make_specs(configs, baselines, max(1, round(fewer * n_tokens / n_pictures)))
+        asked = iter(["warm-up"] * len(specs) + ["measuring"] * (len(specs) * repeats))
+        samples, cache_bytes, left_out = run_sides(
+            bench, specs, request, repeats=repeats, n_generate=n_generate, progress=lambda: progress(next(asked))
+        )
+        notes += left_out
+        present = [spec for spec in specs if spec.name in samples]
+        hook = None
+        stock = next((s for s in present if s.kind == "stock" and s.flash_attn == options.get("flash_attn", True)), None)
+        if hook_tokens and stock is not None:
+            progress("idle hook")
+            hook = time_idle_hook(bench, stock, next(s for s in present if s.kind == "star_edge"), hook_tokens)
+        elif hook_tokens:
+            notes.append("no cost of an idle hook: it needs a stock side with the same flash attention")
+        n_layers, about = bench.n_layers, _describe(bench, model, options)
+    used: dict[str, dict[str, int | None]] = {}
+    if with_memory:
+        for spec in present:
+            progress("memory")
+            try:
+                used[spec.name] = memory.measure(str(model), str(mmproj), options, spec, request)
+            except StarEdgeError as error:
+                notes.append(str(error))
+    result = {
+        "title": title,
+        "date": date.today().isoformat(),
+        "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__, "python": platform.python_version()},
+        "machine": machine(about.pop("n_threads")),
+        "model": about,
+        "repeats": repeats,
+        "generated_tokens": n_generate,
+        **summarise(specs, samples, cache_bytes, used, n_layers),
+        "idle_hook": hook,
+        "notes": notes,
+    }
+    result["seconds"] = time.perf_counter() - start
+    return result
+
+
+def machine(n_threads: int) -> dict[str, Any]:
+    """Processor, cores, threads used and accelerators; nothing that names this very machine."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    devices = [str(d["description"]) for d in list_devices() if not str(d["name"]).startswith(("CPU", "BLAS"))]
+    return {"processor": name, "cores": os.cpu_count(), "threads": n_threads, "system": platform.system(), "devices": devices}
+
+
+def _describe(bench: Workbench, model: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    metadata = bench.llama.metadata
+    return {
+        "file": Path(model).name,
+        "architecture": metadata.get("general.architecture"),
+        "projector": bench.projector,
+        "vision_stage": bench.encoder_problem() or "yes",
+        "bytes": os.path.getsize(model),
+        "n_ctx": bench.n_ctx,
+        "n_threads": bench.llama.n_threads_batch,
+        **{name: options.get(name, default) for name, default in (("n_gpu_layers", 0), ("flash_attn", True), ("n_ubatch", 512))},
+        **{name: options.get(name, "f16") for name in ("type_k", "type_v")},
+    }
+
+
+def _data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

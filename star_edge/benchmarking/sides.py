@@ -1,0 +1,360 @@
+"""The sides of a benchmark: stock llama-cpp-python in several settings, and star_edge with several configs.
+
+All sides answer through `Llama.create_chat_completion`, as a user's program does, from an encoded picture to sampled tokens, and all
+share one model in memory: two copies of the weights differ in speed by more than an idle hook costs, since llama.cpp repacks them.
+A side has a context and a chat handler of its own. The stock sides run llama_cpp's own MTMDChatHandler in a context without a
+callback; it is watched from outside, through the module of libmtmd functions that it calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import llama_cpp
+import llama_cpp.mtmd_cpp as mtmd
+from llama_cpp import _internals
+from llama_cpp.llama_chat_format import MTMDChatHandler
+
+from ..chat_handler import StarChatHandler
+from ..config import PruneConfig
+from ..engine import StarVLM
+from ..errors import ContextLengthError, EngineError, StarEdgeError
+from ..report import PruneReport
+from ..selection import average_tokens
+from ..vision.encoder import ImageChunk
+
+# In the order in which they are done. prefill is all decoder work that is neither probe nor resume: all of it on stock, and the text before
+# the first image with a decoder stage. first_token is what is left of the time to the first token: sampling it, and Python.
+STAGES = ("preprocess", "encode", "vision_stage", "prefill", "probe", "decoder_stage", "resume", "first_token")
+DECODER_STAGES = ("prefill", "probe", "decoder_stage", "resume")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every side is asked. messages: as `Llama.create_chat_completion` takes them. fewer: the same with smaller pictures."""
+
+    messages: list[Any]
+    fewer: list[Any]
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """name: unique. kind: "stock" or "star_edge".
+
+    prune: config of a star_edge side. flash_attn: of a stock side, in decoder and encoder. image_max_tokens: of a stock side that asks
+    with `Request.fewer`, otherwise None.
+    """
+
+    name: str
+    kind: str
+    prune: PruneConfig | None = None
+    flash_attn: bool = True
+    image_max_tokens: int | None = None
+
+
+@dataclass
+class Sample:
+    """One request. Times are in seconds.
+
+    first_token: from the call to the first sampled token. stages: of STAGES, and they add up to it. tokens: time of each further token.
+    n_text, n_image: tokens of the prompt before pruning. n_cells: KV cells that hold the prompt when generation starts, and cache_bytes: of all
+    layers, as llama.cpp counts them to save the sequence; taken where one token was asked for, so that it costs no time elsewhere. text: the answer.
+    """
+
+    first_token: float
+    stages: dict[str, float]
+    tokens: list[float]
+    n_text: int
+    n_image: int
+    n_cells: int
+    average_tokens: float
+    cache_bytes: int | None
+    text: str
+    report: PruneReport | None = None
+
+
+class _Watched:
+    """libmtmd as MTMDChatHandler calls it, with times and token counts taken on the way. The calls are the same ones.
+
+    image_max_tokens: MTMDChatHandler has no argument for it.
+    """
+
+    def __init__(self, image_max_tokens: int | None, n_ctx: int) -> None:
+        self.image_max_tokens, self.n_ctx = image_max_tokens, n_ctx
+        self.llama_context: Any = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.tokenized = self.decoded = 0.0
+        self.encode = 0.0
+        self.n_text = self.n_image = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mtmd, name)
+
+    def mtmd_context_params_default(self) -> Any:
+        params = mtmd.mtmd_context_params_default()
+        if self.image_max_tokens is not None:
+            params.image_max_tokens = self.image_max_tokens
+        return params
+
+    def mtmd_tokenize(self, context: Any, chunks: Any, *rest: Any) -> int:
+        status = mtmd.mtmd_tokenize(context, chunks, *rest)
+        self.tokenized = time.perf_counter()
+        for i in range(mtmd.mtmd_input_chunks_size(chunks)):
+            chunk = mtmd.mtmd_input_chunks_get(chunks, i)
+            n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+                self.n_text += n
+            else:
+                self.n_image += n
+        if self.n_text + self.n_image >= self.n_ctx:  # the context itself is padded, the Llama's own arrays are not
+            raise ContextLengthError(
+                f"the prompt takes {self.n_text + self.n_image} tokens of a context of {self.n_ctx}",
+                "raise n_ctx (-c), or use a smaller picture",
+            )
+        return status
+
+    def mtmd_helper_eval_chunk_single(
+        self, context: Any, llama: Any, chunk: Any, n_past: Any, seq_id: Any, n_batch: int, logits_last: bool, new_n_past: Any
+    ) -> int:
+        """What the helper of that name does with an image, encoder and decoder apart."""
+        self.llama_context = llama
+        start = time.perf_counter()
+        status = mtmd.mtmd_encode_chunk(context, chunk)
+        self.encode += time.perf_counter() - start
+        if status:
+            return status
+        embeddings = mtmd.mtmd_get_output_embd(context)
+        no_callback = mtmd.mtmd_helper_post_decode_callback()
+        return mtmd.mtmd_helper_decode_image_chunk(
+            context, llama, chunk, embeddings, n_past, seq_id, n_batch, new_n_past, no_callback, None
+        )
+
+    def mtmd_input_chunks_free(self, chunks: Any) -> None:
+        """The prompt has been submitted. A GPU may still work on it: the sampler would wait for it now."""
+        if self.llama_context is not None:
+            llama_cpp.llama_synchronize(self.llama_context)
+        self.decoded = time.perf_counter()
+        mtmd.mtmd_input_chunks_free(chunks)
+
+
+@dataclass
+class _Side:
+    spec: SideSpec
+    context: Any
+    context_params: Any
+    handler: Any
+
+
+@dataclass
+class _Clock:
+    """Stands for Llama.sample: notes when each token is there, and lets no answer end early.
+
+    cache_of: context of which to take the cache's size at the first token, when the prompt alone is in it; None to lose no time so.
+    """
+
+    sample: Any
+    vocab: Any
+    other: int
+    cache_of: Any
+    times: list[float] = field(default_factory=list)
+    cache_bytes: int | None = None
+
+    def __call__(self, **options: Any) -> int:
+        token = self.sample(**options)
+        self.times.append(time.perf_counter())
+        if self.cache_of is not None and self.cache_bytes is None:
+            self.cache_bytes = llama_cpp.llama_state_seq_get_size(self.cache_of.ctx, 0)
+        return self.other if llama_cpp.llama_vocab_is_eog(self.vocab, token) else token
+
+
+class Workbench:
+    """One model in memory, and its sides, made when they are first asked.
+
+    Arguments as in StarVLM; flash_attn is that of the star_edge sides.
+
+    Raises:
+        As StarVLM; EngineError: a side's context cannot be made.
+    """
+
+    def __init__(self, model: str | PathLike, mmproj: str | PathLike, **options: Any) -> None:
+        self._vlm = StarVLM(model, None, **options)  # loads and checks; StarChatHandler adds the encoder
+        self.llama = self._vlm.llama
+        self.n_layers = self._vlm.decoder.n_layers
+        self.n_ctx = self._vlm.decoder.n_ctx
+        self._mmproj, self._use_gpu = str(mmproj), options.get("n_gpu_layers", 0) != 0
+        self._tapped = self.llama._ctx
+        self._params = self.llama.context_params
+        self._star: StarChatHandler | None = None
+        self._sides: dict[SideSpec, _Side] = {}
+        self._other = self.llama.tokenize(b"a", add_bos=False)[-1]
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._install(self._tapped, self._params)
+        self._vlm.close()
+
+    # ---- requests ----
+
+    def ask(self, spec: SideSpec, request: Request, n_generate: int) -> Sample:
+        """One greedy answer of n_generate tokens, read afresh.
+
+        Raises:
+            ContextLengthError: it does not fit. EngineError: llama.cpp refused, or could not make the side's context.
+            As StarChatHandler: the model or the pictures cannot be used.
+        """
+        side = self._side(spec)
+        llama = self.llama
+        self._install(side.context, side.context_params)
+        clock = _Clock(llama.sample, llama._model.vocab, self._other, side.context if n_generate == 1 else None)
+        watch = side.handler._mtmd_cpp if spec.kind == "stock" else None
+        if watch is not None:
+            watch.begin()
+        llama.chat_handler, llama.sample = side.handler, clock
+        messages = request.messages if spec.image_max_tokens is None else request.fewer
+        pruning = self._star.pruning(spec.prune) if watch is None else contextlib.nullcontext()
+        try:
+            start = time.perf_counter()
+            with pruning:
+                answer = llama.create_chat_completion(messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0)
+        except StarEdgeError:
+            raise
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise EngineError(f"llama-cpp-python failed ({error})", "see its log with --verbose") from error
+        finally:
+            del llama.sample
+            llama.chat_handler = None
+        sample = self._sample(start, clock, watch, answer["choices"][0]["message"]["content"])
+        if len(clock.times) < n_generate:
+            raise ContextLengthError(
+                f"a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a context of {self.n_ctx}",
+                "raise n_ctx (-c), or generate fewer tokens (-n)",
+            )
+        return sample
+
+    def count_image_tokens(self, request: Request) -> tuple[int, int]:
+        """Image tokens of the request, and its pictures.
+
+        Raises:
+            As StarChatHandler, for the model and the pictures.
+        """
+        handler = self._side(SideSpec("count", "star_edge")).handler
+        handler._init_mtmd_context(self.llama)
+        pictures = [handler.load_image(url) for url in handler.get_image_urls(request.messages)]
+        prompt = handler._reader.encoder.tokenize(mtmd.mtmd_default_marker().decode() * len(pictures), pictures)
+        try:
+            return sum(c.n_tokens for c in prompt.chunks if isinstance(c, ImageChunk)), len(pictures)
+        finally:
+            prompt.close()
+
+    def context(self, spec: SideSpec) -> Any:
+        """The llama_cpp context of a side (`_internals.LlamaContext`)."""
+        return self._side(spec).context
+
+    def encoder_problem(self) -> str | None:
+        """Why there is no vision stage, once a star_edge side has been asked."""
+        encoder = self._star._reader.encoder if self._star is not None else None
+        if encoder is None or encoder.profile is not None:
+            return None
+        return f"no vision stage: the token layout of projector type {encoder.projector!r} is not known"
+
+    @property
+    def projector(self) -> str | None:
+        return self._star._reader.encoder.projector if self._star is not None and self._star._reader is not None else None
+
+    def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
+        times = clock.times
+        total = times[0] - start
+        tokens = [after - before for before, after in zip(times, times[1:])]
+        if watch is not None:
+            stages = {
+                "preprocess": watch.tokenized - start,
+                "encode": watch.encode,
+                "prefill": watch.decoded - watch.tokenized - watch.encode,
+            }
+            n = watch.n_text + watch.n_image
+            return Sample(
+                total, _with_rest(stages, total), tokens, watch.n_text, watch.n_image, n, float(watch.n_image), clock.cache_bytes, text
+            )
+        report = self._star.last_report
+        average = average_tokens(report.n_vision_kept, report.windows, report.n_layers)
+        return Sample(
+            total,
+            _with_rest(stages_of(report), total),
+            tokens,
+            report.n_text_tokens,
+            report.n_image_tokens,
+            report.n_kv_cells,
+            average,
+            clock.cache_bytes,
+            text,
+            report,
+        )
+
+    # ---- sides ----
+
+    def _side(self, spec: SideSpec) -> _Side:
+        if spec not in self._sides:
+            self._sides[spec] = self._stock_side(spec) if spec.kind == "stock" else self._star_side(spec)
+        return self._sides[spec]
+
+    def _star_side(self, spec: SideSpec) -> _Side:
+        if self._star is None:
+            self._star = StarChatHandler(
+                self._mmproj, verbose=False, use_gpu=self._use_gpu, prune=None, image_cache_bytes=0, reuse=False
+            )  # nothing may come from an earlier request
+        return _Side(spec, self._tapped, self._params, self._star)
+
+    def _stock_side(self, spec: SideSpec) -> _Side:
+        params = type(self._params).from_buffer_copy(self._params)
+        params.cb_eval, params.cb_eval_user_data = llama_cpp.ggml_backend_sched_eval_callback(), None
+        params.n_seq_max, params.kv_unified = 1, False
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if spec.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        try:
+            context = _internals.LlamaContext(model=self.llama._model, params=params, verbose=False)
+        except ValueError as error:
+            raise EngineError("llama.cpp could not create the context", "lower n_ctx (-c), or measure fewer sides (--baseline)") from error
+        self.llama._stack.callback(context.close)
+        handler = MTMDChatHandler(self._mmproj, verbose=False, use_gpu=self._use_gpu)
+        handler._mtmd_cpp = _Watched(spec.image_max_tokens, self.n_ctx)
+        return _Side(spec, context, params, handler)
+
+    def _install(self, context: Any, params: Any) -> None:
+        """Makes a context that of the Llama; whatever an earlier request has left in the Llama itself goes."""
+        llama = self.llama
+        llama._ctx, llama.context_params = context, params
+        llama.reset()
+
+
+def stages_of(report: PruneReport) -> dict[str, float]:
+    """Seconds of a report's stages as STAGES has them, each counted once. With several decoder stages, their scores are shared equally
+    among the windows in which they are taken."""
+    seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
+    get = lambda name: seconds.get(name, 0.0)
+    scores = get("decoder_scores")
+    in_probe = scores / max(1, len(report.windows))
+    return {
+        "preprocess": get("preprocess"),
+        "encode": get("encode") - get("vision_stage"),
+        "vision_stage": get("vision_stage"),
+        "prefill": get("prefix") + get("prefill") + get("fallback"),
+        "probe": get("probe") - in_probe,
+        "decoder_stage": get("decoder_stage") + scores,
+        "resume": get("resume") - (scores - in_probe),
+    }
+
+
+def _with_rest(stages: dict[str, float], total: float) -> dict[str, float]:
+    complete = {name: stages.get(name, 0.0) for name in STAGES}
+    complete["first_token"] = total - sum(complete.values())
+    return complete

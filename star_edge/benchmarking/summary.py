@@ -1,0 +1,134 @@
+"""What the samples of a benchmark say: plain data for JSON, and one table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .sides import DECODER_STAGES, STAGES, Sample, SideSpec
+
+SELECTION_STAGES = ("vision_stage", "decoder_stage")
+
+
+def summarise(
+    specs: Sequence[SideSpec],
+    samples: Mapping[str, Sequence[Sample]],
+    cache_bytes: Mapping[str, int],
+    memory: Mapping[str, Mapping[str, int | None]],
+    n_layers: int,
+) -> dict[str, Any]:
+    """{"reference": name, "sides": [...]} for the sides that have samples, in the order of specs.
+
+    reference: stock with flash attention, or else the first side; speed-ups are over it.
+    Of each side:
+    first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken. The median is a time that
+        was measured (of an even number the lower one), and stages_ms are those of that very repeat, so that they add up to it.
+    tokens_per_s: of the tokens after the first; median, min and max over the repeats of 1 / (median time of a token).
+    decoder_ms: the decoder's stages of that repeat, without choosing what stays. speed_up, decoder_speed_up: the reference's median time over this side's.
+    decoder_ideal: token-layers of the reference's prompt over those of this side's: what the decoder could gain if its time were
+        proportional to the rows that it computes. ideal: the same for the time to the first token, if the rest took as long as on the
+        reference: T / (T - D + D / decoder_ideal), D the decoder's share of the reference's time T. of_ideal: decoder_speed_up / decoder_ideal.
+    selection_share: both stages' scoring and choosing, of the time to the first token; None on stock.
+    kv_cells, kv_bytes: of the prompt when generation starts, in one layer's cells and in all layers' bytes.
+    peak_rss_bytes, device_bytes: see `memory.measure`, or None.
+    """
+    present = [spec for spec in specs if spec.name in samples]
+    reference = next((s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0])
+    base = _middle(samples[reference.name])
+    rows = []
+    for spec in present:
+        middle, all_of = _middle(samples[spec.name]), samples[spec.name]
+        rates = [1 / statistics.median(s.tokens) for s in all_of if s.tokens]
+        decoder_ideal = _token_layers(base, n_layers) / _token_layers(middle, n_layers)
+        decoder, base_decoder = _decoder(middle), _decoder(base)
+        report = middle.report
+        rows.append(
+            {
+                "name": spec.name,
+                "kind": spec.kind,
+                "config": None if spec.prune is None else spec.prune.to_dict(),
+                "text_tokens": middle.n_text,
+                "image_tokens": middle.n_image,
+                "vision_kept": report.n_vision_kept if report else None,
+                "decoder_kept": report.n_decoder_kept if report else None,
+                "decoder_layer": report.decoder_layer if report else None,
+                "average_tokens": middle.average_tokens,
+                "first_token_ms": {**_spread([1e3 * s.first_token for s in all_of]), "all": [1e3 * s.first_token for s in all_of]},
+                "stages_ms": {name: 1e3 * middle.stages[name] for name in STAGES},
+                "tokens_per_s": _spread(rates) if rates else None,
+                "decoder_ms": 1e3 * decoder,
+                "speed_up": base.first_token / middle.first_token,
+                "ideal": base.first_token / (base.first_token - base_decoder + base_decoder / decoder_ideal),
+                "decoder_speed_up": base_decoder / decoder,
+                "decoder_ideal": decoder_ideal,
+                "of_ideal": base_decoder / decoder / decoder_ideal,
+                "selection_share": sum(middle.stages[n] for n in SELECTION_STAGES) / middle.first_token if report else None,
+                "kv_cells": middle.n_cells,
+                "kv_bytes": cache_bytes[spec.name],
+                "peak_rss_bytes": memory.get(spec.name, {}).get("peak_rss_bytes"),
+                "device_bytes": memory.get(spec.name, {}).get("device_bytes"),
+                "notes": list(report.notes) if report else [],
+            }
+        )
+    return {"reference": reference.name, "n_layers": n_layers, "sides": rows}
+
+
+def _middle(samples: Sequence[Sample]) -> Sample:
+    """The repeat whose time to the first token is the median (the lower one of an even number)."""
+    return sorted(samples, key=lambda s: s.first_token)[(len(samples) - 1) // 2]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median_low(values), "min": min(values), "max": max(values)}
+
+
+def _decoder(sample: Sample) -> float:
+    return sum(sample.stages[name] for name in DECODER_STAGES) - sample.stages["decoder_stage"]
+
+
+def _token_layers(sample: Sample, n_layers: int) -> float:
+    return n_layers * (sample.n_text + sample.average_tokens)
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """One column for each side, one row for each quantity: there are few sides, and a terminal is narrow."""
+    header, rows = text_table(result)
+    styled = Table(title=escape(result.get("title", "")), title_justify="left")
+    styled.add_column("", no_wrap=True)
+    for row in rows:
+        styled.add_column(escape(row[0]), justify="right")
+    for i, quantity in enumerate(header[1:], 1):
+        styled.add_row(quantity, *(escape(row[i]) for row in rows))
+    return styled
+
+
+def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row for each side, as texts. Stages that no side has are left out."""
+    sides = result["sides"]
+    stages = [name for name in STAGES if any(row["stages_ms"][name] for row in sides)]
+    memory = [key for key in _MEMORY if any(row[key] is not None for row in sides)]
+    header = ["side", "image tokens per layer", "first token, ms", "min to max", *(_TITLES[name] for name in stages), "speed-up", "ideal"]
+    header += ["decoder speed-up", "of its ideal", "selection", "tokens/s", "KV cells", "KV MiB", *(_MEMORY[key] for key in memory)]
+    return header, [_cells(row, stages, memory) for row in sides]
+
+
+def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str]) -> list[str]:
+    time, rate, share = row["first_token_ms"], row["tokens_per_s"], row["selection_share"]
+    mib = lambda n: "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
+    texts = [row["name"], f"{row['average_tokens']:.1f}", _ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
+    texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
+    texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]
+    texts += ["-" if share is None else f"{100 * share:.2f}%", "-" if rate is None else f"{rate['median']:.1f}", str(row["kv_cells"])]
+    return texts + [mib(row[key]) for key in ("kv_bytes", *memory)]
+
+
+_TITLES = {name: f"  {name.replace('_', ' ')}" for name in STAGES} | {"first_token": "  sampling, Python"}
+_MEMORY = {"peak_rss_bytes": "peak RSS, MiB", "device_bytes": "GPU memory, MiB"}
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"

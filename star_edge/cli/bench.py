@@ -1,0 +1,203 @@
+"""star-edge bench: time and memory of stock llama.cpp and of configs, on a model of yours or on a random one of a real shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .. import refvlm
+from ..benchmarking import plots
+from ..benchmarking.run import BASELINES, make_request, picture, run, shape_context, shape_request
+from ..benchmarking.summary import table
+from ..config import PRESETS
+from ..errors import ConfigError, OutputError
+from ..evaluation.configs import choose_configs, parse_values
+from ..images import load_image
+from ..synthetic import SHAPES, model_files
+from .options import find_model, model_options, parse_sets, print_json
+
+_QUESTION = "Describe this picture in detail."
+
+
+@click.command()
+@model_options
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, made on the spot, in place of -m.")
+@click.option("--folder", type=click.Path(file_okay=False), help="Where --shape keeps its model for the next time. Default: it is removed.")
+@click.option(
+    "--image", "images", type=click.Path(), multiple=True, help="Picture to ask about; repeat for several. Default: a generated one."
+)
+@click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the generated picture, with -m.")
+@click.option("--prompt", default=_QUESTION, show_default=True, help="Question after the picture, with -m.")
+@click.option(
+    "--preset", "presets", multiple=True, help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast."
+)
+@click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25.")
+@click.option("--decoder-keep", help="Grid, likewise.")
+@click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
+)
+@click.option("--configs", "config_file", type=click.Path(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.')
+@click.option(
+    "--baseline", "baselines", type=click.Choice([*BASELINES, "none"]), multiple=True,
+    help="Stock side to measure; repeat for several. Default: all.",
+)  # fmt: skip
+@click.option(
+    "--fewer-tokens", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.25, show_default=True,
+    help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture.",
+)  # fmt: skip
+@click.option("-r", "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Of each side, after one to warm up.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=2), default=17, show_default=True, help="Tokens that each answer has.")
+@click.option(
+    "--idle-hook", type=click.IntRange(min=0), default=0, metavar="TOKENS", help="Time so many tokens with and without the hook too."
+)
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory of each side, in a process of its own.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the result here as JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib).")
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_context
+def bench(
+    ctx: click.Context, shape: str | None, folder: str | None, images: tuple[str, ...], image_size: str, prompt: str,
+    presets: tuple[str, ...], vision_keep: str | None, decoder_keep: str | None, decoder_layer: str | None, sets: tuple[str, ...],
+    config_file: str | None, baselines: tuple[str, ...], fewer_tokens: float, repeats: int, max_tokens: int, idle_hook: int,
+    memory: bool, out: str | None, plot: str | None, as_json: bool, **model: Any,
+) -> None:  # fmt: skip
+    """Time to the first token, stage by stage, decoding speed and memory, of stock llama-cpp-python and of several configs.
+
+    Every side answers the same request through Llama.create_chat_completion, from one copy of the weights, interleaved in rotated order.
+    Stages are those of the median repeat. "ideal" is what the token-layers that are saved would allow.
+    """
+    given = lambda name: ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    if shape is not None:
+        for name, flag in (
+            ("model", "-m"),
+            ("mmproj", "--mmproj"),
+            ("hf_repo", "-hf"),
+            ("images", "--image"),
+            ("image_size", "--image-size"),
+            ("prompt", "--prompt"),
+        ):
+            if given(name):
+                raise ConfigError(f"{flag} does not go with --shape, which says it all", f"leave out --shape or {flag}")
+    elif folder is not None:
+        raise ConfigError("--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out")
+    if images and given("image_size"):
+        raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
+    if "none" in baselines and len(baselines) > 1:
+        raise ConfigError("--baseline none goes with no other", "leave out one of them")
+    for path in (out, plot):
+        if path and not Path(path).parent.is_dir():
+            raise OutputError(f"the folder of {path} does not exist", "use an existing folder")
+    if plot:
+        plots.check(plot)
+    budget = {
+        name: parse_values(name, text)
+        for name, text in (("vision_keep", vision_keep), ("decoder_keep", decoder_keep), ("decoder_layer", decoder_layer))
+        if text is not None
+    }
+    configs, dropped = choose_configs(presets, budget, parse_sets(sets), config_file)
+    names = () if "none" in baselines else baselines or tuple(BASELINES)
+    options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "hf_repo", "no_mmproj")}
+    if shape is not None:
+        about = SHAPES[shape]
+        if not given("n_ctx"):
+            options["n_ctx"] = shape_context(about, max(max_tokens, idle_hook + idle_hook // 4 + 4))
+        request, title = shape_request(about, fewer_tokens), f"{about.about}, random weights, {about.dtype}"
+    else:
+        text, mmproj = find_model(model["model"], model["mmproj"], model["hf_repo"], model["no_mmproj"])
+        if mmproj is None:
+            raise ConfigError("a benchmark asks about a picture, and no mmproj was given", "add --mmproj FILE")
+        if text == refvlm.TEXT_MODEL:
+            options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+            images = images or (str(refvlm.DEMO_IMAGE),)
+        pictures = [load_image(source) for source in images] or [picture(*_parse_size(image_size))]
+        request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        if shape is not None:
+            text, mmproj = stack.enter_context(model_files(SHAPES[shape], folder or stack.enter_context(_temporary_folder())))
+        total = (len(names) + len(configs)) * (1 + repeats + memory) + bool(idle_hook)
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console, transient=True, disable=as_json or not console.is_terminal,
+        )  # fmt: skip
+        with bar:
+            console.show_cursor(True)  # Ctrl-C ends the process where it stands, and would leave it hidden
+            task = bar.add_task("loading", total=total)
+            result = run(
+                text, mmproj, options, configs, names, request, fewer=fewer_tokens, repeats=repeats, n_generate=max_tokens, hook_tokens=idle_hook,
+                with_memory=memory, title=title, progress=lambda what: bar.update(task, advance=1, description=what),
+            )  # fmt: skip
+    result["command"] = shlex.join(["star-edge", *sys.argv[1:]])
+    result["shape"] = shape
+    result["notes"] += dropped
+    if out:
+        try:
+            Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OutputError(f"{out} cannot be written ({error.strerror})", "use another place") from error
+    if plot:
+        plots.save(result, plot)
+    if as_json:
+        print_json(result)
+    else:
+        _print(result, [path for path in (out, plot) if path])
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that goes away, also when the command is ended by Ctrl-C or SIGTERM, which `main` lets end the process where it stands."""
+    with tempfile.TemporaryDirectory(prefix="star-edge-bench-") as folder:
+
+        def end(number: int, _: object) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        in_main = threading.current_thread() is threading.main_thread()
+        before = {n: signal.signal(n, end) for n in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+        try:
+            yield folder
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(n) for n in text.lower().split("x"))
+        if 0 < width <= 16384 and 0 < height <= 16384:
+            return width, height
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{text!r} is no size such as 672x672")
+
+
+def _print(result: dict[str, Any], written: list[str]) -> None:
+    console = Console()
+    console.print(table(result))
+    hook = result["idle_hook"]
+    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if hook:
+        say(f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio {hook['ratio']:.3f}")
+    about, device = result["machine"], ", ".join(result["machine"]["devices"])
+    say(f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: {result['reference']}")
+    for note in result["notes"] + sorted({f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}):
+        say(f"note: {note}")
+    for path in written:
+        say(f"written: {Path(path)}")

@@ -1,0 +1,79 @@
+"""GGUF files of random text decoders: Llama, Qwen2-VL (and 2.5), Gemma 3. Tensor names are llama.cpp's (src/llama-arch.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import numpy as np
+
+from .shapes import DecoderShape
+from .vocabulary import add_tokenizer
+from .weights import TensorFile
+
+
+def write_decoder(
+    path: str | PathLike, shape: DecoderShape, dtype: str = "f32", seed: int = 0, sharpness: float = 1.0, special: Sequence[str] = ()
+) -> None:
+    """Writes a random text decoder.
+
+    dtype is "f32", "f16", "q8_0" or "q4_k_m" (llama.cpp's mix of Q4_K and Q6_K, as random blocks). sharpness scales the queries:
+    above 1 the attention is less uniform. special: tokens of the vocabulary besides bytes, see vocabulary.special_tokens.
+
+    Raises:
+        ValueError: an unknown dtype, rows that it cannot hold, or a vocabulary that is too small.
+    """
+    s = shape
+    file = TensorFile(path, s.arch, dtype, np.random.default_rng(seed))
+    w = file.gguf
+    w.add_context_length(s.n_ctx)
+    w.add_embedding_length(s.n_embd)
+    w.add_block_count(s.n_layers)
+    w.add_feed_forward_length(s.n_ff)
+    w.add_head_count(s.n_heads)
+    w.add_head_count_kv(s.n_heads_kv)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(s.rope_base)
+    if s.rope_sections:
+        w.add_rope_dimension_sections(list(s.rope_sections))
+    elif s.arch == "llama":
+        w.add_rope_dimension_count(s.d_head)
+    if s.head_size:
+        w.add_key_length(s.head_size)
+        w.add_value_length(s.head_size)
+    if s.sliding_window:
+        w.add_sliding_window(s.sliding_window)
+    w.add_vocab_size(s.n_vocab)
+    add_tokenizer(w, s.n_vocab, special)
+
+    is_gemma = s.arch == "gemma3"
+    norm = lambda name, n, mean=1.0: file.normal(name, n, mean=mean)
+    q, kv = s.d_head * s.n_heads, s.d_head * s.n_heads_kv
+    # Rows of deviation 1, like an image token in the tests: this llama.cpp reads no RMS norm epsilon for qwen2vl and uses 0. Gemma's
+    # graph multiplies the rows of tokens by the root of n_embd itself.
+    file.matrix("token_embd.weight", s.n_vocab, s.n_embd, gain=1.0 if is_gemma else s.n_embd**0.5, more_bits=s.tied)
+    for i in range(s.n_layers):
+        b = f"blk.{i}."
+        # llama_tensor_get_type's q4_k_m: the first and last eighth of the layers and every third keep more bits in V and down
+        more = i < s.n_layers // 8 or i >= 7 * s.n_layers // 8 or (i - s.n_layers // 8) % 3 == 2
+        norm(b + "attn_norm.weight", s.n_embd)
+        norm(b + "ffn_norm.weight", s.n_embd)
+        if is_gemma:
+            norm(b + "post_attention_norm.weight", s.n_embd)
+            norm(b + "post_ffw_norm.weight", s.n_embd)
+            norm(b + "attn_q_norm.weight", s.d_head, sharpness)  # queries are normalised, whatever their matrix
+            norm(b + "attn_k_norm.weight", s.d_head)
+        file.matrix(b + "attn_q.weight", q, s.n_embd, gain=sharpness)
+        file.matrix(b + "attn_k.weight", kv, s.n_embd)
+        file.matrix(b + "attn_v.weight", kv, s.n_embd, more_bits=more)
+        if s.rope_sections:
+            for name, n in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
+                file.normal(f"{b}{name}.bias", n)
+        file.matrix(b + "attn_output.weight", s.n_embd, q)
+        file.matrix(b + "ffn_gate.weight", s.n_ff, s.n_embd)
+        file.matrix(b + "ffn_up.weight", s.n_ff, s.n_embd)
+        file.matrix(b + "ffn_down.weight", s.n_embd, s.n_ff, more_bits=more)
+    norm("output_norm.weight", s.n_embd)
+    if not s.tied:
+        file.matrix("output.weight", s.n_vocab, s.n_embd, more_bits=True)
+    file.finish()

@@ -1,0 +1,106 @@
+"""GGUF files of random vision encoders with their projectors (mmproj). Tensor names are libmtmd's (tools/mtmd/clip-impl.h)."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import numpy as np
+
+from .shapes import EncoderShape
+from .weights import TensorFile
+
+_PROJECTORS = {"clip": "mlp", "qwen2vl": "qwen2vl_merger", "qwen2.5vl": "qwen2.5vl_merger", "idefics3": "idefics3", "gemma3": "gemma3"}
+_CLIP_COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+_SIGLIP_COLORS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+
+
+def write_encoder(path: str | PathLike, shape: EncoderShape, projection_dim: int, dtype: str = "f32", seed: int = 0) -> None:
+    """Writes a random vision encoder with its projector; projection_dim is the text decoder's embedding width.
+
+    Raises:
+        ValueError: an unknown kind or dtype, or rows that it cannot hold.
+    """
+    s, d = shape, shape.n_embd
+    if s.kind not in _PROJECTORS:
+        raise ValueError(f"unknown kind of encoder {s.kind!r}: use {', '.join(_PROJECTORS)}")
+    file = TensorFile(path, "clip", dtype, np.random.default_rng(seed))
+    _add_metadata(file, s, projection_dim)
+    is_siglip, has_windows = s.kind in ("idefics3", "gemma3"), s.kind == "qwen2.5vl"
+
+    def norm(name: str, has_bias: bool = not has_windows) -> None:  # Qwen2.5-VL has RMS norms
+        file.normal(f"{name}.weight", d, mean=1.0)
+        if has_bias:
+            file.normal(f"{name}.bias", d)
+
+    def linear(name: str, n_out: int, n_in: int) -> None:
+        file.matrix(f"{name}.weight", n_out, n_in)
+        file.normal(f"{name}.bias", n_out)
+
+    patch = lambda name, kind="f32": file.normal(name, d, 3, s.patch_size, s.patch_size, std=(3 * s.patch_size**2) ** -0.5, dtype=kind)
+    n_patches = (s.image_size // s.patch_size) ** 2
+    if s.kind == "clip":
+        patch("v.patch_embd.weight", "f16")
+        file.normal("v.class_embd", d, std=1.0)
+        file.normal("v.position_embd.weight", n_patches + 1, d, std=0.5)
+        norm("v.pre_ln")
+    elif is_siglip:
+        patch("v.patch_embd.weight")
+        file.normal("v.patch_embd.bias", d)
+        file.normal("v.position_embd.weight", n_patches, d, std=0.5)
+        norm("v.post_ln")
+    else:
+        patch("v.patch_embd.weight")
+        patch("v.patch_embd.weight.1")
+        norm("v.post_ln")
+    for i in range(s.n_layers):
+        b = f"v.blk.{i}."
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            linear(b + name, d, d)
+        if has_windows:
+            linear(b + "ffn_gate", s.n_ff, d)
+        linear(b + "ffn_up", s.n_ff, d)
+        linear(b + "ffn_down", d, s.n_ff)
+        norm(b + "ln1")
+        norm(b + "ln2")
+    if s.kind == "idefics3":
+        file.matrix("mm.model.fc.weight", projection_dim, d * s.n_merge**2)
+    elif s.kind == "gemma3":
+        file.normal("mm.soft_emb_norm.weight", d, mean=1.0)
+        # stored transposed, and transposed by the graph, which no quantized type can be
+        file.normal("mm.input_projection.weight", d, projection_dim, std=d**-0.5, dtype="f32" if dtype == "f32" else "f16")
+    else:
+        n_in = d if s.kind == "clip" else 4 * d
+        n_hidden = projection_dim if s.kind == "clip" else n_in
+        linear("mm.0", n_hidden, n_in)
+        linear("mm.2", projection_dim, n_hidden)
+    file.finish()
+
+
+def _add_metadata(file: TensorFile, s: EncoderShape, projection_dim: int) -> None:
+    w, p = file.gguf, "clip.vision."
+    w.add_bool("clip.has_vision_encoder", True)
+    w.add_string("clip.projector_type", _PROJECTORS[s.kind])
+    for key, value in (
+        ("image_size", s.image_size),
+        ("patch_size", s.patch_size),
+        ("embedding_length", s.n_embd),
+        ("feed_forward_length", s.n_ff),
+        ("block_count", s.n_layers),
+        ("attention.head_count", s.n_heads),
+        ("projection_dim", projection_dim),
+    ):
+        w.add_uint32(p + key, value)
+    w.add_float32(p + "attention.layer_norm_epsilon", 1e-5)
+    mean, std = _SIGLIP_COLORS if s.kind in ("idefics3", "gemma3") else _CLIP_COLORS
+    w.add_array(p + "image_mean", mean)
+    w.add_array(p + "image_std", std)
+    if s.kind in ("idefics3", "gemma3"):
+        w.add_bool("clip.use_gelu", True)
+        w.add_uint32(p + "projector.scale_factor", s.n_merge)
+    if s.longest_edge:
+        w.add_uint32(p + "preproc_image_size", s.longest_edge)
+    if s.kind == "qwen2.5vl":
+        w.add_bool("clip.use_silu", True)
+        w.add_uint32(p + "n_wa_pattern", s.full_attention_every)
+    if s.pinpoints:
+        w.add_array(p + "image_grid_pinpoints", [n for size in s.pinpoints for n in size])

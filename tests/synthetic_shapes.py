@@ -1,0 +1,36 @@
+"""The synthetic shapes at a tiny size: the same graphs, in a second."""
+
+from dataclasses import replace
+
+from star_edge.synthetic import SHAPES, DecoderShape, ModelShape
+
+_ENCODERS = {
+    "llava-1.1b": {"image_size": 98},
+    "llava-1.5-7b": {"image_size": 98},
+    "llava-next-7b": {"image_size": 98, "pinpoints": ((98, 196), (196, 98), (196, 196))},
+    "smolvlm-500m": {"image_size": 128, "longest_edge": 256},
+    "qwen2.5-vl-3b": {"n_layers": 4, "full_attention_every": 2},
+    "gemma-3-4b": {"image_size": 112},
+}
+_DECODERS = {
+    "smolvlm-500m": {"tied": True},
+    "qwen2.5-vl-3b": {"rope_sections": (4, 6, 6, 0), "tied": True},
+    "gemma-3-4b": {"sliding_window": 512, "head_size": 64, "tied": True},
+}
+# Picture, and the image tokens that the encoder makes of it by hand: (98 / 14)^2; an overview and 2 x 2 crops of that;
+# an overview and 2 x 2 tiles of (128 / 16 / 4)^2; (168 / 28)^2; (112 / 14 / 4)^2
+_REQUESTS = {
+    "llava-1.1b": ((98, 98), 49),
+    "llava-1.5-7b": ((98, 98), 49),
+    "llava-next-7b": ((196, 196), 5 * 49),
+    "smolvlm-500m": ((200, 200), 5 * 4),
+    "qwen2.5-vl-3b": ((168, 168), 36),
+    "gemma-3-4b": ((112, 112), 4),
+}
+
+
+def tiny(name: str) -> ModelShape:
+    shape = SHAPES[name]
+    encoder = replace(shape.encoder, **{"n_layers": 2, "n_embd": 64, "n_heads": 4, "n_ff": 96} | _ENCODERS[name])
+    decoder = DecoderShape(n_layers=6, n_embd=256, n_heads=8, n_heads_kv=4, n_ff=256, **_DECODERS.get(name, {}))
+    return ModelShape(decoder, encoder, shape.dtype, *_REQUESTS[name], shape.about)
