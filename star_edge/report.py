@@ -61,6 +61,8 @@ class PruneReport:
     in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
     reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
         stage in the layers below it, otherwise in all.
+    reused_above: of the tokens up to the last image that a decoder stage left, those known in the layers from K on too: it left the same
+        ones for the last question.
     notes: what a user should know, such as a stage that this model cannot have.
     """
 
@@ -74,6 +76,7 @@ class PruneReport:
     n_generated: int = 0
     in_place: bool = True
     reused_tokens: int = 0
+    reused_above: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -113,7 +116,10 @@ class PruneReport:
                 {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
                 for i in self.images
             ],
-            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens")},
+            **{
+                name: getattr(self, name)
+                for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens", "reused_above")
+            },
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,
