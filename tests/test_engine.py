@@ -139,11 +139,19 @@ def test_report(vlm):
     assert loaded["images"][0]["decoder_kept"] == image.decoder_kept.tolist() and loaded["average_tokens"] == 36
 
 
-def test_cells_of_dropped_tokens_are_free(vlm):
-    vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
-    memory = vlm.decoder.memory
-    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == 9 + 18
-    assert llama_cpp.llama_memory_seq_pos_max(memory, PARKED) == -1
+@pytest.mark.parametrize("reuse", [True, False])
+def test_cells_of_dropped_tokens(reuse):
+    """The report counts the cells of what stays. Dropped tokens' are free at once without reuse, and with it when somebody needs the room."""
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, reuse=reuse) as vlm:
+        _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+        last = lambda sequence: llama_cpp.llama_memory_seq_pos_max(vlm.decoder.memory, sequence)
+        assert report.n_kv_cells == last(0) + 1 == 9 + 18
+        assert vlm.llama._ctx.n_parked == (72 - 18 if reuse else 0)
+        assert (last(PARKED) >= 0) is reuse
+        long = COLOR + "!" * 150  # llama_cpp's time for an answer grows with the square of its length
+        answer = vlm.generate(long, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2), None, logit_bias={vlm.llama.token_eos(): -100.0})
+        assert answer.report.n_kv_cells + answer.report.n_generated >= 256 and answer.report.n_generated > 72 - 18
+        assert last(PARKED) == -1
 
 
 def test_several_images_keep_a_share_each(vlm):

@@ -2,18 +2,21 @@
 
 import contextlib
 import os
+from dataclasses import replace
 
 import llama_cpp
 import numpy as np
 import pytest
 import stock
-from conftest import random_image
+from conftest import LLAMA, random_image
+from decoders import write_recurrent, write_sliding
 from llama_cpp import Llama
 from reusing import engine, fresh, same
 from test_chat_handler import COLOR, PLATE, data_url, user
 
-from star_edge import PruneConfig, StarChatHandler, errors, refvlm
-from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, Rows
+from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
+from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
+from star_edge.scorers import DECODER_SCORERS
 from star_edge.tap import Plan
 from star_edge.vision.encoder import TextChunk
 
@@ -138,6 +141,179 @@ def test_pieces_of_n_ubatch(families, family):
     assert reused[0] == 0 and reused[1] > len(text) + n and reused[2] % 16 == 0 < reused[2]
     n_alike = len(os.path.commonprefix(texts))
     assert reused[4:] == [n_alike // 16 * 16, (len(texts[2]) - 1) // 16 * 16] and reused[3] > 0
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """(rows, first layer, last layer) of each decode that a prompt takes."""
+    seen, decode = [], DecoderContext.decode
+
+    def spy(self, rows, first_position, plan, what, logits=False):
+        seen.append((len(rows), *(plan.window or (0, self.n_layers, 0))[:2]))
+        return decode(self, rows, first_position, plan, what, logits)
+
+    monkeypatch.setattr(DecoderContext, "decode", spy)
+    return seen
+
+
+@pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+def test_what_is_decoded_for_a_further_question(families, decodes, family, flash_attn, cache):
+    """Image rows never run layers < K again, and layers >= K only where other ones stay than for the last question."""
+    models, image = families[family], random_image(1, 168, 168)
+    options = dict(flash_attn=flash_attn, type_k=cache, type_v=cache)
+    other = PruneConfig(1.0, 0.5, 3)
+    alike = PruneConfig(1.0, 0.5, 3, decoder_scorer="uniform")
+    ask = lambda q, config: (f"ab <__media__> {q}", image, config)
+    steps = [  # with the last layer of the image rows that stay
+        (ask(QUESTIONS[1], other), 8),
+        (ask(QUESTIONS[1], other), 3),  # the same question again
+        (ask(QUESTIONS[0], other), 8),
+        (ask(QUESTIONS[0], alike), 8),
+        (ask(QUESTIONS[1], alike), 3),  # another one that leaves the same rows
+        (ask("x", alike), 3),
+        (ask(QUESTIONS[0], other), 8),
+        (ask(QUESTIONS[1], other), 8),
+    ]
+    with engine(models, **options) as vlm:
+        _, report = vlm.read_prompt(*ask(QUESTIONS[0], other), chat=False)
+        n, k = report.images[0].n_tokens, report.n_decoder_kept
+        for request, last in steps:
+            want = fresh(models, request, **options)
+            decodes.clear()
+            report = same(vlm.read_prompt(*request, chat=False), want)
+            n_text = report.n_text_tokens - len(first_tokens(vlm, request[0], [image]))
+            assert decodes == [(n, 3, 3), (n_text, 0, 3), (k, 3, last), (n_text, 3, 8)]
+            assert report.reused_above == (k if last == 3 else 0) and report.windows == [(3, k)]
+        got = answers(vlm, steps[-1][0], 40)  # a choice that is known, and what is generated then
+    with engine(models, **options) as vlm:
+        assert np.array_equal(got, answers(vlm, steps[-1][0], 40))
+
+
+def test_a_choice_that_begins_alike(families, decodes):
+    """Of several images, the first ones of which the same rows stay; with other masses or further stages, none."""
+    models = families["llama"]
+    images = [random_image(i) for i in range(2)]
+    by_order = lambda n, **more: PruneConfig(1.0, n, 3, **{"decoder_scorer": "uniform", "representatives": "none", **more})
+    prompt = lambda q, m="two": f"one <__media__> {m} <__media__> {q}"
+    even = by_order(9, representatives="even", vision_share=0.5, decoder_share=0.5)
+    stages = PruneConfig(1.0, windows=((3, 9), (5, 4)), decoder_scorer="uniform", representatives="none")
+    steps = [  # with the rows that are known above: of the first image, the text between, the second image
+        (prompt("a"), images, by_order(9), ""),
+        (prompt("b c"), images, by_order(9), "1t2"),
+        (prompt("b c"), images, by_order(8), ""),
+        (prompt("b c"), [images[0], images[0]], by_order(8), "1t"),
+        (prompt("b c", "else"), [images[0], images[0]], by_order(8), "1"),
+        (prompt("b c", "else"), [images[1], images[0]], by_order(8), ""),
+        (prompt("b c", "else"), [images[1], images[0]], even, ""),  # the same rows or not, with other masses
+        (prompt("d", "else"), [images[1], images[0]], even, "1t2"),
+        (prompt("d", "else"), [images[1], images[0]], stages, ""),
+        (prompt("d", "else"), [images[1], images[0]], stages, ""),
+        (prompt("d", "else"), [images[1], images[0]], by_order(9), ""),
+        (prompt("d", "else"), [images[1], images[0]], by_order(9, decoder_scorer="random"), ""),
+        (prompt("e", "else"), [images[1], images[0]], by_order(9, decoder_scorer="random"), "1t2"),
+    ]
+    with engine(models) as vlm:
+        for text, pictures, config, known in steps:
+            report = same(vlm.read_prompt(text, pictures, config, chat=False), fresh(models, (text, pictures, config)))
+            with contextlib.closing(vlm.tokenize(text, pictures, chat=False)) as tokenized:
+                n_between = len(tokenized.chunks[2].tokens)
+            sizes = {"1": len(report.images[0].decoder_kept), "t": n_between, "2": len(report.images[1].decoder_kept)}
+            assert report.reused_above == sum(sizes[part] for part in known), (text, config)
+
+
+def test_a_long_choice_takes_several_decodes(families):
+    """Pieces of n_ubatch rows that stay: those before the first difference are known."""
+    models, image = families["llama"], random_image(1)
+    options = dict(n_ubatch=16, n_batch=16)
+
+    class Scorer:  # rows 0 to 39 stay, and one more that the question's length decides
+        reads = "all"
+
+        @staticmethod
+        def score(tokens, k):
+            scores = np.where(np.arange(len(tokens)) < 39, 2.0, 0.0)
+            scores[45 if Scorer.late else 40] = 1.0
+            return scores
+
+    config = PruneConfig(1.0, 40, 3, decoder_scorer="uniform", representatives="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DECODER_SCORERS, "uniform", Scorer)
+        with engine(models, **options) as vlm:
+            for Scorer.late, n_above in ((False, 0), (True, 32), (True, 40), (False, 32)):
+                request = (f"ab <__media__> {'late' if Scorer.late else 'not'}", image, config)
+                report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
+                assert report.reused_above == n_above
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+def test_non_causal_images(families, monkeypatch, flash_attn):
+    """Image rows that attend to each other both ways. What was read in one way is not used in the other."""
+    models, images = families["llama"], [random_image(1), random_image(2)]
+    tokenize, causal = StarVLM.tokenize, [False]
+
+    def tokenized(*args, **kwargs):
+        prompt = tokenize(*args, **kwargs)
+        for chunk in prompt.chunks:
+            if not isinstance(chunk, TextChunk):
+                chunk.causal = causal[0]
+        return prompt
+
+    monkeypatch.setattr(StarVLM, "tokenize", tokenized)
+    for preset in (None, "star", "balanced", PruneConfig(1.0, 0.25, 3, decoder_scorer="uniform")):
+        with engine(models, flash_attn=flash_attn) as vlm:
+            reused, above = [], []
+            for causal[0], question in ((False, "one?"), (False, "where is it?"), (True, "where is it?"), (False, "one?"), (False, "two?")):
+                request = (f"ab <__media__> and <__media__> {question}", images, preset)
+                report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, flash_attn=flash_attn))
+                n_prefix = len(first_tokens(vlm, request[0], images))
+                reused.append(report.reused_tokens > n_prefix)
+                above.append(report.reused_above > 0)
+                assert report.reused_tokens in (0, n_prefix) or reused[-1]
+            assert reused == [False, True, False, False, True]
+        causal[0] = False
+        expected = [fresh(models, request, flash_attn=flash_attn)[0].logits for causal[0] in (False, True)]
+        assert not np.array_equal(*expected)  # it does make a difference
+    assert above == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize(("window", "has_stage"), [(24, False), (400, True)])
+def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
+    """llama.cpp gives out cells that have left the window, parked ones too. The encoder's output is kept all the same."""
+    write_sliding(tmp_path / "text.gguf", LLAMA, window)
+    models = replace(families["llama"], text=tmp_path / "text.gguf")
+    with engine(models) as vlm:
+        assert vlm.decoder.n_swa == window
+        for i, question in enumerate((*QUESTIONS, QUESTIONS[0])):
+            for preset in (None, "balanced", "star"):
+                request = (f"ab <__media__> {question}", random_image(1), preset)
+                report = same(vlm.read_prompt(*request, chat=False), fresh(models, request))
+                assert report.reused_tokens == report.reused_above == 0 and (report.images[0].cached or not i)
+                assert bool(report.windows) is (has_stage and preset is not None)
+                assert vlm.llama._ctx.stem is None and cells(vlm)[1:] == [(-1, -1)] * (N_SEQUENCES - 1)
+
+
+def test_recurrent_decoders_keep_nothing(families, tmp_path):
+    """A state that has gone on cannot be taken back. Without pruning it is stock's, and with it the report says what cannot be."""
+    write_recurrent(tmp_path / "text.gguf", LLAMA)
+    models = replace(families["llama"], text=tmp_path / "text.gguf")
+    plain = stock.load(models.text, True)
+    with engine(models) as vlm:
+        for question in (*QUESTIONS, QUESTIONS[0]):
+            for preset in (None, "balanced", "star"):
+                request = (f"ab <__media__> {question}", random_image(1), preset)
+                report = same(vlm.read_prompt(*request, chat=False), fresh(models, request))
+                assert report.reused_tokens == report.reused_above == 0 and not report.windows
+                assert vlm.llama._ctx.stem is None
+                notes = [note.split(":")[0] for note in report.notes]
+                assert notes == {None: [], "star": ["no decoder stage"]}.get(preset, ["no decoder stage", "no representatives"])
+                assert report.images[0].vision_mass is None
+                n = report.n_kv_cells
+                assert vlm.generate(*request, max_tokens=3, chat=False).report.n_kv_cells == n
+        tokens = np.array(vlm.llama.tokenize(b"a text", special=True), np.int32)
+        state, _ = vlm.read_prompt("a text", chat=False)
+        assert np.array_equal(state.logits, stock.decode(plain, tokens=tokens, positions=np.arange(len(tokens))))
+    plain.close()
 
 
 def test_mixed_requests_equal_fresh_ones(families):
@@ -268,13 +444,19 @@ def test_nothing_is_left_when_it_is_off(families):
 
 
 def test_a_long_answer_takes_the_cells_of_the_stem(families):
-    """The context is as large as without reuse."""
-    with engine(families["llama"], n_ctx=256) as vlm:
-        request = ("ab <__media__> c", random_image(1), PruneConfig(1.0, 4, 2))
-        answer = vlm.generate(*request, max_tokens=None, chat=False, logit_bias={vlm.llama.token_eos(): -100.0})
-        assert answer.finish_reason == "length"
+    """The context is as large as without reuse, and before it is full nobody pays."""
+    models = families["llama"]
+    with engine(models, n_ctx=256) as vlm:
+        request = ("ab <__media__> " + "c" * 140, random_image(1), PruneConfig(1.0, 4, 2))
+        free = 256 - 4 - vlm.read_prompt(*request, chat=False)[1].n_text_tokens
+        assert vlm.llama._ctx.n_parked == 45 < free
+        ask = lambda n: vlm.generate(*request, max_tokens=n, chat=False, logit_bias={vlm.llama.token_eos(): -100.0})
+        assert ask(free - 45).finish_reason == "length" and vlm.llama._ctx.n_parked == 45
+        assert same(vlm.read_prompt(*request, chat=False), fresh(models, request, n_ctx=256)).reused_tokens > 49
+        answer = ask(None)
+        assert answer.finish_reason == "length" and vlm.llama._ctx.n_parked == 0
         assert answer.report.n_kv_cells + answer.report.n_generated >= 256
-        assert same(vlm.read_prompt(*request, chat=False), fresh(families["llama"], request, n_ctx=256)).reused_tokens == 0
+        assert same(vlm.read_prompt(*request, chat=False), fresh(models, request, n_ctx=256)).reused_tokens == 0
         with pytest.raises(errors.ContextLengthError):
             vlm.read_prompt("x" * 300, chat=False)
         assert vlm.read_prompt(*request, chat=False)[1].reused_tokens > 49
