@@ -260,7 +260,7 @@ def test_non_causal_images(families, monkeypatch, flash_attn):
         return prompt
 
     monkeypatch.setattr(StarVLM, "tokenize", tokenized)
-    for preset in (None, "star", "balanced", PruneConfig(1.0, 0.25, 3, decoder_scorer="uniform")):
+    for preset in (None, "balanced", PruneConfig(1.0, 0.25, 3, decoder_scorer="uniform")):
         with engine(models, flash_attn=flash_attn) as vlm:
             reused, above = [], []
             for causal[0], question in ((False, "one?"), (False, "where is it?"), (True, "where is it?"), (False, "one?"), (False, "two?")):
@@ -271,16 +271,15 @@ def test_non_causal_images(families, monkeypatch, flash_attn):
                 above.append(report.reused_above > 0)
                 assert report.reused_tokens in (0, n_prefix) or reused[-1]
             assert reused == [False, True, False, False, True]
-        causal[0] = False
-        expected = [fresh(models, request, flash_attn=flash_attn)[0].logits for causal[0] in (False, True)]
-        assert not np.array_equal(*expected)  # it does make a difference
+    expected = [fresh(models, request, flash_attn=flash_attn)[0].logits for causal[0] in (False, True)]
+    assert not np.array_equal(*expected)  # it does make a difference
     assert above == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize(("window", "has_stage"), [(24, False), (400, True)])
 def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
     """llama.cpp gives out cells that have left the window, parked ones too. The encoder's output is kept all the same."""
-    write_sliding(tmp_path / "text.gguf", LLAMA, window)
+    write_sliding(tmp_path / "text.gguf", replace(LLAMA, n_layers=4), window)
     models = replace(families["llama"], text=tmp_path / "text.gguf")
     with engine(models) as vlm:
         assert vlm.decoder.n_swa == window
@@ -295,7 +294,7 @@ def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
 
 def test_recurrent_decoders_keep_nothing(families, tmp_path):
     """A state that has gone on cannot be taken back. Without pruning it is stock's, and with it the report says what cannot be."""
-    write_recurrent(tmp_path / "text.gguf", LLAMA)
+    write_recurrent(tmp_path / "text.gguf", replace(LLAMA, n_layers=4))
     models = replace(families["llama"], text=tmp_path / "text.gguf")
     plain = stock.load(models.text, True)
     with engine(models) as vlm:
@@ -324,10 +323,10 @@ def test_mixed_requests_equal_fresh_ones(families):
         None, "balanced", "star", PruneConfig(0.5, 0.25, 2), PruneConfig(decoder_layer=5), PruneConfig(0.25, 1.0),
         PruneConfig(7, 2, 7, decoder_scorer="last"), PruneConfig(12, windows=((2, 9), (4, 5), (7, 2))),
     ]  # fmt: skip
-    expected, n_reused = {}, 0
+    expected, n_reused, n_above = {}, 0, 0
     with engine(models, n_ctx=256) as vlm, engine(models, n_ctx=256, reuse=False) as plain:
         request = None
-        for _ in range(300):
+        for _ in range(90):
             # often the same image and config as before, as in a conversation
             c, which, start = (
                 request if request and rng.random() < 0.6 else (rng.integers(8), tuple(rng.integers(0, 2, rng.integers(0, 3))), "")
@@ -342,6 +341,7 @@ def test_mixed_requests_equal_fresh_ones(families):
             assert np.array_equal(state.logits, expected[key]), key
             assert report.in_place
             n_reused += report.reused_tokens > 10
+            n_above += report.reused_above > 0
             surprise = rng.random()
             if surprise < 0.1:  # a stream that is dropped
                 next(vlm.generate(text, chosen, configs[c], max_tokens=4, stream=True, chat=False), None)
@@ -354,7 +354,7 @@ def test_mixed_requests_equal_fresh_ones(families):
             elif surprise < 0.25:
                 with pytest.raises(errors.ContextLengthError):
                     vlm.read_prompt("x" * 300 + text, chosen, configs[c], chat=False)
-    assert 80 < n_reused < 250 and len(expected) > 50
+    assert 20 < n_reused < 80 and n_above > 5 and len(expected) > 25
 
 
 # ---- what must not be used ----
