@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import PIL.Image
 
 from .config import PruneConfig
+from .errors import ConfigError
+from .images import ImageLimits, ImageSource, load_image
+from .overlay import Stage, draw_overlay, fit_to_grid
 from .selection import average_tokens
 
 _TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio")
@@ -107,6 +111,28 @@ class PruneReport:
         """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
         return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
+
+    def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
+        """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
+
+        source: the image that was asked about, of several number `index`.
+
+        Raises:
+            ConfigError: there is no such image in the report, or its tokens have no grid.
+            ImageError: the image cannot be read.
+        """
+        if not 0 <= index < len(self.images):
+            raise ConfigError(f"the report has no image {index}", f"it has {len(self.images)}, counted from 0")
+        image = self.images[index]
+        if image.grid is None:
+            raise ConfigError(
+                "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"
+            )
+        kept = {"vision stage": image.vision_kept}
+        if self.decoder_layer is not None:
+            kept[f"decoder, from layer {self.decoder_layer}"] = image.decoder_kept
+        stages = [Stage(f"{title}: {len(rows)} of {image.n_tokens}", image.kept_on_grid(rows)) for title, rows in kept.items()]
+        return draw_overlay(fit_to_grid(load_image(source, limits), image.grid), stages)
 
     def summary(self) -> dict[str, object]:
         """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""

@@ -139,6 +139,20 @@ def test_report(vlm):
     assert loaded["images"][0]["decoder_kept"] == image.decoder_kept.tolist() and loaded["average_tokens"] == 36
 
 
+def test_picture_of_a_report(vlm):
+    """Beside the image one panel for each stage; what cannot be drawn is refused."""
+    _, pruned = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+    _, vision = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 1.0))
+    widths = [report.picture(refvlm.DEMO_IMAGE).width for report in (vision, pruned)]
+    assert 2 * 336 < widths[0] < 3 * 336 < widths[1]
+    for report, index in ((pruned, 1), (pruned, -1), (vlm.read_prompt(COLOR)[1], 0)):
+        with pytest.raises(ConfigError, match="has no image"):
+            report.picture(refvlm.DEMO_IMAGE, index)
+    pruned.images[0].grid = None
+    with pytest.raises(ConfigError, match="no grid"):
+        pruned.picture(refvlm.DEMO_IMAGE)
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 def test_cells_of_dropped_tokens(reuse):
     """The report counts the cells of what stays. Dropped tokens' are free at once without reuse, and with it when somebody needs the room."""
