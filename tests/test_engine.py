@@ -20,6 +20,7 @@ from star_edge.config import choose_layer, keep_count, override
 from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
+from star_edge.errors import ConfigError
 from star_edge.images import load_image
 from star_edge.selection import average_tokens, top_k
 from star_edge.tap import Tap
