@@ -8,16 +8,18 @@ import llama_cpp
 import numpy as np
 import pytest
 import stock
-from conftest import LLAMA, random_image
+from conftest import LLAMA, random_image, random_prompt
 from decoders import write_recurrent, write_sliding
 from llama_cpp import Llama
 from reusing import engine, fresh, same
 from test_chat_handler import COLOR, PLATE, data_url, user
+from test_exact import by_score
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
-from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
+from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows, attach_tap
+from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.scorers import DECODER_SCORERS
-from star_edge.tap import Plan
+from star_edge.tap import Plan, Tap
 from star_edge.vision.encoder import TextChunk
 
 QUESTIONS = ("what is this?", "where is the cat, and how many are there?")
@@ -355,6 +357,59 @@ def test_mixed_requests_equal_fresh_ones(families):
                 with pytest.raises(errors.ContextLengthError):
                     vlm.read_prompt("x" * 300 + text, chosen, configs[c], chat=False)
     assert 20 < n_reused < 80 and n_above > 5 and len(expected) > 25
+
+
+@pytest.mark.parametrize("layer", [None, 3])
+def test_rows_that_differ_in_one_thing_are_read_again(families, layer):
+    """As the decoder gets them, one thing at a time; what the encoder and the config make of it does not matter here."""
+    models = families["llama"]
+    tap = Tap()
+    llama = stock.load(models.text, True)
+    attach_tap(llama, tap)
+    context = DecoderContext(llama, tap)
+    stage = None if layer is None else DecoderStage([(layer, [9, 9])], by_score)
+
+    def prompt(segment=None, **changes):
+        result = random_prompt(models, [6, (5, 8), 3, (4, 4), 7])
+        if segment is not None:
+            for name, value in changes.items():
+                holder = result.segments[segment] if name in ("mass", "causal") else result.segments[segment].rows
+                setattr(holder, name, value(getattr(holder, name)))
+        return result
+
+    def one_more(array, at=1):
+        array = array.copy()
+        array.reshape(-1)[at] += 1
+        return array
+
+    mass = lambda last: lambda _: np.where(np.arange(16) == 3, last, 1.0)
+    steps = [  # with the segments that the one before has too
+        (prompt(), 0),
+        (prompt(4, tokens=one_more), 4),
+        (prompt(2, tokens=one_more), 2),
+        (prompt(2, positions=one_more), 2),
+        (prompt(3, positions=one_more), 2),
+        (prompt(3, positions=lambda p: one_more(p, -1)), 3),
+        (prompt(3, embeddings=one_more), 3),
+        (prompt(3, mass=mass(5.0)), 3),
+        (prompt(3, mass=mass(6.0)), 3),
+        (prompt(3, mass=mass(6.0)), 4),
+        (prompt(3), 3),
+        (prompt(3, causal=lambda _: False), 3),
+        (prompt(1, causal=lambda _: False), 1),
+        (prompt(0, tokens=one_more), 0),
+    ]
+    for case, n_alike in steps:
+        got = prefill(context, case.segments, case.next_position, stage, keep=True)
+        assert got.n_reused == sum(len(s.rows) for s in case.segments[:n_alike])
+        other = DecoderContext(fresh_llama := stock.load(models.text, True), fresh_tap := Tap())
+        attach_tap(fresh_llama, fresh_tap)
+        assert np.array_equal(got.logits, prefill(other, case.segments, case.next_position, stage).logits)
+        fresh_llama.close()
+        fresh_tap.close()
+        context.llama._ctx.end_prompt()
+    llama.close()
+    tap.close()
 
 
 # ---- what must not be used ----
