@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -44,7 +44,7 @@ class Answer:
 
     text: str
     finish_reason: str
-    report: PruneReport
+    report: PruneReport = field(repr=False)
 
 
 class AnswerStream(Iterator[str]):

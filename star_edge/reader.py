@@ -114,9 +114,15 @@ class PromptReader:
             seconds = {"preprocess": time.perf_counter() - start}
             plan, notes = self.plan(prompt, config)
             used = config
-            if config is not None and config.representatives != "none" and 0 < self.decoder.n_swa < plan.n_cells:
-                used = replace(config, representatives="none")  # a sliding-window cache has other cells than the bias is made for
-                notes.append("no representatives: the prompt is longer than the model's sliding window")
+            if config is not None and config.representatives != "none":
+                problem = None
+                if 0 < self.decoder.n_swa < plan.n_cells:  # such a cache has other cells than the bias is made for
+                    problem = "the prompt is longer than the model's sliding window"
+                elif not self.decoder.has_cells:
+                    problem = "a recurrent decoder has no attention in which a token could count for several"
+                if problem:
+                    used = replace(config, representatives="none")
+                    notes.append(f"no representatives: {problem}")
             segments, image_reports, next_position = run_vision_stage(plan, self.encoder, self.decoder.mrope, used, seconds)
         finally:
             prompt.close()
@@ -159,6 +165,7 @@ class PromptReader:
             in_place=state.in_place,
             reused_tokens=state.n_reused,
             repairs=self.encoder.repairs if image_reports else [],
+            reused_above=state.n_reused_above,
             notes=notes,
         )
         return state, report
