@@ -27,6 +27,7 @@ class ImageReport:
     vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
+    special: tokens that show no place, such as row ends, and always stay, (n_tokens,) bool; None: none.
     cached: the encoder's output was known from an earlier request.
     """
 
@@ -39,7 +40,12 @@ class ImageReport:
     decoder_scores: np.ndarray | None = None
     vision_mass: np.ndarray | None = None
     decoder_mass: np.ndarray | None = None
+    special: np.ndarray | None = None
     cached: bool = False
+
+    @property
+    def n_special(self) -> int:
+        return 0 if self.special is None else int(self.special.sum())
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
@@ -141,7 +147,13 @@ class PruneReport:
         return {
             "config": self.config.to_dict() if self.config is not None else None,
             "images": [
-                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
+                {
+                    "n_tokens": i.n_tokens,
+                    "n_special": i.n_special,
+                    "n_vision_kept": len(i.vision_kept),
+                    "n_decoder_kept": len(i.decoder_kept),
+                    "cached": i.cached,
+                }
                 for i in self.images
             ],
             **{
