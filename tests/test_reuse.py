@@ -424,6 +424,7 @@ SURPRISES = {
     "kv_cache_clear": lambda vlm: vlm.llama._ctx.kv_cache_clear(),
     "seq_rm": lambda vlm: vlm.llama._ctx.kv_cache_seq_rm(-1, 20, -1),
     "all sequences": lambda vlm: llama_cpp.llama_memory_seq_rm(vlm.decoder.memory, -1, 20, -1),
+    "another sequence": lambda vlm: llama_cpp.llama_memory_seq_cp(vlm.decoder.memory, PARKED, 5, 0, 10),
     "shift": lambda vlm: vlm.llama._ctx.kv_cache_seq_shift(0, 10, 30, 5),
     "eval": lambda vlm: (vlm.llama.reset(), vlm.llama.eval(list(range(300, 420)))),
     "completion": lambda vlm: vlm.llama.create_completion("x" * 90, max_tokens=3),
