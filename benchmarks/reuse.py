@@ -2,9 +2,10 @@
 
     python benchmarks/reuse.py [--repeats N] [--json FILE] [--folder DIR]
 
-The prompt has 35 text tokens before the image and 40 after it. Question 1 is asked after nothing, question 2 after
-question 1. Both are timed from the pixels to the logits of the first answer token. Everything is interleaved; numbers are medians,
-and ratios are ratios of medians.
+The prompt has 35 text tokens before the image and 40 after it. Question 1 is asked after nothing, question 2 after question 1, and
+then question 2 once more: what stays is then the same, whatever the config, and need not be resumed. All are timed from the pixels to the
+logits of the first answer token. Everything is interleaved; numbers are medians, and ratios are ratios of medians. Printed
+beside it: the share that is left by arithmetic, if all but the encoder costs as much for each token and layer as in question 1.
 """
 
 from __future__ import annotations
@@ -26,13 +27,26 @@ from star_edge import MEDIA_MARKER, PRESETS, PruneConfig, StarVLM, __version__
 from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_encoder
 
 N_BEFORE, N_AFTER = 35, 40
-CONFIGS = {name: PRESETS[name] for name in ("off", "balanced", "fast")} | {"n1=288, n2=58, K=11": PruneConfig(288, 58, 11)}
+SHAPES = ((576, 58, 2), (288, 58, 11), (144, 29, 5))
+CONFIGS: dict[str, PruneConfig | None] = {name: PRESETS[name] for name in ("off", "quality", "balanced", "fast", "divprune")}
+CONFIGS |= {f"n1={n1}, n2={n2}, K={k}": PruneConfig(n1, n2, k) for n1, n2, k in SHAPES}
+TURNS = (("1", "b"), ("2", "c"), ("2 again", "c"))  # and the letter that each question repeats
 
 
 def ask(vlm: StarVLM, image: np.ndarray, config: PruneConfig | None, letter: str) -> dict[str, float]:
     prompt = "a" * (N_BEFORE - 1) + MEDIA_MARKER + letter * N_AFTER  # the random model's tokens are bytes
     _, report = vlm.read_prompt(prompt, image, config, chat=False)
-    return {**report.milliseconds, "reused_tokens": report.reused_tokens, "text_tokens": report.n_text_tokens}
+    counts = {name: getattr(report, name) for name in ("reused_tokens", "reused_above", "n_vision_kept", "n_decoder_kept")}
+    return {**report.milliseconds, **counts, "layer": report.decoder_layer or 0}
+
+
+def ideal_share(first: dict[str, float], n_layers: int, resumes: bool) -> float:
+    """Token-layers of question 2 by those of question 1, with its encoder at the price of as many as took the same time."""
+    n1, n2, k = first["n_vision_kept"], first["n_decoder_kept"], first["layer"]
+    kept = (n_layers - k) * n2 if k else n_layers * n1
+    all_layers = k * n1 + kept + n_layers * (N_BEFORE + N_AFTER)
+    decode = first["first_token"] - first["encode"]
+    return (N_AFTER * n_layers + (kept if resumes and k else 0)) / (all_layers * first["first_token"] / decode)
 
 
 def forget(vlm: StarVLM) -> None:
@@ -42,29 +56,33 @@ def forget(vlm: StarVLM) -> None:
 
 def bench(vlm: StarVLM, repeats: int) -> list[dict]:
     image = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
-    asked: dict = {name: ([], []) for name in CONFIGS}
+    asked: dict = {name: [[] for _ in TURNS] for name in CONFIGS}
     for repeat in track(range(repeats + 1), "questions", transient=True):
         for name, config in CONFIGS.items():
             forget(vlm)
-            for turn, letter in zip(asked[name], "bc"):
+            for turn, (_, letter) in zip(asked[name], TURNS):
                 times = ask(vlm, image, config, letter)
                 if repeat:
                     turn.append(times)
     rows = []
-    for name, (first, second) in asked.items():
-        median = lambda turn, what: statistics.median(t[what] for t in turn)
-        if any(t["reused_tokens"] for t in first) or not all(t["reused_tokens"] for t in second):
-            raise RuntimeError(f"{name}: question 1 was not read in full, or question 2 was")
-        one, two = median(first, "first_token"), median(second, "first_token")
+    for name, turns in asked.items():
+        medians = [{key: statistics.median(t[key] for t in turn) for key in turn[0]} for turn in turns]
+        first, _, again = medians
+        if first["reused_tokens"] or not all(m["reused_tokens"] for m in medians[1:]) or (first["layer"] and not again["reused_above"]):
+            raise RuntimeError(f"{name}: question 1 was not read in full, or a later one was")
         rows.append(
             {
                 "config": name,
-                "question_1_ms": one,
-                "question_2_ms": two,
-                "share": two / one,
-                "spread_ms": [[f([t["first_token"] for t in turn]) for f in (min, max)] for turn in (first, second)],
-                "stages_1_ms": {k: median(first, k) for k in first[0]},
-                "stages_2_ms": {k: median(second, k) for k in second[0]},
+                "questions": [
+                    {
+                        "question": question,
+                        "share": m["first_token"] / first["first_token"],
+                        "ideal_share": 1.0 if m is first else ideal_share(first, vlm.decoder.n_layers, resumes=not m["reused_above"]),
+                        "spread_ms": [f(t["first_token"] for t in turn) for f in (min, max)],
+                        **m,
+                    }
+                    for (question, _), turn, m in zip(TURNS, turns, medians)
+                ],
             }
         )
     return rows
@@ -92,20 +110,20 @@ def main() -> None:
             }
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
-    table = Table(
-        "config",
-        "question 1, s",
-        "question 2, s",
-        "share",
-        title=f"first token, 1.1B Llama Q4_K_M, {N_BEFORE} + 576 + {N_AFTER} tokens",
-    )
+    table = Table("config", title=f"first token, seconds: 1.1B Llama Q4_K_M, {N_BEFORE} + 576 + {N_AFTER} tokens")
+    for question, _ in TURNS:
+        table.add_column(f"question {question}", justify="right")
     for row in result["reuse"]:
-        one, two = (f"{row[k] / 1e3:.3f}" for k in ("question_1_ms", "question_2_ms"))
-        table.add_row(row["config"], one, two, f"{100 * row['share']:.1f}%")
+        first, *later = row["questions"]
+        cells = [f"{q['first_token'] / 1e3:.3f} = {100 * q['share']:.1f}% (ideal {100 * q['ideal_share']:.1f}%)" for q in later]
+        table.add_row(row["config"], f"{first['first_token'] / 1e3:.3f}", *cells)
     console = Console()
     console.print(table)
     for row in result["reuse"]:
-        console.print(f"{row['config']}: " + ", ".join(f"{k} {v:.1f}" for k, v in row["stages_2_ms"].items() if v))
+        for q in row["questions"]:
+            stages = ("encode", "prefix", "prefill", "probe", "decoder_stage", "resume")
+            times = ", ".join(f"{stage} {q[stage]:.0f}" for stage in stages if q.get(stage, 0) >= 0.5)
+            console.print(f"{row['config']}, question {q['question']}: {times} ms; {q['spread_ms'][0]:.0f} to {q['spread_ms'][1]:.0f}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class PruneConfig:
     vision_keep: what stays after the vision encoder (stage 1).
     decoder_keep: what stays from decoder layer K on (stage 2).
         For both, a float in (0, 1] is a fraction of the image's original tokens, an int is a count for each image:
-        1.0 means all, 1 means one token.
+        1.0 means all, 1 means one token. Tokens that show no place (row ends, tile separators) always stay, stand for no
+        others, and are not counted, neither in a fraction nor in a count.
     decoder_layer: K, 1 <= K <= layers - 1; layers 0..K-1 see every token that the vision stage left. None: chosen for the model.
     vision_scorer, decoder_scorer: what tokens are ranked by, a name in scorers.VISION_SCORERS and scorers.DECODER_SCORERS.
     representatives: what becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even" keep their
@@ -223,17 +224,20 @@ def override(config: PruneConfig | None, **changes: object) -> PruneConfig | Non
     return replace(config or PruneConfig(), **changes) if changes else config
 
 
-def keep_count(name: str, keep: Keep, n_tokens: int) -> int:
+def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:
     """Number of tokens that `keep` leaves of an image that had n_tokens: at least one, halves rounded up.
+
+    n_special: how many of them stay in any case. They are in the result, and `keep` is of the others.
 
     Raises:
         ConfigError: a count of more than n_tokens.
     """
+    n = n_tokens - n_special
     if isinstance(keep, float):
-        return max(1, min(n_tokens, math.floor(keep * n_tokens + 0.5)))
+        return n_special + min(n, max(1, math.floor(keep * n + 0.5)))
     if keep > n_tokens:
-        raise ConfigError(f"{name}={keep} is over the image's {n_tokens} tokens", f"use a count of 1 to {n_tokens}, or a fraction")
-    return keep
+        raise ConfigError(f"{name}={keep} is over the image's {n_tokens} tokens", f"use a count of 1 to {n}, or a fraction")
+    return n_special + min(n, keep)
 
 
 def choose_layer(decoder_layer: int | None, n_layers: int) -> int:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -29,7 +29,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt, TextChunk
-from .vision.stage import run_vision_stage
+from .vision.stage import encode_images, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 # What create_completion takes, less what would change the prompt or the form of the result, and what generate names itself
@@ -44,7 +44,7 @@ class Answer:
 
     text: str
     finish_reason: str
-    report: PruneReport
+    report: PruneReport = field(repr=False)
 
 
 class AnswerStream(Iterator[str]):
@@ -320,9 +320,10 @@ class StarVLM:
                 encoder_maps = (
                     [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
                 )
-                segments, _, _ = run_vision_stage(plan, self.encoder, self.decoder.mrope, None, {})
+                encoded = encode_images(plan.images, self.encoder, None, {})
             finally:
                 tokenized.close()
+            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, {})
             decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
             tokens, owner = [], []
             for segment in segments:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 
@@ -24,12 +25,12 @@ from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowErr
 from .report import ImageReport, PruneReport
 from .representatives import select
 from .scorers import DECODER_SCORERS
-from .selection import Selection, Tokens
+from .selection import Selection, Tokens, apart
 from .tap import Tap
 from .vision.cache import DEFAULT_BYTES, check_bytes
-from .vision.encoder import Prompt, TextChunk, VisionEncoder
+from .vision.encoder import Encoded, Prompt, TextChunk, VisionEncoder
 from .vision.repair import check_encoder
-from .vision.stage import PromptPlan, plan_prompt, run_vision_stage, vision_scorer
+from .vision.stage import PromptPlan, encode_images, plan_prompt, run_vision_stage, vision_scorer
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
@@ -113,17 +114,17 @@ class PromptReader:
         try:
             seconds = {"preprocess": time.perf_counter() - start}
             plan, notes = self.plan(prompt, config)
-            used = config
-            if config is not None and config.representatives != "none" and 0 < self.decoder.n_swa < plan.n_cells:
-                used = replace(config, representatives="none")  # a sliding-window cache has other cells than the bias is made for
-                notes.append("no representatives: the prompt is longer than the model's sliding window")
-            segments, image_reports, next_position = run_vision_stage(plan, self.encoder, self.decoder.mrope, used, seconds)
+            encoded = encode_images(plan.images, self.encoder, plan.config, seconds)
         finally:
             prompt.close()
+        if any(image.special is not chunk.special for image, chunk in zip(encoded, plan.images)):
+            plan, notes = self.plan(prompt, config, encoded)
+        used = plan.config
+        segments, image_reports, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
         stage = None
         windows = plan.windows
         if windows:
-            choose = lambda seen, n: _choose(seen, n, image_reports[seen.image], used)
+            choose = lambda seen, n: _choose(seen, n - plan.n_special[seen.image], image_reports[seen.image], used)
             stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads)
         # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
@@ -159,12 +160,16 @@ class PromptReader:
             in_place=state.in_place,
             reused_tokens=state.n_reused,
             repairs=self.encoder.repairs if image_reports else [],
+            reused_above=state.n_reused_above,
             notes=notes,
         )
         return state, report
 
-    def plan(self, prompt: Prompt, config: PruneConfig | None) -> tuple[PromptPlan, list[str]]:
-        """Counts, decoder stages and notes; every limit is checked here, before anything is computed."""
+    def plan(self, prompt: Prompt, config: PruneConfig | None, encoded: Sequence[Encoded] | None = None) -> tuple[PromptPlan, list[str]]:
+        """Counts, decoder stages and notes; every limit is checked here, before anything is computed.
+
+        encoded: the images; the counts may be others then, where no profile says which tokens are special.
+        """
         notes: list[str] = []
         has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
         prune = config if has_images else None
@@ -185,11 +190,20 @@ class PromptReader:
             if problem:
                 windows = []
                 notes.append(f"no decoder stage: {problem}")
-        plan = plan_prompt(prompt.chunks, prune, windows)
+        plan = plan_prompt(prompt.chunks, prune, windows, encoded)
         if windows and 0 < self.decoder.n_swa < plan.n_cells:
             # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
             notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
-            plan = plan_prompt(prompt.chunks, prune, [])
+            plan = plan_prompt(prompt.chunks, prune, [], encoded)
+        if prune is not None and prune.representatives != "none":
+            problem = None
+            if 0 < self.decoder.n_swa < plan.n_cells:  # such a cache has other cells than the bias is made for
+                problem = "the prompt is longer than the model's sliding window"
+            elif not self.decoder.has_cells:
+                problem = "a recurrent decoder has no attention in which a token could count for several"
+            if problem:
+                plan.config = replace(prune, representatives="none")
+                notes.append(f"no representatives: {problem}")
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
@@ -226,10 +240,11 @@ class PromptReader:
 
 
 def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) -> Selection:
-    """The decoder stage's choice of n_keep of an image's rows."""
+    """The decoder stage's choice of an image's rows: n_keep of those that are not special, and those that are."""
+    rows = image.vision_kept[seen.rows]
     tokens = Tokens(
         seen.hidden,
-        image.cells[image.vision_kept[seen.rows]],
+        image.cells[rows],
         image.grid,
         seen.mass,
         seen.attention,
@@ -240,4 +255,6 @@ def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) ->
         tokens.seed = zlib.crc32(seen.hidden.tobytes()) + config.seed
     share = 0.0 if config.representatives == "none" else config.decoder_share
     by_score = max(1, n_keep - round(share * n_keep))
-    return select(config.representatives, tokens, DECODER_SCORERS[config.decoder_scorer].score(tokens, by_score), n_keep, share)
+    score = DECODER_SCORERS[config.decoder_scorer].score
+    choose = lambda tokens: select(config.representatives, tokens, score(tokens, by_score), n_keep, share)
+    return apart(None if image.special is None else image.special[rows], tokens, choose)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import PIL.Image
 
 from .config import PruneConfig
+from .errors import ConfigError
+from .images import ImageLimits, ImageSource, load_image
+from .overlay import Stage, draw_overlay, fit_to_grid
 from .selection import average_tokens
 
 _TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio")
@@ -23,6 +27,7 @@ class ImageReport:
     vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
+    special: tokens that show no place, such as row ends, and always stay, (n_tokens,) bool; None: none.
     cached: the encoder's output was known from an earlier request.
     """
 
@@ -35,7 +40,12 @@ class ImageReport:
     decoder_scores: np.ndarray | None = None
     vision_mass: np.ndarray | None = None
     decoder_mass: np.ndarray | None = None
+    special: np.ndarray | None = None
     cached: bool = False
+
+    @property
+    def n_special(self) -> int:
+        return 0 if self.special is None else int(self.special.sum())
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
@@ -62,6 +72,8 @@ class PruneReport:
     reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
         stage in the layers below it, otherwise in all.
     repairs: what stock llama.cpp gets wrong with this encoder's file, and was put right.
+    reused_above: of the tokens up to the last image that a decoder stage left, those known in the layers from K on too: it left the same
+        ones for the last question.
     notes: what a user should know, such as a stage that this model cannot have.
     """
 
@@ -76,6 +88,7 @@ class PruneReport:
     in_place: bool = True
     reused_tokens: int = 0
     repairs: list[str] = field(default_factory=list)
+    reused_above: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -107,15 +120,46 @@ class PruneReport:
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
         return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
 
+    def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
+        """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
+
+        source: the image that was asked about, of several number `index`.
+
+        Raises:
+            ConfigError: there is no such image in the report, or its tokens have no grid.
+            ImageError: the image cannot be read.
+        """
+        if not 0 <= index < len(self.images):
+            raise ConfigError(f"the report has no image {index}", f"it has {len(self.images)}, counted from 0")
+        image = self.images[index]
+        if image.grid is None:
+            raise ConfigError(
+                "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"
+            )
+        kept = {"vision stage": image.vision_kept}
+        if self.decoder_layer is not None:
+            kept[f"decoder, from layer {self.decoder_layer}"] = image.decoder_kept
+        stages = [Stage(f"{title}: {len(rows)} of {image.n_tokens}", image.kept_on_grid(rows)) for title, rows in kept.items()]
+        return draw_overlay(fit_to_grid(load_image(source, limits), image.grid), stages)
+
     def summary(self) -> dict[str, object]:
         """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
         return {
             "config": self.config.to_dict() if self.config is not None else None,
             "images": [
-                {"n_tokens": i.n_tokens, "n_vision_kept": len(i.vision_kept), "n_decoder_kept": len(i.decoder_kept), "cached": i.cached}
+                {
+                    "n_tokens": i.n_tokens,
+                    "n_special": i.n_special,
+                    "n_vision_kept": len(i.vision_kept),
+                    "n_decoder_kept": len(i.decoder_kept),
+                    "cached": i.cached,
+                }
                 for i in self.images
             ],
-            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens")},
+            **{
+                name: getattr(self, name)
+                for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens", "reused_above")
+            },
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,

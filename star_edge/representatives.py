@@ -155,7 +155,7 @@ def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selecti
     n_reps = np.minimum(shares, np.diff(np.round(np.cumsum([0, *shares]) * n_rep / k).astype(int)))
     kept, mass, group = [], [], []
     for first, last, share, reps in zip(edges, edges[1:], shares, n_reps):
-        part = Tokens(tokens.vectors[first:last], tokens.cells[first:last], tokens.grid, tokens.masses[first:last], seed=tokens.seed)
+        part = tokens.part(slice(first, last))
         selection = cluster(part, scores[first:last], int(share), int(share if n_rep == k else reps))
         group.append(selection.group + sum(len(p) for p in kept))
         kept.append(selection.kept + first)

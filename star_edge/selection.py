@@ -5,8 +5,8 @@ Knows vectors, scores and places on a grid; knows neither where they come from n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -58,6 +58,18 @@ class Tokens:
     @property
     def masses(self) -> np.ndarray:
         return np.ones(len(self)) if self.mass is None else np.asarray(self.mass, np.float64)
+
+    def part(self, rows: np.ndarray | slice) -> Tokens:
+        """Some of them. rows: what indexes an (n,) array."""
+        of = lambda array: None if array is None else array[..., rows]
+        return replace(
+            self,
+            vectors=self.vectors[rows],
+            cells=self.cells[rows],
+            mass=of(self.mass),
+            attention=of(self.attention),
+            row_attention=of(self.row_attention),
+        )
 
     @cached_property
     def unit_vectors(self) -> np.ndarray:
@@ -116,6 +128,34 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"cannot keep {k} of {len(scores)} tokens")
     best = np.argsort(-np.asarray(scores), kind="stable")[:k]
     return np.sort(best)
+
+
+def apart(special: np.ndarray | None, tokens: Tokens, choose: Callable[[Tokens], Selection]) -> Selection:
+    """What `choose` keeps of the tokens that are not special, and all that are. special: (n,) bool, or None.
+
+    Special tokens show no place, such as row ends: nothing is merged into them, and where tokens have masses, theirs is 1. Their
+    score is 0.
+    """
+    if special is None or not special.any():
+        return choose(tokens)
+    if special.all():
+        return Selection(np.arange(len(tokens)), tokens.mass)
+    ordinary, rows = np.flatnonzero(~special), np.flatnonzero(special)
+    chosen = choose(tokens.part(ordinary))
+    kept = np.concatenate([ordinary[chosen.kept], rows])
+    order = np.argsort(kept)
+    selection = Selection(kept[order])
+    if chosen.mass is not None:
+        selection.mass = np.concatenate([chosen.mass, np.ones(len(rows))])[order]
+    if chosen.group is not None:
+        place = np.argsort(order)  # in `kept`, of the chosen ones and then of the special ones
+        selection.group = np.empty(len(tokens), np.int64)
+        selection.group[ordinary] = place[chosen.group]
+        selection.group[rows] = place[len(chosen.kept) :]
+    if chosen.scores is not None:
+        selection.scores = np.zeros(len(tokens), np.float32)
+        selection.scores[ordinary] = chosen.scores
+    return selection
 
 
 def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: int) -> float:

@@ -20,6 +20,7 @@ from star_edge.config import choose_layer, keep_count, override
 from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
+from star_edge.errors import ConfigError
 from star_edge.images import load_image
 from star_edge.selection import average_tokens, top_k
 from star_edge.tap import Tap
@@ -139,11 +140,33 @@ def test_report(vlm):
     assert loaded["images"][0]["decoder_kept"] == image.decoder_kept.tolist() and loaded["average_tokens"] == 36
 
 
-def test_cells_of_dropped_tokens_are_free(vlm):
-    vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
-    memory = vlm.decoder.memory
-    assert llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1 == 9 + 18
-    assert llama_cpp.llama_memory_seq_pos_max(memory, PARKED) == -1
+def test_picture_of_a_report(vlm):
+    """Beside the image one panel for each stage; what cannot be drawn is refused."""
+    _, pruned = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+    _, vision = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 1.0))
+    widths = [report.picture(refvlm.DEMO_IMAGE).width for report in (vision, pruned)]
+    assert 2 * 336 < widths[0] < 3 * 336 < widths[1]
+    for report, index in ((pruned, 1), (pruned, -1), (vlm.read_prompt(COLOR)[1], 0)):
+        with pytest.raises(ConfigError, match="has no image"):
+            report.picture(refvlm.DEMO_IMAGE, index)
+    pruned.images[0].grid = None
+    with pytest.raises(ConfigError, match="no grid"):
+        pruned.picture(refvlm.DEMO_IMAGE)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_cells_of_dropped_tokens(reuse):
+    """The report counts the cells of what stays. Dropped tokens' are free at once without reuse, and with it when somebody needs the room."""
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, reuse=reuse) as vlm:
+        _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+        last = lambda sequence: llama_cpp.llama_memory_seq_pos_max(vlm.decoder.memory, sequence)
+        assert report.n_kv_cells == last(0) + 1 == 9 + 18
+        assert vlm.llama._ctx.n_parked == (72 - 18 if reuse else 0)
+        assert (last(PARKED) >= 0) is reuse
+        long = COLOR + "!" * 150  # llama_cpp's time for an answer grows with the square of its length
+        answer = vlm.generate(long, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2), None, logit_bias={vlm.llama.token_eos(): -100.0})
+        assert answer.report.n_kv_cells + answer.report.n_generated >= 256 and answer.report.n_generated > 72 - 18
+        assert last(PARKED) == -1
 
 
 def test_several_images_keep_a_share_each(vlm):

@@ -6,7 +6,7 @@ import pytest
 from reference import Decoder
 from tap_helpers import *  # noqa: F403 - fixtures and helpers
 
-from star_edge.decoder.context import DecoderContext, Rows, attach_tap
+from star_edge.decoder.context import PARKED, DecoderContext, Rows, attach_tap
 from star_edge.errors import EngineError
 from star_edge.synthetic import EncoderShape, write_encoder
 from star_edge.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
@@ -113,7 +113,7 @@ def test_cell_bias_makes_a_cell_count_three_times(arch, flash, tapped, models):
     rows = rows_of(arch, 24, seed=4)
     row, token = 5, 77
     decode(context, rows_of(arch, 3, seed=9))
-    context.park(0, 1)  # three cells of another sequence: row i is not in cell i
+    context.park(0, PARKED + 1)  # three cells of a sequence that plain decodes leave alone: row i is not in cell i
     outcome, _ = decode(context, rows, want_cells=True)
     assert outcome.cells[row] == row + 3
     bias = np.zeros(row + 4, np.float32)  # shorter than the cache: the other cells have no bias

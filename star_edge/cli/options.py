@@ -15,8 +15,6 @@ from ..engine import KV_TYPES, StarVLM
 from ..errors import ConfigError
 from ..evaluation.configs import parse_values
 from ..hub import fetch
-from ..images import load_image
-from ..overlay import Stage, draw_overlay, fit_to_grid
 from ..report import PruneReport
 
 
@@ -167,17 +165,10 @@ def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any
     Returns the paths written.
     """
     written = []
-    for i, (image, source) in enumerate(zip(report.images, sources)):
-        if image.grid is None:
-            raise ConfigError("this model's image tokens have no grid", "leave --overlay out")
-        stages = []
-        for title, kept in (("vision stage", image.vision_kept), (f"decoder, from layer {report.decoder_layer}", image.decoder_kept)):
-            if title.startswith("decoder") and report.decoder_layer is None:
-                continue
-            stages.append(Stage(f"{title}: {len(kept)} of {image.n_tokens}", image.kept_on_grid(kept)))
+    for i, source in enumerate(sources):
         target = Path(path)
         if len(sources) > 1:
             target = target.with_name(f"{target.stem}-{i}{target.suffix}")
-        save_picture(draw_overlay(fit_to_grid(load_image(source, limits), image.grid), stages), str(target))
+        save_picture(report.picture(source, i, limits), str(target))
         written.append(str(target))
     return written

@@ -190,6 +190,7 @@ class DecoderContext:
         self.n_ubatch = min(llama_cpp.llama_n_ubatch(llama.ctx), llama_cpp.llama_n_batch(llama.ctx))
         self.mrope = llama_cpp.llama_model_rope_type(model) in (llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE)
         self.n_swa = llama_cpp.llama_model_n_swa(model)
+        self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
         self.stage_problem = self._find_stage_problem()
         self.layer_problems: dict[tuple[int, ...], str] = {}  # layers of decoder stages -> why they cannot be, found while running
         self.n_threads = llama.n_threads_batch
@@ -255,7 +256,7 @@ class DecoderContext:
         batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
         plan.n_rows = n
-        if not np.array_equal(rows.positions, dense):
+        if self.has_cells and not np.array_equal(rows.positions, dense):  # a recurrent decoder knows no positions
             plan.positions = np.ascontiguousarray(rows.positions, np.int32)
         with self.tap.armed(plan, what) as outcome:
             status = llama_cpp.llama_decode(self.llama.ctx, batch)

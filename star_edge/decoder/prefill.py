@@ -76,6 +76,7 @@ class Prefill:
         what stayed, as indices into the rows that the vision stage left.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
     n_reused: rows that an earlier prompt had decoded, with a decoder stage in the layers below it.
+    n_reused_above: of the rows that the first decoder stage leaves, those that an earlier prompt had decoded in the layers from it on too.
     """
 
     logits: np.ndarray
@@ -86,6 +87,7 @@ class Prefill:
     selections: list[list[Selection]] = field(default_factory=list)
     in_place: bool = True
     n_reused: int = 0
+    n_reused_above: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -116,7 +118,9 @@ class _Run:
         self.segments = list(segments)
         self.next_position = next_position
         self.n_cells = 0
+        self.n_above = 0  # rows that are resumed and need not be computed
         self.in_order = True
+        self.has_parked = False
         self.seconds: dict[str, float] = {}
         images = [i for i, s in enumerate(self.segments) if s.image is not None]
         self.first_image = images[0] if images else len(self.segments)
@@ -138,7 +142,7 @@ class _Run:
             cells = self.plain(prefix, last_has_logits=not rest, skip=n_reused)
         self.check_cells(cells, self.n_cells - len(cells))
         if not rest:
-            return self.result(self.segments, stem=(self.segments, n_prefix, None, None, n_prefix))
+            return self.result(self.segments, stem=(self.segments, n_prefix, n_prefix))
         if self.has_mass:
             # An empty cache is filled from its first cell on; checked once the rows are there.
             self.set_masses(rest, np.arange(n_prefix, n_prefix + sum(len(s.rows) for s in rest)))
@@ -149,7 +153,7 @@ class _Run:
             with self.timed("prefill"):
                 cells = self.plain(rest, last_has_logits=True, skip=max(0, n_reused - n_prefix))
             self.check_cells(cells, max(start, n_reused))
-            return self.result(self.segments, stem=(stem, n_prefix, None, None, n_stem))
+            return self.result(self.segments, stem=(stem, n_prefix, n_stem))
 
         # 2) probe
         ends = [layer for layer, _ in stage.windows] + [self.context.n_layers]
@@ -158,7 +162,7 @@ class _Run:
         self.check_cells(end.cells, start)
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
-        all_scores, all_selections = [], []
+        all_scores, all_selections, choice = [], [], None
         for w, (layer, n_keep) in enumerate(stage.windows):
             # 3) choose
             with self.timed("decoder_stage"):
@@ -170,6 +174,10 @@ class _Run:
                     self.set_masses(live, end.cells[keep_row])
                 own_cells = end.cells[keep_row]
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
+            if self.keep and len(stage.windows) == 1:
+                n = len(stem) - len(prefix)
+                choice = reuse.Choice(kept_rows[:n], [s.mass for s in live[:n]])
+                self.n_above = reuse.common_rows_above(self.attached, stem[-n:], choice, self.context.n_ubatch)
             # 4) resume
             with self.timed("resume"):
                 end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows)
@@ -179,13 +187,14 @@ class _Run:
             all_selections.append([Selection(rows, mass(s)) for rows, s in zip(kept_rows, selections) if s is not None])
             if not in_place:
                 self.context.tap.set_cell_bias(None)
+                self.n_above = 0
                 with self.timed("fallback"):
                     self.restart(rest, kept_rows, start)
                 break
         n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
         return self.result(
             prefix + live,
-            (stem, n_prefix, stage.windows[0][0], stem_hidden, n_live) if in_place else None,
+            (stem, n_prefix, n_live, stage.windows[0][0], stem_hidden, choice) if in_place else None,
             scores=all_scores,
             selections=all_selections,
             in_place=in_place,
@@ -196,13 +205,20 @@ class _Run:
         if self.keep and stem is not None and self.in_order:
             with self.timed("reuse"):
                 reuse.keep(self.context, *stem)
-        else:
+        elif self.has_parked:
             for parking in range(PARKED, N_SEQUENCES):
                 self.context.remove(parking, 0)
         tokens = [np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens for s, original in zip(segments, self.segments)]
         ids = np.concatenate(tokens).astype(np.int32)
         return Prefill(
-            self.context.logits(), self.n_cells, ids, self.next_position, n_reused=self.attached.n_rows, seconds=self.seconds, **fields
+            self.context.logits(),
+            self.n_cells,
+            ids,
+            self.next_position,
+            n_reused=self.attached.n_rows,
+            n_reused_above=self.n_above,
+            seconds=self.seconds,
+            **fields,
         )
 
     def timed(self, name: str) -> _Timer:
@@ -211,7 +227,10 @@ class _Run:
     # ---- windows ----
 
     def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
-        """Window [0, L): ordinary decodes, with the true positions. skip: first rows, in whole decodes, that are in the cache already."""
+        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, none where nobody asks for them.
+
+        skip: first rows, in whole decodes, that are in the cache already.
+        """
         cells, at = [], 0
         for s, segment in enumerate(segments):
             for rows, is_last in self.chunks(segment):
@@ -219,14 +238,15 @@ class _Run:
                 if at <= skip:
                     continue
                 wants = last_has_logits and is_last and s == len(segments) - 1
-                plan = Plan(want_cells=True)
-                cells.append(self.decode(rows, plan, "prefill", segment.causal, wants).cells)
+                plan = Plan(want_cells=self.keep or self.has_mass)  # a recurrent decoder has none
+                outcome = self.decode(rows, plan, "prefill", segment.causal, wants)
+                cells += [outcome.cells] if plan.want_cells else []
         return np.concatenate(cells) if cells else np.empty(0, np.int64)
 
     def window(self, segments: Sequence[Segment], first: int, last: int, inject: np.ndarray | None, text_rows: str) -> _WindowEnd:
         """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
 
-        With first = 0, rows that an earlier prompt's probe left are brought back instead of computed.
+        Rows that an earlier prompt has left are brought back to their cells instead of computed.
 
         Each segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the CPU's
         flash attention changes its accumulator at 64), and non-causal images must stay apart.
@@ -247,6 +267,8 @@ class _Run:
                 plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
                 if first > 0:
                     plan.inject = inject[at : at + n]
+                    if at < self.n_above:  # whole decodes, and only with one stage: last is the last layer
+                        plan.window = (first, first, ctx.n_layers)
                 if at < len(known):  # whole decodes, and none that scores: reuse.attach
                     plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
                     hidden[at : at + n] = plan.inject
@@ -328,6 +350,7 @@ class _Run:
 
     def free_kept(self, start: int, keep_row: np.ndarray, parking: int) -> None:
         """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are found again."""
+        self.has_parked = True
         self.context.park(start, parking)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], keep_row.astype(np.int8), [0]])))
         for first, last in edges.reshape(-1, 2):

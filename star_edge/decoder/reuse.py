@@ -20,6 +20,9 @@ Invariants, on which `attach` relies and which it checks as far as llama.cpp can
    gives each cell its position back, all without the layers below.
 5. No cell holds anything else: whatever the last prompt left besides is freed first, so that all that follows goes to the cells, and
    runs over as many, as in a fresh context. That makes it equal bit for bit.
+6. In layers >= K a row that the decoder stage leaves sees those that are left before it, with their masses, and nothing else. Where
+   two choices begin alike, K and V of layers > K in the cells are those that would be computed again. Layer K, which 4. overwrites,
+   comes back in the same way, by a decode of the window [K, K) of as many rows as are resumed.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Stem:
     segments: as they were read. n_prefix: rows of the text before the first image, n_rows: all.
     layer: K of the first decoder stage, or None. hidden: with a stage, states that enter layer K, (n_rows - n_prefix, n_embd) float32.
     n_ubatch: rows of one decode. span: first and last position of sequence PARKED. buffer: see `attach`.
+    choice: what the only decoder stage left of the rows after the prefix, or None.
     """
 
     segments: list[Segment]
@@ -51,16 +55,26 @@ class Stem:
     n_ubatch: int
     span: tuple[int, int]
     buffer: np.ndarray
+    choice: Choice | None = None
+
+
+@dataclass
+class Choice:
+    """What a decoder stage leaves of each segment: which of its rows, (n,) int64, and their masses, (n,), or None for one each."""
+
+    rows: Sequence[np.ndarray]
+    masses: Sequence[np.ndarray | None]
 
 
 @dataclass
 class Attached:
     """n_main: rows of the new prompt that are in sequence MAIN, ready. hidden: states of the rows after the prefix that are in no sequence,
-    and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32.
+    and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32. choice: what the last prompt's stage left of them.
     """
 
     n_main: int = 0
     hidden: np.ndarray | None = None
+    choice: Choice | None = None
 
     @property
     def n_rows(self) -> int:
@@ -72,11 +86,18 @@ class RowsMovedError(Exception):
 
 
 def keep(
-    context: DecoderContext, segments: Sequence[Segment], n_prefix: int, layer: int | None, hidden: np.ndarray | None, n_live: int
+    context: DecoderContext,
+    segments: Sequence[Segment],
+    n_prefix: int,
+    n_live: int,
+    layer: int | None = None,
+    hidden: np.ndarray | None = None,
+    choice: Choice | None = None,
 ) -> None:
     """Keeps a stem at the end of a prompt.
 
     segments: of the stem. n_live: how many of its rows are in MAIN, where they come first; dropped ones are in the sequences PARKED and after.
+    layer, hidden, choice: as in Stem.
     """
     for sequence in range(PARKED + 1, N_SEQUENCES):
         context.copy(sequence, PARKED, 0)
@@ -84,7 +105,8 @@ def keep(
     context.copy(MAIN, PARKED, 0, n_live)
     n_rows = sum(len(s.rows) for s in segments)
     owner = context.llama._ctx
-    owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, _span(context, PARKED), context.llama.input_ids)
+    span, buffer = _span(context, PARKED), context.llama.input_ids
+    owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, span, buffer, choice)
     owner.n_parked = n_rows - n_live
 
 
@@ -111,7 +133,32 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
     n_main = n if layer is None else min(n, n_prefix)
     context.copy(PARKED, MAIN, 0, n_main)
     context.remove(PARKED, 0)
-    return Attached(n_main, stem.hidden[: n - n_main] if n > n_main else None)
+    return Attached(n_main, stem.hidden[: n - n_main], stem.choice) if n > n_main else Attached(n_main)
+
+
+def common_rows_above(attached: Attached, segments: Sequence[Segment], choice: Choice, n_ubatch: int) -> int:
+    """Rows of the whole decodes that the resumes of the last choice and of this one both begin with.
+
+    segments: those that `choice` is of, as the probe ran them.
+    """
+    n = n_probed = 0
+    if attached.choice is None:
+        return n
+    last = zip(attached.choice.rows, attached.choice.masses)
+    for segment, kept, mass, (last_kept, last_mass) in zip(segments, choice.rows, choice.masses, last):
+        n_probed += len(segment.rows)
+        if n_probed > len(attached.hidden) or (mass is None) != (last_mass is None):
+            return n
+        for first in range(0, len(kept), n_ubatch):
+            piece = slice(first, first + n_ubatch)
+            if not np.array_equal(kept[piece], last_kept[piece]) or (
+                mass is not None and not np.array_equal(mass[piece], last_mass[piece])
+            ):
+                return n
+            n += len(kept[piece])
+        if len(kept) != len(last_kept):
+            return n
+    return n
 
 
 def _common_rows(stem: Stem, segments: Sequence[Segment]) -> int:

@@ -83,11 +83,11 @@ class Prompt:
 class Encoded:
     """Output of the encoder for one image.
 
-    embeddings: (n_tokens, n_embd_inp) float32. Unless cached, a view of libmtmd's memory: valid until the next encode.
+    embeddings: (n_tokens, n_embd_inp) float32. What `VisionEncoder.encode` gives is a view of libmtmd's memory: valid until its next run.
     scores: attention that each token receives, (n_tokens,) float32, or None when it was not asked for.
     cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
     special: rows that must stay, (n_tokens,) bool, or None. Their scores are 0.
-    cached: it comes from the cache. Arrays are read-only then.
+    cached: it comes from the cache.
     """
 
     embeddings: np.ndarray
@@ -310,9 +310,10 @@ class VisionEncoder:
     # ---- encode ----
 
     def encode_once(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> Encoded:
-        """As `encode`, which it runs only if the cache does not have all that is asked for."""
+        """As `encode`, which it runs only if the cache does not have all that is asked for. Arrays stay valid, and may be read-only."""
         if self.cache is None or not chunk.content:
-            return self.encode(chunk, attention, want_cells=want_cells)
+            encoded = self.encode(chunk, attention, want_cells=want_cells)
+            return replace(encoded, embeddings=encoded.embeddings.copy())
         self._check_open()
         attention = attention if self.profile.reads_attention else None
         want_cells = bool(want_cells and self.profile.to_cells)
@@ -327,7 +328,7 @@ class VisionEncoder:
             encoded.embeddings.copy(), encoded.cells if want_cells else None, {} if attention is None else {attention: encoded.scores}
         )
         self.cache.put(key, image)
-        return encoded
+        return replace(encoded, embeddings=image.embeddings)
 
     def encode(
         self, chunk: ImageChunk, attention: str | None = "received", *, want_cells: bool = True, read: AttentionRead | None = None
@@ -368,7 +369,7 @@ class VisionEncoder:
         return self.profile.n_rows(chunk.n_tokens)
 
     def _special(self, chunk: ImageChunk, embeddings: np.ndarray) -> np.ndarray | None:
-        if self.profile.reads_attention:
+        if self.profile.reads_attention or self.profile.special:
             return chunk.special
         special = repeated_rows(embeddings)
         return special if special.any() else None

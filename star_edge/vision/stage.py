@@ -18,19 +18,23 @@ from ..decoder.prefill import Segment
 from ..report import ImageReport
 from ..representatives import merge, select
 from ..scorers import VISION_SCORERS
-from ..selection import Selection, Tokens
+from ..selection import Selection, Tokens, apart
 from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
 
 
 @dataclass
 class PromptPlan:
-    """What a prompt will take, known before anything is computed.
+    """What a prompt will take, before any of it is decoded.
 
-    n_vision: tokens of each image that the vision stage leaves. windows: (layer K, tokens of each image that stay from there on) for
-    each decoder stage.
+    config: what is done, or None for no pruning.
+    n_special: tokens of each image that always stay and are in no budget. What no profile says is known once the image is encoded.
+    n_vision: tokens of each image that the vision stage leaves, special ones among them. windows: (layer K, tokens of each image that
+    stay from there on) for each decoder stage.
     """
 
     chunks: Sequence[TextChunk | ImageChunk]
+    config: PruneConfig | None
+    n_special: list[int]
     n_vision: list[int]
     windows: list[tuple[int, list[int]]]
     n_text: int
@@ -45,34 +49,57 @@ class PromptPlan:
         return self.n_text + sum(self.n_vision)
 
 
-def plan_prompt(chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, windows: Sequence[tuple[int, Keep]]) -> PromptPlan:
-    """Counts tokens. windows: (layer, keep) of the decoder stages that are possible.
+def plan_prompt(
+    chunks: Sequence[TextChunk | ImageChunk],
+    config: PruneConfig | None,
+    windows: Sequence[tuple[int, Keep]],
+    encoded: Sequence[Encoded] | None = None,
+) -> PromptPlan:
+    """Counts tokens. windows: (layer, keep) of the decoder stages that are possible. encoded: the images, once they are.
 
     Raises:
         ConfigError: a count over an image's tokens.
     """
-    sizes = [chunk.n_tokens for chunk in chunks if isinstance(chunk, ImageChunk)]
+    images = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
+    sizes = [image.n_tokens for image in images]
+    n_special = [0 if i.special is None else int(i.special.sum()) for i in (images if encoded is None else encoded)]
     n_vision = sizes
     if config is not None:
-        n_vision = [keep_count("vision_keep", config.vision_keep, n) for n in sizes]
+        n_vision = [keep_count("vision_keep", config.vision_keep, *n) for n in zip(sizes, n_special)]
     counts, left = [], n_vision
     for layer, keep in windows:
-        left = [min(n, keep_count("decoder_keep", keep, size)) for n, size in zip(left, sizes)]
+        left = [min(n, keep_count("decoder_keep", keep, *size)) for n, *size in zip(left, sizes, n_special)]
         counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
-    return PromptPlan(chunks, n_vision, counts, n_text)
+    return PromptPlan(chunks, config, n_special, n_vision, counts, n_text)
 
 
-def run_vision_stage(
-    plan: PromptPlan, encoder: VisionEncoder | None, mrope: bool, config: PruneConfig | None, seconds: dict[str, float]
-) -> tuple[list[Segment], list[ImageReport], int]:
-    """Encodes and prunes. Returns the segments, a report for each image, and the RoPE position after the prompt.
-
-    seconds gets "encode" and, within it, "vision_stage".
+def encode_images(
+    images: Sequence[ImageChunk], encoder: VisionEncoder, config: PruneConfig | None, seconds: dict[str, float]
+) -> list[Encoded]:
+    """Runs the encoder where its output is not known. seconds gets "encode" and, within it, "vision_stage".
 
     Raises:
         EngineError: the encoder failed.
     """
+    start = time.perf_counter()
+    attention = config.encoder_attention if config is not None else None
+    encoded = [encoder.encode_once(image, attention, want_cells=config is not None) for image in images]
+    if images:
+        seconds["encode"] = time.perf_counter() - start
+        seconds["vision_stage"] = sum(e.score_seconds for e in encoded)
+    return encoded
+
+
+def run_vision_stage(
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, seconds: dict[str, float]
+) -> tuple[list[Segment], list[ImageReport], int]:
+    """Prunes. Returns the segments, a report for each image, and the RoPE position after the prompt.
+
+    seconds: "encode" and "vision_stage" grow.
+    """
+    start = time.perf_counter()
+    config = plan.config
     segments: list[Segment] = []
     reports: list[ImageReport] = []
     position = 0
@@ -83,20 +110,12 @@ def run_vision_stage(
                 segments.append(Segment(Rows(_text_positions(position, n, mrope), tokens=chunk.tokens)))
             position += n
             continue
-        n_keep = plan.n_vision[len(reports)]
-        start = time.perf_counter()
-        encoded = encoder.encode_once(chunk, config.encoder_attention if config else None, want_cells=config is not None)
-        chosen = time.perf_counter()
+        image, n_keep = encoded[len(reports)], plan.n_vision[len(reports)]
+        selection, embeddings = Selection(np.arange(chunk.n_tokens)), image.embeddings
         if n_keep < chunk.n_tokens:
-            selection = _select(encoded, chunk, n_keep, config)
-            embeddings = merge(encoded.embeddings, selection)
-        else:
-            selection = Selection(np.arange(chunk.n_tokens))
-            embeddings = encoded.embeddings if encoded.cached else encoded.embeddings.copy()  # the encoder's own memory is used again
+            selection = _select(image, chunk, n_keep - plan.n_special[len(reports)], config)
+            embeddings = merge(image.embeddings, selection)
         kept = selection.kept
-        end = time.perf_counter()
-        seconds["encode"] = seconds.get("encode", 0.0) + end - start
-        seconds["vision_stage"] = seconds.get("vision_stage", 0.0) + encoded.score_seconds + end - chosen
         positions, n_positions = chunk.positions[..., kept], chunk.n_positions
         if config is not None and config.positions == "renumbered" and n_keep < chunk.n_tokens:
             positions, n_positions = _text_positions(0, n_keep, mrope), n_keep
@@ -106,16 +125,20 @@ def run_vision_stage(
             ImageReport(
                 chunk.n_tokens,
                 chunk.grid,
-                encoded.cells,
+                image.cells,
                 kept,
                 kept,
                 selection.scores,
                 vision_mass=selection.mass,
                 decoder_mass=selection.mass,
-                cached=encoded.cached,
+                special=image.special,
+                cached=image.cached,
             )
         )
         position += n_positions
+    for name in ("encode", "vision_stage"):
+        if reports:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
     return segments, reports, position
 
 
@@ -125,17 +148,22 @@ def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
     return config.vision_scorer if has_attention or not needs else "maxmin"
 
 
-def _select(encoded: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
-    tokens = Tokens(encoded.embeddings, encoded.cells, chunk.grid, attention=encoded.scores)
-    tokens.seed = zlib.crc32(encoded.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
+def _select(image: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
+    """n_keep of the tokens that are not special, and those that are."""
+    tokens = Tokens(image.embeddings, image.cells, chunk.grid, attention=image.scores)
+    tokens.seed = zlib.crc32(image.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
     share = 0.0 if config.representatives == "none" else config.vision_share
     by_score = n_keep - round(share * n_keep)
+    scorer = VISION_SCORERS[vision_scorer(config, image.scores is not None)]
+
+    def choose(tokens: Tokens) -> Selection:
+        scores = np.zeros(len(tokens)) if share == 1.0 else scorer.score(tokens, by_score)
+        return select(config.representatives, tokens, scores, n_keep, share)
+
+    selection = apart(image.special, tokens, choose)
     if share == 1.0:  # nothing is chosen by score
-        selection = select(config.representatives, tokens, np.zeros(len(tokens)), n_keep, share)
         selection.scores = None
-        return selection
-    scorer = VISION_SCORERS[vision_scorer(config, encoded.scores is not None)]
-    return select(config.representatives, tokens, scorer.score(tokens, by_score), n_keep, share)
+    return selection
 
 
 def _text_positions(start: int, n: int, mrope: bool) -> np.ndarray:
