@@ -121,7 +121,7 @@ def test_maps_of_rows_to_tokens(height, width, side):
     in_blocks = raster.reshape(height, side, width, side).swapaxes(1, 2).reshape(-1)
     layout = profiles.Layout(height * width, (height, width))
     want = [raster[side * y : side * y + side, side * x : side * x + side].mean() for y in range(height) for x in range(width)]
-    assert np.allclose(profiles.on_raster(side)(raster.ravel(), layout), want)
+    assert np.allclose(profiles.on_raster(raster.ravel(), layout), want)
     assert np.allclose(profiles.in_turn(side * side)(in_blocks, layout), want)
 
 

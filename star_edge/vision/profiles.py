@@ -7,11 +7,12 @@ A profile says which rows of the encoder's sequence a token is made of. The help
     by_index         row index[i] (a gather that the graph does itself)
     one_to_one       row i
     in_turn(n)       rows n i to n i + n - 1: blocks that the encoder has put in order
-    on_raster(side)  a square of side x side rows of the raster: pixel shuffle, average pooling
+    on_raster        a square of rows of the raster: pixel shuffle, average pooling
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,14 +59,11 @@ def in_turn(n: int) -> ToTokens:
     return lambda rows, layout: rows.reshape(-1, n).mean(axis=1)
 
 
-def on_raster(side: int) -> ToTokens:
-    """layout.grid is the grid of tokens; the raster of rows is `side` times as high and wide."""
-
-    def to_tokens(rows: np.ndarray, layout: Layout) -> np.ndarray:
-        height, width = layout.grid
-        return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
-
-    return to_tokens
+def on_raster(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """The raster of rows is as many times as high and wide as layout.grid, the grid of tokens, as there are rows for them."""
+    height, width = layout.grid
+    side = math.isqrt(len(rows) // layout.n_tokens)
+    return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
 
 
 def all_layers(metadata: dict[str, object]) -> int:
@@ -142,6 +140,10 @@ PROFILES: dict[str, EncoderProfile] = {
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
     # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
+    "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
+    # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk (clip_graph_siglip)
+    "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
 }
 
 
