@@ -83,6 +83,22 @@ def given_grid(n_tokens: int, nx: int, ny: int) -> Grid:
     return (ny, nx) if nx * ny == n_tokens and ny > 1 else None
 
 
+def grid_with_row_ends(n_tokens: int, size: tuple[int, int]) -> Grid:
+    """A token after each row but the last: rows (columns + 1) - 1 tokens, columns / rows as width / height."""
+    height, width = size
+    shape = width / height
+    rows = max(1, round((math.sqrt(1 + 4 * shape * (n_tokens + 1)) - 1) / (2 * shape)))
+    columns = (n_tokens + 1) // rows - 1
+    return (rows, columns) if rows * (columns + 1) - 1 == n_tokens and rows * width == columns * height else None
+
+
+def row_ends(n_tokens: int, grid: Grid) -> np.ndarray:
+    special = np.zeros(n_tokens, bool)
+    if grid is not None:
+        special[grid[1] :: grid[1] + 1] = True
+    return special
+
+
 @dataclass(frozen=True)
 class EncoderProfile:
     """How the rows of an encoder become image tokens.
@@ -93,6 +109,8 @@ class EncoderProfile:
     n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores are of its
         last layer without a window mask.
     grid(n_tokens, nx, ny): (rows, columns) of the tokens that show a place, or None. nx, ny: what libmtmd says.
+    sized_grid(n_tokens, (height, width)) -> Grid: the same from the size of the image in pixels, as the encoder gets it, for encoders
+        of any image size, where libmtmd gives the number of tokens alone.
     special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None: there are none.
     index_input: graph input that says which rows become tokens, or in which order they come, or None.
     to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell i, special
@@ -105,6 +123,7 @@ class EncoderProfile:
     n_rows: Callable[[int], int] = lambda n: n
     n_layers: Callable[[dict[str, object]], int] = all_layers
     grid: Callable[[int, int, int], Grid] = square_grid
+    sized_grid: Callable[[int, tuple[int, int]], Grid] | None = None
     special: Callable[[int, Grid], np.ndarray] | None = None
     index_input: str | None = None
     to_cells: Callable[[np.ndarray], np.ndarray] | None = None
@@ -135,6 +154,17 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
     )
 
 
+def _internvl(cls_first: EncoderProfile | None = None) -> EncoderProfile:
+    """InternVL: 2 x 2 patches of a tile are shuffled into a token. CLS is among the rows, at the end as given, and no token."""
+    patches = slice(None, -1) if cls_first else slice(1, None)
+    return EncoderProfile(
+        lambda rows, layout: on_raster(rows[patches], layout),
+        lambda n: 4 * n + 1,
+        cls_row=(lambda n: 4 * n) if cls_first else (lambda n: 0),
+        cls_first=cls_first,
+    )
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5. This llama.cpp joins CLS last (clip_graph_llava)
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
@@ -143,6 +173,10 @@ PROFILES: dict[str, EncoderProfile] = {
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
     "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
     # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk (clip_graph_siglip)
+    # InternVL 2 and 3. This llama.cpp joins CLS last (clip_graph_internvl)
+    "internvl": _internvl(cls_first=_internvl()),
+    # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last (clip_graph_pixtral)
+    "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
     "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
 }
 
