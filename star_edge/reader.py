@@ -24,7 +24,7 @@ from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowErr
 from .report import ImageReport, PruneReport
 from .representatives import select
 from .scorers import DECODER_SCORERS
-from .selection import Selection, Tokens
+from .selection import Selection, Tokens, with_special
 from .tap import Tap
 from .vision.cache import DEFAULT_BYTES, check_bytes
 from .vision.encoder import Prompt, TextChunk, VisionEncoder
@@ -239,5 +239,11 @@ def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) ->
     if config.decoder_scorer == "random":
         tokens.seed = zlib.crc32(seen.hidden.tobytes()) + config.seed
     share = 0.0 if config.representatives == "none" else config.decoder_share
-    by_score = max(1, n_keep - round(share * n_keep))
-    return select(config.representatives, tokens, DECODER_SCORERS[config.decoder_scorer].score(tokens, by_score), n_keep, share)
+    scorer = DECODER_SCORERS[config.decoder_scorer]
+    special = None if image.special is None else image.special[image.vision_kept[seen.rows]]
+
+    def choose(tokens: Tokens, n: int) -> Selection:
+        by_score = max(1, n - round(share * n))
+        return select(config.representatives, tokens, scorer.score(tokens, by_score), n, share)
+
+    return with_special(special, tokens, n_keep, choose)

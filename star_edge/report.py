@@ -23,6 +23,7 @@ class ImageReport:
     vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
+    special: tokens that show no place and stay in any case, such as row ends, (n_tokens,) bool, or None.
     cached: the encoder's output was known from an earlier request.
     """
 
@@ -36,6 +37,7 @@ class ImageReport:
     vision_mass: np.ndarray | None = None
     decoder_mass: np.ndarray | None = None
     cached: bool = False
+    special: np.ndarray | None = None
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""

@@ -5,7 +5,7 @@ Knows vectors, scores and places on a grid; knows neither where they come from n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -54,6 +54,14 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def part(self, index: np.ndarray) -> Tokens:
+        """Some of them."""
+        of = lambda array: None if array is None else array[..., index]
+        vectors, cells = self.vectors[index], self.cells[index]
+        return Tokens(
+            vectors, cells, self.grid, of(self.mass), of(self.attention), of(self.row_attention), self.text_vectors, self.seed
+        )  # fmt: skip
 
     @property
     def masses(self) -> np.ndarray:
@@ -116,6 +124,31 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"cannot keep {k} of {len(scores)} tokens")
     best = np.argsort(-np.asarray(scores), kind="stable")[:k]
     return np.sort(best)
+
+
+def with_special(special: np.ndarray | None, tokens: Tokens, k: int, choose: Callable[[Tokens, int], Selection]) -> Selection:
+    """k tokens: the special ones, each for itself, and what choose(the others, how many) says, which is one at least.
+
+    special: (n,) bool of tokens that show no place and must stay, or None.
+    """
+    if special is None or not special.any() or k >= len(tokens):
+        return choose(tokens, k)
+    stay, others = np.flatnonzero(special), np.flatnonzero(~special)
+    chosen = choose(tokens.part(others), min(len(others), max(1, k - len(stay))))
+    kept = np.sort(np.concatenate([stay, others[chosen.kept]]))
+    to_kept = np.searchsorted(kept, others[chosen.kept])
+    selection = Selection(kept)
+    if chosen.mass is not None:
+        selection.mass = np.ones(len(kept))
+        selection.mass[to_kept] = chosen.mass
+    if chosen.group is not None:
+        selection.group = np.empty(len(tokens), np.int64)
+        selection.group[stay] = np.searchsorted(kept, stay)
+        selection.group[others] = to_kept[chosen.group]
+    if chosen.scores is not None:
+        selection.scores = np.zeros(len(tokens), np.float32)
+        selection.scores[others] = chosen.scores
+    return selection
 
 
 def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: int) -> float:

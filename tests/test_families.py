@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import stock
 from families import MODES, N_THREADS, load_fixtures, tokenized
-from test_exact import by_score, generate, keep_all
+from test_exact import generate, keep_all
 
 from star_edge import PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
@@ -165,6 +165,21 @@ def test_features(fixture, engines, right_encoder):
             assert cosines(a, b).min() >= 0.999
 
 
+def test_what_is_repaired(fixture, engines):
+    """Where the engine repairs the encoder stock's features are another image's; where stock is right nothing is repaired."""
+    repaired = engines()
+    stock_ = engines(encoder="stock")
+    prompt = fixture.prompts[0]
+    means = []
+    for vlm in (stock_, repaired):
+        with tokenized(vlm, prompt) as chunks:
+            image = next(c for c in chunks if hasattr(c, "causal"))
+            means.append(cosines(vlm.encoder.encode(image).embeddings, prompt.features[0]).mean())
+    assert not stock_.encoder.repairs
+    assert bool(repaired.encoder.repairs) == fixture.repaired
+    assert means[1] >= 0.999 and (means[0] < 0.95) == fixture.repaired
+
+
 @pytest.mark.parametrize("mode", ["f32", "fa"])
 def test_encoder_scores(fixture, engines, right_encoder, mode):
     """What each image token's patches receive; the same top-k up to ties."""
@@ -208,7 +223,7 @@ def test_pruned_decoder(fixture, engines, decoder_stage, mode):
         for case in prompt.cases:
             with tokenized(vlm, prompt) as chunks:
                 segments = prompt.segments(chunks, case.vision_kept)
-            stage = DecoderStage([(case.layer, [case.n2] * len(prompt.features))], by_score)
+            stage = DecoderStage([(case.layer, [case.n2] * len(prompt.features))], case.choose)
             state = prefill(afresh(vlm), segments, prompt.next_position, stage)
             assert state.in_place
             for ours, theirs, kept, rows in zip(state.scores[0], case.decoder_scores, state.selections[0], case.decoder_rows):

@@ -186,7 +186,7 @@ def test_position_embeddings_of_internvl(tmp_path):
     keys = profiles.METADATA_KEYS + repair.METADATA_KEYS
     inputs = lambda path: repair.graph_inputs(read_gguf_info(path, keys), "internvl")
     name = "v.position_embd.weight"
-    table = next(t.data for t in gguf.GGUFReader(str(fixture.mmproj)).tensors if t.name == name)
+    table = next(t.data for t in gguf.GGUFReader(str(fixture.mmproj)).tensors if t.name == name).reshape(-1, 32)
     rolled = inputs(fixture.mmproj)[name]
     assert np.array_equal(rolled.view(np.float32), np.concatenate([table[1:], table[:1]]))
     assert inputs(rewrite(fixture.mmproj, tmp_path / "stock.gguf", add=[(repair.LAYOUT_KEY, "stock")])) == {}

@@ -9,6 +9,8 @@ from reference_qwen2vl_vision import QwenVisionEncoder
 
 from star_edge import PRESETS, StarVLM, refvlm
 from star_edge.images import load_image
+from star_edge.representatives import select
+from star_edge.selection import Tokens, with_special
 from star_edge.vision import profiles
 from star_edge.vision.encoder import ImageChunk
 from star_edge.vision.profiles import repeated_rows
@@ -123,6 +125,40 @@ def test_maps_of_rows_to_tokens(height, width, side):
     want = [raster[side * y : side * y + side, side * x : side * x + side].mean() for y in range(height) for x in range(width)]
     assert np.allclose(profiles.on_raster(raster.ravel(), layout), want)
     assert np.allclose(profiles.in_turn(side * side)(in_blocks, layout), want)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 9), (9, 1), (2, 3), (6, 5), (5, 6), (64, 64), (7, 55)])
+def test_grid_with_row_ends(rows, columns):
+    """The number of tokens and the shape of the image say how many there are in a row."""
+    n = rows * (columns + 1) - 1
+    grid = profiles.grid_with_row_ends(n, (rows * 28, columns * 28))
+    assert grid == (rows, columns)
+    laid_out = np.append(profiles.row_ends(n, grid), True).reshape(rows, columns + 1)
+    assert laid_out[:, -1].all() and not laid_out[:, :-1].any()
+    assert profiles.grid_with_row_ends(n + 1, (rows * 28, columns * 28)) is None
+
+
+@pytest.mark.parametrize("kind", ["none", "even", "cluster", "contextual"])
+@pytest.mark.parametrize("k", [1, 5, 12, 19, 20])
+def test_special_tokens_stay(kind, k):
+    """Beside them the others are chosen as if there were no special ones, one at least; masses and groups are theirs alone."""
+    rng = np.random.default_rng(k)
+    vectors, scores = rng.standard_normal((20, 6)).astype(np.float32), rng.random(20)
+    special = profiles.row_ends(20, (3, 6))
+    cells = np.where(special, -1, np.cumsum(~special) - 1)
+    choose = lambda tokens, n: select(kind, tokens, tokens.attention, n, 0.5 if kind != "none" else 0.0)
+    selection = with_special(special, Tokens(vectors, cells, (3, 6), attention=scores), k, choose)
+    others = np.flatnonzero(~special)
+    assert set(np.flatnonzero(special)) <= set(selection.kept) and len(selection.kept) == max(3, k)
+    assert (np.diff(selection.kept) > 0).all()
+    if k < 20:
+        alone = choose(Tokens(vectors[others], cells[others], (3, 6), attention=scores[others]), max(1, k - 2))
+        assert np.array_equal(np.setdiff1d(selection.kept, np.flatnonzero(special)), others[alone.kept])
+        if alone.mass is not None:
+            assert (selection.mass[special[selection.kept]] == 1).all() and selection.mass.sum() == pytest.approx(20)
+        if alone.group is not None:
+            assert np.array_equal(selection.kept[selection.group[special]], np.flatnonzero(special))
+            assert np.array_equal(selection.kept[selection.group[others]], others[alone.kept[alone.group]])
 
 
 def test_sampled_query_rows_estimate_the_mean(families):

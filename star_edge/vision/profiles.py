@@ -173,11 +173,11 @@ PROFILES: dict[str, EncoderProfile] = {
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
     "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
     # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk (clip_graph_siglip)
+    "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
     # InternVL 2 and 3. This llama.cpp joins CLS last (clip_graph_internvl)
     "internvl": _internvl(cls_first=_internvl()),
     # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last (clip_graph_pixtral)
     "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
-    "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
 }
 
 

@@ -18,7 +18,7 @@ from ..decoder.prefill import Segment
 from ..report import ImageReport
 from ..representatives import merge, select
 from ..scorers import VISION_SCORERS
-from ..selection import Selection, Tokens
+from ..selection import Selection, Tokens, with_special
 from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
 
 
@@ -48,16 +48,20 @@ class PromptPlan:
 def plan_prompt(chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, windows: Sequence[tuple[int, Keep]]) -> PromptPlan:
     """Counts tokens. windows: (layer, keep) of the decoder stages that are possible.
 
+    Special tokens count, and beside them one at least stays of each image.
+
     Raises:
         ConfigError: a count over an image's tokens.
     """
-    sizes = [chunk.n_tokens for chunk in chunks if isinstance(chunk, ImageChunk)]
+    images = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
+    sizes = [chunk.n_tokens for chunk in images]
+    least = [1 if chunk.special is None else min(chunk.n_tokens, int(chunk.special.sum()) + 1) for chunk in images]
     n_vision = sizes
     if config is not None:
-        n_vision = [keep_count("vision_keep", config.vision_keep, n) for n in sizes]
+        n_vision = [max(m, keep_count("vision_keep", config.vision_keep, n)) for n, m in zip(sizes, least)]
     counts, left = [], n_vision
     for layer, keep in windows:
-        left = [min(n, keep_count("decoder_keep", keep, size)) for n, size in zip(left, sizes)]
+        left = [min(n, max(m, keep_count("decoder_keep", keep, size))) for n, size, m in zip(left, sizes, least)]
         counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
     return PromptPlan(chunks, n_vision, counts, n_text)
@@ -113,6 +117,7 @@ def run_vision_stage(
                 vision_mass=selection.mass,
                 decoder_mass=selection.mass,
                 cached=encoded.cached,
+                special=encoded.special,
             )
         )
         position += n_positions
@@ -128,14 +133,17 @@ def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
 def _select(encoded: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
     tokens = Tokens(encoded.embeddings, encoded.cells, chunk.grid, attention=encoded.scores)
     tokens.seed = zlib.crc32(encoded.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
-    share = 0.0 if config.representatives == "none" else config.vision_share
-    by_score = n_keep - round(share * n_keep)
-    if share == 1.0:  # nothing is chosen by score
-        selection = select(config.representatives, tokens, np.zeros(len(tokens)), n_keep, share)
-        selection.scores = None
-        return selection
     scorer = VISION_SCORERS[vision_scorer(config, encoded.scores is not None)]
-    return select(config.representatives, tokens, scorer.score(tokens, by_score), n_keep, share)
+    share = 0.0 if config.representatives == "none" else config.vision_share
+
+    def choose(tokens: Tokens, n: int) -> Selection:
+        if share == 1.0:  # nothing is chosen by score
+            selection = select(config.representatives, tokens, np.zeros(len(tokens)), n, share)
+            selection.scores = None
+            return selection
+        return select(config.representatives, tokens, scorer.score(tokens, n - round(share * n)), n, share)
+
+    return with_special(encoded.special, tokens, n_keep, choose)
 
 
 def _text_positions(start: int, n: int, mrope: bool) -> np.ndarray:
