@@ -95,9 +95,12 @@ static void * scratch(se_tap * tap, size_t size) {
 /* Notes at which end of a CONCAT the leaf of the condition stands. The scheduler asks in the graph's order, so that is known before
  * anything that is computed from the joined rows. */
 static void look_for_condition(se_tap * tap, const struct ggml_tensor * node) {
-    if (node->op != GGML_OP_CONCAT || !node->src[0] || !node->src[1]) return;
-    if (se_is_input(node->src[0], tap->condition)) tap->result.concat = SE_CONCAT_FIRST;
-    if (se_is_input(node->src[1], tap->condition)) tap->result.concat = SE_CONCAT_LAST;
+    if (node->op != GGML_OP_CONCAT) return;
+    for (int s = 0; s < 2; s++) {
+        const struct ggml_tensor * part = node->src[s];
+        if (part && part->op == GGML_OP_REPEAT) part = part->src[0]; /* one for each image of a batch */
+        if (part && se_is_input(part, tap->condition)) tap->result.concat = s ? SE_CONCAT_LAST : SE_CONCAT_FIRST;
+    }
 }
 
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {

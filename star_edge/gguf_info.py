@@ -39,6 +39,7 @@ _declare("gguf_get_arr_data", _P, _P, ctypes.c_int64)
 _declare("gguf_get_val_str", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_get_data_offset", ctypes.c_size_t, _P)
 _declare("gguf_get_n_tensors", ctypes.c_int64, _P)
+_declare("gguf_find_tensor", ctypes.c_int64, _P, ctypes.c_char_p)
 _declare("gguf_get_tensor_offset", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_name", ctypes.c_char_p, _P, ctypes.c_int64)
@@ -120,6 +121,24 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
         return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values, names)
     finally:
         GGML.gguf_free(handle)
+
+
+def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
+    """The bytes of one tensor, (n,) uint8.
+
+    Raises:
+        ModelFileError: the file has changed since its header was read.
+    """
+    handle = _open(info.path)
+    index = GGML.gguf_find_tensor(handle, name.encode()) if handle else -1
+    try:
+        if index >= 0:
+            start = GGML.gguf_get_data_offset(handle) + GGML.gguf_get_tensor_offset(handle, index)
+            return np.fromfile(info.path, np.uint8, GGML.gguf_get_tensor_size(handle, index), offset=start)
+    finally:
+        if handle:
+            GGML.gguf_free(handle)
+    raise ModelFileError(f"{info.path} has changed: there is no tensor {name} any more", "load it again")
 
 
 def write_header(source: str | PathLike, target: str | PathLike, key: str, values: np.ndarray) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 
 from star_edge import StarVLM
 from star_edge.decoder.context import Rows
-from star_edge.decoder.prefill import Segment
+from star_edge.decoder.prefill import Seen, Segment
+from star_edge.selection import Selection, top_k
 
 FOLDER = Path(__file__).parent / "fixtures"
 # mode -> (flash attention, type of the KV cache)
@@ -28,7 +29,7 @@ class Case:
     """One K: what transformers keeps and says when tokens are removed at `layer`.
 
     vision_kept, decoder_kept: for each image, ascending indices into its tokens. decoder_scores: for each image, (n1,).
-    logits: (n_vocab,). answer: (16,) greedy tokens.
+    logits: (n_vocab,). answer: (16,) greedy tokens. special: for each image, (n_tokens,) bool of tokens that stay in any case.
     """
 
     layer: int
@@ -40,6 +41,12 @@ class Case:
     decoder_scores: list[np.ndarray]
     logits: np.ndarray
     answer: np.ndarray
+    special: list[np.ndarray]
+
+    def choose(self, seen: Seen, n: int) -> Selection:
+        """n rows by attention, special ones in any case."""
+        special = self.special[seen.image][self.vision_kept[seen.image][seen.rows]]
+        return Selection(top_k(np.where(special, np.inf, seen.attention), n))
 
     @property
     def decoder_rows(self) -> list[np.ndarray]:
@@ -97,6 +104,8 @@ class Fixture:
         self.facts = json.loads((folder / "expected.json").read_text())
         self.title = self.facts.get("title", folder.name)
         self.vision_problem, self.decoder_problem = self.facts["vision_stage"], self.facts["decoder_stage"]
+        self.repaired = self.facts["encoder"] == "repaired"
+        self.rounding = self.facts.get("rounding", 1.0)  # factor on tolerances in float32
         with np.load(folder / "expected.npz") as data:
             self._arrays = dict(data)
         self.prompts = [self._prompt(i, facts) for i, facts in enumerate(self.facts["prompts"])]
@@ -106,6 +115,7 @@ class Fixture:
         owner = get("image_of_row")
         edges = np.cumsum(np.bincount(owner[owner >= 0]))[:-1]
         scores = get("encoder_scores")
+        special = np.zeros(int((owner >= 0).sum()), bool) if get("special") is None else get("special")
         return Prompt(
             facts["text"],
             [self._arrays[f"image{i}"] for i in range(facts["n_pictures"])],
@@ -117,10 +127,11 @@ class Fixture:
             None if scores is None else np.split(scores, edges),
             get("logits"),
             get("answer"),
-            [self._case(number, i, case, len(edges) + 1, int((owner == 0).sum())) for i, case in enumerate(facts["cases"])],
+            [self._case(number, i, case, np.split(special, edges)) for i, case in enumerate(facts["cases"])],
         )
 
-    def _case(self, number: int, index: int, facts: dict, n_images: int, n_tokens: int) -> Case:
+    def _case(self, number: int, index: int, facts: dict, special: list[np.ndarray]) -> Case:
+        n_images, n_tokens = len(special), len(special[0])
         get = lambda name: self._arrays[f"prompt{number}.case{index}.{name}"]
         split = lambda name: np.split(get(name), n_images)  # every image has as many
         return Case(
@@ -133,6 +144,7 @@ class Fixture:
             split("decoder_scores"),
             get("logits"),
             get("answer"),
+            special,
         )
 
     def engine(self, mode: str = "f32", encoder: str | None = None) -> StarVLM:

@@ -13,7 +13,7 @@ import pytest
 import stock
 import support
 from families import MODES, N_THREADS, load_fixtures, tokenized
-from test_exact import by_score, generate, keep_all
+from test_exact import generate, keep_all
 
 from star_edge import PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
@@ -50,6 +50,11 @@ def engines(fixture):
 def decoder_stage(fixture):
     if fixture.decoder_problem:
         pytest.skip(f"no decoder stage: {fixture.decoder_problem}")
+
+
+def tolerance(table, fixture, mode):
+    """In float32 some families round more coarsely than others: expected.json says why."""
+    return table[mode] * (fixture.rounding if mode == "f32" else 1.0)
 
 
 def afresh(vlm):
@@ -153,6 +158,21 @@ def test_features(fixture, engines):
             assert cosines(a, b).min() >= 0.999
 
 
+def test_what_is_repaired(fixture, engines):
+    """Where the engine repairs the encoder stock's features are another image's; where stock is right nothing is repaired."""
+    repaired = engines()
+    stock_ = engines(encoder="stock")
+    prompt = fixture.prompts[0]
+    means = []
+    for vlm in (stock_, repaired):
+        with tokenized(vlm, prompt) as chunks:
+            image = next(c for c in chunks if hasattr(c, "causal"))
+            means.append(cosines(vlm.encoder.encode(image).embeddings, prompt.features[0]).mean())
+    assert not stock_.encoder.repairs
+    assert bool(repaired.encoder.repairs) == fixture.repaired
+    assert means[1] >= 0.999 and (means[0] < 0.95) == fixture.repaired
+
+
 @pytest.mark.parametrize("mode", ["f32", "fa"])
 def test_encoder_scores(fixture, engines, mode):
     """What each image token's patches receive; the same top-k up to ties."""
@@ -183,7 +203,7 @@ def test_unpruned_decoder(fixture, engines, mode):
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
             state = prefill(afresh(vlm), prompt.segments(chunks), prompt.next_position)
-        assert np.abs(state.logits - prompt.logits).max() <= LOGITS[mode]
+        assert np.abs(state.logits - prompt.logits).max() <= tolerance(LOGITS, fixture, mode)
         if mode == "f32":
             assert generate(vlm.decoder, state, len(prompt.answer))[1] == prompt.answer.tolist()
 
@@ -196,13 +216,13 @@ def test_pruned_decoder(fixture, engines, decoder_stage, mode):
         for case in prompt.cases:
             with tokenized(vlm, prompt) as chunks:
                 segments = prompt.segments(chunks, case.vision_kept)
-            stage = DecoderStage([(case.layer, [case.n2] * len(prompt.features))], by_score)
+            stage = DecoderStage([(case.layer, [case.n2] * len(prompt.features))], case.choose)
             state = prefill(afresh(vlm), segments, prompt.next_position, stage)
             assert state.in_place
             for ours, theirs, kept, rows in zip(state.scores[0], case.decoder_scores, state.selections[0], case.decoder_rows):
-                assert_same_scores(ours, theirs, SCORES[mode], case.n2)
+                assert_same_scores(ours, theirs, tolerance(SCORES, fixture, mode), case.n2)
                 assert np.array_equal(kept.kept, rows)
-            assert np.abs(state.logits - case.logits).max() <= LOGITS[mode]
+            assert np.abs(state.logits - case.logits).max() <= tolerance(LOGITS, fixture, mode)
             assert np.abs(case.logits - prompt.logits).max() > 4 * LOGITS["fa"]  # pruning shows
             if mode == "f32":
                 assert generate(vlm.decoder, state, len(case.answer))[1] == case.answer.tolist()
@@ -217,9 +237,10 @@ def test_both_stages(fixture, engines, mode):
     vlm = engines(mode)
     for prompt in fixture.prompts:
         for case in prompt.cases:
+            n_special = int(case.special[0].sum())  # they stay beside what is asked for
             config = PruneConfig(
-                case.n1 if case.prunes_vision else 1.0,
-                case.n2 if not fixture.decoder_problem else 1.0,
+                case.n1 - n_special if case.prunes_vision else 1.0,
+                case.n2 - n_special if not fixture.decoder_problem else 1.0,
                 case.layer if not fixture.decoder_problem else None,
                 representatives="none",
             )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import CLIP, random_image
+from families import load_fixtures
 from fastapi.testclient import TestClient
 from gguf_files import rewrite
 from reference import ClipEncoder
@@ -177,6 +178,19 @@ def test_decision_table(values, tensors, layer, positions, projector):
     assert bool(inputs) == (positions and is_llava)
     if inputs:
         assert inputs["positions"].tolist() == [*range(1, 577), 0] and inputs["patches"].tolist() == list(range(576))
+
+
+def test_position_embeddings_of_internvl(tmp_path):
+    """They go round by one row, whatever their type; a file that says so, and one without CLS, is left alone."""
+    fixture = load_fixtures()["internvl"]
+    keys = profiles.METADATA_KEYS + repair.METADATA_KEYS
+    inputs = lambda path: repair.graph_inputs(read_gguf_info(path, keys), "internvl")
+    name = "v.position_embd.weight"
+    table = next(t.data for t in gguf.GGUFReader(str(fixture.mmproj)).tensors if t.name == name).reshape(-1, 32)
+    rolled = inputs(fixture.mmproj)[name]
+    assert np.array_equal(rolled.view(np.float32), np.concatenate([table[1:], table[:1]]))
+    assert inputs(rewrite(fixture.mmproj, tmp_path / "stock.gguf", add=[(repair.LAYOUT_KEY, "stock")])) == {}
+    assert inputs(rewrite(fixture.mmproj, tmp_path / "no-cls.gguf", drop=[repair.CLS])) == {}
 
 
 # ---- the path that is loaded ----

@@ -121,8 +121,19 @@ def test_maps_of_rows_to_tokens(height, width, side):
     in_blocks = raster.reshape(height, side, width, side).swapaxes(1, 2).reshape(-1)
     layout = profiles.Layout(height * width, (height, width))
     want = [raster[side * y : side * y + side, side * x : side * x + side].mean() for y in range(height) for x in range(width)]
-    assert np.allclose(profiles.on_raster(side)(raster.ravel(), layout), want)
+    assert np.allclose(profiles.on_raster(raster.ravel(), layout), want)
     assert np.allclose(profiles.in_turn(side * side)(in_blocks, layout), want)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 9), (9, 1), (2, 3), (6, 5), (5, 6), (64, 64), (7, 55)])
+def test_grid_with_row_ends(rows, columns):
+    """The number of tokens and the shape of the image say how many there are in a row."""
+    n = rows * (columns + 1) - 1
+    grid = profiles.grid_with_row_ends(n, (rows * 28, columns * 28))
+    assert grid == (rows, columns)
+    laid_out = np.append(profiles.row_ends(n, grid), True).reshape(rows, columns + 1)
+    assert laid_out[:, -1].all() and not laid_out[:, :-1].any()
+    assert profiles.grid_with_row_ends(n + 1, (rows * 28, columns * 28)) is None
 
 
 def test_sampled_query_rows_estimate_the_mean(families):

@@ -196,7 +196,7 @@ class VisionEncoder:
         """What stock llama.cpp would get wrong with this file, and is put right."""
         repairs = []
         if self._moved and self.last_outcome.concat != lib.SE_CONCAT_FIRST:
-            repairs.append("each patch has its own position, and no token is CLS (llama.cpp issue 25814)")
+            repairs.append(repair.describe(self._moved))
         if self._added_layer:
             n = int(self.metadata["clip.vision.block_count"])
             repairs.append(f"all {n} layers run instead of {n - 1} (llama.cpp issue 25817)")
@@ -302,6 +302,9 @@ class VisionEncoder:
         else:
             positions = txyz[:, 0].copy()
         grid = (ny, nx) if self.mrope and nx * ny == n else self.profile.grid(n, nx, ny)
+        if grid is None and self.profile.sized_grid:
+            size = _image_size(chunk)
+            grid = self.profile.sized_grid(n, size) if size else None
         special = self.profile.special(n, grid) if self.profile.special else None
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
@@ -315,7 +318,7 @@ class VisionEncoder:
             encoded = self.encode(chunk, attention, want_cells=want_cells)
             return replace(encoded, embeddings=encoded.embeddings.copy())
         self._check_open()
-        attention = attention if self.profile.reads_attention else None
+        attention = attention if self.reads_attention(chunk) else None
         want_cells = bool(want_cells and self.profile.to_cells)
         key, n = self.cache.key(chunk.content), chunk.n_tokens
         found = self.cache.get(key, n, self.n_embd_inp, attention, want_cells)
@@ -346,7 +349,7 @@ class VisionEncoder:
             EngineError: libmtmd failed.
         """
         self._check_open()
-        attention = attention if self.profile.reads_attention else None
+        attention = attention if self.reads_attention(chunk) else None
         index = rows = None
         if read is not None or (attention is None and not (want_cells and self.profile.to_cells)):
             outcome = self._run(chunk, read)
@@ -364,12 +367,16 @@ class VisionEncoder:
         scores = None if rows is None else self._token_scores(rows, chunk, index, special)
         return Encoded(embeddings, scores, cells, outcome.score_seconds, special, outcome.attention)
 
+    def reads_attention(self, chunk: ImageChunk) -> bool:
+        """Whether the profile says how rows become tokens, and the chunk how they lie if that is not always the same."""
+        return self.profile.reads_attention and (self.profile.sized_grid is None or chunk.grid is not None)
+
     def max_rows(self, chunk: ImageChunk) -> int:
         """Rows of the encoder's sequence for an image, or an upper bound."""
         return self.profile.n_rows(chunk.n_tokens)
 
     def _special(self, chunk: ImageChunk, embeddings: np.ndarray) -> np.ndarray | None:
-        if self.profile.reads_attention or self.profile.special:
+        if self.reads_attention(chunk) or self.profile.special:
             return chunk.special
         special = repeated_rows(embeddings)
         return special if special.any() else None
@@ -422,6 +429,22 @@ class VisionEncoder:
         if self.last_outcome.concat == lib.SE_CONCAT_FIRST and self.profile.cls_first:
             self.profile = self.profile.cls_first
         return self.last_outcome
+
+
+def _image_size(chunk: object) -> tuple[int, int] | None:
+    """(height, width) in pixels of what the encoder gets for an image, or None.
+
+    libmtmd tells it only where a chunk is saved without its pixels (mtmd_input_chunk_save, version 2): at the end stand the last
+    image's width and height, int32, and a byte that says that there is no audio.
+    """
+    n = ctypes.c_size_t()
+    mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))
+    data = (ctypes.c_char * n.value)()
+    if mtmd.mtmd_input_chunk_save(chunk, data, n.value, ctypes.byref(n)) or n.value < 17:
+        return None
+    version, ended = int.from_bytes(data[:8], "little"), data[n.value - 1] == b"\0"
+    width, height = (int(v) for v in np.frombuffer(data, "<i4", 2, n.value - 9))
+    return (height, width) if version == 2 and ended and min(width, height) > 0 else None
 
 
 def _cells(n_tokens: int, special: np.ndarray | None) -> np.ndarray:

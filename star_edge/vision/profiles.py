@@ -7,11 +7,12 @@ A profile says which rows of the encoder's sequence a token is made of. The help
     by_index         row index[i] (a gather that the graph does itself)
     one_to_one       row i
     in_turn(n)       rows n i to n i + n - 1: blocks that the encoder has put in order
-    on_raster(side)  a square of side x side rows of the raster: pixel shuffle, average pooling
+    on_raster        a square of rows of the raster: pixel shuffle, average pooling
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,14 +59,11 @@ def in_turn(n: int) -> ToTokens:
     return lambda rows, layout: rows.reshape(-1, n).mean(axis=1)
 
 
-def on_raster(side: int) -> ToTokens:
-    """layout.grid is the grid of tokens; the raster of rows is `side` times as high and wide."""
-
-    def to_tokens(rows: np.ndarray, layout: Layout) -> np.ndarray:
-        height, width = layout.grid
-        return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
-
-    return to_tokens
+def on_raster(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """The raster of rows is as many times as high and wide as layout.grid, the grid of tokens, as there are rows for them."""
+    height, width = layout.grid
+    side = math.isqrt(len(rows) // layout.n_tokens)
+    return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
 
 
 def all_layers(metadata: dict[str, object]) -> int:
@@ -85,6 +83,22 @@ def given_grid(n_tokens: int, nx: int, ny: int) -> Grid:
     return (ny, nx) if nx * ny == n_tokens and ny > 1 else None
 
 
+def grid_with_row_ends(n_tokens: int, size: tuple[int, int]) -> Grid:
+    """A token after each row but the last: rows (columns + 1) - 1 tokens, columns / rows as width / height."""
+    height, width = size
+    shape = width / height
+    rows = max(1, round((math.sqrt(1 + 4 * shape * (n_tokens + 1)) - 1) / (2 * shape)))
+    columns = (n_tokens + 1) // rows - 1
+    return (rows, columns) if rows * (columns + 1) - 1 == n_tokens and rows * width == columns * height else None
+
+
+def row_ends(n_tokens: int, grid: Grid) -> np.ndarray:
+    special = np.zeros(n_tokens, bool)
+    if grid is not None:
+        special[grid[1] :: grid[1] + 1] = True
+    return special
+
+
 @dataclass(frozen=True)
 class EncoderProfile:
     """How the rows of an encoder become image tokens.
@@ -95,6 +109,8 @@ class EncoderProfile:
     n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores are of its
         last layer without a window mask.
     grid(n_tokens, nx, ny): (rows, columns) of the tokens that show a place, or None. nx, ny: what libmtmd says.
+    sized_grid(n_tokens, (height, width)) -> Grid: the same from the size of the image in pixels, as the encoder gets it, for encoders
+        of any image size, where libmtmd gives the number of tokens alone.
     special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None: there are none.
     index_input: graph input that says which rows become tokens, or in which order they come, or None.
     to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell i, special
@@ -107,6 +123,7 @@ class EncoderProfile:
     n_rows: Callable[[int], int] = lambda n: n
     n_layers: Callable[[dict[str, object]], int] = all_layers
     grid: Callable[[int, int, int], Grid] = square_grid
+    sized_grid: Callable[[int, tuple[int, int]], Grid] | None = None
     special: Callable[[int, Grid], np.ndarray] | None = None
     index_input: str | None = None
     to_cells: Callable[[np.ndarray], np.ndarray] | None = None
@@ -137,11 +154,30 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
     )
 
 
+def _internvl(cls_first: EncoderProfile | None = None) -> EncoderProfile:
+    """InternVL: 2 x 2 patches of a tile are shuffled into a token. CLS is among the rows, at the end as given, and no token."""
+    patches = slice(None, -1) if cls_first else slice(1, None)
+    return EncoderProfile(
+        lambda rows, layout: on_raster(rows[patches], layout),
+        lambda n: 4 * n + 1,
+        cls_row=(lambda n: 4 * n) if cls_first else (lambda n: 0),
+        cls_first=cls_first,
+    )
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5. This llama.cpp joins CLS last (clip_graph_llava)
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
     # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
+    "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
+    # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk (clip_graph_siglip)
+    "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
+    # InternVL 2 and 3. This llama.cpp joins CLS last (clip_graph_internvl)
+    "internvl": _internvl(cls_first=_internvl()),
+    # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last (clip_graph_pixtral)
+    "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
 }
 
 

@@ -1,6 +1,6 @@
-"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2).
+"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2) and InternVL.
 
-Both defects are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) and are in its graph, clip_graph_llava:
+The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) and are in its graph, clip_graph_llava:
 
 1. Positions. The graph joins CLS to the end of the patches, and the numbers in its inputs `positions` and `patches` are for CLS first:
    each patch gets its neighbour's position, the row of patch 0 is lost, and CLS is fed to the decoder as an image token. The tap
@@ -22,7 +22,11 @@ What is done to a file of those projector types, first line that fits:
     clip.has_llava_projector, which that converter writes         2
     otherwise                                                     no 2: nothing is known of where its layers end
 
-convert_hf_to_gguf.py writes no such file: of LLaVA models it takes those with Pixtral's encoder.
+3. Positions of InternVL. Its graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position embeddings as they are,
+   which have that of CLS first. It drops CLS in the end, so that no row is lost. The tap puts the embeddings into the graph's order,
+   where it does join CLS last. A file with star_edge.encoder_layout = "stock" is left alone.
+
+Of 1 and 2: convert_hf_to_gguf.py writes no such file: of LLaVA models it takes those with Pixtral's encoder.
 """
 
 from __future__ import annotations
@@ -36,12 +40,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError
-from ..gguf_info import GGUFInfo, write_header
+from ..gguf_info import GGUFInfo, read_tensor, write_header
 from ..native import ffi, lib
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
 METADATA_KEYS = (LAYOUT_KEY, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size")
-CLS = "v.class_embd"
+CLS, _POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
 # Layers of CLIP and SigLIP encoders by their width: B, L, so400m, H, bigG
 _DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
@@ -49,9 +53,9 @@ _DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
 _AFTER_METADATA = "clip_model_loader: model name:"
 
 
-def _is_open(info: GGUFInfo, projector: str) -> bool:
+def _is_open(info: GGUFInfo, projector: str, projectors: tuple[str, ...] = _PROJECTORS) -> bool:
     """Whether there may be something to repair in a file."""
-    return projector in _PROJECTORS and info.values[LAYOUT_KEY] != STOCK_LAYOUT
+    return projector in projectors and info.values[LAYOUT_KEY] != STOCK_LAYOUT
 
 
 def misses_layer(info: GGUFInfo, projector: str) -> bool:
@@ -64,14 +68,28 @@ def misses_layer(info: GGUFInfo, projector: str) -> bool:
 
 
 def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
-    """Inputs of a graph that joins CLS last, as they must be: name -> int32. Empty where there is nothing to repair.
+    """Inputs of a graph that joins CLS last, as they must be, by name. Empty where there is nothing to repair.
 
-    positions (n + 1): patch i has row i + 1 of the position embeddings and CLS, the last, row 0. patches (n): the rows that become tokens.
+    LLaVA: positions (n + 1) int32: patch i has row i + 1 of the position embeddings and CLS, the last, row 0; patches (n) int32: the
+    rows that become tokens. InternVL: the position embeddings themselves in that order, (n + 1, bytes of a row) uint8.
     """
-    if not _is_open(info, projector) or CLS not in info.tensors:
+    if CLS not in info.tensors:
         return {}
-    n = (int(info.values["clip.vision.image_size"]) // int(info.values["clip.vision.patch_size"])) ** 2
-    return {"positions": np.append(np.arange(1, n + 1), 0).astype(np.int32), "patches": np.arange(n, dtype=np.int32)}
+    n = (int(info.values["clip.vision.image_size"] or 0) // int(info.values["clip.vision.patch_size"] or 1)) ** 2
+    if _is_open(info, projector):
+        return {"positions": np.append(np.arange(1, n + 1), 0).astype(np.int32), "patches": np.arange(n, dtype=np.int32)}
+    if _is_open(info, projector, ("internvl",)) and _POSITIONS in info.tensors:
+        rows = read_tensor(info, _POSITIONS)
+        if len(rows) % (n + 1) == 0:  # otherwise stock has no embedding for every row either
+            return {_POSITIONS: np.roll(rows.reshape(n + 1, -1), -1, axis=0)}
+    return {}
+
+
+def describe(inputs: dict[str, np.ndarray]) -> str:
+    """What the inputs of `graph_inputs` put right."""
+    if _POSITIONS in inputs:
+        return "each patch has its own position"
+    return "each patch has its own position, and no token is CLS (llama.cpp issue 25814)"
 
 
 def check_encoder(encoder: str) -> None:

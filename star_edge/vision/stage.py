@@ -57,6 +57,8 @@ def plan_prompt(
 ) -> PromptPlan:
     """Counts tokens. windows: (layer, keep) of the decoder stages that are possible. encoded: the images, once they are.
 
+    Special tokens count, and beside them one at least stays of each image.
+
     Raises:
         ConfigError: a count over an image's tokens.
     """
