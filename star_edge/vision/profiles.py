@@ -137,11 +137,20 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
     )
 
 
+def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """Qwen2.5-VL: token i is made of the 2 x 2 patches of group index[i]."""
+    return in_turn(4)(rows, layout)[layout.index]
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5. This llama.cpp joins CLS last (clip_graph_llava)
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
-    # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
+    # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
+    "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
+    "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
 }
 
 
