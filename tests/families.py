@@ -99,6 +99,7 @@ class Fixture:
         self.facts = json.loads((folder / "expected.json").read_text())
         self.vision_problem, self.decoder_problem = self.facts["vision_stage"], self.facts["decoder_stage"]
         self.repaired = self.facts["encoder"] == "repaired"
+        self.rounding = self.facts.get("rounding", 1.0)  # factor on tolerances in float32
         with np.load(folder / "expected.npz") as data:
             self._arrays = dict(data)
         self.prompts = [self._prompt(i, facts) for i, facts in enumerate(self.facts["prompts"])]

@@ -48,7 +48,7 @@ def decode(llama, tokens=None, embeddings=None, positions=None):
 
 
 def run_segments(llama, segments, next_position, n_generate=0):
-    """Decodes segments (objects with .rows.tokens, .rows.embeddings, .rows.positions) one after the other, then greedily.
+    """Decodes segments (objects with .causal, .rows.tokens, .rows.embeddings, .rows.positions) one after the other, then greedily.
 
     Returns (list of logits: after the prompt and after each generated token, generated token ids).
     """
@@ -58,7 +58,9 @@ def run_segments(llama, segments, next_position, n_generate=0):
             positions = rows.positions if rows.positions.ndim == 1 else rows.positions[0]
             out = decode(llama, tokens=rows.tokens, positions=positions)
         else:
+            llama_cpp.llama_set_causal_attn(llama.ctx, segment.causal)  # as mtmd_helper_decode_image_chunk
             out = decode(llama, embeddings=rows.embeddings, positions=rows.positions)
+            llama_cpp.llama_set_causal_attn(llama.ctx, True)
     return generate(llama, out, next_position, n_generate)
 
 

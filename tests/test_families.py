@@ -59,6 +59,11 @@ def decoder_stage(fixture):
         pytest.skip(f"no decoder stage: {fixture.decoder_problem}")
 
 
+def tolerance(table, fixture, mode):
+    """In float32 some families round more coarsely than others: expected.json says why."""
+    return table[mode] * (fixture.rounding if mode == "f32" else 1.0)
+
+
 def afresh(vlm):
     """The decoder with an empty cache, and nothing of an earlier answer in the tap."""
     vlm._begin()
@@ -190,7 +195,7 @@ def test_unpruned_decoder(fixture, engines, mode):
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
             state = prefill(afresh(vlm), prompt.segments(chunks), prompt.next_position)
-        assert np.abs(state.logits - prompt.logits).max() <= LOGITS[mode]
+        assert np.abs(state.logits - prompt.logits).max() <= tolerance(LOGITS, fixture, mode)
         if mode == "f32":
             assert generate(vlm.decoder, state, len(prompt.answer))[1] == prompt.answer.tolist()
 
@@ -207,9 +212,9 @@ def test_pruned_decoder(fixture, engines, decoder_stage, mode):
             state = prefill(afresh(vlm), segments, prompt.next_position, stage)
             assert state.in_place
             for ours, theirs, kept, rows in zip(state.scores[0], case.decoder_scores, state.selections[0], case.decoder_rows):
-                assert_same_scores(ours, theirs, SCORES[mode], case.n2)
+                assert_same_scores(ours, theirs, tolerance(SCORES, fixture, mode), case.n2)
                 assert np.array_equal(kept.kept, rows)
-            assert np.abs(state.logits - case.logits).max() <= LOGITS[mode]
+            assert np.abs(state.logits - case.logits).max() <= tolerance(LOGITS, fixture, mode)
             assert np.abs(case.logits - prompt.logits).max() > 4 * LOGITS["fa"]  # pruning shows
             if mode == "f32":
                 assert generate(vlm.decoder, state, len(case.answer))[1] == case.answer.tolist()
