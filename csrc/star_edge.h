@@ -111,6 +111,7 @@ typedef struct {
     int32_t flash;               /* 1: attention is GGML_OP_FLASH_ATTN_EXT */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
+    int32_t image_nx, image_ny;  /* columns and rows of the encoder's input `inp_raw`, in pixels; 0 if it was not seen */
     int32_t concat;              /* enum se_concat: where the leaf of se_tap_set_input_condition stands */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;

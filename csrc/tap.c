@@ -100,6 +100,16 @@ static void look_for_condition(se_tap * tap, const struct ggml_tensor * node) {
     if (se_is_input(node->src[1], tap->condition)) tap->result.concat = SE_CONCAT_LAST;
 }
 
+/* Encoders that take images of any size: what libmtmd has made of an image can be told from the graph alone. */
+static void look_for_image(se_tap * tap, const struct ggml_tensor * node) {
+    for (int s = 0; s < GGML_MAX_SRC && !tap->result.image_nx; s++) {
+        const struct ggml_tensor * src = node->src[s];
+        if (!src || !se_is_input(src, "inp_raw")) continue;
+        tap->result.image_nx = (int32_t) src->ne[0];
+        tap->result.image_ny = (int32_t) src->ne[1];
+    }
+}
+
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     const bool replace = !tap->condition[0] || tap->result.concat == SE_CONCAT_LAST;
     for (int s = 0; s < GGML_MAX_SRC; s++) {
@@ -345,6 +355,7 @@ bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
     if (tap->bias) bias_mask(tap, node);
     if (tap->condition[0]) look_for_condition(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
+    if (tap->armed && !tap->plan.n_layer && !tap->result.image_nx) look_for_image(tap, node);
     return ask(tap, node);
 }
 

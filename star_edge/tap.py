@@ -61,6 +61,7 @@ class Outcome:
     attention: list[np.ndarray] = field(default_factory=list)  # one array for each layer of the read
     n_attention: int = 0
     last_unmasked: int = -1
+    image_size: tuple[int, int] | None = None  # (rows, columns) in pixels of what an encoder was given
     concat: int = lib.SE_CONCAT_NONE  # where the leaf of `set_input_condition` stands
     n_skipped: int = 0
     stopped: bool = False
@@ -155,6 +156,7 @@ class Tap:
             outcome.error = lib.se_tap_finish(self._tap, result)
             outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
             outcome.concat = result.concat
+            outcome.image_size = (result.image_ny, result.image_nx) if result.image_nx else None
             outcome.n_skipped, outcome.stopped, outcome.flash = result.n_skipped, bool(result.stopped), bool(result.flash)
             outcome.score_seconds = result.score_seconds
         check(outcome.error, what)

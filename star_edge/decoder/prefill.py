@@ -196,7 +196,7 @@ class _Run:
         if self.keep and stem is not None and self.in_order:
             with self.timed("reuse"):
                 reuse.keep(self.context, *stem)
-        else:
+        elif self.context.stage_problem is None:  # otherwise nothing was parked, and a recurrent memory knows no such sequences
             for parking in range(PARKED, N_SEQUENCES):
                 self.context.remove(parking, 0)
         tokens = [np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens for s, original in zip(segments, self.segments)]

@@ -27,8 +27,9 @@ DIRECTORY_BYTES = 2 * 2**30  # of all files in a directory
 _KINDS = ("received", "cls")  # of attention, in the order in which a file has them
 
 # A file: header, embeddings, cells, scores by kind, and the SHA-256 of all before it. Little-endian.
-_HEADER = struct.Struct("<8s32sIIII")  # magic, key, n_tokens, n_embd, 1 if cells are there, bits of the kinds that are
-_MAGIC = b"starimg1"  # another number when a file holds something else, or the scores are computed in another way
+# magic, key, n_tokens, n_embd, rows and columns of the grid or zeros, 1 if cells are there, bits of the kinds that are
+_HEADER = struct.Struct("<8s32sIIIIII")
+_MAGIC = b"starimg2"  # another number when a file holds something else, or the scores are computed in another way
 _SUFFIX, _TEMPORARY = ".starimg", ".starimg-part"
 _CHECKSUM = 32
 _ABANDONED_SECONDS = 3600  # a temporary file of that age belongs to no process that still writes it
@@ -39,12 +40,13 @@ class CachedImage:
     """What the encoder made of one image. Arrays are read-only.
 
     embeddings: (n_tokens, n_embd_inp) float32. cells: (n_tokens,) int64, or None if they were not asked for. scores: attention that
-    each token receives, (n_tokens,) float32, by the kind that was read.
+    each token receives, (n_tokens,) float32, by the kind that was read. grid: (rows, columns) of the tokens, where only the encoder told.
     """
 
     embeddings: np.ndarray
     cells: np.ndarray | None = None
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for array in (self.embeddings, self.cells, *self.scores.values()):
@@ -63,7 +65,8 @@ class CachedImage:
 
     def joined(self, other: CachedImage) -> CachedImage:
         """With what an earlier run had read of the same image."""
-        return CachedImage(self.embeddings, other.cells if self.cells is None else self.cells, {**other.scores, **self.scores})
+        cells = other.cells if self.cells is None else self.cells
+        return CachedImage(self.embeddings, cells, {**other.scores, **self.scores}, self.grid)
 
 
 class ImageCache:
@@ -146,11 +149,12 @@ class ImageCache:
         body = data[:-_CHECKSUM]
         if len(body) < _HEADER.size or hashlib.sha256(body).digest() != data[-_CHECKSUM:]:
             return None
-        magic, its_key, its_tokens, its_embd, has_cells, bits = _HEADER.unpack_from(body)
+        magic, its_key, its_tokens, its_embd, *grid, has_cells, bits = _HEADER.unpack_from(body)
         kinds = [kind for i, kind in enumerate(_KINDS) if bits >> i & 1]
         size = _HEADER.size + n_tokens * (4 * n_embd + 8 * has_cells + 4 * len(kinds))
         if (
             (magic, its_key, its_tokens, its_embd) != (_MAGIC, key, n_tokens, n_embd)
+            or grid[0] * grid[1] > n_tokens
             or has_cells > 1
             or bits >> len(_KINDS)
             or len(body) != size
@@ -171,11 +175,11 @@ class ImageCache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the time of last use: access times are often off
-        return CachedImage(embeddings, cells, scores)
+        return CachedImage(embeddings, cells, scores, tuple(grid) if all(grid) else None)
 
     def _write(self, key: bytes, image: CachedImage) -> None:
         bits = sum(1 << i for i, kind in enumerate(_KINDS) if kind in image.scores)
-        parts = [_HEADER.pack(_MAGIC, key, *image.embeddings.shape, image.cells is not None, bits)]
+        parts = [_HEADER.pack(_MAGIC, key, *image.embeddings.shape, *(image.grid or (0, 0)), image.cells is not None, bits)]
         parts.append(np.ascontiguousarray(image.embeddings, "<f4").tobytes())
         if image.cells is not None:
             parts.append(np.ascontiguousarray(image.cells, "<i8").tobytes())

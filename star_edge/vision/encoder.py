@@ -51,7 +51,8 @@ class ImageChunk:
 
     positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x, 0).
     n_positions: how far the next token's position is from the chunk's first.
-    grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
+    grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid. For encoders that take images of any
+        size, None until it has been encoded: only the graph tells.
     special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
     content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
@@ -320,12 +321,12 @@ class VisionEncoder:
         found = self.cache.get(key, n, self.n_embd_inp, attention, want_cells)
         if found is not None:
             scores = None if attention is None else found.scores[attention]
+            chunk.grid = chunk.grid or found.grid
             special = self._special(chunk, found.embeddings)
             return Encoded(found.embeddings, scores, found.cells if want_cells else _cells(n, special), 0.0, special, cached=True)
         encoded = self.encode(chunk, attention, want_cells=want_cells)
-        image = CachedImage(
-            encoded.embeddings.copy(), encoded.cells if want_cells else None, {} if attention is None else {attention: encoded.scores}
-        )
+        cells = encoded.cells if want_cells else None
+        image = CachedImage(encoded.embeddings.copy(), cells, {} if attention is None else {attention: encoded.scores}, chunk.grid)
         self.cache.put(key, image)
         return encoded
 
@@ -357,6 +358,10 @@ class VisionEncoder:
         pointer = mtmd.mtmd_get_output_embd(self.context)
         embeddings = np.ctypeslib.as_array(pointer, (chunk.n_tokens, self.n_embd_inp))
         special = self._special(chunk, embeddings)
+        if chunk.grid is None and self.profile.token_side and outcome.image_size:
+            side = self.profile.token_side(self.metadata)
+            rows_columns = tuple(-(-pixels // side) for pixels in outcome.image_size)
+            chunk.grid = rows_columns if np.prod(rows_columns) == chunk.n_tokens else None
         cells = _cells(chunk.n_tokens, special)
         if index is not None and self.profile.to_cells:
             cells = self.profile.to_cells(index).astype(np.int64)

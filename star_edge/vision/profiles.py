@@ -25,6 +25,8 @@ METADATA_KEYS = (
     "clip.vision.block_count",
     "clip.vision.attention.head_count",
     "clip.vision.feature_layer",
+    "clip.vision.patch_size",
+    "clip.vision.projector.scale_factor",
 )
 
 
@@ -95,6 +97,7 @@ class EncoderProfile:
     n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores are of its
         last layer without a window mask.
     grid(n_tokens, nx, ny): (rows, columns) of the tokens that show a place, or None. nx, ny: what libmtmd says.
+    token_side(metadata): pixels of a token's side, for encoders of any image size whose grid libmtmd does not say; None: it does.
     special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None: there are none.
     index_input: graph input that says which rows become tokens, or in which order they come, or None.
     to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell i, special
@@ -107,6 +110,7 @@ class EncoderProfile:
     n_rows: Callable[[int], int] = lambda n: n
     n_layers: Callable[[dict[str, object]], int] = all_layers
     grid: Callable[[int, int, int], Grid] = square_grid
+    token_side: Callable[[dict[str, object]], int] | None = None
     special: Callable[[int, Grid], np.ndarray] | None = None
     index_input: str | None = None
     to_cells: Callable[[np.ndarray], np.ndarray] | None = None
@@ -137,6 +141,11 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
     )
 
 
+def _shuffled_side(metadata: dict[str, object]) -> int:
+    """Pixel shuffle: a square of patches for a token."""
+    return int(metadata["clip.vision.patch_size"]) * int(metadata["clip.vision.projector.scale_factor"] or 2)
+
+
 def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
     """Qwen2.5-VL: token i is made of the 2 x 2 patches of group index[i]."""
     return in_turn(4)(rows, layout)[layout.index]
@@ -151,6 +160,8 @@ PROFILES: dict[str, EncoderProfile] = {
     # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
     "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
+    # LFM2-VL: any image size, 2 x 2 patches of the raster for a token
+    "lfm2": EncoderProfile(on_raster(2), lambda n: 4 * n, grid=given_grid, token_side=_shuffled_side),
 }
 
 
