@@ -141,9 +141,9 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
     )
 
 
-def _shuffled_side(metadata: dict[str, object]) -> int:
-    """Pixel shuffle: a square of patches for a token."""
-    return int(metadata["clip.vision.patch_size"]) * int(metadata["clip.vision.projector.scale_factor"] or 2)
+def _side(factor: int) -> Callable[[dict[str, object]], int]:
+    """Pixels of a token's side: factor x factor patches, if the file does not say otherwise."""
+    return lambda metadata: int(metadata["clip.vision.patch_size"]) * int(metadata["clip.vision.projector.scale_factor"] or factor)
 
 
 def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
@@ -160,8 +160,10 @@ PROFILES: dict[str, EncoderProfile] = {
     # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
     "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
+    # Gemma 4: any image size, 3 x 3 patches averaged into a token
+    "gemma4v": EncoderProfile(on_raster(3), lambda n: 9 * n, grid=given_grid, token_side=_side(3)),
     # LFM2-VL: any image size, 2 x 2 patches of the raster for a token
-    "lfm2": EncoderProfile(on_raster(2), lambda n: 4 * n, grid=given_grid, token_side=_shuffled_side),
+    "lfm2": EncoderProfile(on_raster(2), lambda n: 4 * n, grid=given_grid, token_side=_side(2)),
 }
 
 
