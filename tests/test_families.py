@@ -14,7 +14,7 @@ import stock
 from families import MODES, N_THREADS, load_fixtures, tokenized
 from test_exact import by_score, generate, keep_all
 
-from star_edge import PruneConfig
+from star_edge import MEDIA_MARKER, PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
 
@@ -148,6 +148,29 @@ def test_whole_pipeline_equals_stock(fixture, engines, mode):
         assert generate(vlm.decoder, state, N_GENERATE)[1] == expected_tokens
         assert report.n_decoder_kept == report.n_image_tokens
         assert bool(report.windows) == (config is not None and not fixture.decoder_problem)
+
+
+def test_frames(fixture, engines):
+    """Four frames of a film as images of one prompt: exact with everything kept, and pruned none of them starves."""
+    vlm = engines("fa", "stock")
+    first, second = fixture.prompts[-1].pictures[:2]
+    frames = [np.ascontiguousarray(frame) for frame in (first, first[::-1], second, second[:, ::-1])]
+    text = "".join(f"{i}: {MEDIA_MARKER} " for i in range(4)) + "what happens?"
+    llama = stock.load(fixture.text, True)
+    plain = stock.Multimodal(llama, fixture.mmproj, True)
+    expected, expected_tokens = plain.ask(text, frames, N_GENERATE)
+    plain.close()
+    llama.close()
+    layer = layers(vlm)[1]
+    state, report = vlm.read_prompt(text, frames, PruneConfig(decoder_layer=layer), chat=False)
+    assert np.array_equal(state.logits, expected[0])
+    assert generate(vlm.decoder, state, N_GENERATE)[1] == expected_tokens
+    n_images = len(report.images)
+    assert n_images % 4 == 0 and report.n_decoder_kept == report.n_image_tokens
+    state, report = vlm.read_prompt(text, frames, PruneConfig(20, 8, layer), chat=False)
+    assert state.in_place and len(report.images) == n_images
+    assert all(len(image.decoder_kept) == (20 if fixture.decoder_problem else 8) for image in report.images)
+    assert len(generate(vlm.decoder, state, N_GENERATE)[1]) == N_GENERATE
 
 
 # ---- transformers: the encoder ----
