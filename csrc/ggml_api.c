@@ -62,7 +62,7 @@ const char * se_error_text(int error) {
         case SE_ERR_SHAPE: return "a tensor of the graph has an unexpected shape or type";
         case SE_ERR_CAPACITY: return "an output buffer is too small";
         case SE_ERR_SEVERAL_GRAPHS: return "the decode was split into several graphs";
-        case SE_ERR_LATE_INPUT: return "the model's later layers read the input embeddings again, so no window can begin there";
+        case SE_ERR_LATE_INPUT: return "a later layer reads more of an earlier one than its hidden state, so no window can begin there";
         default: return "unknown error";
     }
 }

@@ -159,33 +159,43 @@ int se_read_attention(const struct ggml_tensor * node, se_attention_read * read)
 
 /* ---- which nodes depend on the input embeddings ---- */
 
-struct se_depends {
+typedef struct {
     const struct ggml_tensor ** slots; /* open addressing */
     size_t capacity, count;
+} tensor_set;
+
+struct se_depends {
+    tensor_set prelude, layers;
 };
 
 se_depends * se_depends_new(void) { return calloc(1, sizeof(se_depends)); }
 
 void se_depends_free(se_depends * set) {
     if (!set) return;
-    free(set->slots);
+    free(set->prelude.slots);
+    free(set->layers.slots);
     free(set);
 }
 
-void se_depends_clear(se_depends * set) {
+static void clear(tensor_set * set) {
     if (set->capacity) memset(set->slots, 0, set->capacity * sizeof *set->slots);
     set->count = 0;
 }
 
-static size_t slot_of(const se_depends * set, const struct ggml_tensor * t) {
+void se_depends_clear(se_depends * set) {
+    clear(&set->prelude);
+    clear(&set->layers);
+}
+
+static size_t slot_of(const tensor_set * set, const struct ggml_tensor * t) {
     size_t i = ((uintptr_t) t >> 4) * (size_t) 0x9E3779B97F4A7C15ull & (set->capacity - 1);
     while (set->slots[i] && set->slots[i] != t) i = (i + 1) & (set->capacity - 1);
     return i;
 }
 
-static bool insert(se_depends * set, const struct ggml_tensor * t) {
+static bool insert(tensor_set * set, const struct ggml_tensor * t) {
     if (2 * (set->count + 1) > set->capacity) {
-        se_depends bigger = { .capacity = set->capacity ? 2 * set->capacity : 1024 };
+        tensor_set bigger = { .capacity = set->capacity ? 2 * set->capacity : 1024 };
         bigger.slots = calloc(bigger.capacity, sizeof *bigger.slots);
         if (!bigger.slots) return false;
         for (size_t i = 0; i < set->capacity; i++) {
@@ -203,7 +213,7 @@ static bool insert(se_depends * set, const struct ggml_tensor * t) {
     return true;
 }
 
-static bool contains_name(const se_depends * set, const char * name, size_t length) {
+static bool contains_name(const tensor_set * set, const char * name, size_t length) {
     for (size_t i = 0; i < set->capacity; i++) {
         const struct ggml_tensor * t = set->slots[i];
         if (t && strncmp(t->name, name, length) == 0 && t->name[length] == '\0') return true;
@@ -211,26 +221,48 @@ static bool contains_name(const se_depends * set, const char * name, size_t leng
     return false;
 }
 
-static bool depends(const se_depends * set, const struct ggml_tensor * t) {
-    if (!t) return false;
-    if (se_is_input(t, "inp_tokens") || se_is_input(t, "inp_embd") || se_is_input(t, "embd")) return true;
-    if (set->capacity && set->slots[slot_of(set, t)]) return true;
-    if (t->op != GGML_OP_NONE || !set->capacity) return false;
+static bool contains(const tensor_set * set, const struct ggml_tensor * t) {
+    if (!set->count) return false;
+    if (set->slots[slot_of(set, t)]) return true;
+    if (t->op != GGML_OP_NONE) return false;
     /* BACKEND#name#i: the scheduler's copy of a node of an earlier split */
     const char * first = strchr(t->name, '#');
     const char * last = first ? strrchr(first + 1, '#') : NULL;
     return last && contains_name(set, first + 1, (size_t) (last - first - 1));
 }
 
-bool se_depends_has(const se_depends * set, const struct ggml_tensor * node) {
-    /* A view of the KV cache (k, v) has only the cache behind it: the row written by SET_ROWS is not among its sources, and
-     * it may be computed or not: views are no work. */
-    bool found = depends(set, node->view_src);
-    for (int i = 0; i < GGML_MAX_SRC && !found; i++) found = depends(set, node->src[i]);
-    return found;
+static bool is_embedding(const struct ggml_tensor * t) {
+    return se_is_input(t, "inp_tokens") || se_is_input(t, "inp_embd") || se_is_input(t, "embd");
+}
+
+/* A view of the KV cache (k, v) has only the cache behind it: the row written by SET_ROWS is not among its sources, and
+ * it may be computed or not: views are no work. */
+static const struct ggml_tensor * source(const struct ggml_tensor * node, int i) {
+    return i < GGML_MAX_SRC ? node->src[i] : node->view_src;
+}
+
+bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node) {
+    for (int i = 0; i <= GGML_MAX_SRC; i++) {
+        const struct ggml_tensor * t = source(node, i);
+        if (t && contains(&set->layers, t)) return true;
+    }
+    return false;
+}
+
+/* llm_graph_context::cb appends the layer's number to the names of what a layer computes: attn_norm-0. */
+static bool is_of_a_layer(const struct ggml_tensor * node) {
+    const char * dash = strrchr(node->name, '-');
+    return dash && dash[1] && strspn(dash + 1, "0123456789") == strlen(dash + 1);
 }
 
 int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
-    if (!se_depends_has(set, node)) return 0;
-    return insert(set, node) ? 1 : -1;
+    if (se_depends_on_layers(set, node)) return insert(&set->layers, node) ? SE_LAYERS : -1;
+    bool found = false;
+    for (int i = 0; i <= GGML_MAX_SRC && !found; i++) {
+        const struct ggml_tensor * t = source(node, i);
+        found = t && (is_embedding(t) || contains(&set->prelude, t));
+    }
+    if (!found) return SE_INDEPENDENT;
+    const bool begins = is_of_a_layer(node);
+    return insert(begins ? &set->layers : &set->prelude, node) ? (begins ? SE_LAYERS : SE_PRELUDE) : -1;
 }

@@ -31,16 +31,17 @@ typedef struct {
 } se_attention_read;
 int se_read_attention(const struct ggml_tensor * node, se_attention_read * read);
 
-/* A set of tensors that depend on the input embeddings, by pointer, and by name across backends. */
+/* Which tensors depend on the input embeddings, by pointer, and by name across backends: on them alone (SE_PRELUDE: their scaling,
+ * Gemma's inputs of later layers, ...), or on what a layer has computed from them (SE_LAYERS). */
+enum se_dependence { SE_INDEPENDENT = 0, SE_PRELUDE = 1, SE_LAYERS = 2 };
 typedef struct se_depends se_depends;
 se_depends * se_depends_new(void);
 void se_depends_free(se_depends * set);
 void se_depends_clear(se_depends * set);
-/* Adds `node` when one of its sources is an input embedding or in the set. Nodes must come in graph order.
- * Returns 1: depends, 0: does not, -1: out of memory. */
+/* What `node` depends on, remembered for its consumers. Nodes must come in graph order. -1: out of memory. */
 int se_depends_visit(se_depends * set, const struct ggml_tensor * node);
 
-/* Whether one of its sources is an input embedding or in the set. */
-bool se_depends_has(const se_depends * set, const struct ggml_tensor * node);
+/* Whether one of its sources depends on what a layer has computed. */
+bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node);
 
 #endif

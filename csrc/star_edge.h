@@ -30,7 +30,7 @@ enum se_error {
     SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
     SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
     SE_ERR_SEVERAL_GRAPHS = 9, /* the decode was split into more than one graph while a window was armed */
-    SE_ERR_LATE_INPUT = 10    /* a layer of the window reads more of the input than the hidden state */
+    SE_ERR_LATE_INPUT = 10    /* a layer of the window reads more of the layers before it than their hidden state */
 };
 const char * se_error_text(int error);
 
@@ -80,9 +80,9 @@ enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
 typedef struct {
-    /* Layer window [first, last) of n_layer. first > 0: nodes up to `l_out-(first-1)` that depend on the input embeddings
-     * are skipped and `inject` stands for its result. last < n_layer: the graph ends at the attention of layer `last`,
-     * after its K and V are in the cache. first == last, within 1..n_layer-1: nothing but that layer's K and V, from `inject`.
+    /* Layer window [first, last) of n_layer. first > 0: what the layers before `first` compute from the input embeddings is
+     * skipped, and `inject` stands for `l_out-(first-1)`; the embeddings themselves are there for models that bring more of them
+     * in at later layers. last < n_layer: the graph ends at the attention of layer `last`, after its K and V are in the cache. first == last, within 1..n_layer-1: nothing but that layer's K and V, from `inject`.
      * n_layer == 0: no window, only observe. */
     int32_t n_layer, first, last;
     int32_t n_rows, n_embd;

@@ -283,8 +283,8 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         }
         const int found = se_depends_visit(tap->depends, node);
         if (found < 0) fail(tap, SE_ERR_MEMORY);
-        if (found > 0) skip(tap, node);
-    } else if (has_window && p->first > 0 && (node->flags & GGML_TENSOR_FLAG_COMPUTE) && se_depends_has(tap->depends, node)) {
+        if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (DeepStack, Gemma 4) */
+    } else if (has_window && p->first > 0 && (node->flags & GGML_TENSOR_FLAG_COMPUTE) && se_depends_on_layers(tap->depends, node)) {
         fail(tap, SE_ERR_LATE_INPUT);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;

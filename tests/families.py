@@ -26,13 +26,13 @@ N_THREADS = 1  # waiting for each other costs threads more than these models do
 
 @dataclass
 class Case:
-    """One K: what transformers keeps and says when tokens are removed at `layer`.
+    """One K: what transformers keeps and says when tokens are removed at `layer`, or by the vision stage alone (None).
 
     vision_kept, decoder_kept: for each image, ascending indices into its tokens. decoder_scores: for each image, (n1,).
     logits: (n_vocab,). answer: (16,) greedy tokens. special: for each image, (n_tokens,) bool of tokens that stay in any case.
     """
 
-    layer: int
+    layer: int | None
     n1: int
     n2: int
     prunes_vision: bool

@@ -154,7 +154,8 @@ class Rows:
     """Rows of one decode: token ids or embeddings, with the positions that RoPE should see.
 
     tokens: (n,) int32, or None.
-    embeddings: (n, n_embd_inp) float32, or None. When a window starts past layer 0 both may be None: the input is not read.
+    embeddings: (n, n_embd_inp) float32, or None. Where a window starts past layer 0 they are read too by models that bring more of them in
+        at later layers (DeepStack, Gemma 4); without both, zeros stand for them.
     positions: (n,) int32, or (4, n) for M-RoPE.
     """
 
@@ -166,8 +167,12 @@ class Rows:
         return self.positions.shape[-1]
 
     def slice(self, start: int, stop: int) -> Rows:
-        part = lambda array: None if array is None else array[start:stop]
-        return Rows(np.ascontiguousarray(self.positions[..., start:stop]), part(self.tokens), part(self.embeddings))
+        return self.take(slice(start, stop))
+
+    def take(self, rows: slice | np.ndarray) -> Rows:
+        """Some of the rows."""
+        part = lambda array: None if array is None else array[rows]
+        return Rows(np.ascontiguousarray(self.positions[..., rows]), part(self.tokens), part(self.embeddings))
 
 
 class DecoderContext:

@@ -318,16 +318,16 @@ class _Run:
         return selections
 
     def thin(self, segments: Sequence[Segment], selections: Sequence[Selection | None]) -> tuple[list[Segment], np.ndarray]:
-        """The segments with the rows that go on, which enter past layer 0 from their hidden states, and (n,) bool of those rows."""
+        """The segments with the rows that go on, and (n,) bool of those rows."""
         keep_row = np.ones(sum(len(s.rows) for s in segments), bool)
         live = []
         for segment, place, selection in zip(segments, self.places(segments), selections):
-            positions = segment.rows.positions
+            rows = segment.rows
             if selection is not None:
                 keep_row[place] = False
                 keep_row[place.start + selection.kept] = True
-                positions = positions[..., selection.kept]
-            live.append(Segment(Rows(positions), segment.image, segment.causal, None if selection is None else selection.mass))
+                rows = rows.take(selection.kept)
+            live.append(Segment(rows, segment.image, segment.causal, None if selection is None else selection.mass))
         return live, keep_row
 
     def set_masses(self, segments: Sequence[Segment], cells: np.ndarray) -> None:
@@ -365,9 +365,7 @@ class _Run:
         self.n_cells = start
         kept = []
         for segment, keep in zip(segments, kept_rows):
-            part = lambda array, keep=keep: None if array is None else array[keep]
-            rows = segment.rows
-            kept.append(Segment(Rows(rows.positions[..., keep], part(rows.tokens), part(rows.embeddings)), segment.image, segment.causal))
+            kept.append(Segment(segment.rows.take(keep), segment.image, segment.causal))
         self.plain(kept, last_has_logits=True)
 
     # ---- decodes ----

@@ -26,6 +26,8 @@ METADATA_KEYS = (
     "clip.vision.block_count",
     "clip.vision.attention.head_count",
     "clip.vision.feature_layer",
+    "clip.vision.patch_size",
+    "clip.vision.projector.scale_factor",
 )
 
 
@@ -81,6 +83,14 @@ def square_grid(n_tokens: int, nx: int, ny: int) -> Grid:
 def given_grid(n_tokens: int, nx: int, ny: int) -> Grid:
     """What libmtmd says, where it says more than the number of tokens."""
     return (ny, nx) if nx * ny == n_tokens and ny > 1 else None
+
+
+def plain_grid(n_tokens: int, size: tuple[int, int]) -> Grid:
+    """Columns / rows as width / height."""
+    height, width = size
+    rows = max(1, round(math.sqrt(n_tokens * height / width)))
+    columns = n_tokens // rows
+    return (rows, columns) if rows * columns == n_tokens and rows * width == columns * height else None
 
 
 def grid_with_row_ends(n_tokens: int, size: tuple[int, int]) -> Grid:
@@ -165,11 +175,20 @@ def _internvl(cls_first: EncoderProfile | None = None) -> EncoderProfile:
     )
 
 
+def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """Qwen2.5-VL: token i is made of the 2 x 2 patches of group index[i]."""
+    return in_turn(4)(rows, layout)[layout.index]
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5. This llama.cpp joins CLS last (clip_graph_llava)
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
-    # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
+    # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
+    "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
+    "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
     "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
     # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk (clip_graph_siglip)
@@ -178,6 +197,10 @@ PROFILES: dict[str, EncoderProfile] = {
     "internvl": _internvl(cls_first=_internvl()),
     # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last (clip_graph_pixtral)
     "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
+    # Gemma 4: any image size, 3 x 3 patches averaged into a token
+    "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
+    # LFM2-VL: any image size, 2 x 2 patches of the raster for a token
+    "lfm2": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
 }
 
 
