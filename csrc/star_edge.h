@@ -44,6 +44,10 @@ void se_log_callback(int level, const char * text, void * user_data); /* a ggml_
 uintptr_t se_log_callback_address(void);
 void se_log_clear(void);
 const char * se_log_text(void);
+/* When this thread logs a message that contains `text`, the file `from` is renamed to `to`, once. NULL: not any more. The strings
+ * must last until then. */
+int se_log_rename_at(const char * text, const char * from, const char * to);
+int se_log_renamed(void); /* 1: done, 0: not seen yet, -1: it could not be renamed */
 
 /* ---- attention scores ---- */
 enum se_reduce { SE_KEEP = 0, SE_MEAN_HEADS = 1, SE_MEAN_ROWS = 2, SE_MEAN_ALL = 3 };
@@ -71,6 +75,8 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
 
 /* ---- the tap ---- */
 typedef struct se_tap se_tap;
+
+enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
 typedef struct {
@@ -105,6 +111,7 @@ typedef struct {
     int32_t flash;               /* 1: attention is GGML_OP_FLASH_ATTN_EXT */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
+    int32_t concat;              /* enum se_concat: where the leaf of se_tap_set_input_condition stands */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;
 
@@ -125,6 +132,8 @@ int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset);
 int se_tap_set_cell_bias(se_tap * tap, const float * bias, int32_t n_cells);
 /* Bytes that replace a graph input of that name before its first consumer runs. data NULL: off. Copied. */
 int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t n_bytes);
+/* Replace inputs only in graphs that have concatenated this leaf last before the input's consumer. NULL: in all graphs. */
+int se_tap_set_input_condition(se_tap * tap, const char * leaf);
 /* Copy a graph input of that name out while the graph runs; *n_bytes is the size read, 0 if it was not seen. out NULL: off. */
 int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capacity);
 size_t se_tap_watched_bytes(const se_tap * tap);

@@ -35,6 +35,7 @@ struct se_tap {
     float * bias;
     int32_t n_bias;
     input_override inputs[MAX_INPUTS];
+    char condition[GGML_MAX_NAME]; /* leaf that must be concatenated last for inputs to be replaced; "": no condition */
     char watch_name[GGML_MAX_NAME];
     void * watch_out;
     size_t watch_capacity, watch_size;
@@ -91,11 +92,20 @@ static void * scratch(se_tap * tap, size_t size) {
 
 /* ---- inputs ---- */
 
+/* Notes at which end of a CONCAT the leaf of the condition stands. The scheduler asks in the graph's order, so that is known before
+ * anything that is computed from the joined rows. */
+static void look_for_condition(se_tap * tap, const struct ggml_tensor * node) {
+    if (node->op != GGML_OP_CONCAT || !node->src[0] || !node->src[1]) return;
+    if (se_is_input(node->src[0], tap->condition)) tap->result.concat = SE_CONCAT_FIRST;
+    if (se_is_input(node->src[1], tap->condition)) tap->result.concat = SE_CONCAT_LAST;
+}
+
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
+    const bool replace = !tap->condition[0] || tap->result.concat == SE_CONCAT_LAST;
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * src = node->src[s];
         if (!src || src->op != GGML_OP_NONE) continue;
-        for (int i = 0; i < MAX_INPUTS; i++) {
+        for (int i = 0; replace && i < MAX_INPUTS; i++) {
             const input_override * in = &tap->inputs[i];
             if (!in->data || !se_is_input(src, in->name)) continue;
             /* Once for each consumer: writing the same bytes again is harmless, and no state has to say when a graph ends. */
@@ -321,6 +331,7 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
 static void begin_graph(se_tap * tap) {
     tap->n_positions = 0;
     tap->n_biased = 0;
+    tap->result.concat = SE_CONCAT_NONE;
 }
 
 bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
@@ -332,6 +343,7 @@ bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
     else if (tap->graph_start == node || strcmp(node->name, "result_norm") == 0) begin_graph(tap); /* a reused graph; the end of one */
     if (node->op == GGML_OP_ROPE) override_positions(tap, node);
     if (tap->bias) bias_mask(tap, node);
+    if (tap->condition[0]) look_for_condition(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
     return ask(tap, node);
 }
@@ -462,6 +474,12 @@ int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t 
     strcpy(tap->inputs[slot].name, name);
     tap->inputs[slot].data = copy;
     tap->inputs[slot].size = n_bytes;
+    return SE_OK;
+}
+
+int se_tap_set_input_condition(se_tap * tap, const char * leaf) {
+    if (!tap || (leaf && strlen(leaf) >= GGML_MAX_NAME)) return SE_ERR_ARGUMENT;
+    strcpy(tap->condition, leaf ? leaf : "");
     return SE_OK;
 }
 

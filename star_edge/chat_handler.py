@@ -36,6 +36,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt
+from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
 # Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
@@ -77,7 +78,7 @@ class StarChatHandler(MTMDChatHandler):
         `with handler.pruning("fast"):` holds for the requests made inside.
     encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
     image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    image_cache_bytes, image_cache_dir, reuse: as in StarVLM.
+    encoder, image_cache_bytes, image_cache_dir, reuse: as in StarVLM.
     image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of strangers
         give an image_loader.
     image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
@@ -89,7 +90,7 @@ class StarChatHandler(MTMDChatHandler):
     time: other threads wait, and a new request ends an unfinished stream, which then raises EngineClosedError.
 
     Raises:
-        ModelFileError: clip_model_path cannot be read. ConfigError: prune is no config.
+        ModelFileError: clip_model_path cannot be read. ConfigError: prune is no config, or encoder unknown.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class StarChatHandler(MTMDChatHandler):
         encoder_flash_attn: bool | None = None,
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
         image_cache_dir: str | PathLike | None = None,
         reuse: bool = True,
@@ -109,10 +111,12 @@ class StarChatHandler(MTMDChatHandler):
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         read_gguf_info(clip_model_path)
+        check_encoder(encoder)
         super().__init__(fspath(clip_model_path), verbose, use_gpu)
         self.prune = prune
         self.encoder_flash_attn = encoder_flash_attn
         self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
+        self.encoder = encoder
         self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
         self.reuse = reuse
         self.image_limits = image_limits
@@ -265,6 +269,7 @@ class StarChatHandler(MTMDChatHandler):
             encoder_on_gpu=self.use_gpu,
             image_min_tokens=self.image_min_tokens,
             image_max_tokens=self.image_max_tokens,
+            encoder=self.encoder,
             image_cache_bytes=self.image_cache_bytes,
             image_cache_dir=self.image_cache_dir,
             reuse=self.reuse,

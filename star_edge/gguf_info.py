@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 
+import numpy as np
+
 from .errors import ModelFileError
 from .native import GGML
 
@@ -39,6 +41,12 @@ _declare("gguf_get_data_offset", ctypes.c_size_t, _P)
 _declare("gguf_get_n_tensors", ctypes.c_int64, _P)
 _declare("gguf_get_tensor_offset", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
+_declare("gguf_get_tensor_name", ctypes.c_char_p, _P, ctypes.c_int64)
+_declare("gguf_set_arr_data", None, _P, ctypes.c_char_p, ctypes.c_int, _P, ctypes.c_size_t)
+_declare("gguf_set_val_str", None, _P, ctypes.c_char_p, ctypes.c_char_p)
+_declare("gguf_remove_key", ctypes.c_int64, _P, ctypes.c_char_p)
+_declare("gguf_get_meta_size", ctypes.c_size_t, _P)
+_declare("gguf_write_to_file", ctypes.c_bool, _P, ctypes.c_char_p, ctypes.c_bool)
 
 # enum gguf_type -> (ctypes type, reader)
 _SCALARS = {
@@ -48,7 +56,9 @@ _SCALARS = {
 }  # fmt: skip
 for _kind, (_suffix, _ctype) in _SCALARS.items():
     _declare(f"gguf_get_val_{_suffix}", _ctype, _P, ctypes.c_int64)
-_STRING, _ARRAY = 8, 9
+_INT32, _STRING, _ARRAY = 5, 8, 9
+# What no loader needs: the first that give enough room make way in `write_header`
+_DISPENSABLE = ("general.description", "general.name", "clip.has_text_encoder", "clip.has_llava_projector", "general.file_type")
 
 
 @contextmanager
@@ -65,12 +75,13 @@ def quiet_llama_log() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """Path, size in bytes, and the metadata values that were asked for; keys that are absent are None."""
+    """Path, size in bytes, the metadata values that were asked for (None for keys that are absent), and the names of the tensors."""
 
     path: str
     n_bytes: int
     architecture: str
     values: dict[str, object]
+    tensors: frozenset[str] = frozenset()
 
 
 def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo:
@@ -94,22 +105,53 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
         cause = "is empty" if not n_bytes else f"is no GGUF file (it begins with {magic!r})"
         raise ModelFileError(f"{name} {cause}", "download it again, or convert the model to GGUF")
 
-    with quiet_llama_log():
-        handle = GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+    handle = _open(name)
     if not handle:
         raise ModelFileError(f"{name} is truncated or damaged: its header cannot be read ({n_bytes} bytes)", "download it again")
     try:
         data = GGML.gguf_get_data_offset(handle)
-        ends = [
-            GGML.gguf_get_tensor_offset(handle, i) + GGML.gguf_get_tensor_size(handle, i) for i in range(GGML.gguf_get_n_tensors(handle))
-        ]
+        tensors = range(GGML.gguf_get_n_tensors(handle))
+        ends = [GGML.gguf_get_tensor_offset(handle, i) + GGML.gguf_get_tensor_size(handle, i) for i in tensors]
         needed = data + max(ends, default=0)
         if n_bytes < needed:
             raise ModelFileError(f"{name} is truncated: it has {n_bytes} bytes and needs {needed}", "download it again")
         values = {key: _value(handle, key) for key in keys}
-        return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values)
+        names = frozenset(GGML.gguf_get_tensor_name(handle, i).decode("utf-8", "replace") for i in tensors)
+        return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values, names)
     finally:
         GGML.gguf_free(handle)
+
+
+def write_header(source: str | PathLike, target: str | PathLike, key: str, values: np.ndarray) -> bool:
+    """Writes the header of a GGUF file with one more key, and nothing of its tensors. values: (n,) int32.
+
+    It gets the size of the file's own, so that tensors are where they were: keys that describe the file make way, and one is added
+    that fills up. False: there is no room for it, or it could not be written.
+    """
+    handle = _open(os.fspath(source))
+    if not handle:
+        return False
+    try:
+        size = GGML.gguf_get_data_offset(handle)
+        values = np.ascontiguousarray(values, np.int32)
+        GGML.gguf_set_arr_data(handle, key.encode(), _INT32, values.ctypes.data, len(values))
+        for name in _DISPENSABLE:
+            if GGML.gguf_get_meta_size(handle) <= size:
+                break
+            GGML.gguf_remove_key(handle, name.encode())
+        n = 0
+        while GGML.gguf_get_meta_size(handle) < size:  # in steps of the alignment, which is 32 or what the file says
+            GGML.gguf_set_val_str(handle, b"pad", b" " * n)
+            n += 8
+        with quiet_llama_log():
+            return GGML.gguf_get_meta_size(handle) == size and GGML.gguf_write_to_file(handle, os.fsencode(target), True)
+    finally:
+        GGML.gguf_free(handle)
+
+
+def _open(name: str) -> int | None:
+    with quiet_llama_log():
+        return GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
 
 
 def _value(handle: int, key: str) -> object:

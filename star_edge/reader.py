@@ -28,7 +28,8 @@ from .selection import Selection, Tokens
 from .tap import Tap
 from .vision.cache import DEFAULT_BYTES, check_bytes
 from .vision.encoder import Prompt, TextChunk, VisionEncoder
-from .vision.stage import PromptPlan, plan_prompt, run_vision_stage
+from .vision.repair import check_encoder
+from .vision.stage import PromptPlan, plan_prompt, run_vision_stage, vision_scorer
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
@@ -41,7 +42,7 @@ class PromptReader:
 
     Raises:
         ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
-        ConfigError: the cache's size or directory cannot be used.
+        ConfigError: the cache's size or directory cannot be used, or encoder is neither "repaired" nor "stock".
         EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
     """
 
@@ -54,11 +55,13 @@ class PromptReader:
         encoder_on_gpu: bool,
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
         image_cache_dir: str | PathLike | None = None,
         reuse: bool = True,
     ) -> None:
         check_bytes(image_cache_bytes)
+        check_encoder(encoder)
         self.reuse = reuse
         self.llama: Llama = weakref.proxy(llama)
         self.encoder: VisionEncoder | None = None
@@ -70,6 +73,7 @@ class PromptReader:
                 use_gpu=encoder_on_gpu,
                 image_min_tokens=image_min_tokens,
                 image_max_tokens=image_max_tokens,
+                repaired=encoder == "repaired",
                 cache_bytes=image_cache_bytes,
                 cache_dir=image_cache_dir,
             )
@@ -154,6 +158,7 @@ class PromptReader:
             milliseconds,
             in_place=state.in_place,
             reused_tokens=state.n_reused,
+            repairs=self.encoder.repairs if image_reports else [],
             notes=notes,
         )
         return state, report
@@ -163,9 +168,14 @@ class PromptReader:
         notes: list[str] = []
         has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
         prune = config if has_images else None
-        can_prune_vision = self.encoder is not None and self.encoder.profile is not None
-        if prune is not None and prune.prunes_in_vision and not can_prune_vision:
-            notes.append(f"no vision stage: the token layout of projector type {self.encoder.projector!r} is not known")
+        if has_images:
+            notes += self.encoder.notes
+        if prune is not None and prune.prunes_in_vision and not self.encoder.profile.reads_attention:
+            scorer = vision_scorer(prune, has_attention=False)
+            instead = (
+                f", by {scorer} in place of {prune.vision_scorer}" if scorer != prune.vision_scorer and prune.encoder_attention else ""
+            )
+            notes.append(f"projector type {self.encoder.projector!r} has no profile: the vision stage goes by embeddings alone{instead}")
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
             windows = prune.decoder_windows(self.decoder.n_layers)
@@ -175,11 +185,11 @@ class PromptReader:
             if problem:
                 windows = []
                 notes.append(f"no decoder stage: {problem}")
-        plan = plan_prompt(prompt.chunks, prune, can_prune_vision, windows)
+        plan = plan_prompt(prompt.chunks, prune, windows)
         if windows and 0 < self.decoder.n_swa < plan.n_cells:
             # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
             notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
-            plan = plan_prompt(prompt.chunks, prune, can_prune_vision, [])
+            plan = plan_prompt(prompt.chunks, prune, [])
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",

@@ -61,6 +61,7 @@ class PruneReport:
     in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
     reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
         stage in the layers below it, otherwise in all.
+    repairs: what stock llama.cpp gets wrong with this encoder's file, and was put right.
     notes: what a user should know, such as a stage that this model cannot have.
     """
 
@@ -74,6 +75,7 @@ class PruneReport:
     n_generated: int = 0
     in_place: bool = True
     reused_tokens: int = 0
+    repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -117,6 +119,7 @@ class PruneReport:
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,
+            "repairs": list(self.repairs),
             "notes": list(self.notes),
         }
 

@@ -61,6 +61,7 @@ class Outcome:
     attention: list[np.ndarray] = field(default_factory=list)  # one array for each layer of the read
     n_attention: int = 0
     last_unmasked: int = -1
+    concat: int = lib.SE_CONCAT_NONE  # where the leaf of `set_input_condition` stands
     n_skipped: int = 0
     stopped: bool = False
     flash: bool = False
@@ -153,6 +154,7 @@ class Tap:
         finally:
             outcome.error = lib.se_tap_finish(self._tap, result)
             outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
+            outcome.concat = result.concat
             outcome.n_skipped, outcome.stopped, outcome.flash = result.n_skipped, bool(result.stopped), bool(result.flash)
             outcome.score_seconds = result.score_seconds
         check(outcome.error, what)
@@ -193,6 +195,10 @@ class Tap:
         else:
             values = np.ascontiguousarray(data)
             check(lib.se_tap_set_input(self._tap, name.encode(), ffi.cast("void *", values.ctypes.data), values.nbytes), f"input {name}")
+
+    def set_input_condition(self, leaf: str | None) -> None:
+        """Inputs are replaced only in graphs that concatenate the tensor `leaf` last, before what reads the input; None: in all."""
+        check(lib.se_tap_set_input_condition(self._tap, ffi.NULL if leaf is None else leaf.encode()), f"condition {leaf}")
 
     @contextmanager
     def watching(self, name: str, out: np.ndarray) -> Iterator[None]:

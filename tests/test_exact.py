@@ -125,7 +125,7 @@ def test_whole_pipeline_equals_stock(families, family, flash_attn):
     expected, expected_tokens = plain.ask(prompt, images, N_GENERATE)
     plain.close()
     llama.close()
-    with StarVLM(models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=2) as vlm:
+    with StarVLM(models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=2, encoder="stock") as vlm:
         for prune in (None, PruneConfig(decoder_layer=1), PruneConfig(1.0, 1.0, 4), PruneConfig(decoder_layer=7)):
             state, report = vlm.read_prompt(prompt, images, prune, chat=False)
             assert np.array_equal(state.logits, expected[0])

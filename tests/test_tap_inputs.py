@@ -256,7 +256,7 @@ def encoders(models, tmp_path_factory):
             shape = EncoderShape(image_size=56, patch_size=14, n_layers=3, n_embd=64, n_heads=4, n_ff=96, kind=kind)
             write_encoder(path, shape, projection_dim=D)
             llama = load(models["llama" if kind == "clip" else "qwen2vl"], True)
-            encoder = VisionEncoder(path, llama, flash_attn=True, use_gpu=False)
+            encoder = VisionEncoder(path, llama, flash_attn=True, use_gpu=False, repaired=False)
             pixels = np.random.default_rng(3).integers(0, 256, (56, 56, 3), dtype=np.uint8)
             prompt = encoder.tokenize(MEDIA_MARKER, [pixels])
             opened.append((prompt, encoder, llama))

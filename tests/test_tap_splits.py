@@ -19,6 +19,7 @@ size_t ggml_tensor_overhead(void);
 tensor * ggml_new_tensor_2d(void *, int, int64_t, int64_t);
 tensor * ggml_set_name(tensor *, const char *);
 tensor * ggml_add(void *, tensor *, tensor *);
+tensor * ggml_concat(void *, tensor *, tensor *, int);
 tensor * ggml_rope(void *, tensor *, tensor *, int, int);
 tensor * ggml_soft_max_ext(void *, tensor *, tensor *, float, float);
 tensor * ggml_new_tensor_3d(void *, int, int64_t, int64_t, int64_t);
@@ -216,6 +217,30 @@ def test_a_tensor_without_memory_is_an_error(graph):
     assert g.arm() == lib.SE_OK
     g.run([[node]])
     assert g.finish().error == lib.SE_ERR_SHAPE
+
+
+@pytest.mark.parametrize("cls", ["v.class_embd", "CUDA0#v.class_embd#0"])
+@pytest.mark.parametrize("place", ["first", "last", "nowhere"])
+def test_inputs_are_written_if_a_leaf_is_joined_last(graph, place, cls):
+    g = graph
+    patches, other = g.leaf("patches", 8, 4), g.leaf("other" if place == "nowhere" else cls, 8, 1)
+    joined = g.node("joined", g.ggml.ggml_concat(g.context, *((other, patches) if place == "first" else (patches, other)), 1))
+    positions = g.leaf("positions", 8, 5)
+    use = g.add("b", joined, positions)
+    g.allocate()
+    new = np.arange(40, dtype=np.float32)
+    assert lib.se_tap_set_input(g.tap, b"positions", ffi.cast("void *", new.ctypes.data), new.nbytes) == lib.SE_OK
+    assert lib.se_tap_set_input_condition(g.tap, b"v.class_embd") == lib.SE_OK
+    for _ in range(2):
+        g.values(positions)[:] = 7
+        assert g.arm() == lib.SE_OK
+        g.run([[joined], [use]])
+        assert g.finish().concat == {"nowhere": lib.SE_CONCAT_NONE, "first": lib.SE_CONCAT_FIRST, "last": lib.SE_CONCAT_LAST}[place]
+        assert np.array_equal(g.values(positions), new if place == "last" else np.full(40, 7))
+    assert lib.se_tap_set_input_condition(g.tap, ffi.NULL) == lib.SE_OK
+    g.run([[joined], [use]])
+    assert np.array_equal(g.values(positions), new)
+    assert lib.se_tap_set_input_condition(g.tap, b"x" * 64) == lib.SE_ERR_ARGUMENT
 
 
 @pytest.mark.parametrize("order", ["original first", "copy first", "two copies"])

@@ -1,14 +1,17 @@
 """The vision stage: scores against float64 references, which token shows which place, and encoders without a profile."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import random_image
 from reference_qwen2vl_vision import QwenVisionEncoder
 
-from star_edge import PruneConfig, StarVLM, refvlm
+from star_edge import PRESETS, StarVLM, refvlm
 from star_edge.images import load_image
 from star_edge.vision import profiles
 from star_edge.vision.encoder import ImageChunk
+from star_edge.vision.profiles import repeated_rows
 
 
 def encode(vlm, image):
@@ -80,14 +83,46 @@ def test_metadata_that_promise_another_layer_are_corrected_by_the_graph(families
             assert vlm.encoder._layer == layer
 
 
-def test_encoder_without_a_profile_prunes_in_the_decoder_only(families, monkeypatch):
+@pytest.mark.parametrize("preset", ["star", "visionzip", "balanced", "divprune"])
+def test_encoder_without_a_profile_is_pruned_by_embeddings(families, monkeypatch, preset):
+    """No attention is read, what needs it goes by diversity, and the report says both."""
     monkeypatch.setattr(profiles, "PROFILES", {})
     models = families["llama"]
-    with StarVLM(models.text, models.mmproj, n_ctx=512) as vlm:
-        _, report = vlm.read_prompt("what?", random_image(1), PruneConfig(0.5, 0.25, 2))
-    assert report.n_vision_kept == report.n_image_tokens == 49
-    assert report.n_decoder_kept == 12
-    assert "no vision stage" in report.notes[0] and "mlp" in report.notes[0]
+    config = replace(PRESETS[preset], vision_keep=0.5, decoder_keep=0.25, decoder_layer=2)
+    with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
+        state, report = vlm.read_prompt("what?", random_image(1), config)
+        other, _ = vlm.read_prompt("what?", random_image(1), replace(config, vision_scorer="maxmin"))
+    assert (report.n_vision_kept, report.n_decoder_kept) == (25, 12)
+    assert len(report.notes) == 1 and "'mlp' has no profile" in report.notes[0]
+    by_attention = {"star": "attention", "visionzip": "cls"}.get(preset)
+    assert report.notes[0].endswith(f"maxmin in place of {by_attention}" if by_attention else "embeddings alone")
+    assert np.array_equal(state.logits, other.logits)
+    assert report.images[0].grid is None  # 49 tokens are a square, which says nothing of where they lie
+
+
+def test_repeated_rows():
+    rows = np.random.default_rng(0).standard_normal((40, 32)).astype(np.float32)
+    assert not repeated_rows(rows).any()
+    ends = rows.copy()
+    ends[7::8] = rows[0] + 1  # learned row ends
+    assert np.flatnonzero(repeated_rows(ends)).tolist() == [7, 15, 23, 31, 39]
+    flat = ends.copy()
+    flat[16:19] = flat[20]  # an area of one colour
+    assert np.flatnonzero(repeated_rows(flat)).tolist() == [7, 15, 23, 31, 39]
+    near = rows.copy()
+    near[3, :8], near[30, :8] = 1, 1  # alike at first only
+    assert not repeated_rows(near).any()
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(2, 3, 2), (4, 4, 1), (3, 2, 4)])
+def test_maps_of_rows_to_tokens(height, width, side):
+    """A raster pooled by squares is what the same rows give when the encoder has put each square in turn."""
+    raster = np.random.default_rng(0).random((height * side, width * side))
+    in_blocks = raster.reshape(height, side, width, side).swapaxes(1, 2).reshape(-1)
+    layout = profiles.Layout(height * width, (height, width))
+    want = [raster[side * y : side * y + side, side * x : side * x + side].mean() for y in range(height) for x in range(width)]
+    assert np.allclose(profiles.on_raster(side)(raster.ravel(), layout), want)
+    assert np.allclose(profiles.in_turn(side * side)(in_blocks, layout), want)
 
 
 def test_sampled_query_rows_estimate_the_mean(families):

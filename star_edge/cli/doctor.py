@@ -71,8 +71,8 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
     encoder, decoder = vlm.encoder, vlm.decoder
     if encoder is None:
         vision = "no: there is no vision encoder"
-    elif encoder.profile is None:
-        vision = f"no: the token layout of projector type {encoder.projector!r} is not known"
+    elif not encoder.profile.reads_attention:
+        vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
     else:
         vision = "yes"
     problem = decoder.stage_problem or decoder.layer_problems.get(choose_layer(None, decoder.n_layers))
@@ -85,6 +85,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "context": decoder.n_ctx,
         "mmproj": encoder.path if encoder else None,
         "projector": encoder.projector if encoder else None,
+        "encoder_repairs": encoder.repairs if encoder else [],
         "chat_template": vlm.has_chat_template,
         "vision_stage": vision,
         "decoder_stage": f"no: {problem}" if problem else "yes",
@@ -103,8 +104,7 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
         n1 = n
         windows: list[tuple[int, int]] = []
         if config is not None:
-            if vlm.encoder.profile is not None:
-                n1 = keep_count("vision_keep", config.vision_keep, n)
+            n1 = keep_count("vision_keep", config.vision_keep, n)
             if not vlm.decoder.stage_problem and config.prunes_in_decoder:
                 for layer, keep in config.decoder_windows(vlm.decoder.n_layers):
                     windows.append((layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n))))

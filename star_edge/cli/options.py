@@ -57,6 +57,13 @@ def model_options(command: Callable) -> Callable:
         click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),
         click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
         click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
+        click.option(
+            "--encoder",
+            type=click.Choice(["repaired", "stock"]),
+            default="repaired",
+            show_default=True,
+            help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
+        ),
         click.option("-t", "--threads", "n_threads", type=int, help="Default: physical cores."),
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
     ]

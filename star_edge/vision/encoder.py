@@ -6,9 +6,10 @@ Knows chunks, pixels and encoder rows. Which tokens stay is decided elsewhere.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 import llama_cpp
@@ -17,11 +18,12 @@ import numpy as np
 from llama_cpp import Llama
 
 from ..errors import EngineClosedError, EngineError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
-from ..gguf_info import read_gguf_info
+from ..gguf_info import GGUFInfo, read_gguf_info
 from ..native import ffi, lib
 from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
+from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
-from .profiles import METADATA_KEYS, find_profile
+from .profiles import METADATA_KEYS, Layout, find_profile, repeated_rows
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
 MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
@@ -50,6 +52,7 @@ class ImageChunk:
     positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x, 0).
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
+    special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
     content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
 
@@ -59,6 +62,7 @@ class ImageChunk:
     n_positions: int
     grid: tuple[int, int] | None
     causal: bool
+    special: np.ndarray | None = None
     content: str = ""
 
 
@@ -82,6 +86,7 @@ class Encoded:
     embeddings: (n_tokens, n_embd_inp) float32. Unless cached, a view of libmtmd's memory: valid until the next encode.
     scores: attention that each token receives, (n_tokens,) float32, or None when it was not asked for.
     cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
+    special: rows that must stay, (n_tokens,) bool, or None. Their scores are 0.
     cached: it comes from the cache. Arrays are read-only then.
     """
 
@@ -89,6 +94,7 @@ class Encoded:
     scores: np.ndarray | None
     cells: np.ndarray
     score_seconds: float
+    special: np.ndarray | None = None
     attention: list[np.ndarray] = field(default_factory=list)
     cached: bool = False
 
@@ -96,6 +102,7 @@ class Encoded:
 class VisionEncoder:
     """An mmproj file, loaded beside its text model.
 
+    repaired: put right what this llama.cpp gets wrong with the file (vision/repair.py).
     cache_bytes, cache_dir: what `encode_once` keeps in memory, and where it keeps more.
 
     Raises:
@@ -113,10 +120,11 @@ class VisionEncoder:
         use_gpu: bool,
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
+        repaired: bool = True,
         cache_bytes: int = 0,
         cache_dir: str | PathLike | None = None,
     ) -> None:
-        info = read_gguf_info(path, METADATA_KEYS)
+        info = read_gguf_info(path, METADATA_KEYS + repair.METADATA_KEYS)
         if info.architecture != "clip":
             raise ModelFileError(
                 f"{info.path} is a text model ({info.architecture}), not an mmproj file",
@@ -124,12 +132,11 @@ class VisionEncoder:
             )
         self.path, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
-        self._layer = self.profile.n_layers_run(info.values) - 1 if self.profile else None
         self.n_threads = llama.n_threads_batch
         self.cache: ImageCache | None = None
         if cache_bytes or cache_dir is not None:
             settings = (
-                flash_attn, use_gpu, image_min_tokens, image_max_tokens, MAX_QUERY_ROWS, llama_cpp.__version__, platform.machine(),
+                flash_attn, use_gpu, image_min_tokens, image_max_tokens, repaired, MAX_QUERY_ROWS, llama_cpp.__version__, platform.machine(),
                 llama_cpp.llama_print_system_info(),  # CPU features, which decide how kernels round
             )  # fmt: skip
             model = file_digest(info.path) if cache_dir is not None else b""  # within a process the encoder stays the same
@@ -144,18 +151,56 @@ class VisionEncoder:
         params.image_min_tokens, params.image_max_tokens = image_min_tokens, image_max_tokens
         params.cb_eval = ctypes.cast(self.tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
         params.cb_eval_user_data = self.tap.user_data
-        lib.se_log_clear()
-        self.context = mtmd.mtmd_init_from_file(info.path.encode(), llama.model, params)
+        self.notes: list[str] = []
+        self.context = self._load(info, llama, params, repaired)
         if self.context is None:
             self.tap.close()
             raise self._load_error()
         if not mtmd.mtmd_support_vision(self.context):
             self.close()
             raise UnsupportedModelError(f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model")
+        self._layer = self.profile.n_layers(self.metadata) - 1
+        self._moved = repair.graph_inputs(info, self.projector) if repaired else {}
+        if repair.CLS in info.tensors:
+            self.tap.set_input_condition(repair.CLS)
+        elif self.profile.cls_row:
+            self.profile = replace(self.profile, cls_row=None)
+        for name, values in self._moved.items():
+            self.tap.set_input(name, values)
         self.n_heads = int(self.metadata["clip.vision.attention.head_count"] or 1)
         self.last_outcome = Outcome()
         self.mrope = bool(mtmd.mtmd_decode_use_mrope(self.context))
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(llama.model)
+
+    def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> object | None:
+        """The mtmd_context, or None; the log says why."""
+        load = lambda path: mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
+        lib.se_log_clear()
+        self._added_layer = False
+        if repaired and repair.misses_layer(info, self.projector):
+            n_layers = int(info.values["clip.vision.block_count"])
+            with repair.with_all_layers(info) as path:
+                context = load(path) if path is not None else None
+            if context is not None:
+                self.metadata["clip.vision.feature_layer"] = [n_layers]
+                self._added_layer = True
+                return context
+            self.notes.append(
+                f"encoder not repaired: {n_layers - 1} of its {n_layers} layers run ({_logged() or 'no temporary directory'})"
+            )
+            lib.se_log_clear()
+        return load(info.path)
+
+    @property
+    def repairs(self) -> list[str]:
+        """What stock llama.cpp would get wrong with this file, and is put right."""
+        repairs = []
+        if self._moved and self.last_outcome.concat != lib.SE_CONCAT_FIRST:
+            repairs.append("each patch has its own position, and no token is CLS (llama.cpp issue 25814)")
+        if self._added_layer:
+            n = int(self.metadata["clip.vision.block_count"])
+            repairs.append(f"all {n} layers run instead of {n - 1} (llama.cpp issue 25817)")
+        return repairs
 
     def _check_open(self) -> None:
         if self.context is None:
@@ -256,10 +301,11 @@ class VisionEncoder:
             positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
         else:
             positions = txyz[:, 0].copy()
-        grid = (ny, nx) if nx * ny == n and (ny > 1 or self.mrope) else _square(n)  # without M-RoPE ny is 1 and nx is n
+        grid = (ny, nx) if self.mrope and nx * ny == n else self.profile.grid(n, nx, ny)
+        special = self.profile.special(n, grid) if self.profile.special else None
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
-        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, name)
+        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, name)
 
     # ---- encode ----
 
@@ -268,13 +314,14 @@ class VisionEncoder:
         if self.cache is None or not chunk.content:
             return self.encode(chunk, attention, want_cells=want_cells)
         self._check_open()
-        attention = attention if self.profile else None
-        want_cells = bool(want_cells and self.profile and self.profile.to_cells)
+        attention = attention if self.profile.reads_attention else None
+        want_cells = bool(want_cells and self.profile.to_cells)
         key, n = self.cache.key(chunk.content), chunk.n_tokens
         found = self.cache.get(key, n, self.n_embd_inp, attention, want_cells)
         if found is not None:
             scores = None if attention is None else found.scores[attention]
-            return Encoded(found.embeddings, scores, found.cells if want_cells else np.arange(n), 0.0, cached=True)
+            special = self._special(chunk, found.embeddings)
+            return Encoded(found.embeddings, scores, found.cells if want_cells else _cells(n, special), 0.0, special, cached=True)
         encoded = self.encode(chunk, attention, want_cells=want_cells)
         image = CachedImage(
             encoded.embeddings.copy(), encoded.cells if want_cells else None, {} if attention is None else {attention: encoded.scores}
@@ -287,9 +334,10 @@ class VisionEncoder:
     ) -> Encoded:
         """Runs the encoder and the projector on one image.
 
-        attention: read what each token receives in the last layer without a window mask. "received": the mean over heads and
-            query rows of the softmax, a column mean (STAR, arXiv 2505.12359, section 3.2, prints a row mean, which is
-            constant because a row of a softmax sums to one). "cls": from the CLS row alone, or as "received" if there is none.
+        attention: read what each token receives in the last layer without a window mask, if the profile says how rows become tokens.
+            "received": the mean over heads and query rows of the softmax, a column mean (STAR, arXiv 2505.12359, section 3.2,
+            prints a row mean, which is constant because a row of a softmax sums to one). "cls": from the CLS row alone, or as
+            "received" if there is none.
         want_cells: find out which place of the grid each token shows; otherwise token i is taken to show cell i.
         read: attention to read instead, for inspection.
 
@@ -297,32 +345,51 @@ class VisionEncoder:
             EngineError: libmtmd failed.
         """
         self._check_open()
-        profile = self.profile
-        index = scores = None
-        if profile is None or read is not None or (attention is None and not (want_cells and profile.to_cells)):
+        attention = attention if self.profile.reads_attention else None
+        index = rows = None
+        if read is not None or (attention is None and not (want_cells and self.profile.to_cells)):
             outcome = self._run(chunk, read)
         elif attention is None:
             outcome, index = self._run_watched(chunk, None)
         else:
             outcome, index = self._run_scored(chunk, attention)
-            scores = profile.to_tokens(outcome.attention[0], index).astype(np.float32)
-            if len(scores) != chunk.n_tokens:
-                raise EngineError(f"{self.projector}: {len(scores)} scores for {chunk.n_tokens} image tokens")
+            rows = outcome.attention[0]
         pointer = mtmd.mtmd_get_output_embd(self.context)
         embeddings = np.ctypeslib.as_array(pointer, (chunk.n_tokens, self.n_embd_inp))
-        cells = np.arange(chunk.n_tokens) if index is None or not profile.to_cells else profile.to_cells(index).astype(np.int64)
-        return Encoded(embeddings, scores, cells, outcome.score_seconds, outcome.attention)
+        special = self._special(chunk, embeddings)
+        cells = _cells(chunk.n_tokens, special)
+        if index is not None and self.profile.to_cells:
+            cells = self.profile.to_cells(index).astype(np.int64)
+        scores = None if rows is None else self._token_scores(rows, chunk, index, special)
+        return Encoded(embeddings, scores, cells, outcome.score_seconds, special, outcome.attention)
 
     def max_rows(self, chunk: ImageChunk) -> int:
-        """Rows of the encoder's sequence for an image; an upper bound when the encoder has no profile."""
-        return self.profile.n_rows(chunk.n_tokens) if self.profile else 16 * chunk.n_tokens + 64
+        """Rows of the encoder's sequence for an image, or an upper bound."""
+        return self.profile.n_rows(chunk.n_tokens)
+
+    def _special(self, chunk: ImageChunk, embeddings: np.ndarray) -> np.ndarray | None:
+        if self.profile.reads_attention:
+            return chunk.special
+        special = repeated_rows(embeddings)
+        return special if special.any() else None
+
+    def _token_scores(self, rows: np.ndarray, chunk: ImageChunk, index: np.ndarray | None, special: np.ndarray | None) -> np.ndarray:
+        scores = np.zeros(chunk.n_tokens, np.float32)
+        ordinary = np.ones(chunk.n_tokens, bool) if special is None else ~special
+        n = int(ordinary.sum())
+        values = self.profile.to_tokens(rows, Layout(n, chunk.grid, index))
+        if len(values) != n:
+            raise EngineError(f"{self.projector}: {len(values)} scores for {n} image tokens")
+        scores[ordinary] = values
+        return scores
 
     def _run_scored(self, chunk: ImageChunk, attention: str) -> tuple[Outcome, np.ndarray | None]:
         max_rows = self.max_rows(chunk)
-        rows = (0, -1, -(-max_rows // MAX_QUERY_ROWS))
-        if attention == "cls" and self.profile.cls_row:
-            rows = (self.profile.cls_row(chunk.n_tokens), 1, 1)
         for attempt in (1, 2):
+            rows = (0, -1, -(-max_rows // MAX_QUERY_ROWS))
+            profile = self.profile
+            if attention == "cls" and profile.cls_row:
+                rows = (profile.cls_row(chunk.n_tokens), 1, 1)
             read = AttentionRead([self._layer], max_rows, rows, MEAN_ALL, n_threads=self.n_threads)
             index = None
             try:
@@ -330,8 +397,8 @@ class VisionEncoder:
             except EngineError:
                 if attempt == 2 or self.last_outcome.error != lib.SE_ERR_NO_ATTENTION:
                     raise
-            # The file's metadata say how many layers run; the graph itself has the last word.
-            if self.last_outcome.attention and self._layer == self.last_outcome.last_unmasked:
+            # The file's metadata say how many layers run, and the profile where CLS is; the graph itself has the last word.
+            if self.last_outcome.attention and self._layer == self.last_outcome.last_unmasked and profile is self.profile:
                 break
             self._layer = self.last_outcome.last_unmasked
         return self.last_outcome, index
@@ -351,9 +418,11 @@ class VisionEncoder:
             status = mtmd.mtmd_encode_chunk(self.context, chunk.handle)
         if status:
             raise EngineError(f"the vision encoder failed ({_logged() or f'code {status}'})")
+        if self.last_outcome.concat == lib.SE_CONCAT_FIRST and self.profile.cls_first:
+            self.profile = self.profile.cls_first
         return self.last_outcome
 
 
-def _square(n: int) -> tuple[int, int] | None:
-    side = int(round(n**0.5))
-    return (side, side) if side * side == n else None
+def _cells(n_tokens: int, special: np.ndarray | None) -> np.ndarray:
+    """Token i shows cell i, special rows not counted, which show none."""
+    return np.arange(n_tokens) if special is None else np.where(special, -1, np.cumsum(~special) - 1)

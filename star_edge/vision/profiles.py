@@ -1,6 +1,13 @@
 """What has to be known of a vision encoder to score its image tokens: one entry for each projector type.
 
-An encoder that has no entry still works: its vision stage is off, and the report says so.
+An encoder that has no entry gets GENERIC: its tokens are chosen by their embeddings alone.
+
+A profile says which rows of the encoder's sequence a token is made of. The helpers below are the common ways, for `to_tokens`:
+
+    by_index         row index[i] (a gather that the graph does itself)
+    one_to_one       row i
+    in_turn(n)       rows n i to n i + n - 1: blocks that the encoder has put in order
+    on_raster(side)  a square of side x side rows of the raster: pixel shuffle, average pooling
 """
 
 from __future__ import annotations
@@ -14,30 +21,101 @@ import numpy as np
 METADATA_KEYS = (
     "clip.projector_type",
     "clip.vision.projector_type",
+    "clip.has_vision_encoder",
     "clip.vision.block_count",
     "clip.vision.attention.head_count",
     "clip.vision.feature_layer",
 )
 
 
+Grid = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of one image lie, those apart that show no place.
+
+    n_tokens: their number. grid: (rows, columns) of them on the image, or None. index: the profile's graph input, (n,) int32, or None.
+    """
+
+    n_tokens: int
+    grid: Grid = None
+    index: np.ndarray | None = None
+
+
+ToTokens = Callable[[np.ndarray, Layout], np.ndarray]
+
+
+def by_index(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    return rows[layout.index]
+
+
+def one_to_one(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    return rows
+
+
+def in_turn(n: int) -> ToTokens:
+    return lambda rows, layout: rows.reshape(-1, n).mean(axis=1)
+
+
+def on_raster(side: int) -> ToTokens:
+    """layout.grid is the grid of tokens; the raster of rows is `side` times as high and wide."""
+
+    def to_tokens(rows: np.ndarray, layout: Layout) -> np.ndarray:
+        height, width = layout.grid
+        return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
+
+    return to_tokens
+
+
+def all_layers(metadata: dict[str, object]) -> int:
+    return int(metadata["clip.vision.block_count"] or 1)
+
+
+def square_grid(n_tokens: int, nx: int, ny: int) -> Grid:
+    """Tokens of a square image: libmtmd gives (n, 1) for models without M-RoPE, otherwise columns and rows."""
+    if nx * ny == n_tokens and ny > 1:
+        return ny, nx
+    side = round(n_tokens**0.5)
+    return (side, side) if side * side == n_tokens else None
+
+
+def given_grid(n_tokens: int, nx: int, ny: int) -> Grid:
+    """What libmtmd says, where it says more than the number of tokens."""
+    return (ny, nx) if nx * ny == n_tokens and ny > 1 else None
+
+
 @dataclass(frozen=True)
 class EncoderProfile:
     """How the rows of an encoder become image tokens.
 
-    n_layers_run(metadata): attention layers that the graph runs.
-    index_input: graph input that says which rows become tokens, or None.
-    to_cells(index) -> (n_tokens,): cell of the patch grid that a token shows, -1 for none; None: token i shows cell i.
-    to_tokens(row_scores (n_rows,), index (n_index,) or None) -> (n_tokens,): the score of a token is the mean over its rows.
-    n_rows(n_tokens): rows of the encoder's sequence.
-    cls_row(n_tokens): the CLS row among them; None: there is none.
+    to_tokens(row_scores (n_rows,), layout) -> (layout.n_tokens,): the score of a token is the mean over its rows. None: there is no
+        such map, and the encoder's attention is not read.
+    n_rows(n_tokens): rows of the encoder's sequence, or an upper bound; n_tokens counts special rows too.
+    n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores are of its
+        last layer without a window mask.
+    grid(n_tokens, nx, ny): (rows, columns) of the tokens that show a place, or None. nx, ny: what libmtmd says.
+    special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None: there are none.
+    index_input: graph input that says which rows become tokens, or in which order they come, or None.
+    to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell i, special
+        rows not counted.
+    cls_row(n_tokens): the CLS row among the rows; None: there is none.
+    cls_first: profile of the same encoder in a graph that joins CLS first, for one whose order depends on llama.cpp.
     """
 
-    n_layers_run: Callable[[dict[str, object]], int]
-    to_tokens: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
-    n_rows: Callable[[int], int]
+    to_tokens: ToTokens | None
+    n_rows: Callable[[int], int] = lambda n: n
+    n_layers: Callable[[dict[str, object]], int] = all_layers
+    grid: Callable[[int, int, int], Grid] = square_grid
+    special: Callable[[int, Grid], np.ndarray] | None = None
     index_input: str | None = None
     to_cells: Callable[[np.ndarray], np.ndarray] | None = None
     cls_row: Callable[[int], int] | None = None
+    cls_first: EncoderProfile | None = None
+
+    @property
+    def reads_attention(self) -> bool:
+        return self.to_tokens is not None
 
 
 def _llava_layers(metadata: dict[str, object]) -> int:
@@ -45,34 +123,49 @@ def _llava_layers(metadata: dict[str, object]) -> int:
     features = metadata.get("clip.vision.feature_layer")
     if isinstance(features, list) and features:
         return max(int(f) for f in features)
-    return int(metadata["clip.vision.block_count"]) - 1
+    return all_layers(metadata) - 1
 
 
-def _llava_cells(index: np.ndarray) -> np.ndarray:
-    """This llama.cpp puts CLS last (clip_graph_llava), so row i is patch i and the last row shows no place."""
-    return np.where(index < len(index), index, -1)
+def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderProfile | None = None) -> EncoderProfile:
+    """CLIP with a two-layer projector: the graph's own `patches` input says which row each token is made of.
+
+    Not repaired, this llama.cpp has the CLS row among them, which shows no place.
+    """
+    to_cells = lambda index: np.where((index >= first_patch) & (index < len(index) + first_patch), index - first_patch, -1)
+    return EncoderProfile(
+        by_index, lambda n: n + 1, _llava_layers, index_input="patches", to_cells=to_cells, cls_row=cls_row, cls_first=cls_first
+    )
 
 
 PROFILES: dict[str, EncoderProfile] = {
-    # LLaVA-1.5: the graph's own `patches` input says which row each token is made of (CLS is among the rows)
-    "mlp": EncoderProfile(
-        _llava_layers,
-        lambda rows, index: rows[index],
-        lambda n: n + 1,
-        index_input="patches",
-        to_cells=_llava_cells,
-        cls_row=lambda n: n,
-    ),
+    # LLaVA-1.5. This llama.cpp joins CLS last (clip_graph_llava)
+    "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
     # Qwen2-VL: rows come in groups of 2 x 2 patches, merged in that order
-    "qwen2vl_merger": EncoderProfile(
-        lambda metadata: int(metadata["clip.vision.block_count"]),
-        lambda rows, index: rows.reshape(-1, 4).mean(axis=1),
-        lambda n: 4 * n,
-    ),
+    "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
 }
 
 
-def find_profile(metadata: dict[str, object]) -> tuple[str, EncoderProfile | None]:
-    """Projector type of an mmproj file, and its profile if there is one."""
+# The encoder's attention is not read, and rows that must stay are found by `repeated_rows`
+GENERIC = EncoderProfile(None, lambda n: 16 * n + 64, grid=given_grid)
+
+
+def find_profile(metadata: dict[str, object]) -> tuple[str, EncoderProfile]:
+    """Projector type of an mmproj file's vision encoder, and its profile."""
     kind = metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type") or "unknown"
-    return str(kind), PROFILES.get(str(kind))
+    return str(kind), PROFILES.get(str(kind), GENERIC)
+
+
+def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
+    """Rows of (n_tokens, n_embd) float32 that are bit-identical to others, and next to none of those, (n_tokens,) bool.
+
+    Image content is the same in two places only within an area of one colour, whose tokens are neighbours: what comes back apart is
+    a learned constant, such as a row end.
+    """
+    rows = np.ascontiguousarray(embeddings, np.float32)
+    head = np.ascontiguousarray(rows[:, :8])  # enough to tell most rows apart
+    _, group, counts = np.unique(head.view(f"V{head.itemsize * head.shape[1]}").ravel(), return_inverse=True, return_counts=True)
+    special = np.zeros(len(rows), bool)
+    for g in np.flatnonzero(counts > 1):
+        members = np.flatnonzero(group == g)
+        special[members] = np.diff(members).min() > 1 and (rows[members] == rows[members[0]]).all()
+    return special

@@ -45,17 +45,15 @@ class PromptPlan:
         return self.n_text + sum(self.n_vision)
 
 
-def plan_prompt(
-    chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, can_prune_vision: bool, windows: Sequence[tuple[int, Keep]]
-) -> PromptPlan:
-    """Counts tokens. can_prune_vision: the encoder is known; windows: (layer, keep) of the decoder stages that are possible.
+def plan_prompt(chunks: Sequence[TextChunk | ImageChunk], config: PruneConfig | None, windows: Sequence[tuple[int, Keep]]) -> PromptPlan:
+    """Counts tokens. windows: (layer, keep) of the decoder stages that are possible.
 
     Raises:
         ConfigError: a count over an image's tokens.
     """
     sizes = [chunk.n_tokens for chunk in chunks if isinstance(chunk, ImageChunk)]
     n_vision = sizes
-    if config is not None and can_prune_vision:
+    if config is not None:
         n_vision = [keep_count("vision_keep", config.vision_keep, n) for n in sizes]
     counts, left = [], n_vision
     for layer, keep in windows:
@@ -121,6 +119,12 @@ def run_vision_stage(
     return segments, reports, position
 
 
+def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
+    """The config's vision scorer, or where it needs attention that cannot be read, diversity of the embeddings."""
+    needs = VISION_SCORERS[config.vision_scorer].reads is not None
+    return config.vision_scorer if has_attention or not needs else "maxmin"
+
+
 def _select(encoded: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
     tokens = Tokens(encoded.embeddings, encoded.cells, chunk.grid, attention=encoded.scores)
     tokens.seed = zlib.crc32(encoded.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
@@ -130,7 +134,8 @@ def _select(encoded: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfi
         selection = select(config.representatives, tokens, np.zeros(len(tokens)), n_keep, share)
         selection.scores = None
         return selection
-    return select(config.representatives, tokens, VISION_SCORERS[config.vision_scorer].score(tokens, by_score), n_keep, share)
+    scorer = VISION_SCORERS[vision_scorer(config, encoded.scores is not None)]
+    return select(config.representatives, tokens, scorer.score(tokens, by_score), n_keep, share)
 
 
 def _text_positions(start: int, n: int, mrope: bool) -> np.ndarray:

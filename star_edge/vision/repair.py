@@ -1,0 +1,113 @@
+"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2).
+
+Both defects are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) and are in its graph, clip_graph_llava:
+
+1. Positions. The graph joins CLS to the end of the patches, and the numbers in its inputs `positions` and `patches` are for CLS first:
+   each patch gets its neighbour's position, the row of patch 0 is lost, and CLS is fed to the decoder as an image token. The tap
+   replaces both inputs, and only where the running graph does join CLS last: a llama.cpp that joins it first is left alone.
+
+2. Layers. Without a list of feature layers in the file the graph leaves out the file's last layer, and the legacy converter
+   (tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py) has left it out already: features come from one layer too early. With
+   `clip.vision.feature_layer = [block_count]` all layers run, whatever the graph would leave out by itself.
+
+What is done to a file of those projector types, first line that fits:
+
+    star_edge.encoder_layout = "stock"                            nothing: the model was trained on what stock llama.cpp computes
+    no v.class_embd (SigLIP)                                      no 1: there is no CLS
+    clip.vision.feature_layer is there                            no 2: the file says how many layers run
+    v.post_ln.weight is there                                     no 2: features are of the whole encoder; who wrote the file knew of the layer
+                                                                  that does not run (Moondream2 has its last one twice)
+    width of a known encoder, and one layer fewer than it has     2
+    width of a known encoder, and another number of layers        no 2
+    clip.has_llava_projector, which that converter writes         2
+    otherwise                                                     no 2: nothing is known of where its layers end
+
+convert_hf_to_gguf.py writes no such file: of LLaVA models it takes those with Pixtral's encoder.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..gguf_info import GGUFInfo, write_header
+from ..native import ffi, lib
+
+LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
+METADATA_KEYS = (LAYOUT_KEY, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size")
+CLS = "v.class_embd"
+_PROJECTORS = ("mlp", "ldp", "ldpv2")
+# Layers of CLIP and SigLIP encoders by their width: B, L, so400m, H, bigG
+_DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
+# clip_model_loader has read the metadata and closed the file, and has not opened it again for the tensors
+_AFTER_METADATA = "clip_model_loader: model name:"
+
+
+def _is_open(info: GGUFInfo, projector: str) -> bool:
+    """Whether there may be something to repair in a file."""
+    return projector in _PROJECTORS and info.values[LAYOUT_KEY] != STOCK_LAYOUT
+
+
+def misses_layer(info: GGUFInfo, projector: str) -> bool:
+    """Whether stock llama.cpp would leave out a layer that the file's features are made with."""
+    v = info.values
+    if not _is_open(info, projector) or v["clip.vision.feature_layer"] or "v.post_ln.weight" in info.tensors:
+        return False
+    depth = _DEPTHS.get(v["clip.vision.embedding_length"])
+    return v["clip.vision.block_count"] == depth - 1 if depth else bool(v["clip.has_llava_projector"])
+
+
+def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
+    """Inputs of a graph that joins CLS last, as they must be: name -> int32. Empty where there is nothing to repair.
+
+    positions (n + 1): patch i has row i + 1 of the position embeddings and CLS, the last, row 0. patches (n): the rows that become tokens.
+    """
+    if not _is_open(info, projector) or CLS not in info.tensors:
+        return {}
+    n = (int(info.values["clip.vision.image_size"]) // int(info.values["clip.vision.patch_size"])) ** 2
+    return {"positions": np.append(np.arange(1, n + 1), 0).astype(np.int32), "patches": np.arange(n, dtype=np.int32)}
+
+
+def check_encoder(encoder: str) -> None:
+    """Raises ConfigError unless it is "repaired" or "stock"."""
+    if encoder not in ("repaired", "stock"):
+        raise ConfigError(f"encoder={encoder!r} is unknown", 'use "repaired", or "stock" for what llama.cpp computes by itself')
+
+
+@contextmanager
+def with_all_layers(info: GGUFInfo) -> Iterator[str | None]:
+    """A path to load the file from so that all its layers run, for one load in this thread; None if that cannot be had here.
+
+    The loader opens the path twice: for the metadata, and for the tensors. The path is that of the changed metadata (some
+    kilobytes) until the loader logs that it has read them, and from then on a link to the file itself, so that the file is neither
+    changed nor copied. Were the loader to log something else, it would find no tensors and fail; it never takes wrong ones. A process
+    that is killed meanwhile leaves those kilobytes in the directory for temporary files.
+    """
+    layers = np.array([info.values["clip.vision.block_count"]], np.int32)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="star_edge-")
+    except OSError:
+        yield None
+        return
+    with folder as name:
+        path, link = Path(name, "metadata.gguf"), Path(name, "file.gguf")
+        try:
+            link.symlink_to(os.path.abspath(info.path))
+        except (OSError, NotImplementedError):  # file systems and users that may have no links
+            yield None
+            return
+        if not write_header(info.path, path, "clip.vision.feature_layer", layers):
+            yield None
+            return
+        keep = [ffi.new("char[]", text) for text in (_AFTER_METADATA.encode(), os.fsencode(link), os.fsencode(path))]
+        lib.se_log_rename_at(*keep)
+        try:
+            yield str(path)
+        finally:
+            lib.se_log_rename_at(ffi.NULL, ffi.NULL, ffi.NULL)

@@ -1,0 +1,317 @@
+"""What stock llama.cpp gets wrong with CLIP encoders of LLaVA files, and that it is put right, and only there."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import CLIP, random_image
+from fastapi.testclient import TestClient
+from gguf_files import rewrite
+from reference import ClipEncoder
+
+from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
+from star_edge.cli import cli
+from star_edge.errors import ConfigError
+from star_edge.gguf_info import read_gguf_info, write_header
+from star_edge.native import lib
+from star_edge.server.app import make_app
+from star_edge.server.settings import Policy
+from star_edge.synthetic import write_encoder
+from star_edge.vision import encoder as encoder_module
+from star_edge.vision import profiles, repair
+from star_edge.vision.encoder import ImageChunk
+
+LEGACY = [("clip.has_text_encoder", False), ("clip.has_llava_projector", True), ("general.description", "image encoder for LLaVA")]
+
+
+@pytest.fixture(scope="module")
+def legacy(families, tmp_path_factory):
+    """The file as the legacy converter leaves it: with its keys, and without CLIP's last layer."""
+    return rewrite(families["llama"].mmproj, tmp_path_factory.mktemp("legacy") / "mmproj.gguf", add=LEGACY)
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """Where temporary files go."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def encode(vlm, image, attention="received"):
+    prompt = vlm.tokenize("<__media__>a", [image], chat=False)
+    try:
+        encoded = vlm.encoder.encode(next(c for c in prompt.chunks if isinstance(c, ImageChunk)), attention)
+        encoded.embeddings = encoded.embeddings.copy()
+        return encoded
+    finally:
+        prompt.close()
+
+
+def load(families, mmproj, **options):
+    return StarVLM(families["llama"].text, mmproj, n_ctx=256, n_threads=1, **options)
+
+
+def cosines(a, b):
+    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+def test_repaired_features_are_clips_own(families, legacy, flash_attn):
+    """Against CLIP in float64: all layers of the file, each patch at its place, no CLS among the tokens."""
+    image = random_image(4)
+    reference = ClipEncoder(legacy)
+    reference.n_layer_run = CLIP.n_layers
+    features, attention = reference.encode(image, repaired=True)
+    received = reference.received(attention, repaired=True)
+    with load(families, legacy, flash_attn=flash_attn) as vlm:
+        got = encode(vlm, image)
+        assert vlm.encoder.last_outcome.n_attention == CLIP.n_layers
+        from_cls = encode(vlm, image, "cls").scores
+        _, report = vlm.read_prompt("what?", image, PruneConfig(0.5, 0.25, 2))
+        assert len(report.repairs) == 2 and "25814" in report.repairs[0] and "all 4 layers run instead of 3" in report.repairs[1]
+        assert report.summary()["repairs"] == report.repairs and not report.notes
+        assert vlm.read_prompt("what?")[1].repairs == []
+    with load(families, legacy, flash_attn=flash_attn, encoder="stock") as vlm:
+        stock = encode(vlm, image)
+        _, report = vlm.read_prompt("what?", image, PruneConfig(0.5, 0.25, 2))
+        assert report.repairs == [] and vlm.encoder.last_outcome.n_attention == CLIP.n_layers - 1
+    assert cosines(got.embeddings, features).min() > 0.99999
+    assert cosines(stock.embeddings, features).mean() < 0.9
+    assert np.abs(got.scores - received).max() < 2e-3 * received.max()
+    theirs = attention[:, -1].mean(axis=0)[:-1]  # the reference has CLS last; it is no token
+    assert np.abs(from_cls - theirs).max() < 2e-3 * theirs.max()
+    assert np.array_equal(got.cells, np.arange(49))
+    assert stock.cells.tolist() == [*range(1, 49), -1]
+
+
+def test_positions_alone(families):
+    """A file that says nothing of its converter keeps its number of layers."""
+    image = random_image(4)
+    reference = ClipEncoder(families["llama"].mmproj)
+    with load(families, families["llama"].mmproj) as vlm:
+        got = encode(vlm, image)
+        assert [r[:21] for r in vlm.encoder.repairs] == ["each patch has its ow"]
+    assert cosines(got.embeddings, reference.encode(image, repaired=True)[0]).min() > 0.99999
+
+
+def test_marked_file_is_left_alone():
+    """The shipped model was trained on stock's layout."""
+    image = np.asarray(random_image(2, 168, 168))
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, n_threads=1) as vlm:
+        got = encode(vlm, image)
+        assert vlm.encoder.repairs == []
+    assert cosines(got.embeddings, ClipEncoder(refvlm.MMPROJ).encode(image)[0]).min() > 0.9999
+    assert got.cells[-1] == -1
+
+
+def test_graph_with_cls_elsewhere_is_left_alone(families, legacy, monkeypatch):
+    """Only the graph that joins CLS last is changed: here none is found to."""
+    image = random_image(4)
+    with load(families, legacy, encoder="stock") as vlm:
+        stock = encode(vlm, image)
+    monkeypatch.setattr(repair, "misses_layer", lambda *_: False)
+    with load(families, legacy) as vlm:
+        vlm.encoder.tap.set_input_condition("no such tensor")
+        assert np.array_equal(encode(vlm, image).embeddings, stock.embeddings)
+
+
+def test_graph_with_cls_first_has_other_rows(families, legacy, monkeypatch):
+    """With a llama.cpp that joins CLS first, rows 1..N are the patches, and the attention from CLS is that of row 0."""
+    image = random_image(4)
+    run = encoder_module.VisionEncoder._run
+
+    def fixed(self, *args):
+        outcome = run(self, *args)
+        if self.last_outcome.concat:
+            self.last_outcome.concat = lib.SE_CONCAT_FIRST
+            self.profile = self.profile.cls_first or self.profile
+        return outcome
+
+    monkeypatch.setattr(encoder_module.VisionEncoder, "_run", fixed)
+    monkeypatch.setattr(repair, "graph_inputs", lambda *_: {})  # such a llama.cpp would not apply them
+    monkeypatch.setattr(repair, "misses_layer", lambda *_: False)
+    reference = ClipEncoder(legacy)
+    _, attention = reference.encode(image)
+    with load(families, legacy) as vlm:
+        got = encode(vlm, image, "cls")
+        assert vlm.encoder.repairs == []
+    assert np.array_equal(got.cells, np.arange(49))
+    theirs = attention[:, 0].mean(axis=0)[1:]
+    assert np.abs(got.scores - theirs).max() < 2e-3 * theirs.max()
+
+
+# ---- which files ----
+
+W, D, FL = "clip.vision.embedding_length", "clip.vision.block_count", "clip.vision.feature_layer"
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "layer", "positions"),
+    [
+        ({W: 1024, D: 23, "clip.has_llava_projector": True}, {repair.CLS}, True, True),  # LLaVA-1.5
+        ({W: 1024, D: 23}, {repair.CLS}, True, True),
+        ({W: 1024, D: 24, "clip.has_llava_projector": True}, {repair.CLS}, False, True),  # with the layer that stock does not run
+        ({W: 1024, D: 23, FL: [23]}, {repair.CLS}, False, True),  # LLaVA-1.6
+        ({W: 1152, D: 28, "clip.has_llava_projector": True}, {"v.post_ln.weight"}, False, False),  # Moondream2
+        ({W: 1152, D: 26, "clip.has_llava_projector": True}, set(), True, False),  # SigLIP
+        ({W: 64, D: 3, "clip.has_llava_projector": True}, {repair.CLS}, True, True),
+        ({W: 64, D: 3}, {repair.CLS}, False, True),
+        ({W: 1024, D: 23, "clip.has_llava_projector": True, repair.LAYOUT_KEY: "stock"}, {repair.CLS}, False, False),
+    ],
+)
+@pytest.mark.parametrize("projector", ["mlp", "ldp", "ldpv2", "qwen2vl_merger"])
+def test_decision_table(values, tensors, layer, positions, projector):
+    keys = profiles.METADATA_KEYS + repair.METADATA_KEYS
+    sizes = {"clip.vision.image_size": 336, "clip.vision.patch_size": 14}
+    info = encoder_module.GGUFInfo("x", 0, "clip", {k: (values | sizes).get(k) for k in keys}, frozenset(tensors))
+    is_llava = projector != "qwen2vl_merger"
+    assert repair.misses_layer(info, projector) == (layer and is_llava)
+    inputs = repair.graph_inputs(info, projector)
+    assert bool(inputs) == (positions and is_llava)
+    if inputs:
+        assert inputs["positions"].tolist() == [*range(1, 577), 0] and inputs["patches"].tolist() == list(range(576))
+
+
+# ---- the path that is loaded ----
+
+
+def test_file_is_neither_changed_nor_copied(families, legacy, scratch, monkeypatch):
+    before, sizes = legacy.read_bytes(), []
+    original = repair.write_header
+
+    def spy(source, target, *rest):
+        done = original(source, target, *rest)
+        sizes.append(os.path.getsize(target))
+        return done
+
+    monkeypatch.setattr(repair, "write_header", spy)
+    with load(families, legacy) as vlm:
+        assert len(vlm.encoder.repairs) == 2
+        assert list(scratch.iterdir()) == []  # nothing is left while the model is in use
+    assert legacy.read_bytes() == before and len(sizes) == 1 and sizes[0] < 20000
+
+
+def test_header_of_the_same_size(legacy, tmp_path):
+    """All other keys and the places of the tensors stay, and descriptions make way."""
+    target = tmp_path / "header.gguf"
+    assert write_header(legacy, target, FL, np.array([4]))
+    data = legacy.read_bytes()
+    whole = tmp_path / "whole.gguf"
+    whole.write_bytes(target.read_bytes() + data[target.stat().st_size :])
+    keys = (FL, D, W, "clip.projector_type", "clip.vision.image_mean", "general.description")
+    ours, theirs = read_gguf_info(whole, keys), read_gguf_info(legacy, keys)
+    assert ours.values == theirs.values | {FL: [4], "general.description": None}
+    a, b = ClipEncoder(whole), ClipEncoder(legacy)
+    assert all(np.array_equal(a.tensors[name], b.tensors[name]) for name in b.tensors) and len(a.tensors) == len(b.tensors)
+
+
+@pytest.mark.parametrize("n", range(0, 70, 3))
+def test_header_of_any_length(families, tmp_path, n):
+    """The filling fits however much room there is."""
+    name = families["llama"].mmproj
+    source = rewrite(name, tmp_path / "s.gguf", remove=["general.name"], add=[*LEGACY[:2], ("general.description", "x" * n)])
+    target = tmp_path / "t.gguf"
+    assert write_header(source, target, FL, np.array([4]))
+    (tmp_path / "w.gguf").write_bytes(target.read_bytes() + source.read_bytes()[target.stat().st_size :])
+    assert read_gguf_info(tmp_path / "w.gguf", (FL,)).values[FL] == [4]
+
+
+def test_no_place_for_temporary_files(families, legacy, monkeypatch, tmp_path):
+    """The file runs as on stock, and the report says so."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with load(families, legacy) as vlm:
+        _, report = vlm.read_prompt("what?", random_image(1), PruneConfig(0.5))
+        assert len(report.repairs) == 1 and "3 of its 4 layers run" in report.notes[0]
+        assert vlm.encoder.last_outcome.n_attention == 3
+
+
+def test_loader_that_logs_otherwise(families, legacy, scratch, monkeypatch):
+    """Without the message that the metadata are read no tensors are found: the load fails, and the file is loaded as it is."""
+    monkeypatch.setattr(repair, "_AFTER_METADATA", "no such message")
+    with load(families, legacy) as vlm:
+        _, report = vlm.read_prompt("what?", random_image(1), PruneConfig(0.5))
+        assert len(report.repairs) == 1 and "3 of its 4 layers run" in report.notes[0]
+    assert list(scratch.iterdir()) == []
+
+
+def test_interrupted_load_leaves_nothing(families, legacy, scratch, monkeypatch):
+    def interrupt(*_):
+        assert len(list(next(scratch.iterdir()).iterdir())) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoder_module.mtmd, "mtmd_init_from_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(families, legacy)
+    assert list(scratch.iterdir()) == []
+    monkeypatch.undo()
+    other = families["llama"].mmproj
+    with load(families, other) as vlm:  # no rename is due any more
+        assert len(vlm.encoder.repairs) == 1
+    assert Path(other).stat().st_size > 0 and not Path(other).is_symlink()
+
+
+@pytest.mark.parametrize("value", ["Repaired", None, True])
+def test_unknown_choice(value):
+    with pytest.raises(ConfigError, match="encoder="):
+        StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, encoder=value)
+    with pytest.raises(ConfigError, match="encoder="):
+        StarChatHandler(refvlm.MMPROJ, encoder=value)
+
+
+def test_cached_images_of_the_one_are_not_the_others(families, legacy, tmp_path):
+    image = random_image(4)
+    seen = {}
+    for encoder in ("stock", "repaired"):
+        for _ in range(2):
+            with load(families, legacy, encoder=encoder, image_cache_dir=tmp_path) as vlm:
+                state, report = vlm.read_prompt("what?", image, PruneConfig(0.5))
+                first = seen.setdefault(encoder, state.logits)
+                assert np.array_equal(state.logits, first)
+                assert len(report.repairs) == (2 if encoder == "repaired" else 0)
+        assert report.images[0].cached
+    assert not np.array_equal(seen["stock"], seen["repaired"])
+
+
+def test_siglip_without_cls(families, tmp_path):
+    """No CLS: tokens are the patches as they are, and attention from CLS is attention received."""
+    path = tmp_path / "siglip.gguf"
+    write_encoder(tmp_path / "clip.gguf", CLIP, 256, "f32", seed=2)
+    _without_cls(tmp_path / "clip.gguf", path)
+    image = random_image(4)
+    reference = ClipEncoder(path)
+    features, attention = reference.encode(image)
+    with load(families, path) as vlm:
+        got, from_cls = encode(vlm, image), encode(vlm, image, "cls")
+        assert vlm.encoder.repairs == []
+    assert cosines(got.embeddings, features).min() > 0.99999 and np.array_equal(got.cells, np.arange(49))
+    assert np.abs(got.scores - reference.received(attention)).max() < 2e-3 * got.scores.max()
+    assert np.array_equal(got.scores, from_cls.scores)
+
+
+def _without_cls(source, target):
+    reader = gguf.GGUFReader(str(source))
+    drop = {repair.CLS, "v.position_embd.weight"}
+    table = next(t.data for t in reader.tensors if t.name == "v.position_embd.weight")[1:]
+    rewrite(source, target, tensors=[("v.position_embd.weight", table)], drop=drop)
+
+
+@pytest.mark.parametrize(("arguments", "n"), [([], 2), (["--encoder", "stock"], 0)])
+def test_command_line(families, legacy, arguments, n):
+    model = ["-m", str(families["llama"].text), "--mmproj", str(legacy), "-c", "256"]
+    done = CliRunner().invoke(cli, ["doctor", "--no-check", "--json", *model, *arguments])
+    assert len(json.loads(done.stdout)["model"]["encoder_repairs"]) == n
+
+
+@pytest.mark.parametrize("encoder", ["repaired", "stock"])
+def test_server(families, legacy, encoder):
+    app = make_app(families["llama"].text, legacy, Policy(), alias="m", n_ctx=256, n_threads=1, encoder=encoder)
+    with TestClient(app):
+        reader = app.state.engine.handler._reader
+        assert len(reader.encoder.repairs) == (2 if encoder == "repaired" else 0)
