@@ -176,18 +176,17 @@ class VisionEncoder:
         """The mtmd_context, or None; the log says why."""
         load = lambda path: mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
         lib.se_log_clear()
-        self._added_layer = False
-        if repaired and repair.misses_layer(info, self.projector):
-            n_layers = int(info.values["clip.vision.block_count"])
-            with repair.with_all_layers(info) as path:
+        self._changed: list[repair.Change] = []
+        changes = repair.metadata_changes(info, self.projector) if repaired else []
+        if changes:
+            with repair.with_metadata(info, changes) as path:
                 context = load(path) if path is not None else None
             if context is not None:
-                self.metadata["clip.vision.feature_layer"] = [n_layers]
-                self._added_layer = True
+                self.metadata |= {c.key: c.value if isinstance(c.value, bool) else c.value.tolist() for c in changes}
+                self._changed = changes
                 return context
-            self.notes.append(
-                f"encoder not repaired: {n_layers - 1} of its {n_layers} layers run ({_logged() or 'no temporary directory'})"
-            )
+            undone = ", ".join(c.undone for c in changes)
+            self.notes.append(f"encoder not repaired: {undone} ({_logged() or 'no temporary directory'})")
             lib.se_log_clear()
         return load(info.path)
 
@@ -197,10 +196,7 @@ class VisionEncoder:
         repairs = []
         if self._moved and self.last_outcome.concat != lib.SE_CONCAT_FIRST:
             repairs.append("each patch has its own position, and no token is CLS (llama.cpp issue 25814)")
-        if self._added_layer:
-            n = int(self.metadata["clip.vision.block_count"])
-            repairs.append(f"all {n} layers run instead of {n - 1} (llama.cpp issue 25817)")
-        return repairs
+        return repairs + [change.done for change in self._changed]
 
     def _check_open(self) -> None:
         if self.context is None:
