@@ -24,6 +24,8 @@ class ImageReport:
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
     cached: the encoder's output was known from an earlier request.
+    picture: number of the picture in the request. Some models cut large ones into crops, each of which is an image here, with a share
+        of its own, in the order in which llama.cpp puts them.
     """
 
     n_tokens: int
@@ -36,6 +38,7 @@ class ImageReport:
     vision_mass: np.ndarray | None = None
     decoder_mass: np.ndarray | None = None
     cached: bool = False
+    picture: int = 0
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
         """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
@@ -100,6 +103,11 @@ class PruneReport:
     def average_tokens(self) -> float:
         """Image tokens for each decoder layer, on average."""
         return average_tokens(self.n_vision_kept, self.windows, self.n_layers)
+
+    def whole_pictures(self) -> list[ImageReport]:
+        """Of the pictures that were not cut into crops, whose places are not known here."""
+        numbers = [image.picture for image in self.images]
+        return [image for image in self.images if numbers.count(image.picture) == 1]
 
     @property
     def token_layer_ratio(self) -> float:

@@ -151,7 +151,11 @@ def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any
     Returns the paths written.
     """
     written = []
-    for i, (image, source) in enumerate(zip(report.images, sources)):
+    whole = {image.picture: image for image in report.whole_pictures()}
+    for i, source in enumerate(sources):
+        if i not in whole:
+            raise ConfigError("this model cuts so large a picture into crops", "give a smaller one, or leave --overlay out")
+        image = whole[i]
         if image.grid is None:
             raise ConfigError("this model's image tokens have no grid", "leave --overlay out")
         stages = []

@@ -53,6 +53,7 @@ class ImageChunk:
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
     special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
+    picture: number of the picture in the prompt that it is, or is a part of.
     content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
 
@@ -63,6 +64,7 @@ class ImageChunk:
     grid: tuple[int, int] | None
     causal: bool
     special: np.ndarray | None = None
+    picture: int = 0
     content: str = ""
 
 
@@ -267,17 +269,19 @@ class VisionEncoder:
         """
         chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
         n_parts: dict[str, int] = {}
-        for chunk in chunks:
-            if isinstance(chunk, ImageChunk) and chunk.content:
+        for i, chunk in enumerate(chunks):
+            if isinstance(chunk, ImageChunk):
                 # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
-                part = n_parts[chunk.content] = n_parts.get(chunk.content, -1) + 1
-                chunk.content = f"{chunk.content.partition(':')[2]} {part}"
+                name, content = chunk.content or f"chunk {i}", chunk.content.partition(":")[2]
+                part = n_parts[name] = n_parts.get(name, -1) + 1
+                chunk.picture = len(n_parts) - 1
+                chunk.content = f"{content} {part}" if content else ""
         return chunks
 
     def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
-        """Lets the chunks of a bitmap be found in the cache. image: its pixels; number: another one for each bitmap of a prompt."""
-        if self.cache is not None:
-            mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{pixels_id(image)}".encode())
+        """Lets the chunks of a bitmap be known, and found in the cache. image: its pixels; number: another one for each of a prompt."""
+        content = pixels_id(image) if self.cache is not None else ""
+        mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{content}".encode())
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)
@@ -301,7 +305,7 @@ class VisionEncoder:
         special = self.profile.special(n, grid) if self.profile.special else None
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
-        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, name)
+        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name)
 
     # ---- encode ----
 

@@ -113,6 +113,7 @@ def run_vision_stage(
                 vision_mass=selection.mass,
                 decoder_mass=selection.mass,
                 cached=encoded.cached,
+                picture=chunk.picture,
             )
         )
         position += n_positions
