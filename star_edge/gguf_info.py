@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -44,6 +44,7 @@ _declare("gguf_get_tensor_offset", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_name", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_set_arr_data", None, _P, ctypes.c_char_p, ctypes.c_int, _P, ctypes.c_size_t)
+_declare("gguf_set_val_bool", None, _P, ctypes.c_char_p, ctypes.c_bool)
 _declare("gguf_set_val_str", None, _P, ctypes.c_char_p, ctypes.c_char_p)
 _declare("gguf_remove_key", ctypes.c_int64, _P, ctypes.c_char_p)
 _declare("gguf_get_meta_size", ctypes.c_size_t, _P)
@@ -141,8 +142,8 @@ def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
     raise ModelFileError(f"{info.path} has changed: there is no tensor {name} any more", "load it again")
 
 
-def write_header(source: str | PathLike, target: str | PathLike, key: str, values: np.ndarray) -> bool:
-    """Writes the header of a GGUF file with one more key, and nothing of its tensors. values: (n,) int32.
+def write_header(source: str | PathLike, target: str | PathLike, changes: Mapping[str, np.ndarray | bool]) -> bool:
+    """Writes the header of a GGUF file with some keys added or replaced, and nothing of its tensors. Values: (n,) int32, or bool.
 
     It gets the size of the file's own, so that tensors are where they were: keys that describe the file make way, and one is added
     that fills up. False: there is no room for it, or it could not be written.
@@ -152,8 +153,12 @@ def write_header(source: str | PathLike, target: str | PathLike, key: str, value
         return False
     try:
         size = GGML.gguf_get_data_offset(handle)
-        values = np.ascontiguousarray(values, np.int32)
-        GGML.gguf_set_arr_data(handle, key.encode(), _INT32, values.ctypes.data, len(values))
+        for key, value in changes.items():
+            if isinstance(value, bool):
+                GGML.gguf_set_val_bool(handle, key.encode(), value)
+            else:
+                values = np.ascontiguousarray(value, np.int32)
+                GGML.gguf_set_arr_data(handle, key.encode(), _INT32, values.ctypes.data, len(values))
         for name in _DISPENSABLE:
             if GGML.gguf_get_meta_size(handle) <= size:
                 break

@@ -29,6 +29,8 @@ class ImageReport:
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
     special: tokens that show no place, such as row ends, and always stay, (n_tokens,) bool; None: none.
     cached: the encoder's output was known from an earlier request.
+    picture: number of the picture in the request. Some models cut large ones into crops, each of which is an image here, with a share
+        of its own, in the order in which llama.cpp puts them.
     """
 
     n_tokens: int
@@ -42,6 +44,7 @@ class ImageReport:
     decoder_mass: np.ndarray | None = None
     special: np.ndarray | None = None
     cached: bool = False
+    picture: int = 0
 
     @property
     def n_special(self) -> int:
@@ -114,6 +117,11 @@ class PruneReport:
         """Image tokens for each decoder layer, on average."""
         return average_tokens(self.n_vision_kept, self.windows, self.n_layers)
 
+    def whole_pictures(self) -> list[ImageReport]:
+        """Of the pictures that were not cut into crops, whose places are not known here."""
+        numbers = [image.picture for image in self.images]
+        return [image for image in self.images if numbers.count(image.picture) == 1]
+
     @property
     def token_layer_ratio(self) -> float:
         """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
@@ -129,9 +137,12 @@ class PruneReport:
             ConfigError: there is no such image in the report, or its tokens have no grid.
             ImageError: the image cannot be read.
         """
-        if not 0 <= index < len(self.images):
-            raise ConfigError(f"the report has no image {index}", f"it has {len(self.images)}, counted from 0")
-        image = self.images[index]
+        n = len({image.picture for image in self.images})
+        if not 0 <= index < n:
+            raise ConfigError(f"the report has no image {index}", f"it has {n}, counted from 0")
+        image = next((image for image in self.whole_pictures() if image.picture == index), None)
+        if image is None:
+            raise ConfigError("this model cuts so large a picture into crops", "give a smaller one, or leave the picture (--overlay) out")
         if image.grid is None:
             raise ConfigError(
                 "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"

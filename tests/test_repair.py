@@ -193,6 +193,24 @@ def test_position_embeddings_of_internvl(tmp_path):
     assert inputs(rewrite(fixture.mmproj, tmp_path / "no-cls.gguf", drop=[repair.CLS])) == {}
 
 
+@pytest.mark.parametrize(
+    ("values", "tensors", "wrong"),
+    [
+        ({"clip.use_gelu": False, "clip.has_llava_projector": True}, set(), True),  # Granite-Vision
+        ({"clip.use_gelu": False, "clip.has_llava_projector": True}, {repair.CLS}, False),  # CLIP's own is QuickGELU
+        ({"clip.use_gelu": True, "clip.has_llava_projector": True}, set(), False),
+        ({"clip.has_llava_projector": True}, set(), False),
+        ({"clip.use_gelu": False}, set(), False),  # of another converter
+        ({"clip.use_gelu": False, "clip.has_llava_projector": True, repair.LAYOUT_KEY: "stock"}, set(), False),
+    ],
+)
+@pytest.mark.parametrize("projector", ["mlp", "idefics3"])
+def test_which_activation(values, tensors, wrong, projector):
+    keys = profiles.METADATA_KEYS + repair.METADATA_KEYS
+    info = encoder_module.GGUFInfo("x", 0, "clip", {k: values.get(k) for k in keys}, frozenset(tensors))
+    assert repair.takes_quick_gelu(info, projector) == (wrong and projector == "mlp")
+
+
 # ---- the path that is loaded ----
 
 
@@ -215,7 +233,7 @@ def test_file_is_neither_changed_nor_copied(families, legacy, scratch, monkeypat
 def test_header_of_the_same_size(legacy, tmp_path):
     """All other keys and the places of the tensors stay, and descriptions make way."""
     target = tmp_path / "header.gguf"
-    assert write_header(legacy, target, FL, np.array([4]))
+    assert write_header(legacy, target, {FL: np.array([4])})
     data = legacy.read_bytes()
     whole = tmp_path / "whole.gguf"
     whole.write_bytes(target.read_bytes() + data[target.stat().st_size :])
@@ -232,7 +250,7 @@ def test_header_of_any_length(families, tmp_path, n):
     name = families["llama"].mmproj
     source = rewrite(name, tmp_path / "s.gguf", remove=["general.name"], add=[*LEGACY[:2], ("general.description", "x" * n)])
     target = tmp_path / "t.gguf"
-    assert write_header(source, target, FL, np.array([4]))
+    assert write_header(source, target, {FL: np.array([4])})
     (tmp_path / "w.gguf").write_bytes(target.read_bytes() + source.read_bytes()[target.stat().st_size :])
     assert read_gguf_info(tmp_path / "w.gguf", (FL,)).values[FL] == [4]
 

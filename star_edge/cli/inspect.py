@@ -86,6 +86,8 @@ def _draw(result: Any, layer: int, images: tuple[str, ...], vlm: Any) -> Any:
         attention = result.decoder[layer]
         return draw_matrix(attention.mean(axis=0) if attention.ndim == 3 else attention, f"decoder layer {layer}, mean over heads")
     grid = result.grids[0]
+    if len(result.grids) > len(images):
+        raise ConfigError("this model cuts so large a picture into crops", "give a smaller one, or leave --picture out")
     if grid is None:
         raise ConfigError("this model's image tokens have no grid", "leave --picture out")
     image = fit_to_grid(load_image(images[0], vlm.image_limits), grid)

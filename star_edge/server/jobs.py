@@ -176,7 +176,7 @@ class Job:
 
 
 def _kept(report: PruneReport) -> list[dict[str, Any]]:
-    """For each image, which tokens stayed and where tokens lie; names are those of ImageReport."""
+    """For each image that was not cut into crops, which tokens stayed and where tokens lie; names are those of ImageReport."""
     return [
         {
             "grid": image.grid,
@@ -184,5 +184,5 @@ def _kept(report: PruneReport) -> list[dict[str, Any]]:
             "vision_kept": image.vision_kept.tolist(),
             "decoder_kept": image.decoder_kept.tolist(),
         }
-        for image in report.images
+        for image in report.whole_pictures()
     ]

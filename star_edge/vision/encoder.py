@@ -53,6 +53,7 @@ class ImageChunk:
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
     special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
+    picture: number of the picture in the prompt that it is, or is a part of.
     content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
 
@@ -63,6 +64,7 @@ class ImageChunk:
     grid: tuple[int, int] | None
     causal: bool
     special: np.ndarray | None = None
+    picture: int = 0
     content: str = ""
 
 
@@ -176,18 +178,17 @@ class VisionEncoder:
         """The mtmd_context, or None; the log says why."""
         load = lambda path: mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
         lib.se_log_clear()
-        self._added_layer = False
-        if repaired and repair.misses_layer(info, self.projector):
-            n_layers = int(info.values["clip.vision.block_count"])
-            with repair.with_all_layers(info) as path:
+        self._changed: list[repair.Change] = []
+        changes = repair.metadata_changes(info, self.projector) if repaired else []
+        if changes:
+            with repair.with_metadata(info, changes) as path:
                 context = load(path) if path is not None else None
             if context is not None:
-                self.metadata["clip.vision.feature_layer"] = [n_layers]
-                self._added_layer = True
+                self.metadata |= {c.key: c.value if isinstance(c.value, bool) else c.value.tolist() for c in changes}
+                self._changed = changes
                 return context
-            self.notes.append(
-                f"encoder not repaired: {n_layers - 1} of its {n_layers} layers run ({_logged() or 'no temporary directory'})"
-            )
+            undone = ", ".join(c.undone for c in changes)
+            self.notes.append(f"encoder not repaired: {undone} ({_logged() or 'no temporary directory'})")
             lib.se_log_clear()
         return load(info.path)
 
@@ -197,10 +198,7 @@ class VisionEncoder:
         repairs = []
         if self._moved and self.last_outcome.concat != lib.SE_CONCAT_FIRST:
             repairs.append(repair.describe(self._moved))
-        if self._added_layer:
-            n = int(self.metadata["clip.vision.block_count"])
-            repairs.append(f"all {n} layers run instead of {n - 1} (llama.cpp issue 25817)")
-        return repairs
+        return repairs + [change.done for change in self._changed]
 
     def _check_open(self) -> None:
         if self.context is None:
@@ -271,17 +269,19 @@ class VisionEncoder:
         """
         chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
         n_parts: dict[str, int] = {}
-        for chunk in chunks:
-            if isinstance(chunk, ImageChunk) and chunk.content:
+        for i, chunk in enumerate(chunks):
+            if isinstance(chunk, ImageChunk):
                 # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
-                part = n_parts[chunk.content] = n_parts.get(chunk.content, -1) + 1
-                chunk.content = f"{chunk.content.partition(':')[2]} {part}"
+                name, content = chunk.content or f"chunk {i}", chunk.content.partition(":")[2]
+                part = n_parts[name] = n_parts.get(name, -1) + 1
+                chunk.picture = len(n_parts) - 1
+                chunk.content = f"{content} {part}" if content else ""
         return chunks
 
     def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
-        """Lets the chunks of a bitmap be found in the cache. image: its pixels; number: another one for each bitmap of a prompt."""
-        if self.cache is not None:
-            mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{pixels_id(image)}".encode())
+        """Lets the chunks of a bitmap be known, and found in the cache. image: its pixels; number: another one for each of a prompt."""
+        content = pixels_id(image) if self.cache is not None else ""
+        mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{content}".encode())
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)
@@ -308,7 +308,7 @@ class VisionEncoder:
         special = self.profile.special(n, grid) if self.profile.special else None
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
-        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, name)
+        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name)
 
     # ---- encode ----
 

@@ -180,9 +180,18 @@ def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
     return in_turn(4)(rows, layout)[layout.index]
 
 
+def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None) -> EncoderProfile:
+    """CLIP with MobileVLM's projector: a token stands for a square of 2 x 2 patches, which `patches` brings in the raster's order."""
+    to_tokens = lambda rows, layout: on_raster(rows[layout.index], layout)
+    return EncoderProfile(to_tokens, lambda n: 4 * n + 1, _llava_layers, index_input="patches", cls_row=cls_row, cls_first=cls_first)
+
+
 PROFILES: dict[str, EncoderProfile] = {
-    # LLaVA-1.5. This llama.cpp joins CLS last (clip_graph_llava)
+    # LLaVA-1.5, LLaVA-NeXT (each crop is an image), BakLLaVA, Granite-Vision. This llama.cpp joins CLS last (clip_graph_llava)
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
+    # MobileVLM and MobileVLM V2
+    "ldp": _ldp(lambda n: 4 * n, cls_first=_ldp(lambda n: 0)),
+    "ldpv2": _ldp(lambda n: 4 * n, cls_first=_ldp(lambda n: 0)),
     # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),

@@ -10,10 +10,15 @@ The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) an
    (tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py) has left it out already: features come from one layer too early. With
    `clip.vision.feature_layer = [block_count]` all layers run, whatever the graph would leave out by itself.
 
+3. Activation. Where `clip.use_gelu` is false the graph computes QuickGELU, and the legacy converter writes false for all but "gelu".
+   SigLIP's is "gelu_pytorch_tanh", which is what llama.cpp computes where the key is true; so it is set. (Files of Granite-Vision
+   after docs/multimodal/granitevision.md.)
+
 What is done to a file of those projector types, first line that fits:
 
     star_edge.encoder_layout = "stock"                            nothing: the model was trained on what stock llama.cpp computes
-    no v.class_embd (SigLIP)                                      no 1: there is no CLS
+    no v.class_embd (SigLIP)                                      no 1: there is no CLS; 3 if it has clip.has_llava_projector, which that
+                                                                  converter writes, and clip.use_gelu = false
     clip.vision.feature_layer is there                            no 2: the file says how many layers run
     v.post_ln.weight is there                                     no 2: features are of the whole encoder; who wrote the file knew of the layer
                                                                   that does not run (Moondream2 has its last one twice)
@@ -33,8 +38,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +50,10 @@ from ..gguf_info import GGUFInfo, read_tensor, write_header
 from ..native import ffi, lib
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
-METADATA_KEYS = (LAYOUT_KEY, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size")
+_LAYERS, _GELU = "clip.vision.feature_layer", "clip.use_gelu"
+METADATA_KEYS = (
+    LAYOUT_KEY, _GELU, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size"
+)  # fmt: skip
 CLS, _POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
 # Layers of CLIP and SigLIP encoders by their width: B, L, so400m, H, bigG
@@ -61,10 +70,37 @@ def _is_open(info: GGUFInfo, projector: str, projectors: tuple[str, ...] = _PROJ
 def misses_layer(info: GGUFInfo, projector: str) -> bool:
     """Whether stock llama.cpp would leave out a layer that the file's features are made with."""
     v = info.values
-    if not _is_open(info, projector) or v["clip.vision.feature_layer"] or "v.post_ln.weight" in info.tensors:
+    if not _is_open(info, projector) or v[_LAYERS] or "v.post_ln.weight" in info.tensors:
         return False
     depth = _DEPTHS.get(v["clip.vision.embedding_length"])
     return v["clip.vision.block_count"] == depth - 1 if depth else bool(v["clip.has_llava_projector"])
+
+
+def takes_quick_gelu(info: GGUFInfo, projector: str) -> bool:
+    """Whether stock llama.cpp would compute QuickGELU in an encoder that has another activation."""
+    v = info.values
+    return _is_open(info, projector) and CLS not in info.tensors and bool(v["clip.has_llava_projector"]) and v[_GELU] is False
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of a file's metadata as it should be: (n,) int32 or bool. done, undone: what the encoder does with it and without it."""
+
+    key: str
+    value: np.ndarray | bool
+    done: str
+    undone: str
+
+
+def metadata_changes(info: GGUFInfo, projector: str) -> list[Change]:
+    changes = []
+    if misses_layer(info, projector):
+        n = int(info.values["clip.vision.block_count"])
+        done = f"all {n} layers run instead of {n - 1} (llama.cpp issue 25817)"
+        changes.append(Change(_LAYERS, np.array([n], np.int32), done, f"{n - 1} of its {n} layers run"))
+    if takes_quick_gelu(info, projector):
+        changes.append(Change(_GELU, True, "the activation is SigLIP's GELU instead of QuickGELU", "its activation is QuickGELU"))
+    return changes
 
 
 def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
@@ -99,15 +135,14 @@ def check_encoder(encoder: str) -> None:
 
 
 @contextmanager
-def with_all_layers(info: GGUFInfo) -> Iterator[str | None]:
-    """A path to load the file from so that all its layers run, for one load in this thread; None if that cannot be had here.
+def with_metadata(info: GGUFInfo, changes: Sequence[Change]) -> Iterator[str | None]:
+    """A path to load the file from with other metadata, for one load in this thread; None if that cannot be had here.
 
     The loader opens the path twice: for the metadata, and for the tensors. The path is that of the changed metadata (some
     kilobytes) until the loader logs that it has read them, and from then on a link to the file itself, so that the file is neither
     changed nor copied. Were the loader to log something else, it would find no tensors and fail; it never takes wrong ones. A process
     that is killed meanwhile leaves those kilobytes in the directory for temporary files.
     """
-    layers = np.array([info.values["clip.vision.block_count"]], np.int32)
     try:
         folder = tempfile.TemporaryDirectory(prefix="star_edge-")
     except OSError:
@@ -120,7 +155,7 @@ def with_all_layers(info: GGUFInfo) -> Iterator[str | None]:
         except (OSError, NotImplementedError):  # file systems and users that may have no links
             yield None
             return
-        if not write_header(info.path, path, "clip.vision.feature_layer", layers):
+        if not write_header(info.path, path, {change.key: change.value for change in changes}):
             yield None
             return
         keep = [ffi.new("char[]", text) for text in (_AFTER_METADATA.encode(), os.fsencode(link), os.fsencode(path))]

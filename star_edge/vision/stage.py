@@ -135,6 +135,7 @@ def run_vision_stage(
                 decoder_mass=selection.mass,
                 special=image.special,
                 cached=image.cached,
+                picture=chunk.picture,
             )
         )
         position += n_positions

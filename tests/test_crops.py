@@ -1,0 +1,75 @@
+"""Pictures that a model cuts into crops, on the fixture of LLaVA-NeXT: picture 0 fits into the encoder, picture 1 is of 2 x 2 crops and an
+overview, in that order. What each crop's features, scores and kept tokens are is tested in test_families.py."""
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from families import load_fixtures
+from PIL import Image
+
+from star_edge import PruneConfig, StarVLM
+from star_edge.cli import cli
+from star_edge.cli.options import save_overlay
+from star_edge.config import PRESETS
+from star_edge.errors import ConfigError
+from star_edge.images import ImageLimits
+from star_edge.server.jobs import _kept
+
+FIXTURE = load_fixtures()["llava-next"]
+PROMPT = FIXTURE.prompts[1]
+PICTURES = [0, 1, 1, 1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    with FIXTURE.engine() as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("config", [PruneConfig(0.5, 0.25, 1), PruneConfig(7, 3, 2, representatives="none"), PRESETS["balanced"]])
+def test_no_crop_starves(vlm, config):
+    """Each crop keeps its share of its own tokens at both stages, whatever the others score."""
+    _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    n1, n2 = ({len(kept) for kept in stage} for stage in zip(*((i.vision_kept, i.decoder_kept) for i in report.images)))
+    assert [image.picture for image in report.images] == PICTURES
+    assert len(n1) == len(n2) == 1 and 0 < n2.pop() < n1.pop() < report.images[0].n_tokens
+    assert all(image.grid == (6, 6) for image in report.images)
+
+
+def test_parts_of_a_picture_are_cached_apart(vlm):
+    config = PruneConfig(0.5, 0.25, 1)
+    vlm.encoder.cache.clear()
+    first, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    assert not any(image.cached for image in report.images)
+    expected = first.logits.copy()
+    again, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    assert all(image.cached for image in report.images) and np.array_equal(again.logits, expected)
+    assert [image.picture for image in report.images] == PICTURES
+
+
+def test_pictures_are_told_apart_without_a_cache():
+    with StarVLM(FIXTURE.text, FIXTURE.mmproj, n_ctx=512, n_threads=2, image_cache_bytes=0) as engine:
+        _, report = engine.read_prompt(PROMPT.text, PROMPT.pictures, None, chat=False)
+    assert [image.picture for image in report.images] == PICTURES
+
+
+def test_tokens_of_crops_are_not_drawn_over_another_picture(vlm, tmp_path):
+    config = PruneConfig(0.5, 0.25, 1)
+    _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    assert [image.picture for image in report.whole_pictures()] == [0] and len(_kept(report)) == 1
+    with pytest.raises(ConfigError, match="crops"):
+        save_overlay(report, PROMPT.pictures, str(tmp_path / "a.png"), ImageLimits())
+    _, report = vlm.read_prompt(FIXTURE.prompts[0].text, PROMPT.pictures[:1], config, chat=False)
+    assert len(save_overlay(report, PROMPT.pictures[:1], str(tmp_path / "b.png"), ImageLimits())) == 1
+
+
+def test_attention_over_a_picture_in_crops_is_refused(tmp_path):
+    for name, pixels in zip("ab", PROMPT.pictures):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    model = ["-m", str(FIXTURE.text), "--mmproj", str(FIXTURE.mmproj), "-c", "512", "--raw"]
+    out = ["--out", str(tmp_path / "o.npz"), "--picture", str(tmp_path / "p.png")]
+    image = lambda name: ["--image", str(tmp_path / f"{name}.png"), "<__media__> what is in the red part?"]
+    run = lambda name: CliRunner().invoke(cli, ["inspect", *model, *out, *image(name)])
+    assert run("a").exit_code == 0
+    done = run("b")
+    assert isinstance(done.exception, ConfigError) and "crops" in str(done.exception)
