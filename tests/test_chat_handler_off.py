@@ -19,7 +19,7 @@ class Pair:
 
     def __init__(self, text, mmproj, **options):
         self.stock = load(MTMDChatHandler(str(mmproj), verbose=False), text, **options)
-        self.handler = StarChatHandler(mmproj, prune="off")
+        self.handler = StarChatHandler(mmproj, prune="off", encoder="stock")
         self.star = load(self.handler, text, **options)
 
     def check(self, *messages, **options):
