@@ -100,7 +100,7 @@ class StarVLM:
     the encoder. type_k, type_v: type of the KV cache ("f16", "q8_0", ...); a quantized V needs flash attention.
     n_threads: default, the physical cores as far as they can be told. chat_template: Jinja source, default the file's own.
     image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    encoder: "repaired" puts right what this llama.cpp gets wrong with the encoders of LLaVA files, and the report says so; "stock" leaves
+    encoder: "repaired" puts right what this llama.cpp gets wrong with the encoders of LLaVA and InternVL files, and the report says so; "stock" leaves
     it (star_edge.vision.repair). Models that were trained on the one give worse answers on the other.
     image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in as well
     (2 GiB at most), for later processes; only you and those you trust should be able to write there.
