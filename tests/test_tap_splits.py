@@ -113,33 +113,36 @@ def graph():
 
 @pytest.mark.parametrize("embedding", ["inp_embd", "inp_tokens", "embd", "CUDA1#inp_embd#3"])
 def test_dependents_are_skipped_across_backends(graph, embedding):
-    """a and b depend on the embeddings, b only through a copy of a on another backend; side does not depend on them."""
+    """scaled is made of the embeddings before any layer, and runs. Layer 0 makes a of it and b of a copy of a on another backend: they are
+    skipped. side does not depend on them."""
     g = graph
     x, weight = g.leaf(embedding, 8, 4), g.leaf("blk.0.weight", 8, 4)
-    copy, copied_weight = g.leaf("CUDA0#a#0", 8, 4), g.leaf("CUDA0#blk.1.weight#0", 8, 4)
-    a, side = g.add("a", x, weight), g.add("side", weight, weight)
-    near = g.leaf("CUDA0#ab#0", 8, 4)  # no node has this name
-    b, other = g.add("b", copy, copied_weight), g.add("other", copied_weight, near)
+    copy, copied_weight = g.leaf("CUDA0#a-0#0", 8, 4), g.leaf("CUDA0#blk.1.weight#0", 8, 4)
+    scaled = g.add("scaled", x, weight)
+    a, side = g.add("a-0", scaled, weight), g.add("side", weight, weight)
+    near = g.leaf("CUDA0#a-00#0", 8, 4)  # no node has this name
+    b, other = g.add("node_7", copy, copied_weight), g.add("other", copied_weight, near)
     out = g.add("l_out-0", b, side)
     after = g.add("after", out, side)
     g.allocate()
     inject = np.arange(32, dtype=np.float32)
     assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
-    assert g.run([[a, side], [b, other, out, after]]) == ["side", "other", "after"]
+    assert g.run([[scaled, a, side], [b, other, out, after]]) == ["scaled", "side", "other", "after"]
     assert np.array_equal(g.values(out), inject)
     skipped = [a, b, out]
     assert not any(t.flags & COMPUTE for t in skipped)
     result = g.finish()
     assert (result.error, result.n_skipped, result.n_graphs) == (lib.SE_OK, 3, 1)
-    assert all(t.flags & COMPUTE for t in (a, side, b, other, out, after))
-    assert g.run([[a, side], [b, other, out, after]]) == ["a", "side", "b", "other", "l_out-0", "after"]  # idle again
+    assert all(t.flags & COMPUTE for t in (scaled, a, side, b, other, out, after))
+    idle = ["scaled", "a-0", "side", "node_7", "other", "l_out-0", "after"]
+    assert g.run([[scaled, a, side], [b, other, out, after]]) == idle
 
 
 def test_nodes_that_were_off_stay_off(graph):
     """A node without the flag (the unused branch of a select) is not given one by the restoring."""
     g = graph
     x = g.leaf("inp_embd", 8, 4)
-    unused, used = g.add("unused", x, x), g.add("used", x, x)
+    unused, used = g.add("unused-0", x, x), g.add("used-0", x, x)
     unused.flags = 0
     out = g.add("l_out-0", used, x)
     g.allocate()
@@ -294,20 +297,24 @@ def test_cell_bias_acts_once_across_backends(graph, order):
         assert g.values(t).tolist() == [0, 2, -np.inf, 0, 0, 2, 3, -np.inf]
 
 
-def test_a_window_notices_what_reads_the_input_again(graph):
-    """Gemma 3n and 4 give every layer a slice of a tensor made from the embeddings at the start; Qwen3-VL adds slices of the rows."""
+def test_later_layers_may_read_the_input_again(graph):
+    """Gemma 3n and 4 give every layer a slice of a tensor made from the embeddings at the start, Qwen3-VL adds slices of the rows: those
+    run. What reads something else of a skipped layer than its hidden state is noticed."""
     g = graph
     x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
     per_layer = g.add("inp_per_layer", x, w)
-    out = g.add("l_out-0", x, w)
-    ok = g.add("ok", out, w)
-    late = g.add("late", out, per_layer)
+    inner = g.add("inner-0", x, w)
+    out = g.add("l_out-0", inner, per_layer)
+    copy, copied_inner = g.leaf("CUDA0#inp_per_layer#0", 8, 4), g.leaf("CUDA0#inner-0#0", 8, 4)
+    good = [g.add("plane-0", out, x), g.add("slice-1", out, per_layer), g.add("elsewhere-1", out, copy)]
+    bad = [g.add("skip-1", out, inner), g.add("skip-2", out, copied_inner)]
     g.allocate()
     inject = np.ones(32, np.float32)
     arm = lambda: g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
     assert arm() == lib.SE_OK
-    g.run([[per_layer, out, ok]])
+    assert g.run([[per_layer, inner, out, *good]]) == ["inp_per_layer", "plane-0", "slice-1", "elsewhere-1"]
     assert g.finish().error == lib.SE_OK
-    assert arm() == lib.SE_OK
-    g.run([[per_layer, out, ok, late]])
-    assert g.finish().error != lib.SE_OK
+    for node in bad:
+        assert arm() == lib.SE_OK
+        g.run([[per_layer, inner, out, *good, node]])
+        assert g.finish().error == lib.SE_ERR_LATE_INPUT
