@@ -18,8 +18,9 @@ _TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept",
 
 @dataclass
 class ImageReport:
-    """One image of a prompt.
+    """One image of a prompt, as its model gets it: a picture, or one crop of a picture (overview or tile).
 
+    picture: number of the picture that it is of.
     n_tokens: image tokens that the encoder makes of it.
     grid: (rows, columns) of those tokens on the image, or None.
     cells: place of each token on the grid, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
@@ -31,6 +32,7 @@ class ImageReport:
     cached: the encoder's output was known from an earlier request.
     """
 
+    picture: int
     n_tokens: int
     grid: tuple[int, int] | None
     cells: np.ndarray
@@ -92,6 +94,24 @@ class PruneReport:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def pictures(self) -> list[dict[str, object]]:
+        """For each picture of the prompt its images (one, or its crops), by their index, and their tokens together, as plain JSON values."""
+        of_picture: dict[int, list[int]] = {}
+        for i, image in enumerate(self.images):
+            of_picture.setdefault(image.picture, []).append(i)
+        total = lambda crops, number: sum(number(self.images[i]) for i in crops)
+        return [
+            {
+                "images": crops,
+                "n_tokens": total(crops, lambda i: i.n_tokens),
+                "n_special": total(crops, lambda i: i.n_special),
+                "n_vision_kept": total(crops, lambda i: len(i.vision_kept)),
+                "n_decoder_kept": total(crops, lambda i: len(i.decoder_kept)),
+            }
+            for crops in of_picture.values()
+        ]
+
+    @property
     def n_image_tokens(self) -> int:
         """Image tokens before pruning, over all images."""
         return sum(i.n_tokens for i in self.images)
@@ -123,15 +143,22 @@ class PruneReport:
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
 
-        source: the image that was asked about, of several number `index`.
+        source: the picture that was asked about, of several number `index`.
 
         Raises:
-            ConfigError: there is no such image in the report, or its tokens have no grid.
+            ConfigError: there is no such picture in the report, it was cut into crops, or its tokens have no grid.
             ImageError: the image cannot be read.
         """
-        if not 0 <= index < len(self.images):
-            raise ConfigError(f"the report has no image {index}", f"it has {len(self.images)}, counted from 0")
-        image = self.images[index]
+        pictures = self.pictures
+        if not 0 <= index < len(pictures):
+            raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
+        crops = pictures[index]["images"]
+        if len(crops) > 1:
+            raise ConfigError(
+                f"the model gets image {index} as {len(crops)} crops, and llama.cpp does not say where they lie",
+                "leave the picture (--overlay) out: report.images has the kept indices",
+            )
+        image = self.images[crops[0]]
         if image.grid is None:
             raise ConfigError(
                 "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"
@@ -148,6 +175,7 @@ class PruneReport:
             "config": self.config.to_dict() if self.config is not None else None,
             "images": [
                 {
+                    "picture": i.picture,
                     "n_tokens": i.n_tokens,
                     "n_special": i.n_special,
                     "n_vision_kept": len(i.vision_kept),
@@ -156,6 +184,7 @@ class PruneReport:
                 }
                 for i in self.images
             ],
+            "pictures": self.pictures,
             **{
                 name: getattr(self, name)
                 for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens", "reused_above")
@@ -176,5 +205,6 @@ class PruneReport:
             for name, value in image.items():
                 if isinstance(value, np.ndarray):
                     image[name] = value.tolist()
+        data["pictures"] = self.pictures
         data.update({name: getattr(self, name) for name in _TOTALS})
         return data

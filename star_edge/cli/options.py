@@ -83,6 +83,11 @@ def prune_options(command: Callable) -> Callable:
         click.option("--vision-keep", type=KeepType(), help="Image tokens to keep after the encoder: fraction of the original, or count."),
         click.option("--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise."),
         click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
+        click.option(
+            "--budget",
+            type=click.Choice(["image", "prompt"]),
+            help="Each image keeps its own tokens, or all share what they would have had together (frames of a video).",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -123,8 +128,10 @@ def find_model(model: str | None, mmproj: str | None, hf_repo: str | None, no_mm
     return refvlm.TEXT_MODEL, refvlm.MMPROJ
 
 
-def make_config(preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None) -> PruneConfig | None:
-    return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer)
+def make_config(
+    preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
+) -> PruneConfig | None:
+    return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget)
 
 
 def print_json(data: Any) -> None:

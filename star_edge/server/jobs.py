@@ -179,6 +179,7 @@ def _kept(report: PruneReport) -> list[dict[str, Any]]:
     """For each image, which tokens stayed and where tokens lie; names are those of ImageReport."""
     return [
         {
+            "picture": image.picture,
             "grid": image.grid,
             "cells": image.cells.tolist(),
             "vision_kept": image.vision_kept.tolist(),

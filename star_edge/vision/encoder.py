@@ -53,6 +53,7 @@ class ImageChunk:
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
     special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
+    picture: which picture of the prompt it is of; large ones are cut into several chunks (overview and tiles).
     content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
 
@@ -63,6 +64,7 @@ class ImageChunk:
     grid: tuple[int, int] | None
     causal: bool
     special: np.ndarray | None = None
+    picture: int = 0
     content: str = ""
 
 
@@ -270,18 +272,24 @@ class VisionEncoder:
             PromptError: audio.
         """
         chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
-        n_parts: dict[str, int] = {}
-        for chunk in chunks:
-            if isinstance(chunk, ImageChunk) and chunk.content:
-                # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
-                part = n_parts[chunk.content] = n_parts.get(chunk.content, -1) + 1
-                chunk.content = f"{chunk.content.partition(':')[2]} {part}"
+        # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
+        parts: dict[str, list[ImageChunk]] = {}
+        for i, chunk in enumerate(chunks):
+            if isinstance(chunk, ImageChunk):
+                parts.setdefault(chunk.content or f"unnamed {i}", []).append(chunk)
+        for number, (name, pieces) in enumerate(parts.items()):
+            content = name.partition(":")[2]
+            for part, chunk in enumerate(pieces):
+                chunk.picture, chunk.content = number, f"{content} {part}" if content else ""
         return chunks
 
     def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
-        """Lets the chunks of a bitmap be found in the cache. image: its pixels; number: another one for each bitmap of a prompt."""
-        if self.cache is not None:
-            mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{pixels_id(image)}".encode())
+        """Lets the chunks of a bitmap be told from others', and found in the cache.
+
+        image: its pixels; number: another one for each bitmap of a prompt.
+        """
+        content = "" if self.cache is None else pixels_id(image)
+        mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{content}".encode())
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)
@@ -305,7 +313,7 @@ class VisionEncoder:
         special = self.profile.special(n, grid) if self.profile.special else None
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
-        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, name)
+        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name)
 
     # ---- encode ----
 
