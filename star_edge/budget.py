@@ -34,12 +34,20 @@ class JointTokens(Tokens):
 
         Places are those within an image: what comes again in a later frame at the same place is near, whenever that is.
         """
-        apart = np.sqrt(((self.places[:, None] - self.places) ** 2).sum(axis=-1))
-        apart[(self.picture[:, None] == self.picture) & (self.image[:, None] != self.image)] = np.nan
-        known = ~np.isnan(apart)
-        if not known.any() or not (mean := float(apart[known].mean())):
+        row, column = np.nan_to_num(self.places.T)
+        apart = (row[:, None] - row) ** 2
+        apart += (column[:, None] - column) ** 2
+        np.sqrt(apart, out=apart)
+        nowhere = np.isnan(self.places[:, 0])
+        unknown = (self.picture[:, None] == self.picture) & (self.image[:, None] != self.image)
+        unknown[nowhere] = unknown[:, nowhere] = True
+        np.copyto(apart, 0.0, where=unknown)
+        total = float(apart.sum())
+        if not total:
             return None
-        return np.where(known, apart / mean, 1.0).astype(np.float32)
+        apart /= total / (apart.size - np.count_nonzero(unknown))
+        np.copyto(apart, 1.0, where=unknown)
+        return apart
 
 
 def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = None) -> JointTokens:
