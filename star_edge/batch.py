@@ -25,7 +25,7 @@ from .images import FORMATS
 
 _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "id": (str, int), "image": (str,), "images": (list,), "prompt": (str,), "preset": (str,), "vision_keep": (int, float),
-    "decoder_keep": (int, float), "decoder_layer": (int,), "max_tokens": (int,), "temperature": (int, float), "seed": (int,), "raw": (bool,),
+    "decoder_keep": (int, float), "decoder_layer": (int,), "budget": (str,), "max_tokens": (int,), "temperature": (int, float), "seed": (int,), "raw": (bool,),
 }  # fmt: skip
 _LINE_START = b'{"id": '  # of every line of a results file
 
@@ -100,7 +100,7 @@ def _expand(image: str) -> list[str]:
 
 def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> list[Task]:
     """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep, decoder_keep,
-    decoder_layer, max_tokens, temperature, seed, raw.
+    decoder_layer, budget, max_tokens, temperature, seed, raw.
 
     prompt, settings: for tasks that do not say. Paths of images are relative to the file's folder. The id is a hash of the task
     where it has none.
@@ -151,7 +151,7 @@ def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -
     if not text:
         raise ConfigError("it has no prompt", "give one in the line, or one for all tasks as PROMPT")
     base = resolve_prune(data["preset"]) if "preset" in data else settings.prune
-    prune = override(base, **{name: data.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer")})
+    prune = override(base, **{name: data.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer", "budget")})
     changes = {name: data[name] for name in ("max_tokens", "temperature", "seed", "raw") if name in data}
     task = Task("", images, tuple(_locate(image, folder) for image in images), text, replace(settings, prune=prune, **changes))
     if task.settings.max_tokens < 1 or not 0 <= task.settings.temperature < float("inf"):

@@ -54,7 +54,8 @@ class PruneConfig:
     vision_keep: what stays after the vision encoder (stage 1).
     decoder_keep: what stays from decoder layer K on (stage 2).
         For both, a float in (0, 1] is a fraction of the image's original tokens, an int is a count for each image:
-        1.0 means all, 1 means one token. Tokens that show no place (row ends, tile separators) always stay, stand for no
+        1.0 means all, 1 means one token. A picture that its model gets in crops is one image: the crops share its tokens by what each
+        contributes, and every crop keeps at least one. Tokens that show no place (row ends, tile separators) always stay, stand for no
         others, and are not counted, neither in a fraction nor in a count.
     decoder_layer: K, 1 <= K <= layers - 1; layers 0..K-1 see every token that the vision stage left. None: chosen for the model.
     vision_scorer, decoder_scorer: what tokens are ranked by, a name in scorers.VISION_SCORERS and scorers.DECODER_SCORERS.
@@ -63,6 +64,9 @@ class PruneConfig:
     vision_share, decoder_share: the part of each stage's budget that is chosen to represent the dropped tokens instead of by score.
     windows: more than one decoder stage (PyramidDrop, arXiv 2410.17247): (layer, keep) pairs with ascending layers in place of
         decoder_layer and decoder_keep. A layer is an int, or a float in (0, 1), a fraction of the model's layers.
+    budget: "image", each has its own, and if the model cuts it into crops they share it; "crop", each crop has its own; "prompt", all images share what they would have had together, such as the frames of a video: in the
+        vision stage by what each shows that none before it does, in the decoder stage by the question's attention. None gets less than a
+        quarter of an equal share.
     positions: "original" keeps the RoPE positions of the full image; "renumbered" closes the gaps after the vision stage, which
         costs accuracy (arXiv 2506.21873) and is here to be measured.
     seed: for scorers that draw lots.
@@ -82,6 +86,7 @@ class PruneConfig:
     vision_share: float = 1.0
     decoder_share: float = 0.5
     windows: tuple[tuple[int | float, Keep], ...] = ()
+    budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
 
@@ -100,6 +105,7 @@ class PruneConfig:
             ("vision_scorer", VISION_SCORERS),
             ("decoder_scorer", DECODER_SCORERS),
             ("representatives", REPRESENTATIVES),
+            ("budget", ("image", "crop", "prompt")),
             ("positions", ("original", "renumbered")),
         ):
             if getattr(self, name) not in tuple(names):
@@ -143,8 +149,12 @@ class PruneConfig:
     @property
     def encoder_attention(self) -> str | None:
         """Which attention the vision stage reads: "received", "cls", or None where nothing is chosen by it."""
-        by_score = self.prunes_in_vision and (self.representatives == "none" or self.vision_share < 1)
-        return VISION_SCORERS[self.vision_scorer].reads if by_score else None
+        return VISION_SCORERS[self.vision_scorer].reads if self.prunes_in_vision and self.chooses_by_score else None
+
+    @property
+    def chooses_by_score(self) -> bool:
+        """Whether any token of the vision stage's choice is chosen by its score."""
+        return self.representatives == "none" or self.vision_share < 1
 
     def decoder_windows(self, n_layers: int) -> list[tuple[int, Keep]]:
         """(layer K, keep) of each decoder stage for a decoder of n_layers.

@@ -18,6 +18,8 @@ from os import PathLike
 import numpy as np
 from llama_cpp import Llama
 
+from . import budget
+from .blas import one_blas_thread
 from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
@@ -121,11 +123,13 @@ class PromptReader:
             plan, notes = self.plan(prompt, config, encoded)
         used = plan.config
         segments, image_reports, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
+        self._check_images(plan)
         stage = None
         windows = plan.windows
         if windows:
             choose = lambda seen, n: _choose(seen, n - plan.n_special[seen.image], image_reports[seen.image], used)
-            stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads)
+            divide = (lambda seen, n: _divide(seen, n, plan, image_reports)) if any(len(group) > 1 for group in plan.groups) else None
+            stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads, divide)
         # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         if not keep:
@@ -209,15 +213,18 @@ class PromptReader:
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
                 "raise n_ctx, lower vision_keep, or give fewer or smaller images" if plan.images else "raise n_ctx, or shorten the prompt",
             )
+        self._check_images(plan)
+        if not plan.n_cells:
+            raise ConfigError("the prompt is empty", "give some text")
+        return plan, notes
+
+    def _check_images(self, plan: PromptPlan) -> None:
         for chunk, n in zip(plan.images, plan.n_vision):
             if not chunk.causal and n > self.decoder.n_ubatch:
                 raise ContextLengthError(
                     f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is {self.decoder.n_ubatch}",
                     f"use n_ubatch={n} or more",
                 )
-        if not plan.n_cells:
-            raise ConfigError("the prompt is empty", "give some text")
-        return plan, notes
 
     def hand_over(self, state: Prefill) -> list[int]:
         """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read already."""
@@ -239,8 +246,8 @@ class PromptReader:
         return self.llama.n_tokens - report.n_kv_cells + 1
 
 
-def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) -> Selection:
-    """The decoder stage's choice of an image's rows: n_keep of those that are not special, and those that are."""
+def _tokens(seen: Seen, image: ImageReport) -> tuple[Tokens, np.ndarray | None]:
+    """The rows of an image in the decoder stage, and which are special, (n,) bool, or None."""
     rows = image.vision_kept[seen.rows]
     tokens = Tokens(
         seen.hidden,
@@ -251,10 +258,39 @@ def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) ->
         seen.row_attention,
         seen.text_hidden,
     )
+    return tokens, None if image.special is None else image.special[rows]
+
+
+@one_blas_thread()
+def _divide(seen: Sequence[Seen], n_keep: Sequence[int], plan: PromptPlan, images: Sequence[ImageReport]) -> list[int]:
+    """How many rows of each image stay: images that share their tokens have as many as are among the best of all of them."""
+    config, counts = plan.config, list(n_keep)
+    score = DECODER_SCORERS[config.decoder_scorer].score
+    for group in plan.groups:
+        if len(group) == 1:
+            continue
+        parts = []
+        for i in group:
+            tokens, special = _tokens(seen[i], images[i])
+            parts.append(tokens if special is None else tokens.part(~special))
+            if config.decoder_scorer == "random":
+                parts[-1].seed = zlib.crc32(seen[i].hidden.tobytes()) + config.seed
+        total = sum(n_keep[i] - plan.n_special[i] for i in group)
+        count = lambda tokens, k: budget.by_score(tokens, score(tokens, k), k)
+        original = [images[i].n_tokens - plan.n_special[i] for i in group]
+        for i, n in zip(group, budget.divide(parts, [images[i].picture for i in group], original, total, count, False)):
+            counts[i] = plan.n_special[i] + n
+    return counts
+
+
+@one_blas_thread()
+def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) -> Selection:
+    """The decoder stage's choice of an image's rows: n_keep of those that are not special, and those that are."""
+    tokens, special = _tokens(seen, image)
     if config.decoder_scorer == "random":
         tokens.seed = zlib.crc32(seen.hidden.tobytes()) + config.seed
     share = 0.0 if config.representatives == "none" else config.decoder_share
     by_score = max(1, n_keep - round(share * n_keep))
     score = DECODER_SCORERS[config.decoder_scorer].score
     choose = lambda tokens: select(config.representatives, tokens, score(tokens, by_score), n_keep, share)
-    return apart(None if image.special is None else image.special[rows], tokens, choose)
+    return apart(special, tokens, choose)

@@ -18,8 +18,9 @@ _TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept",
 
 @dataclass
 class ImageReport:
-    """One image of a prompt.
+    """One image of a prompt, as its model gets it: a picture, or one crop of a picture (overview or tile).
 
+    picture: number of the picture that it is of.
     n_tokens: image tokens that the encoder makes of it.
     grid: (rows, columns) of those tokens on the image, or None.
     cells: place of each token on the grid, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
@@ -29,10 +30,9 @@ class ImageReport:
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
     special: tokens that show no place, such as row ends, and always stay, (n_tokens,) bool; None: none.
     cached: the encoder's output was known from an earlier request.
-    picture: number of the picture in the request. Some models cut large ones into crops, each of which is an image here, with a share
-        of its own, in the order in which llama.cpp puts them.
     """
 
+    picture: int
     n_tokens: int
     grid: tuple[int, int] | None
     cells: np.ndarray
@@ -44,7 +44,6 @@ class ImageReport:
     decoder_mass: np.ndarray | None = None
     special: np.ndarray | None = None
     cached: bool = False
-    picture: int = 0
 
     @property
     def n_special(self) -> int:
@@ -95,6 +94,24 @@ class PruneReport:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def pictures(self) -> list[dict[str, object]]:
+        """For each picture of the prompt its images (one, or its crops), by their index, and their tokens together, as plain JSON values."""
+        of_picture: dict[int, list[int]] = {}
+        for i, image in enumerate(self.images):
+            of_picture.setdefault(image.picture, []).append(i)
+        total = lambda crops, number: sum(number(self.images[i]) for i in crops)
+        return [
+            {
+                "images": crops,
+                "n_tokens": total(crops, lambda i: i.n_tokens),
+                "n_special": total(crops, lambda i: i.n_special),
+                "n_vision_kept": total(crops, lambda i: len(i.vision_kept)),
+                "n_decoder_kept": total(crops, lambda i: len(i.decoder_kept)),
+            }
+            for crops in of_picture.values()
+        ]
+
+    @property
     def n_image_tokens(self) -> int:
         """Image tokens before pruning, over all images."""
         return sum(i.n_tokens for i in self.images)
@@ -117,11 +134,6 @@ class PruneReport:
         """Image tokens for each decoder layer, on average."""
         return average_tokens(self.n_vision_kept, self.windows, self.n_layers)
 
-    def whole_pictures(self) -> list[ImageReport]:
-        """Of the pictures that were not cut into crops, whose places are not known here."""
-        numbers = [image.picture for image in self.images]
-        return [image for image in self.images if numbers.count(image.picture) == 1]
-
     @property
     def token_layer_ratio(self) -> float:
         """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
@@ -131,18 +143,22 @@ class PruneReport:
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
 
-        source: the image that was asked about, of several number `index`.
+        source: the picture that was asked about, of several number `index`.
 
         Raises:
-            ConfigError: there is no such image in the report, or its tokens have no grid.
+            ConfigError: there is no such picture in the report, it was cut into crops, or its tokens have no grid.
             ImageError: the image cannot be read.
         """
-        n = len({image.picture for image in self.images})
-        if not 0 <= index < n:
-            raise ConfigError(f"the report has no image {index}", f"it has {n}, counted from 0")
-        image = next((image for image in self.whole_pictures() if image.picture == index), None)
-        if image is None:
-            raise ConfigError("this model cuts so large a picture into crops", "give a smaller one, or leave the picture (--overlay) out")
+        pictures = self.pictures
+        if not 0 <= index < len(pictures):
+            raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
+        crops = pictures[index]["images"]
+        if len(crops) > 1:
+            raise ConfigError(
+                f"the model gets image {index} as {len(crops)} crops, and llama.cpp does not say where they lie",
+                "leave the picture (--overlay) out: report.images has the kept indices",
+            )
+        image = self.images[crops[0]]
         if image.grid is None:
             raise ConfigError(
                 "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"
@@ -159,6 +175,7 @@ class PruneReport:
             "config": self.config.to_dict() if self.config is not None else None,
             "images": [
                 {
+                    "picture": i.picture,
                     "n_tokens": i.n_tokens,
                     "n_special": i.n_special,
                     "n_vision_kept": len(i.vision_kept),
@@ -167,6 +184,7 @@ class PruneReport:
                 }
                 for i in self.images
             ],
+            "pictures": self.pictures,
             **{
                 name: getattr(self, name)
                 for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens", "reused_above")
@@ -187,5 +205,6 @@ class PruneReport:
             for name, value in image.items():
                 if isinstance(value, np.ndarray):
                     image[name] = value.tolist()
+        data["pictures"] = self.pictures
         data.update({name: getattr(self, name) for name in _TOTALS})
         return data

@@ -93,11 +93,18 @@ class Tokens:
         far = 1.0 - unit @ unit.T
         np.maximum(far, 0.0, out=far)
         far /= max(float(far.mean()), 1e-12)
-        if self.grid is not None and self.grid[0] * self.grid[1] > 1:
-            places = _recent_places if len(self) <= 1024 else _places  # 4 MiB each are kept, not more
-            far += PLACE_WEIGHT * places(self.grid, np.asarray(self.cells, np.int64).tobytes())
+        places = self.place_distances()
+        if places is not None:
+            far += PLACE_WEIGHT * places
         np.fill_diagonal(far, 0.0)
         return far
+
+    def place_distances(self) -> np.ndarray | None:
+        """On the grid, over their mean, (n, n) float32, or None without a grid."""
+        if self.grid is None or self.grid[0] * self.grid[1] == 1:
+            return None
+        places = _recent_places if len(self) <= 1024 else _places  # 4 MiB each are kept, not more
+        return places(self.grid, np.asarray(self.cells, np.int64).tobytes())
 
 
 @lru_cache(maxsize=2)

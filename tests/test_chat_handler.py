@@ -124,8 +124,8 @@ def test_report_comes_back_with_the_response(llm, handler):
     response = ask(llm, user(DEMO, PLATE), max_tokens=8)
     summary = json.loads(json.dumps(response, allow_nan=False))["star_edge"]
     assert len(json.dumps(summary)) < 2000
-    image = {"n_tokens": 144, "n_vision_kept": kept("balanced").vision, "n_decoder_kept": kept("balanced").decoder, "cached": True}
-    assert summary["images"] == [image]
+    tokens = {"n_tokens": 144, "n_special": 0, "n_vision_kept": kept("balanced").vision, "n_decoder_kept": kept("balanced").decoder}
+    assert summary["images"] == [{"picture": 0, **tokens, "cached": True}] and summary["pictures"] == [{"images": [0], **tokens}]
     assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (PRESETS["balanced"].vision_keep, 2, 6)
     assert (
         summary["n_kv_cells"] == summary["n_text_tokens"] + kept("balanced").decoder and summary["n_generated"] == 3

@@ -160,7 +160,7 @@ def test_frames(fixture, engines):
     assert generate(vlm.decoder, state, N_GENERATE)[1] == expected_tokens
     n_images = len(report.images)
     assert n_images % 4 == 0 and report.n_decoder_kept == report.n_image_tokens
-    state, report = vlm.read_prompt(text, frames, PruneConfig(20, 8, layer), chat=False)
+    state, report = vlm.read_prompt(text, frames, PruneConfig(20, 8, layer, budget="crop"), chat=False)
     assert state.in_place and len(report.images) == n_images
     n_keep = 20 if fixture.decoder_problem else 8
     assert all(len(image.decoder_kept) == n_keep + image.n_special for image in report.images)
@@ -194,7 +194,7 @@ def test_what_is_repaired(fixture, engines):
             means.append(cosines(vlm.encoder.encode(image).embeddings, prompt.features[0]).mean())
     assert not stock_.encoder.repairs
     assert bool(repaired.encoder.repairs) == fixture.repaired
-    assert means[1] >= 0.999 and (means[0] < 0.95) == fixture.repaired
+    assert means[1] >= 0.999 and (1 - means[0] > 10 * (1 - means[1])) == fixture.repaired
 
 
 @pytest.mark.parametrize("mode", ["f32", "fa"])
@@ -265,7 +265,7 @@ def test_both_stages(fixture, engines, mode):
         for case in prompt.cases:
             n_special = int(case.special[0].sum())  # they stay beside what is asked for
             n1 = case.n1 - n_special if case.prunes_vision else 1.0
-            config = PruneConfig(n1, case.n2 - n_special, case.layer, representatives="none")
+            config = PruneConfig(n1, case.n2 - n_special, case.layer, representatives="none", budget="crop")
             state, report = vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
             windows = [] if case.layer is None else [(case.layer, case.n2 * len(prompt.features))]
             assert state.in_place and report.windows == windows

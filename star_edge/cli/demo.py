@@ -21,13 +21,22 @@ from .options import AFRESH, load_engine, make_config, print_json, prune_options
 )
 @click.option("--overlay", type=click.Path(dir_okay=False), default="star-edge-demo.png", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def demo(preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, repeats: int, overlay: str, as_json: bool) -> None:
+def demo(
+    preset: str,
+    vision_keep: Any,
+    decoder_keep: Any,
+    decoder_layer: int | None,
+    budget: str | None,
+    repeats: int,
+    overlay: str,
+    as_json: bool,
+) -> None:
     """Ask the shipped reference model about a picture, stock beside pruned.
 
     Nothing is downloaded. The picture is the first of the held-out set that has a question of every family, all of which
     the unpruned model answers correctly; pruning may change that, and the table shows it.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer)
+    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     rows, answer = [], None
     with load_engine(None, None, **AFRESH) as vlm:
         for question in track(refvlm.demo_questions(), "asking", console=Console(stderr=True), transient=True):

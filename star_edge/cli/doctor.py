@@ -19,6 +19,7 @@ from ..engine import StarVLM
 from ..errors import StarEdgeError
 from ..native import ffi, lib
 from ..selection import average_tokens
+from ..vision.encoder import ImageChunk
 from .options import AFRESH, load_engine, model_options, print_json
 
 
@@ -96,7 +97,8 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     picture = np.full((height, width, 3), 128, np.uint8)
     prompt = vlm.tokenize("<__media__>", [picture], chat=False)
     try:
-        n = sum(c.n_tokens for c in prompt.chunks if hasattr(c, "n_tokens"))
+        images = [c for c in prompt.chunks if isinstance(c, ImageChunk)]
+        n, n_special = sum(c.n_tokens for c in images), sum(int(c.special.sum()) for c in images if c.special is not None)
     finally:
         prompt.close()
     presets = {}
@@ -104,10 +106,10 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
         n1 = n
         windows: list[tuple[int, int]] = []
         if config is not None:
-            n1 = keep_count("vision_keep", config.vision_keep, n)
+            n1 = keep_count("vision_keep", config.vision_keep, n, n_special)
             if not vlm.decoder.stage_problem and config.prunes_in_decoder:
                 for layer, keep in config.decoder_windows(vlm.decoder.n_layers):
-                    windows.append((layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n))))
+                    windows.append((layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special))))
         average = average_tokens(n1, windows, vlm.decoder.n_layers)
         presets[name] = {"vision_kept": n1, "windows": windows, "average_tokens": average}
     return {"image": f"{width}x{height}", "image_tokens": n, "presets": presets}

@@ -34,14 +34,14 @@ from .options import load_engine, make_config, model_options, print_json, prune_
 @click.option("--json", "as_json", is_flag=True)
 def inspect(
     prompt: str, images: tuple[str, ...], decoder_layers: tuple[int, ...], encoder_layers: tuple[int, ...], mean_heads: bool, raw: bool, out: str,
-    picture: str | None, overlay: str | None, as_json: bool, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, **model: Any,
+    picture: str | None, overlay: str | None, as_json: bool, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, budget: str | None, **model: Any,
 ) -> None:  # fmt: skip
     """Write the attention of any layer, and the kept tokens, to an .npz file and a picture.
 
     Arrays: tokens, image_of_token, decoder_L (heads, query, key), encoder_image_I_layer_L, and for each image kept_vision_I and
     kept_decoder_I (indices of kept image tokens) with scores_vision_I and scores_decoder_I.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer)
+    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     if not out.endswith(".npz"):
         raise ConfigError(f"{out} does not end in .npz", "arrays are written in NumPy's format")
     with load_engine(**model) as vlm:

@@ -84,6 +84,11 @@ def prune_options(command: Callable) -> Callable:
         click.option("--vision-keep", type=KeepType(), help="Image tokens to keep after the encoder: fraction of the original, or count."),
         click.option("--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise."),
         click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
+        click.option(
+            "--budget",
+            type=click.Choice(["image", "crop", "prompt"]),
+            help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a video.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -124,8 +129,10 @@ def find_model(model: str | None, mmproj: str | None, hf_repo: str | None, no_mm
     return refvlm.TEXT_MODEL, refvlm.MMPROJ
 
 
-def make_config(preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None) -> PruneConfig | None:
-    return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer)
+def make_config(
+    preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
+) -> PruneConfig | None:
+    return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget)
 
 
 def parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:

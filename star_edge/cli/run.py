@@ -42,7 +42,7 @@ from .options import load_engine, make_config, model_options, print_json, prune_
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and the whole report as JSON.")
 def run(
     prompt: str | None, images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool,
-    workers: int | None, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, max_tokens: int,
+    workers: int | None, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, budget: str | None, max_tokens: int,
     temperature: float, seed: int | None, raw: bool, overlay: str | None, as_json: bool, **model: Any,
 ) -> int:  # fmt: skip
     """Answer PROMPT about the images.
@@ -51,7 +51,7 @@ def run(
 
     With --each or --tasks there is one line of JSON for each request, and the exit status is 3 when some of them failed.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer)
+    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, overlay)
     if overlay and config is None:
         raise ConfigError("--overlay has nothing to show with --preset off", "use another preset or --vision-keep")

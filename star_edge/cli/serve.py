@@ -48,7 +48,6 @@ def serve(
     fields. Ctrl-C ends it.
     """
     try:
-        import threadpoolctl
         import uvicorn
         from sse_starlette.sse import AppStatus
 
@@ -76,8 +75,6 @@ def serve(
     alias = hf_repo or Path(text).stem
 
     listener = _bind(host, port)
-    # The matrices of both stages are small, and BLAS threads that spin take the cores from llama.cpp's: 18 ms became 2 under load
-    threadpoolctl.threadpool_limits(1, user_api="blas")
     # uvicorn ends in good order on either signal, and then sends it to whoever had it before
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)

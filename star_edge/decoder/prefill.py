@@ -57,11 +57,13 @@ class DecoderStage:
     """What to drop: for each window layer K and how many rows of each image stay; choose(seen, n_keep) says which, and what they stand for.
 
     text_rows: the rows of the text after the last image that score: "all" or "last" as a mean, or "each".
+    divide(all that is seen, n_keep): how many rows of each image stay instead, where images share what they keep; None: they do not.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
     choose: Callable[[Seen, int], Selection]
     text_rows: str = "all"
+    divide: Callable[[Sequence[Seen], Sequence[int]], Sequence[int]] | None = None
 
 
 @dataclass
@@ -299,13 +301,11 @@ class _Run:
     ) -> list[Selection | None]:
         """What stays of each segment's rows; None for text, which stays."""
         n_text = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
-        selections: list[Selection | None] = []
-        for segment, place, rows in zip(segments, self.places(segments), kept_rows):
-            if place is None:
-                selections.append(None)
-                continue
-            by_row = end.row_attention is not None
-            seen = Seen(
+        by_row = end.row_attention is not None
+        seen = [
+            None
+            if place is None
+            else Seen(
                 end.hidden[place],
                 segment.mass,
                 end.attention[place],
@@ -314,8 +314,11 @@ class _Run:
                 segment.image,
                 rows,
             )
-            selections.append(stage.choose(seen, n_keep[segment.image]))
-        return selections
+            for segment, place, rows in zip(segments, self.places(segments), kept_rows)
+        ]
+        if stage.divide is not None:
+            n_keep = stage.divide([s for s in seen if s is not None], n_keep)
+        return [None if s is None else stage.choose(s, n_keep[s.image]) for s in seen]
 
     def thin(self, segments: Sequence[Segment], selections: Sequence[Selection | None]) -> tuple[list[Segment], np.ndarray]:
         """The segments with the rows that go on, and (n,) bool of those rows."""

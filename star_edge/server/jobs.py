@@ -176,13 +176,14 @@ class Job:
 
 
 def _kept(report: PruneReport) -> list[dict[str, Any]]:
-    """For each image that was not cut into crops, which tokens stayed and where tokens lie; names are those of ImageReport."""
+    """For each image, which tokens stayed and where tokens lie; names are those of ImageReport."""
     return [
         {
+            "picture": image.picture,
             "grid": image.grid,
             "cells": image.cells.tolist(),
             "vision_kept": image.vision_kept.tolist(),
             "decoder_kept": image.decoder_kept.tolist(),
         }
-        for image in report.whole_pictures()
+        for image in report.images
     ]

@@ -53,7 +53,7 @@ class ImageChunk:
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
     special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
-    picture: number of the picture in the prompt that it is, or is a part of.
+    picture: which picture of the prompt it is of; large ones are cut into several chunks (overview and tiles).
     content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
     """
 
@@ -268,19 +268,23 @@ class VisionEncoder:
             PromptError: audio.
         """
         chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
-        n_parts: dict[str, int] = {}
+        # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
+        parts: dict[str, list[ImageChunk]] = {}
         for i, chunk in enumerate(chunks):
             if isinstance(chunk, ImageChunk):
-                # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
-                name, content = chunk.content or f"chunk {i}", chunk.content.partition(":")[2]
-                part = n_parts[name] = n_parts.get(name, -1) + 1
-                chunk.picture = len(n_parts) - 1
-                chunk.content = f"{content} {part}" if content else ""
+                parts.setdefault(chunk.content or f"unnamed {i}", []).append(chunk)
+        for number, (name, pieces) in enumerate(parts.items()):
+            content = name.partition(":")[2]
+            for part, chunk in enumerate(pieces):
+                chunk.picture, chunk.content = number, f"{content} {part}" if content else ""
         return chunks
 
     def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
-        """Lets the chunks of a bitmap be known, and found in the cache. image: its pixels; number: another one for each of a prompt."""
-        content = pixels_id(image) if self.cache is not None else ""
+        """Lets the chunks of a bitmap be told from others', and found in the cache.
+
+        image: its pixels; number: another one for each bitmap of a prompt.
+        """
+        content = "" if self.cache is None else pixels_id(image)
         mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{content}".encode())
 
     def _chunk(self, chunk: object) -> TextChunk | ImageChunk:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import budget
+from ..blas import one_blas_thread
 from ..config import Keep, PruneConfig, keep_count
 from ..decoder.context import Rows
 from ..decoder.prefill import Segment
@@ -27,6 +29,8 @@ class PromptPlan:
     """What a prompt will take, before any of it is decoded.
 
     config: what is done, or None for no pruning.
+    groups: images that share their tokens, as indices: the crops of each picture, or all. Of such a group the sums of what follows are
+    fixed; how they are divided is known once the images are seen, and until then by their sizes.
     n_special: tokens of each image that always stay and are in no budget. What no profile says is known once the image is encoded.
     n_vision: tokens of each image that the vision stage leaves, special ones among them. windows: (layer K, tokens of each image that
     stay from there on) for each decoder stage.
@@ -34,6 +38,7 @@ class PromptPlan:
 
     chunks: Sequence[TextChunk | ImageChunk]
     config: PruneConfig | None
+    groups: list[list[int]]
     n_special: list[int]
     n_vision: list[int]
     windows: list[tuple[int, list[int]]]
@@ -63,17 +68,37 @@ def plan_prompt(
         ConfigError: a count over an image's tokens.
     """
     images = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
-    sizes = [image.n_tokens for image in images]
     n_special = [0 if i.special is None else int(i.special.sum()) for i in (images if encoded is None else encoded)]
-    n_vision = sizes
+    pictures: dict[int, list[int]] = {}
+    for i, image in enumerate(images):
+        alone = config is not None and config.budget == "crop"
+        pictures.setdefault(i if alone else image.picture, []).append(i)
+    groups = list(pictures.values())
+    if config is not None and config.budget == "prompt" and images:
+        groups = [list(range(len(images)))]
+    n_vision = left = [image.n_tokens for image in images]
+
+    def keep_of(name: str, keep: Keep, left: list[int]) -> list[int]:
+        kept = [0] * len(images)
+        for crops in pictures.values():
+            sizes = [images[i].n_tokens for i in crops]
+            special = [n_special[i] for i in crops]
+            n_crops = sum(size > n for size, n in zip(sizes, special))  # each keeps at least one
+            total = max(keep_count(name, keep, sum(sizes), sum(special)) - sum(special), n_crops)
+            ordinary = [left[i] - n_special[i] for i in crops]
+            shares = budget.in_proportion(min(total, sum(ordinary)), ordinary)
+            for i, n in zip(crops, shares):
+                kept[i] = n_special[i] + n
+        return kept
+
     if config is not None:
-        n_vision = [keep_count("vision_keep", config.vision_keep, *n) for n in zip(sizes, n_special)]
-    counts, left = [], n_vision
+        n_vision = left = keep_of("vision_keep", config.vision_keep, left)
+    counts = []
     for layer, keep in windows:
-        left = [min(n, keep_count("decoder_keep", keep, *size)) for n, *size in zip(left, sizes, n_special)]
+        left = keep_of("decoder_keep", keep, left)
         counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
-    return PromptPlan(chunks, config, n_special, n_vision, counts, n_text)
+    return PromptPlan(chunks, config, groups, n_special, n_vision, counts, n_text)
 
 
 def encode_images(
@@ -93,15 +118,22 @@ def encode_images(
     return encoded
 
 
+@one_blas_thread()
 def run_vision_stage(
     plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, seconds: dict[str, float]
 ) -> tuple[list[Segment], list[ImageReport], int]:
     """Prunes. Returns the segments, a report for each image, and the RoPE position after the prompt.
 
-    seconds: "encode" and "vision_stage" grow.
+    seconds: "encode" and "vision_stage" grow. plan.n_vision becomes what each image of a group that shares its tokens has of them.
     """
     start = time.perf_counter()
     config = plan.config
+    images = plan.images
+    for group in plan.groups:
+        if len(group) > 1 and any(plan.n_vision[i] < images[i].n_tokens for i in group):
+            counts = _divide([images[i] for i in group], [encoded[i] for i in group], plan, group)
+            for i, n in zip(group, counts):
+                plan.n_vision[i] = plan.n_special[i] + n
     segments: list[Segment] = []
     reports: list[ImageReport] = []
     position = 0
@@ -125,6 +157,7 @@ def run_vision_stage(
         segments.append(Segment(Rows(positions + offset, embeddings=embeddings), len(reports), chunk.causal, selection.mass))
         reports.append(
             ImageReport(
+                chunk.picture,
                 chunk.n_tokens,
                 chunk.grid,
                 image.cells,
@@ -135,7 +168,6 @@ def run_vision_stage(
                 decoder_mass=selection.mass,
                 special=image.special,
                 cached=image.cached,
-                picture=chunk.picture,
             )
         )
         position += n_positions
@@ -151,10 +183,42 @@ def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
     return config.vision_scorer if has_attention or not needs else "maxmin"
 
 
-def _select(image: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
-    """n_keep of the tokens that are not special, and those that are."""
+def _tokens(image: Encoded, chunk: ImageChunk, config: PruneConfig) -> Tokens:
     tokens = Tokens(image.embeddings, image.cells, chunk.grid, attention=image.scores)
     tokens.seed = zlib.crc32(image.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
+    return tokens
+
+
+def _divide(chunks: Sequence[ImageChunk], images: Sequence[Encoded], plan: PromptPlan, group: Sequence[int]) -> list[int]:
+    """How many tokens of each image of a group stay, special ones not counted.
+
+    Crops go by score where tokens are chosen by it. Frames go by what is new in each: attention does not tell a repetition from what it
+    repeats. The two baselines that look at nothing give every image the same part.
+    """
+    config = plan.config
+    parts = []
+    for chunk, image in zip(chunks, images):
+        part = _tokens(image, chunk, config)
+        if image.special is not None:
+            part = part.part(~image.special)
+        if part.attention is not None:  # a share of 1 for each image: of images of several sizes, that of a token depends on the size
+            part.attention = part.attention / max(float(part.attention.mean()), 1e-30)
+        parts.append(part)
+    name = vision_scorer(config, all(image.scores is not None for image in images))
+    by_score = config.chooses_by_score and (config.budget != "prompt" or name in ("uniform", "random"))
+    if by_score:
+        count = lambda tokens, k: budget.by_score(tokens, VISION_SCORERS[name].score(tokens, k), k)
+    else:
+        count = budget.by_distinctness
+    total = sum(plan.n_vision[i] - plan.n_special[i] for i in group)
+    return budget.divide(
+        parts, [chunk.picture for chunk in chunks], [len(part) for part in parts], total, count, not by_score or name in ("maxmin", "scope")
+    )
+
+
+def _select(image: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
+    """n_keep of the tokens that are not special, and those that are."""
+    tokens = _tokens(image, chunk, config)
     share = 0.0 if config.representatives == "none" else config.vision_share
     by_score = n_keep - round(share * n_keep)
     scorer = VISION_SCORERS[vision_scorer(config, image.scores is not None)]

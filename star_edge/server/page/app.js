@@ -86,16 +86,18 @@ function draw(canvas, grid, keptCells) {
 }
 
 function showKept(report) {
-  const image = report.kept && report.kept[0];
-  if (!image) return;
-  for (const [name, kept, where] of [
-    ["vision", image.vision_kept, ""],
-    ["decoder", image.decoder_kept, report.decoder_layer === null ? "" : `, from layer ${report.decoder_layer}`],
+  if (!report.kept || !report.kept.length) return;
+  const [picture] = report.pictures;
+  const [image] = report.kept;
+  for (const [name, where] of [
+    ["vision", ""],
+    ["decoder", report.decoder_layer === null ? "" : `, from layer ${report.decoder_layer}`],
   ]) {
-    const text = `${kept.length} of ${image.cells.length}${where}`;
+    const text = `${picture[`n_${name}_kept`]} of ${picture.n_tokens}${where}`;
     $(`${name}-count`).textContent = text;
     $(name).setAttribute("aria-label", `The ${name} stage kept ${text}`);
-    if (image.grid) draw($(name), image.grid, kept.map((token) => image.cells[token]));
+    // Where the crops of a picture lie is not known
+    if (image.grid && picture.images.length === 1) draw($(name), image.grid, image[`${name}_kept`].map((token) => image.cells[token]));
   }
 }
 
