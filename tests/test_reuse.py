@@ -224,28 +224,39 @@ def test_a_choice_that_begins_alike(families, decodes):
             assert report.reused_above == sum(sizes[part] for part in known), (text, config)
 
 
-def test_a_long_choice_takes_several_decodes(families):
-    """Pieces of n_ubatch rows that stay: those before the first difference are known."""
-    models, image = families["llama"], random_image(1)
+def test_a_long_choice_takes_several_decodes(families, monkeypatch):
+    """Pieces of n_ubatch rows that stay: those before the first difference are known, also where fewer stay than for the last question."""
+    models, images = families["llama"], [random_image(1), random_image(2)]
     options = dict(n_ubatch=16, n_batch=16)
 
-    class Scorer:  # rows 0 to 39 stay, and one more that the question's length decides
+    class Scorer:
         reads = "all"
+        last = 40  # the row that stays besides the first ones
 
         @staticmethod
         def score(tokens, k):
-            scores = np.where(np.arange(len(tokens)) < 39, 2.0, 0.0)
-            scores[45 if Scorer.late else 40] = 1.0
+            scores = np.where(np.arange(len(tokens)) < k - 1, 2.0, 0.0)
+            scores[Scorer.last] = 1.0
             return scores
 
-    config = PruneConfig(1.0, 40, 3, decoder_scorer="uniform", representatives="none")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DECODER_SCORERS, "uniform", Scorer)
-        with engine(models, **options) as vlm:
-            for Scorer.late, n_above in ((False, 0), (True, 32), (True, 40), (False, 32)):
-                request = (f"ab <__media__> {'late' if Scorer.late else 'not'}", image, config)
-                report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
-                assert report.reused_above == n_above
+    monkeypatch.setitem(DECODER_SCORERS, "uniform", Scorer)
+    with engine(models) as vlm, contextlib.closing(vlm.tokenize("ab <__media__> and <__media__> 40", images, chat=False)) as tokenized:
+        n_between = len(tokenized.chunks[2].tokens)
+    steps = [  # rows of each image that stay, the last of them, and how many rows are known above
+        (40, 40, 0),
+        (40, 45, 32),
+        (40, 45, 40 + n_between + 40),
+        (32, 31, 32),
+        (32, 31, 32 + n_between + 32),
+        (33, 32, 32),
+        (40, 39, 32),
+    ]
+    with engine(models, **options) as vlm:
+        for n_keep, Scorer.last, n_above in steps:
+            config = PruneConfig(1.0, n_keep, 3, decoder_scorer="uniform", representatives="none")
+            request = (f"ab <__media__> and <__media__> {Scorer.last}", images, config)
+            report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
+            assert report.reused_above == n_above, (n_keep, Scorer.last)
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
