@@ -19,6 +19,7 @@ from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.scorers import DECODER_SCORERS
+from star_edge.selection import Selection
 from star_edge.tap import Plan, Tap
 from star_edge.vision.encoder import TextChunk
 
@@ -370,22 +371,40 @@ def test_mixed_requests_equal_fresh_ones(families):
     assert 20 < n_reused < 80 and n_above > 5 and len(expected) > 25
 
 
+def beside_a_fresh_one(models, steps):
+    """Runs (prompt, decoder stage) one after the other in a context, compares logits with those of a new one, and yields the states."""
+
+    def context(tap):
+        llama = stock.load(models.text, True)
+        attach_tap(llama, tap)
+        return DecoderContext(llama, tap)
+
+    tap = Tap()
+    kept = context(tap)
+    for prompt, stage in steps:
+        got = prefill(kept, prompt.segments, prompt.next_position, stage, keep=True)
+        other_tap = Tap()
+        other = context(other_tap)
+        assert np.array_equal(got.logits, prefill(other, prompt.segments, prompt.next_position, stage).logits)
+        other.llama.close()
+        other_tap.close()
+        kept.llama._ctx.end_prompt()
+        yield got
+    kept.llama.close()
+    tap.close()
+
+
 @pytest.mark.parametrize("layer", [None, 3])
 def test_rows_that_differ_in_one_thing_are_read_again(families, layer):
     """As the decoder gets them, one thing at a time; what the encoder and the config make of it does not matter here."""
     models = families["llama"]
-    tap = Tap()
-    llama = stock.load(models.text, True)
-    attach_tap(llama, tap)
-    context = DecoderContext(llama, tap)
     stage = None if layer is None else DecoderStage([(layer, [9, 9])], by_score)
 
     def prompt(segment=None, **changes):
         result = random_prompt(models, [6, (5, 8), 3, (4, 4), 7])
-        if segment is not None:
-            for name, value in changes.items():
-                holder = result.segments[segment] if name in ("mass", "causal") else result.segments[segment].rows
-                setattr(holder, name, value(getattr(holder, name)))
+        for name, value in changes.items():
+            holder = result.segments[segment] if name in ("mass", "causal") else result.segments[segment].rows
+            setattr(holder, name, value(getattr(holder, name)))
         return result
 
     def one_more(array, at=1):
@@ -410,17 +429,24 @@ def test_rows_that_differ_in_one_thing_are_read_again(families, layer):
         (prompt(1, causal=lambda _: False), 1),
         (prompt(0, tokens=one_more), 0),
     ]
-    for case, n_alike in steps:
-        got = prefill(context, case.segments, case.next_position, stage, keep=True)
-        assert got.n_reused == sum(len(s.rows) for s in case.segments[:n_alike])
-        other = DecoderContext(fresh_llama := stock.load(models.text, True), fresh_tap := Tap())
-        attach_tap(fresh_llama, fresh_tap)
-        assert np.array_equal(got.logits, prefill(other, case.segments, case.next_position, stage).logits)
-        fresh_llama.close()
-        fresh_tap.close()
-        context.llama._ctx.end_prompt()
-    llama.close()
-    tap.close()
+    states = beside_a_fresh_one(models, ((case, stage) for case, _ in steps))
+    for (case, n_alike), state in zip(steps, states, strict=True):
+        assert state.n_reused == sum(len(s.rows) for s in case.segments[:n_alike])
+
+
+def test_rows_that_stay_with_other_masses_are_resumed(families):
+    models = families["llama"]
+    prompt = random_prompt(models, [6, (5, 8), 3, (4, 4), 7])
+
+    def stage(first, second):
+        masses = (first, second)
+        choose = lambda seen, n: Selection(np.arange(3, 3 + n), None if masses[seen.image] is None else np.full(n, masses[seen.image]))
+        return DecoderStage([(3, [9, 9])], choose)
+
+    steps = [(stage(2.0, 3.0), 0), (stage(2.0, 3.0), 21), (stage(2.0, 4.0), 12), (stage(2.0, None), 12), (stage(2.0, None), 21)]
+    steps += [(stage(None, None), 0), (stage(None, 2.0), 12), (stage(1.5, 2.0), 0)]
+    states = beside_a_fresh_one(models, ((prompt, stage) for stage, _ in steps))
+    assert [state.n_reused_above for state in states] == [n for _, n in steps]
 
 
 # ---- what must not be used ----
