@@ -449,6 +449,22 @@ def test_rows_that_stay_with_other_masses_are_resumed(families):
     assert [state.n_reused_above for state in states] == [n for _, n in steps]
 
 
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
+def test_attention_over_another_number_of_cells(families, flash_attn):
+    """llama.cpp runs attention over 256 cells more when a text is longer, which may round differently: nothing above is known then."""
+    models, image = families["llama"], random_image(1)
+    config = PruneConfig(1.0, 12, 3, decoder_scorer="uniform")
+    with engine(models, flash_attn=flash_attn) as vlm:
+        n = len(first_tokens(vlm, "ab <__media__> x", [image])) + 49
+        reused = []
+        for n_text in (20, 256 - n, 257 - n, 300, 256 - n):
+            request = ("ab <__media__>" + "x" * n_text, image, config)
+            report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, flash_attn=flash_attn))
+            assert report.n_kv_cells - 12 + 49 == n + n_text
+            reused.append(report.reused_above)
+    assert reused == [0, 12, 0, 12, 0]
+
+
 # ---- what must not be used ----
 
 
