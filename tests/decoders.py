@@ -7,7 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from star_edge.synthetic import DecoderShape, _add_tokenizer, _finish
+from star_edge.synthetic import DecoderShape
+from star_edge.synthetic.vocabulary import add_tokenizer
 
 
 def write_sliding(path: Path, shape: DecoderShape, window: int) -> None:
@@ -62,11 +63,14 @@ def _start(path: Path, arch: str, shape: DecoderShape) -> gguf.GGUFWriter:
     w.add_embedding_length(shape.n_embd)
     w.add_block_count(shape.n_layers)
     w.add_vocab_size(shape.n_vocab)
-    _add_tokenizer(w, shape.n_vocab)
+    add_tokenizer(w, shape.n_vocab)
     return w
 
 
 def _end(w: gguf.GGUFWriter, shape: DecoderShape, rng: np.random.Generator) -> None:
     w.add_tensor("token_embd.weight", rng.standard_normal((shape.n_vocab, shape.n_embd)).astype(np.float32))
     w.add_tensor("output_norm.weight", np.ones(shape.n_embd, np.float32))
-    _finish(w)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()

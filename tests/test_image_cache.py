@@ -3,14 +3,18 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_image
-from reusing import engine, same
+from conftest import CLIP, random_image
+from llama_cpp import mtmd_cpp as mtmd
+from reusing import engine, fresh, same
 
 from star_edge import PruneConfig, errors
+from star_edge.synthetic import write_encoder
 from star_edge.vision import cache as image_cache
+from star_edge.vision.encoder import VisionEncoder
 
 BY_SCORE = PruneConfig(0.5, 0.25, 2, representatives="none")
 CLS = PruneConfig(0.5, vision_scorer="cls", representatives="none")
@@ -61,6 +65,17 @@ def test_other_pixels_and_shapes_are_other_images(families):
         assert [i.cached for i in report.images] == [True, True, False, True]
 
 
+def test_parts_of_one_picture_are_apart(families, monkeypatch):
+    """libmtmd cuts large pictures into chunks of one name; here two pictures have one."""
+    request = ("a <__media__> b <__media__> c", [random_image(1), random_image(2)], "balanced")
+    want = fresh(families["llama"], request)
+    monkeypatch.setattr(VisionEncoder, "name_bitmap", lambda self, bitmap, image, number: mtmd.mtmd_bitmap_set_id(bitmap, b"0:picture"))
+    with engine(families["llama"]) as vlm:
+        for cached in (False, True):
+            report = same(vlm.read_prompt(*request, chat=False), want)
+            assert [image.cached for image in report.images] == [cached] * 2
+
+
 def test_memory_is_bounded_and_the_oldest_goes_first(families):
     one = 49 * 256 * 4
     with engine(families["llama"], image_cache_bytes=2 * one + 100) as vlm:
@@ -87,11 +102,14 @@ def test_files_that_are_not_whole_are_replaced(families, tmp_path):
             assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
             assert path.read_bytes() == good
             assert same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
-        # cells outside the image, under a checksum that is right
-        cells = len(good) - 32 - 4 * 49 - 8 * 49
-        body = good[:cells] + (49).to_bytes(8, "little") + good[cells + 8 : -32]
-        path.write_bytes(body + image_cache.hashlib.sha256(body).digest())
-        assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
+        # a checksum that is right, over: cells outside the image, a score too few, other counts than the image's, unknown flags
+        body = good[:-32]
+        cells = len(body) - 4 * 49 - 8 * 49
+        field = lambda i, value: body[: 40 + 4 * i] + value.to_bytes(4, "little") + body[44 + 4 * i :]
+        outside = body[:cells] + (49).to_bytes(8, "little") + body[cells + 8 :]
+        for data in (outside, body[:-4], field(0, 48), field(1, 255), field(2, 0), field(2, 2), field(3, 0), field(3, 7)):
+            path.write_bytes(data + image_cache.hashlib.sha256(data).digest())
+            assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
         path.unlink()
         path.mkdir()
         assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
@@ -108,7 +126,9 @@ def test_another_encoder_or_setting_shares_nothing(families, tmp_path):
     assert hits(families["llama"]) == 1
     assert hits(families["llama"], flash_attn=False) == 0
     assert hits(families["llama"], image_min_tokens=4) == 0
-    assert hits(families["qwen2vl"]) == 0
+    other = replace(families["llama"], mmproj=tmp_path / "mmproj.gguf")  # of the same shape
+    write_encoder(other.mmproj, CLIP, other.shape.n_embd, "f32", seed=3)
+    assert [hits(other), hits(other), hits(families["llama"]), hits(families["qwen2vl"])] == [0, 1, 1, 0]
 
 
 def _hits(models, image, folder, options):

@@ -178,7 +178,7 @@ class _Run:
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
             if self.keep and len(stage.windows) == 1:
                 n = len(stem) - len(prefix)
-                choice = reuse.Choice(kept_rows[:n], [s.mass for s in live[:n]])
+                choice = reuse.Choice(kept_rows[:n], [s.mass for s in live[:n]], sum(len(s.rows) for s in self.segments))
                 self.n_above = reuse.common_rows_above(self.attached, stem[-n:], choice, self.context.n_ubatch)
             # 4) resume
             with self.timed("resume"):

@@ -22,7 +22,8 @@ Invariants, on which `attach` relies and which it checks as far as llama.cpp can
    runs over as many, as in a fresh context. That makes it equal bit for bit.
 6. In layers >= K a row that the decoder stage leaves sees those that are left before it, with their masses, and nothing else. Where
    two choices begin alike, K and V of layers > K in the cells are those that would be computed again. Layer K, which 4. overwrites,
-   comes back in the same way, by a decode of the window [K, K) of as many rows as are resumed.
+   comes back in the same way, by a decode of the window [K, K) of as many rows as are resumed. The text after the images has cells by
+   then, so its length decides over how many cells attention runs, in steps of N_KV_STEP: kernels may round differently for another number.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ import numpy as np
 
 from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext
 from .segments import Segment
+
+N_KV_STEP = 256  # llama_kv_cache::get_n_kv
 
 
 @dataclass
@@ -60,10 +63,14 @@ class Stem:
 
 @dataclass
 class Choice:
-    """What a decoder stage leaves of each segment: which of its rows, (n,) int64, and their masses, (n,), or None for one each."""
+    """What a decoder stage leaves of each segment: which of its rows, (n,) int64, and their masses, (n,), or None for one each.
+
+    n_cells: cells in use when they are resumed.
+    """
 
     rows: Sequence[np.ndarray]
     masses: Sequence[np.ndarray | None]
+    n_cells: int
 
 
 @dataclass
@@ -142,7 +149,7 @@ def common_rows_above(attached: Attached, segments: Sequence[Segment], choice: C
     segments: those that `choice` is of, as the probe ran them.
     """
     n = n_probed = 0
-    if attached.choice is None:
+    if attached.choice is None or -(-attached.choice.n_cells // N_KV_STEP) != -(-choice.n_cells // N_KV_STEP):
         return n
     last = zip(attached.choice.rows, attached.choice.masses)
     for segment, kept, mass, (last_kept, last_mass) in zip(segments, choice.rows, choice.masses, last):
