@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import random_image
+from gguf_files import rewrite
 
 from star_edge import PruneConfig, StarVLM
 from star_edge.config import keep_count
@@ -160,3 +161,22 @@ def test_corrected_counts_are_checked_before_anything_is_decoded(families, found
                 vlm.read_prompt(prompt, random_image(1), half, chat=False)
         _, report = vlm.read_prompt(prompt[:-1], random_image(1), half, chat=False)
         assert report.n_kv_cells == n_text - 1 + 28
+
+
+@pytest.mark.parametrize("budget", ["image", "prompt"])
+@pytest.mark.parametrize("known", ["row_ends", "found_row_ends"])
+def test_images_that_share_their_tokens(families, request, tmp_path, known, budget):
+    """Two pictures of five crops each: no special row is in what they share."""
+    request.getfixturevalue(known)
+    mmproj = rewrite(families["llama"].mmproj, tmp_path / "mmproj.gguf", add=[("clip.vision.image_grid_pinpoints", [196, 196])])
+    with StarVLM(families["llama"].text, mmproj, n_ctx=1024, n_threads=1) as vlm:
+        pictures = [random_image(1, 196, 196), random_image(2, 196, 196)]
+        _, report = vlm.read_prompt("what?", pictures, PruneConfig(0.3, 40, 3, budget=budget))
+    assert len(report.images) == 10 and report.summary()["pictures"][0]["n_special"] == 35
+    kept = [(p["n_vision_kept"], p["n_decoder_kept"]) for p in report.pictures]
+    assert report.n_vision_kept == 2 * (35 + 63) and report.n_decoder_kept == 2 * (35 + 40)
+    if budget == "image":
+        assert kept == [(98, 75)] * 2
+    for image in report.images:
+        check(image, len(image.vision_kept), len(image.decoder_kept))
+        assert len(image.vision_kept) >= 7 + 3 and len(image.decoder_kept) >= 7 + 2  # a quarter of 63 / 5 and of 40 / 5
