@@ -211,6 +211,22 @@ def test_which_activation(values, tensors, wrong, projector):
     assert repair.takes_quick_gelu(info, projector) == (wrong and projector == "mlp")
 
 
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({}, True),
+        ({"clip.use_gelu": False}, False),  # who wrote it knew of the key
+        ({"clip.use_silu": True}, False),
+        ({repair.LAYOUT_KEY: "stock"}, False),
+    ],
+)
+def test_activation_of_gemma4(values, wrong):
+    keys = profiles.METADATA_KEYS + repair.METADATA_KEYS
+    info = encoder_module.GGUFInfo("x", 0, "clip", {k: values.get(k) for k in keys}, frozenset())
+    assert repair.takes_quick_gelu(info, "gemma4v") == wrong
+    assert [change.key for change in repair.metadata_changes(info, "gemma4v")] == ["clip.use_gelu"] * wrong
+
+
 # ---- the path that is loaded ----
 
 

@@ -1,4 +1,5 @@
-"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2) and InternVL.
+"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2), InternVL and
+Gemma 4.
 
 The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) and are in its graph, clip_graph_llava:
 
@@ -12,9 +13,10 @@ The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) an
 
 3. Activation. Where `clip.use_gelu` is false the graph computes QuickGELU, and the legacy converter writes false for all but "gelu".
    SigLIP's is "gelu_pytorch_tanh", which is what llama.cpp computes where the key is true; so it is set. (Files of Granite-Vision
-   after docs/multimodal/granitevision.md.)
+   after docs/multimodal/granitevision.md.) For Gemma 4 convert_hf_to_gguf.py writes no such key at all, which is QuickGELU too, where
+   the model has "gelu_pytorch_tanh": it is set where neither clip.use_gelu nor clip.use_silu is there.
 
-What is done to a file of those projector types, first line that fits:
+What is done to a LLaVA file, first line that fits:
 
     star_edge.encoder_layout = "stock"                            nothing: the model was trained on what stock llama.cpp computes
     no v.class_embd (SigLIP)                                      no 1: there is no CLS; 3 if it has clip.has_llava_projector, which that
@@ -27,7 +29,7 @@ What is done to a file of those projector types, first line that fits:
     clip.has_llava_projector, which that converter writes         2
     otherwise                                                     no 2: nothing is known of where its layers end
 
-3. Positions of InternVL. Its graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position embeddings as they are,
+4. Positions of InternVL. Its graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position embeddings as they are,
    which have that of CLS first. It drops CLS in the end, so that no row is lost. The tap puts the embeddings into the graph's order,
    where it does join CLS last. A file with star_edge.encoder_layout = "stock" is left alone.
 
@@ -50,9 +52,9 @@ from ..gguf_info import GGUFInfo, read_tensor, write_header
 from ..native import ffi, lib
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
-_LAYERS, _GELU = "clip.vision.feature_layer", "clip.use_gelu"
+_LAYERS, _GELU, _SILU = "clip.vision.feature_layer", "clip.use_gelu", "clip.use_silu"
 METADATA_KEYS = (
-    LAYOUT_KEY, _GELU, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size"
+    LAYOUT_KEY, _GELU, _SILU, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size"
 )  # fmt: skip
 CLS, _POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
@@ -79,6 +81,8 @@ def misses_layer(info: GGUFInfo, projector: str) -> bool:
 def takes_quick_gelu(info: GGUFInfo, projector: str) -> bool:
     """Whether stock llama.cpp would compute QuickGELU in an encoder that has another activation."""
     v = info.values
+    if _is_open(info, projector, ("gemma4v",)):
+        return v[_GELU] is None and v[_SILU] is None
     return _is_open(info, projector) and CLS not in info.tensors and bool(v["clip.has_llava_projector"]) and v[_GELU] is False
 
 
@@ -99,7 +103,7 @@ def metadata_changes(info: GGUFInfo, projector: str) -> list[Change]:
         done = f"all {n} layers run instead of {n - 1} (llama.cpp issue 25817)"
         changes.append(Change(_LAYERS, np.array([n], np.int32), done, f"{n - 1} of its {n} layers run"))
     if takes_quick_gelu(info, projector):
-        changes.append(Change(_GELU, True, "the activation is SigLIP's GELU instead of QuickGELU", "its activation is QuickGELU"))
+        changes.append(Change(_GELU, True, "the activation is the model's GELU instead of QuickGELU", "its activation is QuickGELU"))
     return changes
 
 
