@@ -12,6 +12,7 @@ from llama_cpp import mtmd_cpp as mtmd
 from reusing import engine, fresh, same
 
 from star_edge import PruneConfig, errors
+from star_edge.config import PRESETS
 from star_edge.synthetic import write_encoder
 from star_edge.vision import cache as image_cache
 from star_edge.vision.encoder import VisionEncoder
@@ -67,7 +68,7 @@ def test_other_pixels_and_shapes_are_other_images(families):
 
 def test_parts_of_one_picture_are_apart(families, monkeypatch):
     """libmtmd cuts large pictures into chunks of one name; here two pictures have one."""
-    request = ("a <__media__> b <__media__> c", [random_image(1), random_image(2)], "balanced")
+    request = ("a <__media__> b <__media__> c", [random_image(1), random_image(2)], replace(PRESETS["balanced"], budget="crop"))
     want = fresh(families["llama"], request)
     monkeypatch.setattr(VisionEncoder, "name_bitmap", lambda self, bitmap, image, number: mtmd.mtmd_bitmap_set_id(bitmap, b"0:picture"))
     with engine(families["llama"]) as vlm:
