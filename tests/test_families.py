@@ -167,6 +167,24 @@ def test_frames(fixture, engines):
     assert len(generate(vlm.decoder, state, N_GENERATE)[1]) == N_GENERATE
 
 
+def test_frames_share_a_budget(fixture, engines):
+    """A film that stands still for a frame: together they keep as many tokens, the frame that shows nothing new fewer than the others."""
+    vlm = engines("fa", "stock")
+    first, second = fixture.prompts[-1].pictures[:2]
+    if first.shape != second.shape:
+        second = np.ascontiguousarray(first[::-1])
+    text = "".join(f"{i}: {MEDIA_MARKER} " for i in range(3)) + "what happens?"
+    counts = {}
+    for budget in ("image", "prompt"):
+        config = PruneConfig(0.4, 0.2, layers(vlm)[1], budget=budget)
+        _, report = vlm.read_prompt(text, [first, first, second], config, chat=False)
+        counts[budget] = [(picture["n_vision_kept"], picture["n_decoder_kept"]) for picture in report.pictures]
+    assert len(set(counts["image"][:2])) == 1
+    assert [sum(n) for n in zip(*counts["prompt"])] == [sum(n) for n in zip(*counts["image"])]
+    kept = [n_vision for n_vision, _ in counts["prompt"]]
+    assert 0 < kept[1] < min(kept[0], kept[2]) and min(n for _, n in counts["prompt"]) > 0
+
+
 # ---- transformers: the encoder ----
 
 
