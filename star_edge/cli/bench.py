@@ -24,12 +24,11 @@ from .. import refvlm
 from ..benchmarking import plots
 from ..benchmarking.run import BASELINES, make_request, picture, run, shape_context, shape_request
 from ..benchmarking.summary import table
-from ..config import PRESETS
 from ..errors import ConfigError, OutputError
-from ..evaluation.configs import choose_configs, parse_values
 from ..images import load_image
 from ..synthetic import SHAPES, model_files
-from .options import find_model, model_options, parse_sets, print_json
+from .grid import config_options, grid_configs
+from .options import find_model, model_options, print_json
 
 _QUESTION = "Describe this picture in detail."
 
@@ -43,16 +42,7 @@ _QUESTION = "Describe this picture in detail."
 )
 @click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the generated picture, with -m.")
 @click.option("--prompt", default=_QUESTION, show_default=True, help="Question after the picture, with -m.")
-@click.option(
-    "--preset", "presets", multiple=True, help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast."
-)
-@click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25.")
-@click.option("--decoder-keep", help="Grid, likewise.")
-@click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model.")
-@click.option(
-    "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
-)
-@click.option("--configs", "config_file", type=click.Path(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.')
+@config_options
 @click.option(
     "--baseline", "baselines", type=click.Choice([*BASELINES, "none"]), multiple=True,
     help="Stock side to measure; repeat for several. Default: all.",
@@ -105,12 +95,9 @@ def bench(
             raise OutputError(f"the folder of {path} does not exist", "use an existing folder")
     if plot:
         plots.check(plot)
-    budget = {
-        name: parse_values(name, text)
-        for name, text in (("vision_keep", vision_keep), ("decoder_keep", decoder_keep), ("decoder_layer", decoder_layer))
-        if text is not None
-    }
-    configs, dropped = choose_configs(presets, budget, parse_sets(sets), config_file)
+    configs, dropped = grid_configs(
+        presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
+    )
     names = () if "none" in baselines else baselines or tuple(BASELINES)
     options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "hf_repo", "no_mmproj")}
     if shape is not None:

@@ -8,31 +8,21 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ..config import PRESETS
 from ..errors import ConfigError, EvaluationError
 from ..evaluation import plots
-from ..evaluation.configs import choose_configs, parse_values
 from ..evaluation.metrics import METRICS, choose_metric
 from ..evaluation.summary import summarise, tables
 from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
 from .asking import asking
-from .options import model_options, parse_sets, print_json
+from .grid import config_options, grid_configs
+from .options import model_options, print_json
 
 
 @click.command()
 @click.argument("tasks", required=False, type=click.Path())
 @model_options
 @click.option("--image-root", type=click.Path(), help="Folder that image paths are relative to. Default: that of TASKS.")
-@click.option(
-    "--preset", "presets", multiple=True, help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast."
-)
-@click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25.")
-@click.option("--decoder-keep", help="Grid, likewise.")
-@click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model.")
-@click.option(
-    "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
-)
-@click.option("--configs", "config_file", type=click.Path(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.')
+@config_options
 @click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True)
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line.")
@@ -65,12 +55,9 @@ def eval(
     questions = read_tasks(tasks, image_root)
     metric_name = choose_metric(metric, questions)
     questions = sample_tasks(questions, limit, seed)
-    budget = {
-        name: parse_values(name, text)
-        for name, text in (("vision_keep", vision_keep), ("decoder_keep", decoder_keep), ("decoder_layer", decoder_layer))
-        if text is not None
-    }
-    configs, dropped = choose_configs(presets, budget, parse_sets(sets), config_file)
+    configs, dropped = grid_configs(
+        presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
+    )
     with asking(
         model, questions, configs,
         out=out, fresh=fresh, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix, quiet=as_json,

@@ -13,7 +13,6 @@ from .. import refvlm
 from ..config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..engine import KV_TYPES, StarVLM
 from ..errors import ConfigError
-from ..evaluation.configs import parse_values
 from ..hub import fetch
 from ..report import PruneReport
 
@@ -133,21 +132,6 @@ def make_config(
     preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
 ) -> PruneConfig | None:
     return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget)
-
-
-def parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:
-    """Values by field from what --set was given.
-
-    Raises:
-        ConfigError: no value, or see `parse_values`.
-    """
-    result: dict[str, list[Any]] = {}
-    for text in sets:
-        field, equals, values = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text!r} has no value", "write --set FIELD=VALUE or --set FIELD=VALUE1,VALUE2")
-        result[field.strip()] = result.get(field.strip(), []) + parse_values(field.strip(), values)
-    return result
 
 
 def print_json(data: Any) -> None:

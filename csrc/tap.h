@@ -1,0 +1,58 @@
+/* What the two halves of the tap share: tap.c runs layer windows and reads attention, tap_inputs.c overwrites inputs of the graph. */
+#ifndef SE_TAP_H
+#define SE_TAP_H
+
+#include "graph.h"
+#include "star_edge.h"
+
+enum { MAX_INPUTS = 4, MAX_MASKS = 8 };
+
+typedef struct {
+    char name[GGML_MAX_NAME];
+    void * data;
+    size_t size;
+} input_override;
+
+struct se_tap {
+    /* lasting settings */
+    int32_t shift_from, shift;
+    float * bias;
+    int32_t n_bias;
+    input_override inputs[MAX_INPUTS];
+    char condition[GGML_MAX_NAME]; /* leaf that must be concatenated last for inputs to be replaced; "": no condition */
+    char watch_name[GGML_MAX_NAME];
+    void * watch_out;
+    size_t watch_capacity, watch_size;
+
+    /* one decode */
+    bool armed;
+    se_plan plan;
+    se_result result;
+    const struct ggml_tensor * first_node;
+    bool past_window_start; /* the layer that the hidden state is injected at has gone by */
+    bool rope_seen, hidden_taken, cells_taken;
+    int32_t next_layer;     /* index into plan.attn_layers */
+    struct ggml_tensor ** skipped;
+    size_t skipped_capacity;
+    se_depends * depends;
+
+    /* one graph */
+    const struct ggml_tensor * graph_start; /* first node since se_tap_begin: seen again, another graph (ubatch) runs */
+    int32_t * positions;    /* shifted positions, (n_positions): the same numbers for every backend's copy */
+    int64_t n_positions;    /* 0: not known yet */
+    size_t positions_capacity;
+    const struct ggml_tensor * biased[MAX_MASKS];
+    int32_t n_biased;
+    void * scratch;
+    size_t scratch_size;
+};
+
+/* Keeps the first error of a decode. */
+static inline void se_tap_fail(se_tap * tap, int error) {
+    if (error && !tap->result.error) tap->result.error = error;
+}
+
+/* Called while asking about a node: writes and reads the inputs that it is the consumer of. */
+void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node);
+
+#endif

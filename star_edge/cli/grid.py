@@ -1,0 +1,63 @@
+"""The configs that eval and bench compare: options that name them, and what becomes of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..config import PRESETS
+from ..errors import ConfigError
+from ..evaluation.configs import NamedConfig, choose_configs, parse_values
+
+
+def config_options(command: Callable) -> Callable:
+    """presets, vision_keep, decoder_keep, decoder_layer, sets and config_file: what `grid_configs` takes."""
+    options = [
+        click.option(
+            "--preset",
+            "presets",
+            multiple=True,
+            help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast.",
+        ),
+        click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25."),
+        click.option("--decoder-keep", help="Grid, likewise."),
+        click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model."),
+        click.option(
+            "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
+        ),
+        click.option(
+            "--configs", "config_file", type=click.Path(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.'
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def grid_configs(
+    presets: tuple[str, ...], sets: tuple[str, ...], config_file: str | None, **budget: str | None
+) -> tuple[list[NamedConfig], list[str]]:
+    """As `choose_configs`, from the options as they were typed. budget: vision_keep, decoder_keep and decoder_layer.
+
+    Raises:
+        ConfigError: a value that its field does not take.
+    """
+    grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}
+    return choose_configs(presets, grid, _parse_sets(sets), config_file)
+
+
+def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Values by field from what --set was given.
+
+    Raises:
+        ConfigError: no value, or see `parse_values`.
+    """
+    result: dict[str, list[Any]] = {}
+    for text in sets:
+        field, equals, values = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no value", "write --set FIELD=VALUE or --set FIELD=VALUE1,VALUE2")
+        result[field.strip()] = result.get(field.strip(), []) + parse_values(field.strip(), values)
+    return result
