@@ -13,7 +13,12 @@ from .images import ImageLimits, ImageSource, load_image
 from .overlay import Stage, draw_overlay, fit_to_grid
 from .selection import average_tokens
 
-_TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio")
+_TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio", "n_ctx_needed")
+
+
+def round_n_ctx(n: int) -> int:
+    """The context that llama.cpp makes for n cells."""
+    return -(-n // 256) * 256
 
 
 @dataclass
@@ -139,6 +144,16 @@ class PruneReport:
         """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
         return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
+
+    @property
+    def n_ctx_needed(self) -> int:
+        """The smallest n_ctx that this request and its answer fit: KV memory is in proportion to it.
+
+        llama.cpp rounds it up to a multiple of 256 (llama_context). The first decoder layers see all that the vision stage kept, so their cells are
+        all in use at once; the answer takes those that the decoder stage has freed.
+        """
+        n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_generated)
+        return round_n_ctx(n)
 
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.

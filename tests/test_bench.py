@@ -197,7 +197,7 @@ def test_ratios_against_hand_computed_ones():
     for s in pruned:
         s.report = report
     samples = {"shipped": [sample(4.0, 3.0)], "stock": [sample(t, 2.0) for t in (3.0, 3.5, 2.5, 9.0)], "pruned": pruned}
-    result = summarise(specs, samples, dict.fromkeys(samples, 1000), {"pruned": {"peak_rss_bytes": 7, "device_bytes": None}}, 10)
+    result = summarise(specs, samples, dict.fromkeys(samples, 1000), 10)
     assert result["reference"] == "stock"
     shipped, stock, row = result["sides"]
     assert stock["first_token_ms"] == {
@@ -211,7 +211,10 @@ def test_ratios_against_hand_computed_ones():
     assert row["of_ideal"] == pytest.approx(0.8)
     assert row["tokens_per_s"]["median"] == pytest.approx(20) and stock["tokens_per_s"]["median"] == pytest.approx(10)
     assert stock["ideal"] == stock["speed_up"] == 1 and shipped["speed_up"] == pytest.approx(0.75)
-    assert (row["peak_rss_bytes"], stock["peak_rss_bytes"]) == (7, None)
+    assert row["peak_rss_bytes"] is None and stock["peak_rss_bytes"] is None  # to be filled in
+    row["peak_rss_bytes"] = 7
+    assert stock["n_ctx_needed"] == 256 and stock["kv_bytes_needed"] == round(1000 * 256 / 150)
+    assert row["n_ctx_needed"] == report.n_ctx_needed
     for r in result["sides"]:
         assert sum(r["stages_ms"].values()) == pytest.approx(r["first_token_ms"]["median"])
     best, steps = waterfall(result["sides"], "stock")
@@ -225,7 +228,7 @@ def test_the_token_layers_of_a_real_run(bench, request_):
     """K layers see n1 image tokens, the others n2: by hand from the report's counts."""
     spec = SideSpec("k", "star_edge", PruneConfig(72, 18, 2))
     samples, cache_bytes, _ = run_sides(bench, [STOCK, spec], request_, repeats=1, n_generate=2)
-    row = summarise([STOCK, spec], samples, cache_bytes, {}, bench.n_layers)["sides"][1]
+    row = summarise([STOCK, spec], samples, cache_bytes, bench.n_layers)["sides"][1]
     n, t = bench.n_layers, row["text_tokens"]
     assert row["decoder_ideal"] == pytest.approx(n * (144 + t) / (2 * (72 + t) + (n - 2) * (18 + t)))
 
@@ -322,7 +325,7 @@ def test_memory_is_of_a_process_of_its_own(request_):
 SIDE_KEYS = {
     "name", "kind", "config", "text_tokens", "image_tokens", "vision_kept", "decoder_kept", "decoder_layer", "average_tokens",
     "first_token_ms", "stages_ms", "tokens_per_s", "decoder_ms", "speed_up", "ideal", "decoder_speed_up", "decoder_ideal", "of_ideal",
-    "selection_share", "kv_cells", "kv_bytes", "peak_rss_bytes", "device_bytes", "notes",
+    "selection_share", "kv_cells", "kv_bytes", "n_ctx_needed", "kv_bytes_needed", "peak_rss_bytes", "device_bytes", "notes",
 }  # fmt: skip
 
 
@@ -361,8 +364,9 @@ def test_command(tmp_path, capsys):
         assert set(row) == SIDE_KEYS and tuple(row["stages_ms"]) == STAGES
         assert len(row["first_token_ms"]["all"]) == 2 and row["peak_rss_bytes"] > 0
         assert sum(row["stages_ms"].values()) == pytest.approx(row["first_token_ms"]["median"])
-    star_edge(*common, "--json", "--no-memory")
-    assert set(json.loads(capsys.readouterr().out)) == set(result)
+    star_edge(*common, "--json", "--no-memory", "--no-unpruned")
+    again = json.loads(capsys.readouterr().out)
+    assert set(again) == set(result) and [row["name"] for row in again["sides"]] == ["stock, flash attn", "fast", "decoder 0.25"]
 
 
 def test_command_on_a_shape(tmp_path, capsys, monkeypatch):
@@ -372,6 +376,20 @@ def test_command_on_a_shape(tmp_path, capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["sides"]] == ["star_edge, unpruned", "fast"] and result["reference"] == "star_edge, unpruned"
     assert result["shape"] == "llava-1.5-7b" and result["model"]["n_ctx"] == 256 and len(list((tmp_path / "models").iterdir())) == 2
+
+
+def test_a_killed_command_keeps_its_finished_repeats(tmp_path):
+    """And says in a log how far it is."""
+    code = "import sys; from star_edge.cli import main; main()"
+    args = ["bench", "--preset", "fast", "--baseline", "flash", "--no-memory", "-r", "100000", "-n", "2", "--out", str(tmp_path / "r.json")]
+    started = subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True)
+    try:
+        lines = [started.stderr.readline().strip() for _ in range(3 + 3 * 3)]
+    finally:
+        started.kill()
+    assert lines[0] == "1 of 300003: warm-up" and lines[-1] == "12 of 300003: measuring"
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["repeats"] >= 2 and all(len(row["first_token_ms"]["all"]) == result["repeats"] for row in result["sides"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -398,6 +416,7 @@ def test_a_killed_command_leaves_no_model(number, tmp_path):
         (("--folder", "x"), ConfigError, "--shape NAME"),
         (("--image", str(refvlm.DEMO_IMAGE), "--image-size", "9x9"), ConfigError, "leave out one"),
         (("--baseline", "none", "--baseline", "flash"), ConfigError, "no other"),
+        (("--preset", "off", "--no-unpruned"), ConfigError, "--no-unpruned"),
         (("-m", str(refvlm.TEXT_MODEL)), ConfigError, "--mmproj"),
         (("-m", "nowhere.gguf", "--mmproj", str(refvlm.MMPROJ)), ModelFileError, "nowhere.gguf"),
         (("--prompt", "a <__media__>"), ConfigError, "leave it out"),

@@ -20,7 +20,7 @@ from star_edge.config import choose_layer, keep_count, override
 from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.errors import ConfigError
+from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.images import load_image
 from star_edge.selection import average_tokens, top_k
 from star_edge.tap import Tap
@@ -379,3 +379,24 @@ def test_inspection_agrees_with_the_decoder_stage(vlm):
     _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, representatives="none"))
     assert np.allclose(seen.encoder[0][3].mean(axis=(0, 1))[1:], report.images[0].vision_scores, atol=1e-6)
     assert load_image(refvlm.DEMO_IMAGE).shape == (168, 168, 3)
+
+
+@pytest.mark.parametrize("prune, n_images, n_answer", [("fast", 1, 300), (None, 2, 3), (PruneConfig(decoder_keep=36), 2, 3)])
+def test_the_context_that_is_needed(prune, n_images, n_answer):
+    """Enough, and in the next smaller one the prompt is refused or the answer is cut."""
+
+    def answer(n_ctx):
+        with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=n_ctx) as vlm:
+            no_end = {vlm.llama.token_eos(): -1e9}
+            images = [refvlm.DEMO_IMAGE] * n_images
+            return vlm.generate("how many circles?", images, prune, max_tokens=n_answer, temperature=0, logit_bias=no_end)
+
+    want = answer(1024)
+    assert want.report.n_generated == n_answer and want.report.n_ctx_needed == 512
+    again = answer(512)
+    assert again.text == want.text and again.report.n_generated == n_answer
+    if n_images > 1:
+        with pytest.raises(ContextLengthError):
+            answer(256)
+    else:
+        assert answer(256).report.n_generated < n_answer

@@ -28,11 +28,12 @@ def run_sides(
     repeats: int,
     n_generate: int,
     progress: Callable[[], None] = lambda: None,
+    save: Callable[[dict[str, list[Sample]], dict[str, int], list[str]], None] = lambda samples, cache_bytes, notes: None,
 ) -> tuple[dict[str, list[Sample]], dict[str, int], list[str]]:
     """Asks each side once to warm up, then `repeats` times in rotated order.
 
     Returns samples by the side's name, bytes of the KV cache that holds the prompt by name, and a note for each side that had to be left
-    out: it could not be made here, or its smaller picture has as many tokens as the full one.
+    out: it could not be made here, or its smaller picture has as many tokens as the full one. save gets the same after each repeat.
 
     Raises:
         StarEdgeError: no star_edge side could be asked, with the cause of the first.
@@ -65,6 +66,7 @@ def run_sides(
         for i in order(len(left), repeat):
             samples[left[i].name].append(bench.ask(left[i], request, n_generate))
             progress()
+        save(samples, cache_bytes, notes)
     return samples, cache_bytes, notes
 
 

@@ -22,10 +22,11 @@ from ..chat import MEDIA_MARKER
 from ..devices import list_devices
 from ..errors import ConfigError, StarEdgeError
 from ..evaluation.configs import NamedConfig
+from ..report import round_n_ctx
 from ..synthetic import ModelShape
 from . import memory
 from .measure import run_sides, time_idle_hook
-from .sides import Request, SideSpec, Workbench
+from .sides import Request, Sample, SideSpec, Workbench
 from .summary import summarise
 
 BASELINES = {
@@ -80,9 +81,9 @@ def shape_request(shape: ModelShape, fewer: float) -> Request:
 
 
 def shape_context(shape: ModelShape, n_generate: int) -> int:
-    """Context that the shape's request and answer fit: its tokens, room for those around tiles, in whole blocks of 256."""
+    """Context that the shape's request and answer fit: its tokens, room for those around tiles, as llama.cpp rounds it."""
     n = TEXT_BEFORE + TEXT_AFTER + shape.n_image_tokens + 128 + n_generate
-    return -(-n // 256) * 256
+    return round_n_ctx(n)
 
 
 def picture(width: int, height: int) -> np.ndarray:
@@ -110,8 +111,10 @@ def run(
     with_memory: bool = True,
     title: str = "",
     progress: Callable[[str], None] = lambda what: None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called before each request with its kind.
+    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called before each request with its kind,
+    and save after each repeat with the result so far, so that a run that is ended loses one repeat at most.
 
     options: of StarVLM. baselines: of BASELINES. fewer: share of the image tokens that the baseline of that name may have. hook_tokens: tokens for the cost of an idle hook, 0 for none.
 
@@ -120,45 +123,52 @@ def run(
     """
     start = time.perf_counter()
     notes: list[str] = []
+    hook: dict[str, float] | None = None
     with Workbench(model, mmproj, **options) as bench:
         n_tokens, n_pictures = bench.count_image_tokens(request)
         specs = make_specs(configs, baselines, max(1, round(fewer * n_tokens / n_pictures)))
+
+        def result(samples: dict[str, list[Sample]], cache_bytes: dict[str, int], notes: Sequence[str]) -> dict[str, Any]:
+            about = _describe(bench, model, options)
+            return {
+                "title": title,
+                "date": date.today().isoformat(),
+                "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__, "python": platform.python_version()},
+                "machine": machine(about.pop("n_threads")),
+                "model": about,
+                "repeats": min(map(len, samples.values())),
+                "generated_tokens": n_generate,
+                **summarise(specs, samples, cache_bytes, bench.n_layers),
+                "idle_hook": hook,
+                "notes": list(notes),
+                "seconds": time.perf_counter() - start,
+            }
+
         asked = iter(["warm-up"] * len(specs) + ["measuring"] * (len(specs) * repeats))
         samples, cache_bytes, left_out = run_sides(
-            bench, specs, request, repeats=repeats, n_generate=n_generate, progress=lambda: progress(next(asked))
-        )
+            bench, specs, request, repeats=repeats, n_generate=n_generate, progress=lambda: progress(next(asked)),
+            save=lambda *found: save(result(*found)),
+        )  # fmt: skip
         notes += left_out
         present = [spec for spec in specs if spec.name in samples]
-        hook = None
         stock = next((s for s in present if s.kind == "stock" and s.flash_attn == options.get("flash_attn", True)), None)
         if hook_tokens and stock is not None:
             progress("idle hook")
             hook = time_idle_hook(bench, stock, next(s for s in present if s.kind == "star_edge"), hook_tokens)
         elif hook_tokens:
             notes.append("no cost of an idle hook: it needs a stock side with the same flash attention")
-        n_layers, about = bench.n_layers, _describe(bench, model, options)
-    used: dict[str, dict[str, int | None]] = {}
+        finished = result(samples, cache_bytes, notes)
     if with_memory:
+        save(finished)
         for spec in present:
             progress("memory")
             try:
-                used[spec.name] = memory.measure(str(model), str(mmproj), options, spec, request)
+                used = memory.measure(str(model), str(mmproj), options, spec, request)
+                next(row for row in finished["sides"] if row["name"] == spec.name).update(used)
             except StarEdgeError as error:
-                notes.append(str(error))
-    result = {
-        "title": title,
-        "date": date.today().isoformat(),
-        "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__, "python": platform.python_version()},
-        "machine": machine(about.pop("n_threads")),
-        "model": about,
-        "repeats": repeats,
-        "generated_tokens": n_generate,
-        **summarise(specs, samples, cache_bytes, used, n_layers),
-        "idle_hook": hook,
-        "notes": notes,
-    }
-    result["seconds"] = time.perf_counter() - start
-    return result
+                finished["notes"].append(str(error))
+    finished["seconds"] = time.perf_counter() - start
+    return finished
 
 
 def machine(n_threads: int) -> dict[str, Any]:

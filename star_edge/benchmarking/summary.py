@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..report import round_n_ctx
 from .sides import DECODER_STAGES, STAGES, Sample, SideSpec
 
 SELECTION_STAGES = ("vision_stage", "decoder_stage")
@@ -18,7 +19,6 @@ def summarise(
     specs: Sequence[SideSpec],
     samples: Mapping[str, Sequence[Sample]],
     cache_bytes: Mapping[str, int],
-    memory: Mapping[str, Mapping[str, int | None]],
     n_layers: int,
 ) -> dict[str, Any]:
     """{"reference": name, "sides": [...]} for the sides that have samples, in the order of specs.
@@ -28,13 +28,14 @@ def summarise(
     first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken. The median is a time that
         was measured (of an even number the lower one), and stages_ms are those of that very repeat, so that they add up to it.
     tokens_per_s: of the tokens after the first; median, min and max over the repeats of 1 / (median time of a token).
-    decoder_ms: the decoder's stages of that repeat, without choosing what stays. speed_up, decoder_speed_up: the reference's median time over this side's.
+    decoder_ms: the decoder's stages without choosing what stays, median over the repeats. speed_up, decoder_speed_up: the reference's median time over this side's.
     decoder_ideal: token-layers of the reference's prompt over those of this side's: what the decoder could gain if its time were
         proportional to the rows that it computes. ideal: the same for the time to the first token, if the rest took as long as on the
         reference: T / (T - D + D / decoder_ideal), D the decoder's share of the reference's time T. of_ideal: decoder_speed_up / decoder_ideal.
     selection_share: both stages' scoring and choosing, of the time to the first token; None on stock.
     kv_cells, kv_bytes: of the prompt when generation starts, in one layer's cells and in all layers' bytes.
-    peak_rss_bytes, device_bytes: see `memory.measure`, or None.
+    n_ctx_needed, kv_bytes_needed: the smallest n_ctx that the request and its answer fit, and the cache's size with it.
+    peak_rss_bytes, device_bytes: None, for `memory.measure` to fill in.
     """
     present = [spec for spec in specs if spec.name in samples]
     reference = next((s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0])
@@ -44,8 +45,9 @@ def summarise(
         middle, all_of = _middle(samples[spec.name]), samples[spec.name]
         rates = [1 / statistics.median(s.tokens) for s in all_of if s.tokens]
         decoder_ideal = _token_layers(base, n_layers) / _token_layers(middle, n_layers)
-        decoder, base_decoder = _decoder(middle), _decoder(base)
+        decoder, base_decoder = _decoder(all_of), _decoder(samples[reference.name])
         report = middle.report
+        n_ctx = round_n_ctx(middle.n_cells + 1 + len(middle.tokens)) if report is None else report.n_ctx_needed
         rows.append(
             {
                 "name": spec.name,
@@ -62,15 +64,17 @@ def summarise(
                 "tokens_per_s": _spread(rates) if rates else None,
                 "decoder_ms": 1e3 * decoder,
                 "speed_up": base.first_token / middle.first_token,
-                "ideal": base.first_token / (base.first_token - base_decoder + base_decoder / decoder_ideal),
+                "ideal": base.first_token / (base.first_token - base_decoder * (1 - 1 / decoder_ideal)),
                 "decoder_speed_up": base_decoder / decoder,
                 "decoder_ideal": decoder_ideal,
                 "of_ideal": base_decoder / decoder / decoder_ideal,
                 "selection_share": sum(middle.stages[n] for n in SELECTION_STAGES) / middle.first_token if report else None,
                 "kv_cells": middle.n_cells,
                 "kv_bytes": cache_bytes[spec.name],
-                "peak_rss_bytes": memory.get(spec.name, {}).get("peak_rss_bytes"),
-                "device_bytes": memory.get(spec.name, {}).get("device_bytes"),
+                "n_ctx_needed": n_ctx,
+                "kv_bytes_needed": round(cache_bytes[spec.name] * n_ctx / middle.n_cells),
+                "peak_rss_bytes": None,
+                "device_bytes": None,
                 "notes": list(report.notes) if report else [],
             }
         )
@@ -86,8 +90,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median_low(values), "min": min(values), "max": max(values)}
 
 
-def _decoder(sample: Sample) -> float:
-    return sum(sample.stages[name] for name in DECODER_STAGES) - sample.stages["decoder_stage"]
+def _decoder(samples: Sequence[Sample]) -> float:
+    """Median over the repeats of the decoder's time."""
+    of = lambda sample: sum(sample.stages[name] for name in DECODER_STAGES) - sample.stages["decoder_stage"]
+    return statistics.median_low([of(sample) for sample in samples])
 
 
 def _token_layers(sample: Sample, n_layers: int) -> float:
@@ -112,7 +118,17 @@ def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     stages = [name for name in STAGES if any(row["stages_ms"][name] for row in sides)]
     memory = [key for key in _MEMORY if any(row[key] is not None for row in sides)]
     header = ["side", "image tokens per layer", "first token, ms", "min to max", *(_TITLES[name] for name in stages), "speed-up", "ideal"]
-    header += ["decoder speed-up", "of its ideal", "selection", "tokens/s", "KV cells", "KV MiB", *(_MEMORY[key] for key in memory)]
+    header += [
+        "decoder speed-up",
+        "of its ideal",
+        "selection",
+        "tokens/s",
+        "KV cells",
+        "KV MiB",
+        "n_ctx needed",
+        "KV MiB with it",
+        *(_MEMORY[key] for key in memory),
+    ]
     return header, [_cells(row, stages, memory) for row in sides]
 
 
@@ -123,7 +139,8 @@ def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str])
     texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
     texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]
     texts += ["-" if share is None else f"{100 * share:.2f}%", "-" if rate is None else f"{rate['median']:.1f}", str(row["kv_cells"])]
-    return texts + [mib(row[key]) for key in ("kv_bytes", *memory)]
+    texts += [mib(row["kv_bytes"]), str(row["n_ctx_needed"])]
+    return texts + [mib(row[key]) for key in ("kv_bytes_needed", *memory)]
 
 
 _TITLES = {name: f"  {name.replace('_', ' ')}" for name in STAGES} | {"first_token": "  sampling, Python"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -47,6 +48,7 @@ _QUESTION = "Describe this picture in detail."
     "--baseline", "baselines", type=click.Choice([*BASELINES, "none"]), multiple=True,
     help="Stock side to measure; repeat for several. Default: all.",
 )  # fmt: skip
+@click.option("--unpruned/--no-unpruned", default=True, show_default=True, help="Measure star_edge without pruning too.")
 @click.option(
     "--fewer-tokens", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.25, show_default=True,
     help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture.",
@@ -57,14 +59,14 @@ _QUESTION = "Describe this picture in detail."
     "--idle-hook", type=click.IntRange(min=0), default=0, metavar="TOKENS", help="Time so many tokens with and without the hook too."
 )
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory of each side, in a process of its own.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Write the result here as JSON.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the result here as JSON, after each repeat what there is so far.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_context
 def bench(
     ctx: click.Context, shape: str | None, folder: str | None, images: tuple[str, ...], image_size: str, prompt: str,
     presets: tuple[str, ...], vision_keep: str | None, decoder_keep: str | None, decoder_layer: str | None, sets: tuple[str, ...],
-    config_file: str | None, baselines: tuple[str, ...], fewer_tokens: float, repeats: int, max_tokens: int, idle_hook: int,
+    config_file: str | None, baselines: tuple[str, ...], unpruned: bool, fewer_tokens: float, repeats: int, max_tokens: int, idle_hook: int,
     memory: bool, out: str | None, plot: str | None, as_json: bool, **model: Any,
 ) -> None:  # fmt: skip
     """Time to the first token, stage by stage, decoding speed and memory, of stock llama-cpp-python and of several configs.
@@ -98,6 +100,9 @@ def bench(
     configs, dropped = grid_configs(
         presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
     )
+    configs = [config for config in configs if unpruned or config.prune is not None]
+    if not configs:
+        raise ConfigError("--no-unpruned leaves nothing of star_edge to measure", "add --preset NAME, or leave it out")
     names = () if "none" in baselines else baselines or tuple(BASELINES)
     options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "hf_repo", "no_mmproj")}
     if shape is not None:
@@ -114,6 +119,19 @@ def bench(
             images = images or (str(refvlm.DEMO_IMAGE),)
         pictures = [load_image(source) for source in images] or [picture(*_parse_size(image_size))]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
+
+    def save(result: dict[str, Any]) -> None:
+        result["command"] = shlex.join(["star-edge", *sys.argv[1:]])
+        result["shape"] = shape
+        result["notes"] += [note for note in dropped if note not in result["notes"]]
+        if out:
+            try:
+                part = Path(f"{out}.part")
+                part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+                part.replace(out)  # whoever is killed leaves the old file or the new one, never half of one
+            except OSError as error:
+                raise OutputError(f"{out} cannot be written ({error.strerror})", "use another place") from error
+
     console = Console(stderr=True)
     with ExitStack() as stack:
         if shape is not None:
@@ -126,18 +144,18 @@ def bench(
         with bar:
             console.show_cursor(True)  # Ctrl-C ends the process where it stands, and would leave it hidden
             task = bar.add_task("loading", total=total)
+            n_done = itertools.count(1)
+
+            def progress(what: str) -> None:
+                if bar.disable and not as_json:  # in a log, a line for each request
+                    console.print(f"{next(n_done)} of {total}: {what}", highlight=False)
+                bar.update(task, advance=1, description=what)
+
             result = run(
                 text, mmproj, options, configs, names, request, fewer=fewer_tokens, repeats=repeats, n_generate=max_tokens, hook_tokens=idle_hook,
-                with_memory=memory, title=title, progress=lambda what: bar.update(task, advance=1, description=what),
+                with_memory=memory, title=title, progress=progress, save=save,
             )  # fmt: skip
-    result["command"] = shlex.join(["star-edge", *sys.argv[1:]])
-    result["shape"] = shape
-    result["notes"] += dropped
-    if out:
-        try:
-            Path(out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise OutputError(f"{out} cannot be written ({error.strerror})", "use another place") from error
+    save(result)
     if plot:
         plots.save(result, plot)
     if as_json:

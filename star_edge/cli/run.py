@@ -120,7 +120,7 @@ def summary(report: PruneReport) -> str:
                 tokens += f" -> {report.n_decoder_kept} from layer {report.decoder_layer}"
             tokens += f" (average {report.average_tokens:.1f} per layer)"
         parts += [tokens, f"encode {ms['encode']:.0f} ms"]
-    parts.append(f"{report.n_kv_cells} KV cells")
+    parts.append(f"{report.n_kv_cells} KV cells (an n_ctx of {report.n_ctx_needed} is enough)")
     if report.n_generated > 1 and ms.get("generate"):
         parts.append(f"{1e3 * report.n_generated / ms['generate']:.1f} tokens/s")
     return "\n".join(["; ".join(parts)] + [f"note: {note}" for note in report.notes])
