@@ -1,4 +1,4 @@
-/* The half of the tap that overwrites inputs of a graph: RoPE positions, the attention mask, and inputs by name.
+/* The half of the tap that overwrites inputs of a graph: RoPE positions, the attention mask, inputs by name, and memory that was never written.
  *
  * All of it happens while the scheduler asks about a consumer of the input, so nothing that reads it has run. The settings last until
  * they are changed, and hold in plain decodes as well as in windows.
@@ -136,6 +136,20 @@ static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
     }
 }
 
+/* clip_graph_pixtral makes its [IMG_BREAK] rows from memory that nobody has written, "cleared" by a multiplication with 0: what was a NaN stays
+ * one. The leaf has that memory to itself until it is read: ggml_gallocr places leafs before all nodes. */
+static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
+    struct ggml_tensor * leaf = node->src[0];
+    float factor_and_bias[2];
+    memcpy(factor_and_bias, node->op_params, sizeof factor_and_bias);
+    if (factor_and_bias[0] != 0.0f || !leaf || leaf->op != GGML_OP_NONE) return;
+    const size_t size = se_ggml.nbytes(leaf);
+    void * zeros = scratch(tap, size);
+    if (!zeros) return;
+    memset(zeros, 0, size);
+    se_tap_fail(tap, se_write(leaf, zeros, 0, size));
+}
+
 /* Position shift and cell bias are due again. */
 static void begin_graph(se_tap * tap) {
     tap->n_positions = 0;
@@ -147,6 +161,7 @@ void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node) {
     if (!tap->graph_start) tap->graph_start = node;
     else if (tap->graph_start == node || strcmp(node->name, "result_norm") == 0) begin_graph(tap); /* a reused graph; the end of one */
     if (node->op == GGML_OP_ROPE) override_positions(tap, node);
+    if (node->op == GGML_OP_SCALE) clear_unwritten(tap, node);
     if (tap->bias) bias_mask(tap, node);
     if (tap->condition[0]) look_for_condition(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);

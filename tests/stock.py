@@ -81,15 +81,28 @@ class Multimodal:
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.n_threads = gpu.ON, False, llama.n_threads
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.llama = llama
-        self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
+        self.llama, self._open = llama, lambda: mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
+        self.ctx = self._open()
         assert self.ctx is not None
 
     def close(self):
         mtmd.mtmd_free(self.ctx)
 
     def ask(self, prompt, images, n_generate=0):
-        """prompt: the whole text with one marker for each image ((h, w, 3) uint8). As `run_segments`."""
+        """prompt: the whole text with one marker for each image ((h, w, 3) uint8). As `run_segments`.
+
+        Stock makes the [IMG_BREAK] rows of Pixtral from memory that nobody has written, which holds a NaN now and then: asked again then.
+        """
+        for _ in range(50):
+            out, past = self._read(prompt, images)
+            if not np.isnan(out).any():
+                break
+            self.close()
+            self.ctx = self._open()
+        return generate(self.llama, out, past, n_generate)
+
+    def _read(self, prompt, images):
+        """Logits of the last row, and the position after it."""
         data = prompt.encode()
         text = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
         bitmaps = [mtmd.mtmd_bitmap_init(i.shape[1], i.shape[0], i.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))) for i in images]
@@ -103,4 +116,4 @@ class Multimodal:
         mtmd.mtmd_input_chunks_free(chunks)
         for bitmap in bitmaps:
             mtmd.mtmd_bitmap_free(bitmap)
-        return generate(self.llama, out, past.value, n_generate)
+        return out, past.value

@@ -19,6 +19,7 @@ size_t ggml_tensor_overhead(void);
 tensor * ggml_new_tensor_2d(void *, int, int64_t, int64_t);
 tensor * ggml_set_name(tensor *, const char *);
 tensor * ggml_add(void *, tensor *, tensor *);
+tensor * ggml_scale(void *, tensor *, float);
 tensor * ggml_concat(void *, tensor *, tensor *, int);
 tensor * ggml_rope(void *, tensor *, tensor *, int, int);
 tensor * ggml_soft_max_ext(void *, tensor *, tensor *, float, float);
@@ -318,3 +319,22 @@ def test_later_layers_may_read_the_input_again(graph):
         assert arm() == lib.SE_OK
         g.run([[per_layer, inner, out, *good, node]])
         assert g.finish().error == lib.SE_ERR_LATE_INPUT
+
+
+def test_memory_that_is_cleared_by_multiplication(graph):
+    """0 times a NaN is a NaN: a leaf that is scaled by 0 is cleared, one that is scaled by anything else and a node's result are left alone."""
+    g = graph
+    unwritten, used, x = g.leaf("leaf_1", 8, 4), g.leaf("leaf_2", 8, 4), g.leaf("x", 8, 4)
+    made = g.add("made", x, x)
+    cleared = g.node("cleared", g.ggml.ggml_scale(g.context, unwritten, 0.0))
+    scaled = g.node("scaled", g.ggml.ggml_scale(g.context, used, 0.5))
+    of_node = g.node("of_node", g.ggml.ggml_scale(g.context, made, 0.0))
+    g.allocate()
+    for tensor in (unwritten, used, made):
+        g.values(tensor)[:] = np.nan
+    graph_of = [[made, cleared, scaled, of_node]]
+    assert g.arm() == lib.SE_OK
+    assert g.run(graph_of) == ["made", "cleared", "scaled", "of_node"]
+    assert g.finish().error == lib.SE_OK
+    assert not g.values(unwritten).any()
+    assert np.isnan(g.values(used)).all() and np.isnan(g.values(made)).all()

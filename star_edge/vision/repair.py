@@ -1,5 +1,5 @@
-"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2), InternVL and
-Gemma 4.
+"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp and ldpv2), InternVL,
+Gemma 4 and Pixtral.
 
 The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) and are in its graph, clip_graph_llava:
 
@@ -32,6 +32,10 @@ What is done to a LLaVA file, first line that fits:
 4. Positions of InternVL. Its graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position embeddings as they are,
    which have that of CLS first. It drops CLS in the end, so that no row is lost. The tap puts the embeddings into the graph's order,
    where it does join CLS last. A file with star_edge.encoder_layout = "stock" is left alone.
+
+5. [IMG_BREAK] rows (Pixtral, Mistral-Small 3.1). clip_graph_pixtral makes them from memory that nobody has written, "cleared" by a multiplication with 0,
+   where a NaN stays one: stock's logits are NaN after some loads, as its memory happens to be. The tap clears it (csrc/tap_inputs.c), with
+   encoder="stock" too: there is nothing to be equal to.
 
 Of 1 and 2: convert_hf_to_gguf.py writes no such file: of LLaVA models it takes those with Pixtral's encoder.
 """
