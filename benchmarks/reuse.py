@@ -1,11 +1,10 @@
-"""Measures what a further question about the same image costs, on the random 1.1B Llama of benchmarks/prefill.py with its CLIP-L/336 encoder.
+"""Measures what a further question about the same image costs, on a random 1.1B Llama with a CLIP-L/336 encoder.
 
     python benchmarks/reuse.py [--repeats N] [--json FILE] [--folder DIR]
 
-The prompt has 35 text tokens before the image and 40 after it. Question 1 is asked after nothing, question 2 after question 1, and
-then question 2 once more: what stays is then the same, whatever the config, and need not be resumed. All are timed from the pixels to the
-logits of the first answer token. Everything is interleaved; numbers are medians, and ratios are ratios of medians. Printed
-beside it: the share that is left by arithmetic, if all but the encoder costs as much for each token and layer as in question 1.
+The prompt has 35 text tokens before the image and 40 after it. Question 1 is asked after nothing, question 2 after question 1. Both
+are timed from the pixels to the logits of the first answer token. Everything is interleaved; numbers are medians, and ratios are ratios of
+medians. Printed beside it: the share that is left by arithmetic, if all but the encoder costs as much for each token and layer as in question 1.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ N_BEFORE, N_AFTER = 35, 40
 SHAPES = ((576, 58, 2), (288, 58, 11), (144, 29, 5))
 CONFIGS: dict[str, PruneConfig | None] = {name: PRESETS[name] for name in ("off", "quality", "balanced", "fast", "divprune")}
 CONFIGS |= {f"n1={n1}, n2={n2}, K={k}": PruneConfig(n1, n2, k) for n1, n2, k in SHAPES}
-TURNS = (("1", "b"), ("2", "c"), ("2 again", "c"))  # and the letter that each question repeats
+TURNS = (("1", "b"), ("2", "c"))  # and the letter that each question repeats
 
 
 def ask(vlm: StarVLM, image: np.ndarray, config: PruneConfig | None, letter: str) -> dict[str, float]:
     prompt = "a" * (N_BEFORE - 1) + MEDIA_MARKER + letter * N_AFTER  # the random model's tokens are bytes
     _, report = vlm.read_prompt(prompt, image, config, chat=False)
-    counts = {name: getattr(report, name) for name in ("reused_tokens", "reused_above", "n_vision_kept", "n_decoder_kept")}
+    counts = {name: getattr(report, name) for name in ("reused_tokens", "n_vision_kept", "n_decoder_kept")}
     return {**report.milliseconds, **counts, "layer": report.decoder_layer or 0}
 
 
-def ideal_share(first: dict[str, float], n_layers: int, resumes: bool) -> float:
+def ideal_share(first: dict[str, float], n_layers: int) -> float:
     """Token-layers of question 2 by those of question 1, with its encoder at the price of as many as took the same time."""
     n1, n2, k = first["n_vision_kept"], first["n_decoder_kept"], first["layer"]
     kept = (n_layers - k) * n2 if k else n_layers * n1
     all_layers = k * n1 + kept + n_layers * (N_BEFORE + N_AFTER)
     decode = first["first_token"] - first["encode"]
-    return (N_AFTER * n_layers + (kept if resumes and k else 0)) / (all_layers * first["first_token"] / decode)
+    return (N_AFTER * n_layers + (kept if k else 0)) / (all_layers * first["first_token"] / decode)
 
 
 def forget(vlm: StarVLM) -> None:
@@ -67,9 +66,9 @@ def bench(vlm: StarVLM, repeats: int) -> list[dict]:
     rows = []
     for name, turns in asked.items():
         medians = [{key: statistics.median(t[key] for t in turn) for key in turn[0]} for turn in turns]
-        first, _, again = medians
-        if first["reused_tokens"] or not all(m["reused_tokens"] for m in medians[1:]) or (first["layer"] and not again["reused_above"]):
-            raise RuntimeError(f"{name}: question 1 was not read in full, or a later one was")
+        first, second = medians
+        if first["reused_tokens"] or not second["reused_tokens"]:
+            raise RuntimeError(f"{name}: question 1 was not read in full, or question 2 was")
         rows.append(
             {
                 "config": name,
@@ -77,7 +76,7 @@ def bench(vlm: StarVLM, repeats: int) -> list[dict]:
                     {
                         "question": question,
                         "share": m["first_token"] / first["first_token"],
-                        "ideal_share": 1.0 if m is first else ideal_share(first, vlm.decoder.n_layers, resumes=not m["reused_above"]),
+                        "ideal_share": 1.0 if m is first else ideal_share(first, vlm.decoder.n_layers),
                         "spread_ms": [f(t["first_token"] for t in turn) for f in (min, max)],
                         **m,
                     }

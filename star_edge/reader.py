@@ -164,7 +164,6 @@ class PromptReader:
             in_place=state.in_place,
             reused_tokens=state.n_reused,
             repairs=self.encoder.repairs if image_reports else [],
-            reused_above=state.n_reused_above,
             notes=notes,
         )
         return state, report

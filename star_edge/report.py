@@ -79,8 +79,6 @@ class PruneReport:
     reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
         stage in the layers below it, otherwise in all.
     repairs: what stock llama.cpp gets wrong with this encoder's file, and was put right.
-    reused_above: of the tokens up to the last image that a decoder stage left, those known in the layers from K on too: it left the same
-        ones for the last question.
     notes: what a user should know, such as a stage that this model cannot have.
     """
 
@@ -95,7 +93,6 @@ class PruneReport:
     in_place: bool = True
     reused_tokens: int = 0
     repairs: list[str] = field(default_factory=list)
-    reused_above: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -200,10 +197,7 @@ class PruneReport:
                 for i in self.images
             ],
             "pictures": self.pictures,
-            **{
-                name: getattr(self, name)
-                for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens", "reused_above")
-            },
+            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens")},
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,

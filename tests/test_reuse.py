@@ -13,8 +13,6 @@ from test_exact import by_score
 from star_edge import PruneConfig, StarVLM, errors
 from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.scorers import DECODER_SCORERS
-from star_edge.selection import Selection
 from star_edge.tap import Tap
 from star_edge.vision.encoder import TextChunk
 
@@ -127,102 +125,26 @@ def decodes(monkeypatch):
 @pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_what_is_decoded_for_a_further_question(families, decodes, family, flash_attn, cache):
-    """Image rows never run layers < K again, and layers >= K only where other ones stay than for the last question."""
+    """Image rows never run layers < K again. What stays is resumed with the text in one decode, and as on stock where nothing is dropped."""
     models, image = families[family], random_image(1, 168, 168)
     options = dict(flash_attn=flash_attn, type_k=cache, type_v=cache)
-    other = PruneConfig(1.0, 0.5, 3)
-    alike = PruneConfig(1.0, 0.5, 3, decoder_scorer="uniform")
-    ask = lambda q, config: (f"ab <__media__> {q}", image, config)
-    steps = [  # with the last layer of the image rows that stay
-        (ask(QUESTIONS[1], other), 8),
-        (ask(QUESTIONS[1], other), 3),  # the same question again
-        (ask(QUESTIONS[0], other), 8),
-        (ask(QUESTIONS[0], alike), 8),
-        (ask(QUESTIONS[1], alike), 3),  # another one that leaves the same rows
-        (ask("x", alike), 3),
-        (ask(QUESTIONS[0], other), 8),
-        (ask(QUESTIONS[1], other), 8),
-    ]
+    half, alike, everything = PruneConfig(1.0, 0.5, 3), PruneConfig(1.0, 0.5, 3, decoder_scorer="uniform"), PruneConfig(decoder_layer=3)
+    steps = [(1, half), (1, half), (0, half), (0, alike), (1, alike), (1, everything), (0, everything), (0, half)]
+    request = lambda q, config: (f"ab <__media__> {QUESTIONS[q]}", image, config)
     with engine(models, **options) as vlm:
-        _, report = vlm.read_prompt(*ask(QUESTIONS[0], other), chat=False)
-        n, k = report.images[0].n_tokens, report.n_decoder_kept
-        for request, last in steps:
-            want = fresh(models, request, **options)
+        vlm.read_prompt(*request(0, half), chat=False)
+        for q, config in steps:
+            want = fresh(models, request(q, config), **options)
             decodes.clear()
-            report = same(vlm.read_prompt(*request, chat=False), want)
-            n_text = report.n_text_tokens - len(first_tokens(vlm, request[0], [image]))
-            assert decodes == [(n, 3, 3), (n_text, 0, 3), (k, 3, last), (n_text, 3, 8)]
-            assert report.reused_above == (k if last == 3 else 0) and report.windows == [(3, k)]
-        got = answers(vlm, steps[-1][0], 40)  # a choice that is known, and what is generated then
+            report = same(vlm.read_prompt(*request(q, config), chat=False), want)
+            n, k = report.n_image_tokens, report.n_decoder_kept
+            n_text = report.n_text_tokens - len(first_tokens(vlm, request(q, config)[0], [image]))
+            resumed = [(n, 3, 8), (n_text, 3, 8)] if config is everything else [(k + n_text, 3, 8)]
+            assert decodes == [(n, 3, 3), (n_text, 0, 3), *resumed]
+            assert report.windows == [(3, k)]
+        got = answers(vlm, request(0, half), 40)  # a question that was asked before, and what is generated then
     with engine(models, **options) as vlm:
-        assert np.array_equal(got, answers(vlm, steps[-1][0], 40))
-
-
-def test_a_choice_that_begins_alike(families, decodes):
-    """Of several images, the first ones of which the same rows stay; with other masses or further stages, none."""
-    models = families["llama"]
-    images = [random_image(i) for i in range(2)]
-    by_order = lambda n, **more: PruneConfig(1.0, n, 3, **{"decoder_scorer": "uniform", "representatives": "none", **more})
-    prompt = lambda q, m="two": f"one <__media__> {m} <__media__> {q}"
-    even = by_order(9, representatives="even", vision_share=0.5, decoder_share=0.5)
-    stages = PruneConfig(1.0, windows=((3, 9), (5, 4)), decoder_scorer="uniform", representatives="none")
-    steps = [  # with the rows that are known above: of the first image, the text between, the second image
-        (prompt("a"), images, by_order(9), ""),
-        (prompt("b c"), images, by_order(9), "1t2"),
-        (prompt("b c"), images, by_order(8), ""),
-        (prompt("b c"), [images[0], images[0]], by_order(8), "1t"),
-        (prompt("b c", "else"), [images[0], images[0]], by_order(8), "1"),
-        (prompt("b c", "else"), [images[1], images[0]], by_order(8), ""),
-        (prompt("b c", "else"), [images[1], images[0]], even, ""),  # the same rows or not, with other masses
-        (prompt("d", "else"), [images[1], images[0]], even, "1t2"),
-        (prompt("d", "else"), [images[1], images[0]], stages, ""),
-        (prompt("d", "else"), [images[1], images[0]], stages, ""),
-        (prompt("d", "else"), [images[1], images[0]], by_order(9), ""),
-        (prompt("d", "else"), [images[1], images[0]], by_order(9, decoder_scorer="random"), ""),
-        (prompt("e", "else"), [images[1], images[0]], by_order(9, decoder_scorer="random"), "1t2"),
-    ]
-    with engine(models) as vlm:
-        for text, pictures, config, known in steps:
-            report = same(vlm.read_prompt(text, pictures, config, chat=False), fresh(models, (text, pictures, config)))
-            with contextlib.closing(vlm.tokenize(text, pictures, chat=False)) as tokenized:
-                n_between = len(tokenized.chunks[2].tokens)
-            sizes = {"1": len(report.images[0].decoder_kept), "t": n_between, "2": len(report.images[1].decoder_kept)}
-            assert report.reused_above == sum(sizes[part] for part in known), (text, config)
-
-
-def test_a_long_choice_takes_several_decodes(families, monkeypatch):
-    """Pieces of n_ubatch rows that stay: those before the first difference are known, also where fewer stay than for the last question."""
-    models, images = families["llama"], [random_image(1), random_image(2)]
-    options = dict(n_ubatch=16, n_batch=16)
-
-    class Scorer:
-        reads = "all"
-        last = 40  # the row that stays besides the first ones
-
-        @staticmethod
-        def score(tokens, k):
-            scores = np.where(np.arange(len(tokens)) < k - 1, 2.0, 0.0)
-            scores[Scorer.last] = 1.0
-            return scores
-
-    monkeypatch.setitem(DECODER_SCORERS, "uniform", Scorer)
-    with engine(models) as vlm, contextlib.closing(vlm.tokenize("ab <__media__> and <__media__> 40", images, chat=False)) as tokenized:
-        n_between = len(tokenized.chunks[2].tokens)
-    steps = [  # rows of each image that stay, the last of them, and how many rows are known above
-        (40, 40, 0),
-        (40, 45, 32),
-        (40, 45, 40 + n_between + 40),
-        (32, 31, 32),
-        (32, 31, 32 + n_between + 32),
-        (33, 32, 32),
-        (40, 39, 32),
-    ]
-    with engine(models, **options) as vlm:
-        for n_keep, Scorer.last, n_above in steps:
-            config = PruneConfig(1.0, n_keep, 3, decoder_scorer="uniform", representatives="none")
-            request = (f"ab <__media__> and <__media__> {Scorer.last}", images, config)
-            report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
-            assert report.reused_above == n_above, (n_keep, Scorer.last)
+        assert np.array_equal(got, answers(vlm, request(0, half), 40))
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
@@ -241,18 +163,16 @@ def test_non_causal_images(families, monkeypatch, flash_attn):
     monkeypatch.setattr(StarVLM, "tokenize", tokenized)
     for preset in (None, "balanced", PruneConfig(1.0, 0.25, 3, decoder_scorer="uniform")):
         with engine(models, flash_attn=flash_attn) as vlm:
-            reused, above = [], []
+            reused = []
             for causal[0], question in ((False, "one?"), (False, "where is it?"), (True, "where is it?"), (False, "one?"), (False, "two?")):
                 request = (f"ab <__media__> and <__media__> {question}", images, preset)
                 report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, flash_attn=flash_attn))
                 n_prefix = len(first_tokens(vlm, request[0], images))
                 reused.append(report.reused_tokens > n_prefix)
-                above.append(report.reused_above > 0)
                 assert report.reused_tokens in (0, n_prefix) or reused[-1]
             assert reused == [False, True, False, False, True]
     expected = [fresh(models, request, flash_attn=flash_attn)[0].logits for causal[0] in (False, True)]
     assert not np.array_equal(*expected)  # it does make a difference
-    assert above == [False, True, False, False, True]
 
 
 def test_mixed_requests_equal_fresh_ones(families):
@@ -263,7 +183,7 @@ def test_mixed_requests_equal_fresh_ones(families):
         None, "balanced", "star", PruneConfig(0.5, 0.25, 2), PruneConfig(decoder_layer=5), PruneConfig(0.25, 1.0),
         PruneConfig(7, 2, 7, decoder_scorer="last"), PruneConfig(12, windows=((2, 9), (4, 5), (7, 2))),
     ]  # fmt: skip
-    expected, n_reused, n_above = {}, 0, 0
+    expected, n_reused = {}, 0
     with engine(models, n_ctx=256) as vlm, engine(models, n_ctx=256, reuse=False) as plain:
         request = None
         for _ in range(90):
@@ -281,7 +201,6 @@ def test_mixed_requests_equal_fresh_ones(families):
             assert np.array_equal(state.logits, expected[key]), key
             assert report.in_place
             n_reused += report.reused_tokens > 10
-            n_above += report.reused_above > 0
             surprise = rng.random()
             if surprise < 0.1:  # a stream that is dropped
                 next(vlm.generate(text, chosen, configs[c], max_tokens=4, stream=True, chat=False), None)
@@ -294,7 +213,7 @@ def test_mixed_requests_equal_fresh_ones(families):
             elif surprise < 0.25:
                 with pytest.raises(errors.ContextLengthError):
                     vlm.read_prompt("x" * 300 + text, chosen, configs[c], chat=False)
-    assert 20 < n_reused < 80 and n_above > 5 and len(expected) > 25
+    assert 20 < n_reused < 80 and len(expected) > 25
 
 
 def beside_a_fresh_one(models, steps):
@@ -358,34 +277,3 @@ def test_rows_that_differ_in_one_thing_are_read_again(families, layer):
     states = beside_a_fresh_one(models, ((case, stage) for case, _ in steps))
     for (case, n_alike), state in zip(steps, states, strict=True):
         assert state.n_reused == sum(len(s.rows) for s in case.segments[:n_alike])
-
-
-def test_rows_that_stay_with_other_masses_are_resumed(families):
-    models = families["llama"]
-    prompt = random_prompt(models, [6, (5, 8), 3, (4, 4), 7])
-
-    def stage(first, second):
-        masses = (first, second)
-        choose = lambda seen, n: Selection(np.arange(3, 3 + n), None if masses[seen.image] is None else np.full(n, masses[seen.image]))
-        return DecoderStage([(3, [9, 9])], choose)
-
-    steps = [(stage(2.0, 3.0), 0), (stage(2.0, 3.0), 21), (stage(2.0, 4.0), 12), (stage(2.0, None), 12), (stage(2.0, None), 21)]
-    steps += [(stage(None, None), 0), (stage(None, 2.0), 12), (stage(1.5, 2.0), 0)]
-    states = beside_a_fresh_one(models, ((prompt, stage) for stage, _ in steps))
-    assert [state.n_reused_above for state in states] == [n for _, n in steps]
-
-
-@pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
-def test_attention_over_another_number_of_cells(families, flash_attn):
-    """llama.cpp runs attention over 256 cells more when a text is longer, which may round differently: nothing above is known then."""
-    models, image = families["llama"], random_image(1)
-    config = PruneConfig(1.0, 12, 3, decoder_scorer="uniform")
-    with engine(models, flash_attn=flash_attn) as vlm:
-        n = len(first_tokens(vlm, "ab <__media__> x", [image])) + 49
-        reused = []
-        for n_text in (20, 256 - n, 257 - n, 300, 256 - n):
-            request = ("ab <__media__>" + "x" * n_text, image, config)
-            report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, flash_attn=flash_attn))
-            assert report.n_kv_cells - 12 + 49 == n + n_text
-            reused.append(report.reused_above)
-    assert reused == [0, 12, 0, 12, 0]

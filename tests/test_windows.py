@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import stock
 from conftest import random_image, random_prompt
+from llama_cpp import Llama
 from reference import Decoder
 from test_exact import by_score, generate, keep_all
 
@@ -103,3 +104,75 @@ def test_decoder_scorers_answer(families, scorer):
         state, report = vlm.read_prompt("what is this?", [random_image(1), random_image(2)], config)
         again, _ = vlm.read_prompt("what is this?", [random_image(1), random_image(2)], config)
     assert report.windows[-1] == (5, 6) and state.in_place and np.array_equal(state.logits, again.logits)
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Rows of each decode."""
+    seen, decode = [], DecoderContext.decode
+
+    def spy(self, rows, *rest):
+        seen.append(len(rows))
+        return decode(self, rows, *rest)
+
+    monkeypatch.setattr(DecoderContext, "decode", spy)
+    return seen
+
+
+@pytest.mark.parametrize("change, resumed", [
+    ("", [[20 + 4 + 20 + 13], [3 + 4 + 1 + 13]]),
+    ("second image not causal", [[20 + 4, 20, 13], [3 + 4, 1, 13]]),
+    ("tokens are read late", [[20, 4, 20, 13], [3, 4, 1, 13]]),
+])  # fmt: skip
+def test_what_stays_is_resumed_in_one_decode(model, decodes, monkeypatch, change, resumed):
+    """Unless image rows attend to each other, or later layers need to know which token a row is; and as on stock where nothing is dropped."""
+    models, context, _ = model
+    prompt = random_prompt(models, PARTS)
+    prompt.segments[3].causal = change != "second image not causal"
+    monkeypatch.setattr(context, "reads_tokens_late", change == "tokens are read late")
+    probed = [5, 42, 4, 45, 13]
+    prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [20, 20]), (5, [3, 1])], by_score))
+    assert decodes == probed + sum(resumed, [])
+    decodes.clear()
+    prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [0, 0]), (5, [3, 1])], later_by_score))
+    assert decodes == probed + probed[1:] + resumed[1]  # nothing is dropped at the first stage
+
+
+def later_by_score(seen, n):
+    return by_score(seen, n) if n else keep_all(seen, n)
+
+
+@pytest.mark.parametrize("text_rows", ["all", "last", "each"])
+def test_text_in_several_decodes_scores_alike(model, text_rows):
+    """Of the last decodes some rows are an image's, and some score: with 16 rows a decode they lie otherwise than with 512."""
+    models, context, _ = model
+    prompt = random_prompt(models, [5, (6, 7), 4, (9, 5), 29])
+
+    def run(context):
+        by_row = []
+
+        def choose(seen, n):
+            by_row.append(seen.row_attention)
+            return by_score(seen, n)
+
+        stage = DecoderStage([(2, [11, 12]), (5, [3, 4])], choose, text_rows)
+        return prefill(fresh(context), prompt.segments, prompt.next_position, stage), by_row
+
+    want, rows = run(context)
+    tap, f32 = Tap(), KV_TYPES["f32"]
+    small = Llama(
+        str(models.text), n_ctx=512, n_batch=16, n_ubatch=16, n_threads=2, n_threads_batch=2, type_k=f32, type_v=f32, verbose=False
+    )
+    attach_tap(small, tap)
+    got, others = run(DecoderContext(small, tap))
+    small.close()
+    tap.close()
+    assert np.abs(got.logits - want.logits).max() < 1e-4
+    for mine, theirs in zip(got.scores, want.scores, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    for a, b in zip(rows, others, strict=True):
+        assert (a is None) == (b is None) == (text_rows != "each")
+        if a is not None:
+            assert a.shape[0] == 29
+            np.testing.assert_allclose(a, b, atol=1e-6)

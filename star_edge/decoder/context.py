@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import llama_cpp
@@ -197,6 +197,9 @@ class DecoderContext:
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
         self.stage_problem = self._find_stage_problem()
+        architecture = llama.metadata.get("general.architecture")
+        # Gemma 3n and 4 bring a second embedding of each token in at every layer: a row of text must be decoded as its token
+        self.reads_tokens_late = bool(int(llama.metadata.get(f"{architecture}.embedding_length_per_layer_input", 0)))
         self.layer_problems: dict[tuple[int, ...], str] = {}  # layers of decoder stages -> why they cannot be, found while running
         self.n_threads = llama.n_threads_batch
         # As Llama.eval does it: a matrix product rounds differently for one row than for several, and logprobs show it.
@@ -270,6 +273,18 @@ class DecoderContext:
         if status:
             raise EngineError(f"{what}: llama_decode returned {status}")
         return outcome
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """Several runs of rows as one, for a window past layer 0, where a row is its hidden state. Text gets embeddings of zeros.
+
+        With M-RoPE the positions of text become (p, p, p, 0), as in llm_graph_input_pos::set_input.
+        """
+        embeddings, positions = [], []
+        for rows in parts:
+            embeddings.append(np.zeros((len(rows), self.n_embd_inp), np.float32) if rows.embeddings is None else rows.embeddings)
+            is_plain = self.mrope and rows.positions.ndim == 1
+            positions.append(np.stack([rows.positions] * 3 + [np.zeros_like(rows.positions)]) if is_plain else rows.positions)
+        return Rows(np.concatenate(positions, axis=-1), None, np.concatenate(embeddings))
 
     def logits(self) -> np.ndarray:
         """Logits of the last row that asked for them, (n_vocab,) float32, copied."""

@@ -21,14 +21,14 @@ Knows segments, layers and cells; knows no pixels and no strings.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import EngineError
 from ..selection import Selection
-from ..tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Plan
+from ..tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
 from . import reuse
 from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
 from .segments import Segment
@@ -78,7 +78,6 @@ class Prefill:
         what stayed, as indices into the rows that the vision stage left.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
     n_reused: rows that an earlier prompt had decoded, with a decoder stage in the layers below it.
-    n_reused_above: of the rows that the first decoder stage leaves, those that an earlier prompt had decoded in the layers from it on too.
     """
 
     logits: np.ndarray
@@ -89,7 +88,6 @@ class Prefill:
     selections: list[list[Selection]] = field(default_factory=list)
     in_place: bool = True
     n_reused: int = 0
-    n_reused_above: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -120,7 +118,6 @@ class _Run:
         self.segments = list(segments)
         self.next_position = next_position
         self.n_cells = 0
-        self.n_above = 0  # rows that are resumed and need not be computed
         self.in_order = True
         self.has_parked = False
         self.seconds: dict[str, float] = {}
@@ -164,7 +161,7 @@ class _Run:
         self.check_cells(end.cells, start)
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
-        all_scores, all_selections, choice = [], [], None
+        all_scores, all_selections, joined = [], [], False
         for w, (layer, n_keep) in enumerate(stage.windows):
             # 3) choose
             with self.timed("decoder_stage"):
@@ -176,27 +173,23 @@ class _Run:
                     self.set_masses(live, end.cells[keep_row])
                 own_cells = end.cells[keep_row]
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
-            if self.keep and len(stage.windows) == 1:
-                n = len(stem) - len(prefix)
-                choice = reuse.Choice(kept_rows[:n], [s.mass for s in live[:n]], sum(len(s.rows) for s in self.segments))
-                self.n_above = reuse.common_rows_above(self.attached, stem[-n:], choice, self.context.n_ubatch)
             # 4) resume
+            joined |= not keep_row.all() and not self.context.reads_tokens_late
             with self.timed("resume"):
-                end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows)
+                end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
             # Masses were for cells that the rows did not come back to: what stays then stands for itself alone, and is reported so.
             mass = lambda s, in_place=in_place: s.mass if in_place else None
             all_selections.append([Selection(rows, mass(s)) for rows, s in zip(kept_rows, selections) if s is not None])
             if not in_place:
                 self.context.tap.set_cell_bias(None)
-                self.n_above = 0
                 with self.timed("fallback"):
                     self.restart(rest, kept_rows, start)
                 break
         n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
         return self.result(
             prefix + live,
-            (stem, n_prefix, n_live, stage.windows[0][0], stem_hidden, choice) if in_place else None,
+            (stem, n_prefix, n_live, stage.windows[0][0], stem_hidden) if in_place else None,
             scores=all_scores,
             selections=all_selections,
             in_place=in_place,
@@ -218,7 +211,6 @@ class _Run:
             ids,
             self.next_position,
             n_reused=self.attached.n_rows,
-            n_reused_above=self.n_above,
             seconds=self.seconds,
             **fields,
         )
@@ -245,13 +237,12 @@ class _Run:
                 cells += [outcome.cells] if plan.want_cells else []
         return np.concatenate(cells) if cells else np.empty(0, np.int64)
 
-    def window(self, segments: Sequence[Segment], first: int, last: int, inject: np.ndarray | None, text_rows: str) -> _WindowEnd:
+    def window(
+        self, segments: Sequence[Segment], first: int, last: int, inject: np.ndarray | None, text_rows: str, joined: bool = False
+    ) -> _WindowEnd:
         """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
 
-        Rows that an earlier prompt has left are brought back to their cells instead of computed.
-
-        Each segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the CPU's
-        flash attention changes its accumulator at 64), and non-causal images must stay apart.
+        Rows that an earlier prompt has left are brought back to their cells instead of computed. joined: see `decodes`.
         """
         ctx = self.context
         n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
@@ -262,32 +253,29 @@ class _Run:
         n_scoring = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
         at = 0
         known = self.attached.hidden if first == 0 and self.attached.hidden is not None else np.empty((0, ctx.n_embd), np.float32)
-        for s, segment in enumerate(segments):
-            is_scoring = s > self.last_image - self.first_image
-            for rows, is_last in self.chunks(segment):
-                n, is_final = len(rows), is_last and s == len(segments) - 1
-                plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
-                if first > 0:
-                    plan.inject = inject[at : at + n]
-                    if at < self.n_above:  # whole decodes, and only with one stage: last is the last layer
-                        plan.window = (first, first, ctx.n_layers)
-                if at < len(known):  # whole decodes, and none that scores: reuse.attach
-                    plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
-                    hidden[at : at + n] = plan.inject
-                elif not is_end:
-                    plan.hidden = hidden[at : at + n]
-                    weight = n / n_scoring if text_rows != "last" else 1.0
-                    if is_final if text_rows == "last" else is_scoring:
-                        taken = (n - 1, 1, 1) if text_rows == "last" else (0, n, 1)
-                        reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
-                        plan.attention = AttentionRead([last], len(columns), taken, reduce, max_rows=n, n_threads=ctx.n_threads)
-                outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", segment.causal, logits=is_end and is_final)
-                cells[at : at + n] = outcome.cells
-                for attention in outcome.attention:
-                    lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
-                    columns[: attention.shape[-1]] += weight * (attention if attention.ndim == 1 else attention.mean(axis=0))
-                self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
-                at += n
+        for rows, causal in self.decodes(segments, joined):
+            n, is_final = len(rows), at + len(rows) == n_rows
+            plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
+            if first > 0:
+                plan.inject = inject[at : at + n]
+            if at < len(known):  # whole decodes, and none that scores: reuse.attach
+                plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
+                hidden[at : at + n] = plan.inject
+            elif not is_end:
+                plan.hidden = hidden[at : at + n]
+                n_taken = int(is_final) if text_rows == "last" else min(n, max(0, at + n - (n_rows - n_scoring)))
+                weight = 1.0 if text_rows == "last" else n_taken / n_scoring
+                if n_taken:
+                    reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
+                    taken = (n - n_taken, n_taken, 1)
+                    plan.attention = AttentionRead([last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads)
+            outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", causal, logits=is_end and is_final)
+            cells[at : at + n] = outcome.cells
+            for attention in outcome.attention:
+                lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
+                columns[: attention.shape[-1]] += weight * (attention if attention.ndim == 1 else attention.mean(axis=0))
+            self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
+            at += n
         at_cells = lambda line: np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
         return _WindowEnd(hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None)
 
@@ -373,12 +361,31 @@ class _Run:
 
     # ---- decodes ----
 
+    def decodes(self, segments: Sequence[Segment], joined: bool) -> Iterator[tuple[Rows, bool]]:
+        """Rows of each decode of a window, and whether they are causal.
+
+        A segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the CPU's flash attention changes its
+        accumulator at 64). joined: segments that follow each other are one. Then nothing is bit for bit as on stock, and a decode costs less for
+        each row: the CPU's kernels take 16 rows at a time, and one of the rows that are left over costs nearly as much as two of those (measured, Q4_K on AVX2);
+        a GPU is hardly busy with so few. Images whose rows attend to each other stay apart.
+        """
+        runs: list[list[Segment]] = []
+        for segment in segments:
+            if joined and runs and segment.causal and runs[-1][-1].causal:
+                runs[-1].append(segment)
+            else:
+                runs.append([segment])
+        for run in runs:
+            whole = run[0] if len(run) == 1 else Segment(self.context.join([s.rows for s in run]))
+            for rows, _ in self.chunks(whole):
+                yield rows, run[0].causal
+
     def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
         """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether a piece is the segment's last."""
         n = len(segment.rows)
         return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
 
-    def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False):
+    def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False) -> Outcome:
         if not causal:
             self.context.set_causal(False)
         try:

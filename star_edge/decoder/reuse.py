@@ -20,10 +20,6 @@ Invariants, on which `attach` relies and which it checks as far as llama.cpp can
    gives each cell its position back, all without the layers below.
 5. No cell holds anything else: whatever the last prompt left besides is freed first, so that all that follows goes to the cells, and
    runs over as many, as in a fresh context. That makes it equal bit for bit.
-6. In layers >= K a row that the decoder stage leaves sees those that are left before it, with their masses, and nothing else. Where
-   two choices begin alike, K and V of layers > K in the cells are those that would be computed again. Layer K, which 4. overwrites,
-   comes back in the same way, by a decode of the window [K, K) of as many rows as are resumed. The text after the images has cells by
-   then, so its length decides over how many cells attention runs, in steps of N_KV_STEP: kernels may round differently for another number.
 """
 
 from __future__ import annotations
@@ -37,8 +33,6 @@ import numpy as np
 from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext
 from .segments import Segment
 
-N_KV_STEP = 256  # llama_kv_cache::get_n_kv
-
 
 @dataclass
 class Stem:
@@ -47,7 +41,6 @@ class Stem:
     segments: as they were read. n_prefix: rows of the text before the first image, n_rows: all.
     layer: K of the first decoder stage, or None. hidden: with a stage, states that enter layer K, (n_rows - n_prefix, n_embd) float32.
     n_ubatch: rows of one decode. span: first and last position of sequence PARKED. buffer: see `attach`.
-    choice: what the only decoder stage left of the rows after the prefix, or None.
     """
 
     segments: list[Segment]
@@ -58,30 +51,16 @@ class Stem:
     n_ubatch: int
     span: tuple[int, int]
     buffer: np.ndarray
-    choice: Choice | None = None
-
-
-@dataclass
-class Choice:
-    """What a decoder stage leaves of each segment: which of its rows, (n,) int64, and their masses, (n,), or None for one each.
-
-    n_cells: cells in use when they are resumed.
-    """
-
-    rows: Sequence[np.ndarray]
-    masses: Sequence[np.ndarray | None]
-    n_cells: int
 
 
 @dataclass
 class Attached:
     """n_main: rows of the new prompt that are in sequence MAIN, ready. hidden: states of the rows after the prefix that are in no sequence,
-    and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32. choice: what the last prompt's stage left of them.
+    and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32.
     """
 
     n_main: int = 0
     hidden: np.ndarray | None = None
-    choice: Choice | None = None
 
     @property
     def n_rows(self) -> int:
@@ -99,12 +78,11 @@ def keep(
     n_live: int,
     layer: int | None = None,
     hidden: np.ndarray | None = None,
-    choice: Choice | None = None,
 ) -> None:
     """Keeps a stem at the end of a prompt.
 
     segments: of the stem. n_live: how many of its rows are in MAIN, where they come first; dropped ones are in the sequences PARKED and after.
-    layer, hidden, choice: as in Stem.
+    layer, hidden: as in Stem.
     """
     for sequence in range(PARKED + 1, N_SEQUENCES):
         context.copy(sequence, PARKED, 0)
@@ -113,7 +91,7 @@ def keep(
     n_rows = sum(len(s.rows) for s in segments)
     owner = context.llama._ctx
     span, buffer = _span(context, PARKED), context.llama.input_ids
-    owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, span, buffer, choice)
+    owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, span, buffer)
     owner.n_parked = n_rows - n_live
 
 
@@ -140,32 +118,7 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
     n_main = n if layer is None else min(n, n_prefix)
     context.copy(PARKED, MAIN, 0, n_main)
     context.remove(PARKED, 0)
-    return Attached(n_main, stem.hidden[: n - n_main], stem.choice) if n > n_main else Attached(n_main)
-
-
-def common_rows_above(attached: Attached, segments: Sequence[Segment], choice: Choice, n_ubatch: int) -> int:
-    """Rows of the whole decodes that the resumes of the last choice and of this one both begin with.
-
-    segments: those that `choice` is of, as the probe ran them.
-    """
-    n = n_probed = 0
-    if attached.choice is None or -(-attached.choice.n_cells // N_KV_STEP) != -(-choice.n_cells // N_KV_STEP):
-        return n
-    last = zip(attached.choice.rows, attached.choice.masses)
-    for segment, kept, mass, (last_kept, last_mass) in zip(segments, choice.rows, choice.masses, last):
-        n_probed += len(segment.rows)
-        if n_probed > len(attached.hidden) or (mass is None) != (last_mass is None):
-            return n
-        for first in range(0, len(kept), n_ubatch):
-            piece = slice(first, first + n_ubatch)
-            if not np.array_equal(kept[piece], last_kept[piece]) or (
-                mass is not None and not np.array_equal(mass[piece], last_mass[piece])
-            ):
-                return n
-            n += len(kept[piece])
-        if len(kept) != len(last_kept):
-            return n
-    return n
+    return Attached(n_main, stem.hidden[: n - n_main]) if n > n_main else Attached(n_main)
 
 
 def _common_rows(stem: Stem, segments: Sequence[Segment]) -> int:
