@@ -25,18 +25,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "BENCHMARKS.md"
 BEGIN, END = "<!-- begin: written by benchmarks/tables.py -->", "<!-- end -->"
 
-# Name: options of star-edge bench, and minutes on 2 cores of an AMD EPYC virtual machine, by arithmetic: rows times weights at the 265 GFLOP/s that
-# the 1.1B shape's stock prefill (5.4 s) came to there
+# Name: options of star-edge bench, and minutes on 2 cores of an AMD EPYC virtual machine, by arithmetic: rows times weights at the 120 GFLOP/s that
+# the 1.1B shape's stock prefill (11 s) came to there
 RUNS: dict[str, tuple[str, float]] = {
     "llava-1.1b": ("--shape llava-1.1b --configs benchmarks/configs/llava-1.1b.json --idle-hook 256", 7),
-    "smolvlm-500m": ("--shape smolvlm-500m", 15),
-    "gemma-3-4b": ("--shape gemma-3-4b --repeats 3", 20),
-    "qwen2.5-vl-3b": ("--shape qwen2.5-vl-3b --repeats 3", 30),
+    "smolvlm-500m": ("--shape smolvlm-500m --preset balanced --preset fast --baseline flash --baseline fewer --repeats 3", 12),
+    "gemma-3-4b": ("--shape gemma-3-4b --preset balanced --preset star --baseline flash --no-unpruned --repeats 2 --no-memory", 9),
+    "qwen2.5-vl-3b": ("--shape qwen2.5-vl-3b --preset balanced --preset star --baseline flash --no-unpruned --repeats 2 --no-memory", 11),
     "llava-1.5-7b": (
-        "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast --repeats 3 --idle-hook 32", 18,
+        "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast --no-unpruned --repeats 3 --idle-hook 32", 24,
     ),
     "llava-next-7b": (
-        "--shape llava-next-7b --configs benchmarks/configs/llava-next-7b.json --baseline flash --baseline fewer --repeats 3 --no-memory", 35,
+        "--shape llava-next-7b --configs benchmarks/configs/llava-next-7b.json --baseline flash --baseline fewer --no-unpruned --repeats 2 --no-memory", 28,
     ),
 }  # fmt: skip
 

@@ -9,11 +9,13 @@ _ENCODERS = {
     "llava-1.5-7b": {"image_size": 98},
     "llava-next-7b": {"image_size": 98, "pinpoints": ((98, 196), (196, 98), (196, 196))},
     "smolvlm-500m": {"image_size": 128, "longest_edge": 256},
+    "qwen2-vl-2b": {},
     "qwen2.5-vl-3b": {"n_layers": 4, "full_attention_every": 2},
     "gemma-3-4b": {"image_size": 112},
 }
 _DECODERS = {
     "smolvlm-500m": {"tied": True},
+    "qwen2-vl-2b": {"rope_sections": (4, 6, 6, 0), "tied": True},
     "qwen2.5-vl-3b": {"rope_sections": (4, 6, 6, 0), "tied": True},
     "gemma-3-4b": {"sliding_window": 512, "head_size": 64, "tied": True},
 }
@@ -24,6 +26,7 @@ _REQUESTS = {
     "llava-1.5-7b": ((98, 98), 49),
     "llava-next-7b": ((196, 196), 5 * 49),
     "smolvlm-500m": ((200, 200), 5 * 4),
+    "qwen2-vl-2b": ((168, 168), 36),
     "qwen2.5-vl-3b": ((168, 168), 36),
     "gemma-3-4b": ((112, 112), 4),
 }

@@ -253,12 +253,12 @@ def test_shapes_run(name, tmp_path):
     stock, fast = sides["stock, flash attn"], sides["fast"]
     assert stock["image_tokens"] == fast["image_tokens"] == shape.n_image_tokens
     # 35 + 40 and what the encoder puts around: two tokens, or three and one around the overview, two before each tile, one between rows
-    extra = {"qwen2.5-vl-3b": 2, "gemma-3-4b": 2, "smolvlm-500m": 4 + 4 * 2 + 1}.get(name, 0)
+    extra = {"qwen2-vl-2b": 2, "qwen2.5-vl-3b": 2, "gemma-3-4b": 2, "smolvlm-500m": 4 + 4 * 2 + 1}.get(name, 0)
     assert stock["text_tokens"] == fast["text_tokens"] == 75 + extra
     assert (
         fast["average_tokens"] < stock["average_tokens"] and fast["kv_cells"] < stock["kv_cells"] and fast["kv_bytes"] < stock["kv_bytes"]
     )
-    if name in ("qwen2.5-vl-3b", "llava-next-7b"):  # dynamic resolution, and crops: a smaller picture has fewer tokens
+    if name in ("qwen2-vl-2b", "qwen2.5-vl-3b", "llava-next-7b"):  # dynamic resolution, and crops: a smaller picture has fewer tokens
         assert sides["stock, fewer tokens"]["image_tokens"] < shape.n_image_tokens
     elif name != "smolvlm-500m":
         assert "stock, fewer tokens" not in sides and any("smaller picture" in note for note in result["notes"])
@@ -272,7 +272,7 @@ def test_shapes_run(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name, n_parameters",
-    [("llava-1.1b", 1.10e9), ("llava-1.5-7b", 6.74e9), ("smolvlm-500m", 362e6), ("qwen2.5-vl-3b", 3.09e9), ("gemma-3-4b", 3.88e9)],
+    [("llava-1.1b", 1.10e9), ("llava-1.5-7b", 6.74e9), ("smolvlm-500m", 362e6), ("qwen2-vl-2b", 1.54e9), ("qwen2.5-vl-3b", 3.09e9), ("gemma-3-4b", 3.88e9)],
 )
 def test_shapes_have_the_published_number_of_parameters(name, n_parameters):
     """Of the text model: TinyLlama 1.10, Vicuna-7B 6.74, SmolLM2-360M 0.362, Qwen2.5-3B 3.09, Gemma 3 4B 3.88 billion."""

@@ -85,6 +85,10 @@ VICUNA_7B = DecoderShape(n_layers=32, n_embd=4096, n_heads=32, n_heads_kv=32, n_
 SMOLLM2_360M = DecoderShape(
     n_layers=32, n_embd=960, n_heads=15, n_heads_kv=5, n_ff=2560, n_vocab=49280, n_ctx=8192, rope_base=100000.0, tied=True
 )
+QWEN2_1B5 = DecoderShape(
+    n_layers=28, n_embd=1536, n_heads=12, n_heads_kv=2, n_ff=8960, n_vocab=151936, n_ctx=32768,
+    rope_sections=(16, 24, 24, 0), rope_base=1e6, tied=True,
+)  # fmt: skip
 QWEN25_3B = DecoderShape(
     n_layers=36, n_embd=2048, n_heads=16, n_heads_kv=2, n_ff=11008, n_vocab=151936, n_ctx=32768,
     rope_sections=(16, 24, 24, 0), rope_base=1e6, tied=True,
@@ -102,6 +106,7 @@ CLIP_L_336_NEXT = EncoderShape(
 SIGLIP_B_512 = EncoderShape(
     image_size=512, patch_size=16, n_layers=12, n_embd=768, n_heads=12, n_ff=3072, kind="idefics3", n_merge=4, longest_edge=2048
 )
+QWEN2_VISION = EncoderShape(image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=5120, kind="qwen2vl")
 QWEN25_VISION = EncoderShape(image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=3420, kind="qwen2.5vl")
 SIGLIP_SO400M_896 = EncoderShape(image_size=896, patch_size=14, n_layers=27, n_embd=1152, n_heads=16, n_ff=4304, kind="gemma3", n_merge=4)
 
@@ -114,6 +119,7 @@ SHAPES = {
     "smolvlm-500m": ModelShape(
         SMOLLM2_360M, SIGLIP_B_512, "q8_0", (1024, 1024), 1088, "SmolVLM-500M, an overview and 16 tiles of 64 tokens"
     ),
+    "qwen2-vl-2b": ModelShape(QWEN2_1B5, QWEN2_VISION, "q4_k_m", (560, 560), 400, "Qwen2-VL-2B, 1,600 patches, 400 tokens"),
     "qwen2.5-vl-3b": ModelShape(QWEN25_3B, QWEN25_VISION, "q4_k_m", (896, 896), 1024, "Qwen2.5-VL-3B, 4,096 patches, 1,024 tokens"),
     "gemma-3-4b": ModelShape(GEMMA3_4B, SIGLIP_SO400M_896, "q4_k_m", (896, 896), 256, "Gemma-3-4B, 4,096 patches, 256 tokens"),
 }  # fmt: skip
