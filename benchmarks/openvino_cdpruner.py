@@ -40,7 +40,16 @@ VISION = dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, patch_size=14
 TINY_TEXT = TEXT | dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=768)
 TINY_VISION = VISION | dict(depth=2, embed_dim=128, num_heads=4)
 N_VOCAB = 151936
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
@@ -133,7 +142,9 @@ def main() -> None:
     medians = {ratio: {key: statistics.median(s[key] for s in of) for key in of[0]} for ratio, of in samples.items()}
     base = medians[0]
     rows = [{"pruning_ratio": ratio, "speed_up": base["first_token_ms"] / m["first_token_ms"], **m} for ratio, m in medians.items()]
-    print("| pruning ratio | prompt tokens | first token, ms | of it, picture to embeddings | speed-up | ms per token |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        "| pruning ratio | prompt tokens | first token, ms | of it, picture to embeddings | speed-up | ms per token |\n|---|---:|---:|---:|---:|---:|"
+    )
     for row in rows:
         print(
             f"| {row['pruning_ratio']}% | {row['input_tokens']:.0f} | {row['first_token_ms']:.0f} | {row['embeddings_ms']:.0f} | {row['speed_up']:.2f} | {row['ms_per_token']:.1f} |"

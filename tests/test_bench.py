@@ -168,7 +168,7 @@ def test_interleaved_in_rotated_order():
     warm, rest = bench.asked[:3], [name for name, _ in bench.asked[3:]]
     assert warm == [("stock", 1), ("unpruned", 1), ("pruned", 1)]
     assert rest == [
-        *("stock", "unpruned", "pruned"), *("unpruned", "pruned", "stock"), *("pruned", "stock", "unpruned"), *("stock", "unpruned", "pruned"),
+        *("stock", "unpruned", "pruned"), *("unpruned", "stock", "pruned"), *("pruned", "stock", "unpruned"), *("stock", "pruned", "unpruned"),
     ]  # fmt: skip
     assert {n for _, n in bench.asked[3:]} == {5}
     assert {name: len(s) for name, s in samples.items()} == {"stock": 4, "unpruned": 4, "pruned": 4}
@@ -272,7 +272,14 @@ def test_shapes_run(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name, n_parameters",
-    [("llava-1.1b", 1.10e9), ("llava-1.5-7b", 6.74e9), ("smolvlm-500m", 362e6), ("qwen2-vl-2b", 1.54e9), ("qwen2.5-vl-3b", 3.09e9), ("gemma-3-4b", 3.88e9)],
+    [
+        ("llava-1.1b", 1.10e9),
+        ("llava-1.5-7b", 6.74e9),
+        ("smolvlm-500m", 362e6),
+        ("qwen2-vl-2b", 1.54e9),
+        ("qwen2.5-vl-3b", 3.09e9),
+        ("gemma-3-4b", 3.88e9),
+    ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, n_parameters):
     """Of the text model: TinyLlama 1.10, Vicuna-7B 6.74, SmolLM2-360M 0.362, Qwen2.5-3B 3.09, Gemma 3 4B 3.88 billion."""

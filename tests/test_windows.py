@@ -122,14 +122,14 @@ def decodes(monkeypatch):
 @pytest.mark.parametrize("change, resumed", [
     ("", [[20 + 4 + 20 + 13], [3 + 4 + 1 + 13]]),
     ("second image not causal", [[20 + 4, 20, 13], [3 + 4, 1, 13]]),
-    ("tokens are read late", [[20, 4, 20, 13], [3, 4, 1, 13]]),
+    ("layers tell text apart", [[20, 4, 20, 13], [3, 4, 1, 13]]),
 ])  # fmt: skip
 def test_what_stays_is_resumed_in_one_decode(model, decodes, monkeypatch, change, resumed):
     """Unless image rows attend to each other, or later layers need to know which token a row is; and as on stock where nothing is dropped."""
     models, context, _ = model
     prompt = random_prompt(models, PARTS)
     prompt.segments[3].causal = change != "second image not causal"
-    monkeypatch.setattr(context, "reads_tokens_late", change == "tokens are read late")
+    monkeypatch.setattr(context, "tells_text_apart", change == "layers tell text apart")
     probed = [5, 42, 4, 45, 13]
     prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [20, 20]), (5, [3, 1])], by_score))
     assert decodes == probed + sum(resumed, [])

@@ -20,6 +20,10 @@ from ..tap import Outcome, Plan, Tap
 # Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be reused yet
 MAIN, PARKED, N_SEQUENCES = 0, 1, 7
 
+# Decoders in whose layers a row of text is not treated as one of an image is: experts of its own, or an embedding of the token in every layer. It must be
+# decoded as its token there. Of this version: what looks at ubatch.token or ubatch.embd past the input in src/models; to be looked up again for another.
+TELLS_TEXT_APART = ("cogvlm", "deepseek4", "gemma3n", "gemma4", "qwen4exp")
+
 
 class TappedContext(_internals.LlamaContext):
     """A LlamaContext that tells its tap when a plain decode begins, and what it still has to do for the prompt in the cache.
@@ -197,9 +201,7 @@ class DecoderContext:
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
         self.stage_problem = self._find_stage_problem()
-        architecture = llama.metadata.get("general.architecture")
-        # Gemma 3n and 4 bring a second embedding of each token in at every layer: a row of text must be decoded as its token
-        self.reads_tokens_late = bool(int(llama.metadata.get(f"{architecture}.embedding_length_per_layer_input", 0)))
+        self.tells_text_apart = llama.metadata.get("general.architecture") in TELLS_TEXT_APART
         self.layer_problems: dict[tuple[int, ...], str] = {}  # layers of decoder stages -> why they cannot be, found while running
         self.n_threads = llama.n_threads_batch
         # As Llama.eval does it: a matrix product rounds differently for one row than for several, and logprobs show it.

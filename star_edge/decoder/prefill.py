@@ -174,7 +174,7 @@ class _Run:
                 own_cells = end.cells[keep_row]
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
             # 4) resume
-            joined |= not keep_row.all() and not self.context.reads_tokens_late
+            joined |= not keep_row.all() and not self.context.tells_text_apart
             with self.timed("resume"):
                 end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
