@@ -28,10 +28,10 @@ BEGIN, END = "<!-- begin: written by benchmarks/tables.py -->", "<!-- end -->"
 # Name: options of star-edge bench, and minutes on 2 cores of an AMD EPYC virtual machine, by arithmetic: rows times weights at the 120 GFLOP/s that
 # the 1.1B shape's stock prefill (11 s) came to there
 RUNS: dict[str, tuple[str, float]] = {
-    "llava-1.1b": ("--shape llava-1.1b --configs benchmarks/configs/llava-1.1b.json --idle-hook 256", 7),
+    "llava-1.1b": ("--shape llava-1.1b --configs benchmarks/configs/llava-1.1b.json --repeats 3 --idle-hook 256", 7),
     "smolvlm-500m": ("--shape smolvlm-500m --preset balanced --preset fast --baseline flash --baseline fewer --repeats 3", 12),
     "gemma-3-4b": ("--shape gemma-3-4b --preset balanced --preset star --baseline flash --no-unpruned --repeats 2 --no-memory", 9),
-    "qwen2.5-vl-3b": ("--shape qwen2.5-vl-3b --preset balanced --preset star --baseline flash --no-unpruned --repeats 2 --no-memory", 11),
+    "qwen2.5-vl-3b": ("--shape qwen2.5-vl-3b --preset balanced --preset star --baseline flash --no-unpruned --repeats 1 --no-memory", 8),
     "llava-1.5-7b": (
         "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast --no-unpruned --repeats 3 --idle-hook 32", 24,
     ),
