@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -383,6 +384,20 @@ def test_command_on_a_shape(tmp_path, capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in result["sides"]] == ["star_edge, unpruned", "fast"] and result["reference"] == "star_edge, unpruned"
     assert result["shape"] == "llava-1.5-7b" and result["model"]["n_ctx"] == 256 and len(list((tmp_path / "models").iterdir())) == 2
+
+
+def test_a_link_is_written_through(tmp_path, monkeypatch):
+    """As /dev/stdout is one: once, in place, while a file is replaced after each repeat."""
+    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    writes, write_text = [], Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, text: writes.append(self.name) or write_text(self, text))
+    common = ("-r", 2, "-n", 2, "--preset", "fast", "--baseline", "none", "--no-memory", "--no-unpruned", "--out")
+    star_edge(*common, link)
+    assert link.is_symlink() and json.loads(target.read_text())["repeats"] == 2 and writes == ["link.json"]
+    star_edge(*common, target)
+    assert writes[1:] == ["target.json.part"] * 3 and sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "target.json"]
 
 
 def test_a_killed_command_keeps_its_finished_repeats(tmp_path):

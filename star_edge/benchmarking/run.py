@@ -113,7 +113,7 @@ def run(
     progress: Callable[[str], None] = lambda what: None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called before each request with its kind,
+    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called with the kind of each request once it is answered,
     and save after each repeat with the result so far, so that a run that is ended loses one repeat at most.
 
     options: of StarVLM. baselines: of BASELINES. fewer: share of the image tokens that the baseline of that name may have. hook_tokens: tokens for the cost of an idle hook, 0 for none.

@@ -120,15 +120,18 @@ def bench(
         pictures = [load_image(source) for source in images] or [picture(*_parse_size(image_size))]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
 
-    def save(result: dict[str, Any]) -> None:
+    def save(result: dict[str, Any], is_final: bool = False) -> None:
         result["command"] = shlex.join(["star-edge", *sys.argv[1:]])
         result["shape"] = shape
         result["notes"] += [note for note in dropped if note not in result["notes"]]
-        if out:
+        path = Path(out or "")
+        is_special = path.is_symlink() or path.exists() and not path.is_file()  # a pipe, /dev/stdout: written once, and not replaced
+        if out and (is_final or not is_special):
             try:
-                part = Path(f"{out}.part")
+                part = path if is_special else Path(f"{out}.part")
                 part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-                part.replace(out)  # whoever is killed leaves the old file or the new one, never half of one
+                if not is_special:
+                    part.replace(path)  # whoever is killed leaves the old file or the new one, never half of one
             except OSError as error:
                 raise OutputError(f"{out} cannot be written ({error.strerror})", "use another place") from error
 
@@ -155,7 +158,7 @@ def bench(
                 text, mmproj, options, configs, names, request, fewer=fewer_tokens, repeats=repeats, n_generate=max_tokens, hook_tokens=idle_hook,
                 with_memory=memory, title=title, progress=progress, save=save,
             )  # fmt: skip
-    save(result)
+    save(result, is_final=True)
     if plot:
         plots.save(result, plot)
     if as_json:
