@@ -10,29 +10,25 @@ from __future__ import annotations
 
 import time
 import weakref
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 
 import numpy as np
 from llama_cpp import Llama
 
-from . import budget
-from .blas import one_blas_thread
+from .choose import Candidates, choose, decoder_policy, divide, vision_scorer
 from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .report import ImageReport, PruneReport
-from .representatives import select
-from .scorers import DECODER_SCORERS
-from .selection import Selection, Tokens, apart
+from .selection import Tokens
 from .tap import Tap
 from .vision.cache import DEFAULT_BYTES, check_bytes
-from .vision.encoder import Encoded, Prompt, TextChunk, VisionEncoder
+from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
 from .vision.repair import check_encoder
-from .vision.stage import PromptPlan, encode_images, plan_prompt, run_vision_stage, vision_scorer
+from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
@@ -121,15 +117,10 @@ class PromptReader:
             prompt.close()
         if any(image.special is not chunk.special for image, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
-        used = plan.config
-        segments, image_reports, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
-        self._check_images(plan)
-        stage = None
+        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
+        self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
-        if windows:
-            choose = lambda seen, n: _choose(seen, n - plan.n_special[seen.image], image_reports[seen.image], used)
-            divide = (lambda seen, n: _divide(seen, n, plan, image_reports)) if any(len(group) > 1 for group in plan.groups) else None
-            stage = DecoderStage(windows, choose, DECODER_SCORERS[used.decoder_scorer].reads, divide)
+        stage = _decoder_stage(plan, images) if windows else None
         # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         if not keep:
@@ -143,11 +134,6 @@ class PromptReader:
             self.decoder.tap.set_cell_bias(None)
             self.decoder.clear()
             state = prefill(self.decoder, segments, next_position, keep=keep)
-        for i, image in enumerate(image_reports):
-            for scores, selections in zip(state.scores, state.selections):
-                image.decoder_scores = scores[i] if image.decoder_scores is None else image.decoder_scores
-                image.decoder_kept = image.vision_kept[selections[i].kept]
-                image.decoder_mass = selections[i].mass
         if not state.in_place:
             notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
         seconds.update(state.seconds)
@@ -155,7 +141,7 @@ class PromptReader:
         milliseconds = {name: 1e3 * value for name, value in seconds.items()}
         report = PruneReport(
             config,
-            image_reports,
+            _image_reports(images, state),
             self.decoder.n_layers,
             [(layer, sum(len(s.kept) for s in selections)) for (layer, _), selections in zip(windows, state.selections)],
             plan.n_text,
@@ -163,7 +149,7 @@ class PromptReader:
             milliseconds,
             in_place=state.in_place,
             reused_tokens=state.n_reused,
-            repairs=self.encoder.repairs if image_reports else [],
+            repairs=self.encoder.repairs if images else [],
             notes=notes,
         )
         return state, report
@@ -212,13 +198,14 @@ class PromptReader:
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
                 "raise n_ctx, lower vision_keep, or give fewer or smaller images" if plan.images else "raise n_ctx, or shorten the prompt",
             )
-        self._check_images(plan)
+        self._check_images(zip(plan.images, plan.n_vision))
         if not plan.n_cells:
             raise ConfigError("the prompt is empty", "give some text")
         return plan, notes
 
-    def _check_images(self, plan: PromptPlan) -> None:
-        for chunk, n in zip(plan.images, plan.n_vision):
+    def _check_images(self, images: Iterable[tuple[ImageChunk, int]]) -> None:
+        """images: each with the tokens that the vision stage leaves of it."""
+        for chunk, n in images:
             if not chunk.causal and n > self.decoder.n_ubatch:
                 raise ContextLengthError(
                     f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is {self.decoder.n_ubatch}",
@@ -245,51 +232,64 @@ class PromptReader:
         return self.llama.n_tokens - report.n_kv_cells + 1
 
 
-def _tokens(seen: Seen, image: ImageReport) -> tuple[Tokens, np.ndarray | None]:
-    """The rows of an image in the decoder stage, and which are special, (n,) bool, or None."""
-    rows = image.vision_kept[seen.rows]
+
+def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
+    """The rows of an image in a decoder stage."""
+    rows = image.selection.kept[seen.rows]
     tokens = Tokens(
         seen.hidden,
-        image.cells[rows],
-        image.grid,
+        image.encoded.cells[rows],
+        image.chunk.grid,
         seen.mass,
         seen.attention,
         seen.row_attention,
         seen.text_hidden,
     )
-    return tokens, None if image.special is None else image.special[rows]
+    special = image.encoded.special
+    return Candidates(tokens, None if special is None else special[rows], image.chunk.picture, image.chunk.n_tokens - n_special)
 
 
-@one_blas_thread()
-def _divide(seen: Sequence[Seen], n_keep: Sequence[int], plan: PromptPlan, images: Sequence[ImageReport]) -> list[int]:
-    """How many rows of each image stay: images that share their tokens have as many as are among the best of all of them."""
-    config, counts = plan.config, list(n_keep)
-    score = DECODER_SCORERS[config.decoder_scorer].score
-    for group in plan.groups:
-        if len(group) == 1:
-            continue
-        parts = []
-        for i in group:
-            tokens, special = _tokens(seen[i], images[i])
-            parts.append(tokens if special is None else tokens.part(~special))
-            if config.decoder_scorer == "random":
-                parts[-1].seed = zlib.crc32(seen[i].hidden.tobytes()) + config.seed
-        total = sum(n_keep[i] - plan.n_special[i] for i in group)
-        count = lambda tokens, k: budget.by_score(tokens, score(tokens, k), k)
-        original = [images[i].n_tokens - plan.n_special[i] for i in group]
-        for i, n in zip(group, budget.divide(parts, [images[i].picture for i in group], original, total, count, False)):
-            counts[i] = plan.n_special[i] + n
-    return counts
+def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderStage:
+    """The decoder stages of a plan, as `prefill` runs them."""
+    policy = decoder_policy(plan.config)
+    candidates = lambda seen: _candidates(seen, images[seen.image], plan.n_special[seen.image])
+
+    def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
+        """How many rows of each image stay: images that share their tokens have as many as are among the best of all of them."""
+        counts = list(n_keep)
+        for group in (group for group in plan.groups if len(group) > 1):
+            total = sum(n_keep[i] - plan.n_special[i] for i in group)
+            for i, n in zip(group, divide(policy, [candidates(seen[i]) for i in group], total)):
+                counts[i] = plan.n_special[i] + n
+        return counts
+
+    return DecoderStage(
+        plan.windows,
+        lambda seen, n: choose(policy, candidates(seen), n - plan.n_special[seen.image]),
+        policy.scorer.reads,
+        share if any(len(group) > 1 for group in plan.groups) else None,
+    )
 
 
-@one_blas_thread()
-def _choose(seen: Seen, n_keep: int, image: ImageReport, config: PruneConfig) -> Selection:
-    """The decoder stage's choice of an image's rows: n_keep of those that are not special, and those that are."""
-    tokens, special = _tokens(seen, image)
-    if config.decoder_scorer == "random":
-        tokens.seed = zlib.crc32(seen.hidden.tobytes()) + config.seed
-    share = 0.0 if config.representatives == "none" else config.decoder_share
-    by_score = max(1, n_keep - round(share * n_keep))
-    score = DECODER_SCORERS[config.decoder_scorer].score
-    choose = lambda tokens: select(config.representatives, tokens, score(tokens, by_score), n_keep, share)
-    return apart(special, tokens, choose)
+def _image_reports(images: Sequence[StagedImage], state: Prefill) -> list[ImageReport]:
+    reports = []
+    for i, image in enumerate(images):
+        vision, chunk, encoded = image.selection, image.chunk, image.encoded
+        last = state.selections[-1][i] if state.selections else None
+        reports.append(
+            ImageReport(
+                chunk.picture,
+                chunk.n_tokens,
+                chunk.grid,
+                encoded.cells,
+                vision.kept,
+                vision.kept if last is None else vision.kept[last.kept],
+                vision.scores,
+                state.scores[0][i] if state.scores else None,
+                vision.mass,
+                vision.mass if last is None else last.mass,
+                encoded.special,
+                encoded.cached,
+            )
+        )
+    return reports

@@ -10,6 +10,7 @@ from gguf_files import rewrite
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from star_edge import PRESETS, PruneConfig, StarVLM, budget, refvlm
+from star_edge import choose as choose_module
 from star_edge.blas import one_blas_thread
 from star_edge.cli import cli
 from star_edge.config import keep_count
@@ -19,7 +20,6 @@ from star_edge.evaluation.configs import parse_values
 from star_edge.images import load_image
 from star_edge.selection import PLACE_WEIGHT, Tokens
 from star_edge.server.schema import parse_prune
-from star_edge.vision import stage as stage_module
 
 RNG = np.random.default_rng(3)
 METHODS = [name for name, config in PRESETS.items() if config is not None]
@@ -316,8 +316,8 @@ def blas_threads():
 
 def test_one_blas_thread_while_something_is_chosen(families, monkeypatch):
     seen = []
-    choose = stage_module.select
-    monkeypatch.setattr(stage_module, "select", lambda *a: seen.append(blas_threads()) or choose(*a))
+    select = choose_module.select
+    monkeypatch.setattr(choose_module, "select", lambda *a: seen.append(blas_threads()) or select(*a))
     models = families["qwen2vl"]
     with threadpool_limits(2, user_api="blas"), StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
         vlm.read_prompt("what?", random_image(1, 168, 168), PruneConfig(0.5))

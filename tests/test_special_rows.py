@@ -140,12 +140,13 @@ def test_special_rows_are_not_changed(families, row_ends):
         prompt = vlm.tokenize("<__media__>a", [random_image(1)], chat=False)
         plan, _ = vlm._reader.plan(prompt, PruneConfig(vision_keep=5))
         encoded = encode_images(plan.images, vlm.encoder, plan.config, {})
-        segments, reports, _ = run_vision_stage(plan, encoded, False, {})
+        segments, images, _ = run_vision_stage(plan, encoded, False, {})
         prompt.close()
     segment = next(s for s in segments if s.image is not None)
-    is_special = ENDS[reports[0].vision_kept]
+    kept = images[0].selection.kept
+    is_special = ENDS[kept]
     assert np.array_equal(segment.rows.embeddings[is_special], encoded[0].embeddings[ENDS])
-    assert not np.array_equal(segment.rows.embeddings[~is_special], encoded[0].embeddings[reports[0].vision_kept[~is_special]])
+    assert not np.array_equal(segment.rows.embeddings[~is_special], encoded[0].embeddings[kept[~is_special]])
 
 
 def test_corrected_counts_are_checked_before_anything_is_decoded(families, found_row_ends, monkeypatch):

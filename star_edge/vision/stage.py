@@ -6,22 +6,28 @@ Turns the chunks of a prompt into the segments that the decoder runs.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .. import budget
-from ..blas import one_blas_thread
+from ..choose import Candidates, choose, divide, vision_policy
 from ..config import Keep, PruneConfig, keep_count
 from ..decoder.context import Rows
 from ..decoder.prefill import Segment
-from ..report import ImageReport
-from ..representatives import merge, select
-from ..scorers import VISION_SCORERS
-from ..selection import Selection, Tokens, apart
+from ..representatives import merge
+from ..selection import Selection, Tokens
 from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
+
+
+@dataclass
+class StagedImage:
+    """An image after the vision stage. chunk, encoded: as they were; of the latter's embeddings only what stayed goes on. selection: what stayed."""
+
+    chunk: ImageChunk
+    encoded: Encoded
+    selection: Selection
 
 
 @dataclass
@@ -118,24 +124,22 @@ def encode_images(
     return encoded
 
 
-@one_blas_thread()
 def run_vision_stage(
     plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, seconds: dict[str, float]
-) -> tuple[list[Segment], list[ImageReport], int]:
-    """Prunes. Returns the segments, a report for each image, and the RoPE position after the prompt.
+) -> tuple[list[Segment], list[StagedImage], int]:
+    """Prunes. Returns the segments, the images with what stayed of them, and the RoPE position after the prompt.
 
-    seconds: "encode" and "vision_stage" grow. plan.n_vision becomes what each image of a group that shares its tokens has of them.
+    seconds: "encode" and "vision_stage" grow.
     """
     start = time.perf_counter()
-    config = plan.config
-    images = plan.images
-    for group in plan.groups:
-        if len(group) > 1 and any(plan.n_vision[i] < images[i].n_tokens for i in group):
-            counts = _divide([images[i] for i in group], [encoded[i] for i in group], plan, group)
-            for i, n in zip(group, counts):
-                plan.n_vision[i] = plan.n_special[i] + n
+    config, images = plan.config, plan.images
+    candidates = [
+        Candidates(Tokens(e.embeddings, e.cells, chunk.grid, attention=e.scores), e.special, chunk.picture, chunk.n_tokens - n_special)
+        for e, chunk, n_special in zip(encoded, images, plan.n_special)
+    ]
+    n_keep = _divide(plan, candidates)
     segments: list[Segment] = []
-    reports: list[ImageReport] = []
+    staged: list[StagedImage] = []
     position = 0
     for chunk in plan.chunks:
         if isinstance(chunk, TextChunk):
@@ -144,93 +148,37 @@ def run_vision_stage(
                 segments.append(Segment(Rows(_text_positions(position, n, mrope), tokens=chunk.tokens)))
             position += n
             continue
-        image, n_keep = encoded[len(reports)], plan.n_vision[len(reports)]
-        selection, embeddings = Selection(np.arange(chunk.n_tokens)), image.embeddings
-        if n_keep < chunk.n_tokens:
-            selection = _select(image, chunk, n_keep - plan.n_special[len(reports)], config)
-            embeddings = merge(image.embeddings, selection)
+        i = len(staged)
+        selection, embeddings = Selection(np.arange(chunk.n_tokens)), encoded[i].embeddings
+        if n_keep[i] < chunk.n_tokens:
+            has_attention = encoded[i].scores is not None
+            selection = choose(vision_policy(config, has_attention), candidates[i], n_keep[i] - plan.n_special[i])
+            embeddings = merge(embeddings, selection)
         kept = selection.kept
         positions, n_positions = chunk.positions[..., kept], chunk.n_positions
-        if config is not None and config.positions == "renumbered" and n_keep < chunk.n_tokens:
-            positions, n_positions = _text_positions(0, n_keep, mrope), n_keep
+        if config is not None and config.positions == "renumbered" and len(kept) < chunk.n_tokens:
+            positions, n_positions = _text_positions(0, len(kept), mrope), len(kept)
         offset = np.array([[position]] * 3 + [[0]], np.int32) if mrope else position
-        segments.append(Segment(Rows(positions + offset, embeddings=embeddings), len(reports), chunk.causal, selection.mass))
-        reports.append(
-            ImageReport(
-                chunk.picture,
-                chunk.n_tokens,
-                chunk.grid,
-                image.cells,
-                kept,
-                kept,
-                selection.scores,
-                vision_mass=selection.mass,
-                decoder_mass=selection.mass,
-                special=image.special,
-                cached=image.cached,
-            )
-        )
+        segments.append(Segment(Rows(positions + offset, embeddings=embeddings), i, chunk.causal, selection.mass))
+        staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
     for name in ("encode", "vision_stage"):
-        if reports:
+        if staged:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-    return segments, reports, position
+    return segments, staged, position
 
 
-def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
-    """The config's vision scorer, or where it needs attention that cannot be read, diversity of the embeddings."""
-    needs = VISION_SCORERS[config.vision_scorer].reads is not None
-    return config.vision_scorer if has_attention or not needs else "maxmin"
-
-
-def _tokens(image: Encoded, chunk: ImageChunk, config: PruneConfig) -> Tokens:
-    tokens = Tokens(image.embeddings, image.cells, chunk.grid, attention=image.scores)
-    tokens.seed = zlib.crc32(image.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
-    return tokens
-
-
-def _divide(chunks: Sequence[ImageChunk], images: Sequence[Encoded], plan: PromptPlan, group: Sequence[int]) -> list[int]:
-    """How many tokens of each image of a group stay, special ones not counted.
-
-    Crops go by score where tokens are chosen by it. Frames go by what is new in each: attention does not tell a repetition from what it
-    repeats. The two baselines that look at nothing give every image the same part.
-    """
-    config = plan.config
-    parts = []
-    for chunk, image in zip(chunks, images):
-        part = _tokens(image, chunk, config)
-        if image.special is not None:
-            part = part.part(~image.special)
-        if part.attention is not None:  # a share of 1 for each image: of images of several sizes, that of a token depends on the size
-            part.attention = part.attention / max(float(part.attention.mean()), 1e-30)
-        parts.append(part)
-    name = vision_scorer(config, all(image.scores is not None for image in images))
-    by_score = config.chooses_by_score and (config.budget != "prompt" or name in ("uniform", "random"))
-    if by_score:
-        count = lambda tokens, k: budget.by_score(tokens, VISION_SCORERS[name].score(tokens, k), k)
-    else:
-        count = budget.by_distinctness
-    total = sum(plan.n_vision[i] - plan.n_special[i] for i in group)
-    return budget.divide(
-        parts, [chunk.picture for chunk in chunks], [len(part) for part in parts], total, count, not by_score or name in ("maxmin", "scope")
-    )
-
-
-def _select(image: Encoded, chunk: ImageChunk, n_keep: int, config: PruneConfig) -> Selection:
-    """n_keep of the tokens that are not special, and those that are."""
-    tokens = _tokens(image, chunk, config)
-    share = 0.0 if config.representatives == "none" else config.vision_share
-    by_score = n_keep - round(share * n_keep)
-    scorer = VISION_SCORERS[vision_scorer(config, image.scores is not None)]
-
-    def choose(tokens: Tokens) -> Selection:
-        scores = np.zeros(len(tokens)) if share == 1.0 else scorer.score(tokens, by_score)
-        return select(config.representatives, tokens, scores, n_keep, share)
-
-    selection = apart(image.special, tokens, choose)
-    if share == 1.0:  # nothing is chosen by score
-        selection.scores = None
-    return selection
+def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
+    """Tokens of each image that stay, special ones among them: the plan's counts, but for images that share theirs and are seen now."""
+    n_keep = list(plan.n_vision)
+    for group in plan.groups:
+        images = [candidates[i] for i in group]
+        if len(group) > 1 and any(n_keep[i] < len(candidates[i].tokens) for i in group):
+            policy = vision_policy(plan.config, all(image.tokens.attention is not None for image in images))
+            total = sum(n_keep[i] - plan.n_special[i] for i in group)
+            for i, n in zip(group, divide(policy, images, total)):
+                n_keep[i] = plan.n_special[i] + n
+    return n_keep
 
 
 def _text_positions(start: int, n: int, mrope: bool) -> np.ndarray:
