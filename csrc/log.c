@@ -1,6 +1,5 @@
 /* A log callback for libmtmd that keeps the last warnings and errors. It is C because a Python callback swallows Ctrl-C: an
  * interrupt that is pending when the callback is entered is raised inside it, cannot cross C, and is dropped. */
-#include <stdio.h>
 #include <string.h>
 
 #include "ggml.h"
@@ -10,18 +9,8 @@ enum { LOG_SIZE = 4096 };
 static char kept[LOG_SIZE];
 static size_t length;
 
-/* Of one thread: another that logs meanwhile is at another place of its work. */
-static _Thread_local struct {
-    const char *text, *from, *to;
-    int renamed;
-} pending;
-
 void se_log_callback(int level, const char * text, void * user_data) {
     (void) user_data;
-    if (text && pending.text && strstr(text, pending.text)) {
-        pending.text = NULL;
-        pending.renamed = rename(pending.from, pending.to) ? -1 : 1;
-    }
     /* the rest is the loader's listing of every tensor */
     if (!text || (level != GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_ERROR)) return;
     const size_t n = strlen(text);
@@ -38,14 +27,3 @@ void se_log_clear(void) {
 }
 
 const char * se_log_text(void) { return kept; }
-
-int se_log_rename_at(const char * text, const char * from, const char * to) {
-    if (text && (!from || !to)) return SE_ERR_ARGUMENT;
-    pending.text = text;
-    pending.from = from;
-    pending.to = to;
-    pending.renamed = 0;
-    return SE_OK;
-}
-
-int se_log_renamed(void) { return pending.renamed; }

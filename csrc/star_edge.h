@@ -44,10 +44,6 @@ void se_log_callback(int level, const char * text, void * user_data); /* a ggml_
 uintptr_t se_log_callback_address(void);
 void se_log_clear(void);
 const char * se_log_text(void);
-/* When this thread logs a message that contains `text`, the file `from` is renamed to `to`, once. NULL: not any more. The strings
- * must last until then. */
-int se_log_rename_at(const char * text, const char * from, const char * to);
-int se_log_renamed(void); /* 1: done, 0: not seen yet, -1: it could not be renamed */
 
 /* ---- attention scores ---- */
 enum se_reduce { SE_KEEP = 0, SE_MEAN_HEADS = 1, SE_MEAN_ROWS = 2, SE_MEAN_ALL = 3 };

@@ -6,8 +6,10 @@ Uses the GGUF reader inside the ggml library that is loaded anyway: it reads the
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +47,6 @@ _declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_name", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_set_arr_data", None, _P, ctypes.c_char_p, ctypes.c_int, _P, ctypes.c_size_t)
 _declare("gguf_set_val_bool", None, _P, ctypes.c_char_p, ctypes.c_bool)
-_declare("gguf_set_val_str", None, _P, ctypes.c_char_p, ctypes.c_char_p)
-_declare("gguf_remove_key", ctypes.c_int64, _P, ctypes.c_char_p)
 _declare("gguf_get_meta_size", ctypes.c_size_t, _P)
 _declare("gguf_write_to_file", ctypes.c_bool, _P, ctypes.c_char_p, ctypes.c_bool)
 
@@ -59,8 +59,6 @@ _SCALARS = {
 for _kind, (_suffix, _ctype) in _SCALARS.items():
     _declare(f"gguf_get_val_{_suffix}", _ctype, _P, ctypes.c_int64)
 _INT32, _STRING, _ARRAY = 5, 8, 9
-# What no loader needs: the first that give enough room make way in `write_header`
-_DISPENSABLE = ("general.description", "general.name", "clip.has_text_encoder", "clip.has_llava_projector", "general.file_type")
 
 
 @contextmanager
@@ -142,35 +140,37 @@ def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
     raise ModelFileError(f"{info.path} has changed: there is no tensor {name} any more", "load it again")
 
 
-def write_header(source: str | PathLike, target: str | PathLike, changes: Mapping[str, np.ndarray | bool]) -> bool:
-    """Writes the header of a GGUF file with some keys added or replaced, and nothing of its tensors. Values: (n,) int32, or bool.
+def copy_with_metadata(source: str | PathLike, target: str | PathLike, changes: Mapping[str, np.ndarray | bool]) -> None:
+    """Copies a GGUF file with some keys added or replaced. Values: (n,) int32, or bool. The tensors' bytes stay as they are.
 
-    It gets the size of the file's own, so that tensors are where they were: keys that describe the file make way, and one is added
-    that fills up. False: there is no room for it, or it could not be written.
+    Raises:
+        OSError: the copy cannot be written; too little room is found out before.
+        ModelFileError: the file has changed since it was looked at.
     """
     handle = _open(os.fspath(source))
     if not handle:
-        return False
+        raise ModelFileError(f"{os.fspath(source)} has changed: its header cannot be read any more", "load it again")
     try:
-        size = GGML.gguf_get_data_offset(handle)
+        data = GGML.gguf_get_data_offset(handle)
         for key, value in changes.items():
             if isinstance(value, bool):
                 GGML.gguf_set_val_bool(handle, key.encode(), value)
             else:
                 values = np.ascontiguousarray(value, np.int32)
                 GGML.gguf_set_arr_data(handle, key.encode(), _INT32, values.ctypes.data, len(values))
-        for name in _DISPENSABLE:
-            if GGML.gguf_get_meta_size(handle) <= size:
-                break
-            GGML.gguf_remove_key(handle, name.encode())
-        n = 0
-        while GGML.gguf_get_meta_size(handle) < size:  # in steps of the alignment, which is 32 or what the file says
-            GGML.gguf_set_val_str(handle, b"pad", b" " * n)
-            n += 8
+        needed = GGML.gguf_get_meta_size(handle) + os.path.getsize(source) - data
+        if needed > shutil.disk_usage(os.path.dirname(os.path.abspath(target))).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with quiet_llama_log():
-            return GGML.gguf_get_meta_size(handle) == size and GGML.gguf_write_to_file(handle, os.fsencode(target), True)
+            written = GGML.gguf_write_to_file(handle, os.fsencode(target), True)
+        if not written:
+            raise OSError(errno.EIO, "the header cannot be written")
     finally:
         GGML.gguf_free(handle)
+    # Offsets of tensors count from the end of the header, which gguf_write_to_file has padded to the file's alignment.
+    with open(source, "rb") as original, open(target, "ab") as copy:
+        original.seek(data)
+        shutil.copyfileobj(original, copy, 2**20)
 
 
 def _open(name: str) -> int | None:

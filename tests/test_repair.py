@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import tempfile
-from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -18,7 +19,7 @@ from reference import ClipEncoder
 from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
 from star_edge.errors import ConfigError
-from star_edge.gguf_info import read_gguf_info, write_header
+from star_edge.gguf_info import copy_with_metadata, read_gguf_info
 from star_edge.native import lib
 from star_edge.server.app import make_app
 from star_edge.server.settings import Policy
@@ -230,45 +231,42 @@ def test_activation_of_gemma4(values, wrong):
 # ---- the path that is loaded ----
 
 
-def test_file_is_neither_changed_nor_copied(families, legacy, scratch, monkeypatch):
+def test_file_is_not_changed(families, legacy, scratch, monkeypatch):
+    """What is loaded is a copy, which is gone as soon as the model is in memory."""
     before, sizes = legacy.read_bytes(), []
-    original = repair.write_header
+    original = repair.copy_with_metadata
 
     def spy(source, target, *rest):
-        done = original(source, target, *rest)
+        original(source, target, *rest)
         sizes.append(os.path.getsize(target))
-        return done
 
-    monkeypatch.setattr(repair, "write_header", spy)
+    monkeypatch.setattr(repair, "copy_with_metadata", spy)
     with load(families, legacy) as vlm:
         assert len(vlm.encoder.repairs) == 2
-        assert list(scratch.iterdir()) == []  # nothing is left while the model is in use
-    assert legacy.read_bytes() == before and len(sizes) == 1 and sizes[0] < 20000
-
-
-def test_header_of_the_same_size(legacy, tmp_path):
-    """All other keys and the places of the tensors stay, and descriptions make way."""
-    target = tmp_path / "header.gguf"
-    assert write_header(legacy, target, {FL: np.array([4])})
-    data = legacy.read_bytes()
-    whole = tmp_path / "whole.gguf"
-    whole.write_bytes(target.read_bytes() + data[target.stat().st_size :])
-    keys = (FL, D, W, "clip.projector_type", "clip.vision.image_mean", "general.description")
-    ours, theirs = read_gguf_info(whole, keys), read_gguf_info(legacy, keys)
-    assert ours.values == theirs.values | {FL: [4], "general.description": None}
-    a, b = ClipEncoder(whole), ClipEncoder(legacy)
-    assert all(np.array_equal(a.tensors[name], b.tensors[name]) for name in b.tensors) and len(a.tensors) == len(b.tensors)
+        assert list(scratch.iterdir()) == []
+    assert legacy.read_bytes() == before and len(sizes) == 1 and sizes[0] >= len(before)
 
 
 @pytest.mark.parametrize("n", range(0, 70, 3))
-def test_header_of_any_length(families, tmp_path, n):
-    """The filling fits however much room there is."""
-    name = families["llama"].mmproj
-    source = rewrite(name, tmp_path / "s.gguf", remove=["general.name"], add=[*LEGACY[:2], ("general.description", "x" * n)])
+def test_copy_with_metadata(families, tmp_path, n):
+    """All other keys and the tensors stay, however long the header is."""
+    source = rewrite(families["llama"].mmproj, tmp_path / "s.gguf", remove=["general.name"], add=[*LEGACY[:2], ("general.description", "x" * n)])
     target = tmp_path / "t.gguf"
-    assert write_header(source, target, {FL: np.array([4])})
-    (tmp_path / "w.gguf").write_bytes(target.read_bytes() + source.read_bytes()[target.stat().st_size :])
-    assert read_gguf_info(tmp_path / "w.gguf", (FL,)).values[FL] == [4]
+    copy_with_metadata(source, target, {FL: np.array([4]), "clip.use_gelu": True})
+    keys = (FL, D, W, "clip.use_gelu", "clip.projector_type", "clip.vision.image_mean", "general.description")
+    ours, theirs = read_gguf_info(target, keys), read_gguf_info(source, keys)
+    assert ours.values == theirs.values | {FL: [4], "clip.use_gelu": True}
+    a, b = ClipEncoder(target), ClipEncoder(source)
+    assert all(np.array_equal(a.tensors[name], b.tensors[name]) for name in b.tensors) and len(a.tensors) == len(b.tensors)
+
+
+def test_no_room_for_a_copy(families, legacy, scratch, monkeypatch):
+    """Found out before anything is written; the file runs as on stock, and the report says so."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with load(families, legacy) as vlm:
+        _, report = vlm.read_prompt("what?", random_image(1), PruneConfig(0.5))
+        assert len(report.repairs) == 1 and "3 of its 4 layers run (No space left on device)" in report.notes[0]
+    assert list(scratch.iterdir()) == []
 
 
 def test_no_place_for_temporary_files(families, legacy, monkeypatch, tmp_path):
@@ -280,29 +278,15 @@ def test_no_place_for_temporary_files(families, legacy, monkeypatch, tmp_path):
         assert vlm.encoder.last_outcome.n_attention == 3
 
 
-def test_loader_that_logs_otherwise(families, legacy, scratch, monkeypatch):
-    """Without the message that the metadata are read no tensors are found: the load fails, and the file is loaded as it is."""
-    monkeypatch.setattr(repair, "_AFTER_METADATA", "no such message")
-    with load(families, legacy) as vlm:
-        _, report = vlm.read_prompt("what?", random_image(1), PruneConfig(0.5))
-        assert len(report.repairs) == 1 and "3 of its 4 layers run" in report.notes[0]
-    assert list(scratch.iterdir()) == []
-
-
 def test_interrupted_load_leaves_nothing(families, legacy, scratch, monkeypatch):
     def interrupt(*_):
-        assert len(list(next(scratch.iterdir()).iterdir())) == 2
+        assert len(list(next(scratch.iterdir()).iterdir())) == 1
         raise KeyboardInterrupt
 
     monkeypatch.setattr(encoder_module.mtmd, "mtmd_init_from_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(families, legacy)
     assert list(scratch.iterdir()) == []
-    monkeypatch.undo()
-    other = families["llama"].mmproj
-    with load(families, other) as vlm:  # no rename is due any more
-        assert len(vlm.encoder.repairs) == 1
-    assert Path(other).stat().st_size > 0 and not Path(other).is_symlink()
 
 
 @pytest.mark.parametrize("value", ["Repaired", None, True])

@@ -181,14 +181,18 @@ class VisionEncoder:
         self._changed: list[repair.Change] = []
         changes = repair.metadata_changes(info, self.projector) if repaired else []
         if changes:
-            with repair.with_metadata(info, changes) as path:
-                context = load(path) if path is not None else None
+            problem = ""
+            try:
+                with repair.with_metadata(info, changes) as path:
+                    context = load(path)
+            except OSError as error:
+                context, problem = None, error.strerror or str(error)
             if context is not None:
                 self.metadata |= {c.key: c.value if isinstance(c.value, bool) else c.value.tolist() for c in changes}
                 self._changed = changes
                 return context
             undone = ", ".join(c.undone for c in changes)
-            self.notes.append(f"encoder not repaired: {undone} ({_logged() or 'no temporary directory'})")
+            self.notes.append(f"encoder not repaired: {undone} ({problem or _logged()})")
             lib.se_log_clear()
         return load(info.path)
 

@@ -47,13 +47,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..errors import ConfigError
-from ..gguf_info import GGUFInfo, read_tensor, write_header
-from ..native import ffi, lib
+from ..gguf_info import GGUFInfo, copy_with_metadata, read_tensor
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
 _LAYERS, _GELU, _SILU = "clip.vision.feature_layer", "clip.use_gelu", "clip.use_silu"
@@ -64,8 +62,6 @@ CLS, _POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
 # Layers of CLIP and SigLIP encoders by their width: B, L, so400m, H, bigG
 _DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
-# clip_model_loader has read the metadata and closed the file, and has not opened it again for the tensors
-_AFTER_METADATA = "clip_model_loader: model name:"
 
 
 def _is_open(info: GGUFInfo, projector: str, projectors: tuple[str, ...] = _PROJECTORS) -> bool:
@@ -143,32 +139,13 @@ def check_encoder(encoder: str) -> None:
 
 
 @contextmanager
-def with_metadata(info: GGUFInfo, changes: Sequence[Change]) -> Iterator[str | None]:
-    """A path to load the file from with other metadata, for one load in this thread; None if that cannot be had here.
+def with_metadata(info: GGUFInfo, changes: Sequence[Change]) -> Iterator[str]:
+    """The path of a temporary copy of the file with other metadata, for one load: libmtmd reads all of it into memory.
 
-    The loader opens the path twice: for the metadata, and for the tensors. The path is that of the changed metadata (some
-    kilobytes) until the loader logs that it has read them, and from then on a link to the file itself, so that the file is neither
-    changed nor copied. Were the loader to log something else, it would find no tensors and fail; it never takes wrong ones. A process
-    that is killed meanwhile leaves those kilobytes in the directory for temporary files.
+    Raises:
+        OSError: there is no place for it.
     """
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="star_edge-")
-    except OSError:
-        yield None
-        return
-    with folder as name:
-        path, link = Path(name, "metadata.gguf"), Path(name, "file.gguf")
-        try:
-            link.symlink_to(os.path.abspath(info.path))
-        except (OSError, NotImplementedError):  # file systems and users that may have no links
-            yield None
-            return
-        if not write_header(info.path, path, {change.key: change.value for change in changes}):
-            yield None
-            return
-        keep = [ffi.new("char[]", text) for text in (_AFTER_METADATA.encode(), os.fsencode(link), os.fsencode(path))]
-        lib.se_log_rename_at(*keep)
-        try:
-            yield str(path)
-        finally:
-            lib.se_log_rename_at(ffi.NULL, ffi.NULL, ffi.NULL)
+    with tempfile.TemporaryDirectory(prefix="star_edge-") as folder:
+        path = os.path.join(folder, "mmproj.gguf")
+        copy_with_metadata(info.path, path, {change.key: change.value for change in changes})
+        yield path
