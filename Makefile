@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
+# The pinned tools of the `dev` extra, without the package: style needs no compiler
+DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow support-table bench bench-all clean
+.PHONY: demo test test-slow lint format format-check typecheck support-table bench bench-all clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -18,6 +20,22 @@ test: $(VENV)/installed-tests
 # What `make test` leaves out: minutes of it, and a model of 670 MB in a temporary folder
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest tests -m slow
+
+# Style: ruff checks and formats, mypy is strict on the package. Versions are pinned in the `dev` extra.
+PYTHON_FILES := star_edge tests tools benchmarks bindings
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check $(PYTHON_FILES)
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --select I --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+
+format-check: $(VENV)/tools
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+
+typecheck: $(VENV)/installed-tests $(VENV)/tools
+	$(BIN)/mypy
 
 # The README's table of families, from what their tests show
 support-table: $(VENV)/installed-tests
@@ -39,6 +57,11 @@ $(VENV)/installed: $(SOURCES)
 
 $(VENV)/installed-tests: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/tools: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(DEV_TOOLS)
 	touch $@
 
 clean:
