@@ -1,133 +1,204 @@
 #!/usr/bin/env bash
-# star_edge on an NVIDIA GPU: builds llama-cpp-python with CUDA, runs the exactness suite and the benchmarks there, all in one go.
+# star_edge on an NVIDIA GPU: llama-cpp-python with CUDA, the exactness suite and the benchmarks.
 #
-#   benchmarks/gpu.sh                with a network: build, test, bench
-#   benchmarks/gpu.sh pack           where there is a network, for a GPU machine without one: sources and wheels into .gpu/ (about 10 MB), to be copied along with
-#                                    the working tree. PACK_PYTHON names that machine's Python (default 3.12)
-#   benchmarks/gpu.sh build          a virtual environment and the CUDA build, in .gpu/. Stopped and started again it goes on where it was (ninja)
-#   benchmarks/gpu.sh test           the exactness suite with all layers and the encoder on the GPU
-#   benchmarks/gpu.sh bench [SHAPE...]    star-edge bench for the shapes, default all, with the cost of an idle hook
+#   benchmarks/gpu.sh pack     where there is a network, no GPU needed: compiles llama-cpp-python with CUDA (an hour on 2 cores; stopped and
+#                              started again it goes on where it was) and packs it with the wheels that a GPU machine lacks into .gpu/pack
+#   benchmarks/gpu.sh run      on the GPU machine, without a network, with the working tree and .gpu/pack: all steps below, each within a time of its
+#                              own, results after each step
+#   benchmarks/gpu.sh install | doctor | test | bench [SHAPE...] | hook      one step. install takes the pack, or compiles where there is none
 #
-# OUT: folder for results (default benchmarks/results): gpu-SHAPE.json, bench-gpu-SHAPE.png, gpu-tests.xml, gpu-machine.txt.
-#     Put the .json files into benchmarks/results and the .png into docs, and run `python benchmarks/tables.py write`.
-# GPU_ARCH: compute capability such as 90 (default: that of the first GPU). JOBS: compiler processes (default: one for each core).
-# CMAKE_EXTRA: more CMake arguments; CMAKE_EXTRA=-DGGML_CUDA=OFF tries the script without a GPU.
-# Needs nvcc, CMake, a C++ compiler, and Python >= 3.10 with venv. Without a network that Python must have numpy, pillow, pyyaml, requests and tqdm.
+# OUT: folder for results (default benchmarks/results/gpu): doctor.json, tests.log, tests.xml, SHAPE.json, hook*.json, machine.txt.
+# SHAPES: what `run` benches. REPEATS (default 5).
+# GPU_ARCH: compute capability to compile for (default 90). PACK_PYTHON: Python of the GPU machine (default 3.12). PYTHON: there (default python3).
+# CUDA_TOOLKIT: a toolkit that is here already. Default: nvcc and its libraries as packages of the Python registry.
+# GPU_FOLDER: in place of .gpu. DRY_RUN=1: `run` without a GPU, on the smallest models: shows that the steps work.
+# The GPU machine needs a C compiler, CMake, CUDA's libcudart and libcublas (its driver's major version; the packages of PyTorch are enough), and for
+# the tests numpy, pillow, pyyaml, requests, tqdm.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-GPU=$PWD/.gpu
-OUT=${OUT:-benchmarks/results}
-JOBS=${JOBS:-$(nproc)}
-VERSION=$(sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
+GPU=$(realpath -m "${GPU_FOLDER:-.gpu}")
+PACK=$GPU/pack
+VENV=$GPU/venv
+PY=$VENV/bin/python
+OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
+VERSION=${LLAMA_VERSION:-$(sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)}
 SOURCE=$GPU/llama_cpp_python-$VERSION
-BUNDLE=$GPU/llama-cpp-python-$VERSION-cuda.tar.xz
-PY=$GPU/venv/bin/python
-# Pure Python, or small: what a machine with a scientific Python is likely to lack
+ARCH=${GPU_ARCH:-90}
+PIP=(-m pip --disable-pip-version-check --quiet)
+CUDA=13.0
+TOOLKIT_PACKAGES=(nvidia-cuda-nvcc==$CUDA.* nvidia-nvvm==$CUDA.* nvidia-cuda-crt==$CUDA.* nvidia-cuda-runtime==$CUDA.* nvidia-cuda-cccl==$CUDA.*
+    nvidia-cublas==13.1.*)
+# What a machine with a scientific Python is likely to lack
 WHEELS=(gguf cffi pycparser diskcache jinja2 markupsafe click rich markdown-it-py mdurl pygments scikit-build-core packaging pathspec
-    typing-extensions pytest pluggy iniconfig psutil ninja)
+    typing-extensions pytest pluggy iniconfig psutil ninja threadpoolctl)
 
-say() { printf '== %s\n' "$*"; }
+say() { printf '== %s  %s\n' "$(date +%T)" "$*"; }
 
-unpack_sdist() { # the full source of llama-cpp-python, from the index that pip uses
-    rm -rf "$GPU/sdist" "$SOURCE"
-    python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
-        --dest "$GPU/sdist" "llama-cpp-python==$VERSION"
-    tar -xf "$GPU/sdist/"llama_cpp_python-*.tar.gz -C "$GPU"
+toolkit() { # nvcc, and what it links against
+    CUDA_TOOLKIT=$GPU/toolkit/nvidia/cu13
+    if [ ! -x "$CUDA_TOOLKIT/bin/nvcc" ]; then
+        say "CUDA $CUDA from the registry"
+        "$PY" "${PIP[@]}" install --no-deps --target "$GPU/toolkit" "${TOOLKIT_PACKAGES[@]}"
+    fi
+    # The packages hold libX.so.13 and lib/; a linker asks for libX.so, and CMake for lib64/
+    for name in cudart cublas cublasLt; do ln -sf lib$name.so.13 "$CUDA_TOOLKIT/lib/lib$name.so"; done
+    ln -sfn lib "$CUDA_TOOLKIT/lib64"
 }
 
-prune_source() { # only what the libraries are made of
-    local vendor=$SOURCE/vendor/llama.cpp
-    rm -rf "$SOURCE"/{.git,.github,docs,examples,tests,docker,scripts}
-    find "$vendor" -mindepth 1 -maxdepth 1 \
-        ! -name ggml ! -name src ! -name include ! -name common ! -name vendor ! -name cmake ! -name tools ! -name licenses \
-        ! -name LICENSE ! -name CMakeLists.txt -exec rm -rf {} +
-    find "$vendor/tools" -mindepth 1 -maxdepth 1 ! -name mtmd ! -name CMakeLists.txt -exec rm -rf {} +
-    rm -rf "$vendor/tools/mtmd"/{tests,legacy-models,test-*}
-    find "$vendor/ggml/src" -mindepth 1 -maxdepth 1 -type d ! -name ggml-cpu ! -name ggml-cuda -exec rm -rf {} +
+build_wheel() {
+    [ -x "$PY" ] || python3 -m venv "$VENV"
+    "$PY" "${PIP[@]}" install "scikit-build-core>=0.10" cffi ninja
+    [ -n "${CUDA_TOOLKIT:-}" ] || toolkit
+    if [ ! -d "$SOURCE" ]; then
+        "$PY" "${PIP[@]}" download --no-deps --no-build-isolation --no-binary :all: --dest "$GPU" "llama-cpp-python==$VERSION"
+        tar -xzf "$GPU/llama_cpp_python-$VERSION.tar.gz" -C "$GPU"
+    fi
+    say "llama-cpp-python $VERSION with CUDA for compute capability $ARCH"
+    # NO_VMM: linking needs no driver library then. The CPU part runs on any x86 machine with AVX2.
+    PATH=$CUDA_TOOLKIT/bin:$VENV/bin:$PATH CUDACXX=$CUDA_TOOLKIT/bin/nvcc CMAKE_GENERATOR=Ninja \
+        CMAKE_ARGS="-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$ARCH -DCUDAToolkit_ROOT=$CUDA_TOOLKIT -DCMAKE_CUDA_COMPILER=$CUDA_TOOLKIT/bin/nvcc -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
+        -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_CUDA_NCCL=OFF -DGGML_CUDA_NO_VMM=ON -DGGML_CUDA_COMPRESSION_MODE=size
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF" \
+        "$PY" "${PIP[@]}" wheel --no-deps --no-build-isolation --wheel-dir "$GPU/wheel" --config-settings=build-dir="$GPU/build" "$SOURCE"
 }
 
 pack() {
-    mkdir -p "$GPU/wheels"
-    say "source of llama-cpp-python $VERSION"
-    unpack_sdist
-    prune_source
-    tar -cJf "$BUNDLE" -C "$GPU" "llama_cpp_python-$VERSION"
-    rm -rf "$GPU/sdist" "$SOURCE"
-    say "wheels for Python ${PACK_PYTHON:-3.12}"
-    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$GPU/wheels" \
-        --python-version "${PACK_PYTHON:-3.12}" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --platform any "${WHEELS[@]}"
-    du -sh "$GPU" | cut -f 1
+    mkdir -p "$GPU"
+    build_wheel
+    rm -rf "$PACK" "$GPU/unpacked"
+    mkdir -p "$PACK/wheels"
+    "$PY" -m zipfile -e "$GPU/wheel/llama_cpp_python-$VERSION"-*.whl "$GPU/unpacked"
+    # One copy of each library: a wheel has no links, and holds libX.so, libX.so.0 and libX.so.0.1 as three files
+    (cd "$GPU/unpacked/llama_cpp/lib" && for file in *.so; do
+        strip --strip-unneeded "$file"
+        for other in "$file".*; do [ -e "$other" ] && ln -sf "$file" "$other"; done
+    done)
+    rm -rf "$GPU/unpacked/bin" "$GPU/unpacked/lib"
+    say "packing"
+    XZ_OPT="-9e -T0" tar -cJf "$PACK/llama_cpp_python.tar.xz" -C "$GPU/unpacked" .
+    "$PY" "${PIP[@]}" download --no-deps --only-binary=:all: --dest "$PACK/wheels" --python-version "${PACK_PYTHON:-3.12}" \
+        --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform any "${WHEELS[@]}"
+    say "packed: $(du -sm "$PACK" | cut -f 1) MiB in $PACK; the tracked files are $(git ls-files -z | du -cm --files0-from=- | tail -n 1 | cut -f 1) MiB"
 }
 
-build() {
-    mkdir -p "$GPU"
-    local arch=${GPU_ARCH:-} offline=()
-    if [ -z "$arch" ]; then
-        arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ') || true
+# The libraries of CUDA that the pack links against: those of a Python package, or of an installed toolkit
+cuda_libraries() {
+    "${PYTHON:-python3}" - <<'PYTHON'
+import glob, sys
+places = [f"{p}/nvidia/cu13/lib" for p in sys.path] + glob.glob("/usr/local/cuda*/lib64")
+print(next((p for p in places if glob.glob(f"{p}/libcublas.so.13")), ""))
+PYTHON
+}
+
+use() { # the environment of an installed pack
+    export LD_LIBRARY_PATH=$(cuda_libraries)${CUDA_TOOLKIT:+:$CUDA_TOOLKIT/lib}:${LD_LIBRARY_PATH:-} PATH=$VENV/bin:$PATH
+    if [ -z "${DRY_RUN:-}" ]; then
+        export STAR_EDGE_TEST_GPU=1
     fi
-    if [ -z "$arch" ] && [[ ${CMAKE_EXTRA:-} != *GGML_CUDA=OFF* ]]; then
-        echo "error: no GPU was found: install the driver, or set GPU_ARCH (such as 90)" >&2
-        exit 2
+}
+
+install() {
+    local python=${PYTHON:-python3}
+    if [ ! -d "$PACK" ]; then
+        build_wheel
+        "$PY" "${PIP[@]}" install "$GPU/wheel/llama_cpp_python-$VERSION"-*.whl
+        "$PY" "${PIP[@]}" install --no-build-isolation --editable . pytest psutil
+        return
     fi
-    [ -x "$PY" ] || python3 -m venv --system-site-packages "$GPU/venv"
-    if [ -f "$BUNDLE" ]; then
-        offline=(--no-index --find-links "$GPU/wheels")
-        [ -d "$SOURCE" ] || tar -xJf "$BUNDLE" -C "$GPU"
-    elif [ ! -d "$SOURCE" ]; then
-        unpack_sdist
-    fi
-    local install=("$PY" -m pip install --quiet --disable-pip-version-check)
-    say "build tools"
-    "${install[@]}" "${offline[@]}" "scikit-build-core>=0.10" "cffi>=1.16" ninja
-    say "llama-cpp-python $VERSION with CUDA for compute capability ${arch:-none}, $JOBS jobs"
-    # A build folder that stays: a build that was stopped goes on. PATH: the ninja of the environment.
-    PATH=$GPU/venv/bin:$PATH CMAKE_BUILD_PARALLEL_LEVEL=$JOBS \
-        CMAKE_ARGS="-DGGML_CUDA=ON ${arch:+-DCMAKE_CUDA_ARCHITECTURES=$arch} -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF ${CMAKE_EXTRA:-}" \
-        "${install[@]}" "${offline[@]}" --no-build-isolation --config-settings=build-dir="$GPU/build" "$SOURCE"
+    [ -x "$PY" ] || "$python" -m venv --without-pip "$VENV"
+    local site
+    site=$("$PY" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+    # The packages that this Python has already (it may itself be that of a virtual environment)
+    "$python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" >"$site/zz_base.pth"
+    tar -xJf "$PACK/llama_cpp_python.tar.xz" -C "$site"
+    for wheel in "$PACK"/wheels/*.whl; do
+        name=$(basename "$wheel" | cut -d - -f 1)
+        "$PY" -c "import importlib.metadata as m; m.version('$name')" 2>/dev/null || "$PY" -m zipfile -e "$wheel" "$site"
+    done
     say "star_edge"
-    PATH=$GPU/venv/bin:$PATH "${install[@]}" "${offline[@]}" --no-build-isolation --editable .
-    "${install[@]}" "${offline[@]}" "pytest>=8" "psutil>=5.9"
-    "$PY" -c "import llama_cpp; print('GPU offload:', bool(llama_cpp.llama_supports_gpu_offload()))"
+    "$PY" "${PIP[@]}" install --no-index --no-deps --no-build-isolation --editable .
 }
 
 machine() {
     mkdir -p "$OUT"
     {
-        date +%F
+        date -u +%FT%TZ
         nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader 2>/dev/null || echo "no GPU"
-        nvcc --version 2>/dev/null | tail -n 2 || true
-        "$GPU/venv/bin/star-edge" doctor --no-check --json 2>/dev/null | head -n 40 || true
-    } >"$OUT/gpu-machine.txt"
+        grep -m 1 "model name" /proc/cpuinfo
+        nproc
+    } >"$OUT/machine.txt"
+    cat "$OUT/machine.txt"
 }
 
-suite() {
+doctor() {
     mkdir -p "$OUT"
-    say "exactness suite on the GPU"
-    # A failure is a result here: it is in the .xml, and the benchmarks are run all the same.
-    STAR_EDGE_TEST_GPU=1 "$PY" -m pytest tests/test_exact.py tests/test_windows.py tests/test_tap.py tests/test_tap_inputs.py tests/test_faithful.py \
-        tests/test_vision.py tests/test_reuse.py --junitxml "$OUT/gpu-tests.xml" || say "some tests failed: see $OUT/gpu-tests.xml"
+    "$PY" -m star_edge doctor --json >"$OUT/doctor.json"
+    "$PY" -c "import llama_cpp; print('GPU offload:', bool(llama_cpp.llama_supports_gpu_offload()))"
 }
 
-bench() {
-    mkdir -p "$OUT" "$GPU/models"
-    local shapes=("$@") shape configs plot
-    [ ${#shapes[@]} -gt 0 ] || shapes=(llava-1.5-7b llava-next-7b qwen2.5-vl-3b gemma-3-4b smolvlm-500m)
-    for shape in "${shapes[@]}"; do
-        say "$shape"
-        configs=() plot=()
-        [ -f "benchmarks/configs/$shape.json" ] && configs=(--configs "benchmarks/configs/$shape.json" --preset balanced --preset fast)
-        "$PY" -c "import matplotlib" 2>/dev/null && plot=(--plot "$OUT/bench-gpu-$shape.png")
-        "$GPU/venv/bin/star-edge" bench --shape "$shape" --folder "$GPU/models" -ngl -1 --repeats 7 --max-tokens 65 --idle-hook 512 \
-            "${configs[@]}" "${plot[@]}" --out "$OUT/gpu-$shape.json" || say "$shape failed"
+suite() { # a failure is a result: it is in the log, and the benchmarks are run all the same
+    mkdir -p "$OUT"
+    local jobs=()
+    "$PY" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-4}")
+    "$PY" -m pytest tests/test_exact.py tests/test_families.py tests/test_faithful.py tests/test_windows.py tests/test_vision.py tests/test_repair.py \
+        tests/test_tap_inputs.py tests/test_reuse.py "${jobs[@]}" -m "not slow" --junitxml "$OUT/tests.xml" -rf --tb=short -v >"$OUT/tests.log" 2>&1 || true
+    tail -n 40 "$OUT/tests.log"
+}
+
+model() { # SHAPE: a random model of it in memory, everything on the GPU; in a dry run the reference model
+    [ -n "${DRY_RUN:-}" ] || echo "--shape $1 --folder ${MODELS:-/dev/shm/star-edge} -ngl -1"
+}
+
+bench() { # SHAPE...
+    mkdir -p "$OUT"
+    local shape configs
+    for shape in "$@"; do
+        configs=(--preset balanced --preset fast)
+        [ -f "benchmarks/configs/$shape.json" ] && configs+=(--configs "benchmarks/configs/$shape.json")
+        "$PY" -m star_edge bench $(model "$shape") --repeats "${REPEATS:-5}" --max-tokens 33 --no-memory "${configs[@]}" --out "$OUT/$shape.json" ||
+            say "$shape failed"
     done
 }
 
-case ${1:-all} in
-    pack) pack ;;
-    build) build ;;
-    test) machine && suite ;;
-    bench) shift && machine && bench "$@" ;;
-    all) build && machine && suite && bench ;;
+hook() { # what an idle callback costs a token, with CUDA graphs and without
+    mkdir -p "$OUT"
+    local graphs
+    for graphs in on off; do
+        if [ $graphs = off ]; then export GGML_CUDA_DISABLE_GRAPHS=1; fi
+        "$PY" -m star_edge bench $(model "${1:-llava-1.5-7b}") --repeats 1 --max-tokens 2 --no-memory --baseline flash --idle-hook 256 --out "$OUT/hook-graphs-$graphs.json" || say "hook failed"
+    done
+    unset GGML_CUDA_DISABLE_GRAPHS
+}
+
+limited() { # SECONDS STEP...: a step within its time; what it has written so far stays
+    local seconds=$1
+    shift
+    say "$* (at most $seconds s)"
+    timeout --signal=TERM --kill-after=5 "$seconds" "$0" "$@" || say "$1 did not end well ($?)"
+}
+
+run() {
+    machine
+    say "install"
+    install
+    use
+    limited 40 doctor
+    limited "${TEST_SECONDS:-130}" test
+    for shape in ${SHAPES:-llava-1.5-7b llava-next-7b qwen2.5-vl-3b}; do
+        limited "${BENCH_SECONDS:-80}" bench "$shape"
+        [ "$shape" != llava-1.5-7b ] || limited 60 hook
+    done
+    say "done"
+    ls -l "$OUT"
+}
+
+case ${1:-} in
+    pack | install | machine) "$1" ;;
+    doctor) use && doctor ;;
+    test) use && suite ;;
+    bench) use && shift && bench "$@" ;;
+    hook) use && shift && hook "$@" ;;
+    run) run ;;
     *) sed -n '2,/^set -/p' "$0" | sed '$d; s/^# \{0,1\}//' && exit 2 ;;
 esac

@@ -1,0 +1,5 @@
+"""`python -m star_edge`: the command `star-edge`."""
+
+from .cli import main
+
+main()
