@@ -16,7 +16,7 @@ import cffi
 
 
 def wrapper(header: str, out: str) -> None:
-    text = Path(header).read_text()
+    text = Path(header).read_text(encoding="utf-8")
     declarations = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     builder = cffi.FFI()
     builder.cdef(declarations)

@@ -1,5 +1,6 @@
 #include "ggml_api.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "star_edge.h"
@@ -47,6 +48,39 @@ const char * se_bind_missing(void) {
 }
 
 bool se_ggml_ready(void) { return se_bind_missing() == NULL; }
+
+static bool in_range(const struct ggml_tensor * t, size_t offset, size_t size) {
+    const struct ggml_tensor * root = t->view_src ? t->view_src : t;
+    return root->buffer && t->data && size <= se_ggml.nbytes(t) && offset <= se_ggml.nbytes(t) - size;
+}
+
+int se_read(const struct ggml_tensor * t, void * out, size_t offset, size_t size) {
+    if (!in_range(t, offset, size)) return SE_ERR_SHAPE;
+    if (size) se_ggml.tensor_get(t, out, offset, size);
+    return SE_OK;
+}
+
+int se_write(struct ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    if (!in_range(t, offset, size)) return SE_ERR_SHAPE;
+    if (size) se_ggml.tensor_set(t, data, offset, size);
+    return SE_OK;
+}
+
+const void * se_borrow(const struct ggml_tensor * t, size_t offset, size_t size, void ** to_free, int * error) {
+    if (!in_range(t, offset, size)) {
+        *error = SE_ERR_SHAPE;
+        return NULL;
+    }
+    const struct ggml_tensor * root = t->view_src ? t->view_src : t;
+    if (se_ggml.buffer_is_host(root->buffer)) return (const char *) t->data + offset;
+    *to_free = malloc(size);
+    if (!*to_free) {
+        *error = SE_ERR_MEMORY;
+        return NULL;
+    }
+    se_ggml.tensor_get(t, *to_free, offset, size);
+    return *to_free;
+}
 
 const char * se_built_against(void) { return STAR_EDGE_LLAMA_CPP_PYTHON; }
 

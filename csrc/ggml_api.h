@@ -1,4 +1,5 @@
-/* The few ggml functions that the core calls, as pointers that se_bind fills. */
+/* The few ggml functions that the core calls, as pointers that se_bind fills, and safe access to the memory of
+ * tensors. */
 #ifndef SE_GGML_API_H
 #define SE_GGML_API_H
 
@@ -15,5 +16,13 @@ typedef struct {
 
 extern se_ggml_api se_ggml;
 bool se_ggml_ready(void);
+
+/* ggml_backend_tensor_get/set abort on a bad range; these return SE_ERR_SHAPE instead. */
+int se_read(const struct ggml_tensor * tensor, void * out, size_t offset, size_t size);
+int se_write(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
+
+/* The bytes [offset, offset + size) of a tensor: in place when its memory is the host's, otherwise a copy, which the
+ * caller frees. NULL: *error is set. */
+const void * se_borrow(const struct ggml_tensor * tensor, size_t offset, size_t size, void ** to_free, int * error);
 
 #endif

@@ -1,21 +1,9 @@
 #include "parallel.h"
 
-#ifdef _WIN32
-
-void se_parallel(int n_items, int n_threads, se_work work, void * context) {
-    (void) n_threads;
-    for (int i = 0; i < n_items; i++) work(i, 0, context);
-}
-
-#else
-
-#include <pthread.h>
-#include <stdatomic.h>
-
-enum { MAX_THREADS = 64 };
+#include "platform.h"
 
 typedef struct {
-    atomic_int next;
+    se_counter next;
     int n_items;
     se_work work;
     void * context;
@@ -26,32 +14,30 @@ typedef struct {
     int thread;
 } worker;
 
-static void * run(void * arg) {
-    worker * w = arg;
+static void run(void * context) {
+    const worker * w = context;
     for (;;) {
-        int i = atomic_fetch_add_explicit(&w->shared->next, 1, memory_order_relaxed);
-        if (i >= w->shared->n_items) return NULL;
+        const int i = se_count(&w->shared->next);
+        if (i >= w->shared->n_items) return;
         w->shared->work(i, w->thread, w->shared->context);
     }
 }
 
 void se_parallel(int n_items, int n_threads, se_work work, void * context) {
-    loop shared = { .n_items = n_items, .work = work, .context = context };
-    atomic_init(&shared.next, 0);
+    loop shared = { .next = 0, .n_items = n_items, .work = work, .context = context };
     if (n_threads > n_items) n_threads = n_items;
-    if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
+    if (n_threads > SE_MAX_THREADS) n_threads = SE_MAX_THREADS;
 
-    pthread_t threads[MAX_THREADS];
-    worker workers[MAX_THREADS];
-    int started = 0;
-    for (int t = 1; t < n_threads; t++) {
-        workers[t] = (worker) { &shared, t };
-        if (pthread_create(&threads[started], NULL, run, &workers[t]) != 0) break;
-        started++;
+    se_thread threads[SE_MAX_THREADS];
+    worker workers[SE_MAX_THREADS];
+    int n = 1; /* 0 is the caller's */
+    for (; n < n_threads; n++) {
+        workers[n] = (worker) { &shared, n };
+        threads[n].run = run;
+        threads[n].context = &workers[n];
+        if (!se_thread_start(&threads[n])) break;
     }
     workers[0] = (worker) { &shared, 0 };
     run(&workers[0]);
-    for (int t = 0; t < started; t++) pthread_join(threads[t], NULL);
+    for (int t = 1; t < n; t++) se_thread_join(&threads[t]);
 }
-
-#endif

@@ -2,7 +2,7 @@
  *
  * With flash attention the graph never holds the probabilities, so they are computed here for the rows that are asked for.
  * K of one KV head is packed once into panels of 16 keys (panel, head_dim, 16), then four query rows at a time are multiplied
- * with it: both loops run along memory, and no product is reduced across a vector, so plain vector types suffice.
+ * with it: both loops run along memory, and no product is reduced across a vector, so plain vector types suffice (simd.h).
  */
 #include <math.h>
 #include <stdlib.h>
@@ -10,54 +10,10 @@
 
 #include "ggml_api.h"
 #include "parallel.h"
+#include "simd.h"
 #include "star_edge.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-/* The package is built once and may be moved: pick the instruction set when it is loaded (an ifunc, which musl lacks). */
-#if __GNUC__ >= 12
-#define SE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SE_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#endif
-#else
-#define SE_CLONES
-#endif
-#define SE_INLINE static inline __attribute__((always_inline))
-
-enum { LANES = 8, PANEL = 16, TILE = 4 };
-typedef float vec __attribute__((vector_size(32)));
-typedef int32_t ivec __attribute__((vector_size(32)));
-
-SE_INLINE vec splat(float x) { return (vec) { x, x, x, x, x, x, x, x }; }
-
-SE_INLINE vec load(const float * p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-SE_INLINE void store(float * p, vec v) { memcpy(p, &v, sizeof v); }
-
-/* e^x for x <= 0 to within 2 ulp: x = n ln2 + r with |r| <= ln2 / 2, then a polynomial in r (Cephes expf). Below -87 the
- * result is 0, which covers -inf. */
-SE_INLINE vec exp_negative(vec x) {
-    const ivec tiny = x < splat(-87.0f);
-    const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    const vec clamped = (vec) (((ivec) x & ~tiny) | ((ivec) splat(-87.0f) & tiny));
-    const vec shifted = clamped * splat(1.44269504088896341f) + magic;
-    const vec n = shifted - magic;
-    const vec r = (clamped - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-    vec p = splat(1.9875691500e-4f);
-    p = p * r + splat(1.3981999507e-3f);
-    p = p * r + splat(8.3334519073e-3f);
-    p = p * r + splat(4.1665795894e-2f);
-    p = p * r + splat(1.6666665459e-1f);
-    p = p * r + splat(5.0000001201e-1f);
-    p = p * r * r + r + splat(1.0f);
-    const ivec exponent = (((ivec) shifted - (ivec) magic) + 127) << 23;
-    const vec y = p * (vec) exponent;
-    return (vec) ((ivec) y & ~tiny);
-}
+enum { PANEL = 16, TILE = 4 };
 
 static float half_to_float(uint16_t h) {
     const uint32_t sign = (uint32_t) (h & 0x8000u) << 16;
@@ -111,18 +67,18 @@ SE_INLINE void multiply(const job * j, const float * q, const float * panels, fl
     for (int p = 0; p < j->n_pad / PANEL; p++) {
         const float * panel = panels + (size_t) p * (size_t) dim * PANEL;
         vec acc[TILE][2];
-        for (int t = 0; t < TILE; t++) acc[t][0] = acc[t][1] = splat(0.0f);
+        for (int t = 0; t < TILE; t++) acc[t][0] = acc[t][1] = vec_splat(0.0f);
         for (int d = 0; d < dim; d++) {
-            const vec k0 = load(panel + (size_t) d * PANEL), k1 = load(panel + (size_t) d * PANEL + LANES);
+            const vec k0 = vec_load(panel + (size_t) d * PANEL), k1 = vec_load(panel + (size_t) d * PANEL + LANES);
             for (int t = 0; t < TILE; t++) {
-                const vec x = splat(q[t * dim + d]);
-                acc[t][0] += x * k0;
-                acc[t][1] += x * k1;
+                const vec x = vec_splat(q[t * dim + d]);
+                acc[t][0] = vec_mul_add(x, k0, acc[t][0]);
+                acc[t][1] = vec_mul_add(x, k1, acc[t][1]);
             }
         }
         for (int t = 0; t < TILE; t++) {
-            store(logits + (size_t) t * (size_t) j->n_pad + p * PANEL, acc[t][0]);
-            store(logits + (size_t) t * (size_t) j->n_pad + p * PANEL + LANES, acc[t][1]);
+            vec_store(logits + (size_t) t * (size_t) j->n_pad + p * PANEL, acc[t][0]);
+            vec_store(logits + (size_t) t * (size_t) j->n_pad + p * PANEL + LANES, acc[t][1]);
         }
     }
 }
@@ -158,16 +114,16 @@ SE_INLINE void softmax(const job * j, int head, int row, float * x, float weight
         memset(x, 0, sizeof(float) * (size_t) j->n_pad);
         return;
     }
-    vec total = splat(0.0f);
+    vec total = vec_splat(0.0f);
     for (int n = 0; n < j->n_pad; n += LANES) {
-        const vec e = exp_negative(load(x + n) - splat(top));
-        store(x + n, e);
-        total += e;
+        const vec e = vec_exp_negative(vec_sub(vec_load(x + n), vec_splat(top)));
+        vec_store(x + n, e);
+        total = vec_add(total, e);
     }
     float sum = a->sinks ? expf(a->sinks[head] - top) : 0.0f;
-    for (int i = 0; i < LANES; i++) sum += total[i];
-    const vec scale = splat(weight / sum);
-    for (int n = 0; n < j->n_pad; n += LANES) store(x + n, load(x + n) * scale);
+    for (int i = 0; i < LANES; i++) sum += vec_lane(total, i);
+    const vec scale = vec_splat(weight / sum);
+    for (int n = 0; n < j->n_pad; n += LANES) vec_store(x + n, vec_mul(vec_load(x + n), scale));
 }
 
 /* One item is one KV head: its keys are packed once for all query heads that share it. */
@@ -191,7 +147,8 @@ static void kv_head(int item, int thread, void * context) {
             const int n_tile = a->n_rows - r0 < TILE ? a->n_rows - r0 : TILE;
             memset(q, 0, sizeof(float) * TILE * dim);
             for (int t = 0; t < n_tile; t++) {
-                const float * src = (const float *) ((const char *) a->q + (int64_t) (r0 + t) * a->q_row_stride + (int64_t) h * a->q_head_stride);
+                const int64_t offset = (int64_t) (r0 + t) * a->q_row_stride + (int64_t) h * a->q_head_stride;
+                const float * src = (const float *) ((const char *) a->q + offset);
                 for (size_t d = 0; d < dim; d++) q[(size_t) t * dim + d] = src[d] * a->scale;
             }
             multiply(j, q, panels, logits);
@@ -199,10 +156,13 @@ static void kv_head(int item, int thread, void * context) {
                 float * x = logits + (size_t) t * pad;
                 softmax(j, h, r0 + t, x, weight);
                 if (mean_rows) {
-                    for (size_t n = 0; n < pad; n += LANES) store(sums + n, load(sums + n) + load(x + n));
+                    for (size_t n = 0; n < pad; n += LANES) {
+                        vec_store(sums + n, vec_add(vec_load(sums + n), vec_load(x + n)));
+                    }
                 } else {
                     /* mean over heads: every item has a plane of its own, added up at the end */
-                    float * out = j->out + ((size_t) (mean_heads ? item : h) * (size_t) a->n_rows + (size_t) (r0 + t)) * (size_t) a->n_kv;
+                    const size_t line = (size_t) (mean_heads ? item : h) * (size_t) a->n_rows + (size_t) (r0 + t);
+                    float * out = j->out + line * (size_t) a->n_kv;
                     if (mean_heads) for (int n = 0; n < a->n_kv; n++) out[n] += x[n];
                     else memcpy(out, x, sizeof(float) * (size_t) a->n_kv);
                 }
@@ -218,7 +178,8 @@ static void kv_head(int item, int thread, void * context) {
 static int check(const se_attention * a, int reduce, const float * out) {
     if (!a || !out || !a->q || !a->k || reduce < 0 || reduce > SE_MEAN_ALL) return SE_ERR_ARGUMENT;
     if (a->n_kv > INT32_MAX - PANEL) return SE_ERR_ARGUMENT;
-    if (a->n_rows <= 0 || a->n_head <= 0 || a->head_dim <= 0 || a->n_kv <= 0 || a->n_head_kv <= 0) return SE_ERR_ARGUMENT;
+    if (a->n_rows <= 0 || a->n_head <= 0 || a->head_dim <= 0) return SE_ERR_ARGUMENT;
+    if (a->n_kv <= 0 || a->n_head_kv <= 0) return SE_ERR_ARGUMENT;
     if (a->n_head % a->n_head_kv != 0 || a->k_type < 0 || a->k_type >= GGML_TYPE_COUNT) return SE_ERR_ARGUMENT;
     if (!isfinite(a->scale) || !(a->softcap >= 0.0f) || !(a->max_bias >= 0.0f)) return SE_ERR_ARGUMENT;
     return SE_OK;
@@ -233,7 +194,8 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
     j.n_pad = (a->n_kv + PANEL - 1) / PANEL * PANEL;
     if (a->k_type != GGML_TYPE_F32) {
         const struct ggml_type_traits * traits = se_ggml.type_traits((enum ggml_type) a->k_type);
-        if (!traits || !traits->to_float || traits->blck_size <= 0 || a->head_dim % traits->blck_size != 0) return SE_ERR_SHAPE;
+        if (!traits || !traits->to_float || traits->blck_size <= 0) return SE_ERR_SHAPE;
+        if (a->head_dim % traits->blck_size != 0) return SE_ERR_SHAPE;
         j.to_float = traits->to_float;
     }
     if (a->max_bias > 0.0f) {
@@ -249,7 +211,7 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
 
     if (n_threads < 1) n_threads = 1;
     if (n_threads > a->n_head_kv) n_threads = a->n_head_kv;
-    if (n_threads > 64) n_threads = 64;
+    if (n_threads > SE_MAX_THREADS) n_threads = SE_MAX_THREADS;
     const size_t dim = (size_t) a->head_dim, pad = (size_t) j.n_pad;
     j.slice = pad * dim + TILE * pad + TILE * dim + dim + pad;
     j.scratch = malloc(sizeof(float) * j.slice * (size_t) n_threads);

@@ -76,10 +76,12 @@ enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
 typedef struct {
-    /* Layer window [first, last) of n_layer. first > 0: what the layers before `first` compute from the input embeddings is
-     * skipped, and `inject` stands for `l_out-(first-1)`; the embeddings themselves are there for models that bring more of them
-     * in at later layers. last < n_layer: the graph ends at the attention of layer `last`, after its K and V are in the cache. first == last, within 1..n_layer-1: nothing but that layer's K and V, from `inject`.
-     * n_layer == 0: no window, only observe. */
+    /* Layer window [first, last) of n_layer.
+     * n_layer == 0: no window, only observe.
+     * first > 0: what earlier layers compute from the input embeddings is skipped, and `inject` stands for `l_out-(first-1)`.
+     *   The embeddings themselves are still read: some models add more of them at later layers.
+     * last < n_layer: the graph ends at the attention of layer `last`, when the K and V of that layer are in the cache.
+     * first == last, within 1..n_layer-1: only the K and V of that layer are computed, from `inject`. */
     int32_t n_layer, first, last;
     int32_t n_rows, n_embd;
     const float * inject;        /* (n_rows, n_embd) */
@@ -104,7 +106,7 @@ typedef struct {
     int32_t n_graphs;            /* graphs seen since se_tap_arm */
     int32_t n_skipped;           /* nodes that were skipped */
     int32_t stopped;             /* 1: the graph was ended early */
-    int32_t flash;               /* 1: attention is GGML_OP_FLASH_ATTN_EXT */
+    int32_t flash;               /* 1: attention is flash attention */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
     int32_t concat;              /* enum se_concat: where the leaf of se_tap_set_input_condition stands */

@@ -9,31 +9,20 @@
  *  - Inputs are overwritten while asking about their first consumer (tap_inputs.c): nothing that reads them has run.
  *  - The hidden state is injected after its node came back (skipped), not while asking: nodes that were gathered before it may
  *    still use the same memory.
- *  - Backends compute only nodes with GGML_TENSOR_FLAG_COMPUTE. llama.cpp reuses graphs of the same shape, so every flag that
- *    is cleared here is set again in se_tap_finish, while the graph still exists.
+ *  - llama.cpp reuses graphs of the same shape, so every flag that is cleared here (se_set_computed) is set again in
+ *    se_tap_finish, while the graph still exists.
  */
-#define _POSIX_C_SOURCE 199309L /* clock_gettime */
-
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
+#include "attention.h"
+#include "llama_graph.h"
+#include "platform.h"
 #include "tap.h"
-
-static double seconds(void) {
-    struct timespec t;
-#ifdef CLOCK_MONOTONIC
-    clock_gettime(CLOCK_MONOTONIC, &t);
-#else
-    timespec_get(&t, TIME_UTC);
-#endif
-    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
-}
 
 /* ---- the layer window ---- */
 
 static void skip(se_tap * tap, struct ggml_tensor * node) {
-    if (!(node->flags & GGML_TENSOR_FLAG_COMPUTE)) return; /* the unused branch of ggml_build_forward_select */
+    if (!se_is_computed(node)) return; /* an unused branch of the graph */
     const size_t n = (size_t) tap->result.n_skipped;
     if (n == tap->skipped_capacity) {
         const size_t capacity = n ? 2 * n : 512;
@@ -45,24 +34,25 @@ static void skip(se_tap * tap, struct ggml_tensor * node) {
         tap->skipped = bigger;
         tap->skipped_capacity = capacity;
     }
-    node->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+    se_set_computed(node, false);
     tap->skipped[n] = node;
     tap->result.n_skipped++;
 }
 
-/* The cells of the batch are the row indices of the SET_ROWS that writes K: (n_tokens) int64. That of a transposed V
- * has an index for every element instead. */
 static void take_cells(se_tap * tap, const struct ggml_tensor * node) {
-    const struct ggml_tensor * idxs = node->src[1];
-    if (!idxs || idxs->type != GGML_TYPE_I64 || idxs->ne[0] != tap->plan.n_rows || idxs->ne[1] != 1) return;
-    se_tap_fail(tap, se_read(idxs, tap->plan.cells, 0, (size_t) tap->plan.n_rows * sizeof(int64_t)));
+    const struct ggml_tensor * cells = se_written_cells(node, tap->plan.n_rows);
+    if (!cells) return;
+    se_tap_fail(tap, se_read(cells, tap->plan.cells, 0, (size_t) tap->plan.n_rows * sizeof(int64_t)));
     tap->cells_taken = true;
 }
 
-static size_t hidden_bytes(const se_tap * tap) { return (size_t) tap->plan.n_rows * (size_t) tap->plan.n_embd * sizeof(float); }
+static size_t hidden_bytes(const se_tap * tap) {
+    return (size_t) tap->plan.n_rows * (size_t) tap->plan.n_embd * sizeof(float);
+}
 
 static bool hidden_fits(const se_tap * tap, const struct ggml_tensor * node) {
-    return node->type == GGML_TYPE_F32 && node->ne[0] == tap->plan.n_embd && node->ne[1] == tap->plan.n_rows && se_ggml.nbytes(node) == hidden_bytes(tap);
+    if (node->type != GGML_TYPE_F32 || se_ggml.nbytes(node) != hidden_bytes(tap)) return false;
+    return node->ne[0] == tap->plan.n_embd && node->ne[1] == tap->plan.n_rows;
 }
 
 static bool wants_attention(const se_tap * tap, int32_t index) {
@@ -71,9 +61,10 @@ static bool wants_attention(const se_tap * tap, int32_t index) {
 
 static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
     const se_plan * p = &tap->plan;
-    const double start = seconds();
+    const double start = se_seconds();
     se_attention_read read = {
-        .row_first = p->row_first, .row_count = p->row_count, .row_step = p->row_step, .reduce = p->reduce, .n_threads = p->n_threads,
+        .row_first = p->row_first, .row_count = p->row_count, .row_step = p->row_step,
+        .reduce = p->reduce, .n_threads = p->n_threads,
         .out = p->attn + (int64_t) tap->next_layer * p->attn_block, .out_size = p->attn_block,
     };
     se_tap_fail(tap, se_read_attention(node, &read));
@@ -81,7 +72,7 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
     tap->next_layer++;
     tap->result.attn_rows = read.n_rows;
     tap->result.attn_heads = read.n_head;
-    tap->result.score_seconds += seconds() - start;
+    tap->result.score_seconds += se_seconds() - start;
 }
 
 static bool ask(se_tap * tap, struct ggml_tensor * node) {
@@ -106,21 +97,20 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         }
         const int found = se_depends_visit(tap->depends, node);
         if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
-        if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (DeepStack, Gemma 4) */
-    } else if (has_window && p->first > 0 && (node->flags & GGML_TENSOR_FLAG_COMPUTE) && se_depends_on_layers(tap->depends, node)) {
+        if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (Gemma 4) */
+    } else if (has_window && p->first > 0 && se_is_computed(node) && se_depends_on_layers(tap->depends, node)) {
         se_tap_fail(tap, SE_ERR_LATE_INPUT);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
-    if (p->cells && !tap->cells_taken && node->op == GGML_OP_SET_ROWS) take_cells(tap, node);
+    if (p->cells && !tap->cells_taken) take_cells(tap, node);
 
     if (se_is_attention(node)) {
         const int32_t index = tap->result.n_attention++;
-        tap->result.flash = node->op == GGML_OP_FLASH_ATTN_EXT;
-        const struct ggml_tensor * mask = node->op == GGML_OP_FLASH_ATTN_EXT ? node->src[3] : node->src[1];
-        if (!mask) tap->result.last_unmasked = index;
+        tap->result.flash = se_is_flash_attention(node);
+        if (!se_attention_mask(node)) tap->result.last_unmasked = index;
         if (has_window && p->last < p->n_layer && index == p->last) {
             /* Its operands are there and its result is not needed. SOFT_MAX is: the scores are its result. */
-            if (node->op == GGML_OP_FLASH_ATTN_EXT) skip(tap, node);
+            if (tap->result.flash) skip(tap, node);
             return true;
         }
         return wants_attention(tap, index);
@@ -193,14 +183,16 @@ static int check(const se_plan * p) {
         if (p->first == p->last && (p->first == 0 || p->last == p->n_layer || p->hidden)) return SE_ERR_ARGUMENT;
         if ((p->first > 0 || p->hidden) && p->n_embd < 1) return SE_ERR_ARGUMENT;
         if (p->first > 0 && !p->inject) return SE_ERR_ARGUMENT;
-        if (p->hidden && p->last == p->n_layer) return SE_ERR_ARGUMENT; /* only rows with logits reach the last layer's end */
+        if (p->hidden && p->last == p->n_layer) return SE_ERR_ARGUMENT; /* its rows without logits end early */
     }
     if ((p->positions || p->cells) && p->n_rows < 1) return SE_ERR_ARGUMENT;
     if (p->positions && p->n_pos_per_row != 1 && p->n_pos_per_row != 4) return SE_ERR_ARGUMENT;
     if (p->n_attn_layers > 0) {
-        if (!p->attn_layers || !p->attn || p->attn_block < 1 || p->row_step < 1 || p->row_first < 0) return SE_ERR_ARGUMENT;
+        if (!p->attn_layers || !p->attn || p->attn_block < 1) return SE_ERR_ARGUMENT;
+        if (p->row_step < 1 || p->row_first < 0) return SE_ERR_ARGUMENT;
         if (p->reduce < 0 || p->reduce > SE_MEAN_ALL) return SE_ERR_ARGUMENT;
-        if (p->n_layer > 0 && (p->attn_layers[0] < p->first || p->attn_layers[p->n_attn_layers - 1] > p->last)) return SE_ERR_ARGUMENT; /* not computed */
+        const bool computed = p->attn_layers[0] >= p->first && p->attn_layers[p->n_attn_layers - 1] <= p->last;
+        if (p->n_layer > 0 && !computed) return SE_ERR_ARGUMENT;
         for (int32_t i = 1; i < p->n_attn_layers; i++) {
             if (p->attn_layers[i] <= p->attn_layers[i - 1]) return SE_ERR_ARGUMENT;
         }
@@ -220,7 +212,7 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->next_layer = 0;
     tap->watch_size = 0;
     se_depends_clear(tap->depends);
-    se_tap_begin(tap);
+    se_tap_inputs_begin(tap);
     tap->armed = true;
     return SE_OK;
 }
@@ -228,7 +220,7 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
 int se_tap_finish(se_tap * tap, se_result * result) {
     if (!tap || !tap->armed) return SE_ERR_ARGUMENT;
     const se_plan * p = &tap->plan;
-    for (int32_t i = 0; i < tap->result.n_skipped; i++) tap->skipped[i]->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    for (int32_t i = 0; i < tap->result.n_skipped; i++) se_set_computed(tap->skipped[i], true);
     tap->armed = false;
     if (tap->first_node) { /* a decode that failed before its graph ran has nothing to answer for */
         if (p->n_layer && p->first > 0 && !tap->past_window_start) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
@@ -240,6 +232,10 @@ int se_tap_finish(se_tap * tap, se_result * result) {
     }
     if (result) *result = tap->result;
     return se_tap_take_error(tap);
+}
+
+void se_tap_begin(se_tap * tap) {
+    if (tap) se_tap_inputs_begin(tap);
 }
 
 int se_tap_take_error(se_tap * tap) {

@@ -2,7 +2,8 @@
 #ifndef SE_TAP_H
 #define SE_TAP_H
 
-#include "graph.h"
+#include "depends.h"
+#include "ggml_api.h"
 #include "star_edge.h"
 
 enum { MAX_INPUTS = 4, MAX_MASKS = 8 };
@@ -51,6 +52,9 @@ struct se_tap {
 static inline void se_tap_fail(se_tap * tap, int error) {
     if (error && !tap->result.error) tap->result.error = error;
 }
+
+/* A new graph begins, in which position shift and cell bias are due. */
+void se_tap_inputs_begin(se_tap * tap);
 
 /* Called while asking about a node: writes and reads the inputs that it is the consumer of. */
 void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "llama_graph.h"
 #include "tap.h"
 
 static void * scratch(se_tap * tap, size_t size) {
@@ -24,10 +25,8 @@ static void * scratch(se_tap * tap, size_t size) {
 /* Notes at which end of a CONCAT the leaf of the condition stands. The scheduler asks in the graph's order, so that is known before
  * anything that is computed from the joined rows. */
 static void look_for_condition(se_tap * tap, const struct ggml_tensor * node) {
-    if (node->op != GGML_OP_CONCAT) return;
     for (int s = 0; s < 2; s++) {
-        const struct ggml_tensor * part = node->src[s];
-        if (part && part->op == GGML_OP_REPEAT) part = part->src[0]; /* one for each image of a batch */
+        const struct ggml_tensor * part = se_joined_part(node, s);
         if (part && se_is_input(part, tap->condition)) tap->result.concat = s ? SE_CONCAT_LAST : SE_CONCAT_FIRST;
     }
 }
@@ -36,7 +35,7 @@ static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     const bool replace = !tap->condition[0] || tap->result.concat == SE_CONCAT_LAST;
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * src = node->src[s];
-        if (!src || src->op != GGML_OP_NONE) continue;
+        if (!src || !se_is_leaf(src)) continue;
         for (int i = 0; replace && i < MAX_INPUTS; i++) {
             const input_override * in = &tap->inputs[i];
             if (!in->data || !se_is_input(src, in->name)) continue;
@@ -55,10 +54,10 @@ static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     }
 }
 
-/* src[1] of a ROPE is (n_tokens) or, for M-RoPE, (4 n_tokens) int32: t, y, x, and one unused section. */
 static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
-    struct ggml_tensor * positions = node->src[1];
-    if (!positions || positions->type != GGML_TYPE_I32 || !se_is_input(positions, "inp_pos")) return; /* not the K-shift graph */
+    int64_t n_used;
+    struct ggml_tensor * positions = se_rope_positions(node, &n_used);
+    if (!positions) return;
     tap->rope_seen = true;
     if (tap->armed && tap->plan.positions) {
         const int64_t n = (int64_t) tap->plan.n_rows * tap->plan.n_pos_per_row;
@@ -67,7 +66,7 @@ static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
     } else if (tap->shift) {
         /* A backend's copy is made when its split begins, so it may carry the shift already: the shifted numbers are worked out
          * once for each graph and written to every tensor. */
-        const int64_t n = positions->ne[0], n_rows = node->src[0]->ne[2];
+        const int64_t n = positions->ne[0];
         const size_t size = (size_t) n * sizeof(int32_t);
         if (!tap->n_positions) {
             if (size > tap->positions_capacity) {
@@ -82,8 +81,7 @@ static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
             const int error = se_read(positions, tap->positions, 0, size);
             se_tap_fail(tap, error);
             if (error) return;
-            const int64_t n_shift = n == 4 * n_rows ? 3 * n_rows : n;
-            for (int64_t i = 0; i < n_shift; i++) {
+            for (int64_t i = 0; i < n_used; i++) {
                 if (tap->positions[i] >= tap->shift_from) tap->positions[i] += tap->shift;
             }
             tap->n_positions = n;
@@ -98,14 +96,12 @@ static uint16_t float_to_half(float x) {
     return out;
 }
 
-/* Puts the bias of each cell into its column of the mask: attn_inp_kq_mask is (n_kv, n_tokens), f32 or f16, 0 or -inf. Where
+/* Puts the bias of each cell into its column of the mask (n_kv, n_tokens), where that is 0 and not -inf. Where
  * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn. */
 static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
-    /* the mask's consumers: attention itself, or a cast of it */
-    if (node->op != GGML_OP_FLASH_ATTN_EXT && node->op != GGML_OP_SOFT_MAX && node->op != GGML_OP_CPY) return;
     for (int s = 0; s < GGML_MAX_SRC; s++) {
-        struct ggml_tensor * mask = node->src[s];
-        if (!mask || mask->op != GGML_OP_NONE || !se_is_input(mask, "attn_inp_kq_mask")) continue;
+        struct ggml_tensor * mask = se_mask_input(node, s);
+        if (!mask) continue;
         bool done = false;
         for (int i = 0; i < tap->n_biased; i++) done = done || tap->biased[i] == mask;
         if (done) continue;
@@ -136,13 +132,9 @@ static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
     }
 }
 
-/* clip_graph_pixtral makes its [IMG_BREAK] rows from memory that nobody has written, "cleared" by a multiplication with 0: what was a NaN stays
- * one. The leaf has that memory to itself until it is read: ggml_gallocr places leafs before all nodes. */
 static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
-    struct ggml_tensor * leaf = node->src[0];
-    float factor_and_bias[2];
-    memcpy(factor_and_bias, node->op_params, sizeof factor_and_bias);
-    if (factor_and_bias[0] != 0.0f || !leaf || leaf->op != GGML_OP_NONE) return;
+    struct ggml_tensor * leaf = se_leaf_times_zero(node);
+    if (!leaf) return;
     const size_t size = se_ggml.nbytes(leaf);
     void * zeros = scratch(tap, size);
     if (!zeros) return;
@@ -157,11 +149,16 @@ static void begin_graph(se_tap * tap) {
     tap->result.concat = SE_CONCAT_NONE;
 }
 
+void se_tap_inputs_begin(se_tap * tap) {
+    tap->graph_start = NULL;
+    begin_graph(tap);
+}
+
 void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node) {
     if (!tap->graph_start) tap->graph_start = node;
-    else if (tap->graph_start == node || strcmp(node->name, "result_norm") == 0) begin_graph(tap); /* a reused graph; the end of one */
-    if (node->op == GGML_OP_ROPE) override_positions(tap, node);
-    if (node->op == GGML_OP_SCALE) clear_unwritten(tap, node);
+    else if (tap->graph_start == node || se_ends_layers(node)) begin_graph(tap); /* a reused graph; the end of one */
+    override_positions(tap, node);
+    clear_unwritten(tap, node);
     if (tap->bias) bias_mask(tap, node);
     if (tap->condition[0]) look_for_condition(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
@@ -235,9 +232,3 @@ int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capac
 }
 
 size_t se_tap_watched_bytes(const se_tap * tap) { return tap ? tap->watch_size : 0; }
-
-void se_tap_begin(se_tap * tap) {
-    if (!tap) return;
-    tap->graph_start = NULL;
-    begin_graph(tap);
-}

@@ -1,0 +1,23 @@
+/* Which nodes of a graph depend on the input embeddings. */
+#ifndef SE_DEPENDS_H
+#define SE_DEPENDS_H
+
+#include <stdbool.h>
+
+struct ggml_tensor;
+
+/* By pointer, and by name across backends: a tensor depends on the embeddings alone (SE_PRELUDE: their scaling,
+ * Gemma's inputs of later layers, ...), or on what a layer has computed from them (SE_LAYERS). */
+enum se_dependence { SE_INDEPENDENT = 0, SE_PRELUDE = 1, SE_LAYERS = 2 };
+typedef struct se_depends se_depends;
+se_depends * se_depends_new(void);
+void se_depends_free(se_depends * set);
+void se_depends_clear(se_depends * set);
+
+/* What `node` depends on, remembered for its consumers. Nodes must come in graph order. -1: out of memory. */
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node);
+
+/* Whether one of its operands depends on what a layer has computed. */
+bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node);
+
+#endif

@@ -1,0 +1,107 @@
+#include "llama_graph.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+int se_layer_out_index(const struct ggml_tensor * node) {
+    if (strncmp(node->name, "l_out-", 6) != 0) return -1;
+    char * end;
+    const long n = strtol(node->name + 6, &end, 10);
+    return end != node->name + 6 && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
+}
+
+bool se_is_of_a_layer(const struct ggml_tensor * node) {
+    const char * dash = strrchr(node->name, '-');
+    return dash && dash[1] && strspn(dash + 1, "0123456789") == strlen(dash + 1);
+}
+
+bool se_is_leaf(const struct ggml_tensor * tensor) { return tensor->op == GGML_OP_NONE; }
+
+const char * se_copied_name(const struct ggml_tensor * leaf, size_t * length) {
+    if (!se_is_leaf(leaf)) return NULL;
+    const char * first = strchr(leaf->name, '#');
+    const char * last = first ? strrchr(first + 1, '#') : NULL;
+    if (!last) return NULL;
+    *length = (size_t) (last - first - 1);
+    return first + 1;
+}
+
+bool se_has_name(const struct ggml_tensor * tensor, const char * name, size_t length) {
+    return strncmp(tensor->name, name, length) == 0 && tensor->name[length] == '\0';
+}
+
+bool se_is_input(const struct ggml_tensor * tensor, const char * name) {
+    if (!se_is_leaf(tensor)) return false;
+    if (strcmp(tensor->name, name) == 0) return true;
+    size_t length;
+    const char * copied = se_copied_name(tensor, &length);
+    return copied && strlen(name) == length && strncmp(copied, name, length) == 0;
+}
+
+bool se_is_embedding_input(const struct ggml_tensor * tensor) {
+    return se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_embd") || se_is_input(tensor, "embd");
+}
+
+bool se_ends_layers(const struct ggml_tensor * node) { return strcmp(node->name, "result_norm") == 0; }
+
+bool se_is_computed(const struct ggml_tensor * node) { return node->flags & GGML_TENSOR_FLAG_COMPUTE; }
+
+void se_set_computed(struct ggml_tensor * node, bool computed) {
+    if (computed) node->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    else node->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+}
+
+const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i) {
+    return i < GGML_MAX_SRC ? node->src[i] : node->view_src;
+}
+
+const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int64_t n_tokens) {
+    const struct ggml_tensor * indices = node->op == GGML_OP_SET_ROWS ? node->src[1] : NULL;
+    if (!indices || indices->type != GGML_TYPE_I64) return NULL;
+    return indices->ne[0] == n_tokens && indices->ne[1] == 1 ? indices : NULL;
+}
+
+struct ggml_tensor * se_rope_positions(const struct ggml_tensor * node, int64_t * n_used) {
+    struct ggml_tensor * positions = node->op == GGML_OP_ROPE ? node->src[1] : NULL;
+    if (!positions || positions->type != GGML_TYPE_I32 || !se_is_input(positions, "inp_pos")) return NULL;
+    const int64_t n = positions->ne[0], n_tokens = node->src[0]->ne[2];
+    *n_used = n == 4 * n_tokens ? 3 * n_tokens : n;
+    return positions;
+}
+
+struct ggml_tensor * se_mask_input(const struct ggml_tensor * node, int i) {
+    if (node->op != GGML_OP_FLASH_ATTN_EXT && node->op != GGML_OP_SOFT_MAX && node->op != GGML_OP_CPY) return NULL;
+    struct ggml_tensor * mask = i < GGML_MAX_SRC ? node->src[i] : NULL;
+    return mask && se_is_input(mask, "attn_inp_kq_mask") ? mask : NULL;
+}
+
+bool se_is_flash_attention(const struct ggml_tensor * node) { return node->op == GGML_OP_FLASH_ATTN_EXT; }
+
+bool se_is_attention(const struct ggml_tensor * node) {
+    return se_is_flash_attention(node) || (node->op == GGML_OP_SOFT_MAX && (node->ne[2] > 1 || node->src[1] != NULL));
+}
+
+const struct ggml_tensor * se_attention_mask(const struct ggml_tensor * node) {
+    return se_is_flash_attention(node) ? node->src[3] : node->src[1];
+}
+
+se_flash_attention se_flash_attention_of(const struct ggml_tensor * node) {
+    float params[3];
+    memcpy(params, node->op_params, sizeof params);
+    return (se_flash_attention) {
+        .q = node->src[0], .k = node->src[1], .mask = node->src[3], .sinks = node->src[4],
+        .scale = params[0], .max_bias = params[1], .softcap = params[2],
+    };
+}
+
+const struct ggml_tensor * se_joined_part(const struct ggml_tensor * node, int s) {
+    const struct ggml_tensor * part = node->op == GGML_OP_CONCAT ? node->src[s] : NULL;
+    return part && part->op == GGML_OP_REPEAT ? part->src[0] : part;
+}
+
+struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node) {
+    if (node->op != GGML_OP_SCALE || !node->src[0] || !se_is_leaf(node->src[0])) return NULL;
+    float factor;
+    memcpy(&factor, node->op_params, sizeof factor);
+    return factor == 0.0f ? node->src[0] : NULL;
+}

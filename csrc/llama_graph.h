@@ -1,0 +1,114 @@
+/* Everything that the core knows about the graphs of llama.cpp, clip and ggml: the names of tensors, the meaning of
+ * operations, the order of operands, the layout of op_params, and flags. No other file of the core names a tensor or
+ * an operation (tests/test_wall_c.py). Each entry says which invariant it relies on and which function of llama.cpp
+ * imposes it, as of the version in pyproject.toml: after an upgrade, this file is what has to be read again. */
+#ifndef SE_LLAMA_GRAPH_H
+#define SE_LLAMA_GRAPH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ggml.h"
+
+/* ---- names ----
+ * llama_context::graph_get_cb and clip_graph::cb name a node "NAME-N" when layer N computes it, and "NAME"
+ * otherwise. */
+
+/* `l_out-N`: N, otherwise -1. Graphs of decoders (src/models/) give this name to the hidden state that layer N hands
+ * to layer N + 1: float32, (n_embd, n_tokens). The last layer keeps only rows with logits
+ * (llm_graph_context::build_inp_out_ids). */
+int se_layer_out_index(const struct ggml_tensor * node);
+
+/* Whether the name ends in "-N": a layer computes the node. */
+bool se_is_of_a_layer(const struct ggml_tensor * node);
+
+/* A leaf: an input, a weight, a cache, or the scheduler's copy of one of them or of a node. ggml_new_tensor gives it
+ * no operation. */
+bool se_is_leaf(const struct ggml_tensor * tensor);
+
+/* The name of what a leaf was copied from for another backend, not terminated; NULL when it is no copy. A tensor
+ * that crosses to a backend appears there as the leaf "BACKEND#NAME#i" (ggml_backend_sched_split_graph). Names end
+ * at GGML_MAX_NAME characters: the last "#i" is lost when BACKEND and NAME are long, and then the leaf counts as no
+ * copy. */
+const char * se_copied_name(const struct ggml_tensor * leaf, size_t * length);
+
+bool se_has_name(const struct ggml_tensor * tensor, const char * name, size_t length);
+
+/* Whether `tensor` is the graph input `name`, or a copy of it. */
+bool se_is_input(const struct ggml_tensor * tensor, const char * name);
+
+/* The inputs that carry the batch: "inp_tokens" and "inp_embd", both in every graph, of which one is used, and
+ * "embd", the name of what is chosen from them (llm_graph_context::build_inp_embd). It is a leaf where that is
+ * "inp_embd" itself, renamed. */
+bool se_is_embedding_input(const struct ggml_tensor * tensor);
+
+/* "result_norm", the output norm of a decoder (src/models/): neither RoPE nor attention comes after it in its graph. */
+bool se_ends_layers(const struct ggml_tensor * node);
+
+/* ---- the flag ----
+ * Backends compute only nodes with GGML_TENSOR_FLAG_COMPUTE. ggml_visit_parents_graph sets it, except on the
+ * branches that ggml_build_forward_select does not take. llama.cpp keeps graphs for batches of the same shape
+ * (llama_context::process_ubatch), so a flag that is cleared stays so until it is set again. */
+bool se_is_computed(const struct ggml_tensor * node);
+void se_set_computed(struct ggml_tensor * node, bool computed);
+
+/* ---- operands ---- */
+
+/* Operand i of SE_MAX_OPERANDS, or NULL: the sources, and last the tensor that a view looks into. A view of the KV
+ * cache has only the cache behind it (llama_kv_cache::get_k): the SET_ROWS that writes a row is not among its
+ * sources. */
+enum { SE_MAX_OPERANDS = GGML_MAX_SRC + 1 };
+const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i);
+
+/* The indices of a SET_ROWS that writes one row for each token, otherwise NULL: int64, (n_tokens), the KV cells of
+ * the batch (llama_kv_cache::cpy_k, build_input_k_idxs). A transposed V has an index for every element instead
+ * (cpy_v). K comes before V. */
+const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int64_t n_tokens);
+
+/* The positions of a decoder's ROPE, otherwise NULL: "inp_pos", int32, (n_tokens), or for M-RoPE (4 n_tokens),
+ * section by section: t, y, x, unused (llm_graph_context::build_inp_pos, ggml_rope_impl). *n_used: how many of them
+ * are used, the first ones. The K-shift graph and clip name theirs otherwise. */
+struct ggml_tensor * se_rope_positions(const struct ggml_tensor * node, int64_t * n_used);
+
+/* The attention mask as operand i of `node`, otherwise NULL: "attn_inp_kq_mask", (n_kv, n_tokens, 1, n_stream), f16
+ * with flash attention and f32 without (build_attn_inp_kq_mask in llama-graph.cpp). Values are 0 and -inf, or
+ * ALiBi's distances (llama_kv_cache::set_input_kq_mask). Its consumers are attention and, where a graph casts it, a
+ * CPY (ggml_cast). */
+struct ggml_tensor * se_mask_input(const struct ggml_tensor * node, int i);
+
+/* ---- attention ----
+ * One operation for each layer, in the order of layers: FLASH_ATTN_EXT, or a SOFT_MAX over (n_kv, n_tokens, n_head)
+ * (llm_graph_context::build_attn_mha, clip_graph::build_attn). A mixture of experts also has a SOFT_MAX, over
+ * (n_expert, n_tokens): no heads and no mask (llm_graph_context::build_moe_ffn). */
+bool se_is_attention(const struct ggml_tensor * node);
+bool se_is_flash_attention(const struct ggml_tensor * node);
+
+/* The mask of an attention operation, or NULL: operand 3 of FLASH_ATTN_EXT (ggml_flash_attn_ext), 1 of SOFT_MAX
+ * (ggml_soft_max_impl). */
+const struct ggml_tensor * se_attention_mask(const struct ggml_tensor * node);
+
+/* Operands and parameters of a FLASH_ATTN_EXT: q (head_dim, n_tokens, n_head), k (head_dim, n_kv, n_head_kv), v,
+ * mask (n_kv, n_tokens) or NULL, sinks (n_head) float32 or NULL; op_params begin with the three floats
+ * (ggml_flash_attn_ext, _add_sinks). With a soft cap the kernels divide the scale by it, and op_params keep the
+ * plain one (ggml_compute_forward_flash_attn_ext_f16). */
+typedef struct {
+    const struct ggml_tensor *q, *k, *mask, *sinks;
+    float scale, max_bias, softcap;
+} se_flash_attention;
+se_flash_attention se_flash_attention_of(const struct ggml_tensor * node);
+
+/* ---- clip ---- */
+
+/* Part s (0: first, 1: last) of a CONCAT, otherwise NULL (ggml_concat). clip joins the class embedding and
+ * the patches in this way. A REPEAT is looked through: it makes one class embedding for each image of a batch
+ * (clip_graph_internvl::build). */
+const struct ggml_tensor * se_joined_part(const struct ggml_tensor * node, int s);
+
+/* The leaf that a SCALE multiplies by 0, otherwise NULL (ggml_scale_impl: op_params begin with the factor).
+ * clip_graph_pixtral::build makes its [IMG_BREAK] rows in this way, from memory that nobody has written: a NaN there
+ * stays a NaN. The leaf has its memory to itself until it is read, because ggml_gallocr_alloc_graph_impl places leafs
+ * before all nodes. */
+struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node);
+
+#endif
