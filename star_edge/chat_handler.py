@@ -36,6 +36,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt
+from .vision.mmproj_check import check_mmproj
 from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
@@ -110,7 +111,7 @@ class StarChatHandler(MTMDChatHandler):
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
-        read_gguf_info(clip_model_path)
+        check_mmproj(read_gguf_info(clip_model_path))
         check_encoder(encoder)
         super().__init__(fspath(clip_model_path), verbose, use_gpu)
         self.prune = prune

@@ -22,6 +22,7 @@ from .chat import ChatFormat
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
+from .gguf_check import read_text_model
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
@@ -29,6 +30,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES
 from .vision.encoder import Prompt, TextChunk
+from .vision.mmproj_check import check_mmproj
 from .vision.stage import encode_images, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
@@ -153,9 +155,9 @@ class StarVLM:
                 raise ConfigError(
                     f"{name}={value!r} is too small or no whole number", f"use {max(least, 2) if name == 'n_ctx' else least} or more"
                 )
-        info = read_gguf_info(model)
-        if info.architecture == "clip":
-            raise ModelFileError(f"{info.path} is an mmproj file, not a text model", "give it as mmproj, and the text model first")
+        info = read_text_model(model, llama_options.get("lora_path"))
+        if mmproj is not None:
+            check_mmproj(read_gguf_info(mmproj))  # before the text model is loaded, which takes longer
         for name, kind in (("type_k", type_k), ("type_v", type_v)):
             if kind not in KV_TYPES:
                 raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
