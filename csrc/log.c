@@ -7,10 +7,10 @@
 #include "star_edge.h"
 
 enum { LOG_SIZE = 4096 };
-static char kept[LOG_SIZE];
-static size_t length;
 
-/* Of one thread: another that logs meanwhile is at another place of its work. */
+/* Both of one thread: libmtmd logs in the thread that called it, and another that logs meanwhile is about another file. */
+static _Thread_local char kept[LOG_SIZE];
+static _Thread_local size_t length;
 static _Thread_local struct {
     const char *text, *from, *to;
     int renamed;

@@ -37,6 +37,14 @@ _KINDS = {
 }  # fmt: skip
 # Projectors whose file may have up and down the wrong way round (clip_model_loader::load_tensors, is_ffn_swapped)
 _SWAPPED = ("mlp", "ldp", "ldpv2", "adapter", "qwen2vl_merger", "qwen2.5vl_merger", "gemma3", "idefics3", "resampler")
+_REQUIRED = tuple(
+    _V + name
+    for name in (
+        "embedding_length", "attention.head_count", "feed_forward_length", "block_count", "projection_dim", "image_size", "patch_size",
+        "attention.layer_norm_epsilon", "image_mean", "image_std",
+    )
+)  # fmt: skip
+_LARGEST_F16 = 65504.0  # llama.cpp rounds pixels to f16 before the first convolution
 _MAX_SIDE = 8192  # pixels: clip_model_loader's own bound for image_size
 _LDP_SIDE = 24  # patches of a side: a constant of clip_graph_llava
 _RESAMPLER_BUCKETS = 70  # rows and columns of the position embeddings that MiniCPM-V's patches are put into (clip_image_batch_encode)
@@ -54,6 +62,9 @@ def check_mmproj(info: GGUFInfo) -> None:
         header.kinds(kind, keys)
     if not header.get("clip.has_vision_encoder"):
         return
+    for key in _REQUIRED:
+        if key not in info.metadata:
+            header.refuse(f"{key} is missing")
     header.types(exempt=(".input_min", ".input_max", ".output_min", ".output_max"))
     check = _Check(header)
     build = _PROJECTORS.get(check.projector)
@@ -85,6 +96,9 @@ class _Check:
         h.real(_V + "attention.layer_norm_epsilon")
         h.real(_V + "image_mean", positive=False)
         h.real(_V + "image_std")
+        for mean, std in zip(h.get(_V + "image_mean") or [], h.get(_V + "image_std") or []):
+            if not max(abs(mean), abs(1 - mean)) <= _LARGEST_F16 * std:
+                h.refuse(f"{_V}image_mean = {mean} and {_V}image_std = {std} make pixels of more than {_LARGEST_F16:g}")
         points = h.get(_V + "image_grid_pinpoints") or []
         if any(not 0 < p <= _MAX_SIDE for p in points):
             h.refuse(f"{_V}image_grid_pinpoints = {points}, and they are pixels from 1 to {_MAX_SIDE}")
@@ -166,7 +180,7 @@ class _Check:
                     self.linear(b + name, self.d, f"{width} and {head}", n, bias=biases)
             for name in ("attn_q_norm", "attn_k_norm"):
                 found = self.header.info.tensors.get(b + name + ".weight")
-                if found is not None and found.shape not in ((self.d_head,), (self.d,)):
+                if found is not None and found.shape != (self.d_head,) and (self.projector == "gemma4v" or found.shape != (self.d,)):
                     self.header.refuse(f"tensor {b}{name}.weight is {list(found.shape)}, and a head has {self.d_head} values ({head})")
             self.linear(b + "attn_out", q, width, self.d)
             self._feed_forward(b, width)

@@ -5,6 +5,7 @@ A case is a seed: `mutate(data, seed)` is the same bytes everywhere. Tensors kee
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ STRING, ARRAY = 8, 9
 INTEGERS = (0, 1, 2, 3, 5, 7, 8, 10, 13, 14, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 255, 256, 512, 1000, 4096, 8193, 65535, 65536,
             2**20, 2**31 - 1, 2**31, 2**32 - 1)  # fmt: skip
 FLOATS = (0.0, -0.0, -1.0, 1e-30, 1.0, 1e30, float("inf"), float("-inf"), float("nan"))
+MAX_BYTES = 2**26  # of a file that is made longer
 TENSOR_TYPES = (*range(43), 100, 2**31)  # enum ggml_type, and beyond
 
 
@@ -149,7 +151,7 @@ def _value(rng: random.Random, out: bytearray, field: Field) -> str:
     else:
         name = field.name
     if kind == STRING:
-        n = struct.unpack_from("<Q", out, at - 0)[0]
+        n = struct.unpack_from("<Q", out, at)[0]
         if n:
             index = rng.randrange(min(n, 64))
             out[at + 8 + index] = rng.choice(b"\0x0\xff %{")
@@ -207,18 +209,17 @@ def _tensor(rng: random.Random, out: bytearray, header: Header, tensor: Tensor, 
 
 
 def _shift(out: bytearray, header: Header) -> None:
-    """Offsets that fit the tensors' shapes."""
-    sizes = {0: 4, 1: 2, 26: 4, 27: 8, 28: 8, 24: 1, 25: 2, 30: 2, 8: None}
-    at = 0
+    """Offsets that fit the tensors' shapes, and bytes for them."""
+    sizes = {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2}
+    offsets, at = [], 0
     for tensor in header.tensors:
-        dims = struct.unpack_from(f"<{tensor.n_dims}Q", out, tensor.dims_at)
-        n = 1
-        for d in dims:
-            n *= d
-        size = sizes.get(tensor.kind)
-        struct.pack_into("<Q", out, tensor.type_at + 4, at)
-        n_bytes = n * size if size else n // 32 * 34
+        offsets.append(at)
+        n = math.prod(struct.unpack_from(f"<{tensor.n_dims}Q", out, tensor.dims_at))
+        n_bytes = n * sizes[tensor.kind] if tensor.kind in sizes else n // 32 * 34  # Q8_0
         at += -(-n_bytes // 32) * 32
-    # room for them, with the tensors' own bytes in front
+        if at > MAX_BYTES:
+            return
+    for tensor, offset in zip(header.tensors, offsets):
+        struct.pack_into("<Q", out, tensor.type_at + 4, offset)
     data_at = -(-header.end // 32) * 32
     out.extend(bytes(max(0, data_at + at - len(out))))
