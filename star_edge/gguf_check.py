@@ -155,19 +155,17 @@ class Header:
                 self.multiplied(name)
 
 
-def read_text_model(path: str | PathLike, lora: str | PathLike | None = None) -> GGUFInfo:
-    """The header of a text model that llama.cpp can be given, with the LoRA adapter that goes onto it.
+def read_text_model(path: str | PathLike) -> GGUFInfo:
+    """The header of a text model that llama.cpp can be given.
 
     Raises:
-        ModelFileError, ModelMismatchError: it cannot, and why.
+        ModelFileError: it cannot, and why.
     """
     info = read_gguf_info(path)
     check_shards(info.path)
     if info.architecture == "clip":
         raise ModelFileError(f"{info.path} is an mmproj file, not a text model", "give it as mmproj, and the text model first")
     check_text_model(info)
-    if lora is not None:
-        check_lora(lora, info)
     return info
 
 
@@ -242,8 +240,8 @@ def _check_experts(header: Header, key) -> None:
         header.refuse(f"{key('expert_used_count')} = {most}, and {key('expert_count')} = {n}")
 
 
-def check_lora(path: str | PathLike, model: GGUFInfo) -> None:
-    """A LoRA file, against the text model that it is for (llama_adapter_lora_init_impl).
+def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
+    """The header of a LoRA file, checked against the text model that it is for (llama_adapter_lora_init_impl).
 
     Raises:
         ModelFileError: missing, damaged, or no LoRA adapter. ModelMismatchError: made for another model.
@@ -279,6 +277,7 @@ def check_lora(path: str | PathLike, model: GGUFInfo) -> None:
             _check_pair(header, base, pair, model.tensors[base])
         elif not _SHARD.match(os.path.basename(model.path)):  # a part of a split model has not all of its tensors
             raise ModelMismatchError(f"{info.path} changes {base}, which the text model does not have", "use the model that it was made for")
+    return info
 
 
 def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tensor) -> None:

@@ -122,7 +122,7 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
     Raises:
         ModelFileError: missing, a directory, unreadable, no GGUF file, or truncated.
     """
-    name = os.fspath(path)
+    name = _path(path)
     if not os.path.exists(name):
         raise ModelFileError(f"{name} does not exist", "check the path")
     if not os.path.isfile(name):
@@ -153,6 +153,21 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
         return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values, described, metadata)
     finally:
         GGML.gguf_free(handle)
+
+
+def _path(path: str | bytes | PathLike) -> str:
+    """As llama_cpp takes it: a str that is UTF-8, with ~ expanded."""
+    try:
+        name = os.path.expanduser(os.fsdecode(path))
+    except TypeError as error:
+        raise ModelFileError(f"{path!r} is no path", "give the path of a .gguf file") from error
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ModelFileError(f"{name!r} is not UTF-8, and llama_cpp opens no such file", "rename it") from error
+    if not name or "\0" in name:
+        raise ModelFileError(f"{name!r} names no file", "give the path of a .gguf file")
+    return name
 
 
 def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:

@@ -80,6 +80,21 @@ def _layouts() -> Iterator[tuple[str, str | None, int]]:
         entry += 1
 
 
+def open_standard_streams() -> None:
+    """Gives descriptors 1 and 2 the null device where they are closed, as in a daemon.
+
+    llama_cpp copies both while it loads, which fails; and the next file that is opened would get the number to which llama.cpp logs.
+    """
+    for number in (1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+
+
 def find_ggml() -> ctypes.CDLL:
     """The ggml-base library that llama_cpp loaded, as a ctypes handle.
 
