@@ -6,8 +6,10 @@
 #include "star_edge.h"
 
 enum { LOG_SIZE = 4096 };
-static char kept[LOG_SIZE];
-static size_t length;
+
+/* Both of one thread: libmtmd logs in the thread that called it, and another that logs meanwhile is about another file. */
+static _Thread_local char kept[LOG_SIZE];
+static _Thread_local size_t length;
 
 void se_log_callback(int level, const char * text, void * user_data) {
     (void) user_data;

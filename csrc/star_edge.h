@@ -39,7 +39,16 @@ int se_bind(const char * name, uintptr_t address); /* SE_ERR_ARGUMENT: not a nam
 const char * se_bind_missing(void);                /* first name that is still unbound, or NULL */
 const char * se_built_against(void);               /* version of llama-cpp-python whose headers were compiled in */
 
-/* ---- libmtmd's log ---- */
+/* ---- llama.cpp's structures as they were compiled, to be compared with how Python lays them out ---- */
+typedef struct {
+    const char * structure;
+    const char * field; /* NULL: `bytes` is the size of the structure, otherwise the offset of the field */
+    size_t bytes;
+} se_layout;
+const se_layout * se_layouts(void);      /* ends with a NULL structure */
+const char * se_built_against_llama(void); /* what llama_version() said when the core was compiled, or "" */
+
+/* ---- libmtmd's log, of the calling thread ---- */
 void se_log_callback(int level, const char * text, void * user_data); /* a ggml_log_callback: keeps warnings and errors */
 uintptr_t se_log_callback_address(void);
 void se_log_clear(void);

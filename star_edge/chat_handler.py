@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import jinja2
@@ -32,10 +32,12 @@ from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError, UnsupportedModelError
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, load_image
+from .native import open_standard_streams
 from .reader import PromptReader
 from .report import PruneReport
-from .vision.cache import DEFAULT_BYTES
+from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt
+from .vision.mmproj_check import check_mmproj
 from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
@@ -110,9 +112,12 @@ class StarChatHandler(MTMDChatHandler):
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
-        read_gguf_info(clip_model_path)
+        open_standard_streams()
+        check_directory(image_cache_dir)
+        info = read_gguf_info(clip_model_path)
+        check_mmproj(info)
         check_encoder(encoder)
-        super().__init__(fspath(clip_model_path), verbose, use_gpu)
+        super().__init__(info.path, verbose, use_gpu)
         self.prune = prune
         self.encoder_flash_attn = encoder_flash_attn
         self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens

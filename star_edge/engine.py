@@ -22,13 +22,16 @@ from .chat import ChatFormat
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
+from .gguf_check import read_lora, read_text_model
 from .gguf_info import read_gguf_info
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
+from .native import open_standard_streams
 from .reader import PromptReader
 from .report import PruneReport
-from .vision.cache import DEFAULT_BYTES
+from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt, TextChunk
+from .vision.mmproj_check import check_mmproj
 from .vision.stage import encode_images, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
@@ -153,9 +156,13 @@ class StarVLM:
                 raise ConfigError(
                     f"{name}={value!r} is too small or no whole number", f"use {max(least, 2) if name == 'n_ctx' else least} or more"
                 )
-        info = read_gguf_info(model)
-        if info.architecture == "clip":
-            raise ModelFileError(f"{info.path} is an mmproj file, not a text model", "give it as mmproj, and the text model first")
+        open_standard_streams()
+        check_directory(image_cache_dir)
+        info = read_text_model(model)
+        if llama_options.get("lora_path") is not None:
+            llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
+        if mmproj is not None:
+            check_mmproj(read_gguf_info(mmproj))  # before the text model is loaded, which takes longer
         for name, kind in (("type_k", type_k), ("type_v", type_v)):
             if kind not in KV_TYPES:
                 raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
@@ -178,6 +185,8 @@ class StarVLM:
             raise ModelFileError(
                 f"{info.path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
             ) from error
+        except MemoryError as error:
+            raise EngineError(f"there is not enough memory for {info.path} with a context of {n_ctx} tokens", "lower n_ctx") from error
         try:
             self._chat = ChatFormat(self.llama, chat_template)
             self._reader = PromptReader(
@@ -192,6 +201,9 @@ class StarVLM:
                 image_cache_dir=image_cache_dir,
                 reuse=reuse,
             )
+        except MemoryError as error:
+            self.close()
+            raise EngineError("there is not enough memory for the vision encoder and its context", "lower n_ctx") from error
         except BaseException:
             self.close()
             raise

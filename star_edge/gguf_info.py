@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 
 import numpy as np
@@ -35,6 +35,8 @@ _declare("gguf_init_from_file", _P, ctypes.c_char_p, _InitParams)
 _declare("gguf_free", None, _P)
 _declare("gguf_find_key", ctypes.c_int64, _P, ctypes.c_char_p)
 _declare("gguf_get_kv_type", ctypes.c_int, _P, ctypes.c_int64)
+_declare("gguf_get_n_kv", ctypes.c_int64, _P)
+_declare("gguf_get_key", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_get_arr_type", ctypes.c_int, _P, ctypes.c_int64)
 _declare("gguf_get_arr_n", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_arr_data", _P, _P, ctypes.c_int64)
@@ -45,6 +47,8 @@ _declare("gguf_find_tensor", ctypes.c_int64, _P, ctypes.c_char_p)
 _declare("gguf_get_tensor_offset", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_name", ctypes.c_char_p, _P, ctypes.c_int64)
+_declare("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), _P, ctypes.c_int64)
+_declare("gguf_get_tensor_type", ctypes.c_int, _P, ctypes.c_int64)
 _declare("gguf_set_arr_data", None, _P, ctypes.c_char_p, ctypes.c_int, _P, ctypes.c_size_t)
 _declare("gguf_set_val_bool", None, _P, ctypes.c_char_p, ctypes.c_bool)
 _declare("gguf_get_meta_size", ctypes.c_size_t, _P)
@@ -59,6 +63,8 @@ _SCALARS = {
 for _kind, (_suffix, _ctype) in _SCALARS.items():
     _declare(f"gguf_get_val_{_suffix}", _ctype, _P, ctypes.c_int64)
 _INT32, _STRING, _ARRAY = 5, 8, 9
+_KIND_NAMES = {kind: name for kind, (name, _) in _SCALARS.items()} | {_STRING: "str"}
+_MAX_LISTED = 4096  # values of an array that `metadata` holds; longer ones are vocabularies
 
 
 @contextmanager
@@ -74,14 +80,38 @@ def quiet_llama_log() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """shape: as ggml has it, the contiguous axis first, without ones at the end. kind: enum ggml_type."""
+
+    shape: tuple[int, ...]
+    kind: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A key's value: a number, a bool, a str, a list of numbers, or None for lists of strings and for more than 4,096 values.
+
+    kind: "u32", "f32", "str", ..., and for a list "[u32]". n: values in a list, else 1.
+    """
+
+    kind: str
+    value: object
+    n: int = 1
+
+
+@dataclass(frozen=True)
 class GGUFInfo:
-    """Path, size in bytes, the metadata values that were asked for (None for keys that are absent), and the names of the tensors."""
+    """What the header says.
+
+    values: of the keys that were asked for, None for those that are absent. tensors: by name. metadata: every key's value.
+    """
 
     path: str
     n_bytes: int
     architecture: str
     values: dict[str, object]
-    tensors: frozenset[str] = frozenset()
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Value] = field(default_factory=dict)
 
 
 def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo:
@@ -90,7 +120,7 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
     Raises:
         ModelFileError: missing, a directory, unreadable, no GGUF file, or truncated.
     """
-    name = os.fspath(path)
+    name = _path(path)
     if not os.path.exists(name):
         raise ModelFileError(f"{name} does not exist", "check the path")
     if not os.path.isfile(name):
@@ -116,10 +146,26 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
         if n_bytes < needed:
             raise ModelFileError(f"{name} is truncated: it has {n_bytes} bytes and needs {needed}", "download it again")
         values = {key: _value(handle, key) for key in keys}
-        names = frozenset(GGML.gguf_get_tensor_name(handle, i).decode("utf-8", "replace") for i in tensors)
-        return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values, names)
+        metadata = dict(_typed_value(handle, i) for i in range(GGML.gguf_get_n_kv(handle)))
+        described = dict(_tensor(handle, i) for i in tensors)
+        return GGUFInfo(name, n_bytes, str(_value(handle, "general.architecture")), values, described, metadata)
     finally:
         GGML.gguf_free(handle)
+
+
+def _path(path: str | bytes | PathLike) -> str:
+    """As llama_cpp takes it: a str that is UTF-8, with ~ expanded."""
+    try:
+        name = os.path.expanduser(os.fsdecode(path))
+    except TypeError as error:
+        raise ModelFileError(f"{path!r} is no path", "give the path of a .gguf file") from error
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ModelFileError(f"{name!r} is not UTF-8, and llama_cpp opens no such file", "rename it") from error
+    if not name or "\0" in name:
+        raise ModelFileError(f"{name!r} names no file", "give the path of a .gguf file")
+    return name
 
 
 def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
@@ -176,6 +222,23 @@ def copy_with_metadata(source: str | PathLike, target: str | PathLike, changes: 
 def _open(name: str) -> int | None:
     with quiet_llama_log():
         return GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+
+
+def _tensor(handle: int, index: int) -> tuple[str, Tensor]:
+    shape = GGML.gguf_get_tensor_ne(handle, index)[:4]
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    return GGML.gguf_get_tensor_name(handle, index).decode("utf-8", "replace"), Tensor(tuple(shape), GGML.gguf_get_tensor_type(handle, index))
+
+
+def _typed_value(handle: int, index: int) -> tuple[str, Value]:
+    key, kind = GGML.gguf_get_key(handle, index), GGML.gguf_get_kv_type(handle, index)
+    name = key.decode("utf-8", "replace")
+    if kind != _ARRAY:
+        return name, Value(_KIND_NAMES[kind], _value(handle, name) if name.encode() == key else None)
+    kind, n = GGML.gguf_get_arr_type(handle, index), GGML.gguf_get_arr_n(handle, index)
+    listed = kind in _SCALARS and n <= _MAX_LISTED and name.encode() == key
+    return name, Value(f"[{_KIND_NAMES.get(kind, '?')}]", _value(handle, name) if listed else None, n)
 
 
 def _value(handle: int, key: str) -> object:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import llama_cpp
+import llama_cpp.mtmd_cpp
 
 from .errors import EngineError, LayerWindowError, VersionMismatchError
 
@@ -30,15 +33,66 @@ BOUND_FUNCTIONS = (
 
 
 def check_version(compiled: str, installed: str) -> None:
-    """Raises VersionMismatchError unless both versions of llama-cpp-python are the same.
+    """Raises VersionMismatchError unless both versions of llama-cpp-python are the same, but for a local part (+cu128).
 
-    llama.cpp changes the layout of its structs between patch releases, so only equality is safe.
+    llama.cpp changes the layout of its structs between patch releases, so only equality is safe. What a local version is built from,
+    `check_layout` shows.
     """
-    if compiled != installed:
+    if compiled.partition("+")[0] != installed.partition("+")[0]:
         raise VersionMismatchError(
             f"star_edge was compiled against llama-cpp-python {compiled}, but {installed} is installed",
             f"run `pip install llama-cpp-python=={compiled}`, or reinstall star-edge to compile it against {installed}",
         )
+
+
+def check_layout(layouts: Iterable[tuple[str, str | None, int]], *modules: ModuleType) -> None:
+    """Compares llama_cpp's structures with the headers that the core was compiled with: (structure, field or None, bytes).
+
+    Raises:
+        VersionMismatchError: a size or an offset differs, as in a fork that has the same version number.
+    """
+    for name, field, expected in layouts:
+        structure = next((getattr(m, name) for m in modules if hasattr(m, name)), None)
+        described = getattr(structure, field, None) if field else structure
+        found = None if described is None else described.offset if field else ctypes.sizeof(described)
+        if found != expected:
+            what = f"{name}.{field} at byte {expected}" if field else f"{name} of {expected} bytes"
+            raise VersionMismatchError(
+                f"llama-cpp-python {llama_cpp.__version__} is not the one that star_edge was compiled against: that has {what}, and this "
+                + ("none" if found is None else f"has it at byte {found}" if field else f"{found} bytes"),
+                "reinstall star-edge to compile it against this one, or install llama-cpp-python from PyPI",
+            )
+
+
+def check_llama(compiled: str, loaded: str) -> None:
+    """Raises VersionMismatchError unless the llama.cpp that is loaded is of the version that was there at compile time ("": unknown)."""
+    if compiled and compiled != loaded:
+        raise VersionMismatchError(
+            f"star_edge was compiled against llama.cpp {compiled}, but {loaded or 'an unknown version'} is loaded",
+            "unset LLAMA_CPP_LIB_PATH, or reinstall star-edge to compile it against this one",
+        )
+
+
+def _layouts() -> Iterator[tuple[str, str | None, int]]:
+    entry = lib.se_layouts()
+    while entry.structure != ffi.NULL:
+        yield ffi.string(entry.structure).decode(), None if entry.field == ffi.NULL else ffi.string(entry.field).decode(), entry.bytes
+        entry += 1
+
+
+def open_standard_streams() -> None:
+    """Gives descriptors 1 and 2 the null device where they are closed, as in a daemon.
+
+    llama_cpp copies both while it loads, which fails; and the next file that is opened would get the number to which llama.cpp logs.
+    """
+    for number in (1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
 
 
 def find_ggml() -> ctypes.CDLL:
@@ -58,6 +112,8 @@ def find_ggml() -> ctypes.CDLL:
 
 
 check_version(ffi.string(lib.se_built_against()).decode(), llama_cpp.__version__)
+check_layout(_layouts(), llama_cpp, llama_cpp.mtmd_cpp)
+check_llama(ffi.string(lib.se_built_against_llama()).decode(), (getattr(llama_cpp, "llama_version", bytes)() or b"").decode())
 GGML = find_ggml()
 for _name in BOUND_FUNCTIONS:
     lib.se_bind(_name.encode(), ctypes.cast(getattr(GGML, _name), ctypes.c_void_p).value)

@@ -22,7 +22,7 @@ from ..chat_handler import StarChatHandler
 from ..config import PruneConfig, resolve_prune
 from ..engine import KV_TYPES, _physical_cores
 from ..errors import ConfigError, EngineError, ModelFileError
-from ..gguf_info import read_gguf_info
+from ..gguf_check import read_text_model
 from .guard import Guard
 from .jobs import Engine, Pictures
 from .routes import make_router
@@ -62,7 +62,7 @@ def make_app(
         EngineError: llama.cpp could not create a context.
     """
     default = resolve_prune(prune)
-    path = read_gguf_info(model).path
+    path = read_text_model(model).path
     if type_v not in ("f32", "f16", "bf16") and not flash_attn:
         raise ConfigError(f"type_v={type_v!r} needs flash attention", "use it, or an unquantized type_v")
     pictures = Pictures(policy.image_limits)

@@ -80,7 +80,7 @@ class ImageCache:
         self.n_bytes, self.fingerprint = n_bytes, fingerprint
         self.used = 0
         self._images: OrderedDict[bytes, CachedImage] = OrderedDict()
-        self.directory = None if directory is None else Path(directory)
+        self.directory = check_directory(directory)
         if self.directory is not None:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -217,6 +217,20 @@ def check_bytes(n_bytes: int) -> None:
     """Raises ConfigError for what is no size of a cache."""
     if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
         raise ConfigError(f"image_cache_bytes={n_bytes!r} is no size", "use a number of bytes, or 0 for no cache in memory")
+
+
+def check_directory(directory: str | PathLike | None) -> Path | None:
+    """The directory of a cache, `~` expanded. Raises ConfigError for what names none."""
+    if directory is None:
+        return None
+    try:
+        name = os.fsdecode(directory)
+        name.encode()
+    except (TypeError, UnicodeError) as error:
+        raise ConfigError(f"image_cache_dir={directory!r} is no path", "give the path of a directory, or None") from error
+    if not name.strip() or "\0" in name:
+        raise ConfigError(f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None for none")
+    return Path(os.path.expanduser(name))
 
 
 def file_digest(path: str | PathLike) -> bytes:

@@ -23,6 +23,7 @@ from ..native import ffi, lib
 from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
+from .mmproj_check import check_mmproj
 from .profiles import METADATA_KEYS, Layout, find_profile, repeated_rows
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
@@ -132,6 +133,7 @@ class VisionEncoder:
                 f"{info.path} is a text model ({info.architecture}), not an mmproj file",
                 "give the projector that belongs to the text model",
             )
+        check_mmproj(info)
         self.path, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
         self.n_threads = llama.n_threads_batch
