@@ -24,6 +24,7 @@ from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
+from .guarded import guard
 from .report import ImageReport, PruneReport
 from .representatives import select
 from .scorers import DECODER_SCORERS
@@ -90,6 +91,7 @@ class PromptReader:
                 if self.encoder is not None:
                     self.encoder.close()
                 raise
+        guard(llama)
         self.context: TappedContext = llama._ctx
         self.decoder = DecoderContext(self.llama, self.context.tap)
 
