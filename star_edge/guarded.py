@@ -170,9 +170,11 @@ class _Guards:
     """Mixed into the class of a Llama.
 
     _n_requests, _n_steps: requests, and steps of an answer, that run at this moment.
+    grammar_instead: for the completions that are made while it is set, in place of the grammar that they are given.
     """
 
     _n_requests = _n_steps = 0
+    grammar_instead: LlamaGrammar | None = None
 
     def close(self) -> None:
         """Frees the model.
@@ -197,6 +199,8 @@ class _Guards:
         except TypeError as error:
             raise ConfigError(f"create_completion: {error}", f"it takes {', '.join(parameters(Llama.create_completion))}") from None
         options.pop("self")
+        if self.grammar_instead is not None:
+            options["grammar"] = self.grammar_instead
         options = check_options(self, options)
         prompt = options["prompt"]
         if isinstance(prompt, str):

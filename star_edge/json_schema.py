@@ -59,7 +59,9 @@ def schema_grammar(schema: Any) -> LlamaGrammar:
     """
     if not isinstance(schema, (Mapping, bool)):
         raise ConfigError(f"the JSON schema is a {type(schema).__name__}", "give an object")
-    if schema is True or not schema:
+    if schema is False:
+        raise ConfigError("the JSON schema is false, which no answer fits", "give an object")
+    if schema is True:
         return LlamaGrammar.from_string(JSON_GBNF)
     _check_schema(schema)
     try:
