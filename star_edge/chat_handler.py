@@ -30,7 +30,9 @@ from llama_cpp.llama_chat_format import MTMDChatHandler
 from .chat import ChatFormat
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError, UnsupportedModelError
+from .chat_options import check_chat_options
 from .gguf_info import read_gguf_info
+from .guarded import check_length, request_of
 from .images import ImageLimits, load_image
 from .native import open_standard_streams
 from .reader import PromptReader
@@ -135,6 +137,9 @@ class StarChatHandler(MTMDChatHandler):
         self._request: _Request | None = None
         self._bitmap_numbers = itertools.count()
 
+    def __reduce__(self) -> object:
+        raise ConfigError("a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own")
+
     # ---- what to prune ----
 
     @property
@@ -163,7 +168,7 @@ class StarChatHandler(MTMDChatHandler):
     def cancellable(self, is_cancelled: Callable[[], bool]) -> Iterator[None]:
         """Requests that this thread makes inside the block raise RequestCancelledError soon after is_cancelled() becomes true.
 
-        It is asked before each decode, so an answer ends within a token. The chunks of a stream are not held to it: stop reading them.
+        It is asked before each decode, so an answer ends within a token. A stream is held to it to its end, wherever it is read.
         """
         token = _is_cancelled.set(is_cancelled)
         try:
@@ -174,7 +179,9 @@ class StarChatHandler(MTMDChatHandler):
     # ---- a request ----
 
     def __call__(self, *, llama: Llama, messages: list[Any], stream: bool = False, **options: Any) -> Any:
-        """Arguments as in MTMDChatHandler.
+        """Arguments as in MTMDChatHandler, and all of them hold: response_format may be of OpenAI's type json_schema, tool_choice
+        may be "required" where there is one tool, logprobs needs no top_logprobs. chat_template_kwargs, a dict, and further
+        keyword arguments are variables of the chat template.
 
         Raises:
             PromptError, ImageError, ConfigError, ContextLengthError: the request cannot be served.
@@ -184,31 +191,39 @@ class StarChatHandler(MTMDChatHandler):
         """
         with self._lock:
             request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
-            if options.get("logprobs") and options.get("top_logprobs") is not None and not llama._logits_all:
-                raise ConfigError("logprobs were asked for, and the Llama keeps none", "make it with logits_all=True")
             self._init_mtmd_context(llama)
             reader = self._reader
-            self._request = request
-            reader.context.is_cancelled = _is_cancelled.get()
-            reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
-            try:
-                with self._typed_errors(request):
-                    result = super().__call__(llama=llama, messages=messages, stream=stream, **options)
-                if stream:
-                    return self._stream(result, reader, request)
-                self._finish(result, reader, request)
-                usage = result["usage"]
-                usage["prompt_tokens"] = request.n_prompt
-                usage["total_tokens"] = request.n_prompt + usage["completion_tokens"]
-            except BaseException:
+            with request_of(llama):
+                options, llama.grammar_instead = check_chat_options(
+                    llama, {"stream": stream, **options}, lambda: self._get_chat_template(llama)
+                )
+                self._request = request
+                reader.context.is_cancelled = _is_cancelled.get()
+                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
+                try:
+                    with self._typed_errors(request):
+                        result = super().__call__(llama=llama, messages=messages, **options)
+                    if options["stream"]:
+                        return self._stream(result, reader, request, _is_cancelled.get())
+                    self._finish(result, reader, request)
+                    usage = result["usage"]
+                    usage["prompt_tokens"] = request.n_prompt
+                    usage["total_tokens"] = request.n_prompt + usage["completion_tokens"]
+                except BaseException:
+                    reader.begin()
+                    raise
+                finally:
+                    self._request = reader.context.is_cancelled = llama.grammar_instead = None
                 reader.begin()
-                raise
-            finally:
-                self._request = reader.context.is_cancelled = None
-            reader.begin()
-            return result
+                return result
 
-    def _stream(self, chunks: Iterator[dict[str, Any]], reader: PromptReader, request: _Request) -> Iterator[dict[str, Any]]:
+    def _stream(
+        self,
+        chunks: Iterator[dict[str, Any]],
+        reader: PromptReader,
+        request: _Request,
+        is_cancelled: Callable[[], bool] | None,
+    ) -> Iterator[dict[str, Any]]:
         finished = False
         try:
             while True:
@@ -218,7 +233,11 @@ class StarChatHandler(MTMDChatHandler):
                             return
                         cause = "the Llama is closed" if reader.context.ctx is None else "a newer request has ended this stream"
                         raise EngineClosedError(cause, "read a stream to its end first")
-                    chunk = next(chunks, None)
+                    reader.context.is_cancelled = is_cancelled
+                    try:
+                        chunk = next(chunks, None)
+                    finally:
+                        reader.context.is_cancelled = None
                     if chunk is None:
                         return
                     if chunk["choices"][0]["finish_reason"] is not None:
@@ -297,6 +316,7 @@ class StarChatHandler(MTMDChatHandler):
 
     def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
         """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""
+        check_length(self._llama(), text)
         n_markers = text.count(media_marker)
         if n_markers != len(image_urls):
             raise PromptError(

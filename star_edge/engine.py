@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from llama_cpp import Llama
 
+from .arguments import Range, check_value, checked, parameters
 from .chat import ChatFormat
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
 from .gguf_check import read_lora, read_text_model
 from .gguf_info import read_gguf_info
+from .guarded import check_length, check_options, request_of
 from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
 from .native import open_standard_streams
@@ -35,6 +37,18 @@ from .vision.mmproj_check import check_mmproj
 from .vision.stage import encode_images, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+_INT32 = 2**31 - 1
+# What the annotations of StarVLM cannot say
+_RANGES = {
+    "n_ctx": Range(0, _INT32),
+    "n_batch": Range(2, _INT32),
+    "n_ubatch": Range(1, _INT32),
+    "n_gpu_layers": Range(-1, _INT32),
+    "n_threads": Range(1, 4096),
+    "image_min_tokens": Range(-1, _INT32),
+    "image_max_tokens": Range(-1, _INT32),
+    "max_tokens": Range(1, _INT32),
+}
 # What create_completion takes, less what would change the prompt or the form of the result, and what generate names itself
 _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
     "self", "prompt", "suffix", "echo", "logprobs", "stream", "model", "max_tokens", "temperature",
@@ -54,13 +68,14 @@ class AnswerStream(Iterator[str]):
     """Pieces of an answer as they are generated. `report` is there from the start; `text` and `finish_reason` grow with it.
 
     A stream that is dropped, closed or left by an exception needs no care: the engine starts the next request afresh. A stream
-    of an earlier request raises EngineClosedError.
+    of an earlier request raises EngineClosedError. `close` ends a piece that another thread is waiting for, within a token.
     """
 
     def __init__(self, engine: StarVLM, chunks: Iterator[Any], report: PruneReport) -> None:
         self._engine, self._chunks = engine, chunks
         self._request = engine._reader.request
         self._start = time.perf_counter()
+        self._is_closed = False
         self.report = report
         self.text = ""
         self.finish_reason: str | None = None
@@ -71,7 +86,9 @@ class AnswerStream(Iterator[str]):
                 raise EngineClosedError("the engine is closed", "make a new StarVLM")
             if self._engine._reader.request != self._request and self.finish_reason is None:
                 raise EngineClosedError("a newer request has ended this stream", "read a stream to its end before the next request")
+            context = self._engine._reader.context
             try:
+                context.is_cancelled = lambda: self._is_closed
                 for chunk in self._chunks:
                     choice = chunk["choices"][0]
                     self.finish_reason = choice["finish_reason"] or self.finish_reason
@@ -83,12 +100,21 @@ class AnswerStream(Iterator[str]):
             except BaseException:
                 self.close()
                 raise
+            finally:
+                context.is_cancelled = None
             self.close()
             raise StopIteration
 
     def close(self) -> None:
-        """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked."""
+        """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked.
+
+        Raises:
+            EngineClosedError: a callback of the request called it.
+        """
+        self._is_closed = True  # for a thread that is inside __next__, and holds the lock
         with self._engine._lock:
+            if getattr(self._chunks, "gi_running", False):
+                raise EngineClosedError("a callback of a request cannot end it", "raise an exception in it")
             self._chunks.close()
             if not self._engine._closed and self._engine._reader.request == self._request:
                 self._engine._reader.begin()
@@ -116,6 +142,7 @@ class StarVLM:
         EngineError: llama.cpp could not create a context.
     """
 
+    @checked(_RANGES, skip=("model", "mmproj", "type_k", "type_v", "encoder", "image_cache_bytes"))
     def __init__(
         self,
         model: str | PathLike,
@@ -146,16 +173,9 @@ class StarVLM:
             raise ConfigError(
                 f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM", "see help(StarVLM) and llama_cpp.Llama"
             )
-        for name, value, least in (
-            ("n_ctx", n_ctx, 0),
-            ("n_batch", n_batch, 2),
-            ("n_ubatch", n_ubatch, 1),
-            ("n_gpu_layers", n_gpu_layers, -1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least or (name == "n_ctx" and 0 < value < 2):
-                raise ConfigError(
-                    f"{name}={value!r} is too small or no whole number", f"use {max(least, 2) if name == 'n_ctx' else least} or more"
-                )
+        llama_options = {name: check_value(name, value, parameters(Llama.__init__)[name]) for name, value in llama_options.items()}
+        if n_ctx == 1:
+            raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
         open_standard_streams()
         check_directory(image_cache_dir)
         info = read_text_model(model)
@@ -164,7 +184,7 @@ class StarVLM:
         if mmproj is not None:
             check_mmproj(read_gguf_info(mmproj))  # before the text model is loaded, which takes longer
         for name, kind in (("type_k", type_k), ("type_v", type_v)):
-            if kind not in KV_TYPES:
+            if not isinstance(kind, str) or kind not in KV_TYPES:
                 raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
         if type_v not in ("f32", "f16", "bf16") and not flash_attn:
             raise ConfigError(f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v")
@@ -210,15 +230,18 @@ class StarVLM:
         self.decoder, self.encoder = self._reader.decoder, self._reader.encoder
 
     def close(self) -> None:
-        """Frees the models. Any use after it raises EngineClosedError."""
+        """Frees the models. Any use after it raises EngineClosedError, as it does itself when a callback of a request calls it."""
         with self._lock:
-            self._closed = True
             self.llama.close()
+            self._closed = True
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
             with contextlib.suppress(Exception):  # at interpreter exit parts of llama_cpp may be gone
                 self.close()
+
+    def __reduce__(self) -> object:
+        raise ConfigError("a StarVLM can be neither copied nor pickled", "make another; threads may share one")
 
     def __enter__(self) -> StarVLM:
         return self
@@ -232,6 +255,7 @@ class StarVLM:
 
     # ---- answers ----
 
+    @checked(_RANGES, skip=("prompt", "images", "prune"))
     def generate(
         self,
         prompt: str,
@@ -263,14 +287,13 @@ class StarVLM:
         unknown = set(sampling) - _SAMPLING
         if unknown:
             raise ConfigError(f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}")
-        if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
-            raise ConfigError(f"max_tokens={max_tokens!r} asks for no answer", "use 1 or more, or None for as many as fit the context")
-        if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-            raise ConfigError(f"temperature={temperature!r} is no temperature", "use 0 (greedy) or more")
         with self._lock:
+            self._check_open()
+            options = check_options(self.llama, {"max_tokens": max_tokens, "temperature": temperature, **sampling})
             state, report = self.read_prompt(prompt, images, prune, chat=chat)
-            return self._answer(state, report, stream, max_tokens=max_tokens, temperature=temperature, **sampling)
+            return self._answer(state, report, stream, **options)
 
+    @checked(skip=("prompt", "images", "prune"))
     def read_prompt(
         self, prompt: str, images: Sequence[ImageSource] = (), prune: PruneConfig | str | None = DEFAULT_PRESET, *, chat: bool = True
     ) -> tuple[Prefill, PruneReport]:
@@ -278,17 +301,14 @@ class StarVLM:
 
         Arguments and errors as for `generate`.
         """
-        with self._lock:
-            start = time.perf_counter()
-            config = resolve_prune(prune)
-            self._begin()
+        config = resolve_prune(prune)
+        with self._request() as start:
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
 
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
         """Chunks of the prompt; pictures are (h, w, 3) uint8. The result must be closed."""
-        if self._closed:
-            raise EngineClosedError("the engine is closed", "make a new StarVLM")
+        self._check_open()
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
         try:
@@ -297,11 +317,13 @@ class StarVLM:
             raise PromptError("the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first") from error
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
+        check_length(self.llama, prompt)
         text = self._chat.format(prompt, len(pictures)) if chat else prompt
         if self.encoder is None:
             return Prompt([TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))])
         return self.encoder.tokenize(text, pictures)
 
+    @checked(skip=("prompt", "images"))
     def inspect(
         self,
         prompt: str,
@@ -319,8 +341,7 @@ class StarVLM:
         Raises:
             ConfigError: a layer that the model does not have; otherwise as for `generate`.
         """
-        with self._lock:
-            self._begin()
+        with self._request():
             self.decoder.clear()
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
@@ -349,11 +370,22 @@ class StarVLM:
 
     # ---- inside ----
 
-    def _begin(self) -> None:
-        """Ends whatever was going on, and empties the cache but for what the next prompt may use."""
+    def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
-        self._reader.begin()
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[float]:
+        """A turn at the Llama: ends whatever was going on, and empties the cache but for what the next prompt may use.
+
+        Gives the time at which it began.
+        """
+        with self._lock:
+            start = time.perf_counter()
+            self._check_open()
+            with request_of(self.llama):
+                self._reader.begin()
+                yield start
 
     def _answer(self, state: Prefill, report: PruneReport, stream: bool, **options: Any) -> Answer | AnswerStream:
         """Lets `llama_cpp.Llama` go on from the prompt's state."""

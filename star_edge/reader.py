@@ -22,6 +22,7 @@ from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
+from .guarded import guard
 from .report import ImageReport, PruneReport
 from .selection import Tokens
 from .tap import Tap
@@ -86,6 +87,7 @@ class PromptReader:
                 if self.encoder is not None:
                     self.encoder.close()
                 raise
+        guard(llama)
         self.context: TappedContext = llama._ctx
         self.decoder = DecoderContext(self.llama, self.context.tap)
 

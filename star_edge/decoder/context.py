@@ -299,7 +299,7 @@ class DecoderContext:
 
     def clear(self) -> None:
         """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
-        self.llama._ctx.stem = None
+        self.llama._ctx.stem, self.llama._ctx.n_parked = None, 0
         llama_cpp.llama_memory_clear(self.memory, False)
 
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:

@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 from os import PathLike
 from typing import Any
 
-import llama_cpp
 import llama_cpp.server.app as llama_app
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from llama_cpp._internals import LlamaSampler
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -87,7 +85,6 @@ def make_app(
     llama.chat_handler = handler
     handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
     engine = app.state.engine = Engine(handler, pictures, alias)
-    _refuse_bad_grammars()
 
     # The app's own has CORS open to all sites.
     app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
@@ -111,18 +108,6 @@ def make_app(
 
     app.router.lifespan_context = lifespan
     return app
-
-
-def _refuse_bad_grammars() -> None:
-    """A grammar that cannot be parsed makes a sampler that is NULL, which llama_cpp uses: any client could crash the server."""
-
-    def add_grammar(self: LlamaSampler, model: Any, grammar: Any) -> None:
-        sampler = llama_cpp.llama_sampler_init_grammar(model.vocab, grammar._grammar.encode(), grammar._root.encode())
-        if not sampler:
-            raise ConfigError("the grammar cannot be parsed", "check it, or the JSON schema that it was made of")
-        llama_cpp.llama_sampler_chain_add(self.sampler, sampler)
-
-    LlamaSampler.add_grammar = add_grammar
 
 
 @contextlib.contextmanager
