@@ -31,6 +31,7 @@ from .chat import ChatFormat
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError, UnsupportedModelError
 from .chat_options import check_chat_options
+from .generation import Generation
 from .gguf_info import read_gguf_info
 from .guarded import check_length, request_of
 from .images import ImageLimits, load_image
@@ -71,7 +72,7 @@ class _Request:
     report: PruneReport | None = None
     number: int = -1
     n_prompt: int = 0
-    read_at: float = 0.0
+    generation: Generation | None = None
 
 
 class StarChatHandler(MTMDChatHandler):
@@ -203,9 +204,10 @@ class StarChatHandler(MTMDChatHandler):
                 try:
                     with self._typed_errors(request):
                         result = super().__call__(llama=llama, messages=messages, **options)
+                    request.generation.stop(request.report)
                     if options["stream"]:
                         return self._stream(result, reader, request, _is_cancelled.get())
-                    self._finish(result, reader, request)
+                    self._finish(result, request)
                     usage = result["usage"]
                     usage["prompt_tokens"] = request.n_prompt
                     usage["total_tokens"] = request.n_prompt + usage["completion_tokens"]
@@ -235,14 +237,15 @@ class StarChatHandler(MTMDChatHandler):
                         raise EngineClosedError(cause, "read a stream to its end first")
                     reader.context.is_cancelled = is_cancelled
                     try:
-                        chunk = next(chunks, None)
+                        with request.generation.running(request.report):
+                            chunk = next(chunks, None)
                     finally:
                         reader.context.is_cancelled = None
                     if chunk is None:
                         return
                     if chunk["choices"][0]["finish_reason"] is not None:
                         finished = True
-                        self._finish(chunk, reader, request)
+                        self._finish(chunk, request)
                 yield chunk
         finally:
             # A stream that was dropped may be cleared away while another thread answers: that request begins afresh anyway.
@@ -253,9 +256,7 @@ class StarChatHandler(MTMDChatHandler):
                 finally:
                     self._lock.release()
 
-    def _finish(self, response: dict[str, Any], reader: PromptReader, request: _Request) -> None:
-        request.report.n_generated = reader.n_generated(request.report)
-        request.report.milliseconds["generate"] = 1e3 * (time.perf_counter() - request.read_at)
+    def _finish(self, response: dict[str, Any], request: _Request) -> None:
         response[_REPORT_KEY] = request.report.summary()
 
     @contextlib.contextmanager
@@ -356,4 +357,5 @@ class StarChatHandler(MTMDChatHandler):
         state, request.report = reader.read(Prompt(reader.encoder.chunks(chunks)), request.config, request.start)
         reader.hand_over(state)
         self.last_report = request.report
-        request.number, request.n_prompt, request.read_at = reader.request, state.next_position, time.perf_counter()
+        request.number, request.n_prompt, request.generation = reader.request, state.next_position, reader.generation
+        request.generation.start()

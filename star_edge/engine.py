@@ -74,7 +74,7 @@ class AnswerStream(Iterator[str]):
     def __init__(self, engine: StarVLM, chunks: Iterator[Any], report: PruneReport) -> None:
         self._engine, self._chunks = engine, chunks
         self._request = engine._reader.request
-        self._start = time.perf_counter()
+        self._generation = engine._reader.generation
         self._is_closed = False
         self.report = report
         self.text = ""
@@ -89,11 +89,9 @@ class AnswerStream(Iterator[str]):
             context = self._engine._reader.context
             try:
                 context.is_cancelled = lambda: self._is_closed
-                for chunk in self._chunks:
+                for chunk in self._generation.timed(self._chunks, self.report):
                     choice = chunk["choices"][0]
                     self.finish_reason = choice["finish_reason"] or self.finish_reason
-                    self.report.n_generated = self._engine._reader.n_generated(self.report)
-                    self.report.milliseconds["generate"] = 1e3 * (time.perf_counter() - self._start)
                     if choice["text"]:
                         self.text += choice["text"]
                         return choice["text"]

@@ -22,6 +22,7 @@ from .config import Keep, PruneConfig
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
+from .generation import Generation
 from .guarded import guard
 from .report import ImageReport, PruneReport
 from .selection import Tokens
@@ -64,6 +65,7 @@ class PromptReader:
         check_encoder(encoder)
         self.reuse = reuse
         self.llama: Llama = weakref.proxy(llama)
+        self.generation: Generation | None = None  # of the last prompt that was handed over
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
             self.encoder = VisionEncoder(
@@ -98,6 +100,8 @@ class PromptReader:
 
     def begin(self) -> None:
         """Ends whatever was going on and empties the cache, but for what the next prompt may use."""
+        if self.generation is not None:
+            self.generation.detach()
         self.context.clears_to_stem = False
         self.context.end_prompt()
         self.llama.reset()
@@ -224,14 +228,9 @@ class PromptReader:
             llama.scores[n - 1] = state.logits  # create_completion takes the logprobs of the first answer token from here
         llama._requires_eval = False  # the logits of the last row are there
         self.context.continue_prompt(n, state.next_position)
+        self.generation = Generation(llama)
+        self.generation.attach()
         return tokens.tolist()
-
-    def n_generated(self, report: PruneReport) -> int:
-        """Tokens that the Llama has sampled for the prompt of the report: the last one is in no cell yet.
-
-        With a draft model, drafts that were decoded count too.
-        """
-        return self.llama.n_tokens - report.n_kv_cells + 1
 
 
 

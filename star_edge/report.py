@@ -13,7 +13,10 @@ from .images import ImageLimits, ImageSource, load_image
 from .overlay import Stage, draw_overlay, fit_to_grid
 from .selection import average_tokens
 
-_TOTALS = ("decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio", "n_ctx_needed")
+_TOTALS = (
+    "decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio", "n_ctx_needed",
+    "n_cached", "tokens_per_s",
+)  # fmt: skip
 
 
 def round_n_ctx(n: int) -> int:
@@ -73,8 +76,10 @@ class PruneReport:
     n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next request may use stay in
         theirs until an answer needs the room.
     milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it), decoder_stage,
-        resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate.
-    n_generated: tokens of the answer.
+        resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate (the engine's
+        work on the answer after that; what the caller does between two pieces of a stream is not in it).
+    n_generated: tokens of the answer, as `usage` counts them: the token that ends it (EOS) is none.
+    n_sampled: the same with that token.
     in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
     reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
         stage in the layers below it, otherwise in all.
@@ -90,6 +95,7 @@ class PruneReport:
     n_kv_cells: int
     milliseconds: dict[str, float] = field(default_factory=dict)
     n_generated: int = 0
+    n_sampled: int = 0
     in_place: bool = True
     reused_tokens: int = 0
     repairs: list[str] = field(default_factory=list)
@@ -137,6 +143,17 @@ class PruneReport:
         return average_tokens(self.n_vision_kept, self.windows, self.n_layers)
 
     @property
+    def n_cached(self) -> int:
+        """Pictures whose encoder output was known from an earlier request, so that their encoding took no time."""
+        return sum(all(self.images[i].cached for i in picture["images"]) for picture in self.pictures)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens after the first for each second of `generate`: the first needs no decode, its logits are the prompt's. EOS needs one."""
+        seconds = self.milliseconds.get("generate", 0.0) / 1e3
+        return (self.n_sampled - 1) / seconds if self.n_sampled > 1 and seconds > 0 else None
+
+    @property
     def token_layer_ratio(self) -> float:
         """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
@@ -147,9 +164,9 @@ class PruneReport:
         """The smallest n_ctx that this request and its answer fit: KV memory is in proportion to it.
 
         llama.cpp rounds it up to a multiple of 256 (llama_context). The first decoder layers see all that the vision stage kept, so their cells are
-        all in use at once; the answer takes those that the decoder stage has freed.
+        all in use at once; the answer takes those that the decoder stage has freed. EOS takes no cell, but llama_cpp asks for room for it.
         """
-        n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_generated)
+        n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_sampled)
         return round_n_ctx(n)
 
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
@@ -197,7 +214,7 @@ class PruneReport:
                 for i in self.images
             ],
             "pictures": self.pictures,
-            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "reused_tokens")},
+            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "n_sampled", "reused_tokens")},
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,

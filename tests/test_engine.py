@@ -135,7 +135,7 @@ def test_report(vlm):
         "generate",
     } <= set(ms)
     assert ms["first_token"] >= ms["encode"] + ms["probe"] + ms["resume"]
-    assert report.n_generated == 3  # two digits and the end
+    assert report.n_generated == 2 and report.n_sampled == 3  # two digits, and the end
     loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert loaded["images"][0]["decoder_kept"] == image.decoder_kept.tolist() and loaded["average_tokens"] == 36
 
@@ -281,7 +281,7 @@ def test_answer_goes_on_at_the_true_positions(vlm):
     assert state.next_position == report.n_text_tokens + 144
     vlm.decoder.tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
     out, tokens = state.logits, []
-    for i in range(answer.report.n_generated - 1):
+    for i in range(answer.report.n_sampled - 1):
         tokens.append(int(out.argmax()))
         vlm.decoder.tap.begin()
         out = stock.decode(vlm.llama, tokens=tokens[-1:], positions=[state.n_cells + i])

@@ -53,7 +53,7 @@ def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:
         axis.text(left[i], i, f"  {row['speed_up']:.2f}x", va="center", color=_GREY)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_xlabel("time to first token, ms (the median repeat)")
+    axis.set_xlabel("time to first token, ms (median)")
 
 
 def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tuple[str, float]]]:

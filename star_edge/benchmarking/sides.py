@@ -262,11 +262,11 @@ class Workbench:
         return self._side(spec).context
 
     def encoder_problem(self) -> str | None:
-        """Why there is no vision stage, once a star_edge side has been asked."""
+        """What its vision stage cannot do with this encoder, once a star_edge side has been asked."""
         encoder = self._star._reader.encoder if self._star is not None else None
-        if encoder is None or encoder.profile is not None:
+        if encoder is None or encoder.profile.reads_attention:
             return None
-        return f"no vision stage: the token layout of projector type {encoder.projector!r} is not known"
+        return f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
 
     @property
     def projector(self) -> str | None:

@@ -25,8 +25,8 @@ def summarise(
 
     reference: stock with flash attention, or else the first side; speed-ups are over it.
     Of each side:
-    first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken. The median is a time that
-        was measured (of an even number the lower one), and stages_ms are those of that very repeat, so that they add up to it.
+    first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken. stages_ms are those of the
+        median repeat, or the mean over the two middle ones of an even number, so that they add up to the median.
     tokens_per_s: of the tokens after the first; median, min and max over the repeats of 1 / (median time of a token).
     decoder_ms: the decoder's stages without choosing what stays, median over the repeats. speed_up, decoder_speed_up: the reference's median time over this side's.
     decoder_ideal: token-layers of the reference's prompt over those of this side's: what the decoder could gain if its time were
@@ -39,40 +39,43 @@ def summarise(
     """
     present = [spec for spec in specs if spec.name in samples]
     reference = next((s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0])
-    base = _middle(samples[reference.name])
+    base = samples[reference.name][0]  # for its tokens, which are those of every repeat
+    base_time, base_stages = _median_stages(samples[reference.name])
     rows = []
     for spec in present:
-        middle, all_of = _middle(samples[spec.name]), samples[spec.name]
+        all_of = samples[spec.name]
+        first = all_of[0]
+        time, stages = _median_stages(all_of)
         rates = [1 / statistics.median(s.tokens) for s in all_of if s.tokens]
-        decoder_ideal = _token_layers(base, n_layers) / _token_layers(middle, n_layers)
+        decoder_ideal = _token_layers(base, n_layers) / _token_layers(first, n_layers)
         decoder, base_decoder = _decoder(all_of), _decoder(samples[reference.name])
-        report = middle.report
-        n_ctx = round_n_ctx(middle.n_cells + 1 + len(middle.tokens)) if report is None else report.n_ctx_needed
+        report = first.report
+        n_ctx = round_n_ctx(first.n_cells + 1 + len(first.tokens)) if report is None else report.n_ctx_needed
         rows.append(
             {
                 "name": spec.name,
                 "kind": spec.kind,
                 "config": None if spec.prune is None else spec.prune.to_dict(),
-                "text_tokens": middle.n_text,
-                "image_tokens": middle.n_image,
+                "text_tokens": first.n_text,
+                "image_tokens": first.n_image,
                 "vision_kept": report.n_vision_kept if report else None,
                 "decoder_kept": report.n_decoder_kept if report else None,
                 "decoder_layer": report.decoder_layer if report else None,
-                "average_tokens": middle.average_tokens,
+                "average_tokens": first.average_tokens,
                 "first_token_ms": {**_spread([1e3 * s.first_token for s in all_of]), "all": [1e3 * s.first_token for s in all_of]},
-                "stages_ms": {name: 1e3 * middle.stages[name] for name in STAGES},
+                "stages_ms": {name: 1e3 * stages[name] for name in STAGES},
                 "tokens_per_s": _spread(rates) if rates else None,
                 "decoder_ms": 1e3 * decoder,
-                "speed_up": base.first_token / middle.first_token,
-                "ideal": base.first_token / (base.first_token - base_decoder * (1 - 1 / decoder_ideal)),
+                "speed_up": base_time / time,
+                "ideal": base_time / (base_time - base_decoder * (1 - 1 / decoder_ideal)),
                 "decoder_speed_up": base_decoder / decoder,
                 "decoder_ideal": decoder_ideal,
                 "of_ideal": base_decoder / decoder / decoder_ideal,
-                "selection_share": sum(middle.stages[n] for n in SELECTION_STAGES) / middle.first_token if report else None,
-                "kv_cells": middle.n_cells,
+                "selection_share": sum(stages[n] for n in SELECTION_STAGES) / time if report else None,
+                "kv_cells": first.n_cells,
                 "kv_bytes": cache_bytes[spec.name],
                 "n_ctx_needed": n_ctx,
-                "kv_bytes_needed": round(cache_bytes[spec.name] * n_ctx / middle.n_cells),
+                "kv_bytes_needed": round(cache_bytes[spec.name] * n_ctx / first.n_cells),
                 "peak_rss_bytes": None,
                 "device_bytes": None,
                 "notes": list(report.notes) if report else [],
@@ -81,19 +84,22 @@ def summarise(
     return {"reference": reference.name, "n_layers": n_layers, "sides": rows}
 
 
-def _middle(samples: Sequence[Sample]) -> Sample:
-    """The repeat whose time to the first token is the median (the lower one of an even number)."""
-    return sorted(samples, key=lambda s: s.first_token)[(len(samples) - 1) // 2]
+def _median_stages(samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
+    """Seconds to the first token, the median, and the stages of the repeat or the two repeats that it is of."""
+    ordered = sorted(samples, key=lambda s: s.first_token)
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    stages = {name: statistics.mean(s.stages[name] for s in middle) for name in STAGES}
+    return statistics.median(s.first_token for s in samples), stages
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median_low(values), "min": min(values), "max": max(values)}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _decoder(samples: Sequence[Sample]) -> float:
     """Median over the repeats of the decoder's time."""
     of = lambda sample: sum(sample.stages[name] for name in DECODER_STAGES) - sample.stages["decoder_stage"]
-    return statistics.median_low([of(sample) for sample in samples])
+    return statistics.median([of(sample) for sample in samples])
 
 
 def _token_layers(sample: Sample, n_layers: int) -> float:

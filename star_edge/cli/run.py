@@ -119,8 +119,9 @@ def summary(report: PruneReport) -> str:
             if report.decoder_layer is not None:
                 tokens += f" -> {report.n_decoder_kept} from layer {report.decoder_layer}"
             tokens += f" (average {report.average_tokens:.1f} per layer)"
-        parts += [tokens, f"encode {ms['encode']:.0f} ms"]
+        cached = f", {report.n_cached} of {len(report.pictures)} from the cache" if report.n_cached else ""
+        parts += [tokens, f"encode {ms['encode']:.0f} ms{cached}"]
     parts.append(f"{report.n_kv_cells} KV cells (an n_ctx of {report.n_ctx_needed} is enough)")
-    if report.n_generated > 1 and ms.get("generate"):
-        parts.append(f"{1e3 * report.n_generated / ms['generate']:.1f} tokens/s")
+    if report.tokens_per_s is not None:
+        parts.append(f"{report.tokens_per_s:.1f} tokens/s")
     return "\n".join(["; ".join(parts)] + [f"note: {note}" for note in report.notes])
