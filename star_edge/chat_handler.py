@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import itertools
 import threading
 import time
@@ -16,7 +17,7 @@ import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -27,25 +28,29 @@ import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
-from .chat import ChatFormat
+from .chat import ChatFormat, find_template
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
-from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError, UnsupportedModelError
+from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .chat_options import check_chat_options
 from .generation import Generation
 from .gguf_info import read_gguf_info
 from .guarded import check_length, request_of
 from .images import ImageLimits, load_image
-from .native import open_standard_streams
+from .native import lib, open_standard_streams
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
-from .vision.encoder import Prompt
+from .vision.encoder import Prompt, unprepared
 from .vision.mmproj_check import check_mmproj
+from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
 # Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
+# Arguments of MTMDChatHandler, and those of them that the chat template gets; it gets all others too
+_OPTIONS = set(inspect.signature(MTMDChatHandler.__call__).parameters)
+_TEMPLATE_OPTIONS = {"functions", "function_call", "tools", "tool_choice"}
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar("star_edge_is_cancelled", default=None)  # of `cancellable` blocks
 
 
@@ -57,6 +62,13 @@ class _Libmtmd:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(mtmd, name)
+
+    def mtmd_tokenize(self, *arguments: Any) -> int:
+        lib.se_log_clear()
+        status = mtmd.mtmd_tokenize(*arguments)
+        if status:
+            raise unprepared(status)
+        return status
 
     def mtmd_input_chunks_size(self, chunks: object) -> int:
         self._read(chunks)
@@ -73,6 +85,7 @@ class _Request:
     number: int = -1
     n_prompt: int = 0
     generation: Generation | None = None
+    images: list[Any] = field(default_factory=list)  # sources, in the order of the prompt's markers
 
 
 class StarChatHandler(MTMDChatHandler):
@@ -83,7 +96,7 @@ class StarChatHandler(MTMDChatHandler):
         `with handler.pruning("fast"):` holds for the requests made inside.
     encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
     image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    encoder, image_cache_bytes, image_cache_dir, reuse: as in StarVLM.
+    encoder, image_cache_bytes, image_cache_dir, reuse, chat_template: as in StarVLM.
     image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of strangers
         give an image_loader.
     image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
@@ -96,6 +109,7 @@ class StarChatHandler(MTMDChatHandler):
 
     Raises:
         ModelFileError: clip_model_path cannot be read. ConfigError: prune is no config, or encoder unknown.
+        UnsupportedModelError: chat_template is none.
     """
 
     def __init__(
@@ -112,6 +126,7 @@ class StarChatHandler(MTMDChatHandler):
         image_cache_bytes: int = DEFAULT_BYTES,
         image_cache_dir: str | PathLike | None = None,
         reuse: bool = True,
+        chat_template: str | PathLike | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
@@ -127,6 +142,7 @@ class StarChatHandler(MTMDChatHandler):
         self.encoder = encoder
         self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
         self.reuse = reuse
+        self.chat_template = None if chat_template is None else find_template(chat_template)
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
         self.last_report: PruneReport | None = None
@@ -203,6 +219,7 @@ class StarChatHandler(MTMDChatHandler):
                 reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
                 try:
                     with self._typed_errors(request):
+                        messages, request.images = self._prepare(messages, options)
                         result = super().__call__(llama=llama, messages=messages, **options)
                     request.generation.stop(request.report)
                     if options["stream"]:
@@ -285,7 +302,12 @@ class StarChatHandler(MTMDChatHandler):
             return
         if owner is not None and owner._model.model is not None:
             raise ConfigError("this StarChatHandler serves another Llama", "make a StarChatHandler for each Llama")
-        chat = ChatFormat(llama_model)
+        if llama_model.chat_format is not None:  # which MTMDChatHandler ignores
+            raise ConfigError(
+                f"chat_format={str(llama_model.chat_format)[:60]!r} changes nothing beside a chat handler", "give StarChatHandler a chat_template"
+            )
+        projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
+        chat = ChatFormat(llama_model, self.chat_template, projector)
         use_flash = llama_model.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         self._reader = PromptReader(
             llama_model,
@@ -302,18 +324,22 @@ class StarChatHandler(MTMDChatHandler):
         self._llama, self._chat = weakref.ref(llama_model), chat  # a strong reference would keep the model in memory until the next gc
         self.mtmd_ctx = self._reader.encoder.context
 
+    def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        """Messages for the template, and the images' sources."""
+        of_template = {name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS}
+        prepared, images = self._chat.prepare(messages, of_template)
+        if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
+            prepared = [{"role": "user", "content": self._chat.render(prepared)}]
+        return prepared, images
+
     def _get_chat_template(self, llama_model: Llama) -> str:
-        if not self._chat.exists:
-            raise UnsupportedModelError("the model has no chat template", "use a GGUF file that has one")
-        return super()._get_chat_template(llama_model)
+        return self._chat.source or "{{ messages[0]['content'] }}"
 
     def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
-        converted = super()._get_template_messages(messages, media_marker)
-        if not self._chat.takes_parts:
-            for message in converted:
-                if isinstance(message.get("content"), list):
-                    message["content"] = "".join(part["text"] for part in message["content"])
-        return converted
+        return messages  # from `_prepare`
+
+    def get_image_urls(self, messages: list[Any]) -> list[Any]:
+        return self._request.images
 
     def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
         """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""

@@ -19,7 +19,7 @@ import numpy as np
 from llama_cpp import Llama
 
 from .arguments import Range, check_value, checked, parameters
-from .chat import ChatFormat
+from .chat import ChatFormat, mark_raw
 from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
@@ -34,6 +34,7 @@ from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt, TextChunk
 from .vision.mmproj_check import check_mmproj
+from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
@@ -125,7 +126,8 @@ class StarVLM:
     n_ctx: context in tokens, 0 for the model's own. n_batch, n_ubatch: rows of one decode.
     n_gpu_layers: layers on the GPU, -1 for all. flash_attn: in the decoder and, unless encoder_flash_attn says otherwise, in
     the encoder. type_k, type_v: type of the KV cache ("f16", "q8_0", ...); a quantized V needs flash attention.
-    n_threads: default, the physical cores as far as they can be told. chat_template: Jinja source, default the file's own.
+    n_threads: default, the physical cores as far as they can be told. chat_template: a file with Jinja source, the source, or a
+    name that llama.cpp knows (vicuna, chatml, ...); default the file's own, or where it has none that of its family.
     image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
     encoder: "repaired" puts right what this llama.cpp gets wrong with the encoders of LLaVA and InternVL files, and the report says so; "stock" leaves
     it (star_edge.vision.repair). Models that were trained on the one give worse answers on the other.
@@ -155,7 +157,7 @@ class StarVLM:
         type_k: str = "f16",
         type_v: str = "f16",
         n_threads: int | None = None,
-        chat_template: str | None = None,
+        chat_template: str | PathLike | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
@@ -171,6 +173,9 @@ class StarVLM:
             raise ConfigError(
                 f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM", "see help(StarVLM) and llama_cpp.Llama"
             )
+        for name in ("chat_format", "chat_handler"):  # of Llama.create_chat_completion, which nothing here calls
+            if llama_options.get(name) is not None:
+                raise ConfigError(f"{name} changes nothing in a StarVLM", "give chat_template: a file, Jinja source, or a name such as vicuna")
         llama_options = {name: check_value(name, value, parameters(Llama.__init__)[name]) for name, value in llama_options.items()}
         if n_ctx == 1:
             raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
@@ -206,7 +211,8 @@ class StarVLM:
         except MemoryError as error:
             raise EngineError(f"there is not enough memory for {info.path} with a context of {n_ctx} tokens", "lower n_ctx") from error
         try:
-            self._chat = ChatFormat(self.llama, chat_template)
+            projector = None if mmproj is None else find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
+            self._chat = ChatFormat(self.llama, chat_template, projector)
             self._reader = PromptReader(
                 self.llama,
                 mmproj,
@@ -268,8 +274,9 @@ class StarVLM:
     ) -> Answer | AnswerStream:
         """Answers a prompt about images.
 
-        images: paths, bytes, PIL images, NumPy arrays, data: or http(s): URLs. They stand before the text, or where the prompt
-            has markers (star_edge.MEDIA_MARKER), one for each.
+        images: paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs. They stand before the text, or where the prompt
+            has markers (star_edge.MEDIA_MARKER), one for each. <image> and other models' names for it are taken for markers if there are as
+            many as images; if not they are text.
         prune: a PruneConfig, a preset's name, or None for stock behaviour on the same code path.
         chat: put the prompt into the model's chat template; False: it is the whole prompt as it is.
         stream: return an AnswerStream at once when the prompt has been read.
@@ -316,7 +323,7 @@ class StarVLM:
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)
-        text = self._chat.format(prompt, len(pictures)) if chat else prompt
+        text = self._chat.format(prompt, len(pictures)) if chat else mark_raw(prompt, len(pictures))
         if self.encoder is None:
             return Prompt([TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))])
         return self.encoder.tokenize(text, pictures)
@@ -399,7 +406,8 @@ class StarVLM:
     def _image_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
         if images is None:
             return []
-        if isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or not isinstance(images, Iterable):
+        is_one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or hasattr(images, "read")
+        if is_one or not isinstance(images, Iterable):
             return [images]  # one image needs no list
         return list(images)
 

@@ -46,6 +46,7 @@ _declare("gguf_get_n_tensors", ctypes.c_int64, _P)
 _declare("gguf_find_tensor", ctypes.c_int64, _P, ctypes.c_char_p)
 _declare("gguf_get_tensor_offset", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_size", ctypes.c_size_t, _P, ctypes.c_int64)
+_declare("ggml_row_size", ctypes.c_size_t, ctypes.c_int, ctypes.c_int64)
 _declare("gguf_get_tensor_name", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), _P, ctypes.c_int64)
 _declare("gguf_get_tensor_type", ctypes.c_int, _P, ctypes.c_int64)
@@ -184,6 +185,19 @@ def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
         if handle:
             GGML.gguf_free(handle)
     raise ModelFileError(f"{info.path} has changed: there is no tensor {name} any more", "load it again")
+
+
+def count_rows(info: GGUFInfo, name: str, n_columns: int) -> int:
+    """How many rows of n_columns values a tensor has; 0 without the tensor, or where it has no whole rows."""
+    handle = _open(info.path)
+    if not handle:
+        return 0
+    try:
+        index = GGML.gguf_find_tensor(handle, name.encode())
+        row = 0 if index < 0 or n_columns < 1 else GGML.ggml_row_size(GGML.gguf_get_tensor_type(handle, index), n_columns)
+        return GGML.gguf_get_tensor_size(handle, index) // row if row else 0
+    finally:
+        GGML.gguf_free(handle)
 
 
 def copy_with_metadata(source: str | PathLike, target: str | PathLike, changes: Mapping[str, np.ndarray | bool]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import http.client
 import io
 import os
@@ -20,23 +21,30 @@ import urllib.parse
 import urllib.request
 import warnings
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
 
 from .errors import ImageError, ImageTooLargeError
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | PIL.Image.Image | np.ndarray
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray
 
 # Formats whose header states the size that is decoded. Left out on purpose: EPS, which runs Ghostscript, and containers such
 # as ICO, whose embedded picture may be far larger than their header says. AVIF and HEIF only work where Pillow has them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 USER_AGENT = "star-edge/0.1 (python-urllib)"
 
-_PASS_ONE_OF = "pass a path, bytes, a data: or http(s) URL, a PIL image or a NumPy array"
+_PASS_ONE_OF = "pass a path, bytes, a file opened for reading bytes, a data: or http(s) URL, a PIL image or a NumPy array"
 _CHECK_FILE = "check that it is a complete image file (PNG, JPEG, WebP, GIF, BMP, TIFF), or save it again as PNG"
 _EXIF_ORIENTATION = 0x0112
 _CHUNK_BYTES = 1 << 16
+# A progressive JPEG has about ten scans. Each costs time for all pixels, and may take no more than a dozen bytes of the file.
+_MAX_SCANS = 100
+_MAX_SCANNED_PIXELS = 2_000_000_000  # scans x pixels: some ten seconds on a slow core
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+# How base64 of PNG, JPEG, GIF, WebP, BMP, TIFF begins
+_BASE64_OF_IMAGE = re.compile(r"\s*(iVBORw0KGgo|/9j/|_9j_|R0lGOD|UklGR|Qk[0-9A-Za-z+/]|SUkqA|TU0AK)[0-9A-Za-z+/_=\s-]{60,}\s*", re.ASCII)
 
 # warnings.catch_warnings swaps global state; without the lock, two threads could leave each other's filters behind.
 _open_lock = threading.Lock()
@@ -63,8 +71,8 @@ def load_image(source: ImageSource, limits: ImageLimits = ImageLimits()) -> np.n
     """Returns the image as (height, width, 3) uint8 RGB: C-contiguous, writable, sharing no memory with the source.
 
     source is one of
-    - a path (str or PathLike), or the bytes of an image file; animations give their first frame;
-    - a `data:` URL, or an `http://` or `https://` URL;
+    - a path (str or PathLike), the bytes of an image file, or a file opened for reading bytes; animations give their first frame;
+    - a `data:` URL, or an `http://` or `https://` URL; the base64 text of a PNG, JPEG, GIF, WebP, BMP or TIFF file on its own;
     - a PIL image, in its current frame;
     - an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) that is uint8, uint16 (full range) or float in 0..1.
 
@@ -90,10 +98,12 @@ def _read_bytes(source: object, limits: ImageLimits) -> tuple[bytes, str]:
         _check_bytes(size, f"image of {size} bytes", limits)
         return bytes(source), f"image of {size} bytes"
     if isinstance(source, str):
-        if re.match(r"data:", source, re.IGNORECASE):
-            return _read_data_url(source, limits), "data: URL"
-        if re.match(r"https?://", source, re.IGNORECASE):
-            return _read_http(source, limits)
+        if re.match(r"\s*data:", source, re.IGNORECASE):
+            return _read_data_url(source.lstrip(), limits), "data: URL"
+        if re.match(r"\s*https?://", source, re.IGNORECASE):
+            return _read_http(source.strip(), limits)
+        if _BASE64_OF_IMAGE.fullmatch(source) and not _is_file(source):
+            return _from_base64(source.encode(), "base64 text", limits), "base64 text"
         if re.match(r"file:", source, re.IGNORECASE):
             raise ImageError(f"file: URLs are not read ({_shown(source)})", "give the path itself, without file:")
         # At least two letters, so that Windows drives stay paths.
@@ -103,6 +113,8 @@ def _read_bytes(source: object, limits: ImageLimits) -> tuple[bytes, str]:
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
         return _read_file(path, limits), _shown(path)
+    if callable(getattr(source, "read", None)):
+        return _read_stream(source, limits), f"what a {type(source).__name__} holds"
     raise ImageError(f"an object of type {type(source).__name__} is not an image", _PASS_ONE_OF)
 
 
@@ -110,6 +122,8 @@ def _read_file(path: str, limits: ImageLimits) -> bytes:
     if not path:
         raise ImageError("the image path is empty", _PASS_ONE_OF)
     name = _shown(path)
+    if path.startswith("~") and not os.path.lexists(path):
+        path = os.path.expanduser(path)
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -125,25 +139,65 @@ def _read_file(path: str, limits: ImageLimits) -> bytes:
     except ImageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise ImageError(
+                f"a text of {len(path)} characters is no path of an image", "put data:image/png;base64, before it if it is base64"
+            ) from None
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name} cannot be read ({_one_line(reason)})", "check the path and its permissions") from error
     _check_bytes(len(data), name, limits)
     return data
 
 
+def _is_file(path: str) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:  # a NUL character
+        return False
+
+
+def _read_stream(source: BinaryIO, limits: ImageLimits) -> bytes:
+    """From its beginning if it can go there, as Pillow does, so that one object may be given twice."""
+    name = f"a {type(source).__name__}"
+    try:
+        if callable(getattr(source, "seekable", None)) and source.seekable():
+            source.seek(0)
+        data = bytearray()
+        while len(data) <= limits.max_bytes and (chunk := source.read(min(_CHUNK_BYTES, limits.max_bytes + 1 - len(data)))):
+            if not isinstance(chunk, (bytes, bytearray, memoryview)):
+                raise ImageError(f"{name} gives {type(chunk).__name__} instead of bytes", 'open the file with mode "rb"')
+            data += chunk
+    except ImageError:
+        raise
+    except Exception as error:  # it is the caller's object
+        raise ImageError(f"{name} cannot be read ({_reason(error)})", "give an open file") from error
+    _check_bytes(len(data), f"what {name} holds", limits)
+    return bytes(data)
+
+
 def _read_data_url(url: str, limits: ImageLimits) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma:
         raise ImageError("data: URL has no comma, so no data", "write it as data:image/png;base64,<data>")
-    data = urllib.parse.unquote_to_bytes(payload)
-    if header.rstrip().lower().endswith(";base64"):
-        text = b"".join(data.split()).rstrip(b"=")
-        try:
-            data = base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-        except binascii.Error as error:
-            raise ImageError(f"data: URL holds invalid base64 ({_one_line(error)})", "encode the image again") from error
+    try:
+        data = urllib.parse.unquote_to_bytes(payload)
+    except UnicodeEncodeError:
+        raise ImageError("data: URL holds characters that are no text (surrogates)", "encode the image again") from None
+    # The parameters come in any order, and some leave ;base64 out
+    if "base64" in [word.strip().lower() for word in header.split(";")[1:]] or _BASE64_OF_IMAGE.fullmatch(payload):
+        data = _from_base64(data, "data: URL", limits)
     _check_bytes(len(data), "data: URL", limits)
     return data
+
+
+def _from_base64(data: bytes, name: str, limits: ImageLimits) -> bytes:
+    """Of either alphabet, with or without padding and white space."""
+    text = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    _check_bytes(3 * len(text) // 4, name, limits)
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"{name} holds invalid base64 ({_one_line(error)})", "encode the image again") from error
 
 
 class _HttpOnlyRedirects(urllib.request.HTTPRedirectHandler):
@@ -217,8 +271,13 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> np.ndarray:
     if not data:
         raise ImageError(f"{name} is empty", _CHECK_FILE)
     try:
-        with _open_header(data) as image:
-            return _from_pil(image, name, limits)
+        try:
+            return _decode_bytes(data, name, limits)
+        except (ImageError, ValueError):
+            smaller = _without_texts(data)
+            if smaller is None:
+                raise
+            return _decode_bytes(smaller, name, limits)
     except ImageError:
         raise
     except PIL.Image.DecompressionBombError as error:
@@ -227,6 +286,53 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> np.ndarray:
         raise ImageError(f"{name} is not an image in a known format", _CHECK_FILE) from None
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded ({_reason(error)})", _CHECK_FILE) from error
+
+
+def _decode_bytes(data: bytes, name: str, limits: ImageLimits) -> np.ndarray:
+    with _open_header(data) as image:
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(data, image.width * image.height, name)
+        return _from_pil(image, name, limits)
+
+
+def _without_texts(data: bytes) -> bytes | None:
+    """A PNG file without its texts and colour profile, which Pillow unpacks to 1 MiB at most; None if it is none or has none."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return None
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt"):
+            kept.append(data[at:end])
+        at = end
+    result = b"".join(kept)
+    return result if len(result) < len(data) else None
+
+
+def _check_scans(data: bytes, n_pixels: int, name: str) -> None:
+    """Refuses a JPEG file whose scans would take too long."""
+    most = max(1, min(_MAX_SCANS, _MAX_SCANNED_PIXELS // max(1, n_pixels)))
+    if data.count(b"\xff\xda") > most:  # a pair that only a header may hold too, in a preview or a profile
+        n_scans = _count_scans(data, most)
+        if n_scans > most:
+            raise ImageTooLargeError(
+                f"{name} has more than the {most} scans that are decoded of a JPEG of {n_pixels} pixels", "save it again, or as PNG"
+            )
+
+
+def _count_scans(data: bytes, most: int) -> int:
+    """Scans of a JPEG file; counting ends past `most`."""
+    n_scans, at = 0, 2
+    while n_scans <= most:
+        # What is no marker: a stuffed FF, a restart, a filler
+        marker = _MARKER.search(data, at)
+        if marker is None or data[marker.start() + 1] == 0xD9:
+            break
+        at = marker.end()
+        n_scans += data[at - 1] == 0xDA
+        if data[at - 1] != 0xD8:
+            at += int.from_bytes(data[at : at + 2], "big")
+    return n_scans
 
 
 def _open_header(data: bytes) -> PIL.Image.Image:
@@ -314,6 +420,7 @@ def _orient(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _from_array(array: np.ndarray, limits: ImageLimits | None, name: str | None = None) -> np.ndarray:
     """`limits` is None where the size was checked already."""
+    array = np.asarray(array)  # np.matrix keeps two dimensions whatever is done to it
     name = name or f"array of shape {array.shape} and dtype {array.dtype}"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ImageError(f"{name} is not an image", "pass shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")

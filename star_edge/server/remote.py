@@ -19,6 +19,16 @@ from ..images import USER_AGENT
 MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# IANA's registries of special-purpose addresses: what `ipaddress` knows of them differs between versions of Python
+_SPECIAL = [
+    ipaddress.ip_network(network)
+    for network in (
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
+        "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24",
+        "203.0.113.0/24", "224.0.0.0/3", "2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
+    )
+]  # fmt: skip
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # all that IANA has ever given out as global unicast
 _REMEDY = "check the URL, or send the image as a data: URL"
 
 
@@ -56,8 +66,10 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
         if inner is not None:
             return is_public(str(inner))
-        if ip.sixtofour is not None or ip.teredo is not None:  # tunnels of the past, to who knows where
+        if ip not in _GLOBAL_V6:
             return False
+    if any(ip.version == network.version and ip in network for network in _SPECIAL):  # tunnels of the past, to who knows where, among them
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private)
 
 

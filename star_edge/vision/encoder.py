@@ -17,14 +17,14 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from llama_cpp import Llama
 
-from ..errors import EngineClosedError, EngineError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
-from ..gguf_info import GGUFInfo, read_gguf_info
+from ..errors import EngineClosedError, EngineError, ImageError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
+from ..gguf_info import GGUFInfo, count_rows, read_gguf_info
 from ..native import ffi, lib
 from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
 from .mmproj_check import check_mmproj
-from .profiles import METADATA_KEYS, Layout, find_profile, repeated_rows
+from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
 MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
@@ -37,6 +37,12 @@ mtmd.mtmd_helper_log_set(_log_callback, None)
 def _logged() -> str:
     """Warnings and errors of libmtmd since the log was cleared, in one line."""
     return " ".join(ffi.string(lib.se_log_text()).decode("utf-8", "replace").split())[:200]
+
+
+def unprepared(status: int) -> ImageError:
+    """Why mtmd_tokenize gave a status other than 0: an image that it cannot scale or cut."""
+    reason = _logged().removeprefix("mtmd_tokenize: error: ")
+    return ImageError(f"an image has a shape that the model cannot have ({reason or f'code {status}'})", "crop it, or pad it to be less narrow")
 
 
 @dataclass
@@ -163,6 +169,10 @@ class VisionEncoder:
         if not mtmd.mtmd_support_vision(self.context):
             self.close()
             raise UnsupportedModelError(f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model")
+        self._n_positions = 0  # of patches along a side, where a table holds them; 0: any
+        if self.projector in POSITION_TABLES:  # (2, n, width): of columns and of rows
+            width = int(self.metadata["clip.vision.embedding_length"] or 0)
+            self._n_positions = count_rows(info, repair.POSITIONS, width) // 2
         self._layer = self.profile.n_layers(self.metadata) - 1
         self._moved = repair.graph_inputs(info, self.projector) if repaired else {}
         if repair.CLS in info.tensors:
@@ -233,7 +243,7 @@ class VisionEncoder:
 
         Raises:
             PromptError: markers and images differ in number.
-            EngineError: preprocessing failed.
+            ImageError: an image of a shape that the encoder cannot have.
         """
         self._check_open()
         n_markers = text.count(MEDIA_MARKER)
@@ -254,10 +264,7 @@ class VisionEncoder:
                 self.name_bitmap(bitmap, image, i)
             status = mtmd.mtmd_tokenize(self.context, handle, ctypes.byref(inner), array, len(bitmaps))
             if status:
-                raise EngineError(
-                    f"an image could not be prepared ({_logged() or f'code {status}'})",
-                    "try another size or format of the image",
-                )
+                raise unprepared(status)
             prompt.chunks = self.chunks(handle)
         except BaseException:
             prompt.close()
@@ -271,7 +278,7 @@ class VisionEncoder:
         """What is in libmtmd's mtmd_input_chunks, which must outlive the images' encoding.
 
         Raises:
-            PromptError: audio.
+            PromptError: audio. ImageError: an image with more patches along a side than the encoder has positions for.
         """
         chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
         # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
@@ -306,6 +313,7 @@ class VisionEncoder:
         raw = (mtmd.mtmd_decoder_pos * n)()
         mtmd.mtmd_helper_image_get_decoder_pos(image, 0, raw)
         txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
+        self._check_size(chunk)
         nx, ny = mtmd.mtmd_image_tokens_get_nx(image), mtmd.mtmd_image_tokens_get_ny(image)
         if self.mrope:
             positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
@@ -319,6 +327,17 @@ class VisionEncoder:
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
         return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name)
+
+    def _check_size(self, chunk: object) -> None:
+        size = _image_size(chunk) if self._n_positions else None
+        if size is None:
+            return
+        n_patches = max(size) // POSITION_TABLES[self.projector](self.metadata)
+        if n_patches > self._n_positions:
+            raise ImageError(
+                f"an image would have {n_patches} patches along a side, and the model has positions for {self._n_positions}",
+                "crop it, pad it to be less narrow, or lower image_max_tokens",
+            )
 
     # ---- encode ----
 

@@ -213,6 +213,13 @@ PROFILES: dict[str, EncoderProfile] = {
 }
 
 
+# Encoders that look a patch's row and column up in a table each, which ends somewhere: ggml aborts beyond (clip_graph_gemma4v,
+# clip_graph_gemma4uv). Projector type -> side of a patch in pixels; the second joins patches before it looks.
+POSITION_TABLES: dict[str, Callable[[dict[str, object]], int]] = {
+    "gemma4v": lambda metadata: int(metadata["clip.vision.patch_size"] or 1),
+    "gemma4uv": lambda metadata: int(metadata["clip.vision.patch_size"] or 1) * int(metadata["clip.vision.projector.scale_factor"] or 3),
+}
+
 # The encoder's attention is not read, and rows that must stay are found by `repeated_rows`
 GENERIC = EncoderProfile(None, lambda n: 16 * n + 64, grid=given_grid)
 

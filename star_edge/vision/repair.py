@@ -58,7 +58,7 @@ _LAYERS, _GELU, _SILU = "clip.vision.feature_layer", "clip.use_gelu", "clip.use_
 METADATA_KEYS = (
     LAYOUT_KEY, _GELU, _SILU, "clip.has_llava_projector", "clip.vision.embedding_length", "clip.vision.image_size", "clip.vision.patch_size"
 )  # fmt: skip
-CLS, _POSITIONS = "v.class_embd", "v.position_embd.weight"
+CLS, POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
 # Layers of CLIP and SigLIP encoders by their width: B, L, so400m, H, bigG
 _DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
@@ -118,16 +118,16 @@ def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
     n = (int(info.values["clip.vision.image_size"] or 0) // int(info.values["clip.vision.patch_size"] or 1)) ** 2
     if _is_open(info, projector):
         return {"positions": np.append(np.arange(1, n + 1), 0).astype(np.int32), "patches": np.arange(n, dtype=np.int32)}
-    if _is_open(info, projector, ("internvl",)) and _POSITIONS in info.tensors:
-        rows = read_tensor(info, _POSITIONS)
+    if _is_open(info, projector, ("internvl",)) and POSITIONS in info.tensors:
+        rows = read_tensor(info, POSITIONS)
         if len(rows) % (n + 1) == 0:  # otherwise stock has no embedding for every row either
-            return {_POSITIONS: np.roll(rows.reshape(n + 1, -1), -1, axis=0)}
+            return {POSITIONS: np.roll(rows.reshape(n + 1, -1), -1, axis=0)}
     return {}
 
 
 def describe(inputs: dict[str, np.ndarray]) -> str:
     """What the inputs of `graph_inputs` put right."""
-    if _POSITIONS in inputs:
+    if POSITIONS in inputs:
         return "each patch has its own position"
     return "each patch has its own position, and no token is CLS (llama.cpp issue 25814)"
 

@@ -1,0 +1,220 @@
+"""Messages of a chat request, read into texts and images: the many forms in which clients write the same.
+
+Knows neither chat templates nor pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import PromptError
+
+# What files of questions and clients write where an image belongs; the first one that is there as often as there are images is taken.
+# <|vision_start|> and <|vision_end|> go with it: libmtmd writes them itself.
+_PLACEHOLDERS = (
+    "<__media__>", "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>", "<image>", "<start_of_image>", "<|image|>", "[IMG]",
+)  # fmt: skip
+# Tokens of vocabularies that stand for an image or its borders. In a text they are no such thing.
+_IMAGE_TOKENS = (
+    "<image>", "</image>", "<image_soft_token>", "<start_of_image>", "<end_of_image>", "<|image|>", "<|image>", "<image|>", "<|image_pad|>",
+    "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_start|>", "<|image_end|>", "<|image_split|>",
+    "<|img_start|>", "<|img_end|>", "<|img_thumbnail|>", "<img>", "</img>", "<IMG_CONTEXT>", "<fake_token_around_image>", "<global-img>",
+    "<slice>", "</slice>", "<unk_image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]",
+)  # fmt: skip
+_TEXT_KINDS = ("text", "input_text", "output_text")
+_FORMS = '{"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ...}}'
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a message. source: what was given: a URL or a path, bytes, a PIL image or an array."""
+
+    source: Any
+
+
+@dataclass
+class Message:
+    """One message.
+
+    parts: its texts and images in order. is_list: its content was a list. has_content: False for none, as assistants that call tools have.
+    rest: its other fields.
+    """
+
+    role: str
+    parts: list[str | Picture]
+    is_list: bool = False
+    has_content: bool = True
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+
+def read_messages(messages: Any) -> list[Message]:
+    """Messages in OpenAI's form, and in those of transformers and of the Responses API where they are as clear.
+
+    Raises:
+        PromptError: names the message, the part, and what is wrong with it.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise PromptError(f"messages is a {type(messages).__name__}", "give a list of messages with role and content")
+    read = [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
+    if not read:
+        raise PromptError("there are no messages", "give a list of messages with role and content")
+    return read
+
+
+def _read_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{where} is a {type(message).__name__}", 'write {"role": "user", "content": "..."}')
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise PromptError(f"{where} has the role {role!r}", "use user, assistant, system, developer or tool")
+    content = message.get("content")
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    calls = rest.get("tool_calls") or rest.get("function_call")
+    if content is None and not (role == "assistant" and ("content" in message or calls)):
+        raise PromptError(f"{where} ({role}) has no content", "give a string or a list of parts")
+    if isinstance(content, str):
+        return Message(role, [_checked(content, where)], rest=rest)
+    if content is None:
+        return Message(role, [], has_content=False, rest=rest)
+    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Iterable):
+        raise PromptError(f"the content of {where} is a {type(content).__name__}", "give a string or a list of parts")
+    return Message(role, [_read_part(part, f"part {i} of {where}") for i, part in enumerate(content)], True, rest=rest)
+
+
+def _read_part(part: Any, where: str) -> str | Picture:
+    if isinstance(part, str):
+        return _checked(part, where)
+    if not isinstance(part, Mapping):
+        raise PromptError(f"{where} is a {type(part).__name__}", f"use {_FORMS}")
+    kind = part.get("type")
+    if kind in _TEXT_KINDS:
+        return _checked(part.get("text"), where)
+    if kind == "refusal":
+        return _checked(part.get("refusal"), where)
+    if kind not in ("image_url", "input_image", "image"):
+        raise PromptError(f"{where} is of type {str(kind)[:60]!r}, which is neither text nor an image", f"use {_FORMS}")
+    found = [_source(part[name]) for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None]
+    if len(found) != 1 or found[0] is None:
+        names = ", ".join(sorted(str(name)[:60] for name in part if name != "type")) or "nothing"
+        cause = "names several images" if len(found) > 1 else "names no image that can be read"
+        raise PromptError(f"{where} ({kind}) {cause} (it has {names})", f"use {_FORMS}")
+    return Picture(found[0])
+
+
+def _source(value: Any) -> Any:
+    """The URL in what an image part has, or the image itself; None for what is neither."""
+    if isinstance(value, Mapping):
+        if value.get("type") == "base64" and isinstance(value.get("data"), str):
+            return f"data:{value.get('media_type', 'image/png')};base64,{value['data']}"
+        value = value.get("url")
+        return value if isinstance(value, str) else None
+    return None if isinstance(value, (bool, int, float, list, tuple)) else value
+
+
+def _checked(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise PromptError(f"the text of {where} is a {type(text).__name__}", "give a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the text of {where} holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first") from error
+    return text
+
+
+# ---- placeholders ----
+
+
+def find_placeholder(texts: Sequence[str], n_images: int) -> str | None:
+    """What stands in the texts where images belong: there as often as there are images."""
+    if not n_images:
+        return None
+    return next((name for name in _PLACEHOLDERS if sum(text.count(name) for text in texts) == n_images), None)
+
+
+def place_images(message: Message, is_token: Callable[[str], bool]) -> None:
+    """Puts the images where placeholders in the text say, if there are as many, and makes plain text of all others.
+
+    is_token: whether the vocabulary has one token for it. Such a name gets a space, as in `< image>`, and is read as text then.
+    """
+    texts = [part for part in message.parts if isinstance(part, str)]
+    name = find_placeholder(texts, len(message.pictures))
+    if name is not None:
+        pictures = iter(message.pictures)
+        parts: list[str | Picture] = []
+        for text in texts:
+            for i, piece in enumerate(text.split(name)):
+                if i:
+                    parts.append(next(pictures))
+                if piece:
+                    parts.append(piece)
+        message.parts = parts
+    message.parts = [_plain(part, is_token) if isinstance(part, str) else part for part in message.parts]
+
+
+def _plain(text: str, is_token: Callable[[str], bool]) -> str:
+    for name in ("<__media__>", *_IMAGE_TOKENS):
+        if name in text and (name == "<__media__>" or is_token(name)):
+            text = text.replace(name, f"{name[0]} {name[1:]}")
+    return text
+
+
+# ---- what a template does not know ----
+
+
+def system_to_user(messages: Sequence[Message]) -> list[Message]:
+    """What system messages say, at the beginning of the user's next message, and a blank line."""
+    result: list[Message] = []
+    waiting: list[str | Picture] = []
+    for message in messages:
+        if message.role == "system":
+            waiting += [*message.parts, "\n\n"]
+        elif message.role == "user" and waiting:
+            result.append(Message("user", [*waiting, *message.parts], message.is_list, rest=message.rest))
+            waiting = []
+        else:
+            result.append(message)
+    return result if not waiting else [*result, Message("user", waiting[:-1])]
+
+
+def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> list[Message]:
+    """Calls of tools, their results, or both, as JSON in messages of the assistant and the user."""
+    result: list[Message] = []
+    in_results = False
+    for message in messages:
+        if results and message.role == "tool":
+            about = {name: message.rest[name] for name in ("name", "tool_call_id") if message.rest.get(name)}
+            text = "".join(part for part in message.parts if isinstance(part, str))
+            parts = [json.dumps({"tool_response": {**about, "content": text}}, ensure_ascii=False), *message.pictures]
+            if in_results:  # templates want user and assistant in turn
+                result[-1].parts += ["\n", *parts]
+            else:
+                result.append(Message("user", parts))
+            in_results = True
+            continue
+        in_results = False
+        if calls and message.role == "assistant" and message.rest.get("tool_calls"):
+            called = [parsed(call).get("function", call) for call in message.rest["tool_calls"]]
+            text = json.dumps({"tool_calls": called}, ensure_ascii=False)
+            result.append(Message("assistant", [*message.parts, *(["\n"] if message.parts else []), text]))
+        else:
+            result.append(message)
+    return result
+
+
+def parsed(call: Any) -> dict[str, Any]:
+    """A tool call with its arguments as an object, where they are JSON text as OpenAI has it."""
+    call = dict(call)
+    function = dict(call.get("function") or {})
+    if isinstance(function.get("arguments"), str):
+        try:
+            function["arguments"] = json.loads(function["arguments"])
+        except (ValueError, RecursionError):
+            pass  # a model wrote it: it stays the text that it is
+    return call | ({"function": function} if function else {})
