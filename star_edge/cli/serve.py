@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import socket
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import click
+import llama_cpp
 
 from .. import refvlm
 from ..config import DEFAULT_PRESET, PRESETS, resolve_prune
@@ -16,6 +21,7 @@ from ..errors import ConfigError, MissingDependencyError
 from .options import find_model, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
+_GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 
 
 @click.command()
@@ -34,6 +40,12 @@ _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
 @click.option(
     "--max-body-bytes", type=int, default=32 * 2**20, show_default=True, help="Size of a request; an image takes 4/3 of its bytes."
 )
+@click.option(
+    "--max-held-bytes", type=int, default=256 * 2**20, show_default=True,
+    help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive first is refused with status 503. "
+    "Memory for requests stays under this and 4 times --max-body-bytes.",
+)  # fmt: skip
+@click.option("--body-seconds", type=float, default=60.0, show_default=True, help="Time for one request to arrive, or for a client to take what is sent.")
 @click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503.")
 @click.option(
     "--cors-origin", "cors_origins", multiple=True, help="Site whose pages may call, such as https://example.org; repeat for several."
@@ -44,14 +56,14 @@ def serve(
 ) -> int:  # fmt: skip
     """Serve a model: OpenAI's API under /v1, a page to try it at /, /health and /metrics.
 
-    It is llama-cpp-python's server with pruning; a request may have a field `prune`, a preset's name or an object of PruneConfig's
-    fields. Ctrl-C ends it.
+    A request may have a field `prune`: a preset's name, an object of PruneConfig's fields, or null for none. Ctrl-C or SIGTERM ends
+    the server within 10 seconds.
     """
     try:
         import uvicorn
         from sse_starlette.sse import AppStatus
 
-        from ..server.app import make_app
+        from ..server.app import check_numbers, make_app
         from ..server.settings import Policy
     except ImportError as error:
         raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
@@ -62,10 +74,14 @@ def serve(
         "max_image_pixels",
         "max_images",
         "max_body_bytes",
+        "max_held_bytes",
+        "body_seconds",
         "max_queue",
         "cors_origins",
     )
+    _refuse_empty_key(options["api_key"])
     policy = Policy(host=host, **{name: options.pop(name) for name in names})
+    check_numbers(*(options[name] for name in ("n_ctx", "n_ubatch", "n_gpu_layers", "n_threads")))
     resolve_prune(preset)  # a wrong one shows before a model is downloaded
     text, projector = find_model(model, mmproj, hf_repo, no_mmproj)
     if projector is None:
@@ -87,6 +103,7 @@ def serve(
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
+            end_after(_GRACE_SECONDS)
             app.state.engine.stop_jobs()
             await super().shutdown(sockets)
 
@@ -101,8 +118,33 @@ def serve(
             if not policy.is_local and policy.api_key is None:
                 click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
 
+    if options["n_gpu_layers"] and not llama_cpp.llama_supports_gpu_offload():
+        click.echo("warning: -ngl has no effect: this llama-cpp-python was built for the CPU alone", err=True)
     Server(config).run([listener])
     return 0
+
+
+def _refuse_empty_key(key: str | None) -> None:
+    """Click takes an empty environment variable for none: the server would be open where somebody meant to close it.
+
+    Raises:
+        ConfigError: STAR_EDGE_API_KEY is set and empty, and there is no --api-key.
+    """
+    if key is None and os.environ.get("STAR_EDGE_API_KEY") is not None:
+        raise ConfigError("STAR_EDGE_API_KEY is set, and the API key is empty", "give a key, or unset the variable")
+
+
+def end_after(seconds: float) -> None:
+    """Ends the process unless it has ended by then: a thread inside llama.cpp cannot be stopped, only left."""
+
+    def end() -> None:
+        with contextlib.suppress(Exception):
+            print(f"the engine did not stop within {seconds:g} s: the process ends without it", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _bind(host: str, port: int) -> socket.socket:

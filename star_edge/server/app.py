@@ -1,36 +1,26 @@
-"""Puts the server together: llama-cpp-python's app, its Llama with StarChatHandler, and star_edge's routes before its own."""
+"""Puts the server together: a Llama with StarChatHandler, what guards it, and the routes."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from os import PathLike
 from typing import Any
 
-import llama_cpp.server.app as llama_app
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from llama_cpp.server.settings import ModelSettings, ServerSettings
+from llama_cpp import Llama
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from ..chat_handler import StarChatHandler
 from ..config import PruneConfig, resolve_prune
 from ..engine import KV_TYPES, _physical_cores
 from ..errors import ConfigError, EngineError, ModelFileError
 from ..gguf_check import read_text_model
+from .bodies import Bodies
 from .guard import Guard
-from .jobs import Engine, Pictures
-from .routes import make_router
-from .schema import error_body
+from .jobs import Engine, Handler, Pictures
+from .routes import error_handlers, make_routes
 from .settings import Policy
-
-_POST_PATHS = {
-    "/v1/chat/completions", "/v1/completions", "/v1/engines/copilot-codex/completions", "/v1/embeddings",
-    "/extras/tokenize", "/extras/tokenize/count", "/extras/detokenize",
-}  # fmt: skip
 
 
 def make_app(
@@ -49,54 +39,45 @@ def make_app(
     n_threads: int | None = None,
     encoder: str = "repaired",
     verbose: bool = False,
-) -> FastAPI:
-    """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way. One at a time in a process: llama_cpp.server keeps its Llama in a module.
+) -> Starlette:
+    """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way.
 
     alias: name of the model for clients. prune: config of requests that name none. The rest as for StarVLM.
-    Environment variables and CONFIG_FILE, which llama_cpp.server reads, change nothing here.
 
     Raises:
         ConfigError: an option that cannot be used. ModelFileError, ModelMismatchError, UnsupportedModelError: nor the files.
         EngineError: llama.cpp could not create a context.
     """
     default = resolve_prune(prune)
-    path = read_text_model(model).path
+    check_numbers(n_ctx, n_ubatch, n_gpu_layers, n_threads)
     if type_v not in ("f32", "f16", "bf16") and not flash_attn:
         raise ConfigError(f"type_v={type_v!r} needs flash attention", "use it, or an unquantized type_v")
+    path = read_text_model(model).path
     pictures = Pictures(policy.image_limits)
-    handler = StarChatHandler(mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, image_loader=pictures)
+    handler = Handler(mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, image_loader=pictures)
     n_threads = n_threads or _physical_cores()
-    # model_construct: without what the environment says. n_batch as StarVLM has it.
-    settings = ModelSettings.model_construct(
-        model=str(path), model_alias=alias, n_ctx=n_ctx, n_batch=2048, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers,
-        flash_attn=flash_attn, type_k=KV_TYPES[type_k], type_v=KV_TYPES[type_v], n_threads=n_threads, n_threads_batch=n_threads,
-        logits_all=False, verbose=verbose,
-    )  # fmt: skip
-    # interrupt_requests would end a stream when somebody else asks
-    server_settings = ServerSettings.model_construct(interrupt_requests=False, api_key=None)
     try:
-        with _without_config_file():
-            app = llama_app.create_app(server_settings=server_settings, model_settings=[settings])
+        llama = Llama(
+            str(path), n_ctx=n_ctx, n_batch=2048, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, flash_attn=flash_attn, type_k=KV_TYPES[type_k],
+            type_v=KV_TYPES[type_v], n_threads=n_threads, n_threads_batch=n_threads, chat_handler=handler, verbose=verbose,
+        )  # fmt: skip
     except ValueError as error:
         if "context" in str(error):
             raise EngineError(f"llama.cpp could not create a context of {n_ctx} tokens", "lower -c, or quantize the KV cache") from error
         raise ModelFileError(f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model") from error
-    llama = llama_app._llama_proxy(alias)
-    llama.chat_handler = handler
-    handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
-    engine = app.state.engine = Engine(handler, pictures, alias)
-
-    # The app's own has CORS open to all sites.
-    app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
-    app.user_middleware.insert(0, Middleware(Guard, policy=policy, on_post=engine.metrics.request, paths=_POST_PATHS))
+    try:
+        handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
+    except BaseException:
+        llama.close()
+        raise
+    engine = Engine(llama, handler, pictures, alias)
+    bodies = Bodies(policy.max_body_bytes, policy.max_held_bytes, policy.body_seconds)
+    routes = make_routes(engine, policy, default, bodies)
+    posts = {route.path for route in routes if "POST" in route.methods}
+    middleware = [Middleware(Guard, policy=policy, on_post=engine.metrics.request, paths=posts, bodies=bodies)]
     if policy.cors_origins:
         cors = Middleware(CORSMiddleware, allow_origins=list(policy.cors_origins), allow_methods=["*"], allow_headers=["*"])
-        app.user_middleware.insert(0, cors)  # outermost: a browser asks first, without a key
-    routes = list(app.router.routes)
-    app.include_router(make_router(engine, policy, default))
-    app.router.routes[:] = app.router.routes[len(routes) :] + routes  # the first that fits a path answers
-    app.add_exception_handler(RequestValidationError, _refuse_invalid)
-    app.title = "star_edge on llama-cpp-python"
+        middleware.insert(0, cors)  # outermost: a browser asks first, without a key
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -106,22 +87,15 @@ def make_app(
             await engine.stop()
             llama.close()
 
-    app.router.lifespan_context = lifespan
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=error_handlers(routes), lifespan=lifespan)
+    app.router.redirect_slashes = False  # a redirect would repeat whatever Host a client has sent
+    app.state.engine = engine
     return app
 
 
-@contextlib.contextmanager
-def _without_config_file() -> Iterator[None]:
-    """create_app would take every setting from the file that CONFIG_FILE names, the safe ones included."""
-    value = os.environ.pop("CONFIG_FILE", None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ["CONFIG_FILE"] = value
-
-
-async def _refuse_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """FastAPI's findings in OpenAI's form."""
-    found = [f"{'.'.join(str(step) for step in item['loc'][1:])}: {item['msg']}" for item in error.errors()[:3]]
-    return JSONResponse(error_body(f"the request cannot be read ({'; '.join(found)})", "invalid_request_error"), 400)
+def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int | None) -> None:
+    """Raises ConfigError for what llama.cpp would abort on, or take for something else. The options are those of `star-edge serve`."""
+    for option, value, least in (("-c", n_ctx, 0), ("-ub", n_ubatch, 1), ("-ngl", n_gpu_layers, -1), ("-t", 1 if n_threads is None else n_threads, 1)):
+        if not least <= value < 2**31 or option == "-c" and value == 1:
+            least = 2 if option == "-c" else least
+            raise ConfigError(f"{option} {value} cannot be used", f"use a number of {least} or more, or leave it out")

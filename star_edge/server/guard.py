@@ -11,32 +11,48 @@ import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import anyio
-
+from .bodies import Bodies, Body, Refusal
 from .schema import error_body
 from .settings import Policy
 
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+TICKET = "star_edge.ticket"  # of a request's scope
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
-class _Refusal(Exception):
-    def __init__(self, status: int, message: str, code: str) -> None:
-        self.status, self.code = status, code
-        super().__init__(message)
+class Ticket:
+    """A request's place among those that wait, and the room of its body."""
+
+    def __init__(self, guard: Guard, body: Body) -> None:
+        self._guard, self._body = guard, body
+        guard.n_waiting += 1
+
+    def take_body(self) -> bytes:
+        """The whole body; the second time it is empty. Its room stays taken, for what was made of it."""
+        parts, self._body.parts = self._body.parts, []
+        return b"".join(parts)
+
+    def release(self) -> None:
+        """The request needs neither any more. Calling it again does nothing."""
+        if self._guard is not None:
+            self._guard.n_waiting -= 1
+            self._guard = None
+        self._body.release()
 
 
 class Guard:
     """Refuses what the policy does not allow; reads bodies whole before anything else sees them.
 
     on_post: called with the path and the status of every POST request that was answered.
+    n_waiting: requests that are here whole and not answered yet.
     """
 
-    def __init__(self, app: Any, policy: Policy, on_post: Callable[[str, int], None], paths: set[str]) -> None:
+    def __init__(self, app: Any, policy: Policy, on_post: Callable[[str, int], None], paths: set[str], bodies: Bodies) -> None:
         self.app, self.policy, self.on_post, self.paths = app, policy, on_post, paths
-        self._n_posts = 0  # in flight
-        self._names = _LOCAL_NAMES | {policy.host.strip("[]")}
+        self.bodies = bodies
+        self.n_waiting = 0
+        self._names = _LOCAL_NAMES | {policy.host.strip("[]").lower()}
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -57,66 +73,60 @@ class Guard:
                 await self._post(scope, receive, note_status)
             else:
                 await self.app(scope, receive, note_status)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             await _answer(note_status, refusal)
         finally:
             if scope["method"] == "POST":  # names of other paths are strangers' words, and each would be kept for good
                 self.on_post(scope["path"] if scope["path"] in self.paths else "other", status)
 
     async def _post(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        if self._n_posts > self.policy.max_queue:
-            raise _Refusal(503, f"{self.policy.max_queue} requests wait already: ask again later", "queue_full")
-        self._n_posts += 1
+        length = dict(scope["headers"]).get(b"content-length", b"").lstrip(b"0")
+        if length.isdigit() and (len(length) > 18 or int(length) > self.policy.max_body_bytes):
+            raise self.bodies.too_large()
+        self._check_queue()  # before the client has sent everything
+        body = Body(self.bodies)
+        if not await body.read(receive):
+            return
         try:
-            body = await self._read_body(scope, receive)
-            if body is None:
-                return
-            waiting = [{"type": "http.request", "body": body, "more_body": False}]
-            del body
+            self._check_queue()
+        except Refusal:
+            body.release()
+            raise
+        ticket = scope[TICKET] = Ticket(self, body)
+        is_first = True
 
-            async def replay() -> dict[str, Any]:
-                return waiting.pop() if waiting else await receive()
+        async def receive_after_body() -> dict[str, Any]:
+            nonlocal is_first
+            if is_first:
+                is_first = False
+                return {"type": "http.request", "body": b"", "more_body": False}
+            return await receive()
 
-            await self.app(scope, replay, send)
+        try:
+            await self.app(scope, receive_after_body, send)
         finally:
-            self._n_posts -= 1
+            ticket.release()
+
+    def _check_queue(self) -> None:
+        if self.n_waiting > self.policy.max_queue:
+            raise Refusal(503, f"{self.policy.max_queue} requests wait already: ask again later", "queue_full")
 
     def _check_caller(self, scope: dict[str, Any]) -> None:
         headers = dict(scope["headers"])  # of a repeated header the last, here and for all that is checked
         host = headers.get(b"host", b"").decode("latin-1")
         if self.policy.is_local and _name(host) not in self._names:
             # A foreign site whose name was pointed at this machine would otherwise be the same origin as the server for a browser.
-            raise _Refusal(403, f"this server is localhost, not {host[:100]!r}: use its own address", "wrong_host")
+            raise Refusal(403, f"this server is localhost, not {host[:100]!r}: use its own address", "wrong_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and scope["method"] not in ("GET", "HEAD") and urllib.parse.urlsplit(origin).netloc != host:
-            if not {"*", origin} & set(self.policy.cors_origins):
-                raise _Refusal(403, f"pages of {origin[:100]} may not use this server: start it with --cors-origin", "wrong_origin")
+        if origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower():
+            if not {"*", origin.lower()} & set(self.policy.cors_origins):
+                raise Refusal(403, f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin", "wrong_origin")
         path = scope["path"]
         if self.policy.api_key is None or path in ("/", "/health") or path.startswith("/page/"):
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.policy.api_key.encode()):
-            raise _Refusal(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "invalid_api_key")
-
-    async def _read_body(self, scope: dict[str, Any], receive: Receive) -> bytes | None:
-        """The whole body, or None when the client left."""
-        limit = self.policy.max_body_bytes
-        too_large = _Refusal(413, f"the request is larger than {limit} bytes: send smaller images, or raise --max-body-bytes", "too_large")
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        body = bytearray()
-        with anyio.move_on_after(self.policy.body_seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise too_large
-                if not message.get("more_body", False):
-                    return bytes(body)
-        raise _Refusal(408, f"the request took more than {self.policy.body_seconds:g} s to arrive: send it again", "too_slow")
+            raise Refusal(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "invalid_api_key")
 
 
 def _name(host: str) -> str:
@@ -127,10 +137,20 @@ def _name(host: str) -> str:
         return ""
 
 
-async def _answer(send: Send, refusal: _Refusal) -> None:
+def _site(origin: str) -> str | None:
+    """What an Origin header has in place of a Host header; None for what is no origin."""
+    try:
+        return urllib.parse.urlsplit(origin).netloc.lower() or None
+    except ValueError:  # "http://["
+        return None
+
+
+async def _answer(send: Send, refusal: Refusal) -> None:
     kind = "server_error" if refusal.status == 503 else "invalid_request_error"
     body = json.dumps(error_body(str(refusal), kind, refusal.code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"1")]}.get(refusal.status, [])
+    if refusal.code in ("too_slow", "no_room"):
+        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,7 +1,4 @@
-"""Chat completions as jobs: each waits for its turn at the one Llama, runs in threads, and can be stopped from outside.
-
-The queue is llama-cpp-python's own lock, which its other routes take too and which is handed on in order of arrival.
-"""
+"""Chat completions as jobs: each waits for its turn at the one Llama, runs in threads, and can be stopped from outside."""
 
 from __future__ import annotations
 
@@ -11,12 +8,13 @@ import functools
 import math
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import anyio
+import llama_cpp
 import numpy as np
-from llama_cpp.server.app import get_llama_proxy, prepare_request_resources
+from llama_cpp import Llama
 
 from ..chat_handler import StarChatHandler
 from ..config import PruneConfig
@@ -26,7 +24,12 @@ from ..report import PruneReport
 from .metrics import Metrics
 from .schema import ChatRequest
 
-_NOT_TO_LLAMA = {"n", "logit_bias_type", "user", "min_tokens", "grammar", "logit_bias", "prune", "star_edge", "max_completion_tokens"}
+# Fields of a request that are Llama.create_chat_completion's under the same name
+_TO_LLAMA = {
+    "functions", "function_call", "tools", "tool_choice", "temperature", "top_p", "top_k", "min_p", "stream", "stop", "seed", "response_format",
+    "presence_penalty", "frequency_penalty", "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "logprobs", "top_logprobs",
+}  # fmt: skip
+_MAX_BIASES = 4096
 
 
 class Pictures:
@@ -47,12 +50,23 @@ class Pictures:
             raise ImageTooLargeError(error.cause, remedy) from error
 
 
-class Engine:
-    """The Llama of llama-cpp-python's app, for jobs. waiting: jobs whose turn has not come."""
+class Handler(StarChatHandler):
+    """n_prompt: tokens of the last prompt that was read, before pruning, as `usage` counts them: the chunks of a stream do not say."""
 
-    def __init__(self, handler: StarChatHandler, pictures: Pictures, model: str) -> None:
-        self.handler, self.pictures, self.model = handler, pictures, model
-        self.waiting = 0
+    n_prompt = 0
+
+    def _read(self, chunks: object) -> None:
+        super()._read(chunks)
+        self.n_prompt = self._request.n_prompt
+
+
+class Engine:
+    """The Llama, for jobs. waiting: jobs whose turn has not come. answering: jobs that have the Llama, 0 or 1, until they let go of it."""
+
+    def __init__(self, llama: Llama, handler: Handler, pictures: Pictures, model: str) -> None:
+        self.llama, self.handler, self.pictures, self.model = llama, handler, pictures, model
+        self.turn = anyio.Lock()  # handed on in order of arrival
+        self.waiting = self.answering = 0
         self.jobs: set[Job] = set()
         self.metrics = Metrics(lambda: self.waiting)
         # A thread of its own: slow downloads and other routes may have taken all of the default ones.
@@ -76,9 +90,18 @@ class Job:
     """
 
     def __init__(
-        self, engine: Engine, body: ChatRequest, config: PruneConfig | None, images: dict[str, str | bytes], arrived: float
+        self,
+        engine: Engine,
+        body: ChatRequest,
+        messages: list[dict[str, Any]],
+        config: PruneConfig | None,
+        images: dict[str, str | bytes],
+        arrived: float,
+        on_end: Callable[[], None],
     ) -> None:
-        self._engine, self._body, self._config, self._images, self._arrived = engine, body, config, images, arrived
+        """messages, images: see `messages` and `Pictures`. on_end: called when the job needs its request no more."""
+        self._engine, self._body, self._messages, self._config, self._images = engine, body, messages, config, images
+        self._arrived, self._on_end = arrived, on_end
         self._scope = anyio.CancelScope()
         self._stopped = threading.Event()
         self._is_waiting = False
@@ -108,9 +131,13 @@ class Job:
         self._count_waiting(1)
         try:
             with self._scope:
-                async with contextlib.asynccontextmanager(get_llama_proxy)() as proxy:
+                async with engine.turn:
                     self._count_waiting(-1)
-                    await self._answer(proxy)
+                    engine.answering += 1
+                    try:
+                        await self._answer()
+                    finally:
+                        engine.answering -= 1
         except Exception as error:
             self._error = error
         finally:
@@ -119,7 +146,8 @@ class Job:
                 self._error = RequestCancelledError("the request was cancelled")
             if isinstance(self._error, RequestCancelledError):
                 engine.metrics.generated(self._n_chunks)
-            self._images = {}
+            self._images, self._messages = {}, []
+            self._on_end()
             engine.jobs.discard(self)
             self._send.close()
 
@@ -128,22 +156,28 @@ class Job:
             self._is_waiting = change > 0
             self._engine.waiting += change
 
-    async def _answer(self, proxy: Any) -> None:
+    async def _answer(self) -> None:
         engine = self._engine
         waited = time.perf_counter() - self._arrived
-        result, report = await engine.in_thread(self._begin, proxy)
+        result, report = await engine.in_thread(self._begin)
         if report is not None:
             engine.metrics.prompt(report, waited)
         if not self._body.stream:
             self._finish(result, report, waited)
             return
+        n_prompt, includes_usage = engine.handler.n_prompt, self._body.stream_options.include_usage
         try:
             while not self._stopped.is_set():
                 chunk = await engine.in_thread(next, result, None)
                 if chunk is None:
                     break
                 self._n_chunks += 1
-                self._finish(chunk, report, waited)
+                last = chunk | {"choices": []}
+                self._finish(chunk | {"usage": None} if includes_usage else chunk, report, waited)
+            if includes_usage and not self._stopped.is_set():
+                n = report.n_generated
+                last["usage"] = {"prompt_tokens": n_prompt, "completion_tokens": n, "total_tokens": n_prompt + n}
+                self._send.send_nowait(last)
         finally:
             with anyio.CancelScope(shield=True):
                 await engine.in_thread(result.close)
@@ -156,23 +190,72 @@ class Job:
             self._engine.metrics.generated(report.n_generated)
         self._send.send_nowait(result)
 
-    def _begin(self, proxy: Any) -> tuple[Any, PruneReport]:
+    def _begin(self) -> tuple[Any, PruneReport]:
         """In a thread, with the Llama to itself: reads the prompt, and answers too unless the answer is streamed."""
-        handler, body = self._engine.handler, self._body
-        kwargs = body.model_dump(exclude=_NOT_TO_LLAMA)
-        kwargs["model"] = body.model or self._engine.model  # Llama would tell the path of its file
-        if body.max_tokens is None:
-            kwargs["max_tokens"] = body.max_completion_tokens
+        engine, body = self._engine, self._body
+        kwargs = body.model_dump(include=_TO_LLAMA)
+        kwargs["model"] = body.model or engine.model  # Llama would tell the path of its file
+        kwargs["max_tokens"] = body.most_tokens
+        kwargs["logits_processor"] = _processors(engine.llama, body)
+        if body.grammar is not None:
+            kwargs["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
+        engine.pictures.sources = self._images
+        afresh = _afresh(engine.handler) if body.star_edge.afresh else contextlib.nullcontext()
         try:
-            llama = prepare_request_resources(body, proxy, body.model, kwargs)
-        except ValueError as error:
-            raise ConfigError(f"llama_cpp refuses the request ({error})", "check its grammar and logit_bias") from error
-        self._engine.pictures.sources = self._images
-        try:
-            with handler.pruning(self._config), handler.cancellable(self._stopped.is_set):
-                return llama.create_chat_completion(**kwargs), handler.last_report
+            with engine.handler.pruning(self._config), engine.handler.cancellable(self._stopped.is_set), afresh:
+                return engine.llama.create_chat_completion(self._messages, **kwargs), engine.handler.last_report
         finally:
-            self._engine.pictures.sources = {}
+            engine.pictures.sources = self._images = {}
+
+
+def _processors(llama: Llama, body: ChatRequest) -> llama_cpp.LogitsProcessorList | None:
+    """min_tokens and logit_bias. Llama.create_completion would drop both where both are given.
+
+    Raises:
+        ConfigError: a bias of what is no token.
+    """
+    processors = []
+    if body.logit_bias:
+        biases = _biases(llama, body)
+        tokens, values = np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
+
+        def add_biases(_: np.ndarray, scores: np.ndarray) -> np.ndarray:
+            scores[tokens] += values
+            return scores
+
+        processors.append(add_biases)
+    if body.min_tokens:
+        processors.append(llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos()))
+    return llama_cpp.LogitsProcessorList(processors) if processors else None
+
+
+def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
+    """Bias by token; with logit_bias_type "tokens" the names are texts, and all tokens of a text have its bias."""
+    if sum(len(name) for name in body.logit_bias) > 8 * _MAX_BIASES or len(body.logit_bias) > _MAX_BIASES:
+        raise ConfigError(f"logit_bias has {len(body.logit_bias)} entries or long ones", f"send at most {_MAX_BIASES} short ones")
+    biases: dict[int, float] = {}
+    for name, bias in body.logit_bias.items():
+        if body.logit_bias_type == "tokens":
+            tokens = llama.tokenize(name.encode(), add_bos=False, special=True)
+        else:
+            tokens = [int(name)] if name.isascii() and name.isdigit() and len(name) < 10 else [-1]
+        for token in tokens:
+            if not 0 <= token < llama.n_vocab():
+                raise ConfigError(f"logit_bias: {name[:60]!r} is no token", f"use ids of 0 to {llama.n_vocab() - 1}")
+            biases[token] = bias
+    return biases
+
+
+@contextlib.contextmanager
+def _afresh(handler: Handler) -> Iterator[None]:
+    """A prompt that is read inside uses neither encoder outputs nor text of earlier ones, and leaves none."""
+    reader = handler._reader
+    before = reader.reuse, reader.encoder.cache
+    reader.reuse, reader.encoder.cache = False, None
+    try:
+        yield
+    finally:
+        reader.reuse, reader.encoder.cache = before
 
 
 def _kept(report: PruneReport) -> list[dict[str, Any]]:

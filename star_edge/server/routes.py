@@ -1,4 +1,4 @@
-"""The routes that star_edge adds to llama-cpp-python's app, and those that it replaces there."""
+"""The routes: OpenAI's that a vision-language model needs, health, metrics, and the page."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from sse_starlette.sse import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from .. import __version__, refvlm
 from ..config import PRESETS, PruneConfig
 from ..errors import ImageError
 from . import remote
+from .bodies import Bodies
+from .guard import TICKET
 from .jobs import Engine, Job
-from .schema import ChatRequest, describe, error_response, parse_prune
+from .messages import image_name, read_messages
+from .schema import describe, error_body, error_response, parse_prune, read_request
 from .settings import Policy
 
 _log = logging.getLogger(__name__)
@@ -42,24 +47,29 @@ _PAGE_HEADERS = {
 }
 
 
-def make_router(engine: Engine, policy: Policy, default: PruneConfig | None) -> APIRouter:
-    router = APIRouter(tags=["star_edge"])
+def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bodies: Bodies) -> list[Route]:
     # Downloads may be slow: they wait for each other, and for nothing else to wait for them.
     fetch = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(8))
 
-    @router.post("/v1/chat/completions", summary="Chat, with images and pruning", response_model=None)
-    async def chat(request: Request, body: ChatRequest) -> Response:
-        """llama-cpp-python's chat completion; `prune` says how to prune, and the response's `star_edge` what was pruned."""
+    async def chat(request: Request) -> Response:
         arrived = time.perf_counter()
         job, first = None, None
         scope = anyio.CancelScope()
+        ticket = request.scope[TICKET]
         watcher = asyncio.create_task(_cancel_when_gone(request, scope))
         try:
             with scope:
+                body = read_request(ticket.take_body())
                 config = parse_prune(body.prune, default)
-                urls = _take_urls(body, policy)
-                images = {name: await _source(url, policy, fetch) for name, url in urls.items()}
-                job = Job(engine, body, config, images, arrived)
+                messages, urls = read_messages(body.messages, engine.llama.n_ctx())
+                body.messages = []  # the images are in urls alone
+                if len(urls) > policy.max_images:
+                    remedy = f"send at most {policy.max_images}, or start the server with --max-images"
+                    raise ImageError(f"the request has {len(urls)} images", remedy)
+                images = {image_name(i): await _source(url, policy, fetch) for i, url in enumerate(urls)}
+                del urls
+                job = Job(engine, body, messages, config, images, arrived, ticket.release)
+                del images
                 job.start()
                 results = job.results()
                 first = await anext(results)  # before the status line is sent: what is wrong with a request shows by now
@@ -74,44 +84,80 @@ def make_router(engine: Engine, policy: Policy, default: PruneConfig | None) -> 
             return Response(status_code=499)  # nginx's, which nobody reads but the metrics
         if not body.stream:
             return JSONResponse(first)
-        return EventSourceResponse(_events(job, first, results, engine), sep="\n")
+        return EventSourceResponse(_events(job, first, results, engine), sep="\n", send_timeout=policy.body_seconds)
 
-    @router.get("/v1/models", summary="Models")
-    async def models() -> dict[str, Any]:
-        """Answers while the engine works, which llama-cpp-python's own does not."""
-        return {"object": "list", "data": [{"id": engine.model, "object": "model", "owned_by": "me", "permissions": []}]}
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model(engine)]})
 
-    @router.get("/health", summary="Whether the server answers, and how many requests wait")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": engine.waiting}
+    async def model(request: Request) -> Response:
+        if request.path_params["name"] != engine.model:
+            raise HTTPException(404, f"there is no model of that name: this server has {engine.model}")
+        return JSONResponse(_model(engine))
 
-    @router.get("/metrics", summary="Counters for Prometheus")
-    async def metrics() -> Response:
+    async def health(_: Request) -> Response:
+        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while the engine works, for whomever."""
+        counts = {"receiving": len(bodies.arriving), "waiting": engine.waiting, "answering": engine.answering}
+        return JSONResponse({"status": "ok", **counts})
+
+    async def metrics(_: Request) -> Response:
         return Response(engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/", include_in_schema=False)
-    async def page() -> Response:
+    async def page(_: Request) -> Response:
         return FileResponse(_PAGE / "index.html", media_type="text/html", headers=_PAGE_HEADERS)
 
-    @router.get("/page/setup.json", include_in_schema=False)
-    async def setup() -> dict[str, Any]:
+    async def setup(_: Request) -> Response:
         """What the page has to know before it has a key, so nothing that a key protects."""
-        return {
-            "version": __version__,
-            "needs_key": policy.api_key is not None,
-            "max_image_bytes": policy.max_image_bytes,
-            "presets": [name for name in PRESETS if name != "off"],
-            "demo_questions": [question["question"] for question in refvlm.demo_questions()],
-        }
+        return JSONResponse(
+            {
+                "version": __version__,
+                "needs_key": policy.api_key is not None,
+                "max_image_bytes": policy.max_image_bytes,
+                "presets": [name for name in PRESETS if name != "off"],
+                "demo_questions": [question["question"] for question in refvlm.demo_questions()],
+            }
+        )
 
-    @router.get("/page/{name}", include_in_schema=False)
-    async def page_file(name: str) -> Response:
+    async def page_file(request: Request) -> Response:
+        name = request.path_params["name"]
         if name not in _PAGE_FILES:
-            return JSONResponse({"detail": "Not Found"}, 404)
+            raise HTTPException(404)
         path, kind = _PAGE_FILES[name]
         return FileResponse(path, media_type=kind, headers=_PAGE_HEADERS)
 
-    return router
+    return [
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/", page),
+        Route("/page/setup.json", setup),
+        Route("/page/{name}", page_file),
+    ]
+
+
+def _model(engine: Engine) -> dict[str, Any]:
+    return {"id": engine.model, "object": "model", "created": 0, "owned_by": "me"}
+
+
+def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
+    """OpenAI's form for what no route answers, and for what nobody foresaw."""
+    served = ", ".join(sorted(route.path for route in routes if route.path.startswith("/v1") and "{" not in route.path))
+
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = {
+            404: f"there is nothing at this path: this server has {served}, /health, /metrics and a page at /",
+            405: f"{request.method[:20]} is not for this path: use {(error.headers or {}).get('Allow', 'another method')}",
+        }.get(error.status_code, error.detail)
+        if error.status_code == 404 and error.detail != "Not Found":
+            message = error.detail
+        body = error_body(message, "invalid_request_error", {404: "not_found", 405: "method_not_allowed"}.get(error.status_code))
+        return JSONResponse(body, error.status_code, headers=error.headers)
+
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    return {HTTPException: http_error, Exception: unforeseen}
 
 
 async def _cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:
@@ -144,26 +190,6 @@ async def _events(job: Job, first: dict[str, Any], results: AsyncIterator[dict[s
         if not finished:
             engine.metrics.error("ClientLeft")
         job.stop()
-
-
-def _take_urls(body: ChatRequest, policy: Policy) -> dict[str, str]:
-    """Puts names in the place of the messages' image URLs, and returns the URLs by name.
-
-    Raises:
-        ImageError: more images than allowed, or what is no URL.
-    """
-    urls: dict[str, str] = {}
-    for message in body.messages:
-        parts = message.get("content")
-        for part in parts if isinstance(parts, list) else ():
-            if part["type"] == "image_url":
-                image = part["image_url"]
-                name = f"image-{len(urls)}"
-                urls[name] = image if isinstance(image, str) else image["url"]
-                part["image_url"] = {"url": name}
-    if len(urls) > policy.max_images:
-        raise ImageError(f"the request has {len(urls)} images", f"send at most {policy.max_images}, or start the server with --max-images")
-    return urls
 
 
 async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:

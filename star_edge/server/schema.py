@@ -1,13 +1,15 @@
-"""What a chat completion request may say beyond llama-cpp-python's own fields, and OpenAI's form of an error."""
+"""A chat completion request: llama-cpp-python's fields, OpenAI's and star_edge's; and OpenAI's form of an error."""
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
-from fastapi.responses import JSONResponse
 from llama_cpp.server.types import CreateChatCompletionRequest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.responses import JSONResponse
 
 from ..config import PRESETS, PruneConfig
 from ..errors import (
@@ -19,8 +21,12 @@ from ..errors import (
     StarEdgeError,
     UnsupportedModelError,
 )
+from .messages import FieldError, check_tool_choice, read_functions, read_tools, suggestion
 
 _OF_THE_CLIENT = (ConfigError, ContextLengthError, ImageError, PromptError, UnsupportedModelError)
+_MAX_VALUES = 500_000  # JSON values of a body: each takes some 60 bytes and more when it is read, whatever it took in the body
+_MAX_DEPTH = 100
+_MAX_STOPS = 64
 
 
 class ReportOptions(BaseModel):
@@ -29,27 +35,192 @@ class ReportOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     kept: bool = Field(default=False, description="Add to the response's star_edge which image tokens each stage kept, and where they lie.")
+    afresh: bool = Field(default=False, description="Compute everything: use nothing that an earlier request left, and leave nothing.")
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's stream_options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = Field(default=False, description="One chunk more at the end, with the usage and no choices.")
+    include_obfuscation: Literal[False] = False
 
 
 class ChatRequest(CreateChatCompletionRequest):
-    """llama-cpp-python's request, and how to prune for it."""
+    """llama-cpp-python's request with what OpenAI's clients send besides, and how to prune for it. Unknown fields are refused.
 
-    prune: Any = Field(default=None, description="A preset's name, or an object of PruneConfig's fields. Default: the server's.")
+    The parts of messages, tools and response_format are checked by `messages` and by the handler.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    max_tokens: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="-1, like null: as many as fit the context.")
+    max_completion_tokens: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="OpenAI's newer name of max_tokens.")
+    min_tokens: int = Field(default=0, ge=0, le=2**31 - 1)
+    temperature: float = Field(default=0.8, ge=0)
+    top_k: int = Field(default=40, ge=-1, le=2**31 - 1, description="-1 and 0: all tokens.")
+    repeat_penalty: float = Field(default=1.1, gt=0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    n: Literal[1] = 1
+    # What changes nothing here, in any value that is allowed
+    model: str | None = Field(default=None, max_length=1000)
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] = False
+    modalities: list[Literal["text"]] = ["text"]
+    parallel_tool_calls: bool = True
+
+    prune: Any = Field(default="default", description="A preset's name, an object of PruneConfig's fields, or null for no pruning.")
     star_edge: ReportOptions = Field(default_factory=ReportOptions)
-    max_completion_tokens: int | None = Field(default=None, description="OpenAI's newer name of max_tokens.")
+
+    @field_validator("max_tokens", "max_completion_tokens")
+    @classmethod
+    def _some_tokens(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("0 asks for no answer")
+        return None if value == -1 else value
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = value if isinstance(value, list) else [value]
+        if len(stops) > _MAX_STOPS or "" in stops:
+            raise ValueError(f"at most {_MAX_STOPS} texts, none of them empty")
+        return value
+
+    @field_validator("response_format")
+    @classmethod
+    def _known_format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = (value or {"type": "text"}).get("type")
+        if kind not in ("text", "json_object", "json_schema"):
+            raise ValueError("its type is none of text, json_object and json_schema")
+        schema = value.get("json_schema") if kind == "json_schema" else None
+        if kind == "json_schema" and (not isinstance(schema, dict) or not isinstance(schema.get("schema"), (dict, bool))):
+            raise ValueError("json_schema has no schema")
+        return value
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of the answer; None: as many as fit the context."""
+        return min((n for n in (self.max_tokens, self.max_completion_tokens) if n is not None), default=None)
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """The request in a body. A null is a field's default, but `prune` is off then, as None is in Python.
+
+    Raises:
+        FieldError: the first field that cannot be used. PromptError: the body is no JSON object.
+    """
+    values = _parse(body)
+    unknown = sorted(set(values) - set(ChatRequest.model_fields))
+    if unknown:
+        raise FieldError(unknown[0][:60], "unknown field", suggestion(unknown[0], ChatRequest.model_fields))
+    prune = {"prune": values.pop("prune")} if "prune" in values else {}
+    values = _without_nulls(values)
+    for name in ("star_edge", "stream_options"):
+        if isinstance(values.get(name), dict):
+            values[name] = _without_nulls(values[name])
+    try:
+        request = ChatRequest(**values, **prune)
+    except ValidationError as error:
+        raise _invalid(error) from error
+    if request.tools is not None:
+        request.tools = read_tools(request.tools)
+    if request.functions is not None:
+        request.functions = read_functions(request.functions, "functions")
+    names = [tool["function"]["name"] for tool in request.tools or ()]
+    check_tool_choice(request.tool_choice, names)
+    if request.tool_choice == "none":
+        request.tools = None  # the model need not know of them
+    return request
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _invalid(error: ValidationError) -> FieldError:
+    """The first of what pydantic found."""
+    found = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(str(step) for step in found["loc"])
+    cause = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        known = {"star_edge": ReportOptions, "stream_options": StreamOptions}[found["loc"][0]].model_fields
+        return FieldError(field[:100], "unknown field", suggestion(str(found["loc"][-1]), known))
+    remedies = {"n": "ask again for another answer", "messages": "send one or more"}
+    return FieldError(field[:100], cause[:1].lower() + cause[1:], remedies.get(str(found["loc"][0]), "change it, or leave it out"))
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    """Raises PromptError for a body that is no JSON object, or whose values are not those of JSON: NaN, infinity, half a surrogate pair."""
+    n = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+    if n > _MAX_VALUES:
+        raise PromptError(f"the request has {n} JSON values", f"send at most {_MAX_VALUES}")
+    try:
+        values = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
+        _check_text(values)
+    except UnicodeError as error:
+        raise PromptError("the request holds characters that are no text", "send UTF-8, and surrogates in pairs") from error
+    except RecursionError as error:
+        raise PromptError("the request is nested too deeply", "send fewer lists and objects in each other") from error
+    except ValueError as error:
+        raise PromptError(f"the request cannot be read as JSON ({error})", "send one JSON object") from error
+    if not isinstance(values, dict):
+        raise PromptError(f"the request is a JSON {type(values).__name__}", "send an object")
+    return values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:30]} is no number that can be held")
+    return value
+
+
+def _check_text(value: Any, depth: int = 0) -> None:
+    """Raises UnicodeEncodeError for text with half of a surrogate pair, which JSON can write as \\ud800; RecursionError below _MAX_DEPTH."""
+    if depth > _MAX_DEPTH:
+        raise RecursionError
+    if isinstance(value, str):
+        if not value.isascii():
+            value.encode()
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_text(name)
+            _check_text(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(item, depth + 1)
 
 
 def parse_prune(value: Any, default: PruneConfig | None) -> PruneConfig | None:
-    """The config of a request's `prune` field. Unlike in Python, a name is never that of a file.
+    """The config of a request's `prune` field: null is off, "default" the server's. Unlike in Python, a name is never that of a file.
 
     Raises:
         ConfigError: no preset, an unknown field, or a value that PruneConfig refuses.
     """
     if value is None:
-        return default
+        return None
     if isinstance(value, str):
+        if value == "default":
+            return default
         if value not in PRESETS:
-            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, or an object")
+            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, default, or an object")
         return PRESETS[value]
     if not isinstance(value, dict):
         raise ConfigError(
@@ -59,6 +230,9 @@ def parse_prune(value: Any, default: PruneConfig | None) -> PruneConfig | None:
     unknown = sorted(set(value) - set(names))
     if unknown:
         raise ConfigError(f"prune has no field {unknown[0][:60]!r}", f"use {', '.join(names)}")
+    for name in ("vision_keep", "decoder_keep"):
+        if type(value.get(name)) is int and value[name] == 1:  # JavaScript writes 1.0 like that
+            raise ConfigError(f"prune: {name}=1 may be one token or all of them", "leave it out for all, or use a fraction or 2 and more")
     try:
         return PruneConfig(**value)
     except TypeError as error:  # a list where a number belongs
@@ -75,7 +249,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, ContextLengthError):
         return 400, error_body(str(error), "invalid_request_error", "context_length_exceeded", "messages")
     if isinstance(error, _OF_THE_CLIENT):
-        return 400, error_body(str(error), "invalid_request_error", type(error).__name__)
+        param = error.field if isinstance(error, FieldError) else None
+        return 400, error_body(str(error), "invalid_request_error", type(error).__name__, param)
     if isinstance(error, RequestCancelledError):
         return 503, error_body("the server is stopping: ask again", "server_error", "stopping")
     if isinstance(error, StarEdgeError):

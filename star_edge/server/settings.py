@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import urllib.parse
 from dataclasses import dataclass
 
 from ..errors import ConfigError
@@ -16,11 +17,12 @@ class Policy:
     allow_remote_images: fetch http(s) image URLs, from public addresses only.
     max_image_bytes, max_image_pixels: of each image, encoded and decoded. max_images: of one request.
     max_body_bytes: of a request's body; an image takes 4/3 of its bytes there.
-    max_queue: requests that wait while one is answered. body_seconds: how long a client may take to send its request.
-    cors_origins: other sites whose pages may call, "*" for any.
+    max_held_bytes: of all bodies that arrive or whose requests wait, together. body_seconds: how long one may take to arrive.
+    max_queue: requests that wait while one is answered.
+    cors_origins: other sites whose pages may call, such as https://example.org, "*" for any.
 
     Raises:
-        ConfigError: an empty key, or a number that allows nothing.
+        ConfigError: an empty key, a number that allows nothing, or a site that is none.
     """
 
     host: str = "127.0.0.1"
@@ -30,6 +32,7 @@ class Policy:
     max_image_pixels: int = 32_000_000
     max_images: int = 8
     max_body_bytes: int = 32 * 2**20
+    max_held_bytes: int = 256 * 2**20
     max_queue: int = 64
     body_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
@@ -37,12 +40,18 @@ class Policy:
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the API key is empty", "give one, or leave it out (STAR_EDGE_API_KEY too)")
-        for name in ("max_image_bytes", "max_image_pixels", "max_body_bytes", "body_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} allows nothing", "use 1 or more")
-        for name in ("max_images", "max_queue"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is negative", "use 0 or more")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key == self.api_key.strip()):
+            raise ConfigError("the API key cannot be sent in a header", "use printable ASCII without space at its ends")
+        for name in ("max_image_bytes", "max_image_pixels", "max_images", "max_body_bytes", "max_held_bytes", "body_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{_option(name)} {getattr(self, name)} allows nothing", "use 1 or more")
+        if self.max_queue < 0:
+            raise ConfigError(f"{_option('max_queue')} {self.max_queue} is negative", "use 0 or more")
+        if self.max_held_bytes < self.max_body_bytes:
+            cause = f"{_option('max_held_bytes')} {self.max_held_bytes} is less than {_option('max_body_bytes')} {self.max_body_bytes}"
+            raise ConfigError(cause, "raise it, or lower the other")
+        for origin in self.cors_origins:
+            _check_origin(origin)
 
     @property
     def is_local(self) -> bool:
@@ -58,3 +67,23 @@ class Policy:
     def image_limits(self) -> ImageLimits:
         """For images that are here already: nothing is fetched while the engine waits."""
         return ImageLimits(max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels, allow_http=False)
+
+
+def _option(name: str) -> str:
+    """As the command line has it."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_origin(origin: str) -> None:
+    """Raises ConfigError for what no browser sends as Origin: RFC 6454 has scheme://host[:port], in lower case, and no path."""
+    if origin in ("*", "null"):
+        return
+    try:
+        parts = urllib.parse.urlsplit(origin)
+        port = f":{parts.port}" if parts.port is not None else ""
+        host = parts.hostname or ""
+    except ValueError:
+        host = port = ""
+    host = f"[{host}]" if ":" in host else host
+    if not host or not parts.scheme or origin != f"{parts.scheme}://{host}{port}":
+        raise ConfigError(f"--cors-origin {origin!r} is no site", "write https://example.org, without a path, or * for any")

@@ -1,0 +1,197 @@
+"""The messages and tools of a request, as OpenAI's clients send them, in the form that chat templates know.
+
+What is unambiguous is put into one form; anything else is refused, and the error names the place. Knows neither models nor pixels.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import PromptError
+
+_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "reasoning_content", "annotations"}
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool", "function")} | {"developer": "system"}
+_WITHOUT_EFFECT = {"cache_control", "annotations"}  # of a part: hints, and what an answer came with
+_IMAGE_KEYS = {"image_url": "image_url", "input_image": "image_url", "image": ""}  # where a part of that type has its image
+
+
+class FieldError(PromptError):
+    """A field of a request that cannot be used. field: its place, such as messages.0.content.1."""
+
+    def __init__(self, field: str, cause: str, remedy: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {cause}", remedy)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name[:60], list(known), 1)
+    return f"did you mean {close[0]}?" if close else "leave it out"
+
+
+def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The messages in one form, and the URLs of their images in order: in place of each URL stands `image_name` of its number.
+
+    Nulls are left out, a developer is a system, text parts of all but users are joined, and an answer without text is "".
+
+    max_parts: messages and parts together; each takes a token at least.
+
+    Raises:
+        FieldError: the first thing that cannot be used.
+    """
+    urls: list[str] = []
+    n_parts = len(messages) + sum(len(m["content"]) for m in messages if isinstance(m.get("content"), list))
+    if n_parts > max_parts:
+        raise FieldError("messages", f"{n_parts} messages and parts are more than the context has tokens", f"send at most {max_parts}")
+    return [_message(message, f"messages.{i}", urls) for i, message in enumerate(messages)], urls
+
+
+def image_name(number: int) -> str:
+    return f"image-{number}"
+
+
+def _message(message: dict[str, Any], at: str, urls: list[str]) -> dict[str, Any]:
+    message = {name: value for name, value in message.items() if value is not None}
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise FieldError(f"{at}.role", "missing" if role is None else f"{str(role)[:60]!r} is no role", f"use one of {', '.join(_ROLES)}")
+    for name in message:
+        if name not in _KEYS:
+            raise FieldError(f"{at}.{name[:60]}", "unknown field", suggestion(name, _KEYS))
+    for name in ("name", "tool_call_id", "refusal", "reasoning_content"):
+        if name in message and not isinstance(message[name], str):
+            raise FieldError(f"{at}.{name}", "not a string", "send text")
+    message["role"] = _ROLES[role]
+    message.pop("annotations", None)
+    refusal = message.pop("refusal", "")
+    content = message.get("content")
+    if content is None and role not in ("system", "developer", "user"):
+        content = refusal  # an assistant that only called tools, or a tool without a result
+    if content is None:
+        raise FieldError(f"{at}.content", "missing", "send text, or a list of parts")
+    if not isinstance(content, (str, list)):
+        raise FieldError(f"{at}.content", f"a {type(content).__name__}", "send text, or a list of parts")
+    if isinstance(content, list):
+        if not content and role == "user":
+            raise FieldError(f"{at}.content", "an empty list", "send text, or a list of parts")
+        content = [_part(part, f"{at}.content.{i}", role, urls) for i, part in enumerate(content)]
+        if role != "user":
+            content = "".join(part["text"] for part in content)
+    message["content"] = content
+    if "tool_calls" in message or "function_call" in message:
+        if role != "assistant":
+            raise FieldError(at, f"a {role} message calls tools", "only an assistant does")
+        _check_calls(message, at)
+    return message
+
+
+def _part(part: Any, at: str, role: str, urls: list[str]) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise FieldError(at, f"a {type(part).__name__}", 'a part is an object such as {"type": "text", "text": "..."}')
+    part = {name: value for name, value in part.items() if value is not None and name not in _WITHOUT_EFFECT}
+    kind = part.pop("type", None)
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        name = "refusal" if kind == "refusal" else "text"
+        text = part.pop(name, None)
+        _refuse_more(part, at)
+        if not isinstance(text, str):
+            raise FieldError(f"{at}.{name}", "missing" if text is None else "not a string", "send text")
+        return {"type": "text", "text": text}
+    if not isinstance(kind, str) or kind not in _IMAGE_KEYS:
+        cause = "missing" if kind is None else f"{str(kind)[:60]!r} is not supported"
+        raise FieldError(f"{at}.type", cause, "use text or image_url")
+    if role != "user":
+        raise FieldError(at, f"an image in a {role} message", "put it into a message of the user")
+    urls.append(_url(part, kind, at))
+    return {"type": "image_url", "image_url": {"url": image_name(len(urls) - 1)}}
+
+
+def _url(part: dict[str, Any], kind: str, at: str) -> str:
+    """`{"type": "image_url", "image_url": {"url": U}}`, with U alone in its place, and what other APIs call it."""
+    key = _IMAGE_KEYS[kind] or next((name for name in ("url", "image", "image_url") if name in part), "url")
+    image = part.pop(key, None)
+    part.pop("detail", None)
+    _refuse_more(part, at)
+    if isinstance(image, dict):
+        image = {name: value for name, value in image.items() if value is not None}
+        url = image.pop("url", None)
+        image.pop("detail", None)  # of OpenAI's encoder, which cuts pictures up or not
+        _refuse_more(image, f"{at}.{key}")
+        at, image = f"{at}.{key}", url
+        key = "url"
+    if not isinstance(image, str):
+        raise FieldError(f"{at}.{key}", "missing" if image is None else "not a string", 'send {"url": "data:image/png;base64,..."}')
+    return image
+
+
+def _refuse_more(rest: dict[str, Any], at: str) -> None:
+    for name in rest:
+        raise FieldError(f"{at}.{name[:60]}", "unknown field", "leave it out")
+
+
+def _check_calls(message: dict[str, Any], at: str) -> None:
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise FieldError(f"{at}.tool_calls", "not a list", "send the answer's tool_calls as they are")
+    for i, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        _check_call(function, f"{at}.tool_calls.{i}.function")
+        call.setdefault("type", "function")
+    if not calls:
+        message.pop("tool_calls", None)
+    if "function_call" in message:
+        _check_call(message["function_call"], f"{at}.function_call")
+
+
+def _check_call(function: Any, at: str) -> None:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise FieldError(at, "no function call", 'send {"name": "...", "arguments": "..."}')
+    if not isinstance(function.setdefault("arguments", "{}"), (str, dict)):
+        raise FieldError(f"{at}.arguments", "neither text nor an object", "send JSON as text")
+
+
+def read_functions(functions: list[Any], at: str) -> list[dict[str, Any]]:
+    """Function objects with a name and, where they have no parameters, a schema that takes none.
+
+    Raises:
+        FieldError: what is no function.
+    """
+    return [_function(function, f"{at}.{i}") for i, function in enumerate(functions)]
+
+
+def read_tools(tools: list[Any]) -> list[dict[str, Any]]:
+    """Tools, all of them functions, as `read_functions` has them.
+
+    Raises:
+        FieldError: what is no such tool.
+    """
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+            raise FieldError(f"tools.{i}", "no function", 'a tool is {"type": "function", "function": {"name": "..."}}')
+    return [{"type": "function", "function": _function(tool.get("function"), f"tools.{i}.function")} for i, tool in enumerate(tools)]
+
+
+def _function(function: Any, at: str) -> dict[str, Any]:
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise FieldError(f"{at}.name", "missing or not a string", 'a function is {"name": "...", "parameters": {...}}')
+    function = {name: value for name, value in function.items() if value is not None}
+    if not isinstance(function.setdefault("parameters", {"type": "object", "properties": {}}), dict):
+        raise FieldError(f"{at}.parameters", "no JSON schema", "send an object")
+    return function
+
+
+def check_tool_choice(choice: Any, names: list[str]) -> None:
+    """Raises FieldError for what is neither none, auto nor required, nor one of the tools."""
+    if choice in (None, "none", "auto"):
+        return
+    if not names:
+        raise FieldError("tool_choice", "there are no tools", "send tools, or leave it out")
+    if choice == "required":
+        return
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type", "function") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise FieldError("tool_choice", "unknown", 'use "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}')
+    if name not in names:
+        raise FieldError("tool_choice", f"{name[:60]!r} is no tool of this request", f"use one of {', '.join(names[:10])}")
