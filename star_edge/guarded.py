@@ -223,14 +223,14 @@ class _Guards:
         inner, n, sent = super().generate(tokens, *args, **kwargs), 0, None
         try:
             while True:
+                if n == most:  # create_completion has had as many, and asks for more all the same
+                    limit.reached = True
+                    return
                 with self._step():
                     try:
                         token = inner.send(sent)
                     except StopIteration:
                         return
-                if n == most:  # create_completion has had as many, and asks for more all the same
-                    limit.reached = True
-                    return
                 n += 1
                 sent = yield token
         finally:
