@@ -258,7 +258,7 @@ def _tokens(seen: Seen, image: ImageReport) -> tuple[Tokens, np.ndarray | None]:
         seen.attention,
         seen.row_attention,
         seen.text_hidden,
-    )
+    ).checked()
     return tokens, None if image.special is None else image.special[rows]
 
 

@@ -56,7 +56,7 @@ def make_router(engine: Engine, policy: Policy, default: PruneConfig | None) -> 
         watcher = asyncio.create_task(_cancel_when_gone(request, scope))
         try:
             with scope:
-                config = parse_prune(body.prune, default)
+                config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
                 urls = _take_urls(body, policy)
                 images = {name: await _source(url, policy, fetch) for name, url in urls.items()}
                 job = Job(engine, body, config, images, arrived)

@@ -34,19 +34,19 @@ class ReportOptions(BaseModel):
 class ChatRequest(CreateChatCompletionRequest):
     """llama-cpp-python's request, and how to prune for it."""
 
-    prune: Any = Field(default=None, description="A preset's name, or an object of PruneConfig's fields. Default: the server's.")
+    prune: Any = Field(default=None, description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the server's.")
     star_edge: ReportOptions = Field(default_factory=ReportOptions)
     max_completion_tokens: int | None = Field(default=None, description="OpenAI's newer name of max_tokens.")
 
 
-def parse_prune(value: Any, default: PruneConfig | None) -> PruneConfig | None:
-    """The config of a request's `prune` field. Unlike in Python, a name is never that of a file.
+def parse_prune(value: Any) -> PruneConfig | None:
+    """The config of a `prune` field that a request has. null is "off", as None is in Python; a name is never that of a file.
 
     Raises:
         ConfigError: no preset, an unknown field, or a value that PruneConfig refuses.
     """
     if value is None:
-        return default
+        return None
     if isinstance(value, str):
         if value not in PRESETS:
             raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, or an object")

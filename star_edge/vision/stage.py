@@ -184,7 +184,7 @@ def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
 
 
 def _tokens(image: Encoded, chunk: ImageChunk, config: PruneConfig) -> Tokens:
-    tokens = Tokens(image.embeddings, image.cells, chunk.grid, attention=image.scores)
+    tokens = Tokens(image.embeddings, image.cells, chunk.grid, attention=image.scores).checked()
     tokens.seed = zlib.crc32(image.embeddings.tobytes()) + config.seed if config.vision_scorer == "random" else 0
     return tokens
 
