@@ -128,5 +128,6 @@ def _share(config: PruneConfig, share: float) -> float:
 
 
 def _drawn(policy: Policy, tokens: Tokens) -> Tokens:
-    """The tokens with the seed of their draw: the same for the same image and config."""
+    """The tokens, which must be finite, with the seed of their draw: the same for the same image and config."""
+    tokens = tokens.checked()
     return tokens if policy.seed is None else replace(tokens, seed=zlib.crc32(tokens.vectors.tobytes()) + policy.seed)

@@ -11,6 +11,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from .errors import EngineError
+
 PLACE_WEIGHT = 0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
 MAX_DIMENSIONS = 128  # of long vectors, for their distances
 
@@ -54,6 +56,17 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def checked(self) -> Tokens:
+        """Itself.
+
+        Raises:
+            EngineError: the model computed numbers that are none, which nothing can be chosen by.
+        """
+        for array in (self.vectors, self.attention, self.row_attention, self.text_vectors):
+            if array is not None and array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):  # NaN passes through both
+                raise EngineError("the model computes numbers for an image that are not finite (NaN)", "check its files: they may be damaged")
+        return self
 
     @property
     def masses(self) -> np.ndarray:

@@ -299,7 +299,7 @@ def test_limits_are_of_the_sum_and_checked_first(families, monkeypatch):
 def test_where_it_can_be_asked_for():
     with pytest.raises(ConfigError, match="budget='video' is unknown.*image, crop, prompt"):
         PruneConfig(budget="video")
-    assert parse_prune({"vision_keep": 0.5, "budget": "prompt"}, None) == PruneConfig(0.5, budget="prompt")
+    assert parse_prune({"vision_keep": 0.5, "budget": "prompt"}) == PruneConfig(0.5, budget="prompt")
     result = CliRunner().invoke(
         cli, ["run", "--image", str(refvlm.DEMO_IMAGE), "is there a red star?", "--budget", "prompt", "--json", "-n", "1"]
     )

@@ -469,7 +469,7 @@ def test_bad_options(fails, llm, handler, monkeypatch):
     fails(errors.ImageTooLargeError, "", user("data:image/png;base64," + base64.b64encode(png(100_000, 100_000)).decode(), COLOR))
     fails(errors.ConfigError, "logits_all=True", logprobs=True, top_logprobs=2)
     fails(errors.ConfigError, "Tool choice 'x' not found", tools=[], tool_choice={"type": "function", "function": {"name": "x"}})
-    fails(errors.ConfigError, "refuses", response_format={})
+    fails(errors.ConfigError, "response_format={} is unknown", response_format={})
     fails(errors.ContextLengthError, "of a context of 512", user(*[DEMO] * 40, COLOR))
     with handler.pruning(PruneConfig(500, 1)):
         with pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):

@@ -82,10 +82,13 @@ class ImageCache:
         self._images: OrderedDict[bytes, CachedImage] = OrderedDict()
         self.directory = check_directory(directory)
         if self.directory is not None:
+            if not os.fspath(directory):
+                raise ConfigError("image_cache_dir is empty", "give a directory, or None for none")
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"image_cache_dir {self.directory} cannot be made ({error.strerror})", "give a directory") from error
+            except (OSError, ValueError) as error:  # ValueError: a NUL character
+                reason = getattr(error, "strerror", None) or str(error)
+                raise ConfigError(f"image_cache_dir {str(self.directory)!r} cannot be made ({reason})", "give a directory") from error
 
     def key(self, image: str) -> bytes:
         """image: what identifies its pixels."""
