@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow support-table bench bench-all clean
+.PHONY: demo test test-slow sanitize fuzz support-table bench bench-all clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -18,6 +18,15 @@ test: $(VENV)/installed-tests
 # What `make test` leaves out: minutes of it, and a model of 670 MB in a temporary folder
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest tests -m slow
+
+# The C core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (Linux, GCC, CMake)
+sanitize: $(VENV)/installed-tests
+	$(BIN)/python tools/sanitize/sanitize.py
+
+# Random bad input for everything that takes some, FUZZ_SECONDS in all; what failed stays in build/fuzz
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/installed-tests
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # The README's table of families, from what their tests show
 support-table: $(VENV)/installed-tests

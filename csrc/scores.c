@@ -12,8 +12,9 @@
 #include "parallel.h"
 #include "star_edge.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-/* The package is built once and may be moved: pick the instruction set when it is loaded (an ifunc, which musl lacks). */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+/* The package is built once and may be moved: pick the instruction set when it is loaded (an ifunc, which musl lacks, and which runs
+ * before ThreadSanitizer does). */
 #if __GNUC__ >= 12
 #define SE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
