@@ -9,7 +9,7 @@ LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow lint format format-check typecheck support-table bench bench-all clean
+.PHONY: demo test test-slow lint format format-check typecheck sanitize fuzz support-table bench bench-all clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -36,6 +36,14 @@ format-check: $(VENV)/tools
 
 typecheck: $(VENV)/installed-tests $(VENV)/tools
 	$(BIN)/mypy
+# The C core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (Linux, GCC, CMake)
+sanitize: $(VENV)/installed-tests
+	$(BIN)/python tools/sanitize/sanitize.py
+
+# Random bad input for everything that takes some, FUZZ_SECONDS in all; what failed stays in build/fuzz
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/installed-tests
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # The README's table of families, from what their tests show
 support-table: $(VENV)/installed-tests

@@ -11,7 +11,7 @@
 #define SE_VECTOR_TYPES
 #endif
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(SE_PORTABLE)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(SE_PORTABLE) && !defined(__SANITIZE_THREAD__)
 /* The package is built once and may be moved: pick the instruction set when it is loaded (an ifunc, which musl
  * lacks). */
 #if __GNUC__ >= 12

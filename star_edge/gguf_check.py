@@ -219,6 +219,8 @@ def _check_attention(header: Header, key, n_layers: int) -> None:
         if isinstance(n_rot, int) and (n_rot > size or n_rot % 2):
             header.refuse(f"{key(f'rope.dimension_count{suffix}')} = {n_rot} is odd, or more than the {size} values of a head")
         arch = header.info.architecture
+        if arch in _EQUAL_HEADS and n_rot == 0:
+            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = 0, and {arch} has RoPE")
         if arch in _WHOLE_HEADS and isinstance(n_rot, int) and n_rot != size:
             header.refuse(f"{key(f'rope.dimension_count{suffix}')} = {n_rot}, and {arch} turns all {size} values of a head")
         if arch in _EQUAL_HEADS and isinstance(sizes["value"], int) and sizes["value"] != size:

@@ -107,6 +107,8 @@ class _Check:
                 h.refuse(f"{_V}embedding_length = {self.d} is no multiple of {_V}attention.head_count = {self.heads}")
             self.d_head = self.d // self.heads
         self.side = self.image // self.patch if self.patch else 0
+        if self.image and not self.side:
+            h.refuse(f"{_V}image_size = {self.image} is less than {_V}patch_size = {self.patch}")
         self.merge_key = _V + ("spatial_merge_size" if self.projector in _BY_MERGE_SIZE else "projector.scale_factor")
 
     def merge(self, default: int, least: int = 1) -> int:
@@ -197,9 +199,15 @@ class _Check:
 
 
 def _llava(c: _Check) -> None:
+    if not c.side:
+        c.header.refuse(f"{_V}image_size = {c.image}, and pictures have a fixed size")
     c.patches()
     c.vector("v.class_embd", c.d, _V + "embedding_length")
-    c.positions(c.side**2 + ("v.class_embd" in c.header.info.tensors), exact=False, added=False)
+    # More rows would not fail, and be those of another grid
+    c.positions(c.side**2 + ("v.class_embd" in c.header.info.tensors), exact=True, added=False)
+    points = c.header.get(_V + "image_grid_pinpoints") or []
+    if any(p % c.image for p in points):  # a crop that is left over may be smaller than a patch
+        c.header.refuse(f"{_V}image_grid_pinpoints = {points}, and {_V}image_size = {c.image} does not divide them")
     c.layers()
     layers = c.header.get(_V + "feature_layer") or []
     if any(layer > c.n_layers for layer in layers):
