@@ -93,7 +93,7 @@ class ChatFormat:
         self.exists = bool(found)
         self.name = found if found in template_names() else None
         self.source = found if self.exists and self.name is None else None
-        self.is_default = template is None and not own  # chosen by the family
+        self.is_given, self.is_default = template is not None, template is None and not own  # else by its family
         self._is_token: dict[str, bool] = {}
         if not self.exists:
             return
@@ -106,6 +106,13 @@ class ChatFormat:
                 reason = " ".join(str(error).split())
                 raise UnsupportedModelError(f"the chat template cannot be used ({reason})", "give another as chat_template") from error
         self._probe()
+
+    @property
+    def origin(self) -> str:
+        """For people: whose template it is."""
+        if self.is_default:
+            return f"{self.name}, which files of this family without one are used with"
+        return f"llama.cpp's {self.name}" if self.name else "given" if self.is_given else "the model's own"
 
     # ---- what the template takes ----
 
@@ -262,6 +269,14 @@ class ChatFormat:
             parts.append({"type": "text", "text": prompt})
         messages, _ = self.prepare([{"role": "user", "content": parts if n_images else prompt}])
         return self.render(messages)
+
+    def one_turn(self) -> str:
+        """Jinja source: the template's own, or for one of llama.cpp's what it makes of one message of the user."""
+        if self.source is not None:
+            return self.source
+        before, after = self.render([{"role": "user", "content": "qzone"}]).split("qzone")
+        parts = "{% set content = messages[0]['content'] %}{% if content is string %}{{ content }}{% else %}{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}"
+        return f"{{{{ {json.dumps(before)} }}}}{parts}{{{{ {json.dumps(after)} }}}}"
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] = {}) -> str:
         """The text of messages from `prepare`.

@@ -50,6 +50,7 @@ def make_app(
     type_v: str = "f16",
     n_threads: int | None = None,
     encoder: str = "repaired",
+    chat_template: str | PathLike | None = None,
     verbose: bool = False,
 ) -> FastAPI:
     """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way. One at a time in a process: llama_cpp.server keeps its Llama in a module.
@@ -66,7 +67,9 @@ def make_app(
     if type_v not in ("f32", "f16", "bf16") and not flash_attn:
         raise ConfigError(f"type_v={type_v!r} needs flash attention", "use it, or an unquantized type_v")
     pictures = Pictures(policy.image_limits)
-    handler = StarChatHandler(mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, image_loader=pictures)
+    handler = StarChatHandler(
+        mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, chat_template=chat_template, image_loader=pictures
+    )
     n_threads = n_threads or _physical_cores()
     # model_construct: without what the environment says. n_batch as StarVLM has it.
     settings = ModelSettings.model_construct(
