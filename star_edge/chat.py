@@ -119,7 +119,7 @@ class ChatFormat:
     def _probe(self) -> None:
         """Finds out what the template prints: content as a string or as a list of parts for each role, system messages, calls of tools.
 
-        forms: role -> those of "string" and "parts" that it prints. takes_calls: whether calls of tools are printed.
+        forms: role -> those of "string", "part" (a list of one) and "parts" that it prints. takes_calls: whether calls of tools are printed.
         """
         self.forms: dict[str, set[str]] = {}
         user = {"role": "user", "content": "question"}
@@ -153,11 +153,14 @@ class ChatFormat:
                     return
 
     def _forms(self, conversation: Any) -> set[str]:
-        """Which forms of a content are printed whole."""
+        """Which forms of a content are printed whole: a string, a list of one part, a list of several parts."""
         found = set()
         text = self._try(conversation("qzone qztwo"))
         if text is not None and "qzone qztwo" in text:
             found.add("string")
+        text = self._try(conversation([{"type": "text", "text": "qzone qztwo"}]))
+        if text is not None and re.search(r"qzone qztwo(?!['\"\\])", text):
+            found.add("part")
         text = self._try(conversation([{"type": "text", "text": "qzone"}, {"type": "text", "text": "qztwo"}]))
         # A Python list, printed or put into JSON, has both too
         if text is not None and re.search(r"qzone(?!['\"\\]).*qztwo(?!['\"\\])", text, re.DOTALL):
@@ -206,8 +209,11 @@ class ChatFormat:
     def _message(self, message: Message, parts: Sequence[str | Picture]) -> dict[str, Any]:
         texts = [MEDIA_MARKER if isinstance(part, Picture) else part for part in parts]
         forms = self.forms.get(message.role, self.forms["user"])
-        as_list = "parts" in forms and (message.is_list or "string" not in forms) or not forms and message.is_list
-        content: Any = [{"type": "text", "text": text} for text in texts] if as_list else "".join(texts)
+        content: Any = "".join(texts)
+        if message.is_list and ("parts" in forms or not forms):
+            content = [{"type": "text", "text": text} for text in texts]
+        elif "string" not in forms and "part" in forms:
+            content = [{"type": "text", "text": content}]
         result = {"role": message.role, "content": content, **message.rest}
         if message.role == "assistant" and not message.has_content:
             result["content"] = self._no_content if self.takes_calls and message.rest.get("tool_calls") else ""
