@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import jinja2
@@ -129,9 +129,9 @@ class StarChatHandler(MTMDChatHandler):
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
-        read_gguf_info(clip_model_path)
+        info = read_gguf_info(clip_model_path)
         check_encoder(encoder)
-        super().__init__(fspath(clip_model_path), verbose, use_gpu)
+        super().__init__(info.path, verbose, use_gpu)
         self.prune = prune
         self.encoder_flash_attn = encoder_flash_attn
         self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens

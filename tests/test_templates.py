@@ -258,10 +258,9 @@ def test_placeholders_are_text_where_counts_do_not_fit(chats, family):
     chat = chats(family)
     llama = chat._llama()
     names = ("<image>", "<|image_pad|>", "<start_of_image>", "[IMG]", "<|vision_start|>", "<|image|>")
-    plain = chat.format(FIRST, 0)
     for name in names:
-        for prompt in (chat.format(f"{name}{name} {FIRST}", 0), chat.format(f"{name} or {name}? {FIRST}", 1)):
-            assert prompt.count(MARKER) == ("or" in prompt.replace(plain, "") and MARKER in prompt)
+        for n_images, prompt in enumerate((chat.format(f"{name} {FIRST}", 0), chat.format(f"{name} or {name}? {FIRST}", 1))):
+            assert prompt.count(MARKER) == n_images
             tokens = llama.tokenize(prompt.encode(), add_bos=False, special=True)
             ids = llama.tokenize(name.encode(), add_bos=False, special=True)
             if chat.is_token(name):
