@@ -93,7 +93,7 @@ class ChatFormat:
         self.exists = bool(found)
         self.name = found if found in template_names() else None
         self.source = found if self.exists and self.name is None else None
-        self.is_default = template is None and not own  # chosen by the family
+        self.is_given, self.is_default = template is not None, template is None and not own  # else by its family
         self._is_token: dict[str, bool] = {}
         if not self.exists:
             return
@@ -107,12 +107,19 @@ class ChatFormat:
                 raise UnsupportedModelError(f"the chat template cannot be used ({reason})", "give another as chat_template") from error
         self._probe()
 
+    @property
+    def origin(self) -> str:
+        """For people: whose template it is."""
+        if self.is_default:
+            return f"{self.name}, which files of this family without one are used with"
+        return f"llama.cpp's {self.name}" if self.name else "given" if self.is_given else "the model's own"
+
     # ---- what the template takes ----
 
     def _probe(self) -> None:
         """Finds out what the template prints: content as a string or as a list of parts for each role, system messages, calls of tools.
 
-        forms: role -> those of "string" and "parts" that it prints. takes_calls: whether calls of tools are printed.
+        forms: role -> those of "string", "part" (a list of one) and "parts" that it prints. takes_calls: whether calls of tools are printed.
         """
         self.forms: dict[str, set[str]] = {}
         user = {"role": "user", "content": "question"}
@@ -146,11 +153,14 @@ class ChatFormat:
                     return
 
     def _forms(self, conversation: Any) -> set[str]:
-        """Which forms of a content are printed whole."""
+        """Which forms of a content are printed whole: a string, a list of one part, a list of several parts."""
         found = set()
         text = self._try(conversation("qzone qztwo"))
         if text is not None and "qzone qztwo" in text:
             found.add("string")
+        text = self._try(conversation([{"type": "text", "text": "qzone qztwo"}]))
+        if text is not None and re.search(r"qzone qztwo(?!['\"\\])", text):
+            found.add("part")
         text = self._try(conversation([{"type": "text", "text": "qzone"}, {"type": "text", "text": "qztwo"}]))
         # A Python list, printed or put into JSON, has both too
         if text is not None and re.search(r"qzone(?!['\"\\]).*qztwo(?!['\"\\])", text, re.DOTALL):
@@ -199,8 +209,11 @@ class ChatFormat:
     def _message(self, message: Message, parts: Sequence[str | Picture]) -> dict[str, Any]:
         texts = [MEDIA_MARKER if isinstance(part, Picture) else part for part in parts]
         forms = self.forms.get(message.role, self.forms["user"])
-        as_list = "parts" in forms and (message.is_list or "string" not in forms) or not forms and message.is_list
-        content: Any = [{"type": "text", "text": text} for text in texts] if as_list else "".join(texts)
+        content: Any = "".join(texts)
+        if message.is_list and ("parts" in forms or not forms):
+            content = [{"type": "text", "text": text} for text in texts]
+        elif "string" not in forms and "part" in forms:
+            content = [{"type": "text", "text": content}]
         result = {"role": message.role, "content": content, **message.rest}
         if message.role == "assistant" and not message.has_content:
             result["content"] = self._no_content if self.takes_calls and message.rest.get("tool_calls") else ""
@@ -262,6 +275,14 @@ class ChatFormat:
             parts.append({"type": "text", "text": prompt})
         messages, _ = self.prepare([{"role": "user", "content": parts if n_images else prompt}])
         return self.render(messages)
+
+    def one_turn(self) -> str:
+        """Jinja source: the template's own, or for one of llama.cpp's what it makes of one message of the user."""
+        if self.source is not None:
+            return self.source
+        before, after = self.render([{"role": "user", "content": "qzone"}]).split("qzone")
+        parts = "{% set content = messages[0]['content'] %}{% if content is string %}{{ content }}{% else %}{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}"
+        return f"{{{{ {json.dumps(before)} }}}}{parts}{{{{ {json.dumps(after)} }}}}"
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] = {}) -> str:
         """The text of messages from `prepare`.

@@ -36,6 +36,7 @@ from .generation import Generation
 from .gguf_info import read_gguf_info
 from .guarded import check_length, request_of
 from .images import ImageLimits, load_image
+from .messages import read_messages
 from .native import lib, open_standard_streams
 from .reader import PromptReader
 from .report import PruneReport
@@ -51,6 +52,8 @@ _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = Conte
 # Arguments of MTMDChatHandler, and those of them that the chat template gets; it gets all others too
 _OPTIONS = set(inspect.signature(MTMDChatHandler.__call__).parameters)
 _TEMPLATE_OPTIONS = {"functions", "function_call", "tools", "tool_choice"}
+# What a Llama without a handler says by itself (guess_chat_format_from_gguf_metadata), before it may get one
+_GUESSED = ("llama-2", "llama-3", "chatml", "mistral-instruct")
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar("star_edge_is_cancelled", default=None)  # of `cancellable` blocks
 
 
@@ -302,10 +305,9 @@ class StarChatHandler(MTMDChatHandler):
             return
         if owner is not None and owner._model.model is not None:
             raise ConfigError("this StarChatHandler serves another Llama", "make a StarChatHandler for each Llama")
-        if llama_model.chat_format is not None:  # which MTMDChatHandler ignores
-            raise ConfigError(
-                f"chat_format={str(llama_model.chat_format)[:60]!r} changes nothing beside a chat handler", "give StarChatHandler a chat_template"
-            )
+        chat_format = str(llama_model.chat_format)
+        if llama_model.chat_format is not None and chat_format not in _GUESSED and not chat_format.startswith("chat_template."):
+            raise ConfigError(f"chat_format={chat_format[:60]!r} changes nothing beside a chat handler", "give StarChatHandler a chat_template")
         projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
         chat = ChatFormat(llama_model, self.chat_template, projector)
         use_flash = llama_model.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -339,7 +341,10 @@ class StarChatHandler(MTMDChatHandler):
         return messages  # from `_prepare`
 
     def get_image_urls(self, messages: list[Any]) -> list[Any]:
-        return self._request.images
+        """Of the request under way, or where there is none of messages as they are given."""
+        if self._request is not None:
+            return self._request.images
+        return [picture.source for message in read_messages(messages) for picture in message.pictures]
 
     def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
         """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""

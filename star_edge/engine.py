@@ -257,6 +257,11 @@ class StarVLM:
     def has_chat_template(self) -> bool:
         return self._chat.exists
 
+    @property
+    def chat_template_origin(self) -> str | None:
+        """Where the chat template comes from, for people; None without one."""
+        return self._chat.origin if self._chat.exists else None
+
     # ---- answers ----
 
     @checked(_RANGES, skip=("prompt", "images", "prune"))

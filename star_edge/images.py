@@ -41,7 +41,7 @@ _EXIF_ORIENTATION = 0x0112
 _CHUNK_BYTES = 1 << 16
 # A progressive JPEG has about ten scans. Each costs time for all pixels, and may take no more than a dozen bytes of the file.
 _MAX_SCANS = 100
-_MAX_SCANNED_PIXELS = 2_000_000_000  # scans x pixels: some ten seconds on a slow core
+_MAX_SCANNED_PIXELS = 2_000_000_000  # scans x pixels: some seconds on a slow core
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 # How base64 of PNG, JPEG, GIF, WebP, BMP, TIFF begins
 _BASE64_OF_IMAGE = re.compile(r"\s*(iVBORw0KGgo|/9j/|_9j_|R0lGOD|UklGR|Qk[0-9A-Za-z+/]|SUkqA|TU0AK)[0-9A-Za-z+/_=\s-]{60,}\s*", re.ASCII)

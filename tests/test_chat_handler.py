@@ -423,8 +423,8 @@ BAD_MESSAGES = {
     "no dicts": [5],
     "no content": [{"role": "user"}],
     "no role": [{"content": "x"}],
-    "an image of the assistant": [{"role": "assistant", "content": [IMAGE]}, {"role": "user", "content": "x"}],
-    "a marker in the text": [user(DEMO, "<__media__>")],
+    "an image without a URL": [{"role": "user", "content": [{"type": "image_url", "image_url": {"no": "url"}}]}],
+    "a part of another kind": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
     "surrogates": [{"role": "user", "content": "\ud800"}],
 }
 BAD_IMAGES = {
@@ -454,7 +454,7 @@ def fails(llm):
 def test_bad_messages(llm, messages):
     with pytest.raises(errors.PromptError) as caught:
         llm.create_chat_completion(messages)
-    assert "\n" not in str(caught.value) and ("image markers for" in str(caught.value)) == ("data:" in str(messages))
+    assert "\n" not in str(caught.value)
     assert text_of(ask(llm)) == " red"
 
 
@@ -465,7 +465,6 @@ def test_bad_images(fails, url, words):
 
 
 def test_bad_options(fails, llm, handler, monkeypatch):
-    fails(errors.ImageError, "", {"role": "user", "content": [{"type": "image_url", "image_url": {"no": "url"}}]})
     fails(errors.ImageTooLargeError, "", user("data:image/png;base64," + base64.b64encode(png(100_000, 100_000)).decode(), COLOR))
     fails(errors.ConfigError, "logits_all=True", logprobs=True, top_logprobs=2)
     fails(errors.ConfigError, "Tool choice 'x' not found", tools=[], tool_choice={"type": "function", "function": {"name": "x"}})
@@ -535,7 +534,8 @@ def test_templates_that_cannot_be_used():
         llm.close()
     llm = load(StarChatHandler(refvlm.MMPROJ))
     del llm.metadata["tokenizer.chat_template"]
-    with pytest.raises(errors.UnsupportedModelError, match="no chat template"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.UnsupportedModelError, match="no chat template"):
+        patch.setattr("star_edge.chat._OF_FAMILY", {})
         ask(llm)
     llm.close()
 

@@ -19,6 +19,7 @@ import llama_cpp.mtmd_cpp as mtmd
 from llama_cpp import _internals
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
+from ..chat import ChatFormat
 from ..chat_handler import StarChatHandler
 from ..config import PruneConfig
 from ..engine import StarVLM
@@ -26,6 +27,7 @@ from ..errors import ContextLengthError, EngineError, StarEdgeError
 from ..report import PruneReport
 from ..selection import average_tokens
 from ..vision.encoder import ImageChunk
+from ..vision.profiles import METADATA_KEYS, find_profile
 
 # In the order in which they are done. prefill is all decoder work that is neither probe nor resume: all of it on stock, and the text before
 # the first image with a decoder stage. first_token is what is left of the time to the first token: sampling it, and Python.
@@ -185,6 +187,10 @@ class Workbench:
     def __init__(self, model: str | PathLike, mmproj: str | PathLike, **options: Any) -> None:
         self._vlm = StarVLM(model, None, **options)  # loads and checks; StarChatHandler adds the encoder
         self.llama = self._vlm.llama
+        projector = find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
+        chat = ChatFormat(self.llama, options.get("chat_template"), projector)
+        if chat.exists:  # where MTMDChatHandler looks for it
+            self.llama.metadata["tokenizer.chat_template"] = chat.one_turn()
         self.n_layers = self._vlm.decoder.n_layers
         self.n_ctx = self._vlm.decoder.n_ctx
         self._mmproj, self._use_gpu = str(mmproj), options.get("n_gpu_layers", 0) != 0

@@ -34,6 +34,8 @@ def asking(
     """
     prompt_suffix = prompt_suffix.replace("\\n", "\n")
     options = {name: value for name, value in model.items() if name not in _FILES}
+    if options["chat_template"] is None:  # as in files of results from before it could be given
+        del options["chat_template"]
     header = {"star_edge": __version__, "llama_cpp_python": llama_cpp.__version__, "metric": metric, "max_tokens": max_tokens}
     header |= {"prompt_suffix": prompt_suffix, **options}
     console = Console(stderr=True)

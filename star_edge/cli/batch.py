@@ -34,7 +34,7 @@ def run_batch(
     files = find_model(**{name: model[name] for name in ("model", "mmproj", "hf_repo", "no_mmproj")})
     results = None
     if out is not None:
-        results = Results(out, tasks, describe_model(*files, {k: v for k, v in model.items() if k not in _PLACE}), fresh)
+        results = Results(out, tasks, describe_model(*files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) != ("chat_template", None)}), fresh)
     waiting = [task for task in tasks if results is None or str(task.id) not in results.done]
     progress = _Progress(len(tasks), len(tasks) - len(waiting), shown=sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()))
 

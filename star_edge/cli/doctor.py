@@ -87,7 +87,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "mmproj": encoder.path if encoder else None,
         "projector": encoder.projector if encoder else None,
         "encoder_repairs": encoder.repairs if encoder else [],
-        "chat_template": vlm.has_chat_template,
+        "chat_template": vlm.chat_template_origin,
         "vision_stage": vision,
         "decoder_stage": f"no: {problem}" if problem else "yes",
     }

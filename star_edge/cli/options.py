@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .. import refvlm
+from ..chat import find_template
 from ..config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..engine import KV_TYPES, StarVLM
 from ..errors import ConfigError
@@ -61,6 +62,12 @@ def model_options(command: Callable) -> Callable:
             default="repaired",
             show_default=True,
             help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
+        ),
+        click.option(
+            "--chat-template",
+            metavar="FILE|NAME|JINJA",
+            callback=lambda ctx, param, value: None if value is None else find_template(value),  # whoever gets it may have another folder
+            help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: the model's own, else its family's.",
         ),
         click.option("-t", "--threads", "n_threads", type=int, help="Default: physical cores."),
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),

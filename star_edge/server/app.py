@@ -38,6 +38,7 @@ def make_app(
     type_v: str = "f16",
     n_threads: int | None = None,
     encoder: str = "repaired",
+    chat_template: str | PathLike | None = None,
     verbose: bool = False,
 ) -> Starlette:
     """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way.
@@ -54,7 +55,9 @@ def make_app(
         raise ConfigError(f"type_v={type_v!r} needs flash attention", "use it, or an unquantized type_v")
     path = read_text_model(model).path
     pictures = Pictures(policy.image_limits)
-    handler = Handler(mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, image_loader=pictures)
+    handler = Handler(
+        mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, chat_template=chat_template, image_loader=pictures
+    )
     n_threads = n_threads or _physical_cores()
     try:
         llama = Llama(
