@@ -46,16 +46,14 @@ def image(**fields):
 @pytest.mark.parametrize(
     ("given", "read"),
     [
-        ({"role": "system", "content": [text("a"), text("b")]}, {"role": "system", "content": "ab"}),
-        ({"role": "developer", "content": "a"}, {"role": "system", "content": "a"}),
-        ({"role": "assistant", "content": [text("a")]}, {"role": "assistant", "content": "a"}),
-        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": "no"}),
+        ({"role": "system", "content": [text("a"), "b"]}, {"role": "system", "content": [text("a"), text("b")]}),
+        ({"role": "developer", "content": "a", "name": None}, {"role": "developer", "content": "a"}),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": [text("no")]}),
         ({"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant", "content": "no"}),
-        ({"role": "tool", "content": [text("a")], "tool_call_id": "1"}, {"role": "tool", "content": "a", "tool_call_id": "1"}),
         ({"role": "tool", "content": None, "tool_call_id": "1"}, {"role": "tool", "content": "", "tool_call_id": "1"}),
         (
             {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}], "audio": None},
-            {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
         ),
         ({"role": "assistant", "content": "a", "tool_calls": [], "annotations": []}, {"role": "assistant", "content": "a"}),
         ({"role": "user", "content": [text("a")], "name": None}, {"role": "user", "content": [text("a")]}),
@@ -75,6 +73,7 @@ def test_messages_of_every_role(given, read):
         {"type": "input_image", "image_url": "U", "detail": "auto"},
         {"type": "image", "url": "U"},
         {"type": "image", "image": "U"},
+        {"type": "image", "source": {"type": "url", "url": "U"}},
     ],
 )
 def test_image_parts(part):
@@ -82,11 +81,18 @@ def test_image_parts(part):
     assert urls == ["U"] and messages[0]["content"][0] == {"type": "image_url", "image_url": {"url": "image-0"}}
 
 
+def test_images_of_every_turn_are_taken_out():
+    source = {"type": "image", "source": {"type": "base64", "media_type": "image/webp", "data": "A"}}
+    messages, urls = read_messages([{"role": "system", "content": [image(), text("x")]}, {"role": "tool", "content": [source]}], 100)
+    assert urls == [DEMO, "data:image/webp;base64,A"]
+    assert [m["content"][0]["image_url"]["url"] for m in messages] == ["image-0", "image-1"]
+
+
 @pytest.mark.parametrize(
     ("messages", "field", "words"),
     [
         ([{"content": "x"}], "messages.0.role", "missing"),
-        ([{"role": "bot", "content": "x"}], "messages.0.role", "'bot' is no role: use one of system, user"),
+        ([{"role": "bot", "content": "x"}], "messages.0.role", "'bot' is no role: use one of system, developer"),
         ([{"role": "user"}], "messages.0.content", "missing"),
         ([{"role": "user", "content": None}], "messages.0.content", "missing"),
         ([{"role": "user", "content": []}], "messages.0.content", "an empty list"),
@@ -96,15 +102,13 @@ def test_image_parts(part):
         ([user({"type": "text", "text": 5})], "messages.0.content.0.text", "not a string"),
         ([user({"type": "txt", "text": "x"})], "messages.0.content.0.type", "'txt' is not supported"),
         ([user({"text": "x"})], "messages.0.content.0.type", "missing"),
-        ([user("x")], "messages.0.content.0", "a str: a part is an object"),
+        ([user(5)], "messages.0.content.0", "a int: a part is an object"),
         ([user({"type": "input_audio", "input_audio": {}})], "messages.0.content.0.type", "not supported"),
         ([user({"type": "image_url"})], "messages.0.content.0.image_url", "missing"),
         ([user({"type": "image_url", "image_url": {"uri": "x"}})], "messages.0.content.0.image_url.uri", "unknown"),
         ([user({"type": "image_url", "image_url": {"url": 5}})], "messages.0.content.0.image_url.url", "not a string"),
         ([user({**text("x"), "image_url": {"url": "x"}})], "messages.0.content.0.image_url", "unknown"),
         ([user({"type": "image", "url": "x", "image": "y"})], "messages.0.content.0.image", "unknown"),
-        ([{"role": "system", "content": [image()]}], "messages.0.content.0", "an image in a system message"),
-        ([{"role": "tool", "content": [image()]}], "messages.0.content.0", "an image in a tool message"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "messages.0", "only an assistant"),
         ([{"role": "assistant", "tool_calls": [5]}], "messages.0.tool_calls.0.function", "no function call"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}], "messages.0.tool_calls.0.function.arguments", "neither"),
