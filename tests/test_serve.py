@@ -108,8 +108,7 @@ def test_the_default_is_the_preset_and_off_is_off(server):
     assert ask(client).star_edge["average_tokens"] == 36
     assert ask(client, extra_body={"prune": "fast"}).star_edge["average_tokens"] == kept("fast").average
     assert ask(client, extra_body={"prune": "off"}).star_edge["config"] is None
-    assert ask(client, extra_body={"prune": None}).star_edge["config"] is None  # as prune=None in Python
-    assert ask(client, extra_body={"prune": "default"}).star_edge["average_tokens"] == 36
+    assert ask(client, extra_body={"prune": None}).star_edge["config"] is None  # as in Python
 
 
 def test_names_no_file(server):
