@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import llama_cpp
 
 from .. import refvlm
 from ..config import DEFAULT_PRESET, PRESETS, resolve_prune
@@ -118,8 +117,6 @@ def serve(
             if not policy.is_local and policy.api_key is None:
                 click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
 
-    if options["n_gpu_layers"] and not llama_cpp.llama_supports_gpu_offload():
-        click.echo("warning: -ngl has no effect: this llama-cpp-python was built for the CPU alone", err=True)
     Server(config).run([listener])
     return 0
 

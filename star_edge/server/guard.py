@@ -150,7 +150,7 @@ async def _answer(send: Send, refusal: Refusal) -> None:
     body = json.dumps(error_body(str(refusal), kind, refusal.code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"1")]}.get(refusal.status, [])
-    if refusal.code in ("too_slow", "no_room"):
-        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
+    if refusal.status == 408:
+        headers.append((b"connection", b"close"))  # of others the rest is read and dropped: a reset could overtake the answer
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,6 +1,7 @@
-"""The messages and tools of a request, as OpenAI's clients send them, in the form that chat templates know.
+"""The messages and tools of a request, as OpenAI's clients send them: checked field by field, and their images taken out.
 
-What is unambiguous is put into one form; anything else is refused, and the error names the place. Knows neither models nor pixels.
+What is unambiguous is put into OpenAI's form; anything else is refused, and the error names the place. What a chat template makes of a
+role or of a list is the handler's affair. Knows neither models nor pixels.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 from ..errors import PromptError
 
 _KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "reasoning_content", "annotations"}
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool", "function")} | {"developer": "system"}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _WITHOUT_EFFECT = {"cache_control", "annotations"}  # of a part: hints, and what an answer came with
-_IMAGE_KEYS = {"image_url": "image_url", "input_image": "image_url", "image": ""}  # where a part of that type has its image
+_IMAGES = {"image_url": ("image_url",), "input_image": ("image_url",), "image": ("url", "image", "image_url", "source")}  # where a part of a type has it
 
 
 class FieldError(PromptError):
@@ -33,7 +34,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages in one form, and the URLs of their images in order: in place of each URL stands `image_name` of its number.
 
-    Nulls are left out, a developer is a system, text parts of all but users are joined, and an answer without text is "".
+    Nulls are left out, but for the content of an assistant.
 
     max_parts: messages and parts together; each takes a token at least.
 
@@ -62,22 +63,19 @@ def _message(message: dict[str, Any], at: str, urls: list[str]) -> dict[str, Any
     for name in ("name", "tool_call_id", "refusal", "reasoning_content"):
         if name in message and not isinstance(message[name], str):
             raise FieldError(f"{at}.{name}", "not a string", "send text")
-    message["role"] = _ROLES[role]
     message.pop("annotations", None)
-    refusal = message.pop("refusal", "")
+    refusal = message.pop("refusal", None)
     content = message.get("content")
-    if content is None and role not in ("system", "developer", "user"):
-        content = refusal  # an assistant that only called tools, or a tool without a result
-    if content is None:
+    if content is None and role in ("system", "developer", "user"):
         raise FieldError(f"{at}.content", "missing", "send text, or a list of parts")
-    if not isinstance(content, (str, list)):
+    if content is None:  # an assistant that only called tools, or a tool without a result
+        content = refusal if refusal is not None else None if role == "assistant" else ""
+    elif not isinstance(content, (str, list)):
         raise FieldError(f"{at}.content", f"a {type(content).__name__}", "send text, or a list of parts")
+    elif content == [] and role == "user":
+        raise FieldError(f"{at}.content", "an empty list", "send text, or a list of parts")
     if isinstance(content, list):
-        if not content and role == "user":
-            raise FieldError(f"{at}.content", "an empty list", "send text, or a list of parts")
-        content = [_part(part, f"{at}.content.{i}", role, urls) for i, part in enumerate(content)]
-        if role != "user":
-            content = "".join(part["text"] for part in content)
+        content = [_part(part, f"{at}.content.{i}", urls) for i, part in enumerate(content)]
     message["content"] = content
     if "tool_calls" in message or "function_call" in message:
         if role != "assistant":
@@ -86,7 +84,9 @@ def _message(message: dict[str, Any], at: str, urls: list[str]) -> dict[str, Any
     return message
 
 
-def _part(part: Any, at: str, role: str, urls: list[str]) -> dict[str, Any]:
+def _part(part: Any, at: str, urls: list[str]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise FieldError(at, f"a {type(part).__name__}", 'a part is an object such as {"type": "text", "text": "..."}')
     part = {name: value for name, value in part.items() if value is not None and name not in _WITHOUT_EFFECT}
@@ -98,28 +98,30 @@ def _part(part: Any, at: str, role: str, urls: list[str]) -> dict[str, Any]:
         if not isinstance(text, str):
             raise FieldError(f"{at}.{name}", "missing" if text is None else "not a string", "send text")
         return {"type": "text", "text": text}
-    if not isinstance(kind, str) or kind not in _IMAGE_KEYS:
+    if not isinstance(kind, str) or kind not in _IMAGES:
         cause = "missing" if kind is None else f"{str(kind)[:60]!r} is not supported"
         raise FieldError(f"{at}.type", cause, "use text or image_url")
-    if role != "user":
-        raise FieldError(at, f"an image in a {role} message", "put it into a message of the user")
     urls.append(_url(part, kind, at))
     return {"type": "image_url", "image_url": {"url": image_name(len(urls) - 1)}}
 
 
 def _url(part: dict[str, Any], kind: str, at: str) -> str:
-    """`{"type": "image_url", "image_url": {"url": U}}`, with U alone in its place, and what other APIs call it."""
-    key = _IMAGE_KEYS[kind] or next((name for name in ("url", "image", "image_url") if name in part), "url")
+    """OpenAI's `{"type": "image_url", "image_url": {"url": U}}`, with U alone in its place, and what other APIs write."""
+    key = next((name for name in _IMAGES[kind] if name in part), _IMAGES[kind][0])
     image = part.pop(key, None)
-    part.pop("detail", None)
+    part.pop("detail", None)  # of OpenAI's encoder, which cuts pictures up or not
     _refuse_more(part, at)
     if isinstance(image, dict):
-        image = {name: value for name, value in image.items() if value is not None}
+        at, key, image = f"{at}.{key}", "url", {name: value for name, value in image.items() if value is not None}
+        if image.get("type") == "base64":  # Anthropic's source
+            kind, image["url"] = image.pop("media_type", "image/png"), image.pop("data", None)
+            if isinstance(kind, str) and isinstance(image["url"], str):
+                image["url"] = f"data:{kind};base64,{image['url']}"
+        image.pop("type", None)
         url = image.pop("url", None)
-        image.pop("detail", None)  # of OpenAI's encoder, which cuts pictures up or not
-        _refuse_more(image, f"{at}.{key}")
-        at, image = f"{at}.{key}", url
-        key = "url"
+        image.pop("detail", None)
+        _refuse_more(image, at)
+        image = url
     if not isinstance(image, str):
         raise FieldError(f"{at}.{key}", "missing" if image is None else "not a string", 'send {"url": "data:image/png;base64,..."}')
     return image

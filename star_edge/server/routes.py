@@ -60,7 +60,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         try:
             with scope:
                 body = read_request(ticket.take_body())
-                config = parse_prune(body.prune, default)
+                config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
                 messages, urls = read_messages(body.messages, engine.llama.n_ctx())
                 body.messages = []  # the images are in urls alone
                 if len(urls) > policy.max_images:

@@ -81,7 +81,7 @@ class ChatRequest(CreateChatCompletionRequest):
     modalities: list[Literal["text"]] = ["text"]
     parallel_tool_calls: bool = True
 
-    prune: Any = Field(default="default", description="A preset's name, an object of PruneConfig's fields, or null for no pruning.")
+    prune: Any = Field(default=None, description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the server's.")
     star_edge: ReportOptions = Field(default_factory=ReportOptions)
 
     @field_validator("max_tokens", "max_completion_tokens")
@@ -208,8 +208,8 @@ def _check_text(value: Any, depth: int = 0) -> None:
             _check_text(item, depth + 1)
 
 
-def parse_prune(value: Any, default: PruneConfig | None) -> PruneConfig | None:
-    """The config of a request's `prune` field: null is off, "default" the server's. Unlike in Python, a name is never that of a file.
+def parse_prune(value: Any) -> PruneConfig | None:
+    """The config of a `prune` field that a request has. null is "off", as None is in Python; a name is never that of a file.
 
     Raises:
         ConfigError: no preset, an unknown field, or a value that PruneConfig refuses.
@@ -217,10 +217,8 @@ def parse_prune(value: Any, default: PruneConfig | None) -> PruneConfig | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if value == "default":
-            return default
         if value not in PRESETS:
-            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, default, or an object")
+            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, or an object")
         return PRESETS[value]
     if not isinstance(value, dict):
         raise ConfigError(

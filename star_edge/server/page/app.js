@@ -3,6 +3,8 @@
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 720; // pixels of a drawn picture
 const MEASURE_AGAIN_MS = 3000; // first tokens that took less together are asked for twice more
+// Every answer is computed afresh, of both sides: what an earlier question left in the caches would shorten the time of one of them alone.
+const FAIR = { kept: true, afresh: true };
 let setup = { max_image_bytes: Infinity, demo_questions: [], needs_key: false };
 let picture = null; // {image: ImageBitmap, url: data URL}
 let running = null; // AbortController of the questions under way
@@ -162,7 +164,7 @@ function request(name, question, maxTokens) {
   return {
     messages: [{ role: "user", content: parts }],
     prune: name === "stock" ? "off" : pruneFor(Number($("budget").value)),
-    star_edge: { kept: true },
+    star_edge: FAIR,
     stream: true,
     temperature: 0,
     repeat_penalty: 1,
@@ -208,7 +210,11 @@ async function measureAgain(names, question, signal) {
   }
 }
 
-const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
+function median(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const half = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+}
 const milliseconds = (ms) => (ms < 10000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 function compare() {
