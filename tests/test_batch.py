@@ -280,7 +280,9 @@ def test_tasks_to_stdout_with_a_broken_image(tmp_path):
         and c["average_tokens"] == 144
     )
     assert b["prompt"] == "how many stars?" and "broken.png is not an image" in b["error"]
-    assert done.stderr == "2 answered, 1 failed\n"
+    counts, cause = done.stderr.splitlines()
+    assert counts == "2 answered, 1 failed" and cause.startswith("failed (1): ") and "broken.png is not an image" in cause
+    assert [line["cached_images"] for line in (a, c)] == [0, 1]  # the second time it was not encoded
 
 
 def test_a_killed_run_goes_on(out):
