@@ -362,7 +362,7 @@ def test_a_header_cut_short_is_written_again(tmp_path):
         (["q.jsonl", "--set", "vision_share"], ["FIELD=VALUE"]),
         (["q.jsonl", "--set", "vision_share=2"], ["vision_share=2"]),
         (["q.jsonl", "--vision-keep", "half"], ["--vision-keep 'half'"]),
-        (["q.jsonl", "--vision-keep", "0.25", "--decoder-keep", "0.5"], ["decoder_keep=0.5"]),
+        (["q.jsonl", "--vision-keep", "0.25", "--decoder-keep", "0.5"], ["--decoder-keep 0.5"]),
         (["q.jsonl", "--configs", "no.json"], ["no.json"]),
         (["q.jsonl", "--metric", "vqa"], ["vqa", "10"]),
         (["q.jsonl", "--metric", "bleu"], ["bleu"]),

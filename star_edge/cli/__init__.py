@@ -59,15 +59,16 @@ def _open_standard_streams() -> None:
     A closed stdout stays one that cannot be written, so that a result is not lost unnoticed.
     """
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, flags)
         try:
-            os.fstat(number)
+            os.fstat(number)  # a library that was imported may have it by now
         except OSError:
-            opened = os.open(os.devnull, flags)
             os.dup2(opened, number)
-            if opened != number:
-                os.close(opened)
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 (to the end)
+            os.close(opened)
+            opened = number
+        setattr(sys, name, open(opened, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 (to the end)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal without the characters of an answer gets it all the same
         sys.stdout.reconfigure(errors="backslashreplace")
 

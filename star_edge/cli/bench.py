@@ -90,6 +90,7 @@ def bench(
         raise ConfigError("--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out")
     if images and given("image_size"):
         raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
+    size = _parse_size(image_size)
     if "none" in baselines and len(baselines) > 1:
         raise ConfigError("--baseline none goes with no other", "leave out one of them")
     for path in (out, plot):
@@ -116,8 +117,8 @@ def bench(
             raise ConfigError("a benchmark asks about a picture, and no mmproj was given", "add --mmproj FILE")
         if text == refvlm.TEXT_MODEL:
             options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
-            images = images or (str(refvlm.DEMO_IMAGE),)
-        pictures = [load_image(source) for source in images] or [picture(*_parse_size(image_size))]
+            images = images or (() if given("image_size") else (str(refvlm.DEMO_IMAGE),))
+        pictures = [load_image(source) for source in images] or [picture(*size)]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
 
     def save(result: dict[str, Any], is_final: bool = False) -> None:

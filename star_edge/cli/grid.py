@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -52,7 +53,8 @@ def grid_configs(
         if fractions and 1.0 not in fractions and any(type(value) is int and value == 1 for value in values):
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} {budget[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all")
-    return choose_configs(presets, grid, _parse_sets(sets), config_file)
+    with in_cli_words() if config_file is None else nullcontext():  # a file's words are its own
+        return choose_configs(presets, grid, _parse_sets(sets), config_file)
 
 
 def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -76,14 +76,13 @@ def in_cli_words() -> Iterator[None]:
     try:
         yield
     except StarEdgeError as error:
-        context = click.get_current_context(silent=True)
-        if context is None:
-            raise
-        raise type(error)(*(_in_words_of(context.command, text) for text in (error.cause, error.remedy))) from error
+        raise type(error)(cli_words(error.cause), cli_words(error.remedy)) from error
 
 
-def _in_words_of(command: click.Command, text: str) -> str:
-    for param in command.params:
+def cli_words(text: str) -> str:
+    """The text with names of parameters as the running command's options."""
+    context = click.get_current_context(silent=True)
+    for param in context.command.params if context is not None else ():
         if not isinstance(param, click.Option):
             continue
         flag = max(param.opts, key=len)

@@ -13,7 +13,7 @@ from ..json_input import MAX_CHARACTERS
 from ..report import PruneReport
 from .batch import SOME_FAILED, run_batch
 from .options import (
-    SEED, FilePath, Number, check_picture_path, in_cli_words, load_engine, make_config, model_options, print_json, prune_options, save_overlay,
+    SEED, FilePath, Number, check_picture_path, cli_words, in_cli_words, load_engine, make_config, model_options, print_json, prune_options, save_overlay,
 )  # fmt: skip
 
 
@@ -151,4 +151,4 @@ def summary(report: PruneReport) -> str:
     parts.append(f"{report.n_kv_cells} KV cells (an n_ctx of {report.n_ctx_needed} is enough)")
     if report.tokens_per_s is not None:
         parts.append(f"{report.tokens_per_s:.1f} tokens/s")
-    return "\n".join(["; ".join(parts)] + [f"note: {note}" for note in report.notes])
+    return "\n".join(["; ".join(parts)] + [f"note: {cli_words(note)}" for note in report.notes])

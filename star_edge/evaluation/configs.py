@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import types
@@ -208,9 +209,11 @@ def _parse(field: str, hint: Any, text: str) -> Any:
         return int(text)
     if float in kinds:
         try:
-            return float(text)
+            number = float(text)
         except ValueError:
-            pass
+            number = math.inf
+        if math.isfinite(number):
+            return number
     for kind in kinds:
         if typing.get_origin(kind) is typing.Literal:
             for choice in typing.get_args(kind):
@@ -223,7 +226,7 @@ def _parse(field: str, hint: Any, text: str) -> Any:
             return _tuples(parse_json(text))
         except ValueError:
             pass
-    raise ConfigError(f"{field}={text!r} does not fit its type", f"use {_readable(kinds)}")
+    raise ConfigError(f"{field}={text[:40]!r} does not fit its type", f"use {_readable(kinds)}")
 
 
 def _is_container(kind: Any) -> bool:
