@@ -3,6 +3,9 @@
 Two-stage pruning (STAR, arXiv 2505.12359) on stock llama.cpp, through llama-cpp-python and one small C extension.
 """
 
+import importlib
+from typing import Any
+
 from .chat_handler import StarChatHandler
 from .config import PRESETS, PruneConfig
 from .engine import Answer, AnswerStream, StarVLM
@@ -11,6 +14,7 @@ from .report import ImageReport, PruneReport
 from .vision.encoder import MEDIA_MARKER
 
 __version__ = "0.1.0"
+_MODULES = ("batch", "hub", "refvlm")  # imported when they are named: few programs need them
 __all__ = [
     "MEDIA_MARKER",
     "PRESETS",
@@ -24,3 +28,9 @@ __all__ = [
     "StarVLM",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

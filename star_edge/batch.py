@@ -5,6 +5,7 @@ Knows the engine's public surface only. `batch_ray` hands the same tasks to seve
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -13,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import PIL.Image
@@ -22,6 +22,8 @@ from .config import PruneConfig, override, resolve_prune
 from .engine import StarVLM
 from .errors import ConfigError, ImageError, OutputError, StarEdgeError
 from .images import FORMATS
+from .json_input import parse_json, read_lines
+from .results_file import open_alone
 
 _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "id": (str, int), "image": (str,), "images": (list,), "prompt": (str,), "preset": (str,), "vision_keep": (int, float),
@@ -110,18 +112,18 @@ def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> 
     """
     name = os.fspath(path)
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(read_lines(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})", "give a JSON Lines file") from error
     tasks: list[Task] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            task = _read_task(json.loads(line), os.path.dirname(name), prompt, settings)
-        except json.JSONDecodeError as error:
+            data = parse_json(line)
+        except ValueError as error:
             raise ConfigError(f"{name}, line {number} is no JSON ({error})", 'write {"image": "a.jpg", "prompt": "..."}') from error
+        try:
+            task = _read_task(data, os.path.dirname(name), prompt, settings)
         except ConfigError as error:
             raise ConfigError(f"{name}, line {number}: {error.cause}", error.remedy) from error
         if str(task.id) in line_of:
@@ -170,16 +172,27 @@ def _locate(image: str, folder: str) -> str:
 # ---- answers ----
 
 
-def run_tasks(tasks: Iterable[Task], load: Callable[[], StarVLM], emit: Callable[[dict[str, Any]], None]) -> None:
-    """Answers the tasks in turn on one engine, and calls emit with the result of each."""
+def run_tasks(
+    tasks: Iterable[Task], load: Callable[[], StarVLM], emit: Callable[[dict[str, Any]], None], *, warm: bool = False
+) -> None:
+    """Answers the tasks in turn on one engine, and calls emit with the result of each. warm: see `warm_up`."""
     with load() as vlm:
-        for task in tasks:
+        for i, task in enumerate(tasks):
+            if warm and not i:
+                warm_up(vlm, task)
             emit(answer(vlm, task))
+
+
+def warm_up(vlm: StarVLM, task: Task) -> None:
+    """Reads a task's prompt for nothing: the first request of an engine allocates and pages in, which is no task's time."""
+    with contextlib.suppress(Exception):  # the result says what is wrong with it
+        vlm.read_prompt(task.prompt, list(task.sources), task.settings.prune, chat=not task.settings.raw)
 
 
 def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
     """One result, as plain JSON values: id, image (images where there is not one), prompt, and then either
-    text, finish_reason, image_tokens (before pruning), average_tokens (for each decoder layer), first_token_ms and notes, or error.
+    text, finish_reason, image_tokens (before pruning), average_tokens (for each decoder layer), first_token_ms, what of it an earlier
+    request had done already (cached_images: pictures that were not encoded again; reused_tokens: see PruneReport) and notes, or error.
     """
     s = task.settings
     try:
@@ -191,7 +204,8 @@ def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
     report = done.report
     return {
         **_about(task), "text": done.text, "finish_reason": done.finish_reason, "image_tokens": report.n_image_tokens,
-        "average_tokens": report.average_tokens, "first_token_ms": round(report.milliseconds["first_token"], 1), "notes": report.notes,
+        "average_tokens": report.average_tokens, "first_token_ms": round(report.milliseconds["first_token"], 1),
+        "cached_images": report.n_cached, "reused_tokens": report.reused_tokens, "notes": report.notes,
     }  # fmt: skip
 
 
@@ -281,7 +295,7 @@ class Results:
             if not line:
                 continue
             try:
-                result = json.loads(line)
+                result = parse_json(line)
                 name, model, key = str(result["id"]), result["model"], result["task"]
             except (ValueError, KeyError, TypeError):
                 # Only the beginning of a result is taken for one that was cut off: this may be a file of someone else
@@ -326,19 +340,10 @@ class Results:
         self._file = file
 
     def _open(self, path: str) -> BinaryIO:
-        file = open(path, "a+b", buffering=0)  # unbuffered: a line is with the system when `add` returns
         try:
-            import fcntl
-        except ImportError:  # Windows
-            pass
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise OutputError(f"{path} is being written by another run", "wait for it, or use another --out") from None
-        file.seek(0)
-        return file
+            return open_alone(path, buffering=0)  # unbuffered: a line is with the system when `add` returns
+        except BlockingIOError:
+            raise OutputError(f"{path} is being written by another run", "wait for it, or use another --out") from None
 
 
 def _hash(data: Any) -> str:

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .batch import Task, answer, failure
+from .batch import Task, answer, failure, warm_up
 from .engine import StarVLM
 from .errors import ConfigError, MissingDependencyError, StarEdgeError, WorkerError
 
@@ -21,8 +21,8 @@ MAX_ATTEMPTS = 3  # of a task whose worker dies, and of workers in a row that do
 class _Worker:
     """An actor with one engine."""
 
-    def __init__(self, load: Callable[..., StarVLM], n_threads: int) -> None:
-        self._load, self._n_threads = load, n_threads
+    def __init__(self, load: Callable[..., StarVLM], n_threads: int, warm: bool) -> None:
+        self._load, self._n_threads, self._warm = load, n_threads, warm
 
     def start(self) -> str | None:
         """Loads the model. What is wrong comes back as text: an error raised in an actor is hard to tell from the actor's death."""
@@ -33,6 +33,9 @@ class _Worker:
         return None
 
     def answer(self, task: Task) -> dict[str, Any]:
+        if self._warm:
+            warm_up(self._vlm, task)
+            self._warm = False
         return answer(self._vlm, task)
 
 
@@ -44,12 +47,13 @@ def run_on_ray(
     *,
     n_threads: int | None = None,
     use_gpu: bool = False,
+    warm: bool = False,
 ) -> None:
     """Answers the tasks and calls emit here with one result for each, in the order in which they come.
 
     load: makes an engine, called in each worker with n_threads=; it must be picklable, and its files must lie in the same place on
         every machine, as must the images.
-    workers, n_threads, use_gpu: see `share_out`.
+    workers, n_threads, use_gpu: see `share_out`. warm: see `batch.warm_up`, for each engine.
     A task whose worker died MAX_ATTEMPTS times has an error for a result. Ray is the cluster that this process is
     connected to, or that of RAY_ADDRESS, or is started on this machine for the time being.
 
@@ -77,7 +81,7 @@ def run_on_ray(
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers, n_cpus, n_gpus = share_out(resources, workers, use_gpu)
         actor_class = ray.remote(_Worker).options(num_cpus=n_cpus, num_gpus=n_gpus, scheduling_strategy="SPREAD")
-        _drive(ray, waiting, lambda: actor_class.remote(load, n_threads or n_cpus), emit, workers)
+        _drive(ray, waiting, lambda: actor_class.remote(load, n_threads or n_cpus, warm), emit, workers)
     finally:
         if started_here:
             ray.shutdown()

@@ -6,13 +6,13 @@ as an argument.
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from .errors import ConfigError
+from .json_input import read_json
 from .representatives import REPRESENTATIVES
 from .scorers import DECODER_SCORERS, VISION_SCORERS
 
@@ -213,8 +213,7 @@ def load_config(path: str) -> PruneConfig | None:
     """
     remedy = 'use a file that star-edge tune wrote, or {"config": {"vision_keep": 0.5}}'
     try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
+        data = read_json(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the config") from error
     except ValueError as error:
@@ -229,9 +228,42 @@ def load_config(path: str) -> PruneConfig | None:
 
 
 def override(config: PruneConfig | None, **changes: object) -> PruneConfig | None:
-    """The config with the given fields replaced where they are not None; a config is made when there was none."""
+    """The config with the given fields replaced where they are not None; a config is made when there was none.
+
+    A stage of the config that contradicts the changes is left out, since whoever gave those need not know it: a decoder stage that would keep more
+    than the vision stage leaves, a vision stage that leaves less than the decoder stage is to keep, and windows where decoder_keep is given.
+
+    Raises:
+        ConfigError: the changes contradict each other, or are no values of their fields.
+    """
     changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(config or PruneConfig(), **changes) if changes else config
+    if not changes:
+        return config
+    config = config or PruneConfig()
+    PruneConfig(**changes)  # of what is wrong with them nothing is left out
+    if "decoder_keep" in changes and config.windows:
+        config = replace(config, windows=())
+    exceeds = lambda then, first: type(then) is type(first) and then > first and then != 1.0
+    vision, decoder = changes.get("vision_keep", config.vision_keep), changes.get("decoder_keep", config.decoder_keep)
+    if "decoder_keep" not in changes:
+        if exceeds(decoder, vision):
+            changes = {"decoder_layer": None, **changes, "decoder_keep": 1.0}
+        changes |= {"windows": tuple(w for w in config.windows if not exceeds(w[1], vision))} if config.windows else {}
+    elif "vision_keep" not in changes and exceeds(decoder, vision):
+        changes["vision_keep"] = 1.0
+    if config.windows and "decoder_layer" in changes:
+        raise ConfigError(
+            f"decoder_layer={changes['decoder_layer']} is for one decoder stage, and there are {len(config.windows)} (windows)",
+            "give decoder_keep too, to have one in their place",
+        )
+    return replace(config, **changes)
+
+
+def one_token_notes(config: PruneConfig | None) -> list[str]:
+    """A note for each stage that keeps a count of 1: JSON of other languages, and people, write 1 for 1.0."""
+    names = ("vision_keep", "decoder_keep") if config is not None else ()
+    keeps = [(name, getattr(config, name)) for name in names]
+    return [f"{name}=1 keeps one token of each image (1.0 keeps all)" for name, keep in keeps if _is_int(keep) and keep == 1]
 
 
 def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:

@@ -23,6 +23,8 @@ LEGEND_WIDTH = 72  # pixels right of a heatmap
 _BACKGROUND = (250, 250, 250)
 _TEXT = (30, 30, 30)
 _LINE = (255, 176, 0)
+_KEPT, _DROPPED = np.array((255, 224, 150), np.float32), np.array((70, 70, 80), np.float32)  # cells that are drawn without pixels
+_GAP = 6  # pixels between crops
 _TITLE_SIZES = (18, 16, 14, 12, 11)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -66,6 +68,24 @@ def draw_overlay(image: np.ndarray, stages: Sequence[Stage]) -> PIL.Image.Image:
         if not (kept.min() >= 0 and kept.max() <= 1):
             raise ValueError(f"kept of stage {stage.title!r} must lie in 0..1")
         panels.append((stage.title, _dim_dropped(pixels, kept)))
+    return _side_by_side(panels)
+
+
+def draw_crops(image: np.ndarray, stages: Sequence[tuple[str, Sequence[np.ndarray]]]) -> PIL.Image.Image:
+    """As `draw_overlay`, for an image that is taken in crops of which nobody says where they lie: the image, and for each stage the grids of its
+    crops on their own, in their order, row by row. Kept cells are light, dropped ones dark; no pixels are shown in them. RGB.
+
+    image: (height, width, 3) uint8. stages: title and the crops' (grid_h, grid_w) values in 0..1.
+
+    Raises ValueError as `draw_overlay` does.
+    """
+    pixels = _fit(_checked_image(image))
+    panels = [("image", pixels)]
+    for title, grids in stages:
+        checked = [_checked_grid(grid, f"kept of stage {title!r}") for grid in grids]
+        if not checked or not all(grid.min() >= 0 and grid.max() <= 1 for grid in checked):
+            raise ValueError(f"kept of stage {title!r} must lie in 0..1")
+        panels.append((title, _mosaic(checked, pixels.shape[:2])))
     return _side_by_side(panels)
 
 
@@ -130,6 +150,20 @@ def _dim_dropped(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     dimmed = 0.4 * half_grey + 20
     panel = (share * pixels + (1 - share) * dimmed + 0.5).astype(np.uint8)
     panel[_border(share[:, :, 0] > 0, _line_width(kept.shape, pixels.shape))] = _LINE
+    return panel
+
+
+def _mosaic(grids: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """The grids in as many columns as rows, or one more, with gaps between: (*size, 3) uint8."""
+    n_columns = int(np.ceil(np.sqrt(len(grids))))
+    n_rows = -(-len(grids) // n_columns)
+    panel = np.full((*size, 3), _BACKGROUND, np.uint8)
+    height, width = max(1, size[0] // n_rows - _GAP), max(1, size[1] // n_columns - _GAP)
+    for i, grid in enumerate(grids):
+        row, column = divmod(i, n_columns)
+        top, left = row * size[0] // n_rows, column * size[1] // n_columns
+        share = _over_pixels(grid.astype(np.float32), np.empty((height, width)))[:, :, None]
+        panel[top : top + height, left : left + width] = (share * _KEPT + (1 - share) * _DROPPED + 0.5).astype(np.uint8)
     return panel
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from llama_cpp import Llama
 
 from .choose import Candidates, choose, decoder_policy, divide, vision_scorer
-from .config import Keep, PruneConfig
+from .config import Keep, PruneConfig, one_token_notes
 from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
@@ -170,6 +170,7 @@ class PromptReader:
         prune = config if has_images else None
         if has_images:
             notes += self.encoder.notes
+            notes += one_token_notes(config)
         if prune is not None and prune.prunes_in_vision and not self.encoder.profile.reads_attention:
             scorer = vision_scorer(prune, has_attention=False)
             instead = (

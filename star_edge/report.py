@@ -10,7 +10,7 @@ import PIL.Image
 from .config import PruneConfig
 from .errors import ConfigError
 from .images import ImageLimits, ImageSource, load_image
-from .overlay import Stage, draw_overlay, fit_to_grid
+from .overlay import Stage, draw_crops, draw_overlay, fit_to_grid
 from .selection import average_tokens
 
 _TOTALS = (
@@ -172,31 +172,36 @@ class PruneReport:
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
 
+        Of a picture that the model gets in crops, the crops' grids stand beside it: llama.cpp does not say where in the picture they lie.
         source: the picture that was asked about, of several number `index`.
 
         Raises:
-            ConfigError: there is no such picture in the report, it was cut into crops, or its tokens have no grid.
+            ConfigError: there is no such picture in the report, or its tokens have no grid.
             ImageError: the image cannot be read.
         """
         pictures = self.pictures
         if not 0 <= index < len(pictures):
             raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
         crops = pictures[index]["images"]
-        if len(crops) > 1:
-            raise ConfigError(
-                f"the model gets image {index} as {len(crops)} crops, and llama.cpp does not say where they lie",
-                "leave the picture (--overlay) out: report.images has the kept indices",
-            )
-        image = self.images[crops[0]]
-        if image.grid is None:
+        images = [self.images[i] for i in crops]
+        on_grid = [image for image in images if image.grid is not None]
+        if not on_grid:
             raise ConfigError(
                 "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"
             )
-        kept = {"vision stage": image.vision_kept}
+        kept = {"vision stage": "vision_kept"}
         if self.decoder_layer is not None:
-            kept[f"decoder, from layer {self.decoder_layer}"] = image.decoder_kept
-        stages = [Stage(f"{title}: {len(rows)} of {image.n_tokens}", image.kept_on_grid(rows)) for title, rows in kept.items()]
-        return draw_overlay(fit_to_grid(load_image(source, limits), image.grid), stages)
+            kept[f"decoder, from layer {self.decoder_layer}"] = "decoder_kept"
+        total = sum(image.n_tokens for image in images)
+        stages = []
+        for title, name in kept.items():
+            title = f"{title}: {sum(len(getattr(image, name)) for image in images)} of {total}"
+            stages.append((title, [image.kept_on_grid(getattr(image, name)) for image in on_grid]))
+        pixels = load_image(source, limits)
+        if len(images) > 1:
+            missing = f", {len(images) - len(on_grid)} without a grid" if len(on_grid) < len(images) else ""
+            return draw_crops(pixels, [(f"{title}, in {len(images)} crops{missing}", grids) for title, grids in stages])
+        return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
 
     def summary(self) -> dict[str, object]:
         """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""

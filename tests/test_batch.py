@@ -134,7 +134,7 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if prompt == "fail":
             raise RuntimeError("something\nodd")
-        report = SimpleNamespace(n_image_tokens=0, average_tokens=0.0, milliseconds={"first_token": 1.0}, notes=[])
+        report = SimpleNamespace(n_image_tokens=0, average_tokens=0.0, milliseconds={"first_token": 1.0}, notes=[], n_cached=0, reused_tokens=0)
         return SimpleNamespace(text=f"{prompt} {self.n_threads}", finish_reason="stop", report=report)
 
 
@@ -156,7 +156,7 @@ def test_a_result_says_what_the_engine_did():
     first = results[0].pop("first_token_ms")
     assert first > 0 and results[0] == {
         "id": "x", "image": "demo.png", "prompt": "what digit is green?", "text": " 2", "finish_reason": "stop", "image_tokens": 144,
-        "average_tokens": kept("fast").average, "notes": [],
+        "average_tokens": kept("fast").average, "cached_images": 0, "reused_tokens": 0, "notes": [],
     }  # fmt: skip
     assert results[1]["images"] == ["nope.png", IMAGE] and "nope.png does not exist" in results[1]["error"] and "text" not in results[1]
 
@@ -280,7 +280,9 @@ def test_tasks_to_stdout_with_a_broken_image(tmp_path):
         and c["average_tokens"] == 144
     )
     assert b["prompt"] == "how many stars?" and "broken.png is not an image" in b["error"]
-    assert done.stderr == "2 answered, 1 failed\n"
+    counts, cause = done.stderr.splitlines()
+    assert counts == "2 answered, 1 failed" and cause.startswith("failed (1): ") and "broken.png is not an image" in cause
+    assert [line["cached_images"] for line in (a, c)] == [0, 1]  # the second time it was not encoded
 
 
 def test_a_killed_run_goes_on(out):

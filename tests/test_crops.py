@@ -1,7 +1,9 @@
 """Pictures that a model cuts into crops, on the fixture of LLaVA-NeXT: picture 0 fits into the encoder, picture 1 is of 2 x 2 crops and an
 overview, in that order. What each crop's features, scores and kept tokens are is tested in test_families.py."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,13 +61,43 @@ def test_pictures_are_told_apart_without_a_cache():
     assert [image.picture for image in report.images] == PICTURES
 
 
-def test_tokens_of_crops_are_not_drawn_over_another_picture(vlm, tmp_path):
+def test_tokens_of_crops_are_drawn_beside_the_picture(vlm, tmp_path):
+    """Nobody says where they lie: each crop is a grid of its own, of its own kept cells."""
     config = PruneConfig(0.5, 0.25, 1)
     _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
-    with pytest.raises(ConfigError, match="crops"):
-        save_overlay(report, PROMPT.pictures, str(tmp_path / "a.png"), ImageLimits())
-    _, report = vlm.read_prompt(FIXTURE.prompts[0].text, PROMPT.pictures[:1], config, chat=False)
-    assert len(save_overlay(report, PROMPT.pictures[:1], str(tmp_path / "b.png"), ImageLimits())) == 1
+    written, problems = save_overlay(report, PROMPT.pictures, str(tmp_path / "a.png"), ImageLimits())
+    assert [Path(path).name for path in written] == ["a-0.png", "a-1.png"] and not problems
+    drawn = np.asarray(report.picture(PROMPT.pictures[1], 1)).reshape(-1, 3)
+    colours = {tuple(int(c) for c in pixel) for pixel in np.unique(drawn, axis=0)}
+    assert {(255, 224, 150), (70, 70, 80)} <= colours  # kept and dropped cells
+    for image in report.images[1:]:
+        image.vision_kept = image.decoder_kept = np.arange(36)
+    everything = np.asarray(report.picture(PROMPT.pictures[1], 1)).reshape(-1, 3)
+    assert not (everything == (70, 70, 80)).all(axis=1).any()  # nothing is dropped
+    for image in report.images[1:3]:
+        image.grid = None
+    report.picture(PROMPT.pictures[1], 1)
+    for image in report.images[1:]:
+        image.grid = None
+    written, problems = save_overlay(report, PROMPT.pictures, str(tmp_path / "c.png"), ImageLimits())
+    assert len(written) == 1 and len(problems) == 1 and "image 1" in problems[0] and "no grid" in problems[0]
+
+
+def test_an_overlay_never_costs_the_answer(tmp_path):
+    """The answer is printed whatever becomes of the picture, and the exit status tells."""
+    for name, pixels in zip("ab", PROMPT.pictures):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    model = ["-m", str(FIXTURE.text), "--mmproj", str(FIXTURE.mmproj), "-c", "512", "--raw", "-n", "4"]
+    command = ["run", *model, "--image", str(tmp_path / "b.png"), "<__media__> what is in the red part?"]
+    plain = CliRunner().invoke(cli, command, standalone_mode=False)
+    assert plain.return_value == 0
+    drawn = CliRunner().invoke(cli, [*command, "--overlay", str(tmp_path / "o.png")], standalone_mode=False)
+    assert drawn.return_value == 0 and drawn.stdout == plain.stdout and (tmp_path / "o.png").exists()
+    too_long = str(tmp_path / f"{'x' * 300}.png")
+    for extra in ([], ["--json"]):
+        failed = CliRunner().invoke(cli, [*command, "--overlay", too_long, *extra], standalone_mode=False)
+        assert failed.return_value == 3 and "x.png cannot be written" in failed.stderr
+        assert (json.loads(failed.stdout)["text"] + "\n" if extra else failed.stdout) == plain.stdout
 
 
 def test_attention_over_a_picture_in_crops_is_refused(tmp_path):

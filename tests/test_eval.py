@@ -123,16 +123,16 @@ def test_order_is_rotated_and_what_is_done_is_not_asked_again(vlm, tmp_path):
     recorder = Recorder(vlm)
     run = lambda: run_tasks(recorder, tasks, configs, results, metric="exact", max_tokens=1, prompt_suffix="!", progress=done.append)
     run()
-    assert recorder.asked[:2] == [("read", off), ("read", a)]  # to warm up
-    assert [prune for _, prune, _ in recorder.asked[2:]] == [off, a, b, off, b, a, off, a, b]
-    assert all(prompt.endswith("?!") and kinds == [np.ndarray] for prompt, _, kinds in recorder.asked[2:])
+    assert recorder.asked[:3] == [("read", off), ("read", a), ("read", b)]  # each warms up
+    assert [prune for _, prune, _ in recorder.asked[3:]] == [off, a, b, a, off, b, b, off, a]
+    assert all(prompt.endswith("?!") and kinds == [np.ndarray] for prompt, _, kinds in recorder.asked[3:])
     assert sum(done) == 9
     first = dict(results.records)
     # One config is missing for one question: the unpruned prompt is read again for it, and nothing else
     del results.records["1", "11"]
     recorder.asked.clear(), done.clear()
     run()
-    assert [entry[1] for entry in recorder.asked] == [off, a, off, b] and [entry[0] for entry in recorder.asked[:3]] == ["read"] * 3
+    assert [entry[1] for entry in recorder.asked] == [off, a, b, off, b] and [entry[0] for entry in recorder.asked[:4]] == ["read"] * 4
     assert sum(done) == 9 and results.records["1", "11"]["kl"] == first["1", "11"]["kl"]
     assert results.records["1", "11"]["unpruned_first_token_ms"] != first["1", "11"]["unpruned_first_token_ms"]
     recorder.asked.clear()
@@ -361,8 +361,8 @@ def test_a_header_cut_short_is_written_again(tmp_path):
         (["q.jsonl", "--set", "nope=1"], ["nope", "vision_share"]),
         (["q.jsonl", "--set", "vision_share"], ["FIELD=VALUE"]),
         (["q.jsonl", "--set", "vision_share=2"], ["vision_share=2"]),
-        (["q.jsonl", "--vision-keep", "half"], ["vision_keep='half'"]),
-        (["q.jsonl", "--vision-keep", "0.25", "--decoder-keep", "0.5"], ["decoder_keep=0.5"]),
+        (["q.jsonl", "--vision-keep", "half"], ["--vision-keep 'half'"]),
+        (["q.jsonl", "--vision-keep", "0.25", "--decoder-keep", "0.5"], ["--decoder-keep 0.5"]),
         (["q.jsonl", "--configs", "no.json"], ["no.json"]),
         (["q.jsonl", "--metric", "vqa"], ["vqa", "10"]),
         (["q.jsonl", "--metric", "bleu"], ["bleu"]),

@@ -12,13 +12,8 @@ import llama_cpp
 import numpy as np
 
 from ..errors import EngineError, StarEdgeError
+from ..evaluation.runner import order
 from .sides import Request, Sample, SideSpec, Workbench
-
-
-def order(n_sides: int, repeat: int) -> list[int]:
-    """Which side is asked when in a repeat: each begins in turn, and every other repeat goes backwards, so that none always follows the same one."""
-    step = -1 if repeat % 2 else 1
-    return [(repeat + step * i) % n_sides for i in range(n_sides)]
 
 
 def run_sides(

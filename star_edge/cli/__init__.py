@@ -6,6 +6,7 @@ and exit status 2; a traceback means a bug.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import signal
@@ -35,6 +36,12 @@ class _Commands(click.Group):
             return None
         return getattr(importlib.import_module(f".{name}", __name__), name)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            ctx.fail(f"No such command {args[0]!r}. " + (f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(COMMANDS)}."))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -46,6 +53,35 @@ def cli() -> None:
     """Vision-language GGUF models that do not compute the image tokens that do not matter."""
 
 
+def _open_standard_streams() -> None:
+    """Whoever starts the command may have closed some. The next file that is opened would get such a number, and llama.cpp write its log there.
+
+    A closed stdout stays one that cannot be written, so that a result is not lost unnoticed.
+    """
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, flags)
+        try:
+            os.fstat(number)  # a library that was imported may have it by now
+        except OSError:
+            os.dup2(opened, number)
+            os.close(opened)
+            opened = number
+        setattr(sys, name, open(opened, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 (to the end)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without the characters of an answer gets it all the same
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _help_of(error: click.ClickException) -> str:
+    """Where the options are described that were used wrongly."""
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        return f"{context.command_path} --help"
+    command = next((argument for argument in sys.argv[1:2] if argument in COMMANDS), None)
+    return f"star-edge {command} --help" if command else "star-edge --help"
+
+
 def _drop_stdout() -> None:
     """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,10 +91,11 @@ def main() -> None:
     """Entry point: runs a command and turns errors into one line and exit status 2."""
     # Ctrl-C ends the process where it stands: llama_cpp's log callback is Python, in which a KeyboardInterrupt would be lost.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _open_standard_streams()
     from ..errors import StarEdgeError
 
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="star-edge", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except click.exceptions.Abort:
@@ -67,7 +104,7 @@ def main() -> None:
         click.echo(error.ctx.get_help())
         status = 2
     except click.ClickException as error:
-        click.echo(f"error: {' '.join(error.format_message().split())} (see star-edge --help)", err=True)
+        click.echo(f"error: {' '.join(error.format_message().split())} (see {_help_of(error)})", err=True)
         status = 2
     except StarEdgeError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)

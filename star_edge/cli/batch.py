@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -13,16 +14,17 @@ import click
 
 from ..batch import Results, Settings, Task, describe_model, each_image, read_tasks, run_tasks
 from ..errors import ConfigError
-from .options import find_model, load_engine
+from .options import AFRESH, find_model, load_engine
 
 SOME_FAILED = 3  # exit status
+_CAUSES = 3  # reasons of failures that are shown
 # What decides where a model runs and what it prints, not what it answers
 _PLACE = ("model", "mmproj", "hf_repo", "no_mmproj", "n_threads", "n_gpu_layers", "verbose")
 
 
 def run_batch(
     prompt: str | None, images: tuple[str, ...], tasks_file: str | None, settings: Settings, out: str | None, fresh: bool,
-    use_ray: bool, workers: int | None, model: dict[str, Any],
+    use_ray: bool, workers: int | None, cache: bool, model: dict[str, Any],
 ) -> int:  # fmt: skip
     """Answers every task and returns the exit status: 0, or SOME_FAILED."""
     if tasks_file is not None:
@@ -43,19 +45,20 @@ def run_batch(
             results.add(result)
         else:
             click.echo(json.dumps(result, allow_nan=False))
-        progress.step("error" in result)
+        progress.step(result)
 
     if waiting:
-        _answer(waiting, emit, use_ray, workers, model)
+        _answer(waiting, emit, use_ray, workers, cache, model)
     if results is not None:
         results.close()
     progress.end()
     return SOME_FAILED if progress.failed else 0
 
 
-def _answer(tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, model: dict[str, Any]) -> None:
+def _answer(tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, cache: bool, model: dict[str, Any]) -> None:
+    afresh = {} if cache else AFRESH
     if not use_ray:
-        run_tasks(tasks, functools.partial(load_engine, **model), emit)
+        run_tasks(tasks, functools.partial(load_engine, **model, **afresh), emit, warm=not cache)
         return
     from ..batch_ray import run_on_ray
 
@@ -63,8 +66,9 @@ def _answer(tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, mo
         if model[name] is not None:
             model = {**model, name: os.path.abspath(model[name])}
     run_on_ray(
-        tasks, functools.partial(load_engine, **model), emit, workers, n_threads=model["n_threads"], use_gpu=model["n_gpu_layers"] != 0
-    )
+        tasks, functools.partial(load_engine, **model, **afresh), emit, workers,
+        n_threads=model["n_threads"], use_gpu=model["n_gpu_layers"] != 0, warm=not cache,
+    )  # fmt: skip
 
 
 class _Progress:
@@ -73,12 +77,16 @@ class _Progress:
     def __init__(self, total: int, before: int, shown: bool) -> None:
         self.total, self.before, self.shown = total, before, shown
         self.answered = self.failed = 0
+        self._causes: dict[str, list[str]] = {}  # errors that differ in the image's name alone
         self._start = time.monotonic()
         self._draw()
 
-    def step(self, failed: bool) -> None:
-        self.failed += failed
-        self.answered += not failed
+    def step(self, result: dict[str, Any]) -> None:
+        if "error" in result:
+            self.failed += 1
+            self._causes.setdefault(_without_names(result), []).append(result["error"])
+        else:
+            self.answered += 1
         self._draw()
 
     def _draw(self) -> None:
@@ -96,3 +104,21 @@ class _Progress:
         parts += [f"{self.before} done before"] if self.before else []
         parts += [f"{self.failed} failed"] if self.failed else []
         click.echo(("\r\033[K" if self.shown else "") + ", ".join(parts), err=True)
+        causes = sorted(self._causes.values(), key=len, reverse=True)
+        for errors in causes[:_CAUSES]:
+            click.echo(f"failed ({len(errors)}): {_shorten(errors[0])}" + (" (the first of them)" if len(errors) > 1 else ""), err=True)
+        if len(causes) > _CAUSES:
+            click.echo(f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the results", err=True)
+
+
+def _without_names(result: dict[str, Any]) -> str:
+    error = result["error"]
+    for image in result.get("images", [result["image"]] if "image" in result else []):
+        name = os.path.basename(image)
+        if name:
+            error = re.sub(rf"\S*{re.escape(name)}", "IMAGE", error)
+    return error
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -29,7 +29,7 @@ from ..errors import ConfigError, OutputError
 from ..images import load_image
 from ..synthetic import SHAPES, model_files
 from .grid import config_options, grid_configs
-from .options import find_model, model_options, print_json
+from .options import FilePath, Number, find_model, in_cli_words, model_options, print_json
 
 _QUESTION = "Describe this picture in detail."
 
@@ -37,9 +37,9 @@ _QUESTION = "Describe this picture in detail."
 @click.command()
 @model_options
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, made on the spot, in place of -m.")
-@click.option("--folder", type=click.Path(file_okay=False), help="Where --shape keeps its model for the next time. Default: it is removed.")
+@click.option("--folder", type=FilePath(file_okay=False), help="Where --shape keeps its model for the next time. Default: it is removed.")
 @click.option(
-    "--image", "images", type=click.Path(), multiple=True, help="Picture to ask about; repeat for several. Default: a generated one."
+    "--image", "images", type=FilePath(), multiple=True, help="Picture to ask about; repeat for several. Default: a generated one."
 )
 @click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the generated picture, with -m.")
 @click.option("--prompt", default=_QUESTION, show_default=True, help="Question after the picture, with -m.")
@@ -50,7 +50,7 @@ _QUESTION = "Describe this picture in detail."
 )  # fmt: skip
 @click.option("--unpruned/--no-unpruned", default=True, show_default=True, help="Measure star_edge without pruning too.")
 @click.option(
-    "--fewer-tokens", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.25, show_default=True,
+    "--fewer-tokens", type=Number(0, 1, min_open=True, max_open=True), default=0.25, show_default=True,
     help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture.",
 )  # fmt: skip
 @click.option("-r", "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Of each side, after one to warm up.")
@@ -59,8 +59,8 @@ _QUESTION = "Describe this picture in detail."
     "--idle-hook", type=click.IntRange(min=0), default=0, metavar="TOKENS", help="Time so many tokens with and without the hook too."
 )
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory of each side, in a process of its own.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Write the result here as JSON, after each repeat what there is so far.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib).")
+@click.option("--out", type=FilePath(dir_okay=False), help="Write the result here as JSON, after each repeat what there is so far.")
+@click.option("--plot", type=FilePath(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_context
 def bench(
@@ -90,6 +90,7 @@ def bench(
         raise ConfigError("--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out")
     if images and given("image_size"):
         raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
+    size = _parse_size(image_size)
     if "none" in baselines and len(baselines) > 1:
         raise ConfigError("--baseline none goes with no other", "leave out one of them")
     for path in (out, plot):
@@ -116,8 +117,8 @@ def bench(
             raise ConfigError("a benchmark asks about a picture, and no mmproj was given", "add --mmproj FILE")
         if text == refvlm.TEXT_MODEL:
             options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
-            images = images or (str(refvlm.DEMO_IMAGE),)
-        pictures = [load_image(source) for source in images] or [picture(*_parse_size(image_size))]
+            images = images or (() if given("image_size") else (str(refvlm.DEMO_IMAGE),))
+        pictures = [load_image(source) for source in images] or [picture(*size)]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
 
     def save(result: dict[str, Any], is_final: bool = False) -> None:
@@ -154,10 +155,11 @@ def bench(
                     console.print(f"{next(n_done)} of {total}: {what}", highlight=False)
                 bar.update(task, advance=1, description=what)
 
-            result = run(
-                text, mmproj, options, configs, names, request, fewer=fewer_tokens, repeats=repeats, n_generate=max_tokens, hook_tokens=idle_hook,
-                with_memory=memory, title=title, progress=progress, save=save,
-            )  # fmt: skip
+            with in_cli_words():
+                result = run(
+                    text, mmproj, options, configs, names, request, fewer=fewer_tokens, repeats=repeats, n_generate=max_tokens,
+                    hook_tokens=idle_hook, with_memory=memory, title=title, progress=progress, save=save,
+                )  # fmt: skip
     save(result, is_final=True)
     if plot:
         plots.save(result, plot)

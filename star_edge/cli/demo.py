@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import refvlm
-from .options import AFRESH, load_engine, make_config, print_json, prune_options, save_overlay
+from .options import AFRESH, FilePath, check_picture_path, load_engine, make_config, print_json, prune_options, save_overlay
 
 
 @click.command()
@@ -19,7 +19,7 @@ from .options import AFRESH, load_engine, make_config, print_json, prune_options
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each question, stock and pruned in turn."
 )
-@click.option("--overlay", type=click.Path(dir_okay=False), default="star-edge-demo.png", show_default=True)
+@click.option("--overlay", type=FilePath(dir_okay=False), default="star-edge-demo.png", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def demo(
     preset: str,
@@ -37,13 +37,15 @@ def demo(
     the unpruned model answers correctly; pruning may change that, and the table shows it.
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
-    rows, answer = [], None
+    check_picture_path(overlay)
+    rows: list[dict[str, Any]] = []
     with load_engine(None, None, **AFRESH) as vlm:
         for question in track(refvlm.demo_questions(), "asking", console=Console(stderr=True), transient=True):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}
             for repeat in range(repeats + 1):  # the first is a warm-up
-                for name, prune in (("stock", None), ("pruned", config)):
+                sides = (("stock", None), ("pruned", config))
+                for name, prune in sides[:: -1 if repeat % 2 else 1]:  # neither always follows the other
                     answer = vlm.generate(question["question"], refvlm.DEMO_IMAGE, prune, max_tokens=8)
                     if repeat:
                         times[name].append(answer.report.milliseconds["first_token"])
@@ -53,16 +55,20 @@ def demo(
                         "kv_cells": answer.report.n_kv_cells,
                         "first_token_ms": statistics.median(times[name]) if times[name] else None,
                     }
+                    if name == "pruned":
+                        report = answer.report
             rows.append(row)
         if config is None:
             written = []
         else:
-            written = save_overlay(answer.report, [refvlm.DEMO_IMAGE], overlay, vlm.image_limits)
+            written, problems = save_overlay(report, [refvlm.DEMO_IMAGE], overlay, vlm.image_limits)
+            for problem in problems:
+                click.echo(f"no overlay of {problem}", err=True)
     medians = {name: statistics.median(r[name]["first_token_ms"] for r in rows) for name in ("stock", "pruned")}
     right = {name: sum(r[name]["answer"] == r["truth"] for r in rows) for name in ("stock", "pruned")}
     result = {
         "model": "refvlm", "image": str(refvlm.DEMO_IMAGE), "overlay": written, "questions": rows, "n_right": right, "first_token_ms": medians,
-        "speed_up": medians["stock"] / medians["pruned"], "token_layer_ratio": answer.report.token_layer_ratio,
+        "speed_up": medians["stock"] / medians["pruned"], "token_layer_ratio": report.token_layer_ratio,
     }  # fmt: skip
     if as_json:
         print_json(result)

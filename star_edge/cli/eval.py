@@ -15,22 +15,22 @@ from ..evaluation.summary import summarise, tables
 from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
 from .asking import asking
 from .grid import config_options, grid_configs
-from .options import model_options, print_json
+from .options import FilePath, model_options, print_json
 
 
 @click.command()
-@click.argument("tasks", required=False, type=click.Path())
+@click.argument("tasks", required=False, type=FilePath())
 @model_options
-@click.option("--image-root", type=click.Path(), help="Folder that image paths are relative to. Default: that of TASKS.")
+@click.option("--image-root", type=FilePath(), help="Folder that image paths are relative to. Default: that of TASKS.")
 @config_options
 @click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True)
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many questions: the first ones, or with --seed a random choice.")
 @click.option("--seed", type=int, help="Choose the --limit questions at random.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Append results here as they come; the same command goes on where it stopped.")
+@click.option("--out", type=FilePath(dir_okay=False), help="Append results here as they come; the same command goes on where it stopped.")
 @click.option("--fresh", is_flag=True, help="Start --out again.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw accuracy against tokens and time, .png or .svg (needs matplotlib).")
+@click.option("--plot", type=FilePath(dir_okay=False), help="Draw accuracy against tokens and time, .png or .svg (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True)
 def eval(
     tasks: str | None, image_root: str | None, presets: tuple[str, ...], vision_keep: str | None, decoder_keep: str | None,

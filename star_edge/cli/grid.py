@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from ..config import PRESETS
 from ..errors import ConfigError
 from ..evaluation.configs import NamedConfig, choose_configs, parse_values
+from .options import KEEP_HELP, FilePath, in_cli_words
 
 
 def config_options(command: Callable) -> Callable:
@@ -21,14 +23,14 @@ def config_options(command: Callable) -> Callable:
             multiple=True,
             help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast.",
         ),
-        click.option("--vision-keep", help="Grid: comma-separated fractions or counts, such as 0.5,0.25."),
+        click.option("--vision-keep", help=f"Grid: values separated by commas, such as 0.5,0.25; {KEEP_HELP}."),
         click.option("--decoder-keep", help="Grid, likewise."),
         click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model."),
         click.option(
             "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
         ),
         click.option(
-            "--configs", "config_file", type=click.Path(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.'
+            "--configs", "config_file", type=FilePath(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.'
         ),
     ]
     for option in reversed(options):
@@ -44,8 +46,15 @@ def grid_configs(
     Raises:
         ConfigError: a value that its field does not take.
     """
-    grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}
-    return choose_configs(presets, grid, _parse_sets(sets), config_file)
+    with in_cli_words():
+        grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}
+    for name, values in grid.items():
+        fractions = [value for value in values if isinstance(value, float)]
+        if fractions and 1.0 not in fractions and any(type(value) is int and value == 1 for value in values):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {budget[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all")
+    with in_cli_words() if config_file is None else nullcontext():  # a file's words are its own
+        return choose_configs(presets, grid, _parse_sets(sets), config_file)
 
 
 def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -10,7 +10,9 @@ import numpy as np
 from ..errors import ConfigError
 from ..images import load_image
 from ..overlay import draw_heatmap, draw_matrix, fit_to_grid
-from .options import load_engine, make_config, model_options, print_json, prune_options, save_overlay, save_picture
+from .options import (
+    FilePath, check_picture_path, in_cli_words, load_engine, make_config, model_options, print_json, prune_options, save_overlay, save_picture,
+)  # fmt: skip
 
 
 @click.command()
@@ -24,13 +26,13 @@ from .options import load_engine, make_config, model_options, print_json, prune_
 @click.option("-E", "--encoder-layer", "encoder_layers", type=int, multiple=True, help="Encoder layer, from 0; repeat for several.")
 @click.option("--mean-heads", is_flag=True, help="Average over heads.")
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
-@click.option("-o", "--out", type=click.Path(dir_okay=False), default="attention.npz", show_default=True)
+@click.option("-o", "--out", type=FilePath(dir_okay=False), default="attention.npz", show_default=True)
 @click.option(
     "--picture",
-    type=click.Path(dir_okay=False),
+    type=FilePath(dir_okay=False),
     help="Draw the attention of the first decoder layer asked for: to the image, or token by token.",
 )
-@click.option("--overlay", type=click.Path(dir_okay=False), help="Draw the tokens that the prune options would keep.")
+@click.option("--overlay", type=FilePath(dir_okay=False), help="Draw the tokens that the prune options would keep.")
 @click.option("--json", "as_json", is_flag=True)
 def inspect(
     prompt: str, images: tuple[str, ...], decoder_layers: tuple[int, ...], encoder_layers: tuple[int, ...], mean_heads: bool, raw: bool, out: str,
@@ -44,7 +46,12 @@ def inspect(
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     if not out.endswith(".npz"):
         raise ConfigError(f"{out} does not end in .npz", "arrays are written in NumPy's format")
-    with load_engine(**model) as vlm:
+    for path in filter(None, (picture, overlay)):
+        check_picture_path(path)
+    if overlay and (not images or config is None):
+        raise ConfigError("--overlay needs an image and a preset that prunes", "add --image FILE")
+    problems: list[str] = []
+    with load_engine(**model) as vlm, in_cli_words():
         more: dict[str, np.ndarray] = {}
         report = None
         if images:
@@ -69,9 +76,10 @@ def inspect(
             save_picture(_draw(result, layers[0], images, vlm), picture)
             written.append(picture)
         if overlay:
-            if report is None or config is None:
-                raise ConfigError("--overlay needs an image and a preset that prunes", "add --image FILE")
-            written += save_overlay(report, list(images), overlay, vlm.image_limits)
+            drawn, problems = save_overlay(report, list(images), overlay, vlm.image_limits)
+            written += drawn
+    for problem in problems:
+        click.echo(f"no overlay of {problem}", err=True)
     arrays = {name: list(a.shape) for name, a in {**result.arrays(), **more}.items()}
     if as_json:
         print_json({"written": written, "arrays": arrays, "tokens": result.tokens})

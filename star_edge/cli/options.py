@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import llama_cpp
+import PIL.Image
 
 from .. import refvlm
 from ..chat import find_template
 from ..config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..engine import KV_TYPES, StarVLM
-from ..errors import ConfigError
+from ..errors import ConfigError, StarEdgeError
 from ..hub import fetch
 from ..report import PruneReport
 
@@ -34,6 +39,64 @@ class KeepType(click.ParamType):
             self.fail(f"{value!r} is neither a fraction (0.25) nor a count of tokens (144)", param, ctx)
 
 
+class Number(click.FloatRange):
+    """A float in a range, which NaN is not, nor is infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
+class FilePath(click.Path):
+    """A path; an empty one names nothing, and must not stand for an option that was left out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_INT32 = 2**31 - 1
+SEED = click.IntRange(0, 2**32 - 1)
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+
+
+def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int:
+    if n_layers and not llama_cpp.llama_supports_gpu_offload():
+        raise click.BadParameter(
+            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the GPU.", ctx, param
+        )
+    return n_layers
+
+
+@contextmanager
+def in_cli_words() -> Iterator[None]:
+    """Errors name options as they are typed (--vision-keep 2), not as parameters of Python (vision_keep=2)."""
+    try:
+        yield
+    except StarEdgeError as error:
+        raise type(error)(cli_words(error.cause), cli_words(error.remedy)) from error
+
+
+def cli_words(text: str) -> str:
+    """The text with names of parameters as the running command's options."""
+    context = click.get_current_context(silent=True)
+    for param in context.command.params if context is not None else ():
+        if not isinstance(param, click.Option):
+            continue
+        flag = max(param.opts, key=len)
+        if param.is_flag:
+            off = max(param.secondary_opts, key=len) if param.secondary_opts else None
+            text = re.sub(rf"\b{param.name}=True\b", flag, text)
+            text = re.sub(rf"\b{param.name}=False\b", off, text) if off else text
+        text = re.sub(rf"\b{param.name}=(?=\S)", f"{flag} ", text)
+        if "_" in param.name:  # others are words of English too
+            text = re.sub(rf"(?<![-\w.]){param.name}(?![\w.])", flag, text)
+    return text
+
+
 def model_options(command: Callable) -> Callable:
     """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
     options = [
@@ -49,10 +112,13 @@ def model_options(command: Callable) -> Callable:
         ),
         click.option("--no-mmproj", is_flag=True, help="With -hf: the text model alone."),
         click.option(
-            "-c", "--ctx-size", "n_ctx", type=int, default=4096, show_default=True, help="Context in tokens, 0 for the model's own."
+            "-c", "--ctx-size", "n_ctx", type=click.IntRange(0, _INT32), default=4096, show_default=True, help="Context in tokens, 0 for the model's own."
         ),
-        click.option("-ub", "--ubatch-size", "n_ubatch", type=int, default=512, show_default=True, help="Rows of one compute batch."),
-        click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=int, default=0, show_default=True, help="Layers on the GPU, -1 for all."),
+        click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1, _INT32), default=512, show_default=True, help="Rows of one compute batch."),
+        click.option(
+            "-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1, _INT32), default=0, show_default=True, callback=_check_gpu,
+            help="Layers on the GPU, -1 for all.",
+        ),  # fmt: skip
         click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),
         click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
         click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
@@ -69,12 +135,15 @@ def model_options(command: Callable) -> Callable:
             callback=lambda ctx, param, value: None if value is None else find_template(value),  # whoever gets it may have another folder
             help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: the model's own, else its family's.",
         ),
-        click.option("-t", "--threads", "n_threads", type=int, help="Default: physical cores."),
+        click.option("-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."),
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+KEEP_HELP = "with a point a fraction of the original (1.0 keeps all), a whole number a count for each image (1 keeps one token)"
 
 
 def prune_options(command: Callable) -> Callable:
@@ -87,8 +156,11 @@ def prune_options(command: Callable) -> Callable:
             show_default=True,
             help=f"One of {', '.join(PRESETS)}, or a file of star-edge tune.",
         ),
-        click.option("--vision-keep", type=KeepType(), help="Image tokens to keep after the encoder: fraction of the original, or count."),
-        click.option("--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise."),
+        click.option("--vision-keep", type=KeepType(), help=f"Image tokens to keep after the encoder: {KEEP_HELP}."),
+        click.option(
+            "--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise. A stage of the preset that contradicts "
+            "what is given here is left out.",
+        ),  # fmt: skip
         click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
         click.option(
             "--budget",
@@ -112,7 +184,8 @@ def load_engine(
     files = find_model(model, mmproj, hf_repo, no_mmproj)
     if files[0] == refvlm.TEXT_MODEL:
         options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
-    return StarVLM(*files, **options)
+    with in_cli_words():
+        return StarVLM(*files, **options)
 
 
 def find_model(model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool) -> tuple[str | Path, str | Path | None]:
@@ -138,7 +211,9 @@ def find_model(model: str | None, mmproj: str | None, hf_repo: str | None, no_mm
 def make_config(
     preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
 ) -> PruneConfig | None:
-    return override(resolve_prune(preset), vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget)
+    config = resolve_prune(preset)  # a file's words are its own
+    with in_cli_words():
+        return override(config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget)
 
 
 def print_json(data: Any) -> None:
@@ -157,16 +232,33 @@ def save_picture(picture: Any, path: str) -> None:
         raise ConfigError(f"{path} cannot be written ({error})", "use an existing folder and an ending such as .png") from error
 
 
-def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any) -> list[str]:
+def check_picture_path(path: str) -> None:
+    """As `save_picture` would, before anything is computed.
+
+    Raises:
+        ConfigError: the folder does not exist, or the ending is no image format.
+    """
+    PIL.Image.init()
+    known = PIL.Image.registered_extensions().get(Path(path).suffix.lower()) in PIL.Image.SAVE
+    if not known or not Path(path).parent.is_dir():
+        cause = "the folder does not exist" if known else f"{Path(path).suffix or 'no ending'} is no image format"
+        raise ConfigError(f"{path} cannot be written ({cause})", "use an existing folder and an ending such as .png")
+
+
+def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any) -> tuple[list[str], list[str]]:
     """Draws each image with dropped tokens dimmed for each stage; several images get -0, -1, ... before the ending.
 
-    Returns the paths written.
+    Returns the paths written, and what could not be drawn or written, with the reason: neither costs the answer.
     """
-    written = []
+    written, problems = [], []
     for i, source in enumerate(sources):
         target = Path(path)
         if len(sources) > 1:
             target = target.with_name(f"{target.stem}-{i}{target.suffix}")
-        save_picture(report.picture(source, i, limits), str(target))
-        written.append(str(target))
-    return written
+        try:
+            save_picture(report.picture(source, i, limits), str(target))
+        except StarEdgeError as error:
+            problems.append(f"image {i}: {error}")
+        else:
+            written.append(str(target))
+    return written, problems

@@ -9,9 +9,12 @@ import click
 
 from ..batch import Settings, names_several
 from ..errors import ConfigError, ImageError
+from ..json_input import MAX_CHARACTERS
 from ..report import PruneReport
-from .batch import run_batch
-from .options import load_engine, make_config, model_options, print_json, prune_options, save_overlay
+from .batch import SOME_FAILED, run_batch
+from .options import (
+    SEED, FilePath, Number, check_picture_path, cli_words, in_cli_words, load_engine, make_config, model_options, print_json, prune_options, save_overlay,
+)  # fmt: skip
 
 
 @click.command()
@@ -32,58 +35,82 @@ from .options import load_engine, make_config, model_options, print_json, prune_
 @click.option(
     "--workers", type=click.IntRange(min=1), help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine."
 )
+@click.option(
+    "--cache/--no-cache", default=True, help="With --each or --tasks: whether a picture that was asked about before need not be encoded "
+    "again, nor a prompt that begins alike be read. Results say what was spared; without, and after one request to warm up, their times can be compared.",
+)  # fmt: skip
 @model_options
 @prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temp", "temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
-@click.option("--seed", type=int)
+@click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
+@click.option("--seed", type=SEED)
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
-@click.option("--overlay", type=click.Path(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage.")
+@click.option("--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and the whole report as JSON.")
 def run(
     prompt: str | None, images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool,
-    workers: int | None, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, budget: str | None, max_tokens: int,
+    workers: int | None, cache: bool, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, budget: str | None, max_tokens: int,
     temperature: float, seed: int | None, raw: bool, overlay: str | None, as_json: bool, **model: Any,
 ) -> int:  # fmt: skip
     """Answer PROMPT about the images.
 
     PROMPT may hold <__media__> where each image belongs; without it the images stand first. `-` or no PROMPT reads stdin.
 
-    With --each or --tasks there is one line of JSON for each request, and the exit status is 3 when some of them failed.
+    With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or when the answer is
+    there and an overlay could not be drawn.
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
-    _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, overlay)
+    _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, cache, overlay)
+    if each and budget == "prompt":
+        raise ConfigError("--budget prompt shares tokens among the images of one request, and --each makes a request of each", "leave out one of them")
     if overlay and config is None:
         raise ConfigError("--overlay has nothing to show with --preset off", "use another preset or --vision-keep")
     if overlay and not images:
         raise ImageError("--overlay needs an image", "add --image FILE")
+    if overlay:
+        check_picture_path(overlay)
     if prompt == "-" or (prompt is None and tasks_file is None):
-        prompt = sys.stdin.read().strip() if not sys.stdin.isatty() else ""
+        prompt = _read_stdin()
     if not prompt and tasks_file is None:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
     if each or tasks_file is not None:
         settings = Settings(config, max_tokens, temperature, seed, raw)
-        return run_batch(prompt, images, tasks_file, settings, out, fresh, use_ray, workers, model)
+        return run_batch(prompt, images, tasks_file, settings, out, fresh, use_ray, workers, cache, model)
     with load_engine(**model) as vlm:
-        answer = vlm.generate(
-            prompt, list(images), config, max_tokens, stream=not as_json, chat=not raw, temperature=temperature, seed=seed
-        )
-        written = save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else []
+        with in_cli_words():
+            answer = vlm.generate(
+                prompt, list(images), config, max_tokens, stream=not as_json, chat=not raw, temperature=temperature, seed=seed
+            )
         if not as_json:
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()
             click.echo(summary(answer.report), err=True)
+        written, problems = save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else ([], [])
         if as_json:
             print_json({"text": answer.text, "finish_reason": answer.finish_reason, "overlay": written, "report": answer.report.to_dict()})
         for path in written:
             click.echo(f"overlay: {path}", err=True)
-    return 0
+        for problem in problems:
+            click.echo(f"no overlay of {problem}", err=True)
+    return SOME_FAILED if problems else 0
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        return ""
+    try:
+        text = sys.stdin.read(MAX_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise ConfigError("the prompt on stdin is no text in UTF-8", "convert it") from error
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"the prompt on stdin has more than {MAX_CHARACTERS} characters", "give a shorter one")
+    return text.strip()
 
 
 def _check_batch_options(
     images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool, workers: int | None,
-    overlay: str | None,
+    cache: bool, overlay: str | None,
 ) -> None:  # fmt: skip
     """A folder or a pattern never becomes one request about many images unseen: --each has to be said."""
     if each and tasks_file is not None:
@@ -99,7 +126,7 @@ def _check_batch_options(
         several = next((image for image in images if names_several(image)), None)
         if several is not None:
             raise ConfigError(f"--image {several} names a folder or several files", "add --each to ask about each of them on its own")
-        for name, given in (("--out", out), ("--fresh", fresh), ("--ray", use_ray)):
+        for name, given in (("--out", out), ("--fresh", fresh), ("--ray", use_ray), ("--no-cache", not cache)):
             if given:
                 raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
     if fresh and out is None:
@@ -124,4 +151,4 @@ def summary(report: PruneReport) -> str:
     parts.append(f"{report.n_kv_cells} KV cells (an n_ctx of {report.n_ctx_needed} is enough)")
     if report.tokens_per_s is not None:
         parts.append(f"{report.tokens_per_s:.1f} tokens/s")
-    return "\n".join(["; ".join(parts)] + [f"note: {note}" for note in report.notes])
+    return "\n".join(["; ".join(parts)] + [f"note: {cli_words(note)}" for note in report.notes])

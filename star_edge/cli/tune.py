@@ -19,21 +19,21 @@ from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
 from ..evaluation.tuning import candidates, split
 from ..evaluation.tuning import tune as search
 from .asking import asking
-from .options import model_options, print_json
+from .options import FilePath, Number, model_options, print_json
 
 
 @click.command()
-@click.argument("tasks", required=False, type=click.Path())
+@click.argument("tasks", required=False, type=FilePath())
 @model_options
-@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=0.99, show_default=True, help="Share of the unpruned accuracy.")
-@click.option("-o", "--config-out", type=click.Path(dir_okay=False), default="star-edge.json", show_default=True, help="The config found.")
-@click.option("--image-root", type=click.Path(), help="Folder that image paths are relative to. Default: that of TASKS.")
+@click.option("--keep", type=Number(0, 1, min_open=True), default=0.99, show_default=True, help="Share of the unpruned accuracy.")
+@click.option("-o", "--config-out", type=FilePath(dir_okay=False), default="star-edge.json", show_default=True, help="The config found.")
+@click.option("--image-root", type=FilePath(), help="Folder that image paths are relative to. Default: that of TASKS.")
 @click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True)
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many questions, chosen at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For --limit.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Append results here as they come; the same command goes on where it stopped.")
+@click.option("--out", type=FilePath(dir_okay=False), help="Append results here as they come; the same command goes on where it stopped.")
 @click.option("--fresh", is_flag=True, help="Start --out again.")
 @click.option("--json", "as_json", is_flag=True)
 def tune(

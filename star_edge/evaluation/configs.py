@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from ..config import PruneConfig, resolve_prune
 from ..errors import ConfigError, StarEdgeError
+from ..json_input import parse_json, read_json
 
 _HINTS = typing.get_type_hints(PruneConfig)
 _BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # and how a name shortens them
@@ -102,7 +103,7 @@ def file_configs(path: str | os.PathLike) -> list[NamedConfig]:
     """
     name = os.fspath(path)
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        entries = read_json(path)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error.strerror})", "check the path of the configs") from error
     except ValueError as error:
@@ -204,13 +205,15 @@ def _parse(field: str, hint: Any, text: str) -> Any:
         return None
     if bool in kinds and simple in ("true", "false"):
         return simple == "true"
-    if int in kinds and re.fullmatch(r"[+-]?\d+", text):
+    if int in kinds and re.fullmatch(r"[+-]?\d{1,18}", text):  # Python converts no thousands of digits
         return int(text)
     if float in kinds:
         try:
-            return float(text)
+            number = float(text)
         except ValueError:
-            pass
+            number = math.inf
+        if math.isfinite(number):
+            return number
     for kind in kinds:
         if typing.get_origin(kind) is typing.Literal:
             for choice in typing.get_args(kind):
@@ -220,10 +223,10 @@ def _parse(field: str, hint: Any, text: str) -> Any:
         return text
     if any(_is_container(kind) for kind in kinds):
         try:
-            return _tuples(json.loads(text))
+            return _tuples(parse_json(text))
         except ValueError:
             pass
-    raise ConfigError(f"{field}={text!r} does not fit its type", f"use {_readable(kinds)}")
+    raise ConfigError(f"{field}={text[:40]!r} does not fit its type", f"use {_readable(kinds)}")
 
 
 def _is_container(kind: Any) -> bool:

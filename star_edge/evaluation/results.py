@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from ..errors import EvaluationError
+from ..json_input import parse_json
+from ..results_file import open_alone
 from .configs import NamedConfig
 from .tasks import Task
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two runs into one file are not told apart there
-    fcntl = None
 
 Record = dict[str, Any]
 
@@ -65,12 +62,13 @@ class Results:
         if path is None:
             return
         try:
-            self._file = open(path, "a+b")  # noqa: SIM115 (kept open for the run)
+            self._file = open_alone(path)
+        except BlockingIOError:
+            raise EvaluationError(f"{path} is in use by another run", "wait for its end, or use another --out") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise EvaluationError(f"{path} cannot be written ({reason})", "use an existing folder that can be written") from error
         try:
-            self._lock(path)
             end = self._read(path, header, tasks, configs, fresh)
             self._file.truncate(end)
             if not end:
@@ -102,18 +100,8 @@ class Results:
             self._append(self.records[task.id, config.name])
 
     def _append(self, record: Record) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n")
         self._file.flush()
-
-    def _lock(self, path: str) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(f"{path} is in use by another run", "wait for its end, or use another --out") from None
-        except OSError:
-            pass  # a file system without locks
 
     def _read(self, path: str, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool) -> int:
         """Fills `records` and returns where the file's whole lines end; 0 for a file to begin."""
@@ -151,7 +139,7 @@ def _no_results_file(path: str) -> EvaluationError:
 def _parse(line: bytes) -> Record:
     """The object of a line, empty for anything else."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}

@@ -30,10 +30,10 @@ def run_tasks(
 ) -> None:
     """Fills `results` with what is missing. Answers are greedy.
 
-    For each question the unpruned model is asked first, since every KL divergence needs its logits; then the configs, starting
-    with another one for each question, so that none always comes first. When that question was answered unpruned in an earlier
-    run, its prompt is read once more: times are compared within one pass only. An image is loaded once, before the clock starts.
-    A question or a config that fails is recorded with its error, and the run goes on.
+    The unpruned model and the configs have the same chances: each has read the first question once before it is timed, and who is asked when
+    is as `order` says, anew for each question. What comes before the unpruned model waits to be recorded until its logits are there. When
+    that question was answered unpruned in an earlier run, its prompt is read once more: times are compared within one pass only. An image
+    is loaded once, before the clock starts. A question or a config that fails is recorded with its error, and the run goes on.
 
     metric: name in `metrics.METRICS`, or None without answers. progress: called with the number of (question, config) pairs done.
 
@@ -59,24 +59,27 @@ def run_tasks(
             continue
         prompt = task.question + prompt_suffix
         if not warm:  # the first requests allocate and page in
-            for config in (OFF, *pruned[:1]):
+            for config in (OFF, *pruned):
                 _try_to_read(vlm, prompt, pictures, config.prune)
             warm = True
         pass_ = _Pass(vlm, task, prompt, pictures, results, metric, max_tokens)
-        if OFF in pending:
-            pass_.ask(OFF)
-            progress(1)
-        else:
-            pass_.read_unpruned()
-        turn = i % len(pruned) if pruned else 0
-        for config in pruned[turn:] + pruned[:turn]:
+        everyone = [OFF, *pruned]
+        for config in (everyone[place] for place in order(len(everyone), i)):
             if config in pending:
                 pass_.ask(config)
                 progress(1)
+            elif config == OFF:
+                pass_.read_unpruned()
+
+
+def order(n_sides: int, repeat: int) -> list[int]:
+    """Which side is asked when in a repeat: each begins in turn, and every other repeat goes backwards, so that none always follows the same one."""
+    step = -1 if repeat % 2 else 1
+    return [(repeat + step * i) % n_sides for i in range(n_sides)]
 
 
 class _Pass:
-    """One question, and the unpruned model's first logits and time for it while its configs are asked."""
+    """One question, and the unpruned model's first logits and time for it once it was asked."""
 
     def __init__(
         self, vlm: StarVLM, task: Task, prompt: str, pictures: list[np.ndarray], results: Results, metric: str | None, max_tokens: int
@@ -85,21 +88,37 @@ class _Pass:
         self.metric, self.max_tokens = metric, max_tokens
         self.logits: np.ndarray | None = None
         self.milliseconds: float | None = None
+        self._before: list[tuple[NamedConfig, Answer, np.ndarray]] | None = []  # answers that wait for the unpruned model's logits
 
     def read_unpruned(self) -> None:
         read = _try_to_read(self.vlm, self.prompt, self.pictures, None)
         if read is not None:
             self.logits, self.milliseconds = read
+        self._record_before()
 
     def ask(self, config: NamedConfig) -> None:
         try:
             answer, logits = _generate(self.vlm, self.prompt, self.pictures, config.prune, self.max_tokens)
         except StarEdgeError as error:
             self.results.add(self.task, config, error=str(error))
+            if config == OFF:
+                self._record_before()
             return
-        report = answer.report
         if config == OFF:
-            self.logits, self.milliseconds = logits, report.milliseconds["first_token"]
+            self.logits, self.milliseconds = logits, answer.report.milliseconds["first_token"]
+            self._record_before()
+        if self._before is None:
+            self._record(config, answer, logits)
+        else:
+            self._before.append((config, answer, logits))
+
+    def _record_before(self) -> None:
+        before, self._before = self._before or [], None
+        for answered in before:
+            self._record(*answered)
+
+    def _record(self, config: NamedConfig, answer: Answer, logits: np.ndarray) -> None:
+        report = answer.report
         score = METRICS[self.metric](answer.text, self.task.answers) if self.metric and self.task.answers else None
         self.results.add(
             self.task, config, answer=answer.text, finish_reason=answer.finish_reason, score=score, image_tokens=report.n_image_tokens,

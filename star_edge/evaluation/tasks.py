@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
+from ..json_input import parse_json, read_lines
 
 FORMAT = '{"image": "a.jpg", "question": "what is this?", "answer": "a cat"}'
 
@@ -57,17 +58,14 @@ def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = N
     if image_root is not None and not folder.is_dir():
         raise EvaluationError(f"the image root {folder} is no folder", "give the folder that image paths are relative to")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = list(read_lines(path))
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{name} is no text in UTF-8", f"write one JSON object for each line: {FORMAT}") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+    except (OSError, ValueError) as error:  # ValueError: a line without end, or a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"{name} cannot be read ({reason})", "check the path of the questions") from error
     tasks, line_of_id = [], {}
-    # Not splitlines(): JSON strings may hold U+2028 as it is
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         task = _parse_line(line, f"{name}, line {number}", str(number), folder)
         if task.id in line_of_id:
             raise EvaluationError(
@@ -91,7 +89,7 @@ def sample_tasks(tasks: Sequence[Task], limit: int | None, seed: int | None) -> 
 
 def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
     try:
-        data = json.loads(line)
+        data = parse_json(line)
     except ValueError as error:
         raise EvaluationError(f"{where} is no JSON ({error})", f"write one object for each line: {FORMAT}") from error
     if not isinstance(data, dict):
