@@ -26,6 +26,26 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name) {
     return strncmp(hash + 1, name, length) == 0 && hash[1 + length] == '#';
 }
 
+/* N of cache_k_lN or cache_v_lN at the root of a view, otherwise -1. A cache may have a tag: cache_TAGk_lN. */
+static int cache_layer(const struct ggml_tensor * t, char kind) {
+    const struct ggml_tensor * root = t->view_src ? t->view_src : t;
+    const char * number = strstr(root->name, "_l");
+    if (strncmp(root->name, "cache_", 6) != 0 || !number || number[-1] != kind) return -1;
+    number += 2;
+    return *number && strspn(number, "0123456789") == strlen(number) ? atoi(number) : -1;
+}
+
+int se_v_written(const struct ggml_tensor * node) { return node->op == GGML_OP_SET_ROWS ? cache_layer(node, 'v') : -1; }
+
+/* K is src[1] of a FLASH_ATTN_EXT. A SOFT_MAX has it in the product with q, with a scale, a soft cap or a bias between them. */
+int se_attended_layer(const struct ggml_tensor * node) {
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) return node->src[1] ? cache_layer(node->src[1], 'k') : -1;
+    for (const struct ggml_tensor * t = node->src[0]; t; t = t->src[0]) {
+        if (t->op == GGML_OP_MUL_MAT) return t->src[0] ? cache_layer(t->src[0], 'k') : -1;
+    }
+    return -1;
+}
+
 static bool in_range(const struct ggml_tensor * t, size_t offset, size_t size) {
     const struct ggml_tensor * root = t->view_src ? t->view_src : t;
     return root->buffer && t->data && size <= se_ggml.nbytes(t) && offset <= se_ggml.nbytes(t) - size;
@@ -249,13 +269,13 @@ bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * nod
     return false;
 }
 
-/* llm_graph_context::cb appends the layer's number to the names of what a layer computes: attn_norm-0. */
-static bool is_of_a_layer(const struct ggml_tensor * node) {
+/* llm_graph_context::cb appends the layer's number to the names of what a layer computes: attn_norm-0. -1: of none. */
+static int layer_of(const struct ggml_tensor * node) {
     const char * dash = strrchr(node->name, '-');
-    return dash && dash[1] && strspn(dash + 1, "0123456789") == strlen(dash + 1);
+    return dash && dash[1] && strspn(dash + 1, "0123456789") == strlen(dash + 1) ? atoi(dash + 1) : -1;
 }
 
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first) {
     if (se_depends_on_layers(set, node)) return insert(&set->layers, node) ? SE_LAYERS : -1;
     bool found = false;
     for (int i = 0; i <= GGML_MAX_SRC && !found; i++) {
@@ -263,6 +283,7 @@ int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
         found = t && (is_embedding(t) || contains(&set->prelude, t));
     }
     if (!found) return SE_INDEPENDENT;
-    const bool begins = is_of_a_layer(node);
+    const int layer = layer_of(node);
+    const bool begins = layer >= 0 && layer < first;
     return insert(begins ? &set->layers : &set->prelude, node) ? (begins ? SE_LAYERS : SE_PRELUDE) : -1;
 }

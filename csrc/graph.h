@@ -16,6 +16,12 @@ bool se_is_attention(const struct ggml_tensor * node);
  * crosses to a backend appears there as BACKEND#name#i (ggml_backend_sched_split_graph). */
 bool se_is_input(const struct ggml_tensor * tensor, const char * name);
 
+/* N of the cache_v_lN (llama_kv_cache) that `node` writes rows to, otherwise -1. */
+int se_v_written(const struct ggml_tensor * node);
+
+/* N of the cache_k_lN that the SOFT_MAX or FLASH_ATTN_EXT `node` is made from, otherwise -1. */
+int se_attended_layer(const struct ggml_tensor * node);
+
 /* ggml_backend_tensor_get/set abort on a bad range; these return SE_ERR_SHAPE instead. */
 int se_read(const struct ggml_tensor * tensor, void * out, size_t offset, size_t size);
 int se_write(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
@@ -38,8 +44,9 @@ typedef struct se_depends se_depends;
 se_depends * se_depends_new(void);
 void se_depends_free(se_depends * set);
 void se_depends_clear(se_depends * set);
-/* What `node` depends on, remembered for its consumers. Nodes must come in graph order. -1: out of memory. */
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node);
+/* What `node` depends on, remembered for its consumers. Each node must come after its sources; a backend may order them otherwise as it
+ * likes, so what a layer from `first` on makes of the embeddings alone counts as SE_PRELUDE, wherever it comes. -1: out of memory. */
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first);
 
 /* Whether one of its sources depends on what a layer has computed. */
 bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node);

@@ -23,6 +23,7 @@ from star_edge.native import lib
 from star_edge.server.app import make_app
 from star_edge.server.settings import Policy
 from star_edge.synthetic import write_encoder
+from star_edge.tap import Tap
 from star_edge.vision import encoder as encoder_module
 from star_edge.vision import profiles, repair
 from star_edge.vision.encoder import ImageChunk
@@ -118,8 +119,9 @@ def test_graph_with_cls_elsewhere_is_left_alone(families, legacy, monkeypatch):
     with load(families, legacy, encoder="stock") as vlm:
         stock = encode(vlm, image)
     monkeypatch.setattr(repair, "misses_layer", lambda *_: False)
+    monkeypatch.setattr(Tap, "find_concat", lambda tap, _, find=Tap.find_concat: find(tap, "no such tensor"))
     with load(families, legacy) as vlm:
-        vlm.encoder.tap.set_input_condition("no such tensor")
+        assert vlm.encoder.repairs == []
         assert np.array_equal(encode(vlm, image).embeddings, stock.embeddings)
 
 
