@@ -125,6 +125,16 @@ def test_graph_with_cls_elsewhere_is_left_alone(families, legacy, monkeypatch):
         assert np.array_equal(encode(vlm, image).embeddings, stock.embeddings)
 
 
+def test_where_cls_is_joined_is_learned_when_the_file_is_loaded(families, legacy):
+    """Not from the graph that runs, where a backend may put what reads the positions before the CONCAT: there it is not looked for here."""
+    image = random_image(4)
+    with load(families, legacy) as vlm:
+        assert len(vlm.encoder.repairs) == 2  # before any picture
+        right = encode(vlm, image).embeddings
+        vlm.encoder.tap.find_concat(None)
+        assert np.array_equal(encode(vlm, image).embeddings, right)
+
+
 def test_graph_with_cls_first_has_other_rows(families, legacy, monkeypatch):
     """With a llama.cpp that joins CLS first, rows 1..N are the patches, and the attention from CLS is that of row 0."""
     image = random_image(4)
