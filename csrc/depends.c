@@ -84,7 +84,7 @@ bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * nod
     return false;
 }
 
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first) {
     if (se_depends_on_layers(set, node)) return insert(&set->layers, node) ? SE_LAYERS : -1;
     bool found = false;
     for (int i = 0; i < SE_MAX_OPERANDS && !found; i++) {
@@ -92,6 +92,7 @@ int se_depends_visit(se_depends * set, const struct ggml_tensor * node) {
         found = t && (se_is_embedding_input(t) || contains(&set->prelude, t));
     }
     if (!found) return SE_INDEPENDENT;
-    const bool begins = se_is_of_a_layer(node);
+    const int layer = se_layer_of(node);
+    const bool begins = layer >= 0 && layer < first;
     return insert(begins ? &set->layers : &set->prelude, node) ? (begins ? SE_LAYERS : SE_PRELUDE) : -1;
 }

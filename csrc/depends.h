@@ -14,8 +14,9 @@ se_depends * se_depends_new(void);
 void se_depends_free(se_depends * set);
 void se_depends_clear(se_depends * set);
 
-/* What `node` depends on, remembered for its consumers. Nodes must come in graph order. -1: out of memory. */
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node);
+/* What `node` depends on, remembered for its consumers. Each node must come after its sources; a backend may order them otherwise as it
+ * likes, so what a layer from `first` on makes of the embeddings alone counts as SE_PRELUDE, wherever it comes. -1: out of memory. */
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first);
 
 /* Whether one of its operands depends on what a layer has computed. */
 bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node);

@@ -10,9 +10,9 @@ int se_layer_out_index(const struct ggml_tensor * node) {
     return end != node->name + 6 && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
 }
 
-bool se_is_of_a_layer(const struct ggml_tensor * node) {
+int se_layer_of(const struct ggml_tensor * node) {
     const char * dash = strrchr(node->name, '-');
-    return dash && dash[1] && strspn(dash + 1, "0123456789") == strlen(dash + 1);
+    return dash && dash[1] && strspn(dash + 1, "0123456789") == strlen(dash + 1) ? atoi(dash + 1) : -1;
 }
 
 bool se_is_leaf(const struct ggml_tensor * tensor) { return tensor->op == GGML_OP_NONE; }
@@ -59,6 +59,25 @@ const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int
     const struct ggml_tensor * indices = node->op == GGML_OP_SET_ROWS ? node->src[1] : NULL;
     if (!indices || indices->type != GGML_TYPE_I64) return NULL;
     return indices->ne[0] == n_tokens && indices->ne[1] == 1 ? indices : NULL;
+}
+
+/* N of cache_k_lN or cache_v_lN at the root of a view, otherwise -1. A cache may have a tag: cache_TAGk_lN. */
+static int cache_layer(const struct ggml_tensor * t, char kind) {
+    const struct ggml_tensor * root = t->view_src ? t->view_src : t;
+    const char * number = strstr(root->name, "_l");
+    if (strncmp(root->name, "cache_", 6) != 0 || !number || number[-1] != kind) return -1;
+    number += 2;
+    return *number && strspn(number, "0123456789") == strlen(number) ? atoi(number) : -1;
+}
+
+int se_v_written(const struct ggml_tensor * node) { return node->op == GGML_OP_SET_ROWS ? cache_layer(node, 'v') : -1; }
+
+int se_attended_layer(const struct ggml_tensor * node) {
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) return node->src[1] ? cache_layer(node->src[1], 'k') : -1;
+    for (const struct ggml_tensor * t = node->src[0]; t; t = t->src[0]) {
+        if (t->op == GGML_OP_MUL_MAT) return t->src[0] ? cache_layer(t->src[0], 'k') : -1;
+    }
+    return -1;
 }
 
 struct ggml_tensor * se_rope_positions(const struct ggml_tensor * node, int64_t * n_used) {

@@ -20,8 +20,8 @@
  * (llm_graph_context::build_inp_out_ids). */
 int se_layer_out_index(const struct ggml_tensor * node);
 
-/* Whether the name ends in "-N": a layer computes the node. */
-bool se_is_of_a_layer(const struct ggml_tensor * node);
+/* N of a name that ends in "-N": layer N computes the node. Otherwise -1. */
+int se_layer_of(const struct ggml_tensor * node);
 
 /* A leaf: an input, a weight, a cache, or the scheduler's copy of one of them or of a node. ggml_new_tensor gives it
  * no operation. */
@@ -65,6 +65,13 @@ const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i);
  * the batch (llama_kv_cache::cpy_k, build_input_k_idxs). A transposed V has an index for every element instead
  * (cpy_v). K comes before V. */
 const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int64_t n_tokens);
+
+/* N of the cache_v_lN that a SET_ROWS writes to, otherwise -1 (llama_kv_cache names its tensors so; cpy_v). */
+int se_v_written(const struct ggml_tensor * node);
+
+/* N of the cache_k_lN that the SOFT_MAX or FLASH_ATTN_EXT `node` reads, otherwise -1. K is operand 1 of a FLASH_ATTN_EXT. A SOFT_MAX has
+ * it in the product with q, with a scale, a soft cap or a bias between them (llm_graph_context::build_attn_mha). */
+int se_attended_layer(const struct ggml_tensor * node);
 
 /* The positions of a decoder's ROPE, otherwise NULL: "inp_pos", int32, (n_tokens), or for M-RoPE (4 n_tokens),
  * section by section: t, y, x, unused (llm_graph_context::build_inp_pos, ggml_rope_impl). *n_used: how many of them

@@ -92,6 +92,7 @@ typedef struct {
      * last < n_layer: the graph ends at the attention of layer `last`, when the K and V of that layer are in the cache.
      * first == last, within 1..n_layer-1: only the K and V of that layer are computed, from `inject`. */
     int32_t n_layer, first, last;
+    int32_t count_only;          /* 1: nothing is computed; the graph is looked at, and n_skipped is the number of its nodes */
     int32_t n_rows, n_embd;
     const float * inject;        /* (n_rows, n_embd) */
     float * hidden;              /* out: (n_rows, n_embd), rows of `l_out-(last-1)`, or NULL */
@@ -118,7 +119,7 @@ typedef struct {
     int32_t flash;               /* 1: attention is flash attention */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
-    int32_t concat;              /* enum se_concat: where the leaf of se_tap_set_input_condition stands */
+    int32_t concat;              /* enum se_concat: where the leaf of se_tap_find_concat stands */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;
 
@@ -139,8 +140,8 @@ int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset);
 int se_tap_set_cell_bias(se_tap * tap, const float * bias, int32_t n_cells);
 /* Bytes that replace a graph input of that name before its first consumer runs. data NULL: off. Copied. */
 int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t n_bytes);
-/* Replace inputs only in graphs that have concatenated this leaf last before the input's consumer. NULL: in all graphs. */
-int se_tap_set_input_condition(se_tap * tap, const char * leaf);
+/* Find out at which end of a CONCAT this leaf stands: se_result.concat, known when the whole graph has gone by. NULL: off. */
+int se_tap_find_concat(se_tap * tap, const char * leaf);
 /* Copy a graph input of that name out while the graph runs; *n_bytes is the size read, 0 if it was not seen. out NULL: off. */
 int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capacity);
 size_t se_tap_watched_bytes(const se_tap * tap);

@@ -7,6 +7,8 @@
  *
  * Rules that the code below follows:
  *  - Inputs are overwritten while asking about their first consumer (tap_inputs.c): nothing that reads them has run.
+ *  - A node comes after its sources, and that is all that is known of the order: backends with graph_optimize (Vulkan, Metal, CUDA) put
+ *    nodes that do not depend on each other where they like. Nothing may be decided by which of two such nodes came first.
  *  - The hidden state is injected after its node came back (skipped), not while asking: nodes that were gathered before it may
  *    still use the same memory.
  *  - llama.cpp reuses graphs of the same shape, so every flag that is cleared here (se_set_computed) is set again in
@@ -75,6 +77,12 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
     tap->result.score_seconds += se_seconds() - start;
 }
 
+/* Whether V of the layer that `attention` reads is in the cache, where V has one. A SOFT_MAX does not need it: a backend that orders nodes by
+ * itself may write it later, and the graph must not end before. */
+static bool has_v(const se_tap * tap, const struct ggml_tensor * attention) {
+    return tap->last_v < 0 || se_attended_layer(attention) <= tap->last_v;
+}
+
 static bool ask(se_tap * tap, struct ggml_tensor * node) {
     if (!tap->armed) return false;
     const se_plan * p = &tap->plan;
@@ -89,13 +97,19 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
 
     const int layer_out = se_layer_out_index(node);
     const bool has_window = p->n_layer > 0;
+    if (p->count_only) {
+        skip(tap, node);
+        return false;
+    }
+    const int v_layer = se_v_written(node);
+    if (v_layer > tap->last_v) tap->last_v = v_layer;
     if (has_window && p->first > 0 && !tap->past_window_start) {
         if (layer_out == p->first - 1) { /* not remembered: it is what the layers of the window may read */
             tap->past_window_start = true;
             skip(tap, node);
             return true;
         }
-        const int found = se_depends_visit(tap->depends, node);
+        const int found = se_depends_visit(tap->depends, node, p->first);
         if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
         if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (Gemma 4) */
     } else if (has_window && p->first > 0 && se_is_computed(node) && se_depends_on_layers(tap->depends, node)) {
@@ -115,7 +129,7 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         }
         return wants_attention(tap, index);
     }
-    return false;
+    return v_layer >= 0 && tap->at_last && has_v(tap, tap->at_last);
 }
 
 /* The node is done. Returns false to end the graph. */
@@ -135,10 +149,11 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     if (se_is_attention(node)) {
         const int32_t index = tap->result.n_attention - 1;
         if (wants_attention(tap, index)) take_attention(tap, node);
-        if (p->n_layer && p->last < p->n_layer && index == p->last) {
-            tap->result.stopped = 1;
-            return false;
-        }
+        if (p->n_layer && p->last < p->n_layer && index == p->last) tap->at_last = node;
+    }
+    if (tap->at_last && has_v(tap, tap->at_last)) {
+        tap->result.stopped = 1;
+        return false;
     }
     return true;
 }
@@ -210,6 +225,8 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->first_node = NULL;
     tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = false;
     tap->next_layer = 0;
+    tap->at_last = NULL;
+    tap->last_v = -1;
     tap->watch_size = 0;
     se_depends_clear(tap->depends);
     se_tap_inputs_begin(tap);
@@ -222,7 +239,7 @@ int se_tap_finish(se_tap * tap, se_result * result) {
     const se_plan * p = &tap->plan;
     for (int32_t i = 0; i < tap->result.n_skipped; i++) se_set_computed(tap->skipped[i], true);
     tap->armed = false;
-    if (tap->first_node) { /* a decode that failed before its graph ran has nothing to answer for */
+    if (tap->first_node && !p->count_only) { /* a decode that failed before its graph ran has nothing to answer for */
         if (p->n_layer && p->first > 0 && !tap->past_window_start) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->n_layer && p->hidden && !tap->hidden_taken) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->n_layer && p->last < p->n_layer && !tap->result.stopped) se_tap_fail(tap, SE_ERR_NO_ATTENTION);

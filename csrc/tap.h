@@ -20,7 +20,7 @@ struct se_tap {
     float * bias;
     int32_t n_bias;
     input_override inputs[MAX_INPUTS];
-    char condition[GGML_MAX_NAME]; /* leaf that must be concatenated last for inputs to be replaced; "": no condition */
+    char joined[GGML_MAX_NAME]; /* leaf whose place in a CONCAT is looked for; "": none */
     char watch_name[GGML_MAX_NAME];
     void * watch_out;
     size_t watch_capacity, watch_size;
@@ -32,6 +32,8 @@ struct se_tap {
     const struct ggml_tensor * first_node;
     bool past_window_start; /* the layer that the hidden state is injected at has gone by */
     bool rope_seen, hidden_taken, cells_taken;
+    const struct ggml_tensor * at_last; /* the attention that ends the window, once it has run */
+    int32_t last_v;         /* highest layer whose V the graph has written; -1: none */
     int32_t next_layer;     /* index into plan.attn_layers */
     struct ggml_tensor ** skipped;
     size_t skipped_capacity;

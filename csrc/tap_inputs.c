@@ -22,21 +22,20 @@ static void * scratch(se_tap * tap, size_t size) {
     return tap->scratch;
 }
 
-/* Notes at which end of a CONCAT the leaf of the condition stands. The scheduler asks in the graph's order, so that is known before
- * anything that is computed from the joined rows. */
-static void look_for_condition(se_tap * tap, const struct ggml_tensor * node) {
+/* Notes at which end of a CONCAT the leaf stands. Nothing in this graph may be decided by it: a backend's graph_optimize (Vulkan, Metal, CUDA)
+ * puts nodes that do not depend on each other into another order, so that what reads an input may come before the CONCAT, or after it. */
+static void look_for_concat(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < 2; s++) {
         const struct ggml_tensor * part = se_joined_part(node, s);
-        if (part && se_is_input(part, tap->condition)) tap->result.concat = s ? SE_CONCAT_LAST : SE_CONCAT_FIRST;
+        if (part && se_is_input(part, tap->joined)) tap->result.concat = s ? SE_CONCAT_LAST : SE_CONCAT_FIRST;
     }
 }
 
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
-    const bool replace = !tap->condition[0] || tap->result.concat == SE_CONCAT_LAST;
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * src = node->src[s];
         if (!src || !se_is_leaf(src)) continue;
-        for (int i = 0; replace && i < MAX_INPUTS; i++) {
+        for (int i = 0; i < MAX_INPUTS; i++) {
             const input_override * in = &tap->inputs[i];
             if (!in->data || !se_is_input(src, in->name)) continue;
             /* Once for each consumer: writing the same bytes again is harmless, and no state has to say when a graph ends. */
@@ -160,7 +159,7 @@ void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node) {
     override_positions(tap, node);
     clear_unwritten(tap, node);
     if (tap->bias) bias_mask(tap, node);
-    if (tap->condition[0]) look_for_condition(tap, node);
+    if (tap->joined[0]) look_for_concat(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
 }
 
@@ -215,9 +214,9 @@ int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t 
     return SE_OK;
 }
 
-int se_tap_set_input_condition(se_tap * tap, const char * leaf) {
+int se_tap_find_concat(se_tap * tap, const char * leaf) {
     if (!tap || (leaf && strlen(leaf) >= GGML_MAX_NAME)) return SE_ERR_ARGUMENT;
-    strcpy(tap->condition, leaf ? leaf : "");
+    strcpy(tap->joined, leaf ? leaf : "");
     return SE_OK;
 }
 

@@ -51,6 +51,7 @@ class Plan:
     positions: np.ndarray | None = None  # (n_rows,) or (4, n_rows) int32
     want_cells: bool = False
     attention: AttentionRead | None = None
+    count_only: bool = False  # nothing is computed: what the graph is like is learned from it
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Outcome:
     attention: list[np.ndarray] = field(default_factory=list)  # one array for each layer of the read
     n_attention: int = 0
     last_unmasked: int = -1
-    concat: int = lib.SE_CONCAT_NONE  # where the leaf of `set_input_condition` stands
+    concat: int = lib.SE_CONCAT_NONE  # where the leaf of `find_concat` stands
     n_skipped: int = 0
     stopped: bool = False
     flash: bool = False
@@ -113,7 +114,7 @@ class Tap:
             return ffi.cast(f"{ctype} *", array.ctypes.data)
 
         c = ffi.new("se_plan *")
-        c.n_rows = plan.n_rows
+        c.n_rows, c.count_only = plan.n_rows, plan.count_only
         if plan.window is not None:
             c.first, c.last, c.n_layer = plan.window
         hidden = plan.inject if plan.inject is not None else plan.hidden
@@ -196,9 +197,9 @@ class Tap:
             values = np.ascontiguousarray(data)
             check(lib.se_tap_set_input(self._tap, name.encode(), ffi.cast("void *", values.ctypes.data), values.nbytes), f"input {name}")
 
-    def set_input_condition(self, leaf: str | None) -> None:
-        """Inputs are replaced only in graphs that concatenate the tensor `leaf` last, before what reads the input; None: in all."""
-        check(lib.se_tap_set_input_condition(self._tap, ffi.NULL if leaf is None else leaf.encode()), f"condition {leaf}")
+    def find_concat(self, leaf: str | None) -> None:
+        """Finds out at which end the tensor `leaf` is concatenated: `Outcome.concat` of each graph; None turns it off."""
+        check(lib.se_tap_find_concat(self._tap, ffi.NULL if leaf is None else leaf.encode()), f"concatenation of {leaf}")
 
     @contextmanager
     def watching(self, name: str, out: np.ndarray) -> Iterator[None]:

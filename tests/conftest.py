@@ -122,7 +122,7 @@ FAMILY_RESULTS = pytest.StashKey()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-support-table", action="store_true", help="write the README's table from what test_families.py shows")
+    parser.addoption("--write-support-table", action="store_true", help="write the README's table from what the fixtures say of their families")
 
 
 def pytest_configure(config):

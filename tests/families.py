@@ -70,11 +70,14 @@ class Prompt:
     answer: np.ndarray
     cases: list[Case]
 
-    def segments(self, chunks: Sequence[object], kept: Sequence[np.ndarray] | None = None) -> list[Segment]:
-        """The prompt as the decoder takes it, with transformers' features in place of the encoder's.
+    def segments(
+        self, chunks: Sequence[object], kept: Sequence[np.ndarray] | None = None, features: Sequence[np.ndarray] | None = None
+    ) -> list[Segment]:
+        """The prompt as the decoder takes it, with transformers' features in place of the encoder's, or with these.
 
         chunks: libmtmd's, which say what is causal. kept: tokens of each image that stay, default all.
         """
+        features = self.features if features is None else features
         made, at, image = [], 0, 0
         for chunk in chunks:
             is_image = hasattr(chunk, "causal")
@@ -82,7 +85,7 @@ class Prompt:
             at += len(rows)
             if is_image:
                 stay = np.arange(len(rows)) if kept is None else kept[image]
-                made.append(Segment(Rows(self.row_positions[..., rows[stay]], embeddings=self.features[image][stay]), image, chunk.causal))
+                made.append(Segment(Rows(self.row_positions[..., rows[stay]], embeddings=features[image][stay]), image, chunk.causal))
                 image += 1
             elif len(rows):
                 made.append(Segment(Rows(self.row_positions[..., rows], tokens=self.tokens[rows])))
@@ -105,7 +108,6 @@ class Fixture:
         self.title = self.facts.get("title", folder.name)
         self.vision_problem, self.decoder_problem = self.facts["vision_stage"], self.facts["decoder_stage"]
         self.repaired = self.facts["encoder"] == "repaired"
-        self.rounding = self.facts.get("rounding", 1.0)  # factor on tolerances in float32
         with np.load(folder / "expected.npz") as data:
             self._arrays = dict(data)
         self.prompts = [self._prompt(i, facts) for i, facts in enumerate(self.facts["prompts"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import ggml_tensors as ggml
 import gpu
 import llama_cpp
 import llama_cpp.mtmd_cpp as mtmd
@@ -74,6 +75,21 @@ def generate(llama, out, next_position, n_generate):
     return history, tokens
 
 
+@ggml.CALLBACK
+def clear_unwritten(pointer, asking, _):
+    """Pixtral's [IMG_BREAK] rows are made from memory that nobody has written, times 0 (clip_graph_pixtral): NaN where it holds a NaN. To ask
+    again does not help, since a new context often gets the same memory: it is set to zero here before it is read. What has been written is
+    left alone, and no node is computed apart from the others, so nothing else changes.
+    """
+    node = pointer.contents
+    if asking and ggml.op_name(node.op) == b"SCALE" and ctypes.c_float.from_buffer_copy(ctypes.c_int32(node.op_params[0])).value == 0.0:
+        source = node.src[0]
+        if ggml.op_name(source.contents.op) == b"NONE":
+            size = ggml.nbytes(source)
+            ggml.set_bytes(source, bytes(size), 0, size)
+    return not asking
+
+
 class Multimodal:
     """libmtmd beside a stock Llama, as llama_cpp's MTMDChatHandler uses it."""
 
@@ -81,24 +97,17 @@ class Multimodal:
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.n_threads = gpu.ON, False, llama.n_threads
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.llama, self._open = llama, lambda: mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
-        self.ctx = self._open()
+        params.cb_eval = ctypes.cast(clear_unwritten, llama_cpp.ggml_backend_sched_eval_callback)
+        self.llama = llama
+        self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
         assert self.ctx is not None
 
     def close(self):
         mtmd.mtmd_free(self.ctx)
 
     def ask(self, prompt, images, n_generate=0):
-        """prompt: the whole text with one marker for each image ((h, w, 3) uint8). As `run_segments`.
-
-        Stock makes the [IMG_BREAK] rows of Pixtral from memory that nobody has written, which holds a NaN now and then: asked again then.
-        """
-        for _ in range(50):
-            out, past = self._read(prompt, images)
-            if not np.isnan(out).any():
-                break
-            self.close()
-            self.ctx = self._open()
+        """prompt: the whole text with one marker for each image ((h, w, 3) uint8). As `run_segments`."""
+        out, past = self._read(prompt, images)
         return generate(self.llama, out, past, n_generate)
 
     def _read(self, prompt, images):

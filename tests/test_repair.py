@@ -24,6 +24,7 @@ from star_edge.native import lib
 from star_edge.server.app import make_app
 from star_edge.server.settings import Policy
 from star_edge.synthetic import write_encoder
+from star_edge.tap import Tap
 from star_edge.vision import encoder as encoder_module
 from star_edge.vision import profiles, repair
 from star_edge.vision.encoder import ImageChunk
@@ -119,9 +120,20 @@ def test_graph_with_cls_elsewhere_is_left_alone(families, legacy, monkeypatch):
     with load(families, legacy, encoder="stock") as vlm:
         stock = encode(vlm, image)
     monkeypatch.setattr(repair, "misses_layer", lambda *_: False)
+    monkeypatch.setattr(Tap, "find_concat", lambda tap, _, find=Tap.find_concat: find(tap, "no such tensor"))
     with load(families, legacy) as vlm:
-        vlm.encoder.tap.set_input_condition("no such tensor")
+        assert vlm.encoder.repairs == []
         assert np.array_equal(encode(vlm, image).embeddings, stock.embeddings)
+
+
+def test_where_cls_is_joined_is_learned_when_the_file_is_loaded(families, legacy):
+    """Not from the graph that runs, where a backend may put what reads the positions before the CONCAT: there it is not looked for here."""
+    image = random_image(4)
+    with load(families, legacy) as vlm:
+        assert len(vlm.encoder.repairs) == 2  # before any picture
+        right = encode(vlm, image).embeddings
+        vlm.encoder.tap.find_concat(None)
+        assert np.array_equal(encode(vlm, image).embeddings, right)
 
 
 def test_graph_with_cls_first_has_other_rows(families, legacy, monkeypatch):

@@ -22,6 +22,9 @@ tensor * ggml_add(void *, tensor *, tensor *);
 tensor * ggml_scale(void *, tensor *, float);
 tensor * ggml_concat(void *, tensor *, tensor *, int);
 tensor * ggml_rope(void *, tensor *, tensor *, int, int);
+tensor * ggml_set_rows(void *, tensor *, tensor *, tensor *);
+tensor * ggml_mul_mat(void *, tensor *, tensor *);
+tensor * ggml_view_3d(void *, tensor *, int64_t, int64_t, int64_t, size_t, size_t, size_t);
 tensor * ggml_soft_max_ext(void *, tensor *, tensor *, float, float);
 tensor * ggml_new_tensor_3d(void *, int, int64_t, int64_t, int64_t);
 tensor * ggml_new_tensor_1d(void *, int, int64_t);
@@ -29,7 +32,7 @@ void * ggml_backend_cpu_buffer_type(void);
 void * ggml_backend_alloc_ctx_tensors_from_buft(void *, void *);
 void ggml_backend_buffer_free(void *);
 """
-F32, I32 = int(gguf.GGMLQuantizationType.F32), int(gguf.GGMLQuantizationType.I32)
+F32, I32, I64 = (int(kind) for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.I32, gguf.GGMLQuantizationType.I64))
 COMPUTE = 16
 OBJECT_SIZE = 32
 
@@ -225,26 +228,85 @@ def test_a_tensor_without_memory_is_an_error(graph):
 
 @pytest.mark.parametrize("cls", ["v.class_embd", "CUDA0#v.class_embd#0"])
 @pytest.mark.parametrize("place", ["first", "last", "nowhere"])
-def test_inputs_are_written_if_a_leaf_is_joined_last(graph, place, cls):
+@pytest.mark.parametrize("order", ["joined first", "input first"])
+def test_where_a_leaf_is_joined(graph, order, place, cls):
+    """Vulkan, Metal and CUDA order nodes by themselves: what reads `positions` may come before the CONCAT, and gets the new ones all the same."""
     g = graph
     patches, other = g.leaf("patches", 8, 4), g.leaf("other" if place == "nowhere" else cls, 8, 1)
     joined = g.node("joined", g.ggml.ggml_concat(g.context, *((other, patches) if place == "first" else (patches, other)), 1))
-    positions = g.leaf("positions", 8, 5)
-    use = g.add("b", joined, positions)
+    positions, table = g.leaf("positions", 8, 5), g.leaf("table", 8, 5)
+    gathered = g.add("gathered", table, positions)
+    use = g.add("use", joined, gathered)
     g.allocate()
     new = np.arange(40, dtype=np.float32)
+    assert lib.se_tap_find_concat(g.tap, b"v.class_embd") == lib.SE_OK
+    nodes = [joined, gathered, use] if order == "joined first" else [gathered, joined, use]
+    want = {"nowhere": lib.SE_CONCAT_NONE, "first": lib.SE_CONCAT_FIRST, "last": lib.SE_CONCAT_LAST}[place]
+    assert g.arm(count_only=1) == lib.SE_OK
+    assert g.run([nodes[:1], nodes[1:]]) == []
+    result = g.finish()
+    assert (result.error, result.concat, result.n_skipped) == (lib.SE_OK, want, 3)
     assert lib.se_tap_set_input(g.tap, b"positions", ffi.cast("void *", new.ctypes.data), new.nbytes) == lib.SE_OK
-    assert lib.se_tap_set_input_condition(g.tap, b"v.class_embd") == lib.SE_OK
     for _ in range(2):
         g.values(positions)[:] = 7
         assert g.arm() == lib.SE_OK
-        g.run([[joined], [use]])
-        assert g.finish().concat == {"nowhere": lib.SE_CONCAT_NONE, "first": lib.SE_CONCAT_FIRST, "last": lib.SE_CONCAT_LAST}[place]
-        assert np.array_equal(g.values(positions), new if place == "last" else np.full(40, 7))
-    assert lib.se_tap_set_input_condition(g.tap, ffi.NULL) == lib.SE_OK
-    g.run([[joined], [use]])
-    assert np.array_equal(g.values(positions), new)
-    assert lib.se_tap_set_input_condition(g.tap, b"x" * 64) == lib.SE_ERR_ARGUMENT
+        assert len(g.run([nodes[:1], nodes[1:]])) == 3
+        assert g.finish().concat == want
+        assert np.array_equal(g.values(positions), new)
+    assert lib.se_tap_find_concat(g.tap, ffi.NULL) == lib.SE_OK
+    assert g.arm() == lib.SE_OK
+    g.run([nodes])
+    assert g.finish().concat == lib.SE_CONCAT_NONE
+    assert lib.se_tap_find_concat(g.tap, b"x" * 64) == lib.SE_ERR_ARGUMENT
+
+
+@pytest.mark.parametrize("order", ["as built", "v last", "v after other work"])
+def test_the_graph_does_not_end_before_v_is_in_the_cache(graph, order):
+    """Without flash attention nothing but the product with the probabilities needs V: a backend may write it after the SOFT_MAX that ends the
+    window, and later decodes read it."""
+    g, n = graph, 4
+    x, rows = g.leaf("inp_embd", 8, n), g.leaf("rows", n, kind=I64)
+    write = lambda name, cache, value: g.node(name, g.ggml.ggml_set_rows(g.context, cache, value, rows))
+    layers = []
+    for i in range(3):
+        k_cache, v_cache = (g.leaf(f"cache_{name}_l{i}", 8, 16) for name in "kv")
+        k, v, q = (g.add(f"{name}cur-{i}", x, x) for name in "kvq")
+        wrote_k, wrote_v = write(f"wrote k {i}", k_cache, k), write(f"wrote v {i}", v_cache, v)
+        seen = g.ggml.ggml_view_3d(g.context, k_cache, 8, 16, 1, k_cache.nb[1], k_cache.nb[2], 0)
+        kq = g.node(f"kq-{i}", g.ggml.ggml_mul_mat(g.context, seen, q))
+        soft_max = g.node(f"soft max {i}", g.ggml.ggml_soft_max_ext(g.context, kq, g.leaf(f"mask {i}", 16, n), 1.0, 0.0))
+        out = g.add(f"l_out-{i}", x, x)
+        nodes = {
+            "as built": [q, v, k, wrote_k, wrote_v, kq, soft_max, out],
+            "v last": [q, k, wrote_k, kq, soft_max, v, wrote_v, out],
+            "v after other work": [q, k, wrote_k, kq, soft_max, g.add(f"other-{i}", x, x), v, wrote_v, out],
+        }[order]
+        layers.append(nodes)
+        x = out
+    g.allocate()
+    assert g.arm(n_layer=3, first=0, last=1, n_rows=n) == lib.SE_OK
+    computed = g.run([sum(layers, [])])
+    result = g.finish()
+    assert (result.error, result.stopped) == (lib.SE_OK, 1)
+    assert {"wrote k 1", "wrote v 1", "soft max 1"} <= set(computed)
+    assert not {"l_out-1", "wrote k 2", "soft max 2"} & set(computed)
+
+
+@pytest.mark.parametrize("where", ["after", "before"])
+def test_what_a_later_layer_makes_of_the_embeddings_runs_wherever_it_comes(graph, where):
+    """Gemma 4's layers take a slice of what was made of the embeddings at the start: it depends on no layer, and may be moved to the front."""
+    g = graph
+    x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
+    prelude = g.add("inp_per_layer", x, w)
+    early, inner = g.add("slice-0", prelude, w), g.add("inner-0", x, w)
+    out, late = g.add("l_out-0", inner, early), g.add("slice-1", prelude, w)
+    use = g.add("use-1", out, late)
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    nodes = [prelude, early, late, inner, out, use] if where == "before" else [prelude, early, inner, out, late, use]
+    assert g.run([nodes]) == ["inp_per_layer", "slice-1", "use-1"]
+    assert g.finish().error == lib.SE_OK
 
 
 @pytest.mark.parametrize("order", ["original first", "copy first", "two copies"])

@@ -174,17 +174,21 @@ class VisionEncoder:
             width = int(self.metadata["clip.vision.embedding_length"] or 0)
             self._n_positions = count_rows(info, repair.POSITIONS, width) // 2
         self._layer = self.profile.n_layers(self.metadata) - 1
-        self._moved = repair.graph_inputs(info, self.projector) if repaired else {}
         if repair.CLS in info.tensors:
-            self.tap.set_input_condition(repair.CLS)
+            self.tap.find_concat(repair.CLS)
         elif self.profile.cls_row:
             self.profile = replace(self.profile, cls_row=None)
-        for name, values in self._moved.items():
-            self.tap.set_input(name, values)
         self.n_heads = int(self.metadata["clip.vision.attention.head_count"] or 1)
         self.last_outcome = Outcome()
         self.mrope = bool(mtmd.mtmd_decode_use_mrope(self.context))
         self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(llama.model)
+        self._moved: dict[str, np.ndarray] = {}
+        if repaired:
+            try:
+                self._move(repair.graph_inputs(info, self.projector))
+            except BaseException:
+                self.close()
+                raise
 
     def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> object | None:
         """The mtmd_context, or None; the log says why."""
@@ -211,10 +215,28 @@ class VisionEncoder:
     @property
     def repairs(self) -> list[str]:
         """What stock llama.cpp would get wrong with this file, and is put right."""
-        repairs = []
-        if self._moved and self.last_outcome.concat != lib.SE_CONCAT_FIRST:
-            repairs.append(repair.describe(self._moved))
-        return repairs + [change.done for change in self._changed]
+        moved = [repair.describe(self._moved)] if self._moved else []
+        return moved + [change.done for change in self._changed]
+
+    def _move(self, inputs: dict[str, np.ndarray]) -> None:
+        """Replaces inputs of the graph from now on, if it is one that joins CLS last.
+
+        Where CLS is joined is learned beforehand, from a graph that is built for a gray picture and not computed: in a running graph
+        what reads the inputs may come before the CONCAT that tells (csrc/tap_inputs.c).
+        """
+        if not inputs:
+            return
+        side = int(self.metadata["clip.vision.image_size"] or 1)
+        prompt = self.tokenize(MEDIA_MARKER, [np.full((side, side, 3), 128, np.uint8)])
+        try:
+            chunk = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
+            outcome = self._run(chunk, Plan(count_only=True))
+        finally:
+            prompt.close()
+        if outcome.concat == lib.SE_CONCAT_LAST:
+            self._moved = inputs
+            for name, values in inputs.items():
+                self.tap.set_input(name, values)
 
     def _check_open(self) -> None:
         if self.context is None:
@@ -381,7 +403,7 @@ class VisionEncoder:
         attention = attention if self.reads_attention(chunk) else None
         index = rows = None
         if read is not None or (attention is None and not (want_cells and self.profile.to_cells)):
-            outcome = self._run(chunk, read)
+            outcome = self._run(chunk, Plan(attention=read))
         elif attention is None:
             outcome, index = self._run_watched(chunk, None)
         else:
@@ -443,15 +465,15 @@ class VisionEncoder:
     def _run_watched(self, chunk: ImageChunk, read: AttentionRead | None) -> tuple[Outcome, np.ndarray | None]:
         """Also brings the graph input that says which rows become tokens, if the profile names one."""
         if not self.profile.index_input:
-            return self._run(chunk, read), None
+            return self._run(chunk, Plan(attention=read)), None
         index = np.empty(self.max_rows(chunk), np.int32)
         with self.tap.watching(self.profile.index_input, index):
-            outcome = self._run(chunk, read)
+            outcome = self._run(chunk, Plan(attention=read))
         return outcome, index[: self.tap.watched() // 4]
 
-    def _run(self, chunk: ImageChunk, read: AttentionRead | None) -> Outcome:
+    def _run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
         lib.se_log_clear()
-        with self.tap.armed(Plan(attention=read), "vision encoder") as self.last_outcome:
+        with self.tap.armed(plan, "vision encoder") as self.last_outcome:
             status = mtmd.mtmd_encode_chunk(self.context, chunk.handle)
         if status:
             raise EngineError(f"the vision encoder failed ({_logged() or f'code {status}'})")

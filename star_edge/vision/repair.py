@@ -5,7 +5,7 @@ The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) an
 
 1. Positions. The graph joins CLS to the end of the patches, and the numbers in its inputs `positions` and `patches` are for CLS first:
    each patch gets its neighbour's position, the row of patch 0 is lost, and CLS is fed to the decoder as an image token. The tap
-   replaces both inputs, and only where the running graph does join CLS last: a llama.cpp that joins it first is left alone.
+   replaces both inputs, and only where the graph does join CLS last: a llama.cpp that joins it first is left alone.
 
 2. Layers. Without a list of feature layers in the file the graph leaves out the file's last layer, and the legacy converter
    (tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py) has left it out already: features come from one layer too early. With
@@ -31,7 +31,7 @@ What is done to a LLaVA file, first line that fits:
 
 4. Positions of InternVL. Its graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position embeddings as they are,
    which have that of CLS first. It drops CLS in the end, so that no row is lost. The tap puts the embeddings into the graph's order,
-   where it does join CLS last. A file with star_edge.encoder_layout = "stock" is left alone.
+   where it does join CLS last (as with 1: what is learned of one graph, when the file is loaded, holds for all). A file with star_edge.encoder_layout = "stock" is left alone.
 
 5. [IMG_BREAK] rows (Pixtral, Mistral-Small 3.1). clip_graph_pixtral makes them from memory that nobody has written, "cleared" by a multiplication with 0,
    where a NaN stays one: stock's logits are NaN after some loads, as its memory happens to be. The tap clears it (csrc/tap_inputs.c), with
