@@ -9,7 +9,7 @@ LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow lint format format-check typecheck sanitize fuzz support-table bench bench-all clean
+.PHONY: demo test test-slow lint format format-check typecheck sanitize fuzz support-table bench bench-all cross clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -57,6 +57,10 @@ bench: $(VENV)/installed-tests
 # Everything in BENCHMARKS.md, hours: on a quiet machine. The models stay in BENCH_MODELS (13 GB) if that is set.
 bench-all: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/tables.py run $(if $(BENCH_MODELS),--folder $(BENCH_MODELS))
+
+# Whether the C core compiles for Windows, macOS and Linux on ARM, with the compilers that are there
+cross: $(VENV)/installed
+	PYTHON=$(BIN)/python tools/cross_compile.sh $$($(BIN)/python bindings/build_core.py include)
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

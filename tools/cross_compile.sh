@@ -1,10 +1,11 @@
 #!/bin/sh
-# Compiles csrc/*.c for the platforms that cannot be run here, with every warning an error: `make cross`. Objects are thrown away;
-# the extension itself needs each platform's Python headers.
+# Compiles csrc/*.c for platforms that cannot be run here, with every warning an error: `make cross`.
+# gcc and mingw also link them to a library; zig would first have to build the C library of each platform.
+# Results are thrown away. The extension itself is not built: that needs the Python headers of each platform.
 #
 #     tools/cross_compile.sh INCLUDE     INCLUDE has ggml.h (bindings/build_core.py include)
 #
-# Compilers, each skipped when it is missing: gcc or cc (once strictly as ISO C11, once without vector types, as MSVC sees the code),
+# Compilers, each skipped when it is missing: cc (once as strict ISO C11 without vector types, as MSVC sees the code),
 # x86_64-w64-mingw32-gcc (Debian: gcc-mingw-w64-x86-64), and `zig cc`, from $ZIG, PATH or PyPI's ziglang for $PYTHON.
 set -u
 include=${1:?usage: tools/cross_compile.sh INCLUDE}
@@ -27,12 +28,19 @@ compile() { # NAME COMPILER... : all files
     files=0 bad=0
     for file in csrc/*.c; do
         files=$((files + 1))
-        "$@" -O2 -Wall -Wextra -Werror -Wno-psabi -DSTAR_EDGE_LLAMA_CPP_PYTHON='"cross"' -Icsrc -isystem "$include" \
-            -c "$file" -o "$objects/out.o" >> "$log" 2>&1 || bad=$((bad + 1))
+        "$@" -O2 -Wall -Wextra -Werror -Wno-psabi -fPIC -Icsrc -isystem "$include" \
+            -DSTAR_EDGE_LLAMA_CPP_PYTHON='"cross"' -DSTAR_EDGE_LLAMA='""' \
+            -c "$file" -o "$objects/$(basename "$file" .c).o" >> "$log" 2>&1 || bad=$((bad + 1))
     done
+    linked=yes
     if [ "$bad" -gt 0 ]; then
+        linked=
+    elif [ "$name" = "${name%,zig}" ]; then # nothing of ggml may be missing: the core binds its functions at run time
+        "$@" -shared -Wl,--no-undefined "$objects"/*.o -o "$objects/core" -lm >> "$log" 2>&1 || linked=
+    fi
+    if [ -z "$linked" ]; then
         cat "$log" >&2
-        echo "FAILED    $name: $bad of $files files"
+        echo "FAILED    $name: $bad of $files files, or the library that they make (above)"
         failed=1
     else
         echo "compiled  $name: $files files ($(head -n 1 "$objects/version"))"
