@@ -31,6 +31,7 @@ _WHOLE_HEADS = frozenset((
     "smollm3", "cogvlm", "hunyuan-vl", "paddleocr", "ernie4_5", "olmo2", "exaone", "exaone4", "nemotron", "starcoder2", "seed_oss",
 ))  # fmt: skip
 _EQUAL_HEADS = _WHOLE_HEADS | {"gemma4", "phi2", "phi3", "chatglm", "glm4", "falcon", "stablelm", "command-r", "cohere2"}
+_INDICES = ("ffn_gate_tid2eid.weight", "d2t")  # tensors of whole numbers (src/llama-arch.cpp)
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -178,7 +179,7 @@ def check_text_model(info: GGUFInfo) -> None:
     header = Header(info)
     arch = info.architecture
     key = lambda name: f"{arch}.{name}"
-    header.types(exempt=("rope_factors_long.weight", "rope_factors_short.weight", ".ffn_gate_tid2eid.weight"))
+    header.types(exempt=_INDICES)
     n_layers = header.whole(key("block_count"), 1, _MAX_LAYERS)
     if isinstance(n_layers, int):
         header.whole(key("nextn_predict_layers"), 0, n_layers)
@@ -314,4 +315,4 @@ def check_shards(path: str | PathLike) -> None:
         part = os.path.join(folder, f"{stem}-{i:05d}-of-{count:05d}.gguf")
         if not os.path.exists(part):
             raise ModelFileError(f"{os.path.basename(part)} is missing: {name} is the first of {count} parts", f"put it into {folder or '.'}")
-        read_gguf_info(part)
+        Header(read_gguf_info(part)).types(exempt=_INDICES)

@@ -279,6 +279,9 @@ def test_missing_shard(tmp_path):
     shutil.copy(first, tmp_path / "model-00002-of-00003.gguf")
     with pytest.raises(errors.ModelFileError, match="model-00003-of-00003.gguf is missing"):
         StarVLM(first, n_ctx=256)
+    put(FIXTURES / "llava" / "text.gguf", tmp_path / "model-00003-of-00003.gguf", tensor="blk.0.attn_q.weight", kind=26)
+    with pytest.raises(errors.ModelFileError, match="model-00003-of-00003.gguf: tensor blk.0.attn_q.weight is i32"):
+        StarVLM(first, n_ctx=256)
     with pytest.raises(errors.ModelFileError, match="part 2 of 3.*model-00001-of-00003.gguf"):
         StarVLM(tmp_path / "model-00002-of-00003.gguf", n_ctx=256)
     check_shards(tmp_path / "model.gguf")
