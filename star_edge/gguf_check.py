@@ -208,27 +208,28 @@ def _check_attention(header: Header, key, n_layers: int) -> None:
     first = _each(heads, 1)[0]
     if not first or not n_embd:
         return
-    for suffix in ("", "_swa"):
-        sizes = {}
-        for kind in ("key", "value"):
-            default = None if suffix else n_embd // first
-            sizes[kind] = header.whole(key(f"attention.{kind}_length{suffix}"), 1, 2**16, default=default)
-        size = sizes["key"]
-        if not isinstance(size, int):
-            continue
-        n_rot = header.whole(key(f"rope.dimension_count{suffix}"), 0, 2**16, default=size)
-        if isinstance(n_rot, int) and (n_rot > size or n_rot % 2):
-            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = {n_rot} is odd, or more than the {size} values of a head")
-        arch = header.info.architecture
+    arch = header.info.architecture
+    size = size_v = n_embd // first
+    full = header.get(key("attention.key_length"), size)
+    n_rot: object = None
+    for suffix in ("", "_swa"):  # what is not said of layers with a sliding window is as in the others
+        size = header.whole(key(f"attention.key_length{suffix}"), 1, 2**16, default=size)
+        size_v = header.whole(key(f"attention.value_length{suffix}"), 1, 2**16, default=size_v)
+        n_rot = header.whole(key(f"rope.dimension_count{suffix}"), 0, 2**16, default=size if n_rot is None else n_rot)
+        if not all(isinstance(n, int) for n in (size, size_v, n_rot)):
+            continue  # a list, which only some architectures read
+        rot = f"{key(f'rope.dimension_count{suffix}')} = {n_rot}"
+        if n_rot > size or n_rot % 2:
+            header.refuse(f"{rot} is odd, or more than the {size} values of a head")
         if arch in _EQUAL_HEADS and n_rot == 0:
-            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = 0, and {arch} has RoPE")
-        if arch in _WHOLE_HEADS and isinstance(n_rot, int) and n_rot != size:
-            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = {n_rot}, and {arch} turns all {size} values of a head")
-        if arch in _EQUAL_HEADS and isinstance(sizes["value"], int) and sizes["value"] != size:
-            header.refuse(f"{key(f'attention.value_length{suffix}')} = {sizes['value']}, and keys have {size} values in {arch}")
+            header.refuse(f"{rot}, and {arch} has RoPE")
+        if arch in _WHOLE_HEADS and n_rot != size:
+            header.refuse(f"{rot}, and {arch} turns all {size} values of a head")
+        if arch in _EQUAL_HEADS and size_v != size:
+            header.refuse(f"{key(f'attention.value_length{suffix}')} = {size_v}, and keys have {size} values in {arch}")
     sections = header.get(key("rope.dimension_sections"))
-    if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= 2**15):
-        header.refuse(f"{key('rope.dimension_sections')} = {sections} divides nothing")
+    if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= full):
+        header.refuse(f"{key('rope.dimension_sections')} = {sections} are no sections of the {full} values of a head")
 
 
 def _each(value: int | list[int] | None, n: int) -> list[int]:
