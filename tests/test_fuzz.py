@@ -19,7 +19,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "llava" / "mmproj.gguf"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases run in forked processes")
 
 
-@pytest.mark.parametrize(("target", "cases"), [("gguf", 60), ("images", 40), ("configs", 20)])
+@pytest.mark.parametrize(("target", "cases"), [("gguf", 60), ("lora", 30), ("images", 40), ("configs", 20)])
 def test_target(target, cases, tmp_path):
     command = [sys.executable, str(RUN), "--target", target, "--first", "0", "--cases", str(cases), "--save", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """Feeds random bad input to everything that takes some: `make fuzz`, or
 
-    python tests/fuzz/run.py --seconds 60                               # 10 s for each of the six targets
+    python tests/fuzz/run.py --seconds 60                               # an equal part of it for each target
     python tests/fuzz/run.py --target gguf --first 0 --cases 5000       # exactly those cases
     python tests/fuzz/run.py --target gguf --first 2857 --cases 1 -v    # one of them again
 
