@@ -60,6 +60,8 @@ def fuzz(name: str, first: int, cases: int, seconds: float, save: Path, verbose:
     for seed in range(first, first + cases):
         if time.monotonic() > end:
             break
+        if counts and sum(counts.values()) % 500 == 0:
+            print(f"{name}: {sum(counts.values())} cases so far, {bad} bad", flush=True)
         case = TARGETS[name](seed)
         result = run(lambda: case.check(case.payload), CASE_SECONDS)
         counts[kind_of(result)] += 1
