@@ -31,6 +31,7 @@ _WHOLE_HEADS = frozenset((
     "smollm3", "cogvlm", "hunyuan-vl", "paddleocr", "ernie4_5", "olmo2", "exaone", "exaone4", "nemotron", "starcoder2", "seed_oss",
 ))  # fmt: skip
 _EQUAL_HEADS = _WHOLE_HEADS | {"gemma4", "phi2", "phi3", "chatglm", "glm4", "falcon", "stablelm", "command-r", "cohere2"}
+_INDICES = ("ffn_gate_tid2eid.weight", "d2t")  # tensors of whole numbers (src/llama-arch.cpp)
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -178,7 +179,7 @@ def check_text_model(info: GGUFInfo) -> None:
     header = Header(info)
     arch = info.architecture
     key = lambda name: f"{arch}.{name}"
-    header.types(exempt=("rope_factors_long.weight", "rope_factors_short.weight", ".ffn_gate_tid2eid.weight"))
+    header.types(exempt=_INDICES)
     n_layers = header.whole(key("block_count"), 1, _MAX_LAYERS)
     if isinstance(n_layers, int):
         header.whole(key("nextn_predict_layers"), 0, n_layers)
@@ -207,27 +208,28 @@ def _check_attention(header: Header, key, n_layers: int) -> None:
     first = _each(heads, 1)[0]
     if not first or not n_embd:
         return
-    for suffix in ("", "_swa"):
-        sizes = {}
-        for kind in ("key", "value"):
-            default = None if suffix else n_embd // first
-            sizes[kind] = header.whole(key(f"attention.{kind}_length{suffix}"), 1, 2**16, default=default)
-        size = sizes["key"]
-        if not isinstance(size, int):
-            continue
-        n_rot = header.whole(key(f"rope.dimension_count{suffix}"), 0, 2**16, default=size)
-        if isinstance(n_rot, int) and (n_rot > size or n_rot % 2):
-            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = {n_rot} is odd, or more than the {size} values of a head")
-        arch = header.info.architecture
+    arch = header.info.architecture
+    size = size_v = n_embd // first
+    full = header.get(key("attention.key_length"), size)
+    n_rot: object = None
+    for suffix in ("", "_swa"):  # what is not said of layers with a sliding window is as in the others
+        size = header.whole(key(f"attention.key_length{suffix}"), 1, 2**16, default=size)
+        size_v = header.whole(key(f"attention.value_length{suffix}"), 1, 2**16, default=size_v)
+        n_rot = header.whole(key(f"rope.dimension_count{suffix}"), 0, 2**16, default=size if n_rot is None else n_rot)
+        if not all(isinstance(n, int) for n in (size, size_v, n_rot)):
+            continue  # a list, which only some architectures read
+        rot = f"{key(f'rope.dimension_count{suffix}')} = {n_rot}"
+        if n_rot > size or n_rot % 2:
+            header.refuse(f"{rot} is odd, or more than the {size} values of a head")
         if arch in _EQUAL_HEADS and n_rot == 0:
-            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = 0, and {arch} has RoPE")
-        if arch in _WHOLE_HEADS and isinstance(n_rot, int) and n_rot != size:
-            header.refuse(f"{key(f'rope.dimension_count{suffix}')} = {n_rot}, and {arch} turns all {size} values of a head")
-        if arch in _EQUAL_HEADS and isinstance(sizes["value"], int) and sizes["value"] != size:
-            header.refuse(f"{key(f'attention.value_length{suffix}')} = {sizes['value']}, and keys have {size} values in {arch}")
+            header.refuse(f"{rot}, and {arch} has RoPE")
+        if arch in _WHOLE_HEADS and n_rot != size:
+            header.refuse(f"{rot}, and {arch} turns all {size} values of a head")
+        if arch in _EQUAL_HEADS and size_v != size:
+            header.refuse(f"{key(f'attention.value_length{suffix}')} = {size_v}, and keys have {size} values in {arch}")
     sections = header.get(key("rope.dimension_sections"))
-    if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= 2**15):
-        header.refuse(f"{key('rope.dimension_sections')} = {sections} divides nothing")
+    if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= full):
+        header.refuse(f"{key('rope.dimension_sections')} = {sections} are no sections of the {full} values of a head")
 
 
 def _each(value: int | list[int] | None, n: int) -> list[int]:
@@ -314,4 +316,4 @@ def check_shards(path: str | PathLike) -> None:
         part = os.path.join(folder, f"{stem}-{i:05d}-of-{count:05d}.gguf")
         if not os.path.exists(part):
             raise ModelFileError(f"{os.path.basename(part)} is missing: {name} is the first of {count} parts", f"put it into {folder or '.'}")
-        read_gguf_info(part)
+        Header(read_gguf_info(part)).types(exempt=_INDICES)

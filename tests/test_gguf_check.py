@@ -40,7 +40,8 @@ def put(source, target, key=None, value=None, tensor=None, dims=None, kind=None,
             struct.pack_into("<I", data, field.type_at, kind)
         else:
             at = field.value_at
-            struct.pack_into({4: "<I", 5: "<i", 6: "<f", 9: "<f"}[field.kind], data, at, value)
+            kind = field.item_kind if field.kind == 9 else field.kind  # of an array the first value
+            struct.pack_into({4: "<I", 5: "<i", 6: "<f"}[kind], data, at, value)
     if tensor is not None:
         found = next(t for t in header.tensors if t.name == tensor)
         if dims is not None:
@@ -256,13 +257,20 @@ def test_the_handler_refuses_at_once(tmp_path):
         ("llava", "llama.attention.layer_norm_rms_epsilon", -1.0), ("llava", "llama.rope.dimension_count", 7),
         ("mistral3", "mistral3.rope.dimension_count", 0), ("gemma4", "gemma4.rope.dimension_count_swa", 0),
         ("gemma4", "gemma4.attention.value_length", 8),
-        ("llava", "llama.embedding_length", 0), ("llava", "llama.rope.freq_base", 0.0), ("llava", "llama.rope.freq_base", math.inf),
+        ("qwen2-vl", "qwen2vl.rope.dimension_sections", 48), ("llava", "llama.embedding_length", 0), ("llava", "llama.rope.freq_base", 0.0), ("llava", "llama.rope.freq_base", math.inf),
         ("gemma4", "gemma4.final_logit_softcapping", math.nan),
     ],
 )  # fmt: skip
 def test_numbers_of_a_text_model(tmp_path, family, key, value):
     path = put(FIXTURES / family / "text.gguf", tmp_path / "t.gguf", key, value)
     with pytest.raises(errors.ModelFileError, match=key.partition(".")[2].replace(".", r"\.").partition("_kv")[0]):
+        StarVLM(path, n_ctx=256)
+
+
+def test_what_is_not_said_of_layers_with_a_window(tmp_path):
+    """It is as in the other layers: RoPE would turn 64 values of heads that have 32."""
+    path = put(FIXTURES / "gemma4" / "text.gguf", tmp_path / "t.gguf", "gemma4.rope.dimension_count_swa", name=b"z")
+    with pytest.raises(errors.ModelFileError, match="dimension_count_swa = 64"):
         StarVLM(path, n_ctx=256)
 
 
@@ -278,6 +286,9 @@ def test_missing_shard(tmp_path):
     shutil.copy(FIXTURES / "llava" / "text.gguf", first)
     shutil.copy(first, tmp_path / "model-00002-of-00003.gguf")
     with pytest.raises(errors.ModelFileError, match="model-00003-of-00003.gguf is missing"):
+        StarVLM(first, n_ctx=256)
+    put(FIXTURES / "llava" / "text.gguf", tmp_path / "model-00003-of-00003.gguf", tensor="blk.0.attn_q.weight", kind=26)
+    with pytest.raises(errors.ModelFileError, match="model-00003-of-00003.gguf: tensor blk.0.attn_q.weight is i32"):
         StarVLM(first, n_ctx=256)
     with pytest.raises(errors.ModelFileError, match="part 2 of 3.*model-00001-of-00003.gguf"):
         StarVLM(tmp_path / "model-00002-of-00003.gguf", n_ctx=256)

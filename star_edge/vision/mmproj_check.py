@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ..gguf_check import F16, F32, Header, type_name
+from ..gguf_check import BF16, F16, F32, Header, type_name
 from ..gguf_info import GGUFInfo
 
 _V = "clip.vision."
@@ -257,8 +257,8 @@ def _gemma3(c: _Check) -> None:
     c.vector("mm.soft_emb_norm.weight", c.d, _V + "embedding_length", required=True)
     # stored transposed
     tensor = c.header.tensor("mm.input_projection.weight", (None, c.d), _V + "embedding_length")
-    if tensor.kind not in (F32, F16):
-        c.header.refuse(f"tensor mm.input_projection.weight is {type_name(tensor.kind)}, and llama.cpp takes f32 or f16 there")
+    if tensor.kind not in (F32, F16, BF16):
+        c.header.refuse(f"tensor mm.input_projection.weight is {type_name(tensor.kind)}, and llama.cpp takes f32, f16 or bf16 there")
 
 
 def _idefics3(c: _Check) -> None:

@@ -6,11 +6,11 @@ The parent must not have run a model: threads do not survive a fork.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import resource
 import select
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +24,7 @@ def run(case: Callable[[], str], seconds: float) -> str:
     child = os.fork()
     if not child:
         os.close(read)
+        faulthandler.disable()  # pytest's, which would write the parent's stack
         try:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -59,7 +60,3 @@ def run(case: Callable[[], str], seconds: float) -> str:
     if os.WIFSIGNALED(status):
         return f"death: {signal.Signals(os.WTERMSIG(status)).name}"
     return b"".join(parts).decode("utf-8", "replace") or "death: no result"
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Feeds random bad input to everything that takes some: `make fuzz`, or
 
-    python tests/fuzz/run.py --seconds 60                               # 10 s for each of the six targets
+    python tests/fuzz/run.py --seconds 60                               # an equal part of it for each target
     python tests/fuzz/run.py --target gguf --first 0 --cases 5000       # exactly those cases
     python tests/fuzz/run.py --target gguf --first 2857 --cases 1 -v    # one of them again
 
@@ -60,6 +60,8 @@ def fuzz(name: str, first: int, cases: int, seconds: float, save: Path, verbose:
     for seed in range(first, first + cases):
         if time.monotonic() > end:
             break
+        if counts and sum(counts.values()) % 500 == 0:
+            print(f"{name}: {sum(counts.values())} cases so far, {bad} bad", flush=True)
         case = TARGETS[name](seed)
         result = run(lambda: case.check(case.payload), CASE_SECONDS)
         counts[kind_of(result)] += 1

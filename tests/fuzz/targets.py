@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 from gguf_mutations import mutate
+from llama_cpp import Llama, LlamaGrammar
 from PIL import Image
 
 import star_edge
-from star_edge import PruneConfig, StarVLM, batch, refvlm
+from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, refvlm
 from star_edge.config import load_config, resolve_prune
 from star_edge.errors import StarEdgeError
 from star_edge.evaluation import results as evaluation_results
@@ -151,6 +152,40 @@ def gguf(seed: int) -> Case:
     return Case(f"{family} {which}: {said} (prune={prune})", data, lambda payload: in_file(payload, ".gguf", ask), ".gguf", divides=False)
 
 
+def _write_lora() -> bytes:
+    """An adapter that fits the fixture `llava`."""
+    import gguf as writer_of
+
+    rng = np.random.default_rng(2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.gguf"
+        writer = writer_of.GGUFWriter(str(path), "llama")
+        writer.add_string("general.type", "adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 8.0)
+        for name, n_in, n_out in (("blk.0.attn_q.weight", 64, 128), ("blk.1.ffn_down.weight", 80, 64)):
+            writer.add_tensor(f"{name}.lora_a", rng.standard_normal((4, n_in)).astype(np.float32))
+            writer.add_tensor(f"{name}.lora_b", rng.standard_normal((n_out, 4)).astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+LORA = _write_lora()
+
+
+def lora(seed: int) -> Case:
+    data, said = mutate(LORA, seed)
+
+    def ask(path: Path) -> str:
+        with StarVLM(FIXTURES / "llava" / "text.gguf", n_ctx=256, n_threads=1, lora_path=str(path)) as vlm:
+            return vlm.generate("a", max_tokens=2, chat=False).finish_reason
+
+    return Case(f"LoRA: {said}", data, lambda payload: in_file(payload, ".gguf", ask), ".gguf", divides=False)
+
+
 # ---- grammars and schemas ----
 
 _GRAMMARS = (
@@ -198,17 +233,26 @@ def grammars(seed: int) -> Case:
         payload, is_schema = _dumps(schema), True
 
     def check(data: bytes) -> str:
-        from llama_cpp import LlamaGrammar
-
         text = data.decode("utf-8", "replace")
-        try:
-            grammar = LlamaGrammar.from_json_schema(text, verbose=False) if is_schema else LlamaGrammar.from_string(text, verbose=False)
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, AssertionError) as error:
-            return f"llama_cpp refuses: {type(error).__name__}"  # before anything of star_edge is called
+        if is_schema:
+            try:
+                schema = json.loads(text)
+            except (ValueError, RecursionError):
+                return "no JSON"
+            return _ask_for_json(schema)
         with StarVLM(refvlm.TEXT_MODEL, n_ctx=128, n_threads=1) as vlm:
-            return typed(lambda: vlm.generate("x", max_tokens=3, grammar=grammar))
+            return typed(lambda: vlm.generate("x", max_tokens=3, grammar=LlamaGrammar.from_string(text, verbose=False)))
 
     return Case("schema" if is_schema else "grammar", payload, check, ".json" if is_schema else ".gbnf")
+
+
+def _ask_for_json(schema: object) -> str:
+    """Through the handler, which turns a schema into a grammar."""
+    handler = StarChatHandler(refvlm.MMPROJ, verbose=False)
+    llama = Llama(str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=256, n_threads=1, verbose=False)
+    messages = [{"role": "user", "content": "what is red?"}]
+    form = {"type": "json_object", "schema": schema}
+    return typed(lambda: llama.create_chat_completion(messages, response_format=form, max_tokens=3))
 
 
 def _dumps(value: object) -> bytes:
@@ -339,5 +383,5 @@ def _serve(payload: bytes) -> str:
 
 
 TARGETS: dict[str, Callable[[int], Case]] = {
-    "gguf": gguf, "images": images, "grammars": grammars, "configs": configs, "results": results, "http": http,
+    "gguf": gguf, "lora": lora, "images": images, "grammars": grammars, "configs": configs, "results": results, "http": http,
 }  # fmt: skip
