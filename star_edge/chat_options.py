@@ -75,11 +75,11 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
     functions = options.get("functions")
     tools = options.get("tools") if functions is None else [{"type": "function", "function": f} for f in functions]
     choice, call = options.get("tool_choice"), options.get("function_call")
-    if choice is not None and not isinstance(choice, Mapping) and choice not in ("none", "auto", "required"):
+    if not (choice is None or isinstance(choice, Mapping) or isinstance(choice, str) and choice in ("none", "auto", "required")):
         raise ConfigError(f"tool_choice={str(choice)[:60]!r} is unknown", 'use "none", "auto", "required" or {"type": "function", ...}')
-    if call is not None and not isinstance(call, Mapping) and call not in ("none", "auto"):
+    if not (call is None or isinstance(call, Mapping) or isinstance(call, str) and call in ("none", "auto")):
         raise ConfigError(f"function_call={str(call)[:60]!r} is unknown", 'use "none", "auto" or {"name": ...}')
-    if choice == "required":
+    if isinstance(choice, str) and choice == "required":
         if not tools or len(tools) > 1:
             raise ConfigError(
                 f'tool_choice="required" with {len(tools or ())} tools', 'give one tool, or name one: {"type": "function", "function": {"name": ...}}'
