@@ -228,7 +228,8 @@ class _Guards:
                         token = inner.send(sent)
                     except StopIteration:
                         return
-                if n == most:  # create_completion has had as many, and asks for more all the same
+                if n == most and not llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+                    # create_completion has had as many, and asks for more all the same
                     limit.reached = True
                     return
                 n += 1
