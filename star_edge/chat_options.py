@@ -81,9 +81,8 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
         raise ConfigError(f"function_call={str(call)[:60]!r} is unknown", 'use "none", "auto" or {"name": ...}')
     if isinstance(choice, str) and choice == "required":
         if not tools or len(tools) > 1:
-            raise ConfigError(
-                f'tool_choice="required" with {len(tools or ())} tools', 'give one tool, or name one: {"type": "function", "function": {"name": ...}}'
-            )
+            remedy = 'give one tool, or name one: {"type": "function", "function": {"name": ...}}'
+            raise ConfigError(f'tool_choice="required" with {len(tools or ())} tools', remedy)
         choice = options["tool_choice"] = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if isinstance(call, Mapping):
         name = call.get("name")
@@ -108,7 +107,8 @@ def _check_tools(name: str, tools: Any) -> list[Any]:
     for tool in tools:
         function = tool if name == "functions" else tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ConfigError(f"{name} holds something that is no function with a name", 'use {"type": "function", "function": {"name": ...}}')
+            remedy = 'use {"type": "function", "function": {"name": ...}}'
+            raise ConfigError(f"{name} holds something that is no function with a name", remedy)
         if function.get("parameters") is None:
             function = {**function, "parameters": _NO_PARAMETERS}
         checked.append(function if name == "functions" else {**tool, "function": function})
