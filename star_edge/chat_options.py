@@ -75,15 +75,14 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
     functions = options.get("functions")
     tools = options.get("tools") if functions is None else [{"type": "function", "function": f} for f in functions]
     choice, call = options.get("tool_choice"), options.get("function_call")
-    if choice is not None and not isinstance(choice, Mapping) and choice not in ("none", "auto", "required"):
+    if not (choice is None or isinstance(choice, Mapping) or isinstance(choice, str) and choice in ("none", "auto", "required")):
         raise ConfigError(f"tool_choice={str(choice)[:60]!r} is unknown", 'use "none", "auto", "required" or {"type": "function", ...}')
-    if call is not None and not isinstance(call, Mapping) and call not in ("none", "auto"):
+    if not (call is None or isinstance(call, Mapping) or isinstance(call, str) and call in ("none", "auto")):
         raise ConfigError(f"function_call={str(call)[:60]!r} is unknown", 'use "none", "auto" or {"name": ...}')
-    if choice == "required":
+    if isinstance(choice, str) and choice == "required":
         if not tools or len(tools) > 1:
-            raise ConfigError(
-                f'tool_choice="required" with {len(tools or ())} tools', 'give one tool, or name one: {"type": "function", "function": {"name": ...}}'
-            )
+            remedy = 'give one tool, or name one: {"type": "function", "function": {"name": ...}}'
+            raise ConfigError(f'tool_choice="required" with {len(tools or ())} tools', remedy)
         choice = options["tool_choice"] = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if isinstance(call, Mapping):
         name = call.get("name")
@@ -108,7 +107,8 @@ def _check_tools(name: str, tools: Any) -> list[Any]:
     for tool in tools:
         function = tool if name == "functions" else tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ConfigError(f"{name} holds something that is no function with a name", 'use {"type": "function", "function": {"name": ...}}')
+            remedy = 'use {"type": "function", "function": {"name": ...}}'
+            raise ConfigError(f"{name} holds something that is no function with a name", remedy)
         if function.get("parameters") is None:
             function = {**function, "parameters": _NO_PARAMETERS}
         checked.append(function if name == "functions" else {**tool, "function": function})

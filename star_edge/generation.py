@@ -7,48 +7,19 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-import llama_cpp
-from llama_cpp import Llama
-
 from .report import PruneReport
 
 _END = object()
 
 
 class Generation:
-    """Counts the tokens of one answer, and adds up the time in which it is worked on.
+    """One answer of a guarded Llama, which counts its tokens: adds up the time in which it is worked on."""
 
-    n_generated: tokens of the answer, as `usage` counts them: a token that ends generation (EOS) is none.
-    n_sampled: the same with that token. Each but the first took a decode.
-    """
-
-    def __init__(self, llama: Llama) -> None:
+    def __init__(self, llama: Any) -> None:
         self._llama = llama
         self._seconds = 0.0
         self._since: float | None = None
-        self._replaced: Any = None
-        self.n_generated = self.n_sampled = 0
-
-    def attach(self) -> None:
-        """Counts what the next `Llama.generate` yields. create_completion calls it once for an answer, and shows nowhere whether a token that
-        was sampled last was EOS or ended a stop string."""
-        self._replaced = vars(self._llama).get("generate")
-        self._llama.generate = self._generate
-
-    def detach(self) -> None:
-        """Undoes `attach`, which also happens once the answer begins."""
-        if getattr(vars(self._llama).get("generate"), "__self__", None) is self:
-            del self._llama.generate
-            if self._replaced is not None:
-                self._llama.generate = self._replaced
-
-    def _generate(self, *args: Any, **options: Any) -> Iterator[int]:
-        self.detach()
-        vocab = self._llama._model.vocab
-        for token in self._llama.generate(*args, **options):
-            self.n_sampled += 1
-            self.n_generated += not llama_cpp.llama_vocab_is_eog(vocab, token)
-            yield token
+        llama.n_generated = llama.n_sampled = 0
 
     # ---- time ----
 
@@ -60,7 +31,7 @@ class Generation:
         if self._since is not None:
             self._seconds += perf_counter() - self._since
             self._since = None
-        report.n_generated, report.n_sampled = self.n_generated, self.n_sampled
+        report.n_generated, report.n_sampled = self._llama.n_generated, self._llama.n_sampled
         report.milliseconds["generate"] = 1e3 * self._seconds
 
     @contextmanager

@@ -221,9 +221,7 @@ class _Parser:
         number = _TOKEN_ID.match(self._text, position)
         if number:
             if len(number.group(1)) > 10 or int(number.group(1)) >= self._n_vocab:
-                raise ConfigError(
-                    f"the grammar names token {number.group(1)[:20]}", f"the model has tokens 0 to {self._n_vocab - 1}"
-                )
+                raise ConfigError(f"the grammar names token {number.group(1)[:20]}", f"the model has tokens 0 to {self._n_vocab - 1}")
             return number.end()
         token = _TOKEN.match(self._text, position)
         if not token:

@@ -57,7 +57,8 @@ def check_options(llama: Llama, options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("stopping_criteria"), (list, tuple)):
         options["stopping_criteria"] = StoppingCriteriaList(options["stopping_criteria"])
     if isinstance(options.get("logit_bias"), Mapping):  # OpenAI's keys are strings, as JSON's are
-        options["logit_bias"] = {int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 10 else k: v for k, v in options["logit_bias"].items()}
+        number = lambda key: int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+        options["logit_bias"] = {number(key): value for key, value in options["logit_bias"].items()}
     bias = options.pop("logit_bias", None)
     options = check(Llama.create_completion, options, RANGES)
     if bias is not None:
@@ -124,9 +125,8 @@ def check_length(llama: Llama, text: str) -> None:
         lengths = (len(llama_cpp.llama_vocab_get_text(vocab, token) or b"") for token in range(llama.n_vocab()))
         llama._longest_token = max(4, *lengths)  # an unknown character has up to 4 bytes
     if n_bytes > n_ctx * llama._longest_token:
-        raise ContextLengthError(
-            f"the prompt has {n_bytes} bytes, which are more than {n_ctx} tokens of {llama._longest_token} bytes", "shorten it, or raise n_ctx"
-        )
+        most = f"{n_ctx} tokens of {llama._longest_token} bytes"
+        raise ContextLengthError(f"the prompt has {n_bytes} bytes, which are more than {most}", "shorten it, or raise n_ctx")
 
 
 @contextlib.contextmanager
@@ -170,10 +170,13 @@ class _Guards:
     """Mixed into the class of a Llama.
 
     _n_requests, _n_steps: requests, and steps of an answer, that run at this moment.
+    n_sampled: tokens that were sampled since it was last set to 0; each but the first took a decode. n_generated: those of them that are part of an
+        answer, as `usage` counts them: a token that ends generation (EOS) is none.
     grammar_instead: for the completions that are made while it is set, in place of the grammar that they are given.
     """
 
     _n_requests = _n_steps = 0
+    n_generated = n_sampled = 0
     grammar_instead: LlamaGrammar | None = None
 
     def close(self) -> None:
@@ -223,15 +226,18 @@ class _Guards:
         inner, n, sent = super().generate(tokens, *args, **kwargs), 0, None
         try:
             while True:
-                if n == most:  # create_completion has had as many, and asks for more all the same
-                    limit.reached = True
-                    return
                 with self._step():
                     try:
                         token = inner.send(sent)
                     except StopIteration:
                         return
+                self.n_sampled += 1
+                if n == most and not llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+                    # create_completion has had as many, and asks for more all the same
+                    limit.reached = True
+                    return
                 n += 1
+                self.n_generated += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
                 sent = yield token
         finally:
             inner.close()

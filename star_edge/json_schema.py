@@ -133,7 +133,8 @@ def response_grammar(response_format: Any) -> LlamaGrammar | None:
         return None
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind not in ("text", "json_object", "json_schema"):
-        raise ConfigError(f"response_format={str(response_format)[:100]} is unknown", 'its "type" is "text", "json_object" or "json_schema"')
+        remedy = 'its "type" is "text", "json_object" or "json_schema"'
+        raise ConfigError(f"response_format={str(response_format)[:100]} is unknown", remedy)
     unknown = set(response_format) - {"type", {"json_object": "schema", "json_schema": "json_schema"}.get(kind, "type")}
     if unknown:
         raise ConfigError(f"response_format has {sorted(map(str, unknown))[0][:60]!r}, which is unknown for {kind}", "leave it out")

@@ -100,8 +100,6 @@ class PromptReader:
 
     def begin(self) -> None:
         """Ends whatever was going on and empties the cache, but for what the next prompt may use."""
-        if self.generation is not None:
-            self.generation.detach()
         self.context.clears_to_stem = False
         self.context.end_prompt()
         self.llama.reset()
@@ -230,7 +228,6 @@ class PromptReader:
         llama._requires_eval = False  # the logits of the last row are there
         self.context.continue_prompt(n, state.next_position)
         self.generation = Generation(llama)
-        self.generation.attach()
         return tokens.tolist()
 
 
