@@ -115,7 +115,7 @@ class PruneConfig:
         object.__setattr__(self, "windows", self._check_windows())
 
     def _check_windows(self) -> tuple[tuple[int | float, Keep], ...]:
-        if isinstance(self.windows, str) or not all(isinstance(w, (tuple, list)) and len(w) == 2 for w in self.windows):
+        if not isinstance(self.windows, (tuple, list)) or not all(isinstance(w, (tuple, list)) and len(w) == 2 for w in self.windows):
             raise ConfigError(f"windows={self.windows!r} is no list of (layer, keep) pairs", "for example ((8, 0.5), (16, 0.25))")
         if self.windows and (self.decoder_layer is not None or self.decoder_keep != 1.0):
             raise ConfigError("windows stand in place of decoder_layer and decoder_keep", "give one or the other")

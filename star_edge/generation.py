@@ -30,8 +30,10 @@ class Generation:
         self.n_generated = self.n_sampled = 0
 
     def attach(self) -> None:
-        """Counts what the next `Llama.generate` yields. create_completion calls it once for an answer, and shows nowhere whether a token that
-        was sampled last was EOS or ended a stop string."""
+        """Counts what the next `Llama.generate` yields, which create_completion calls once for an answer.
+
+        Nothing else shows whether the last token was EOS or the end of a stop string: finish_reason is "stop" for both.
+        """
         self._replaced = vars(self._llama).get("generate")
         self._llama.generate = self._generate
 
