@@ -40,7 +40,8 @@ def demo(
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
     with load_engine(None, None, **AFRESH) as vlm, in_cli_words():
-        for question in track(refvlm.demo_questions(), "asking", console=Console(stderr=True), transient=True):
+        console = Console(stderr=True)
+        for question in track(refvlm.demo_questions(), "asking", console=console, transient=True, disable=not console.is_terminal):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}
             for repeat in range(repeats + 1):  # the first is a warm-up
