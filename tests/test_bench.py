@@ -445,7 +445,7 @@ def test_a_killed_command_leaves_no_model(number, tmp_path):
         (("--preset", "nosuch"), ConfigError, "preset"),
         (("--plot", "a.gif"), EvaluationError, "endings"),
         (("--out", "nosuch/a.json"), OutputError, "folder"),
-        (("-c", "32", "--preset", "fast"), ContextLengthError, "n_ctx"),
+        (("-c", "32", "--preset", "fast"), ContextLengthError, "--ctx-size"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )  # fmt: skip

@@ -13,8 +13,8 @@ import llama_cpp
 import pytest
 
 from star_edge import PRESETS, PruneConfig, refvlm
-from star_edge.cli import main
 from star_edge.cli import batch as cli_batch
+from star_edge.cli import main
 from star_edge.config import override
 from star_edge.errors import ConfigError
 
@@ -58,6 +58,8 @@ def star_edge(monkeypatch, capsys, tmp_path):
         (["run", "hi", "--image", IMAGE, "--vision-keep", "0.1", "--decoder-keep", "0.5"], ["--decoder-keep 0.5", "--vision-keep 0.1"]),
         (["run", "hi", "--image", IMAGE, "--decoder-layer", "99"], ["--decoder-layer 99"]),
         (["run", "hi", "--image", IMAGE, "--vision-keep", "5000"], ["--vision-keep 5000 is over the image's 144 tokens"]),
+        (["demo", "--vision-keep", "5000"], ["--vision-keep 5000"]),
+        (["inspect", "hi", "--image", IMAGE, "--vision-keep", "5000"], ["--vision-keep 5000"]),
         (["run", "hi", "-c", "1"], ["--ctx-size 1"]),
         (["run", "hi", "-ctv", "q8_0", "-no-fa"], ["--cache-type-v 'q8_0' needs flash attention", "use --flash-attn or"]),
         (["run", "hi", "--preset", "pyramiddrop", "--decoder-layer", "2"], ["--decoder-layer 2", "--decoder-keep"]),

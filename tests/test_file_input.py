@@ -175,3 +175,11 @@ def test_a_batch_warms_up_with_its_first_task_alone():
     tasks = [Task(i, (), (), prompt, SETTINGS) for i, prompt in enumerate("ab")]
     batch.run_tasks(tasks, Engine, lambda result: None, warm=True)
     assert (Engine.read, Engine.answered) == (["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize("values", [{"windows": 5}, {"windows": None}, {"windows": {"a": 1}}, {"budget": ["image"]}, {"seed": "x"}])
+def test_a_config_of_wrong_types_is_a_config_error(tmp_path, values):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"config": values}))
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        load_config(str(path))

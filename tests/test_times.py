@@ -73,9 +73,11 @@ def test_what_the_caller_does_between_pieces_is_no_time_of_the_engine(vlm, clock
 
 def test_so_in_the_handlers_streams(llm, clock):
     def milliseconds(pause):
+        chunks = []
         for chunk in llm.create_chat_completion(MESSAGES, max_tokens=8, stream=True):
             clock.now += pause
-        return chunk["star_edge"]["milliseconds"]["generate"]
+            chunks.append(chunk)
+        return chunks[-1]["star_edge"]["milliseconds"]["generate"]
 
     assert milliseconds(0) == milliseconds(5000) > 0
 

@@ -54,7 +54,7 @@ def cli() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Whoever starts the command may have closed some. The next file that is opened would get such a number, and llama.cpp write its log there.
+    """Opens the streams that were closed when the command started: the next file would get such a number, and llama.cpp writes its log there.
 
     A closed stdout stays one that cannot be written, so that a result is not lost unnoticed.
     """

@@ -72,7 +72,8 @@ def bench(
     """Time to the first token, stage by stage, decoding speed and memory, of stock llama-cpp-python and of several configs.
 
     Every side answers the same request through Llama.create_chat_completion, from one copy of the weights, interleaved in rotated order.
-    Times are medians over the repeats, and stages those of the median repeat (of an even number, the mean of the two middle ones). "ideal" is what the token-layers that are saved would allow.
+    Times are medians over the repeats, and stages those of the median repeat (of an even number, the mean of the two middle ones).
+    "ideal" is what the token-layers that are saved would allow.
     """
     given = lambda name: ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     if shape is not None:

@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import refvlm
-from .options import AFRESH, FilePath, check_picture_path, load_engine, make_config, print_json, prune_options, save_overlay
+from .options import AFRESH, FilePath, check_picture_path, in_cli_words, load_engine, make_config, print_json, prune_options, save_overlay
 
 
 @click.command()
@@ -39,8 +39,9 @@ def demo(
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
-    with load_engine(None, None, **AFRESH) as vlm:
-        for question in track(refvlm.demo_questions(), "asking", console=Console(stderr=True), transient=True):
+    with load_engine(None, None, **AFRESH) as vlm, in_cli_words():
+        console = Console(stderr=True)
+        for question in track(refvlm.demo_questions(), "asking", console=console, transient=True, disable=not console.is_terminal):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}
             for repeat in range(repeats + 1):  # the first is a warm-up

@@ -11,8 +11,17 @@ from ..errors import ConfigError
 from ..images import load_image
 from ..overlay import draw_heatmap, draw_matrix, fit_to_grid
 from .options import (
-    FilePath, check_picture_path, in_cli_words, load_engine, make_config, model_options, print_json, prune_options, save_overlay, save_picture,
-)  # fmt: skip
+    FilePath,
+    check_picture_path,
+    in_cli_words,
+    load_engine,
+    make_config,
+    model_options,
+    print_json,
+    prune_options,
+    save_overlay,
+    save_picture,
+)
 
 
 @click.command()

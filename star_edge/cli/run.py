@@ -13,8 +13,19 @@ from ..json_input import MAX_CHARACTERS
 from ..report import PruneReport
 from .batch import SOME_FAILED, run_batch
 from .options import (
-    SEED, FilePath, Number, check_picture_path, cli_words, in_cli_words, load_engine, make_config, model_options, print_json, prune_options, save_overlay,
-)  # fmt: skip
+    SEED,
+    FilePath,
+    Number,
+    check_picture_path,
+    cli_words,
+    in_cli_words,
+    load_engine,
+    make_config,
+    model_options,
+    print_json,
+    prune_options,
+    save_overlay,
+)
 
 
 @click.command()
@@ -36,8 +47,9 @@ from .options import (
     "--workers", type=click.IntRange(min=1), help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine."
 )
 @click.option(
-    "--cache/--no-cache", default=True, help="With --each or --tasks: whether a picture that was asked about before need not be encoded "
-    "again, nor a prompt that begins alike be read. Results say what was spared; without, and after one request to warm up, their times can be compared.",
+    "--cache/--no-cache", default=True,
+    help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same beginning) is used again. "
+    "Results say where it was. --no-cache also reads one request to warm up: times of the results can be compared then.",
 )  # fmt: skip
 @model_options
 @prune_options
@@ -62,7 +74,7 @@ def run(
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, cache, overlay)
     if each and budget == "prompt":
-        raise ConfigError("--budget prompt shares tokens among the images of one request, and --each makes a request of each", "leave out one of them")
+        raise ConfigError("--budget prompt is for several images of one request, and --each makes a request of each", "leave out one of them")
     if overlay and config is None:
         raise ConfigError("--overlay has nothing to show with --preset off", "use another preset or --vision-keep")
     if overlay and not images:
