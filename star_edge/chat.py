@@ -182,6 +182,11 @@ class ChatFormat:
 
     # ---- messages ----
 
+    def check_exists(self) -> None:
+        """Raises UnsupportedModelError where there is no template."""
+        if not self.exists:
+            raise UnsupportedModelError("the model has no chat template", _REMEDY)
+
     def prepare(self, messages: Any, options: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages in the form that the template takes, with markers for images, and the images in their order.
 
@@ -192,8 +197,7 @@ class ChatFormat:
             UnsupportedModelError: there is no template.
             PromptError: a message that cannot be read, or a text or an image that the template would not show.
         """
-        if not self.exists:
-            raise UnsupportedModelError("the model has no chat template", _REMEDY)
+        self.check_exists()
         read = read_messages(messages)
         for message in read:
             if message.role == "developer" and not self._knows_developer:
@@ -293,7 +297,7 @@ class ChatFormat:
         try:
             return self._render(messages, options)
         except Exception as error:
-            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template, or chat=False") from error
+            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template") from error
 
     def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         if self.source is not None:

@@ -89,6 +89,7 @@ def make_app(
     llama = llama_app._llama_proxy(alias)
     llama.chat_handler = handler
     handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
+    handler.check_template()
     engine = app.state.engine = Engine(handler, pictures, alias)
     _refuse_bad_grammars()
 
