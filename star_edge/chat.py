@@ -250,12 +250,14 @@ class ChatFormat:
         for name, i in owners.items():
             if name not in shown:
                 raise PromptError(
-                    f"the chat template does not show what message {i} ({messages[i].role}) says", "put it elsewhere, or give another chat_template"
+                    f"the chat template does not show what message {i} ({messages[i].role}) says",
+                    "put it elsewhere, or give another chat_template",
                 )
         n_markers, n_images = shown.count(MEDIA_MARKER), sum(len(m.pictures) for m in messages)
         if n_markers != n_images:
             raise PromptError(
-                f"the chat template shows {n_markers} image markers for {n_images} images", "give images in messages of the user, or another chat_template"
+                f"the chat template shows {n_markers} image markers for {n_images} images",
+                "give images in messages of the user, or another chat_template",
             )
         order = [owners[name] for name in dict.fromkeys(shown) if name in owners and messages[owners[name]].pictures]
         if order != sorted(order):
@@ -285,7 +287,10 @@ class ChatFormat:
         if self.source is not None:
             return self.source
         before, after = self.render([{"role": "user", "content": "qzone"}]).split("qzone")
-        parts = "{% set content = messages[0]['content'] %}{% if content is string %}{{ content }}{% else %}{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}"
+        parts = (
+            "{% set content = messages[0]['content'] %}{% if content is string %}{{ content }}{% else %}"
+            "{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}"
+        )
         return f"{{{{ {json.dumps(before)} }}}}{parts}{{{{ {json.dumps(after)} }}}}"
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] = {}) -> str:
