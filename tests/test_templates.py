@@ -371,3 +371,16 @@ def test_eval_takes_placeholders_of_question_files(tmp_path):
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
         with_name, without = (vlm.generate(task.question, task.images, max_tokens=6).text for task in tasks)
     assert with_name == without
+
+
+def test_all_sides_of_a_benchmark_have_the_same_prompt():
+    """A file without a template: MTMDChatHandler alone would refuse it."""
+    from star_edge.benchmarking.run import make_request, picture
+    from star_edge.benchmarking.sides import SideSpec, Workbench
+
+    folder = FOLDER / "llava-vicuna"
+    request = make_request([picture(112, 112)], "", "what?", 0.25)
+    for template in (None, "chatml", "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"):
+        with Workbench(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=512, n_threads=1, chat_template=template) as bench:
+            stock, star = (bench.ask(SideSpec(kind, kind), request, 2) for kind in ("stock", "star_edge"))
+            assert (stock.n_text, stock.n_image) == (star.n_text, star.n_image) and stock.n_image == 64
