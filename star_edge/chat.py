@@ -182,6 +182,11 @@ class ChatFormat:
 
     # ---- messages ----
 
+    def check_exists(self) -> None:
+        """Raises UnsupportedModelError where there is no template."""
+        if not self.exists:
+            raise UnsupportedModelError("the model has no chat template", _REMEDY)
+
     def prepare(self, messages: Any, options: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages in the form that the template takes, with markers for images, and the images in their order.
 
@@ -192,8 +197,7 @@ class ChatFormat:
             UnsupportedModelError: there is no template.
             PromptError: a message that cannot be read, or a text or an image that the template would not show.
         """
-        if not self.exists:
-            raise UnsupportedModelError("the model has no chat template", _REMEDY)
+        self.check_exists()
         read = read_messages(messages)
         for message in read:
             if message.role == "developer" and not self._knows_developer:
@@ -246,12 +250,14 @@ class ChatFormat:
         for name, i in owners.items():
             if name not in shown:
                 raise PromptError(
-                    f"the chat template does not show what message {i} ({messages[i].role}) says", "put it elsewhere, or give another chat_template"
+                    f"the chat template does not show what message {i} ({messages[i].role}) says",
+                    "put it elsewhere, or give another chat_template",
                 )
         n_markers, n_images = shown.count(MEDIA_MARKER), sum(len(m.pictures) for m in messages)
         if n_markers != n_images:
             raise PromptError(
-                f"the chat template shows {n_markers} image markers for {n_images} images", "give images in messages of the user, or another chat_template"
+                f"the chat template shows {n_markers} image markers for {n_images} images",
+                "give images in messages of the user, or another chat_template",
             )
         order = [owners[name] for name in dict.fromkeys(shown) if name in owners and messages[owners[name]].pictures]
         if order != sorted(order):
@@ -281,7 +287,10 @@ class ChatFormat:
         if self.source is not None:
             return self.source
         before, after = self.render([{"role": "user", "content": "qzone"}]).split("qzone")
-        parts = "{% set content = messages[0]['content'] %}{% if content is string %}{{ content }}{% else %}{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}"
+        parts = (
+            "{% set content = messages[0]['content'] %}{% if content is string %}{{ content }}{% else %}"
+            "{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}"
+        )
         return f"{{{{ {json.dumps(before)} }}}}{parts}{{{{ {json.dumps(after)} }}}}"
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] = {}) -> str:
@@ -293,7 +302,7 @@ class ChatFormat:
         try:
             return self._render(messages, options)
         except Exception as error:
-            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template, or chat=False") from error
+            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template") from error
 
     def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         if self.source is not None:

@@ -326,6 +326,11 @@ class StarChatHandler(MTMDChatHandler):
         self._llama, self._chat = weakref.ref(llama_model), chat  # a strong reference would keep the model in memory until the next gc
         self.mtmd_ctx = self._reader.encoder.context
 
+    def check_template(self) -> None:
+        """Raises UnsupportedModelError where a Llama that is in use has no chat template, and none was given: every request would fail."""
+        if self._chat is not None:
+            self._chat.check_exists()
+
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """Messages for the template, and the images' sources."""
         of_template = {name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS}

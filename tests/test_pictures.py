@@ -243,7 +243,7 @@ def test_png_that_is_damaged_besides():
 
 # ---- shapes that an encoder cannot have ----
 
-SHAPES = [(900, 60), (20, 900), (3000, 1), (1, 3000), (1, 1), (1, 60_000)]
+SHAPES = [(900, 60), (20, 900), (3000, 1), (1, 3000), (1, 1), (1, 50_000)]
 CHILD = """
 import json, sys
 import numpy as np

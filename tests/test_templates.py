@@ -350,3 +350,37 @@ def test_the_command_takes_a_template(tmp_path):
     assert result.exit_code == 0, result.output
     result = CliRunner().invoke(cli, ["run", "--chat-template", "nonsense", "hello"])
     assert isinstance(result.exception, errors.UnsupportedModelError)
+
+
+def test_serve_says_at_its_start_that_there_is_no_template(monkeypatch):
+    from star_edge.server.app import make_app
+
+    monkeypatch.setattr("star_edge.chat._OF_FAMILY", {})
+    folder = FOLDER / "llava-vicuna"
+    with pytest.raises(errors.UnsupportedModelError, match="--chat-template"):
+        make_app(folder / "text.gguf", folder / "mmproj.gguf", alias="x", n_ctx=256, n_threads=1)
+
+
+def test_eval_takes_placeholders_of_question_files(tmp_path):
+    """A line as LLaVA's question files have it, and the same without."""
+    from star_edge.evaluation.tasks import read_tasks
+
+    lines = [{"image": str(refvlm.DEMO_IMAGE), "text": text, "question_id": i} for i, text in enumerate(("<image>\nwhat number is shown?", "what number is shown?"))]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks = read_tasks(tmp_path / "q.jsonl")
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
+        with_name, without = (vlm.generate(task.question, task.images, max_tokens=6).text for task in tasks)
+    assert with_name == without
+
+
+def test_all_sides_of_a_benchmark_have_the_same_prompt():
+    """A file without a template: MTMDChatHandler alone would refuse it."""
+    from star_edge.benchmarking.run import make_request, picture
+    from star_edge.benchmarking.sides import SideSpec, Workbench
+
+    folder = FOLDER / "llava-vicuna"
+    request = make_request([picture(112, 112)], "", "what?", 0.25)
+    for template in (None, "chatml", "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"):
+        with Workbench(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=512, n_threads=1, chat_template=template) as bench:
+            stock, star = (bench.ask(SideSpec(kind, kind), request, 2) for kind in ("stock", "star_edge"))
+            assert (stock.n_text, stock.n_image) == (star.n_text, star.n_image) and stock.n_image == 64

@@ -25,6 +25,7 @@ from ..config import PruneConfig
 from ..engine import StarVLM
 from ..gguf_info import read_gguf_info
 from ..errors import ContextLengthError, EngineError, StarEdgeError
+from ..gguf_info import read_gguf_info
 from ..report import PruneReport
 from ..selection import average_tokens
 from ..vision.encoder import ImageChunk
