@@ -42,7 +42,7 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 @click.option(
     "--max-held-bytes", type=int, default=256 * 2**20, show_default=True,
     help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive first is refused with status 503. "
-    "Memory for requests stays under this and 4 times --max-body-bytes.",
+    "Memory for requests, apart from the model's, stays under twice this and 4 times --max-body-bytes.",
 )  # fmt: skip
 @click.option("--body-seconds", type=float, default=60.0, show_default=True, help="Time for one request to arrive, or for a client to take what is sent.")
 @click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503.")
