@@ -518,6 +518,13 @@ def test_bad_options(monkeypatch, options, words):
         serve.main(options, standalone_mode=False)
 
 
+def test_an_empty_key_in_the_environment(monkeypatch):
+    """Who sets the variable wants a key: an open server is not what it asks for."""
+    monkeypatch.setenv("STAR_EDGE_API_KEY", "")
+    with pytest.raises(errors.ConfigError, match="STAR_EDGE_API_KEY is set, and the API key is empty"):
+        serve.main([], standalone_mode=False)
+
+
 @pytest.mark.parametrize("options", [{"n_ctx": 1}, {"n_ctx": -1}, {"n_ctx": 2**32}, {"n_ubatch": 0}, {"n_gpu_layers": -2}, {"n_threads": 0}])
 def test_numbers_that_llama_cpp_would_abort_on(options):
     with pytest.raises(errors.ConfigError, match="cannot be used: use a number of"):

@@ -180,6 +180,14 @@ def test_many_small_values_are_refused_before_they_are_read():
         read_request(b"[" + b"0," * 600_000 + b"0]")
 
 
+def test_text_that_no_context_holds(server):
+    """To tokenize it takes minutes, in which nobody else would be served."""
+    for content in ("a b" * 400_000, [text("x" * 1_000_000), image()]):
+        status, _, answer = post(server, {"messages": [{"role": "user", "content": content}]})
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and "bytes" in answer["error"]["message"], answer
+    assert post(server, {"messages": [message(COLOR, DEMO)]})[2]["choices"][0]["message"]["content"].strip() == "red"
+
+
 # ---- options ----
 
 

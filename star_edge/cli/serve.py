@@ -90,10 +90,10 @@ def serve(
     alias = hf_repo or Path(text).stem
 
     listener = _bind(host, port)
-    # uvicorn ends in good order on either signal, and then sends it to whoever had it before
+    app = make_app(text, projector, policy, preset, alias=alias, **options)
+    # uvicorn ends in good order on either signal, and then sends it to whoever had it before. Until here they end the process at once.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
-    app = make_app(text, projector, policy, preset, alias=alias, **options)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="info" if options["verbose"] else "warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS
     )
