@@ -158,7 +158,7 @@ def test_more_messages_than_the_context_has_tokens():
         ({"functions": [{}]}, "functions.0.name", "missing"),
         ({"prune": {"vision_keep": 1}}, None, "may be one token or all of them"),
         ({"logit_bias": {"x": 1}}, None, "'x' is no token"),
-        ({"logit_bias": {"512000": 1}}, None, "'512000' is no token"),
+        ({"logit_bias": {"512000": 1}}, None, "token 512000"),
         ({"logit_bias": {"-1": 1}}, None, "'-1' is no token"),
     ],
 )  # fmt: skip
