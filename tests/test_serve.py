@@ -476,6 +476,8 @@ def test_the_page_needs_nothing_from_elsewhere(server):
         assert text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", ""), "a URL of elsewhere"
     assert server.request("GET", "/page/../serve.py")[0] == server.request("GET", "/page/%2e%2e%2fapp.py")[0] == 404
     assert len(files["setup.json"][2]["demo_questions"]) == 7
+    script = files["app.js"][2]  # both sides ask through one function, and everything is computed for each: neither finds what the other left
+    assert script.count("v1/chat/completions") == 1 and "afresh: true" in script and "star_edge: FAIR" in script
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -81,6 +81,12 @@ def test_image_parts(part):
     assert urls == ["U"] and messages[0]["content"][0] == {"type": "image_url", "image_url": {"url": "image-0"}}
 
 
+def test_images_as_base64_alone(server):
+    for url in (f" {DEMO}\n", DEMO.partition(",")[2]):
+        status, _, answer = post(server, {"messages": [message(COLOR, url)]})
+        assert status == 200 and answer["choices"][0]["message"]["content"].strip() == "red", answer
+
+
 def test_images_of_every_turn_are_taken_out():
     source = {"type": "image", "source": {"type": "base64", "media_type": "image/webp", "data": "A"}}
     messages, urls = read_messages([{"role": "system", "content": [image(), text("x")]}, {"role": "tool", "content": [source]}], 100)
