@@ -25,7 +25,16 @@ TALK = {
     "stream": True, "stream_options": {"include_usage": True}, "prune": {"vision_keep": 0.5}, "star_edge": {"kept": True},
     "response_format": {"type": "text"}, "logprobs": False, "mirostat_mode": 0, "tool_choice": "auto", "metadata": {"a": "b"},
 }  # fmt: skip
-# No grammars and schemas: what they may be is not the server's to know.
+RULES = [  # what a grammar or a schema may not be
+    {"grammar": "root :="}, {"grammar": 'root ::= "a"{99999999}'}, {"grammar": "root ::= " + "(" * 20_000}, {"grammar": ""}, {"grammar": "root ::= root"},
+    {"response_format": {"type": "json_object", "schema": {"type": "string", "maxLength": 20_000}}},
+    {"response_format": {"type": "json_object", "schema": {"type": "string", "pattern": "^a{1,100000}$"}}},
+    {"response_format": {"type": "json_object", "schema": {"type": "string", "minLength": 10**9}}},
+    {"response_format": {"type": "json_object", "schema": {"$ref": "#/x"}}}, {"response_format": {"type": "json_object", "schema": 5}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": []}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
+    {"tool_choice": {"type": "function", "function": {"name": "look"}}}, {"tool_choice": "required"}, {"tool_choice": "none"},
+]  # fmt: skip
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e308, -1e308, 10**30, 2**31, 2**63, -(2**63), "", "x", "null", "é", "\x00", "\u2028", "<__media__>",
     "<image>", "image-0", "data:,", "data:image/png;base64,", "file:///etc/passwd", "http://127.0.0.1:1/", "x" * 3000, [], [[]], [None], [0], {},
@@ -66,6 +75,8 @@ def _places(value, at=()):
 def odd_body(rng):
     """A request with one to three fields changed, taken away, doubled or added."""
     body = copy.deepcopy(rng.choice([GOOD, TALK, TALK]))
+    if rng.random() < 0.15:
+        return json.dumps(body | rng.choice(RULES)).encode()
     for _ in range(rng.randint(1, 3)):
         places = list(_places(body))
         if not places:

@@ -476,6 +476,8 @@ def test_the_page_needs_nothing_from_elsewhere(server):
         assert text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", ""), "a URL of elsewhere"
     assert server.request("GET", "/page/../serve.py")[0] == server.request("GET", "/page/%2e%2e%2fapp.py")[0] == 404
     assert len(files["setup.json"][2]["demo_questions"]) == 7
+    script = files["app.js"][2]  # both sides ask through one function, and everything is computed for each: neither finds what the other left
+    assert script.count("v1/chat/completions") == 1 and "afresh: true" in script and "star_edge: FAIR" in script
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -516,6 +518,13 @@ def test_bad_options(monkeypatch, options, words):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(errors.StarEdgeError, match=words):
         serve.main(options, standalone_mode=False)
+
+
+def test_an_empty_key_in_the_environment(monkeypatch):
+    """Who sets the variable wants a key: an open server is not what it asks for."""
+    monkeypatch.setenv("STAR_EDGE_API_KEY", "")
+    with pytest.raises(errors.ConfigError, match="STAR_EDGE_API_KEY is set, and the API key is empty"):
+        serve.main([], standalone_mode=False)
 
 
 @pytest.mark.parametrize("options", [{"n_ctx": 1}, {"n_ctx": -1}, {"n_ctx": 2**32}, {"n_ubatch": 0}, {"n_gpu_layers": -2}, {"n_threads": 0}])

@@ -81,6 +81,12 @@ def test_image_parts(part):
     assert urls == ["U"] and messages[0]["content"][0] == {"type": "image_url", "image_url": {"url": "image-0"}}
 
 
+def test_images_as_base64_alone(server):
+    for url in (f" {DEMO}\n", DEMO.partition(",")[2]):
+        status, _, answer = post(server, {"messages": [message(COLOR, url)]})
+        assert status == 200 and answer["choices"][0]["message"]["content"].strip() == "red", answer
+
+
 def test_images_of_every_turn_are_taken_out():
     source = {"type": "image", "source": {"type": "base64", "media_type": "image/webp", "data": "A"}}
     messages, urls = read_messages([{"role": "system", "content": [image(), text("x")]}, {"role": "tool", "content": [source]}], 100)
@@ -158,7 +164,7 @@ def test_more_messages_than_the_context_has_tokens():
         ({"functions": [{}]}, "functions.0.name", "missing"),
         ({"prune": {"vision_keep": 1}}, None, "may be one token or all of them"),
         ({"logit_bias": {"x": 1}}, None, "'x' is no token"),
-        ({"logit_bias": {"512000": 1}}, None, "'512000' is no token"),
+        ({"logit_bias": {"512000": 1}}, None, "token 512000"),
         ({"logit_bias": {"-1": 1}}, None, "'-1' is no token"),
     ],
 )  # fmt: skip
@@ -178,6 +184,14 @@ def test_what_is_no_json_object(server, body):
 def test_many_small_values_are_refused_before_they_are_read():
     with pytest.raises(PromptError, match="JSON values"):
         read_request(b"[" + b"0," * 600_000 + b"0]")
+
+
+def test_text_that_no_context_holds(server):
+    """To tokenize it takes minutes, in which nobody else would be served."""
+    for content in ("a b" * 400_000, [text("x" * 1_000_000), image()]):
+        status, _, answer = post(server, {"messages": [{"role": "user", "content": content}]})
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and "bytes" in answer["error"]["message"], answer
+    assert post(server, {"messages": [message(COLOR, DEMO)]})[2]["choices"][0]["message"]["content"].strip() == "red"
 
 
 # ---- options ----

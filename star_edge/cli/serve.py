@@ -42,7 +42,7 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 @click.option(
     "--max-held-bytes", type=int, default=256 * 2**20, show_default=True,
     help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive first is refused with status 503. "
-    "Memory for requests stays under this and 4 times --max-body-bytes.",
+    "Memory for requests, apart from the model's, stays under twice this and 4 times --max-body-bytes.",
 )  # fmt: skip
 @click.option("--body-seconds", type=float, default=60.0, show_default=True, help="Time for one request to arrive, or for a client to take what is sent.")
 @click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503.")
@@ -90,10 +90,10 @@ def serve(
     alias = hf_repo or Path(text).stem
 
     listener = _bind(host, port)
-    # uvicorn ends in good order on either signal, and then sends it to whoever had it before
+    app = make_app(text, projector, policy, preset, alias=alias, **options)
+    # uvicorn ends in good order on either signal, and then sends it to whoever had it before. Until here they end the process at once.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
-    app = make_app(text, projector, policy, preset, alias=alias, **options)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="info" if options["verbose"] else "warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS
     )

@@ -20,10 +20,10 @@ class Refusal(Exception):
 
 
 class Body:
-    """One body. parts: its bytes as they came; `release` when the request is over."""
+    """One body. data: what has come of it; `release` when the request is over."""
 
     def __init__(self, bodies: Bodies) -> None:
-        self.parts: list[bytes] = []
+        self.data = bytearray()  # grown in place: parts would be in memory twice when they are joined
         self.n_bytes = 0
         self._bodies = bodies
         self._scope = anyio.CancelScope()
@@ -33,7 +33,7 @@ class Body:
         """Its bytes are counted no more. Calling it again does nothing."""
         self._bodies.n_held -= self.n_bytes
         self.n_bytes = 0
-        self.parts = []
+        self.data = bytearray()
 
     def give_up(self) -> None:
         self._given_up = True
@@ -67,7 +67,7 @@ class Body:
                     if self._given_up:
                         break
                     if part:
-                        self.parts.append(part)
+                        self.data += part
                         self.n_bytes += len(part)
                         bodies.n_held += len(part)
                     if not message.get("more_body", False):

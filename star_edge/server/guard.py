@@ -28,10 +28,10 @@ class Ticket:
         self._guard, self._body = guard, body
         guard.n_waiting += 1
 
-    def take_body(self) -> bytes:
+    def take_body(self) -> bytearray:
         """The whole body; the second time it is empty. Its room stays taken, for what was made of it."""
-        parts, self._body.parts = self._body.parts, []
-        return b"".join(parts)
+        data, self._body.data = self._body.data, bytearray()
+        return data
 
     def release(self) -> None:
         """The request needs neither any more. Calling it again does nothing."""

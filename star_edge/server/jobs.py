@@ -196,7 +196,11 @@ class Job:
         kwargs = body.model_dump(include=_TO_LLAMA)
         kwargs["model"] = body.model or engine.model  # Llama would tell the path of its file
         kwargs["max_tokens"] = body.most_tokens
-        kwargs["logits_processor"] = _processors(engine.llama, body)
+        if body.logit_bias:
+            kwargs["logit_bias"] = _biases(engine.llama, body)
+        if body.min_tokens:
+            least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, engine.llama.token_eos())
+            kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([least])
         if body.grammar is not None:
             kwargs["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
         engine.pictures.sources = self._images
@@ -208,41 +212,22 @@ class Job:
             engine.pictures.sources = self._images = {}
 
 
-def _processors(llama: Llama, body: ChatRequest) -> llama_cpp.LogitsProcessorList | None:
-    """min_tokens and logit_bias. Llama.create_completion would drop both where both are given.
+def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
+    """logit_bias by token; with logit_bias_type "tokens" its names are texts, and all tokens of a text have its bias.
 
     Raises:
-        ConfigError: a bias of what is no token.
+        ConfigError: a name that is no token, or more than can be looked at in a moment.
     """
-    processors = []
-    if body.logit_bias:
-        biases = _biases(llama, body)
-        tokens, values = np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
-
-        def add_biases(_: np.ndarray, scores: np.ndarray) -> np.ndarray:
-            scores[tokens] += values
-            return scores
-
-        processors.append(add_biases)
-    if body.min_tokens:
-        processors.append(llama_cpp.MinTokensLogitsProcessor(body.min_tokens, llama.token_eos()))
-    return llama_cpp.LogitsProcessorList(processors) if processors else None
-
-
-def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
-    """Bias by token; with logit_bias_type "tokens" the names are texts, and all tokens of a text have its bias."""
     if sum(len(name) for name in body.logit_bias) > 8 * _MAX_BIASES or len(body.logit_bias) > _MAX_BIASES:
         raise ConfigError(f"logit_bias has {len(body.logit_bias)} entries or long ones", f"send at most {_MAX_BIASES} short ones")
     biases: dict[int, float] = {}
     for name, bias in body.logit_bias.items():
         if body.logit_bias_type == "tokens":
-            tokens = llama.tokenize(name.encode(), add_bos=False, special=True)
+            biases.update(dict.fromkeys(llama.tokenize(name.encode(), add_bos=False, special=True), bias))
+        elif name.isascii() and name.isdigit() and len(name) < 10:
+            biases[int(name)] = bias
         else:
-            tokens = [int(name)] if name.isascii() and name.isdigit() and len(name) < 10 else [-1]
-        for token in tokens:
-            if not 0 <= token < llama.n_vocab():
-                raise ConfigError(f"logit_bias: {name[:60]!r} is no token", f"use ids of 0 to {llama.n_vocab() - 1}")
-            biases[token] = bias
+            raise ConfigError(f"logit_bias: {name[:60]!r} is no token", f"use ids of 0 to {llama.n_vocab() - 1}")
     return biases
 
 

@@ -32,6 +32,7 @@ from .schema import describe, error_body, error_response, parse_prune, read_requ
 from .settings import Policy
 
 _log = logging.getLogger(__name__)
+_BASE64 = re.compile(r"[0-9A-Za-z+/_\s-]{60,}={0,2}", re.ASCII)
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
     "app.js": (_PAGE / "app.js", "text/javascript"),
@@ -193,13 +194,16 @@ async def _events(job: Job, first: dict[str, Any], results: AsyncIterator[dict[s
 
 
 async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:
-    """What load_image makes pixels of when the turn has come: a data: URL as it is, the bytes behind an http(s) URL.
+    """What load_image makes pixels of when the turn has come: a data: URL as it is, of base64 alone too, or the bytes behind an http(s) URL.
 
     Raises:
         ImageError: any other kind of URL, or one that is not allowed.
     """
+    url = url.strip()
     if re.match(r"data:", url, re.IGNORECASE):
         return url
+    if _BASE64.fullmatch(url):  # no path can be meant: none is read
+        return f"data:;base64,{url}"
     if not re.match(r"https?:", url, re.IGNORECASE):
         raise ImageError("an image is neither a data: nor an http(s) URL", "send it as data:image/png;base64,...")
     if not policy.allow_remote_images:

@@ -116,7 +116,7 @@ class ChatRequest(CreateChatCompletionRequest):
         return min((n for n in (self.max_tokens, self.max_completion_tokens) if n is not None), default=None)
 
 
-def read_request(body: bytes) -> ChatRequest:
+def read_request(body: bytes | bytearray) -> ChatRequest:
     """The request in a body. A null is a field's default, but `prune` is off then, as None is in Python.
 
     Raises:
@@ -162,7 +162,7 @@ def _invalid(error: ValidationError) -> FieldError:
     return FieldError(field[:100], cause[:1].lower() + cause[1:], remedies.get(str(found["loc"][0]), "change it, or leave it out"))
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _parse(body: bytes | bytearray) -> dict[str, Any]:
     """Raises PromptError for a body that is no JSON object, or whose values are not those of JSON: NaN, infinity, half a surrogate pair."""
     n = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if n > _MAX_VALUES:
