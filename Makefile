@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow support-table bench bench-all clean
+.PHONY: demo test test-slow test-processors support-table bench bench-all clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -18,6 +18,10 @@ test: $(VENV)/installed-tests
 # What `make test` leaves out: minutes of it, and a model of 670 MB in a temporary folder
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest tests -m slow
+
+# The tests on ggml kernels built for AVX2, and for AVX-512 where the processor has it: a build of a minute or two for each, then the suite
+test-processors: $(VENV)/installed-tests
+	$(BIN)/python tools/processors.py
 
 # The README's table of families: what must hold of each; tests/test_families.py shows that it does
 support-table: $(VENV)/installed-tests
