@@ -36,7 +36,7 @@ def decoders(families):
         if (family, mode) not in made:
             flash_attn, cache = MODES[mode]
             tap = Tap()
-            llama = stock.load(families[family].text, flash_attn, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache])
+            llama = stock.load(families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache])
             attach_tap(llama, tap)
             made[family, mode] = DecoderContext(llama, tap), tap, Decoder(str(families[family].text))
         context, _, reference = made[family, mode]
@@ -86,13 +86,15 @@ def test_pruned_logits_and_continuation(families, decoders, decoder_rounding, fa
     _, want_logits = reference.generate(want, N_GENERATE, prompt.next_position, forced=tokens)
     for ours, theirs in zip(history, want_logits):
         assert bounds.are_close(ours, theirs, rounding)
-    # one row later in each image, and without a place for the rows that were dropped
-    wrong_rows = expected(reference, prompt, None, layer, keep_rows=np.concatenate([np.roll(r, -1)[k] for r, k in zip(image_rows, kept_rows)]))
-    wrong_positions = np.array(prompt.positions)
-    wrong_positions[..., image_rows[-1][-1] + 1 :] -= min(len(r) for r in image_rows) // 2
-    moved = expected(reference, prompt, None, layer, keep_rows=rows, positions=wrong_positions)
-    for wrong in (wrong_rows, moved):
-        assert not bounds.are_close(wrong.logits, want.logits, rounding)
+    # One row later in each image, and without a place for the rows that were dropped. What a single row does in the last layer is less than
+    # q8_0 rounds: the other modes show it.
+    if mode != "q8_0" or min(n_keep) > 1:
+        later = np.concatenate([np.roll(r, -1)[k] for r, k in zip(image_rows, kept_rows)])
+        closed = np.array(prompt.positions)
+        closed[..., image_rows[-1][-1] + 1 :] -= min(len(r) for r in image_rows) // 2
+        for options in (dict(keep_rows=later), dict(keep_rows=rows, positions=closed)):
+            wrong = expected(reference, prompt, None, layer, **options)
+            assert not bounds.are_close(wrong.logits, want.logits, rounding)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
@@ -153,7 +155,7 @@ def test_both_stages_end_to_end(families, flash_attn):
         flash_attn=flash_attn,
         type_k="f16" if flash_attn else "f32",
         type_v="f16" if flash_attn else "f32",
-        n_threads=2,
+        n_threads=1,
     ) as vlm:
         state, report = vlm.read_prompt(
             "see <__media__> what is it?", image, replace(PRESETS["star"], vision_keep=20, decoder_keep=7, decoder_layer=3), chat=False
@@ -192,7 +194,8 @@ def encode(vlm, image):
 
 def rounding_with_features(models, flash_attn, before, features, after, right):
     """What stock rounds with an unpruned prompt, given features that the encoder has rounded already: right ones are the reference's."""
-    llama, decoder = stock.load(models.text, flash_attn, **({} if flash_attn else dict.fromkeys(("type_k", "type_v"), KV_TYPES["f32"]))), Decoder(models.text)
+    cache = {} if flash_attn else {"type_k": KV_TYPES["f32"], "type_v": KV_TYPES["f32"]}
+    llama, decoder = stock.load(models.text, flash_attn, n_threads=1, **cache), Decoder(models.text)
     stock.decode(llama, tokens=before, positions=np.arange(len(before)))
     n, m = len(before), len(features)
     stock.decode(llama, embeddings=features, positions=np.arange(n, n + m))
@@ -286,7 +289,7 @@ def test_defaults_end_to_end(families, decoder_rounding, family):
     """
     models = families[family]
     image = random_image(7)
-    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2) as vlm:
+    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=1) as vlm:
         prompt = vlm.tokenize("ab<__media__>cde?", [load_image(image)], chat=False)
         before, chunk, after = prompt.chunks
         embeddings = vlm.encoder.encode(chunk).embeddings.astype(np.float64)

@@ -3,8 +3,9 @@
 Files and numbers are tests/fixtures/<family>, made by tools/fixtures; nothing of transformers is needed here. A new folder is tested
 without a change to this file.
 
-What may differ from transformers is what stock llama.cpp rounds on this backend with the unpruned prompts (bounds.py). The tool makes sure
-that pruning changes logits by 0.5 at least, and that no greedy token leads by less than 0.02: what is a tie on this backend may go either way.
+What may differ from transformers is what stock llama.cpp rounds on this backend with the unpruned prompts (bounds.py). The tool makes
+sure that pruning changes logits by 0.5 at least, and that no greedy token leads by less than 0.02: what is a tie on this backend may go
+either way.
 """
 
 import bounds
@@ -240,7 +241,7 @@ def test_what_is_repaired(fixture, engines):
 
 @pytest.mark.parametrize("mode", ["f32", "fa"])
 def test_encoder_scores(fixture, engines, mode):
-    """What each image token's patches receive; the same top-k up to ties. They may be off by as much as the features are in the same run."""
+    """What each image token's patches receive; the same top-k up to ties. Bound: how far the features are off in the same run."""
     if fixture.vision_problem:
         pytest.skip(f"no encoder scores: {fixture.vision_problem}")
     vlm = engines(mode)

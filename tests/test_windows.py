@@ -27,7 +27,7 @@ def rounding(model, families, decoder_rounding):
 def model(request, families):
     """(models, context, reference): f32 cache, flash attention off."""
     models, tap = families[request.param], Tap()
-    llama = stock.load(models.text, False, type_k=KV_TYPES["f32"], type_v=KV_TYPES["f32"])
+    llama = stock.load(models.text, False, n_threads=1, type_k=KV_TYPES["f32"], type_v=KV_TYPES["f32"])
     attach_tap(llama, tap)
     yield models, DecoderContext(llama, tap), Decoder(str(models.text))
     llama.close()
@@ -168,7 +168,7 @@ def test_text_in_several_decodes_scores_alike(model, rounding, text_rows):
     want, rows = run(context)
     tap, f32 = Tap(), KV_TYPES["f32"]
     small = Llama(
-        str(models.text), n_ctx=512, n_batch=16, n_ubatch=16, n_threads=2, n_threads_batch=2, type_k=f32, type_v=f32, verbose=False
+        str(models.text), n_ctx=512, n_batch=16, n_ubatch=16, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, verbose=False
     )
     attach_tap(small, tap)
     got, others = run(DecoderContext(small, tap))
