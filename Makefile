@@ -9,7 +9,7 @@ LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow lint format format-check typecheck sanitize fuzz support-table bench bench-all cross clean
+.PHONY: demo test test-slow test-processors lint format format-check typecheck sanitize fuzz support-table bench bench-all cross clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -45,6 +45,10 @@ sanitize: $(VENV)/installed-tests
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/installed-tests
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+# The tests on ggml kernels built for AVX2, and for AVX-512 where the processor has it: a build of a minute or two for each, then the suite
+test-processors: $(VENV)/installed-tests
+	$(BIN)/python tools/processors.py
 
 # The README's table of families: what must hold of each; tests/test_families.py shows that it does
 support-table: $(VENV)/installed-tests

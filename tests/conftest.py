@@ -22,8 +22,14 @@ import gpu  # noqa: E402
 if gpu.ON:
     gpu.install()
 
+import bounds  # noqa: E402
+import stock  # noqa: E402
+from families import MODES  # noqa: E402
+from reference import Decoder  # noqa: E402
+
 from star_edge.decoder.context import Rows  # noqa: E402
 from star_edge.decoder.prefill import Segment  # noqa: E402
+from star_edge.engine import KV_TYPES  # noqa: E402
 from star_edge.synthetic import DecoderShape, EncoderShape, write_decoder, write_encoder  # noqa: E402
 
 LLAMA = DecoderShape(n_layers=8, n_embd=256, n_heads=8, n_heads_kv=2, n_ff=256)
@@ -56,6 +62,23 @@ def families(tmp_path_factory):
         write_encoder(models.mmproj, encoder, shape.n_embd, "f32", seed=2)
         result[name] = models
     return result
+
+
+@pytest.fixture(scope="session")
+def decoder_rounding(families):
+    """(family, mode of tests/families.py) -> what stock llama.cpp rounds there, against the float64 reference (bounds.py)."""
+    measured = {}
+
+    def get(family, mode="f32"):
+        if (family, mode) not in measured:
+            flash_attn, cache = MODES[mode]
+            llama = stock.load(families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache])
+            prompt = random_prompt(families[family], [12, (10, 20), 9], seed=1)
+            measured[family, mode] = bounds.of_decoder(llama, prompt, Decoder(families[family].text))
+            llama.close()
+        return measured[family, mode]
+
+    return get
 
 
 @dataclass

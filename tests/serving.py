@@ -49,7 +49,7 @@ class Server:
 
     def request(self, method, path, body=None, headers=None):
         """(status, headers, body: from JSON or as text where it is such)."""
-        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=20)
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=300)
         try:
             data = json.dumps(body) if isinstance(body, (dict, list)) else body
             headers = {"Content-Type": "application/json", **(headers or {})}
@@ -66,7 +66,7 @@ class Server:
         found = re.search(rf"^{re.escape(line)} (\S+)$", self.request("GET", "/metrics")[2], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    def wait(self, condition, seconds=10):
+    def wait(self, condition, seconds=300):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "waited in vain"
@@ -76,7 +76,7 @@ class Server:
         """Exit status and stderr."""
         self.process.send_signal(how)
         try:
-            _, stderr = self.process.communicate(timeout=15)
+            _, stderr = self.process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()

@@ -1,15 +1,17 @@
 """What the tests of the tap share: random tiny models, stock decodes beside them, and the plans of layer windows.
 
-"Equal" means bit for bit unless a tolerance is named: the numbers that go in are the same and so is the shape of the batch.
-Tolerances: STATE covers a KV cache in f16 (2^-11 of K and V, through five layers), LOOSE one in q8_0.
+"Equal" means bit for bit unless a bound is named: the numbers that go in are the same and so is the shape of the batch. Bounds are what
+stock rounds in the same mode (bounds.py).
 """
 
 import ctypes
 
+import bounds
 import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import Llama
+from reference import Decoder
 
 from star_edge.decoder.context import DecoderContext, Rows, attach_tap
 from star_edge.native import ffi, lib
@@ -17,9 +19,6 @@ from star_edge.synthetic import DecoderShape, write_decoder
 from star_edge.tap import MEAN_ALL, Plan, Tap
 
 L, D, HEADS = 5, 128, 4
-STATE, LOOSE = 2e-3, 2e-2  # of attention probabilities
-LOGITS = {False: 2e-2, True: 4e-2}  # of logits of size 1, with an f16 cache; with flash attention V is summed in f16 too
-CHANGED = 0.1  # logits that ought to differ do so by more than this
 ARCHS = ("llama", "qwen2vl")
 KINDS = [(arch, flash) for arch in ARCHS for flash in (False, True)]
 kinds = pytest.mark.parametrize(("arch", "flash"), KINDS, ids=[f"{a}-{'flash' if f else 'softmax'}" for a, f in KINDS])
@@ -58,6 +57,26 @@ def tapped(models):
     for context in made.values():
         context.llama.close()
         context.tap.close()
+
+
+@pytest.fixture(scope="module")
+def rounding(models):
+    """(arch, flash, **options of the Llama) -> what stock rounds, against the float64 reference with K and V in f16."""
+    measured = {}
+
+    def get(arch, flash, **options):
+        key = (arch, flash, *sorted(options.items()))
+        if key not in measured:
+            llama, reference, pairs = load(models[arch], flash, **options), Decoder(models[arch], np.float16), []
+            for seed in range(20, 24):
+                rows = rows_of(arch, 24, seed=seed)
+                llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+                pairs.append((stock_decode(llama, rows), reference.forward(rows.embeddings, rows.positions)[-1]))
+            llama.close()
+            measured[key] = bounds.rounding(pairs)
+        return measured[key]
+
+    return get
 
 
 @pytest.fixture

@@ -428,7 +428,7 @@ def test_a_killed_worker_of_the_command(out):
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    stderr = process.communicate(timeout=120)[1]
+    stderr = process.communicate(timeout=300)[1]
     thread.join()
     assert process.returncode == 0, stderr
     assert killed and killed[0] < 100

@@ -3,8 +3,9 @@
 Files and numbers are tests/fixtures/<family>, made by tools/fixtures; nothing of transformers is needed here. A new folder is tested
 without a change to this file.
 
-What may differ from transformers is what stock llama.cpp rounds on this backend with the unpruned prompts (bounds.py). The tool makes sure
-that pruning changes logits by 0.5 at least, and that no greedy token leads by less than 0.02: what is a tie on this backend may go either way.
+What may differ from transformers is what stock llama.cpp rounds on this backend with the unpruned prompts (bounds.py). The tool makes
+sure that pruning changes logits by 0.5 at least, and that no greedy token leads by less than 0.02: what is a tie on this backend may go
+either way.
 """
 
 import bounds
@@ -87,10 +88,6 @@ def afresh(vlm):
     vlm._begin()
     vlm.decoder.clear()
     return vlm.decoder
-
-
-def cosines(a, b):
-    return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
 def layers(vlm):
@@ -217,7 +214,6 @@ def test_frames_share_a_budget(fixture, engines):
 
 
 def test_features(fixture, engines):
-    """Cosines of 0.999: off by 4.5% of the length. An encoder that rounds what it multiplies to f16 is off by 0.1%, to bf16 by 1%."""
     vlm = engines()
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
@@ -225,7 +221,7 @@ def test_features(fixture, engines):
         assert len(ours) == len(prompt.features)
         for a, b in zip(ours, prompt.features):
             assert a.shape == b.shape
-            assert cosines(a, b).min() >= 0.999
+            assert bounds.are_features(a, b)
 
 
 def test_what_is_repaired(fixture, engines):
@@ -237,7 +233,7 @@ def test_what_is_repaired(fixture, engines):
     for vlm in (stock_, repaired):
         with tokenized(vlm, prompt) as chunks:
             image = next(c for c in chunks if hasattr(c, "causal"))
-            means.append(cosines(vlm.encoder.encode(image).embeddings, prompt.features[0]).mean())
+            means.append(bounds.cosines(vlm.encoder.encode(image).embeddings, prompt.features[0]).mean())
     assert not stock_.encoder.repairs
     assert bool(repaired.encoder.repairs) == fixture.repaired
     assert means[1] >= 0.999 and (1 - means[0] > 10 * (1 - means[1])) == fixture.repaired
@@ -245,7 +241,7 @@ def test_what_is_repaired(fixture, engines):
 
 @pytest.mark.parametrize("mode", ["f32", "fa"])
 def test_encoder_scores(fixture, engines, mode):
-    """What each image token's patches receive; the same top-k up to ties. They may be off by as much as the features are in the same run."""
+    """What each image token's patches receive; the same top-k up to ties. Bound: how far the features are off in the same run."""
     if fixture.vision_problem:
         pytest.skip(f"no encoder scores: {fixture.vision_problem}")
     vlm = engines(mode)
@@ -257,7 +253,7 @@ def test_encoder_scores(fixture, engines, mode):
             ours = [vlm.encoder.encode(c).scores for c in images]
             features = encode(vlm, images)
         for a, b, f, right in zip(ours, prompt.encoder_scores, features, prompt.features):
-            limit = bounds.share(np.sqrt(np.mean(np.square(f - right)) / np.mean(np.square(right)))) * b.max()
+            limit = bounds.share(bounds.relative([(f, right)])) * b.max()
             assert_same_scores(a, b, limit, len(b) // 2)
             for wrong in (np.roll(b, 1), np.roll(b, -1), np.full_like(b, b.mean())):
                 assert bounds.distance(wrong, b) > limit
@@ -326,10 +322,9 @@ def test_unpruned_decoder(fixture, engines, rounding, mode):
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
             state = prefill(afresh(vlm), prompt.segments(chunks), prompt.next_position)
-        limit = bounds.of(prompt.logits, rounding(mode))
-        assert bounds.distance(state.logits, prompt.logits) <= limit
+        assert bounds.are_close(state.logits, prompt.logits, rounding(mode))
         if mode == "f32":
-            assert_answers(vlm, state, prompt.answer, limit)
+            assert_answers(vlm, state, prompt.answer, bounds.of(prompt.logits, rounding(mode)))
 
 
 @pytest.mark.parametrize("mode", ["f32", "f16", "fa"])
@@ -357,12 +352,11 @@ def assert_pruned(vlm, prompt, case, rounding, features=None, answers=False):
     if not same:
         stage = DecoderStage([(case.layer, n)], lambda seen, n: Selection(case.decoder_rows[seen.image]))
         state = prefill(afresh(vlm), segments, prompt.next_position, stage)
-    limit = bounds.of(case.logits, rounding)
-    assert bounds.distance(state.logits, case.logits) <= limit
+    assert bounds.are_close(state.logits, case.logits, rounding)
     others = [prompt.logits, *(other.logits for other in prompt.cases if other is not case)]
-    assert min(bounds.distance(case.logits, other) for other in others) > limit  # pruning shows, and which tokens and where
+    assert not any(bounds.are_close(other, case.logits, rounding) for other in others)  # pruning shows, and which tokens and where
     if answers:
-        assert_answers(vlm, state, case.answer, limit)
+        assert_answers(vlm, state, case.answer, bounds.of(case.logits, rounding))
 
 
 # ---- transformers: pixels to answer ----
@@ -393,12 +387,11 @@ def test_both_stages(fixture, engines, rounding, mode):
                     limit = share * scores.max()
                     assert_same_scores(image.decoder_scores, scores, limit, case.n2)
                     same &= is_same_choice(np.searchsorted(image.vision_kept, image.decoder_kept), rows, scores, limit)
-            limit = bounds.of(case.logits, rounding(mode, "pixels"))
-            assert bounds.distance(case.logits, prompt.logits) > limit
+            assert not bounds.are_close(prompt.logits, case.logits, rounding(mode, "pixels"))
             if same:
-                assert bounds.distance(state.logits, case.logits) <= limit
+                assert bounds.are_close(state.logits, case.logits, rounding(mode, "pixels"))
                 if mode == "f32":
-                    assert_answers(vlm, state, case.answer, limit)
+                    assert_answers(vlm, state, case.answer, bounds.of(case.logits, rounding(mode, "pixels")))
             elif windows:  # ties went the other way on this backend: transformers' choice on the features of this encoder
                 with tokenized(vlm, prompt) as chunks:
                     features = encode(vlm, chunks)

@@ -272,5 +272,5 @@ def test_progress_on_a_terminal(hub, tmp_path):
         while piece := os.read(leader, 4096):
             shown += piece
     os.close(leader)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=300) == 0
     assert b"refvlm-Q8_0.gguf" in shown and b"100%" in shown

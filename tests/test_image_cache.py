@@ -168,7 +168,7 @@ def test_a_later_process_finds_the_directory(families, tmp_path):
         "print(report.images[0].cached, state.logits.tobytes().hex())\n"
     )
     command = [sys.executable, "-c", script, os.path.dirname(__file__), models.text, models.mmproj, tmp_path]
-    first, second = (subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split() for _ in range(2))
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split() for _ in range(2))
     assert (first[0], second[0]) == ("False", "True") and first[1] == second[1]
 
 

@@ -41,7 +41,7 @@ def test_notebook(folder, monkeypatch):
     cells = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(cells) == 3
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (*cells, "import sys; sys.executable")])
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     answered, pictured, streamed, where = (cell.outputs for cell in notebook.cells)
     assert answered[-1].data["text/plain"].startswith("Answer(text=") and len(answered[-1].data["text/plain"]) < 500
     picture = PIL.Image.open(io.BytesIO(base64.b64decode(pictured[-1].data["image/png"])))

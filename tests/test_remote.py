@@ -106,16 +106,14 @@ def test_redirects_are_checked(web, target):
 def test_fetch_ends(web):
     web.pages = {
         "/big": (200, {}, b"12345"),
-        "/slow": (200, {}, [b"x"] * 100),
+        "/slow": (200, {}, [b"x"] * 10**6),
         "/cut": (200, {"Content-Length": "9"}, b"1234"),
         "/error": (500, {}, b""),
     }
     with pytest.raises(errors.ImageTooLargeError):
         remote.fetch("http://name.test/big", 4)
-    start = time.monotonic()
-    with pytest.raises(errors.ImageError, match="within 0.3 s"):
-        remote.fetch("http://name.test/slow?key=secret".replace("?key=secret", ""), 1000, 0.3)
-    assert time.monotonic() - start < 2
+    with pytest.raises(errors.ImageError, match="within 0.3 s"):  # and not after the half day that the server takes
+        remote.fetch("http://name.test/slow?key=secret".replace("?key=secret", ""), 10**7, 0.3)
     for path in ("/cut", "/error", "/gone"):
         with pytest.raises(errors.ImageError, match="cannot be fetched") as caught:
             remote.fetch(f"http://name.test{path}?key=secret", 1000)

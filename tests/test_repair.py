@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from types import SimpleNamespace
 
+import bounds
 import gguf
 import numpy as np
 import pytest
@@ -61,10 +62,6 @@ def load(families, mmproj, **options):
     return StarVLM(families["llama"].text, mmproj, n_ctx=256, n_threads=1, **options)
 
 
-def cosines(a, b):
-    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-
-
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
 def test_repaired_features_are_clips_own(families, legacy, flash_attn):
     """Against CLIP in float64: all layers of the file, each patch at its place, no CLS among the tokens."""
@@ -85,11 +82,12 @@ def test_repaired_features_are_clips_own(families, legacy, flash_attn):
         stock = encode(vlm, image)
         _, report = vlm.read_prompt("what?", image, PruneConfig(0.5, 0.25, 2))
         assert report.repairs == [] and vlm.encoder.last_outcome.n_attention == CLIP.n_layers - 1
-    assert cosines(got.embeddings, features).min() > 0.99999
-    assert cosines(stock.embeddings, features).mean() < 0.9
-    assert np.abs(got.scores - received).max() < 2e-3 * received.max()
+    assert bounds.are_features(got.embeddings, features)
+    assert bounds.cosines(stock.embeddings, features).mean() < 0.9
+    share = bounds.share(bounds.relative([(got.embeddings, features)]))
+    assert bounds.distance(got.scores, received) <= share * received.max() < bounds.distance(np.roll(received, 1), received)
     theirs = attention[:, -1].mean(axis=0)[:-1]  # the reference has CLS last; it is no token
-    assert np.abs(from_cls - theirs).max() < 2e-3 * theirs.max()
+    assert bounds.distance(from_cls, theirs) <= share * theirs.max() < bounds.distance(received, theirs)
     assert np.array_equal(got.cells, np.arange(49))
     assert stock.cells.tolist() == [*range(1, 49), -1]
 
@@ -101,7 +99,7 @@ def test_positions_alone(families):
     with load(families, families["llama"].mmproj) as vlm:
         got = encode(vlm, image)
         assert [r[:21] for r in vlm.encoder.repairs] == ["each patch has its ow"]
-    assert cosines(got.embeddings, reference.encode(image, repaired=True)[0]).min() > 0.99999
+    assert bounds.are_features(got.embeddings, reference.encode(image, repaired=True)[0])
 
 
 def test_marked_file_is_left_alone():
@@ -110,7 +108,7 @@ def test_marked_file_is_left_alone():
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, n_threads=1) as vlm:
         got = encode(vlm, image)
         assert vlm.encoder.repairs == []
-    assert cosines(got.embeddings, ClipEncoder(refvlm.MMPROJ).encode(image)[0]).min() > 0.9999
+    assert bounds.are_features(got.embeddings, ClipEncoder(refvlm.MMPROJ).encode(image)[0])
     assert got.cells[-1] == -1
 
 
@@ -152,13 +150,15 @@ def test_graph_with_cls_first_has_other_rows(families, legacy, monkeypatch):
     monkeypatch.setattr(repair, "graph_inputs", lambda *_: {})  # such a llama.cpp would not apply them
     monkeypatch.setattr(repair, "misses_layer", lambda *_: False)
     reference = ClipEncoder(legacy)
-    _, attention = reference.encode(image)
+    features, attention = reference.encode(image)
     with load(families, legacy) as vlm:
         got = encode(vlm, image, "cls")
         assert vlm.encoder.repairs == []
     assert np.array_equal(got.cells, np.arange(49))
     theirs = attention[:, 0].mean(axis=0)[1:]
-    assert np.abs(got.scores - theirs).max() < 2e-3 * theirs.max()
+    limit = bounds.share(bounds.relative([(got.embeddings, features)])) * theirs.max()
+    assert bounds.are_features(got.embeddings, features)
+    assert bounds.distance(got.scores, theirs) <= limit < bounds.distance(np.roll(theirs, 1), theirs)
 
 
 # ---- which files ----
@@ -334,8 +334,10 @@ def test_siglip_without_cls(families, tmp_path):
     with load(families, path) as vlm:
         got, from_cls = encode(vlm, image), encode(vlm, image, "cls")
         assert vlm.encoder.repairs == []
-    assert cosines(got.embeddings, features).min() > 0.99999 and np.array_equal(got.cells, np.arange(49))
-    assert np.abs(got.scores - reference.received(attention)).max() < 2e-3 * got.scores.max()
+    assert bounds.are_features(got.embeddings, features) and np.array_equal(got.cells, np.arange(49))
+    received = reference.received(attention)
+    limit = bounds.share(bounds.relative([(got.embeddings, features)])) * received.max()
+    assert bounds.distance(got.scores, received) <= limit < bounds.distance(np.roll(received, 1), received)
     assert np.array_equal(got.scores, from_cls.scores)
 
 

@@ -1,5 +1,6 @@
 """The tap's life cycle: what a plan may be, and layer windows in running graphs."""
 
+import bounds
 import numpy as np
 import pytest
 from reference import Decoder
@@ -155,7 +156,7 @@ def test_what_a_window_reports(arch, flash, tapped):
 
 
 @kinds
-def test_middle_window_and_hidden_states(arch, flash, tapped, models):
+def test_middle_window_and_hidden_states(arch, flash, tapped, models, rounding):
     """[0, 1), [1, 3), [3, L) equals an ordinary decode, and what it saves is the hidden state."""
     context = tapped(arch, flash)
     rows = rows_of(arch, 24)
@@ -171,7 +172,9 @@ def test_middle_window_and_hidden_states(arch, flash, tapped, models):
     assert np.array_equal(got, want)
     model = Decoder(models[arch], np.float16)
     for layer, hidden in ((1, first), (3, second)):
-        np.testing.assert_allclose(hidden, model.hidden(rows.embeddings, rows.positions, layer), atol=LOGITS[flash])
+        right, other = (model.hidden(rows.embeddings, rows.positions, n) for n in (layer, layer - 1))
+        assert bounds.are_close(hidden, right, rounding(arch, flash)) and not bounds.are_close(other, right, rounding(arch, flash))
+        assert not bounds.are_close(np.roll(right, 1, axis=0), right, rounding(arch, flash))
 
 
 @kinds

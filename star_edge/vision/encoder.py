@@ -226,8 +226,7 @@ class VisionEncoder:
         """
         if not inputs:
             return
-        side = int(self.metadata["clip.vision.image_size"] or 1)
-        prompt = self.tokenize(MEDIA_MARKER, [np.full((side, side, 3), 128, np.uint8)])
+        prompt = self.tokenize(MEDIA_MARKER, [np.full((64, 64, 3), 128, np.uint8)])  # libmtmd makes it as large as the encoder's are
         try:
             chunk = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
             outcome = self._run(chunk, Plan(count_only=True))
