@@ -23,7 +23,6 @@ from ..chat import ChatFormat
 from ..chat_handler import StarChatHandler
 from ..config import PruneConfig
 from ..engine import StarVLM
-from ..gguf_info import read_gguf_info
 from ..errors import ContextLengthError, EngineError, StarEdgeError
 from ..gguf_info import read_gguf_info
 from ..report import PruneReport
