@@ -81,19 +81,22 @@ class _Check:
     def __init__(self, header: Header) -> None:
         self.header = h = header
         self.projector = h.get("clip.projector_type") or h.get(_V + "projector_type") or ""
+        # Encoders of other graphs may have no heads or no layers of the usual kind, and say 0 (Gemma 3n's is a MobileNet).
+        is_known = self.projector in _PROJECTORS
         self.d = h.whole(_V + "embedding_length", 1, 2**20, 0)
-        self.heads = h.whole(_V + "attention.head_count", 1, 2**16, 0)
-        self.heads_kv = h.whole(_V + "attention.head_count_kv", 1, 2**16, self.heads)
+        self.heads = h.whole(_V + "attention.head_count", int(is_known), 2**16, 0)
+        self.heads_kv = h.whole(_V + "attention.head_count_kv", int(is_known), 2**16, self.heads)
         self.d_head = h.whole(_V + "attention.head_dim", 0, 2**16, 0)
-        self.n_layers = h.whole(_V + "block_count", 1, 2**12, 0)
+        self.n_layers = h.whole(_V + "block_count", int(is_known), 2**12, 0)
         self.patch = h.whole(_V + "patch_size", 1, 2**16 - 1, 0)
         self.image = h.whole(_V + "image_size", 0, _MAX_SIDE, 0)
         h.whole(_V + "preproc_image_size", 1, _MAX_SIDE)
         tiles = h.whole(_V + "preproc_max_tiles", 0, 2**10)
-        h.whole(_V + "preproc_min_tiles", 0, tiles if tiles is not None else 12)
+        h.whole(_V + "preproc_min_tiles", 0, tiles if tiles is not None else 12 if self.projector == "internvl" else 2**10)
         h.whole(_V + "image_min_pixels", 0, _MAX_SIDE**2)
         h.whole(_V + "image_max_pixels", 0, _MAX_SIDE**2 * 4)
-        h.real(_V + "attention.layer_norm_epsilon")
+        if is_known or h.get(_V + "attention.layer_norm_epsilon") != 0:
+            h.real(_V + "attention.layer_norm_epsilon")
         h.real(_V + "image_mean", positive=False)
         h.real(_V + "image_std")
         for mean, std in zip(h.get(_V + "image_mean") or [], h.get(_V + "image_std") or []):
@@ -103,7 +106,7 @@ class _Check:
         if any(not 0 < p <= _MAX_SIDE for p in points):
             h.refuse(f"{_V}image_grid_pinpoints = {points}, and they are pixels from 1 to {_MAX_SIDE}")
         if self.d and self.heads and not self.d_head:
-            if self.d % self.heads:
+            if is_known and self.d % self.heads:
                 h.refuse(f"{_V}embedding_length = {self.d} is no multiple of {_V}attention.head_count = {self.heads}")
             self.d_head = self.d // self.heads
         self.side = self.image // self.patch if self.patch else 0
