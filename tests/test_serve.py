@@ -321,7 +321,6 @@ def test_bad_image_urls(refused, url, words):
 def test_bad_requests(refused, server):
     refused("messages", {"messages": 5})
     refused("star_edge", {"messages": [message(COLOR)], "star_edge": {"keep": True}})
-    refused("part 0", {"messages": [{"role": "user", "content": [{"type": "image", "no": DEMO}]}]})
     refused("the grammar cannot be parsed", {"messages": [message(COLOR)], "grammar": "root :="})
     refused("of a context of 1024", {"messages": [message(COLOR, *[DEMO] * 8)], "prune": "off"})
     refused("at most 8", {"messages": [message(COLOR, *[DEMO] * 9)]})
