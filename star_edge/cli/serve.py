@@ -34,7 +34,7 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 @click.option("--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY.")
 @click.option("--allow-remote-images", is_flag=True, help="Fetch http(s) image URLs, from public addresses only.")
 @click.option("--max-image-bytes", type=int, default=16 * 2**20, show_default=True)
-@click.option("--max-image-pixels", type=int, default=32_000_000, show_default=True)
+@click.option("--max-image-pixels", type=int, default=32_000_000, show_default=True, help="Of one image; to read it takes about 15 bytes a pixel.")
 @click.option("--max-images", type=int, default=8, show_default=True, help="Images of one request.")
 @click.option(
     "--max-body-bytes", type=int, default=32 * 2**20, show_default=True, help="Size of a request; an image takes 4/3 of its bytes."
@@ -42,7 +42,7 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 @click.option(
     "--max-held-bytes", type=int, default=256 * 2**20, show_default=True,
     help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive first is refused with status 503. "
-    "Memory for requests, apart from the model's, stays under twice this and 4 times --max-body-bytes.",
+    "Memory for requests, apart from the model's and for reading images, stays under twice this and 4 times --max-body-bytes.",
 )  # fmt: skip
 @click.option("--body-seconds", type=float, default=60.0, show_default=True, help="Time for one request to arrive, or for a client to take what is sent.")
 @click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503.")

@@ -1,1 +1,1 @@
-"""`star-edge serve`: llama-cpp-python's own OpenAI-compatible server with image-token pruning, safe limits, metrics and a page."""
+"""`star-edge serve`: an OpenAI-compatible server for a StarChatHandler, with safe limits, metrics and a page."""

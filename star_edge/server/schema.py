@@ -102,7 +102,7 @@ class ChatRequest(CreateChatCompletionRequest):
     @field_validator("response_format")
     @classmethod
     def _known_format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        kind = (value or {"type": "text"}).get("type")
+        kind = None if value is None else value.get("type")
         if kind not in ("text", "json_object", "json_schema"):
             raise ValueError("its type is none of text, json_object and json_schema")
         schema = value.get("json_schema") if kind == "json_schema" else None
