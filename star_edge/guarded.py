@@ -208,7 +208,7 @@ class _Guards:
         prompt = options["prompt"]
         if isinstance(prompt, str):
             check_length(self, prompt)
-        elif any(not 0 <= token < self.n_vocab() for token in prompt):
+        elif any(not 0 <= token < self.n_vocab() for token in prompt[self._n_known(prompt) :]):
             raise ConfigError("the prompt has a token that the model does not have", f"use 0 to {self.n_vocab() - 1}")
         bias = options.pop("logit_bias", None)
         if bias:  # Llama._create_completion forgets both when it has a logits_processor as well
@@ -241,6 +241,13 @@ class _Guards:
                 sent = yield token
         finally:
             inner.close()
+
+    def _n_known(self, prompt: Sequence[int]) -> int:
+        """Tokens at the beginning of a prompt that are in the cache, and are not evaluated again. MTMDChatHandler writes no ids where an image's
+        tokens are, so that anything may stand there."""
+        known = self.input_ids[: min(self.n_tokens, len(prompt))]
+        differs = np.flatnonzero(known != np.asarray(prompt[: len(known)], np.int64))
+        return int(differs[0]) if len(differs) else len(known)
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def encode(vlm, chunks):
 
 def afresh(vlm):
     """The decoder with an empty cache, and nothing of an earlier answer in the tap."""
-    vlm._begin()
+    vlm._reader.begin()
     vlm.decoder.clear()
     return vlm.decoder
 

@@ -3,6 +3,7 @@
 Arguments are derived from the signatures: every parameter gets values of every other type.
 """
 
+import base64
 import copy
 import ctypes
 import inspect
@@ -18,6 +19,7 @@ from chatting import ask as chat
 from conftest import random_image
 from gguf_files import rewrite
 from llama_cpp import Llama, LlamaGrammar
+from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.arguments import parameters
@@ -479,3 +481,20 @@ def test_candidates_are_where_the_guard_reads_them():
     fields = [(name, getattr(llama_cpp.llama_token_data, name).offset) for name, _ in llama_cpp.llama_token_data._fields_]
     assert fields == [("id", 0), ("logit", 4), ("p", 8)] and ctypes.sizeof(llama_cpp.llama_token_data) == 12
     assert "grammar" in inspect.signature(Llama._init_sampler).parameters
+
+
+def test_tokens_of_images_are_no_tokens():
+    """MTMDChatHandler leaves whatever was in Llama.input_ids where an image's tokens are."""
+    llm = Llama(str(refvlm.TEXT_MODEL), n_ctx=512, chat_handler=MTMDChatHandler(str(refvlm.MMPROJ), verbose=False), verbose=False)
+    guard(llm)
+    url = "data:image/png;base64," + base64.b64encode(refvlm.DEMO_IMAGE.read_bytes()).decode()
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what color is the star?"}]}]
+    answers = []
+    for filler in (0, 2**30, -7):
+        llm.input_ids.fill(filler)
+        llm.reset()
+        answers.append(llm.create_chat_completion(messages, max_tokens=4, temperature=0.0)["choices"][0]["message"]["content"])
+    assert len(set(answers)) == 1 and answers[0]
+    with pytest.raises(errors.ConfigError, match="a token that the model does not have"):
+        llm.create_completion([1, 2**30], max_tokens=1)
+    llm.close()
