@@ -135,7 +135,7 @@ def test_text_longer_than_ubatch_scores_with_every_row(families, decoders, decod
     finally:
         context.n_ubatch = before
     share, n = bounds.share(decoder_rounding("llama")), len(prompt.image_of_row)
-    want, want_last, want_less = (expected(reference, prompt, [10], 3, text_rows=r).scores for r in (None, [n - 1], np.arange(n - 74, n)))
+    want, want_last, want_less = (expected(reference, prompt, [10], 3, text_rows=r).scores for r in (None, [n - 1], np.arange(n - 75 % 32, n)))  # less: the last decode's
     assert bounds.distance(state.scores[0][0], want) <= share * want.max() < bounds.distance(want_less, want)
     assert bounds.distance(last.scores[0][0], want_last) <= share * want_last.max()
 
