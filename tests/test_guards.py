@@ -271,15 +271,16 @@ def test_logprobs(refuses):
     llm.close()
 
 
-def test_options_and_template_variables(llm, monkeypatch):
+def test_options_and_template_variables(llm):
     call = lambda **options: llm.chat_handler(llama=llm, messages=[user(DEMO, COLOR)], max_tokens=4, temperature=0, **options)
     for option in ({"n": 2}, {"stream_options": {}}, {"chat_template_kwargs": {"enable_thinking": True}}, {"chat_template_kwargs": 3}, {"bogus": None}):
         with pytest.raises(errors.ConfigError, match="neither an option|chat_template_kwargs"):
             call(**option)
     template = llm.metadata["tokenizer.chat_template"] + "{{ last | default('') }}"
-    monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", template)
+    llm = load(StarChatHandler(refvlm.MMPROJ, chat_template=template))
     plain = call()["usage"]["prompt_tokens"]
     assert call(last="abc")["usage"]["prompt_tokens"] == call(chat_template_kwargs={"last": "abc"})["usage"]["prompt_tokens"] > plain
+    llm.close()
 
 
 def test_bias_and_processor_hold_together(vlm, ask):
