@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py methods > methods.json    every method at the same average tokens
     python benchmarks/accuracy.py picture > picture.json    the few of them that a picture can hold
-    python benchmarks/accuracy.py shapes > shapes.json      how to spend a budget: vision stage, both stages, layer K, shares
-    python benchmarks/accuracy.py table summary.json        what `star-edge eval --json` printed, as a table in Markdown
-    python benchmarks/accuracy.py compare summary.json      the same, methods against budgets
+    python benchmarks/accuracy.py shapes > shapes.json      how to spend a budget: vision stage, both stages, layer K,
+    shares python benchmarks/accuracy.py table summary.json        what `star-edge eval --json` printed, as a table in
+    Markdown python benchmarks/accuracy.py compare summary.json      the same, methods against budgets
 
 Average tokens are for the reference model: 144 image tokens, 6 decoder layers.
 """
@@ -44,7 +44,10 @@ def methods() -> Iterator[dict]:
         yield row("uniform", {"vision_keep": b, "vision_scorer": "uniform", **PLAIN})
         yield row("attention received (STAR stage 1)", {"vision_keep": b, **PLAIN})
         yield row("CLS attention (FasterVLM)", {"vision_keep": b, "vision_scorer": "cls", **PLAIN})
-        yield row("VisionZip", {"vision_keep": b, "vision_scorer": "cls", "representatives": "contextual", "vision_share": 10 / 64})
+        yield row(
+            "VisionZip",
+            {"vision_keep": b, "vision_scorer": "cls", "representatives": "contextual", "vision_share": 10 / 64},
+        )
         yield row("DivPrune", {"vision_keep": b, "vision_scorer": "maxmin", **PLAIN})
         yield row("SCOPE", {"vision_keep": b, "vision_scorer": "scope", **PLAIN})
         for layer in (2, 1):
@@ -67,7 +70,16 @@ def methods() -> Iterator[dict]:
 
 
 def picture() -> Iterator[dict]:
-    shown = ("clusters, both stages, K=2", "STAR, masses spread evenly", "STAR, K=2", "DivPrune", "SCOPE", "VisionZip", "random", "uniform")
+    shown = (
+        "clusters, both stages, K=2",
+        "STAR, masses spread evenly",
+        "STAR, K=2",
+        "DivPrune",
+        "SCOPE",
+        "VisionZip",
+        "random",
+        "uniform",
+    )
     chosen = [config for config in methods() if config["method"] in shown]
     yield from sorted(chosen, key=lambda config: shown.index(config["method"]))
 
@@ -82,7 +94,9 @@ def shapes() -> Iterator[dict]:
 
 
 def table(summary: dict) -> None:
-    """A row for each config, in falling average tokens; accuracy in %, and of the difference from unpruned its 95% interval."""
+    """A row for each config, in falling average tokens; accuracy in %, and of the difference from unpruned its 95%
+    interval.
+    """
     rows = sorted(summary["configs"], key=lambda row: -round(row["average_tokens"] / 5))
     families = list(rows[0]["accuracy_by_category"])
     print("| config | tokens |", " | ".join(families), "| all | relative | interval | same answer | KL |")

@@ -1,11 +1,13 @@
-"""OpenVINO GenAI's CDPruner on a random Qwen2-VL of the sizes of `star-edge bench --shape qwen2-vl-2b`, for comparison. Optional: needs an environment of its own.
+"""OpenVINO GenAI's CDPruner on a random Qwen2-VL of the sizes of `star-edge bench --shape qwen2-vl-2b`, for comparison.
+Optional: needs an environment of its own.
 
     python -m venv .openvino && .openvino/bin/pip install -r benchmarks/openvino-requirements.txt
     .openvino/bin/python benchmarks/openvino_cdpruner.py [--folder DIR] [--repeats N] [--json FILE] [--tiny]
 
-Makes the model and its tokenizer in code (nothing is downloaded), exports both with 4-bit weights, and asks VLMPipeline the question of the shape: a picture of 560 x 560 pixels,
-which is 400 tokens, and 75 tokens of text, unpruned and with several pruning ratios in turn. Times to the first token are GenAI's own. --tiny tries the script
-on a model of a few megabytes.
+Makes the model and its tokenizer in code (nothing is downloaded), exports both with 4-bit weights, and asks VLMPipeline
+the question of the shape: a picture of 560 x 560 pixels, which is 400 tokens, and 75 tokens of text, unpruned and with
+several pruning ratios in turn. Times to the first token are GenAI's own. --tiny tries the script on a model of a few
+megabytes.
 """
 
 from __future__ import annotations
@@ -33,9 +35,15 @@ from transformers import (
 
 RATIOS = (0, 75, 90)  # per cent of the image tokens that are dropped
 SIDE, N_TEXT = 560, 75
-TEXT = dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960)
-VISION = dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-TINY_TEXT = TEXT | dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=768)
+TEXT = dict(
+    hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960
+)
+VISION = dict(
+    depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2
+)
+TINY_TEXT = TEXT | dict(
+    hidden_size=384, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=768
+)
 TINY_VISION = VISION | dict(depth=2, embed_dim=128, num_heads=4)
 N_VOCAB = 151936
 SPECIAL = (
@@ -56,12 +64,16 @@ TEMPLATE = (
 
 
 def make_tokenizer(folder: Path) -> Qwen2TokenizerFast:
-    """One token for each byte, the special ones after them, and words that nobody writes up to the size of the vocabulary."""
+    """One token for each byte, the special ones after them, and words that nobody writes up to the size of the
+    vocabulary.
+    """
     words = [*sorted(ByteLevel.alphabet()), *SPECIAL]
     words += [f"unused{i}" for i in range(N_VOCAB - len(words))]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    made = Qwen2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), additional_special_tokens=list(SPECIAL[1:]))
+    made = Qwen2TokenizerFast(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), additional_special_tokens=list(SPECIAL[1:])
+    )
     made.chat_template = TEMPLATE
     return made
 
@@ -73,14 +85,25 @@ def make(folder: Path, tiny: bool) -> Path:
         return done
     source.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(source)
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    ids |= {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video", "vision")}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")
+    }
+    ids |= {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video", "vision")
+    }
     text, vision = (TINY_TEXT, TINY_VISION) if tiny else (TEXT, VISION)
     config = Qwen2VLConfig(
-        **text, **ids, vision_config=vision | {"hidden_size": text["hidden_size"]}, vocab_size=N_VOCAB, tie_word_embeddings=True, rope_theta=1e6,
-        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}, bos_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[0]),
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), max_position_embeddings=32768,
-    )  # fmt: skip
+        **text,
+        **ids,
+        vision_config=vision | {"hidden_size": text["hidden_size"]},
+        vocab_size=N_VOCAB,
+        tie_word_embeddings=True,
+        rope_theta=1e6,
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        bos_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[0]),
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        max_position_embeddings=32768,
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     Qwen2VLForConditionalGeneration(config).save_pretrained(source)
@@ -91,7 +114,9 @@ def make(folder: Path, tiny: bool) -> Path:
     bits = OVWeightQuantizationConfig(bits=4, sym=False, group_size=64, ratio=1.0)
     model = OVModelForVisualCausalLM.from_pretrained(source, export=True, compile=False, quantization_config=bits)
     model.save_pretrained(done)
-    for made, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), ("openvino_tokenizer", "openvino_detokenizer")):
+    for made, name in zip(
+        convert_tokenizer(tokenizer, with_detokenizer=True), ("openvino_tokenizer", "openvino_detokenizer")
+    ):
         ov.save_model(made, done / f"{name}.xml")
     return done
 
@@ -120,7 +145,9 @@ def ask(pipeline: genai.VLMPipeline, image: ov.Tensor, ratio: int, n_generate: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where the model is kept for the next time; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where the model is kept for the next time; default: a temporary folder"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -138,7 +165,10 @@ def main() -> None:
                 print(f"repeat {repeat}, {ratio}%: {sample}", flush=True)
     medians = {ratio: {key: statistics.median(s[key] for s in of) for key in of[0]} for ratio, of in samples.items()}
     base = medians[0]
-    rows = [{"pruning_ratio": ratio, "speed_up": base["first_token_ms"] / m["first_token_ms"], **m} for ratio, m in medians.items()]
+    rows = [
+        {"pruning_ratio": ratio, "speed_up": base["first_token_ms"] / m["first_token_ms"], **m}
+        for ratio, m in medians.items()
+    ]
     print(
         "| pruning ratio | prompt tokens | first token, ms | of it, picture to embeddings | speed-up | ms per token |\n|---|---:|---:|---:|---:|---:|"
     )
@@ -148,7 +178,9 @@ def main() -> None:
         )
     if options.json:
         versions = {name: version(name) for name in ("openvino-genai", "openvino", "optimum-intel", "transformers")}
-        options.json.write_text(json.dumps({"versions": versions, "repeats": options.repeats, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"versions": versions, "repeats": options.repeats, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python benchmarks/reuse.py [--repeats N] [--json FILE] [--folder DIR]
 
-The prompt has 35 text tokens before the image and 40 after it. Question 1 is asked after nothing, question 2 after question 1. Both
-are timed from the pixels to the logits of the first answer token. Everything is interleaved; numbers are medians, and ratios are ratios of
-medians. Printed beside it: the share that is left by arithmetic, if all but the encoder costs as much for each token and layer as in question 1.
+The prompt has 35 text tokens before the image and 40 after it. Question 1 is asked after nothing, question 2 after
+question 1. Both are timed from the pixels to the logits of the first answer token. Everything is interleaved; numbers
+are medians, and ratios are ratios of
+medians. Printed beside it: the share that is left by arithmetic, if all but the encoder costs as much for each token
+    and layer as in question 1.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_e
 
 N_BEFORE, N_AFTER = 35, 40
 SHAPES = ((576, 58, 2), (288, 58, 11), (144, 29, 5))
-CONFIGS: dict[str, PruneConfig | None] = {name: PRESETS[name] for name in ("off", "quality", "balanced", "fast", "divprune")}
+CONFIGS: dict[str, PruneConfig | None] = {
+    name: PRESETS[name] for name in ("off", "quality", "balanced", "fast", "divprune")
+}
 CONFIGS |= {f"n1={n1}, n2={n2}, K={k}": PruneConfig(n1, n2, k) for n1, n2, k in SHAPES}
 TURNS = (("1", "b"), ("2", "c"))  # and the letter that each question repeats
 
@@ -40,7 +44,9 @@ def ask(vlm: StarVLM, image: np.ndarray, config: PruneConfig | None, letter: str
 
 
 def ideal_share(first: dict[str, float], n_layers: int) -> float:
-    """Token-layers of question 2 by those of question 1, with its encoder at the price of as many as took the same time."""
+    """Token-layers of question 2 by those of question 1, with its encoder at the price of as many as took the same
+    time.
+    """
     n1, n2, k = first["n_vision_kept"], first["n_decoder_kept"], first["layer"]
     kept = (n_layers - k) * n2 if k else n_layers * n1
     all_layers = k * n1 + kept + n_layers * (N_BEFORE + N_AFTER)
@@ -91,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, help="where the models are written and kept; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where the models are written and kept; default: a temporary folder"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -114,7 +122,10 @@ def main() -> None:
         table.add_column(f"question {question}", justify="right")
     for row in result["reuse"]:
         first, *later = row["questions"]
-        cells = [f"{q['first_token'] / 1e3:.3f} = {100 * q['share']:.1f}% (ideal {100 * q['ideal_share']:.1f}%)" for q in later]
+        cells = [
+            f"{q['first_token'] / 1e3:.3f} = {100 * q['share']:.1f}% (ideal {100 * q['ideal_share']:.1f}%)"
+            for q in later
+        ]
         table.add_row(row["config"], f"{first['first_token'] / 1e3:.3f}", *cells)
     console = Console()
     console.print(table)
@@ -122,7 +133,9 @@ def main() -> None:
         for q in row["questions"]:
             stages = ("encode", "prefix", "prefill", "probe", "decoder_stage", "resume")
             times = ", ".join(f"{stage} {q[stage]:.0f}" for stage in stages if q.get(stage, 0) >= 0.5)
-            console.print(f"{row['config']}, question {q['question']}: {times} ms; {q['spread_ms'][0]:.0f} to {q['spread_ms'][1]:.0f}")
+            console.print(
+                f"{row['config']}, question {q['question']}: {times} ms; {q['spread_ms'][0]:.0f} to {q['spread_ms'][1]:.0f}"
+            )
 
 
 if __name__ == "__main__":

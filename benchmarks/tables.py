@@ -2,10 +2,11 @@
 
     python benchmarks/tables.py run [NAME ...] [--folder DIR]    # on a quiet machine; without names all of them
     python benchmarks/tables.py write                            # BENCHMARKS.md from benchmarks/results/*.json
-    python benchmarks/tables.py list                             # names, commands, and minutes that each is estimated to take
+    python benchmarks/tables.py list                             # names, commands, and minutes that each is estimated
+    to take
 
-Each result is the JSON of one `star-edge bench`, whose command is in it. Results of other machines, such as those of benchmarks/gpu.sh, lie
-in the same folder under names of their own.
+Each result is the JSON of one `star-edge bench`, whose command is in it. Results of other machines, such as those of
+benchmarks/gpu.sh, lie in the same folder under names of their own.
 """
 
 from __future__ import annotations
@@ -25,20 +26,31 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "BENCHMARKS.md"
 BEGIN, END = "<!-- begin: written by benchmarks/tables.py -->", "<!-- end -->"
 
-# Name: options of star-edge bench, and minutes on 2 cores of an AMD EPYC virtual machine, by arithmetic: rows times weights at the 120 GFLOP/s that
-# the 1.1B shape's stock prefill (11 s) came to there
+# Name: options of star-edge bench, and minutes on 2 cores of an AMD EPYC virtual machine, by arithmetic: rows times
+# weights at the 120 GFLOP/s that the 1.1B shape's stock prefill (11 s) came to there
 RUNS: dict[str, tuple[str, float]] = {
     "llava-1.1b": ("--shape llava-1.1b --configs benchmarks/configs/llava-1.1b.json --repeats 3 --idle-hook 256", 7),
-    "smolvlm-500m": ("--shape smolvlm-500m --preset balanced --preset fast --baseline flash --baseline fewer --repeats 3", 12),
-    "gemma-3-4b": ("--shape gemma-3-4b --preset balanced --preset star --baseline flash --no-unpruned --repeats 2 --no-memory", 9),
-    "qwen2.5-vl-3b": ("--shape qwen2.5-vl-3b --preset balanced --preset star --baseline flash --no-unpruned --repeats 1 --no-memory", 8),
+    "smolvlm-500m": (
+        "--shape smolvlm-500m --preset balanced --preset fast --baseline flash --baseline fewer --repeats 3",
+        12,
+    ),
+    "gemma-3-4b": (
+        "--shape gemma-3-4b --preset balanced --preset star --baseline flash --no-unpruned --repeats 2 --no-memory",
+        9,
+    ),
+    "qwen2.5-vl-3b": (
+        "--shape qwen2.5-vl-3b --preset balanced --preset star --baseline flash --no-unpruned --repeats 1 --no-memory",
+        8,
+    ),
     "llava-1.5-7b": (
-        "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast --no-unpruned --repeats 3 --idle-hook 32", 24,
+        "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast --no-unpruned --repeats 3 --idle-hook 32",
+        24,
     ),
     "llava-next-7b": (
-        "--shape llava-next-7b --configs benchmarks/configs/llava-next-7b.json --baseline flash --baseline fewer --no-unpruned --repeats 2 --no-memory", 28,
+        "--shape llava-next-7b --configs benchmarks/configs/llava-next-7b.json --baseline flash --baseline fewer --no-unpruned --repeats 2 --no-memory",
+        28,
     ),
-}  # fmt: skip
+}
 
 
 def run(names: list[str], folder: str | None) -> None:
@@ -64,7 +76,9 @@ def write() -> None:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     order = list(RUNS)
-    files = sorted(RESULTS.glob("*.json"), key=lambda f: (order.index(f.stem) if f.stem in order else len(order), f.stem))
+    files = sorted(
+        RESULTS.glob("*.json"), key=lambda f: (order.index(f.stem) if f.stem in order else len(order), f.stem)
+    )
     parts = [section(file.stem, json.loads(file.read_text())) for file in files]
     PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(parts or ["No results yet."]) + f"\n\n{END}{after}")
 
@@ -87,7 +101,9 @@ def section(name: str, result: dict[str, Any]) -> str:
     # Sides as columns, as the command prints them
     lines.append("| | " + " | ".join(row[0] for row in rows) + " |")
     lines.append("|---|" + "---:|" * len(rows))
-    lines += [f"| {title.strip()} | " + " | ".join(row[i] for row in rows) + " |" for i, title in enumerate(header) if i]
+    lines += [
+        f"| {title.strip()} | " + " | ".join(row[i] for row in rows) + " |" for i, title in enumerate(header) if i
+    ]
     hook = result["idle_hook"]
     if hook:
         lines += [
@@ -105,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "write", "list"])
     parser.add_argument("names", nargs="*", metavar="NAME")
-    parser.add_argument("--folder", help="where the models are kept for the next time; default: a temporary folder for each")
+    parser.add_argument(
+        "--folder", help="where the models are kept for the next time; default: a temporary folder for each"
+    )
     options = parser.parse_args()
     unknown = set(options.names) - set(RUNS)
     if unknown:

@@ -1,11 +1,13 @@
-"""Build script of the C extension: writes the cffi wrapper of csrc/star_edge.h, and tells CMake where ggml's headers are.
+"""Build script of the C extension: writes the cffi wrapper of csrc/star_edge.h, and tells CMake where ggml's headers
+are.
 
     python build_core.py wrapper HEADER OUT.c    write the C source of the extension module
     python build_core.py include                 directory of the headers that llama-cpp-python installed
     python build_core.py version                 version of that llama-cpp-python
     python build_core.py llama                   what its llama_version() says, nothing if it cannot be loaded here
 
-The header is the only place where the C interface is declared: its preprocessor lines are dropped and the rest is what cffi parses.
+The header is the only place where the C interface is declared: its preprocessor lines are dropped and the rest is what
+cffi parses.
 """
 
 import ctypes

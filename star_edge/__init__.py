@@ -7,14 +7,18 @@ import importlib
 from typing import Any
 
 from .chat_handler import StarChatHandler
-from .config import PRESETS, PruneConfig
 from .engine import Answer, AnswerStream, StarVLM
 from .errors import StarEdgeError
+from .pruning.config import PRESETS, PruneConfig
 from .report import ImageReport, PruneReport
 from .vision.encoder import MEDIA_MARKER
 
 __version__ = "0.1.0"
-_MODULES = ("batch", "hub", "refvlm")  # imported when they are named: few programs need them
+_MODULES = {
+    "batch": ".batch",
+    "hub": ".io.hub",
+    "refvlm": ".refvlm",
+}  # imported when they are named: few programs need them
 __all__ = [
     "MEDIA_MARKER",
     "PRESETS",
@@ -32,5 +36,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(_MODULES[name], __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

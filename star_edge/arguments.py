@@ -1,6 +1,7 @@
 """Checks arguments against the signature and the annotations of what is called, before anything is computed.
 
-The annotations say which types a parameter takes; ranges, which they cannot say, are given beside them. Knows no function.
+The annotations say which types a parameter takes; ranges, which they cannot say, are given beside them. Knows no
+function.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class _NotThisType(Exception):
 class Range:
     """Numbers from least to most. above: least itself is not one of them. infinite: infinities may be."""
 
-    def __init__(self, least: float = -math.inf, most: float = math.inf, *, above: bool = False, infinite: bool = False) -> None:
+    def __init__(
+        self, least: float = -math.inf, most: float = math.inf, *, above: bool = False, infinite: bool = False
+    ) -> None:
         self.least, self.most, self.above, self.infinite = least, most, above, infinite
 
     def __contains__(self, value: object) -> bool:
@@ -52,12 +55,15 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
     hints = typing.get_type_hints(function)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
-        name: hints.get(name, Any) for name, p in inspect.signature(function).parameters.items() if p.kind in named and name != "self"
+        name: hints.get(name, Any)
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind in named and name != "self"
     }
 
 
 def check(function: Callable[..., Any], values: Mapping[str, Any], ranges: Mapping[str, Range] = {}) -> dict[str, Any]:
-    """The values as the function's annotations have them: NumPy's numbers become Python's, an int where a float belongs a float.
+    """The values as the function's annotations have them: NumPy's numbers become Python's, an int where a float belongs
+    a float.
 
     Names that the function does not have are left as they are.
 
@@ -65,7 +71,10 @@ def check(function: Callable[..., Any], values: Mapping[str, Any], ranges: Mappi
         ConfigError: a value of another type, or outside its range.
     """
     known = parameters(function)
-    return {name: check_value(name, value, known[name], ranges.get(name)) if name in known else value for name, value in values.items()}
+    return {
+        name: check_value(name, value, known[name], ranges.get(name)) if name in known else value
+        for name, value in values.items()
+    }
 
 
 def check_value(name: str, value: Any, annotation: Any, allowed: Range | None = None) -> Any:
@@ -73,16 +82,25 @@ def check_value(name: str, value: Any, annotation: Any, allowed: Range | None = 
     try:
         converted = _convert(value, annotation)
     except _NotThisType:
-        raise ConfigError(f"{name}={_shown(value)} is a {type(value).__name__}", f"give {describe(annotation)}") from None
+        raise ConfigError(
+            f"{name}={_shown(value)} is a {type(value).__name__}", f"give {describe(annotation)}"
+        ) from None
     if isinstance(converted, float) and allowed is None:
         allowed = Range()
-    if allowed is not None and isinstance(converted, (int, float)) and not isinstance(converted, bool) and converted not in allowed:
+    if (
+        allowed is not None
+        and isinstance(converted, (int, float))
+        and not isinstance(converted, bool)
+        and converted not in allowed
+    ):
         raise ConfigError(f"{name}={_shown(value)} is out of range", f"use {allowed}")
     return converted
 
 
 def checked(ranges: Mapping[str, Range] = {}, skip: Container[str] = ()) -> Callable[[F], F]:
-    """Decorator: arguments are checked, and converted, before the function sees them. skip: parameters that it checks itself."""
+    """Decorator: arguments are checked, and converted, before the function sees them. skip: parameters that it checks
+    itself.
+    """
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
@@ -102,7 +120,11 @@ def checked(ranges: Mapping[str, Range] = {}, skip: Container[str] = ()) -> Call
 
 def _shown(value: Any) -> str:
     if isinstance(value, (str, bytes, numbers.Number, bool, type(None), list, tuple, dict)):
-        text = repr(value) if not isinstance(value, int) or value.bit_length() < 1000 else "a number of more than 300 digits"
+        text = (
+            repr(value)
+            if not isinstance(value, int) or value.bit_length() < 1000
+            else "a number of more than 300 digits"
+        )
     else:
         text = "..."
     return text if len(text) <= 60 else text[:60] + "..."
@@ -124,7 +146,9 @@ def _convert(value: Any, annotation: Any) -> Any:
             return value
         raise _NotThisType
     if origin in (list, collections.abc.Sequence, collections.abc.Iterable, tuple):
-        if isinstance(value, (str, bytes)) or not isinstance(value, (list, tuple) if origin is list else collections.abc.Iterable):
+        if isinstance(value, (str, bytes)) or not isinstance(
+            value, (list, tuple) if origin is list else collections.abc.Iterable
+        ):
             raise _NotThisType
         item = inner[0] if inner else Any
         return [_convert(v, item) for v in value]
@@ -170,8 +194,14 @@ def _require(holds: bool, value: Any) -> Any:
 
 
 _NAMES = {
-    int: "a whole number", float: "a number", str: "a str", bool: "True or False", type(None): "None", PathLike: "a path", bytes: "bytes",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a number",
+    str: "a str",
+    bool: "True or False",
+    type(None): "None",
+    PathLike: "a path",
+    bytes: "bytes",
+}
 
 
 def describe(annotation: Any) -> str:

@@ -1,4 +1,5 @@
-"""Many requests to one engine: the tasks, an answer or an error as a JSON line for each, and a file of results that can be gone on with.
+"""Many requests to one engine: the tasks, an answer or an error as a JSON line for each, and a file of results that can
+be gone on with.
 
 Knows the engine's public surface only. `batch_ray` hands the same tasks to several engines.
 """
@@ -18,17 +19,28 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
-from .config import PruneConfig, override, resolve_prune
 from .engine import StarVLM
 from .errors import ConfigError, ImageError, OutputError, StarEdgeError
-from .images import FORMATS
-from .json_input import parse_json, read_lines
-from .results_file import open_alone
+from .io.images import FORMATS
+from .io.json_input import parse_json, read_lines
+from .io.results_file import open_alone
+from .pruning.config import PruneConfig, override, resolve_prune
 
 _TASK_FIELDS: dict[str, tuple[type, ...]] = {
-    "id": (str, int), "image": (str,), "images": (list,), "prompt": (str,), "preset": (str,), "vision_keep": (int, float),
-    "decoder_keep": (int, float), "decoder_layer": (int,), "budget": (str,), "max_tokens": (int,), "temperature": (int, float), "seed": (int,), "raw": (bool,),
-}  # fmt: skip
+    "id": (str, int),
+    "image": (str,),
+    "images": (list,),
+    "prompt": (str,),
+    "preset": (str,),
+    "vision_keep": (int, float),
+    "decoder_keep": (int, float),
+    "decoder_layer": (int,),
+    "budget": (str,),
+    "max_tokens": (int,),
+    "temperature": (int, float),
+    "seed": (int,),
+    "raw": (bool,),
+}
 _LINE_START = b'{"id": '  # of every line of a results file
 
 
@@ -47,7 +59,8 @@ class Settings:
 class Task:
     """One request about any number of images.
 
-    images: paths and URLs as they were given, which is what results show. sources: where they are read, with absolute paths.
+    images: paths and URLs as they were given, which is what results show. sources: where they are read, with absolute
+        paths.
     """
 
     id: str | int
@@ -68,7 +81,8 @@ class Task:
 def each_image(images: Iterable[str], prompt: str, settings: Settings) -> list[Task]:
     """One task for each image that the paths, URLs, folders and glob patterns name; its id is the image as it is named.
 
-    A folder stands for the image files in it, by their endings and without its subfolders; in a pattern ** stands for any folders.
+    A folder stands for the image files in it, by their endings and without its subfolders; in a pattern ** stands for
+    any folders.
 
     Raises:
         ImageError: a path that does not exist, or a pattern or folder without images.
@@ -90,22 +104,29 @@ def _expand(image: str) -> list[str]:
     if os.path.isdir(image):
         PIL.Image.init()
         endings = {ending for ending, kind in PIL.Image.registered_extensions().items() if kind in FORMATS}
-        names = [name for name in os.listdir(image) if os.path.splitext(name)[1].lower() in endings and not name.startswith(".")]
+        names = [
+            name
+            for name in os.listdir(image)
+            if os.path.splitext(name)[1].lower() in endings and not name.startswith(".")
+        ]
         paths = [os.path.join(image, name) for name in names]
     else:
         paths = glob.glob(image, recursive=True)
     paths = sorted(path for path in paths if os.path.isfile(path))
     if not paths:
-        raise ImageError(f"there is no image in {image}", "check the folder or the pattern, and quote it so that the shell leaves it alone")
+        raise ImageError(
+            f"there is no image in {image}",
+            "check the folder or the pattern, and quote it so that the shell leaves it alone",
+        )
     return paths
 
 
 def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> list[Task]:
-    """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep, decoder_keep,
-    decoder_layer, budget, max_tokens, temperature, seed, raw.
+    """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep,
+    decoder_keep, decoder_layer, budget, max_tokens, temperature, seed, raw.
 
-    prompt, settings: for tasks that do not say. Paths of images are relative to the file's folder. The id is a hash of the task
-    where it has none.
+    prompt, settings: for tasks that do not say. Paths of images are relative to the file's folder. The id is a hash of
+    the task where it has none.
 
     Raises:
         ConfigError: the file cannot be read, or a line is no task; it is named. Images are not looked at yet.
@@ -114,20 +135,26 @@ def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> 
     try:
         lines = list(read_lines(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})", "give a JSON Lines file") from error
+        raise ConfigError(
+            f"{name} cannot be read ({getattr(error, 'strerror', None) or error})", "give a JSON Lines file"
+        ) from error
     tasks: list[Task] = []
     line_of: dict[str, int] = {}
     for number, line in lines:
         try:
             data = parse_json(line)
         except ValueError as error:
-            raise ConfigError(f"{name}, line {number} is no JSON ({error})", 'write {"image": "a.jpg", "prompt": "..."}') from error
+            raise ConfigError(
+                f"{name}, line {number} is no JSON ({error})", 'write {"image": "a.jpg", "prompt": "..."}'
+            ) from error
         try:
             task = _read_task(data, os.path.dirname(name), prompt, settings)
         except ConfigError as error:
             raise ConfigError(f"{name}, line {number}: {error.cause}", error.remedy) from error
         if str(task.id) in line_of:
-            raise ConfigError(f"{name}, line {number} repeats line {line_of[str(task.id)]}", "give each task an id of its own")
+            raise ConfigError(
+                f"{name}, line {number} repeats line {line_of[str(task.id)]}", "give each task an id of its own"
+            )
         line_of[str(task.id)] = number
         tasks.append(task)
     if not tasks:
@@ -143,7 +170,9 @@ def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -
             raise ConfigError(f"{field!r} is no field of a task", f"use {', '.join(_TASK_FIELDS)}")
         kinds = _TASK_FIELDS[field]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{field}={value!r} is a {type(value).__name__}", f"use {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ConfigError(
+                f"{field}={value!r} is a {type(value).__name__}", f"use {' or '.join(kind.__name__ for kind in kinds)}"
+            )
     if "image" in data and "images" in data:
         raise ConfigError("it has both image and images", "give one of them")
     images = tuple(data.get("images", [data["image"]] if "image" in data else []))
@@ -153,11 +182,17 @@ def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -
     if not text:
         raise ConfigError("it has no prompt", "give one in the line, or one for all tasks as PROMPT")
     base = resolve_prune(data["preset"]) if "preset" in data else settings.prune
-    prune = override(base, **{name: data.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer", "budget")})
+    prune = override(
+        base, **{name: data.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer", "budget")}
+    )
     changes = {name: data[name] for name in ("max_tokens", "temperature", "seed", "raw") if name in data}
-    task = Task("", images, tuple(_locate(image, folder) for image in images), text, replace(settings, prune=prune, **changes))
+    task = Task(
+        "", images, tuple(_locate(image, folder) for image in images), text, replace(settings, prune=prune, **changes)
+    )
     if task.settings.max_tokens < 1 or not 0 <= task.settings.temperature < float("inf"):
-        raise ConfigError("max_tokens is below 1, or temperature below 0 or no number", "use 1 or more, and 0 (greedy) or more")
+        raise ConfigError(
+            "max_tokens is below 1, or temperature below 0 or no number", "use 1 or more, and 0 (greedy) or more"
+        )
     return replace(task, id=data.get("id", task.key))
 
 
@@ -184,29 +219,47 @@ def run_tasks(
 
 
 def warm_up(vlm: StarVLM, task: Task) -> None:
-    """Reads a task's prompt for nothing: the first request of an engine allocates and pages in, which is no task's time."""
+    """Reads a task's prompt for nothing: the first request of an engine allocates and pages in, which is no task's
+    time.
+    """
     with contextlib.suppress(Exception):  # the result says what is wrong with it
         vlm.read_prompt(task.prompt, list(task.sources), task.settings.prune, chat=not task.settings.raw)
 
 
 def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
     """One result, as plain JSON values: id, image (images where there is not one), prompt, and then either
-    text, finish_reason, image_tokens (before pruning), average_tokens (for each decoder layer), first_token_ms, what of it an earlier
-    request had done already (cached_images: pictures that were not encoded again; reused_tokens: see PruneReport) and notes, or error.
+    text, finish_reason, image_tokens (before pruning), average_tokens (for each decoder layer), first_token_ms, what of
+    it an earlier
+    request had done already (cached_images: pictures that were not encoded again; reused_tokens: see PruneReport) and
+        notes, or error.
     """
     s = task.settings
     try:
-        done = vlm.generate(task.prompt, list(task.sources), s.prune, s.max_tokens, chat=not s.raw, temperature=s.temperature, seed=s.seed)
+        done = vlm.generate(
+            task.prompt,
+            list(task.sources),
+            s.prune,
+            s.max_tokens,
+            chat=not s.raw,
+            temperature=s.temperature,
+            seed=s.seed,
+        )
     except StarEdgeError as error:
         return failure(task, str(error))
     except Exception as error:  # whatever one task meets, the others are answered
         return failure(task, f"{type(error).__name__}: {error}")
     report = done.report
     return {
-        **_about(task), "text": done.text, "finish_reason": done.finish_reason, "image_tokens": report.n_image_tokens,
-        "average_tokens": report.average_tokens, "first_token_ms": round(report.milliseconds["first_token"], 1),
-        "cached_images": report.n_cached, "reused_tokens": report.reused_tokens, "notes": report.notes,
-    }  # fmt: skip
+        **_about(task),
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "image_tokens": report.n_image_tokens,
+        "average_tokens": report.average_tokens,
+        "first_token_ms": round(report.milliseconds["first_token"], 1),
+        "cached_images": report.n_cached,
+        "reused_tokens": report.reused_tokens,
+        "notes": report.notes,
+    }
 
 
 def failure(task: Task, message: str) -> dict[str, Any]:
@@ -223,7 +276,8 @@ def _about(task: Task) -> dict[str, Any]:
 
 
 def describe_model(model: str | PathLike, mmproj: str | PathLike | None, options: dict[str, Any]) -> str:
-    """Names of the files, and a hash over their sizes, their first and last MiB, and the options: "text.gguf+mmproj.gguf#1f2e3d4c".
+    """Names of the files, and a hash over their sizes, their first and last MiB, and the options:
+    "text.gguf+mmproj.gguf#1f2e3d4c".
 
     Raises:
         ConfigError: a file cannot be read.
@@ -246,14 +300,17 @@ def describe_model(model: str | PathLike, mmproj: str | PathLike | None, options
 class Results:
     """A JSON Lines file with one result for each task, which a later run goes on with.
 
-    `done` holds the ids (as str) of the tasks that need no further run. A last line that was cut off is dropped, and so are
-    errors of the given tasks: they are tried again. Lines of other tasks stay. Each line also tells the model and the task's key.
+    `done` holds the ids (as str) of the tasks that need no further run. A last line that was cut off is dropped, and so
+    are
+    errors of the given tasks: they are tried again. Lines of other tasks stay. Each line also tells the model and the
+        task's key.
 
-    model: see `describe_model`. fresh: whatever the file holds is dropped when the first result comes, so not by a run that fails before.
+    model: see `describe_model`. fresh: whatever the file holds is dropped when the first result comes, so not by a run
+        that fails before.
 
     Raises:
-        OutputError: the file holds something else, or results of another model, prompt or settings; another run is writing it;
-            or it cannot be written.
+        OutputError: the file holds something else, or results of another model, prompt or settings; another run is
+            writing it; or it cannot be written.
     """
 
     def __init__(self, path: str | PathLike, tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
@@ -269,7 +326,9 @@ class Results:
             if kept != data:
                 self._replace(kept)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror})", "use an existing folder with space") from error
+            raise OutputError(
+                f"{path} cannot be written ({error.strerror})", "use an existing folder with space"
+            ) from error
 
     def add(self, result: dict[str, Any]) -> None:
         """Writes one result, in one piece."""

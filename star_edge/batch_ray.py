@@ -25,7 +25,9 @@ class _Worker:
         self._load, self._n_threads, self._warm = load, n_threads, warm
 
     def start(self) -> str | None:
-        """Loads the model. What is wrong comes back as text: an error raised in an actor is hard to tell from the actor's death."""
+        """Loads the model. What is wrong comes back as text: an error raised in an actor is hard to tell from the
+        actor's death.
+        """
         try:
             self._vlm = self._load(n_threads=self._n_threads)
         except StarEdgeError as error:
@@ -51,8 +53,8 @@ def run_on_ray(
 ) -> None:
     """Answers the tasks and calls emit here with one result for each, in the order in which they come.
 
-    load: makes an engine, called in each worker with n_threads=; it must be picklable, and its files must lie in the same place on
-        every machine, as must the images.
+    load: makes an engine, called in each worker with n_threads=; it must be picklable, and its files must lie in the
+        same place on every machine, as must the images.
     workers, n_threads, use_gpu: see `share_out`. warm: see `batch.warm_up`, for each engine.
     A task whose worker died MAX_ATTEMPTS times has an error for a result. Ray is the cluster that this process is
     connected to, or that of RAY_ADDRESS, or is started on this machine for the time being.
@@ -71,11 +73,18 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         try:
-            # "local" unless an address is given: by itself Ray would join whatever cluster ran last on this machine, even a dead one
-            ray.init(os.environ.get("RAY_ADDRESS") or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            # "local" unless an address is given: by itself Ray would join whatever cluster ran last on this machine,
+            # even a dead one
+            ray.init(
+                os.environ.get("RAY_ADDRESS") or "local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise WorkerError(
-                f"Ray cannot be reached or started ({error})", "check RAY_ADDRESS and RAY_AUTH_TOKEN, or unset RAY_ADDRESS"
+                f"Ray cannot be reached or started ({error})",
+                "check RAY_ADDRESS and RAY_AUTH_TOKEN, or unset RAY_ADDRESS",
             ) from error
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -88,10 +97,12 @@ def run_on_ray(
 
 
 def share_out(nodes: Sequence[dict[str, float]], workers: int | None, use_gpu: bool) -> tuple[int, int, int]:
-    """Workers, and the CPUs and GPUs that each reserves, for a cluster of nodes with the given resources ("CPU", "GPU").
+    """Workers, and the CPUs and GPUs that each reserves, for a cluster of nodes with the given resources ("CPU",
+    "GPU").
 
-    Without a number of workers: one for each GPU if GPUs are used, else one for each node. CPUs are shared out as on the smallest
-    node, so that every worker finds a place; they are also the threads of a worker. A GPU belongs to one worker.
+    Without a number of workers: one for each GPU if GPUs are used, else one for each node. CPUs are shared out as on
+    the smallest node, so that every worker finds a place; they are also the threads of a worker. A GPU belongs to one
+    worker.
 
     Raises:
         ConfigError: more workers than GPUs, or than CPUs.
@@ -106,7 +117,9 @@ def share_out(nodes: Sequence[dict[str, float]], workers: int | None, use_gpu: b
     return workers, each, 1 if gpus else 0
 
 
-def _drive(ray: Any, waiting: deque[Task], hire: Callable[[], Any], emit: Callable[[dict[str, Any]], None], workers: int) -> None:
+def _drive(
+    ray: Any, waiting: deque[Task], hire: Callable[[], Any], emit: Callable[[dict[str, Any]], None], workers: int
+) -> None:
     """Hands out tasks until each has a result."""
     left = len(waiting)
     attempts: Counter[str] = Counter()
@@ -147,7 +160,9 @@ def _drive(ray: Any, waiting: deque[Task], hire: Callable[[], Any], emit: Callab
                 emit(result)
                 left -= 1
             elif result is not None:
-                raise WorkerError(f"a worker cannot load the model ({result})", "files must lie in the same place on every machine")
+                raise WorkerError(
+                    f"a worker cannot load the model ({result})", "files must lie in the same place on every machine"
+                )
             else:
                 failed_starts = 0
             idle.append(worker)

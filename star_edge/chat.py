@@ -1,7 +1,7 @@
 """Messages in a model's chat template, with a marker where each image belongs.
 
-Rendering is llama_cpp's, or for templates that llama.cpp knows by name its own. What a template takes is tried when it is loaded:
-many print nothing of what they do not expect. Knows nothing of tokens or pixels.
+Rendering is llama_cpp's, or for templates that llama.cpp knows by name its own. What a template takes is tried when it
+is loaded: many print nothing of what they do not expect. Knows nothing of tokens or pixels.
 """
 
 from __future__ import annotations
@@ -21,15 +21,35 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .errors import PromptError, UnsupportedModelError
-from .messages import Message, Picture, find_placeholder, parsed, place_images, read_messages, system_to_user, tools_to_text
+from .messages import (
+    Message,
+    Picture,
+    find_placeholder,
+    parsed,
+    place_images,
+    read_messages,
+    system_to_user,
+    tools_to_text,
+)
 from .vision.encoder import MEDIA_MARKER
 
-# Templates that llama.cpp knows by name, for files without one, by projector type (tools/mtmd/mtmd-cli.cpp names the first two)
+# Templates that llama.cpp knows by name, for files without one, by projector type (tools/mtmd/mtmd-cli.cpp names the
+# first two)
 _OF_FAMILY = {
-    "mlp": "vicuna", "mlp_norm": "vicuna", "ldp": "deepseek", "ldpv2": "deepseek", "gemma3": "gemma", "idefics3": "smolvlm",
-    "qwen2vl_merger": "chatml", "qwen2.5vl_merger": "chatml", "qwen3vl_merger": "chatml", "internvl": "chatml", "resampler": "chatml",
-    "lfm2": "chatml", "pixtral": "mistral-v7",
-}  # fmt: skip
+    "mlp": "vicuna",
+    "mlp_norm": "vicuna",
+    "ldp": "deepseek",
+    "ldpv2": "deepseek",
+    "gemma3": "gemma",
+    "idefics3": "smolvlm",
+    "qwen2vl_merger": "chatml",
+    "qwen2.5vl_merger": "chatml",
+    "qwen3vl_merger": "chatml",
+    "internvl": "chatml",
+    "resampler": "chatml",
+    "lfm2": "chatml",
+    "pixtral": "mistral-v7",
+}
 _REMEDY = "give one as chat_template (--chat-template): a file, Jinja source, or a name such as vicuna"
 _MOST_BYTES = 1 << 20  # of a template's file
 
@@ -43,7 +63,8 @@ def template_names() -> list[str]:
 
 
 def find_template(template: str | PathLike) -> str:
-    """Jinja source, or one of llama.cpp's names, from what a user gives: either of them, or the path of a file with Jinja source.
+    """Jinja source, or one of llama.cpp's names, from what a user gives: either of them, or the path of a file with
+    Jinja source.
 
     A .json file is one of transformers' (chat_template.json, tokenizer_config.json).
 
@@ -51,7 +72,9 @@ def find_template(template: str | PathLike) -> str:
         UnsupportedModelError: it is none of them.
     """
     if not isinstance(template, (str, PathLike)):
-        raise UnsupportedModelError(f"chat_template is a {type(template).__name__}", "give a file, Jinja source, or a name such as vicuna")
+        raise UnsupportedModelError(
+            f"chat_template is a {type(template).__name__}", "give a file, Jinja source, or a name such as vicuna"
+        )
     text = os.fsdecode(template)
     if text in template_names() or "{{" in text or "{%" in text:
         return text
@@ -66,7 +89,9 @@ def find_template(template: str | PathLike) -> str:
                 raise ValueError("too long, or not one text")
             return source
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UnsupportedModelError(f"the chat template {text[:200]!r} cannot be read ({error})", "give a file with Jinja source") from error
+        raise UnsupportedModelError(
+            f"the chat template {text[:200]!r} cannot be read ({error})", "give a file with Jinja source"
+        ) from error
     raise UnsupportedModelError(
         f"the chat template {text[:60]!r} is no file, no Jinja source and no name",
         f"give a file, or one of {', '.join(template_names())}",
@@ -76,8 +101,8 @@ def find_template(template: str | PathLike) -> str:
 class ChatFormat:
     """The chat template of a text model, or another.
 
-    template: Jinja source, a file with it, or one of llama.cpp's names. None: the model's own, or where it has none, what its family
-    has, which the projector type tells.
+    template: Jinja source, a file with it, or one of llama.cpp's names. None: the model's own, or where it has none,
+    what its family has, which the projector type tells.
 
     exists: False when there is none; rendering then raises.
     source: Jinja source, or None for a template of llama.cpp's. name: of that one, or None.
@@ -101,10 +126,14 @@ class ChatFormat:
             eos = llama_cpp.llama_vocab_get_text(llama._model.vocab, llama.token_eos())
             try:
                 # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
-                self._formatter = Jinja2ChatFormatter(template=self.source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token="")
+                self._formatter = Jinja2ChatFormatter(
+                    template=self.source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token=""
+                )
             except (jinja2.TemplateError, RecursionError) as error:
                 reason = " ".join(str(error).split())
-                raise UnsupportedModelError(f"the chat template cannot be used ({reason})", "give another as chat_template") from error
+                raise UnsupportedModelError(
+                    f"the chat template cannot be used ({reason})", "give another as chat_template"
+                ) from error
         self._probe()
 
     @property
@@ -117,9 +146,11 @@ class ChatFormat:
     # ---- what the template takes ----
 
     def _probe(self) -> None:
-        """Finds out what the template prints: content as a string or as a list of parts for each role, system messages, calls of tools.
+        """Finds out what the template prints: content as a string or as a list of parts for each role, system messages,
+        calls of tools.
 
-        forms: role -> those of "string", "part" (a list of one) and "parts" that it prints. takes_calls: whether calls of tools are printed.
+        forms: role -> those of "string", "part" (a list of one) and "parts" that it prints. takes_calls: whether calls
+            of tools are printed.
         """
         self.forms: dict[str, set[str]] = {}
         user = {"role": "user", "content": "question"}
@@ -141,7 +172,9 @@ class ChatFormat:
             for no_content in (None, ""):
                 arguments = {"qzname": "qzvalue"}
                 call = {"name": "qzcall", "arguments": arguments if as_object else json.dumps(arguments)}
-                calls = [{"id": "abcdefgh1", "type": "function", "function": call}]  # Mistral's take ids of 9 characters only
+                calls = [
+                    {"id": "abcdefgh1", "type": "function", "function": call}
+                ]  # Mistral's take ids of 9 characters only
                 caller = {"role": "assistant", "content": no_content, "tool_calls": calls}
                 result = {"role": "tool", "tool_call_id": "abcdefgh1", "name": "qzcall"}
                 forms = self._forms(lambda content: [user, caller, {**result, "content": content}])  # noqa: B023
@@ -177,7 +210,9 @@ class ChatFormat:
         """Whether the vocabulary has one token of its own for it."""
         if text not in self._is_token:
             special, plain = (self._llama().tokenize(text.encode(), add_bos=False, special=s) for s in (True, False))
-            self._is_token[text] = len(special) < len(plain) and len(special) <= 2  # 2: some tokenizers put a space before
+            self._is_token[text] = (
+                len(special) < len(plain) and len(special) <= 2
+            )  # 2: some tokenizers put a space before
         return self._is_token[text]
 
     # ---- messages ----
@@ -190,8 +225,9 @@ class ChatFormat:
     def prepare(self, messages: Any, options: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages in the form that the template takes, with markers for images, and the images in their order.
 
-        options: what else the template gets (tools, ...). System messages go to the user's where the template has none, `developer` is
-        system where it knows no other, calls of tools and their results are JSON text where it knows none.
+        options: what else the template gets (tools, ...). System messages go to the user's where the template has none,
+        `developer` is system where it knows no other, calls of tools and their results are JSON text where it knows
+        none.
 
         Raises:
             UnsupportedModelError: there is no template.
@@ -244,7 +280,8 @@ class ChatFormat:
         except Exception as error:
             reason = " ".join(f"{error}".split())[:300] or type(error).__name__
             raise PromptError(
-                f"the chat template refuses the messages ({reason})", "send roles and content that it takes, or another chat_template"
+                f"the chat template refuses the messages ({reason})",
+                "send roles and content that it takes, or another chat_template",
             ) from error
         shown = re.findall("|".join([re.escape(MEDIA_MARKER), "qz[0-9]+zq"]), text)
         for name, i in owners.items():
@@ -261,15 +298,20 @@ class ChatFormat:
             )
         order = [owners[name] for name in dict.fromkeys(shown) if name in owners and messages[owners[name]].pictures]
         if order != sorted(order):
-            raise PromptError("the chat template puts images in another order than the messages", "give images in messages of the user")
+            raise PromptError(
+                "the chat template puts images in another order than the messages",
+                "give images in messages of the user",
+            )
 
     # ---- text ----
 
     def format(self, prompt: str, n_images: int) -> str:
-        """The prompt as one user message. Its images stand where it has markers or other placeholders for all of them, else first.
+        """The prompt as one user message. Its images stand where it has markers or other placeholders for all of them,
+        else first.
 
         Raises:
-            UnsupportedModelError: there is no template. PromptError: markers and images differ in number, or the template refuses the message.
+            UnsupportedModelError: there is no template. PromptError: markers and images differ in number, or the
+                template refuses the message.
         """
         parts: list[Any] = [{"type": "image", "image": i} for i in map(str, range(n_images))]
         if MEDIA_MARKER in prompt and prompt.count(MEDIA_MARKER) != n_images:
@@ -302,7 +344,9 @@ class ChatFormat:
         try:
             return self._render(messages, options)
         except Exception as error:
-            raise PromptError(f"the chat template refuses the prompt ({error})", "give another as chat_template") from error
+            raise PromptError(
+                f"the chat template refuses the prompt ({error})", "give another as chat_template"
+            ) from error
 
     def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         if self.source is not None:
@@ -337,4 +381,7 @@ def _modern(message: Message) -> None:
     if calls is None:
         message.rest.pop("tool_calls", None)
     elif not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls):
-        raise PromptError(f"tool_calls of a message ({message.role}) are no list of objects", "send them as the model's answer had them")
+        raise PromptError(
+            f"tool_calls of a message ({message.role}) are no list of objects",
+            "send them as the model's answer had them",
+        )

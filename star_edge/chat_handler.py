@@ -1,7 +1,8 @@
 """StarChatHandler: image-token pruning for a `llama_cpp.Llama` that the user builds.
 
-It stands where llama_cpp's MTMDChatHandler stands, and is one: chat template, tools, grammars, sampling options and the form of
-the answer are that class's. Replaced are where pixels come from and how the prompt is evaluated, and the report is added.
+It stands where llama_cpp's MTMDChatHandler stands, and is one: chat template, tools, grammars, sampling options and the
+form of the answer are that class's. Replaced are where pixels come from and how the prompt is evaluated, and the report
+is added.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from .chat import ChatFormat, find_template
-from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
-from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .chat_options import check_chat_options
+from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .generation import Generation
-from .gguf_info import read_gguf_info
-from .guarded import check_length, request_of
-from .images import ImageLimits, load_image
+from .io.images import ImageLimits, load_image
+from .llamacpp.gguf import read_gguf_info
+from .llamacpp.guarded import check_length, request_of
+from .llamacpp.mmproj_check import check_mmproj
+from .llamacpp.native import lib, open_standard_streams
 from .messages import read_messages
-from .native import lib, open_standard_streams
+from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt, unprepared
-from .vision.mmproj_check import check_mmproj
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
 
@@ -54,11 +55,15 @@ _OPTIONS = set(inspect.signature(MTMDChatHandler.__call__).parameters)
 _TEMPLATE_OPTIONS = {"functions", "function_call", "tools", "tool_choice"}
 # What a Llama without a handler says by itself (guess_chat_format_from_gguf_metadata), before it may get one
 _GUESSED = ("llama-2", "llama-3", "chatml", "mistral-instruct")
-_is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar("star_edge_is_cancelled", default=None)  # of `cancellable` blocks
+_is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
+    "star_edge_is_cancelled", default=None
+)  # of `cancellable` blocks
 
 
 class _Libmtmd:
-    """libmtmd as MTMDChatHandler calls it: when it asks how many chunks it has to evaluate, they are read, and none is left."""
+    """libmtmd as MTMDChatHandler calls it: when it asks how many chunks it has to evaluate, they are read, and none is
+    left.
+    """
 
     def __init__(self, read: Callable[[object], None]) -> None:
         self._read = read
@@ -80,7 +85,9 @@ class _Libmtmd:
 
 @dataclass
 class _Request:
-    """A request under way. number: PromptReader.request while it is in the cache; n_prompt: its prompt as MTMDChatHandler counts it."""
+    """A request under way. number: PromptReader.request while it is in the cache; n_prompt: its prompt as
+    MTMDChatHandler counts it.
+    """
 
     config: PruneConfig | None
     start: float
@@ -92,22 +99,24 @@ class _Request:
 
 
 class StarChatHandler(MTMDChatHandler):
-    """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(clip_model_path=...))`.
+    """Chat handler with image-token pruning: `Llama(model_path=...,
+    chat_handler=StarChatHandler(clip_model_path=...))`.
 
     clip_model_path: the mmproj file that belongs to the text model. verbose, use_gpu: as in MTMDChatHandler.
-    prune: a PruneConfig, a preset's name, or None for stock behaviour. The attribute `prune` may be set at any time, and
-        `with handler.pruning("fast"):` holds for the requests made inside.
+    prune: a PruneConfig, a preset's name, or None for stock behaviour. The attribute `prune` may be set at any time,
+        and `with handler.pruning("fast"):` holds for the requests made inside.
     encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
     image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
     encoder, image_cache_bytes, image_cache_dir, reuse, chat_template: as in StarVLM.
-    image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of strangers
-        give an image_loader.
+    image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of
+        strangers give an image_loader.
     image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
 
     A response has a key "star_edge" more than MTMDChatHandler's, in a stream the last chunk: PruneReport.summary().
     `last_report` is the whole report of the last prompt that was read. `usage` counts the prompt before pruning.
 
-    On first use the context of the Llama is made anew: its cache is empty then. A handler serves one Llama. One request runs at a
+    On first use the context of the Llama is made anew: its cache is empty then. A handler serves one Llama. One request
+        runs at a
     time: other threads wait, and a new request ends an unfinished stream, which then raises EngineClosedError.
 
     Raises:
@@ -158,7 +167,9 @@ class StarChatHandler(MTMDChatHandler):
         self._bitmap_numbers = itertools.count()
 
     def __reduce__(self) -> object:
-        raise ConfigError("a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own")
+        raise ConfigError(
+            "a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own"
+        )
 
     # ---- what to prune ----
 
@@ -173,7 +184,8 @@ class StarChatHandler(MTMDChatHandler):
 
     @contextlib.contextmanager
     def pruning(self, prune: PruneConfig | str | None) -> Iterator[None]:
-        """Another config for the requests that this thread or task makes inside the block; streams keep it to their end.
+        """Another config for the requests that this thread or task makes inside the block; streams keep it to their
+        end.
 
         Raises:
             ConfigError: prune is no config.
@@ -186,9 +198,11 @@ class StarChatHandler(MTMDChatHandler):
 
     @contextlib.contextmanager
     def cancellable(self, is_cancelled: Callable[[], bool]) -> Iterator[None]:
-        """Requests that this thread makes inside the block raise RequestCancelledError soon after is_cancelled() becomes true.
+        """Requests that this thread makes inside the block raise RequestCancelledError soon after is_cancelled()
+        becomes true.
 
-        It is asked before each decode, so an answer ends within a token. A stream is held to it to its end, wherever it is read.
+        It is asked before each decode, so an answer ends within a token. A stream is held to it to its end, wherever it
+        is read.
         """
         token = _is_cancelled.set(is_cancelled)
         try:
@@ -199,15 +213,15 @@ class StarChatHandler(MTMDChatHandler):
     # ---- a request ----
 
     def __call__(self, *, llama: Llama, messages: list[Any], stream: bool = False, **options: Any) -> Any:
-        """Arguments as in MTMDChatHandler, and all of them hold: response_format may be of OpenAI's type json_schema, tool_choice
-        may be "required" where there is one tool, logprobs needs no top_logprobs. chat_template_kwargs, a dict, and further
-        keyword arguments are variables of the chat template.
+        """Arguments as in MTMDChatHandler, and all of them hold: response_format may be of OpenAI's type json_schema,
+        tool_choice may be "required" where there is one tool, logprobs needs no top_logprobs. chat_template_kwargs, a
+        dict, and further keyword arguments are variables of the chat template.
 
         Raises:
             PromptError, ImageError, ConfigError, ContextLengthError: the request cannot be served.
             UnsupportedModelError, ModelMismatchError: nor can the model.
-            EngineError: llama.cpp failed. EngineClosedError: the Llama is closed. RequestCancelledError: see `cancellable`.
-            The Llama can be used again after any of them.
+            EngineError: llama.cpp failed. EngineClosedError: the Llama is closed. RequestCancelledError: see
+            `cancellable`. The Llama can be used again after any of them.
         """
         with self._lock:
             request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
@@ -253,7 +267,11 @@ class StarChatHandler(MTMDChatHandler):
                     if reader.context.ctx is None or reader.request != request.number:
                         if finished:
                             return
-                        cause = "the Llama is closed" if reader.context.ctx is None else "a newer request has ended this stream"
+                        cause = (
+                            "the Llama is closed"
+                            if reader.context.ctx is None
+                            else "a newer request has ended this stream"
+                        )
                         raise EngineClosedError(cause, "read a stream to its end first")
                     reader.context.is_cancelled = is_cancelled
                     try:
@@ -268,7 +286,8 @@ class StarChatHandler(MTMDChatHandler):
                         self._finish(chunk, request)
                 yield chunk
         finally:
-            # A stream that was dropped may be cleared away while another thread answers: that request begins afresh anyway.
+            # A stream that was dropped may be cleared away while another thread answers: that request begins afresh
+            # anyway.
             if self._lock.acquire(blocking=False):
                 try:
                     if reader.context.ctx is not None and reader.request == request.number:
@@ -289,8 +308,12 @@ class StarChatHandler(MTMDChatHandler):
         except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if request.report is None:
-                raise PromptError(f"the messages cannot be used ({reason})", "check them against the model's chat template") from error
-            raise ConfigError(f"llama_cpp refuses the request ({reason})", "see Llama.create_chat_completion") from error
+                raise PromptError(
+                    f"the messages cannot be used ({reason})", "check them against the model's chat template"
+                ) from error
+            raise ConfigError(
+                f"llama_cpp refuses the request ({reason})", "see Llama.create_chat_completion"
+            ) from error
         except RuntimeError as error:
             raise EngineError(f"llama.cpp failed ({error})", "make the request smaller, or n_ctx larger") from error
 
@@ -306,8 +329,15 @@ class StarChatHandler(MTMDChatHandler):
         if owner is not None and owner._model.model is not None:
             raise ConfigError("this StarChatHandler serves another Llama", "make a StarChatHandler for each Llama")
         chat_format = str(llama_model.chat_format)
-        if llama_model.chat_format is not None and chat_format not in _GUESSED and not chat_format.startswith("chat_template."):
-            raise ConfigError(f"chat_format={chat_format[:60]!r} changes nothing beside a chat handler", "give StarChatHandler a chat_template")
+        if (
+            llama_model.chat_format is not None
+            and chat_format not in _GUESSED
+            and not chat_format.startswith("chat_template.")
+        ):
+            raise ConfigError(
+                f"chat_format={chat_format[:60]!r} changes nothing beside a chat handler",
+                "give StarChatHandler a chat_template",
+            )
         projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
         chat = ChatFormat(llama_model, self.chat_template, projector)
         use_flash = llama_model.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -323,17 +353,24 @@ class StarChatHandler(MTMDChatHandler):
             image_cache_dir=self.image_cache_dir,
             reuse=self.reuse,
         )
-        self._llama, self._chat = weakref.ref(llama_model), chat  # a strong reference would keep the model in memory until the next gc
+        self._llama, self._chat = (
+            weakref.ref(llama_model),
+            chat,
+        )  # a strong reference would keep the model in memory until the next gc
         self.mtmd_ctx = self._reader.encoder.context
 
     def check_template(self) -> None:
-        """Raises UnsupportedModelError where a Llama that is in use has no chat template, and none was given: every request would fail."""
+        """Raises UnsupportedModelError where a Llama that is in use has no chat template, and none was given: every
+        request would fail.
+        """
         if self._chat is not None:
             self._chat.check_exists()
 
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """Messages for the template, and the images' sources."""
-        of_template = {name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS}
+        of_template = {
+            name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS
+        }
         prepared, images = self._chat.prepare(messages, of_template)
         if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
@@ -369,13 +406,23 @@ class StarChatHandler(MTMDChatHandler):
             ImageError: no image, or not one that the limits allow.
         """
         image = self.image_loader(image_url)
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            shape = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        if (
+            not isinstance(image, np.ndarray)
+            or image.dtype != np.uint8
+            or image.ndim != 3
+            or image.shape[2] != 3
+            or not image.size
+        ):
+            shape = (
+                f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            )
             raise ImageError(f"the image_loader returned a {shape}", "return (h, w, 3) uint8")
         return np.ascontiguousarray(image)
 
     def _create_bitmap_from_bytes(self, image: np.ndarray) -> object:
-        bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        bitmap = mtmd.mtmd_bitmap_init(
+            image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        )
         self._reader.encoder.name_bitmap(bitmap, image, next(self._bitmap_numbers))
         return bitmap
 

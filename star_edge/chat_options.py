@@ -18,8 +18,8 @@ from llama_cpp.llama_grammar import LlamaGrammar
 
 from .arguments import check, parameters
 from .errors import ConfigError
-from .guarded import RANGES, check_llama_grammar, check_options
-from .json_schema import response_grammar, schema_grammar
+from .llamacpp.guarded import RANGES, check_llama_grammar, check_options
+from .llamacpp.json_schema import response_grammar, schema_grammar
 
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
@@ -27,8 +27,8 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 def check_chat_options(
     llama: Llama, options: Mapping[str, Any], template: Callable[[], str]
 ) -> tuple[dict[str, Any], LlamaGrammar | None]:
-    """Arguments for MTMDChatHandler.__call__ that mean what the given ones ask for, and the grammar that must stand in place of the
-    one that it makes of a chosen tool, if any.
+    """Arguments for MTMDChatHandler.__call__ that mean what the given ones ask for, and the grammar that must stand in
+    place of the one that it makes of a chosen tool, if any.
 
     template: gives the chat template's source, whose variables further options are.
 
@@ -37,10 +37,16 @@ def check_chat_options(
     """
     options = dict(options)
     known = parameters(MTMDChatHandler.__call__)
-    for_template = check_template_variables({name: value for name, value in options.items() if name not in known}, template)
+    for_template = check_template_variables(
+        {name: value for name, value in options.items() if name not in known}, template
+    )
     options = {name: value for name, value in options.items() if name in known}
 
-    sampling = {name: value for name, value in options.items() if name in parameters(Llama.create_completion) and name != "logprobs"}
+    sampling = {
+        name: value
+        for name, value in options.items()
+        if name in parameters(Llama.create_completion) and name != "logprobs"
+    }
     options |= check_options(llama, sampling)
     names = {name: options[name] for name in ("logprobs", "top_logprobs") if name in options}
     options |= check(MTMDChatHandler.__call__, names, RANGES)
@@ -50,14 +56,18 @@ def check_chat_options(
         if options.get("top_logprobs") is None:
             options["top_logprobs"] = 0  # MTMDChatHandler passes this number on alone
     elif options.get("top_logprobs"):
-        raise ConfigError(f"top_logprobs={options['top_logprobs']} without logprobs gives nothing", "set logprobs to True")
+        raise ConfigError(
+            f"top_logprobs={options['top_logprobs']} without logprobs gives nothing", "set logprobs to True"
+        )
 
     given = options.get("grammar")
     response = response_grammar(options.pop("response_format", None))
     tool = _choose_tool(options)
     chosen = None if tool is None else schema_grammar(tool.get("parameters", _NO_PARAMETERS))
     if sum(grammar is not None for grammar in (given, response, chosen)) > 1:
-        raise ConfigError("grammar, response_format and a chosen tool each say what the answer looks like", "give one of them")
+        raise ConfigError(
+            "grammar, response_format and a chosen tool each say what the answer looks like", "give one of them"
+        )
     for grammar in (response, chosen):
         if grammar is not None:
             check_llama_grammar(llama, grammar)
@@ -67,16 +77,24 @@ def check_chat_options(
 
 
 def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
-    """The function that tools or functions, tool_choice and function_call have the model call; puts tool_choice and tools into the
-    form that MTMDChatHandler knows."""
+    """The function that tools or functions, tool_choice and function_call have the model call; puts tool_choice and
+    tools into the form that MTMDChatHandler knows."""
     for name in ("tools", "functions"):
         if options.get(name) is not None:
             options[name] = _check_tools(name, options[name])
     functions = options.get("functions")
     tools = options.get("tools") if functions is None else [{"type": "function", "function": f} for f in functions]
     choice, call = options.get("tool_choice"), options.get("function_call")
-    if not (choice is None or isinstance(choice, Mapping) or isinstance(choice, str) and choice in ("none", "auto", "required")):
-        raise ConfigError(f"tool_choice={str(choice)[:60]!r} is unknown", 'use "none", "auto", "required" or {"type": "function", ...}')
+    if not (
+        choice is None
+        or isinstance(choice, Mapping)
+        or isinstance(choice, str)
+        and choice in ("none", "auto", "required")
+    ):
+        raise ConfigError(
+            f"tool_choice={str(choice)[:60]!r} is unknown",
+            'use "none", "auto", "required" or {"type": "function", ...}',
+        )
     if not (call is None or isinstance(call, Mapping) or isinstance(call, str) and call in ("none", "auto")):
         raise ConfigError(f"function_call={str(call)[:60]!r} is unknown", 'use "none", "auto" or {"name": ...}')
     if isinstance(choice, str) and choice == "required":
@@ -124,19 +142,28 @@ def check_template_variables(options: Mapping[str, Any], template: Callable[[], 
     options = dict(options)
     inner = options.pop("chat_template_kwargs", None)
     if inner is not None and not (isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner)):
-        raise ConfigError(f"chat_template_kwargs is a {type(inner).__name__}", "give a dict with the names of variables")
+        raise ConfigError(
+            f"chat_template_kwargs is a {type(inner).__name__}", "give a dict with the names of variables"
+        )
     options |= inner or {}
     if options:
         unread = sorted(set(options) - _variables(template()))
         taken = sorted(set(options) & (set(parameters(MTMDChatHandler.__call__)) | _RENDERED))
         if unread or taken:
             raise ConfigError(
-                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be set", "leave it out"
+                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be set",
+                "leave it out",
             )
     return options
 
 
-_RENDERED = {"add_generation_prompt", "eos_token", "bos_token", "raise_exception", "strftime_now"}  # MTMDChatHandler gives them itself
+_RENDERED = {
+    "add_generation_prompt",
+    "eos_token",
+    "bos_token",
+    "raise_exception",
+    "strftime_now",
+}  # MTMDChatHandler gives them itself
 
 
 @functools.lru_cache(maxsize=4)

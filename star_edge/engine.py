@@ -1,6 +1,7 @@
 """StarVLM: a vision-language GGUF model with image-token pruning.
 
-Loads the files, checks what a caller gives, and lets `llama_cpp.Llama` sample from the prompt that `PromptReader` has read.
+Loads the files, checks what a caller gives, and lets `llama_cpp.Llama` sample from the prompt that `PromptReader` has
+read.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from llama_cpp import Llama
 
 from .arguments import Range, check_value, checked, parameters
 from .chat import ChatFormat, mark_raw
-from .config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
-from .gguf_check import read_lora, read_text_model
-from .gguf_info import read_gguf_info
-from .guarded import check_length, check_options, request_of
-from .images import ImageLimits, ImageSource, load_image
 from .inspection import Inspection, read_decoder, read_encoder
-from .native import open_standard_streams
+from .io.images import ImageLimits, ImageSource, load_image
+from .llamacpp.gguf import read_gguf_info
+from .llamacpp.gguf_check import read_lora, read_text_model
+from .llamacpp.guarded import check_length, check_options, request_of
+from .llamacpp.mmproj_check import check_mmproj
+from .llamacpp.native import open_standard_streams
+from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt, TextChunk
-from .vision.mmproj_check import check_mmproj
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
@@ -50,10 +51,19 @@ _RANGES = {
     "image_max_tokens": Range(-1, _INT32),
     "max_tokens": Range(1, _INT32),
 }
-# What create_completion takes, less what would change the prompt or the form of the result, and what generate names itself
+# What create_completion takes, less what would change the prompt or the form of the result, and what generate names
+# itself
 _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
-    "self", "prompt", "suffix", "echo", "logprobs", "stream", "model", "max_tokens", "temperature",
-}  # fmt: skip
+    "self",
+    "prompt",
+    "suffix",
+    "echo",
+    "logprobs",
+    "stream",
+    "model",
+    "max_tokens",
+    "temperature",
+}
 
 
 @dataclass
@@ -66,10 +76,12 @@ class Answer:
 
 
 class AnswerStream(Iterator[str]):
-    """Pieces of an answer as they are generated. `report` is there from the start; `text` and `finish_reason` grow with it.
+    """Pieces of an answer as they are generated. `report` is there from the start; `text` and `finish_reason` grow with
+    it.
 
-    A stream that is dropped, closed or left by an exception needs no care: the engine starts the next request afresh. A stream
-    of an earlier request raises EngineClosedError. `close` ends a piece that another thread is waiting for, within a token.
+    A stream that is dropped, closed or left by an exception needs no care: the engine starts the next request afresh. A
+    stream of an earlier request raises EngineClosedError. `close` ends a piece that another thread is waiting for,
+    within a token.
     """
 
     def __init__(self, engine: StarVLM, chunks: Iterator[Any], report: PruneReport) -> None:
@@ -86,7 +98,9 @@ class AnswerStream(Iterator[str]):
             if self._engine._closed:
                 raise EngineClosedError("the engine is closed", "make a new StarVLM")
             if self._engine._reader.request != self._request and self.finish_reason is None:
-                raise EngineClosedError("a newer request has ended this stream", "read a stream to its end before the next request")
+                raise EngineClosedError(
+                    "a newer request has ended this stream", "read a stream to its end before the next request"
+                )
             context = self._engine._reader.context
             try:
                 context.is_cancelled = lambda: self._is_closed
@@ -124,15 +138,18 @@ class StarVLM:
 
     model, mmproj: GGUF files; without mmproj the model takes text only.
     n_ctx: context in tokens, 0 for the model's own. n_batch, n_ubatch: rows of one decode.
-    n_gpu_layers: layers on the GPU, -1 for all. flash_attn: in the decoder and, unless encoder_flash_attn says otherwise, in
+    n_gpu_layers: layers on the GPU, -1 for all. flash_attn: in the decoder and, unless encoder_flash_attn says
+        otherwise, in
     the encoder. type_k, type_v: type of the KV cache ("f16", "q8_0", ...); a quantized V needs flash attention.
-    n_threads: default, the physical cores as far as they can be told. chat_template: a file with Jinja source, the source, or a
-    name that llama.cpp knows (vicuna, chatml, ...); default the file's own, or where it has none that of its family.
+    n_threads: default, the physical cores as far as they can be told. chat_template: a file with Jinja source, the
+    source, or a name that llama.cpp knows (vicuna, chatml, ...); default the file's own, or where it has none that of
+    its family.
     image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    encoder: "repaired" puts right what this llama.cpp gets wrong with the encoders of LLaVA and InternVL files, and the report says so; "stock" leaves
-    it (star_edge.vision.repair). Models that were trained on the one give worse answers on the other.
-    image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in as well
-    (2 GiB at most), for later processes; only you and those you trust should be able to write there.
+    encoder: "repaired" puts right what this llama.cpp gets wrong with the encoders of LLaVA and InternVL files, and the
+    report says so; "stock" leaves it (star_edge.vision.repair). Models that were trained on the one give worse answers
+    on the other.
+    image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in
+    as well (2 GiB at most), for later processes; only you and those you trust should be able to write there.
     reuse: what the decoder read of a prompt up to its last image is kept for the next one that begins alike.
     Further keyword arguments go to llama_cpp.Llama.
 
@@ -171,12 +188,18 @@ class StarVLM:
         unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
         if unknown or llama_options.get("vocab_only"):
             raise ConfigError(
-                f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM", "see help(StarVLM) and llama_cpp.Llama"
+                f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM",
+                "see help(StarVLM) and llama_cpp.Llama",
             )
         for name in ("chat_format", "chat_handler"):  # of Llama.create_chat_completion, which nothing here calls
             if llama_options.get(name) is not None:
-                raise ConfigError(f"{name} changes nothing in a StarVLM", "give chat_template: a file, Jinja source, or a name such as vicuna")
-        llama_options = {name: check_value(name, value, parameters(Llama.__init__)[name]) for name, value in llama_options.items()}
+                raise ConfigError(
+                    f"{name} changes nothing in a StarVLM",
+                    "give chat_template: a file, Jinja source, or a name such as vicuna",
+                )
+        llama_options = {
+            name: check_value(name, value, parameters(Llama.__init__)[name]) for name, value in llama_options.items()
+        }
         if n_ctx == 1:
             raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
         open_standard_streams()
@@ -190,26 +213,42 @@ class StarVLM:
             if not isinstance(kind, str) or kind not in KV_TYPES:
                 raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
         if type_v not in ("f32", "f16", "bf16") and not flash_attn:
-            raise ConfigError(f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v")
+            raise ConfigError(
+                f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v"
+            )
         n_threads = n_threads if n_threads and n_threads > 0 else _physical_cores()
         self._lock = threading.RLock()  # one request at a time; other threads wait
         self._closed = False
         self.image_limits = image_limits
         try:
             self.llama = Llama(
-                info.path, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, flash_attn=flash_attn,
-                type_k=KV_TYPES[type_k], type_v=KV_TYPES[type_v], n_threads=n_threads, n_threads_batch=n_threads, verbose=verbose, **llama_options,
-            )  # fmt: skip
+                info.path,
+                n_ctx=n_ctx,
+                n_batch=n_batch,
+                n_ubatch=n_ubatch,
+                n_gpu_layers=n_gpu_layers,
+                flash_attn=flash_attn,
+                type_k=KV_TYPES[type_k],
+                type_v=KV_TYPES[type_v],
+                n_threads=n_threads,
+                n_threads_batch=n_threads,
+                verbose=verbose,
+                **llama_options,
+            )
         except ValueError as error:
             if "context" in str(error):
                 raise EngineError(
-                    f"llama.cpp could not create a context of {n_ctx} tokens", "lower n_ctx, or quantize the KV cache (type_k, type_v)"
+                    f"llama.cpp could not create a context of {n_ctx} tokens",
+                    "lower n_ctx, or quantize the KV cache (type_k, type_v)",
                 ) from error
             raise ModelFileError(
-                f"{info.path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
+                f"{info.path} cannot be loaded ({error})",
+                "check that this llama.cpp supports the model, or lower n_ctx",
             ) from error
         except MemoryError as error:
-            raise EngineError(f"there is not enough memory for {info.path} with a context of {n_ctx} tokens", "lower n_ctx") from error
+            raise EngineError(
+                f"there is not enough memory for {info.path} with a context of {n_ctx} tokens", "lower n_ctx"
+            ) from error
         try:
             projector = None if mmproj is None else find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
             self._chat = ChatFormat(self.llama, chat_template, projector)
@@ -227,14 +266,18 @@ class StarVLM:
             )
         except MemoryError as error:
             self.close()
-            raise EngineError("there is not enough memory for the vision encoder and its context", "lower n_ctx") from error
+            raise EngineError(
+                "there is not enough memory for the vision encoder and its context", "lower n_ctx"
+            ) from error
         except BaseException:
             self.close()
             raise
         self.decoder, self.encoder = self._reader.decoder, self._reader.encoder
 
     def close(self) -> None:
-        """Frees the models. Any use after it raises EngineClosedError, as it does itself when a callback of a request calls it."""
+        """Frees the models. Any use after it raises EngineClosedError, as it does itself when a callback of a request
+        calls it.
+        """
         with self._lock:
             self.llama.close()
             self._closed = True
@@ -279,9 +322,9 @@ class StarVLM:
     ) -> Answer | AnswerStream:
         """Answers a prompt about images.
 
-        images: paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs. They stand before the text, or where the prompt
-            has markers (star_edge.MEDIA_MARKER), one for each. <image> and other models' names for it are taken for markers if there are as
-            many as images; if not they are text.
+        images: paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs. They stand before the text,
+            or where the prompt has markers (star_edge.MEDIA_MARKER), one for each. <image> and other models' names for
+            it are taken for markers if there are as many as images; if not they are text.
         prune: a PruneConfig, a preset's name, or None for stock behaviour on the same code path.
         chat: put the prompt into the model's chat template; False: it is the whole prompt as it is.
         stream: return an AnswerStream at once when the prompt has been read.
@@ -291,12 +334,15 @@ class StarVLM:
         One request runs at a time: other threads wait, and a new request ends an unfinished stream.
 
         Raises:
-            ConfigError, PromptError, ImageError, ContextLengthError, UnsupportedModelError: before anything is computed.
+            ConfigError, PromptError, ImageError, ContextLengthError, UnsupportedModelError: before anything is
+            computed.
             EngineError: llama.cpp failed. The engine can be used again after any of them.
         """
         unknown = set(sampling) - _SAMPLING
         if unknown:
-            raise ConfigError(f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}")
+            raise ConfigError(
+                f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
+            )
         with self._lock:
             self._check_open()
             options = check_options(self.llama, {"max_tokens": max_tokens, "temperature": temperature, **sampling})
@@ -305,7 +351,12 @@ class StarVLM:
 
     @checked(skip=("prompt", "images", "prune"))
     def read_prompt(
-        self, prompt: str, images: Sequence[ImageSource] = (), prune: PruneConfig | str | None = DEFAULT_PRESET, *, chat: bool = True
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        prune: PruneConfig | str | None = DEFAULT_PRESET,
+        *,
+        chat: bool = True,
     ) -> tuple[Prefill, PruneReport]:
         """Everything before the first answer token: `Prefill.logits` are its logits, (n_vocab,) float32.
 
@@ -324,13 +375,17 @@ class StarVLM:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise PromptError("the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first") from error
+            raise PromptError(
+                "the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
+            ) from error
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)
         text = self._chat.format(prompt, len(pictures)) if chat else mark_raw(prompt, len(pictures))
         if self.encoder is None:
-            return Prompt([TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))])
+            return Prompt(
+                [TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))]
+            )
         return self.encoder.tokenize(text, pictures)
 
     @checked(skip=("prompt", "images"))
@@ -361,7 +416,9 @@ class StarVLM:
                     raise ConfigError("encoder layers were asked for without an image", "give an image")
                 grids = [chunk.grid for chunk in plan.images]
                 encoder_maps = (
-                    [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images] if encoder_layers else []
+                    [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images]
+                    if encoder_layers
+                    else []
                 )
                 encoded = encode_images(plan.images, self.encoder, None, {})
             finally:
@@ -373,7 +430,10 @@ class StarVLM:
                 n = len(segment.rows)
                 owner += [-1 if segment.image is None else segment.image] * n
                 if segment.image is None:
-                    tokens += [self.llama.detokenize([int(t)], special=True).decode("utf-8", "replace") for t in segment.rows.tokens]
+                    tokens += [
+                        self.llama.detokenize([int(t)], special=True).decode("utf-8", "replace")
+                        for t in segment.rows.tokens
+                    ]
                 else:
                     tokens += [f"<image {segment.image}>"] * n
             return Inspection(tokens, np.array(owner), grids, decoder_maps, encoder_maps)
@@ -411,7 +471,9 @@ class StarVLM:
     def _image_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
         if images is None:
             return []
-        is_one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or hasattr(images, "read")
+        is_one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or hasattr(
+            images, "read"
+        )
         if is_one or not isinstance(images, Iterable):
             return [images]  # one image needs no list
         return list(images)

@@ -1,7 +1,7 @@
 """Typed errors. Each names the cause and the remedy, and none leaves the engine unusable.
 
-Every class also derives from the built-in exception that fits (ValueError for bad input, RuntimeError for a failure while
-running), so that callers who do not know star_edge still catch them sensibly.
+Every class also derives from the built-in exception that fits (ValueError for bad input, RuntimeError for a failure
+while running), so that callers who do not know star_edge still catch them sensibly.
 """
 
 from __future__ import annotations

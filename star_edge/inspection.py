@@ -11,10 +11,10 @@ from os import PathLike
 
 import numpy as np
 
-from .decoder.context import DecoderContext
 from .decoder.prefill import Segment
 from .errors import ConfigError, EngineError
-from .tap import MEAN_HEADS, AttentionRead, Plan
+from .llamacpp.context import DecoderContext
+from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
 from .vision.encoder import ImageChunk, VisionEncoder
 
 
@@ -26,7 +26,8 @@ class Inspection:
     image_of_token: index of the image that a token belongs to, -1 for text, (n,) int64.
     grids: (rows, columns) of each image's tokens, or None.
     decoder: layer -> softmax attention (n_heads, n, n) float32, [head, query row, key row]; heads averaged: (n, n).
-    encoder: for each image, layer -> (n_heads, n_rows, n_rows) float32 over the encoder's own rows; heads averaged: 2-D.
+    encoder: for each image, layer -> (n_heads, n_rows, n_rows) float32 over the encoder's own rows; heads averaged:
+        2-D.
     """
 
     tokens: list[str]
@@ -61,7 +62,9 @@ class Inspection:
         np.savez_compressed(path, **self.arrays(), **more)
 
 
-def read_encoder(encoder: VisionEncoder, chunk: ImageChunk, layers: Sequence[int], mean_heads: bool) -> dict[int, np.ndarray]:
+def read_encoder(
+    encoder: VisionEncoder, chunk: ImageChunk, layers: Sequence[int], mean_heads: bool
+) -> dict[int, np.ndarray]:
     """Encodes one image and returns the attention of the given encoder layers (counted over the layers that run).
 
     Raises:
@@ -91,7 +94,9 @@ def read_encoder(encoder: VisionEncoder, chunk: ImageChunk, layers: Sequence[int
     return dict(zip(read.layers, encoded.attention))
 
 
-def read_decoder(context: DecoderContext, segments: Sequence[Segment], layers: Sequence[int], mean_heads: bool) -> dict[int, np.ndarray]:
+def read_decoder(
+    context: DecoderContext, segments: Sequence[Segment], layers: Sequence[int], mean_heads: bool
+) -> dict[int, np.ndarray]:
     """Runs the prompt from an empty cache and returns the attention of the given decoder layers.
 
     Raises:
@@ -99,7 +104,9 @@ def read_decoder(context: DecoderContext, segments: Sequence[Segment], layers: S
     """
     wanted = sorted(set(layers))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < context.n_layers:
-        raise ConfigError(f"decoder layers {wanted} are not all within 0..{context.n_layers - 1}", "use layers of the model")
+        raise ConfigError(
+            f"decoder layers {wanted} are not all within 0..{context.n_layers - 1}", "use layers of the model"
+        )
     n = sum(len(s.rows) for s in segments)
     heads = () if mean_heads else (context.n_heads,)
     result = {layer: np.zeros((*heads, n, n), np.float32) for layer in wanted}
@@ -115,7 +122,13 @@ def read_decoder(context: DecoderContext, segments: Sequence[Segment], layers: S
                 columns = (last // 256 + 2) * 256  # llama.cpp pads the attended cells to 256
                 reduce = MEAN_HEADS if mean_heads else 0
                 plan.attention = AttentionRead(
-                    wanted, columns, (0, len(rows), 1), reduce, max_rows=len(rows), max_heads=context.n_heads, n_threads=context.n_threads
+                    wanted,
+                    columns,
+                    (0, len(rows), 1),
+                    reduce,
+                    max_rows=len(rows),
+                    max_heads=context.n_heads,
+                    n_threads=context.n_threads,
                 )
             if not segment.causal:
                 context.set_causal(False)

@@ -12,18 +12,50 @@ from typing import Any
 
 from .errors import PromptError
 
-# What files of questions and clients write where an image belongs; the first one that is there as often as there are images is taken.
-# <|vision_start|> and <|vision_end|> go with it: libmtmd writes them itself.
+# What files of questions and clients write where an image belongs; the first one that is there as often as there are
+# images is taken. <|vision_start|> and <|vision_end|> go with it: libmtmd writes them itself.
 _PLACEHOLDERS = (
-    "<__media__>", "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>", "<image>", "<start_of_image>", "<|image|>", "[IMG]",
-)  # fmt: skip
+    "<__media__>",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|image_pad|>",
+    "<image>",
+    "<start_of_image>",
+    "<|image|>",
+    "[IMG]",
+)
 # Tokens of vocabularies that stand for an image or its borders. In a text they are no such thing.
 _IMAGE_TOKENS = (
-    "<image>", "</image>", "<image_soft_token>", "<start_of_image>", "<end_of_image>", "<|image|>", "<|image>", "<image|>", "<|image_pad|>",
-    "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_start|>", "<|image_end|>", "<|image_split|>",
-    "<|img_start|>", "<|img_end|>", "<|img_thumbnail|>", "<img>", "</img>", "<IMG_CONTEXT>", "<fake_token_around_image>", "<global-img>",
-    "<slice>", "</slice>", "<unk_image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]",
-)  # fmt: skip
+    "<image>",
+    "</image>",
+    "<image_soft_token>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<|image|>",
+    "<|image>",
+    "<image|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|image_split|>",
+    "<|img_start|>",
+    "<|img_end|>",
+    "<|img_thumbnail|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<slice>",
+    "</slice>",
+    "<unk_image>",
+    "[IMG]",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+)
 _TEXT_KINDS = ("text", "input_text", "output_text")
 _FORMS = '{"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ...}}'
 
@@ -39,7 +71,8 @@ class Picture:
 class Message:
     """One message.
 
-    parts: its texts and images in order. is_list: its content was a list. has_content: False for none, as assistants that call tools have.
+    parts: its texts and images in order. is_list: its content was a list. has_content: False for none, as assistants
+        that call tools have.
     rest: its other fields.
     """
 
@@ -100,7 +133,9 @@ def _read_part(part: Any, where: str) -> str | Picture:
         return _checked(part.get("refusal"), where)
     if kind not in ("image_url", "input_image", "image"):
         raise PromptError(f"{where} is of type {str(kind)[:60]!r}, which is neither text nor an image", f"use {_FORMS}")
-    found = [_source(part[name]) for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None]
+    found = [
+        _source(part[name]) for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None
+    ]
     if len(found) != 1 or found[0] is None:
         names = ", ".join(sorted(str(name)[:60] for name in part if name != "type")) or "nothing"
         cause = "names several images" if len(found) > 1 else "names no image that can be read"
@@ -124,7 +159,9 @@ def _checked(text: Any, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise PromptError(f"the text of {where} holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first") from error
+        raise PromptError(
+            f"the text of {where} holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
+        ) from error
     return text
 
 
@@ -141,7 +178,8 @@ def find_placeholder(texts: Sequence[str], n_images: int) -> str | None:
 def place_images(message: Message, is_token: Callable[[str], bool]) -> None:
     """Puts the images where placeholders in the text say, if there are as many, and makes plain text of all others.
 
-    is_token: whether the vocabulary has one token for it. Such a name gets a space, as in `< image>`, and is read as text then.
+    is_token: whether the vocabulary has one token for it. Such a name gets a space, as in `< image>`, and is read as
+        text then.
     """
     texts = [part for part in message.parts if isinstance(part, str)]
     name = find_placeholder(texts, len(message.pictures))

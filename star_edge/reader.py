@@ -2,8 +2,8 @@
 
     image -> vision stage -> probe -> decoder stage -> resume -> text
 
-Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, whoever made it. Knows no details of any stage, and
-neither chat templates nor where images come from.
+Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, whoever made it. Knows no details of any stage,
+and neither chat templates nor where images come from.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from os import PathLike
 import numpy as np
 from llama_cpp import Llama
 
-from .choose import Candidates, choose, decoder_policy, divide, vision_scorer
-from .config import Keep, PruneConfig, one_token_notes
-from .decoder.context import DecoderContext, TappedContext, attach_tap
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .generation import Generation
-from .guarded import guard
+from .llamacpp.context import DecoderContext, TappedContext, attach_tap
+from .llamacpp.guarded import guard
+from .llamacpp.tap import Tap
+from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
+from .pruning.config import Keep, PruneConfig, one_token_notes
+from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
-from .selection import Tokens
-from .tap import Tap
 from .vision.cache import DEFAULT_BYTES, check_bytes
 from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
 from .vision.repair import check_encoder
@@ -36,9 +36,11 @@ _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothi
 
 
 class PromptReader:
-    """A `Llama` with what reading pruned prompts takes: a context with a tap, and the vision encoder of `mmproj`, if given.
+    """A `Llama` with what reading pruned prompts takes: a context with a tap, and the vision encoder of `mmproj`, if
+    given.
 
-    The context of the Llama is made anew, unless it has a tap already; what is in its cache is lost then. The Llama owns everything
+    The context of the Llama is made anew, unless it has a tap already; what is in its cache is lost then. The Llama
+    owns everything
     that is made here: `Llama.close` frees it, and the reader does not keep the Llama alive.
 
     Raises:
@@ -95,7 +97,9 @@ class PromptReader:
 
     @property
     def request(self) -> int:
-        """Changes whenever the cache stops holding what it held: a stream is over when this is not what it was at its start."""
+        """Changes whenever the cache stops holding what it held: a stream is over when this is not what it was at its
+        start.
+        """
         return self.context.request
 
     def begin(self) -> None:
@@ -125,7 +129,8 @@ class PromptReader:
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
         stage = _decoder_stage(plan, images) if windows else None
-        # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all sequences.
+        # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all
+        # sequences.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         if not keep:
             self.decoder.clear()
@@ -147,7 +152,10 @@ class PromptReader:
             config,
             _image_reports(images, state),
             self.decoder.n_layers,
-            [(layer, sum(len(s.kept) for s in selections)) for (layer, _), selections in zip(windows, state.selections)],
+            [
+                (layer, sum(len(s.kept) for s in selections))
+                for (layer, _), selections in zip(windows, state.selections)
+            ],
             plan.n_text,
             state.n_cells,
             milliseconds,
@@ -158,7 +166,9 @@ class PromptReader:
         )
         return state, report
 
-    def plan(self, prompt: Prompt, config: PruneConfig | None, encoded: Sequence[Encoded] | None = None) -> tuple[PromptPlan, list[str]]:
+    def plan(
+        self, prompt: Prompt, config: PruneConfig | None, encoded: Sequence[Encoded] | None = None
+    ) -> tuple[PromptPlan, list[str]]:
         """Counts, decoder stages and notes; every limit is checked here, before anything is computed.
 
         encoded: the images; the counts may be others then, where no profile says which tokens are special.
@@ -172,13 +182,19 @@ class PromptReader:
         if prune is not None and prune.prunes_in_vision and not self.encoder.profile.reads_attention:
             scorer = vision_scorer(prune, has_attention=False)
             instead = (
-                f", by {scorer} in place of {prune.vision_scorer}" if scorer != prune.vision_scorer and prune.encoder_attention else ""
+                f", by {scorer} in place of {prune.vision_scorer}"
+                if scorer != prune.vision_scorer and prune.encoder_attention
+                else ""
             )
-            notes.append(f"projector type {self.encoder.projector!r} has no profile: the vision stage goes by embeddings alone{instead}")
+            notes.append(
+                f"projector type {self.encoder.projector!r} has no profile: the vision stage goes by embeddings alone{instead}"
+            )
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
             windows = prune.decoder_windows(self.decoder.n_layers)
-            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(tuple(layer for layer, _ in windows))
+            problem = self.decoder.stage_problem or self.decoder.layer_problems.get(
+                tuple(layer for layer, _ in windows)
+            )
             if not problem and (not isinstance(prompt.chunks[-1], TextChunk) or not len(prompt.chunks[-1].tokens)):
                 problem = "there is no text after the last image to score with"
             if problem:
@@ -186,8 +202,11 @@ class PromptReader:
                 notes.append(f"no decoder stage: {problem}")
         plan = plan_prompt(prompt.chunks, prune, windows, encoded)
         if windows and 0 < self.decoder.n_swa < plan.n_cells:
-            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come back to theirs
-            notes.append(f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}")
+            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come
+            # back to theirs
+            notes.append(
+                f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}"
+            )
             plan = plan_prompt(prompt.chunks, prune, [], encoded)
         if prune is not None and prune.representatives != "none":
             problem = None
@@ -201,7 +220,9 @@ class PromptReader:
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
-                "raise n_ctx, lower vision_keep, or give fewer or smaller images" if plan.images else "raise n_ctx, or shorten the prompt",
+                "raise n_ctx, lower vision_keep, or give fewer or smaller images"
+                if plan.images
+                else "raise n_ctx, or shorten the prompt",
             )
         self._check_images(zip(plan.images, plan.n_vision))
         if not plan.n_cells:
@@ -218,18 +239,23 @@ class PromptReader:
                 )
 
     def hand_over(self, state: Prefill) -> list[int]:
-        """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read already."""
+        """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read
+        already.
+        """
         llama, n = self.llama, state.n_cells
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
-        llama.input_ids[:n] = tokens  # for logits processors, and so that create_completion finds the prompt read already
+        llama.input_ids[:n] = (
+            tokens  # for logits processors, and so that create_completion finds the prompt read already
+        )
         llama.n_tokens = n
         if llama._logits_all and n <= len(llama.scores):
-            llama.scores[n - 1] = state.logits  # create_completion takes the logprobs of the first answer token from here
+            llama.scores[n - 1] = (
+                state.logits
+            )  # create_completion takes the logprobs of the first answer token from here
         llama._requires_eval = False  # the logits of the last row are there
         self.context.continue_prompt(n, state.next_position)
         self.generation = Generation(llama)
         return tokens.tolist()
-
 
 
 def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
@@ -245,7 +271,9 @@ def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
         seen.text_hidden,
     )
     special = image.encoded.special
-    return Candidates(tokens, None if special is None else special[rows], image.chunk.picture, image.chunk.n_tokens - n_special)
+    return Candidates(
+        tokens, None if special is None else special[rows], image.chunk.picture, image.chunk.n_tokens - n_special
+    )
 
 
 def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderStage:
@@ -254,7 +282,9 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
     candidates = lambda seen: _candidates(seen, images[seen.image], plan.n_special[seen.image])
 
     def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
-        """How many rows of each image stay: images that share their tokens have as many as are among the best of all of them."""
+        """How many rows of each image stay: images that share their tokens have as many as are among the best of all of
+        them.
+        """
         counts = list(n_keep)
         for group in (group for group in plan.groups if len(group) > 1):
             total = sum(n_keep[i] - plan.n_special[i] for i in group)

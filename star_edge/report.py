@@ -7,16 +7,23 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import PIL.Image
 
-from .config import PruneConfig
 from .errors import ConfigError
-from .images import ImageLimits, ImageSource, load_image
-from .overlay import Stage, draw_crops, draw_overlay, fit_to_grid
-from .selection import average_tokens
+from .io.images import ImageLimits, ImageSource, load_image
+from .io.overlay import Stage, draw_crops, draw_overlay, fit_to_grid
+from .pruning.config import PruneConfig
+from .pruning.selection import average_tokens
 
 _TOTALS = (
-    "decoder_layer", "n_image_tokens", "n_vision_kept", "n_decoder_kept", "average_tokens", "token_layer_ratio", "n_ctx_needed",
-    "n_cached", "tokens_per_s",
-)  # fmt: skip
+    "decoder_layer",
+    "n_image_tokens",
+    "n_vision_kept",
+    "n_decoder_kept",
+    "average_tokens",
+    "token_layer_ratio",
+    "n_ctx_needed",
+    "n_cached",
+    "tokens_per_s",
+)
 
 
 def round_n_ctx(n: int) -> int:
@@ -32,7 +39,8 @@ class ImageReport:
     n_tokens: image tokens that the encoder makes of it.
     grid: (rows, columns) of those tokens on the image, or None.
     cells: place of each token on the grid, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
-    vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,) int64.
+    vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,)
+        int64.
     vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
     decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
     vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
@@ -73,16 +81,18 @@ class PruneReport:
 
     windows: (layer K, image tokens from there on) of each decoder stage; empty when there was none.
     n_text_tokens: text tokens of the prompt.
-    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next request may use stay in
-        theirs until an answer needs the room.
-    milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it), decoder_stage,
-        resume or prefill, fallback, first_token (from the call to the logits of the first answer token), generate (the engine's
-        work on the answer after that; what the caller does between two pieces of a stream is not in it).
+    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next request
+        may use stay in theirs until an answer needs the room.
+    milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it),
+        decoder_stage, resume or prefill, fallback, first_token (from the call to the logits of the first answer token),
+        generate (the engine's work on the answer after that; what the caller does between two pieces of a stream is not
+        in it).
     n_generated: tokens of the answer, as `usage` counts them: the token that ends it (EOS) is none.
     n_sampled: the same with that token.
-    in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same cache).
-    reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a decoder
-        stage in the layers below it, otherwise in all.
+    in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same
+        cache).
+    reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a
+        decoder stage in the layers below it, otherwise in all.
     repairs: what stock llama.cpp gets wrong with this encoder's file, and was put right.
     notes: what a user should know, such as a stage that this model cannot have.
     """
@@ -103,7 +113,9 @@ class PruneReport:
 
     @property
     def pictures(self) -> list[dict[str, object]]:
-        """For each picture of the prompt its images (one, or its crops), by their index, and their tokens together, as plain JSON values."""
+        """For each picture of the prompt its images (one, or its crops), by their index, and their tokens together, as
+        plain JSON values.
+        """
         of_picture: dict[int, list[int]] = {}
         for i, image in enumerate(self.images):
             of_picture.setdefault(image.picture, []).append(i)
@@ -149,13 +161,17 @@ class PruneReport:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens after the first for each second of `generate`: the first needs no decode, its logits are the prompt's. EOS needs one."""
+        """Tokens after the first for each second of `generate`: the first needs no decode, its logits are the prompt's.
+        EOS needs one.
+        """
         seconds = self.milliseconds.get("generate", 0.0) / 1e3
         return (self.n_sampled - 1) / seconds if self.n_sampled > 1 and seconds > 0 else None
 
     @property
     def token_layer_ratio(self) -> float:
-        """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be had."""
+        """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be
+        had.
+        """
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
         return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
 
@@ -163,8 +179,9 @@ class PruneReport:
     def n_ctx_needed(self) -> int:
         """The smallest n_ctx that this request and its answer fit: KV memory is in proportion to it.
 
-        llama.cpp rounds it up to a multiple of 256 (llama_context). The first decoder layers see all that the vision stage kept, so their cells are
-        all in use at once; the answer takes those that the decoder stage has freed. EOS takes no cell, but llama_cpp asks for room for it.
+        llama.cpp rounds it up to a multiple of 256 (llama_context). The first decoder layers see all that the vision
+        stage kept, so their cells are all in use at once; the answer takes those that the decoder stage has freed. EOS
+        takes no cell, but llama_cpp asks for room for it.
         """
         n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_sampled)
         return round_n_ctx(n)
@@ -172,7 +189,8 @@ class PruneReport:
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
 
-        Of a picture that the model gets in crops, the crops' grids stand beside it: llama.cpp does not say where in the picture they lie.
+        Of a picture that the model gets in crops, the crops' grids stand beside it: llama.cpp does not say where in the
+        picture they lie.
         source: the picture that was asked about, of several number `index`.
 
         Raises:
@@ -187,7 +205,8 @@ class PruneReport:
         on_grid = [image for image in images if image.grid is not None]
         if not on_grid:
             raise ConfigError(
-                "this model's image tokens have no grid", "leave the picture (--overlay) out: report.images has the kept indices"
+                "this model's image tokens have no grid",
+                "leave the picture (--overlay) out: report.images has the kept indices",
             )
         kept = {"vision stage": "vision_kept"}
         if self.decoder_layer is not None:
@@ -219,7 +238,10 @@ class PruneReport:
                 for i in self.images
             ],
             "pictures": self.pictures,
-            **{name: getattr(self, name) for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "n_sampled", "reused_tokens")},
+            **{
+                name: getattr(self, name)
+                for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "n_sampled", "reused_tokens")
+            },
             **{name: getattr(self, name) for name in _TOTALS},
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,

@@ -11,7 +11,8 @@ import llama_cpp
 import llama_cpp.mtmd_cpp as mtmd
 import pytest
 
-from star_edge import errors, native
+from star_edge import errors
+from star_edge.llamacpp import native
 
 REAL = mtmd.mtmd_context_params
 SIZE = ctypes.sizeof(REAL)
@@ -34,15 +35,27 @@ def swapped(first, second):
 def test_the_installed_one_fits():
     native.check_layout(native._layouts(), llama_cpp, mtmd)
     names = {name for name, _, _ in native._layouts()}
-    assert {"llama_batch", "llama_context_params", "mtmd_context_params", "mtmd_input_text", "mtmd_decoder_pos"} <= names
+    assert {
+        "llama_batch",
+        "llama_context_params",
+        "mtmd_context_params",
+        "mtmd_input_text",
+        "mtmd_decoder_pos",
+    } <= names
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (without("progress_callback", "progress_callback_user_data"), [f"mtmd_context_params of {SIZE} bytes", f"this {SIZE - 16} bytes"]),
+        (
+            without("progress_callback", "progress_callback_user_data"),
+            [f"mtmd_context_params of {SIZE} bytes", f"this {SIZE - 16} bytes"],
+        ),
         (without("batch_max_tokens"), ["mtmd_context_params"]),
-        (without("cb_eval_user_data") + [("other", ctypes.c_void_p)], ["mtmd_context_params.cb_eval_user_data", "none"]),
+        (
+            without("cb_eval_user_data") + [("other", ctypes.c_void_p)],
+            ["mtmd_context_params.cb_eval_user_data", "none"],
+        ),
         (swapped("cb_eval", "cb_eval_user_data"), ["mtmd_context_params.cb_eval at byte", "this has it at byte"]),
     ],
     ids=["fewer", "one-fewer", "another-name", "another-order"],

@@ -1,4 +1,6 @@
-"""Many requests: tasks, results that a second run goes on with, the command, and workers on Ray, some of them killed."""
+"""Many requests: tasks, results that a second run goes on with, the command, and workers on Ray, some of them
+killed.
+"""
 
 import json
 import os
@@ -12,8 +14,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers.presets import kept
 from PIL import Image
-from presets import kept
 
 from star_edge import PRESETS, PruneConfig, batch_ray, refvlm
 from star_edge.batch import Results, Settings, Task, describe_model, each_image, names_several, read_tasks, run_tasks
@@ -51,7 +53,11 @@ def test_what_each_image_is(album):
     assert ids("album/*.png") == ["album/b.png"]
     assert ids("album/**/*.[pw]*") == ["album/b.png", "album/more/c.webp"]
     assert ids("album/a[1].JPG") == ["album/a[1].JPG"] and not names_several("album/a[1].JPG")
-    assert ids("https://host/a*.png", "album/b.png", "album") == ["https://host/a*.png", "album/b.png", "album/a[1].JPG"]
+    assert ids("https://host/a*.png", "album/b.png", "album") == [
+        "https://host/a*.png",
+        "album/b.png",
+        "album/a[1].JPG",
+    ]
     task = each_image(["album/b.png"], "what?", BALANCED)[0]
     assert task == Task("album/b.png", ("album/b.png",), (str(album / "b.png"),), "what?", BALANCED)
     for image in ("album/*.gif", "album/nope.png", "nope"):
@@ -72,7 +78,11 @@ def test_tasks_of_a_file(album):
     )
     one, two, three, off = read_tasks("album/tasks.jsonl", "all?", BALANCED)
     assert one == Task(one.key, ("b.png",), (str(album / "b.png"),), "one?", BALANCED)
-    assert two.id == 7 and two.sources == (str(album / "b.png"), "https://host/x.png") and two.settings == Settings(PRESETS["fast"], 5)
+    assert (
+        two.id == 7
+        and two.sources == (str(album / "b.png"), "https://host/x.png")
+        and two.settings == Settings(PRESETS["fast"], 5)
+    )
     assert three.prompt == "all?" and three.sources == ("/x.png",)
     assert three.settings == Settings(PruneConfig(0.25, 9), 256, 0.5, 3, True)
     assert off.settings.prune is None and off.images == ()
@@ -117,7 +127,9 @@ def test_a_file_without_tasks(tmp_path):
 
 
 class FakeEngine:
-    """Stands for StarVLM where only its answers matter. A prompt may ask for an unexpected error, or for the process's death."""
+    """Stands for StarVLM where only its answers matter. A prompt may ask for an unexpected error, or for the process's
+    death.
+    """
 
     def __init__(self, n_threads=None, broken=False):
         self.n_threads = n_threads
@@ -134,7 +146,14 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if prompt == "fail":
             raise RuntimeError("something\nodd")
-        report = SimpleNamespace(n_image_tokens=0, average_tokens=0.0, milliseconds={"first_token": 1.0}, notes=[], n_cached=0, reused_tokens=0)
+        report = SimpleNamespace(
+            n_image_tokens=0,
+            average_tokens=0.0,
+            milliseconds={"first_token": 1.0},
+            notes=[],
+            n_cached=0,
+            reused_tokens=0,
+        )
         return SimpleNamespace(text=f"{prompt} {self.n_threads}", finish_reason="stop", report=report)
 
 
@@ -155,10 +174,22 @@ def test_a_result_says_what_the_engine_did():
     run_tasks([task, broken], load_engine, results.append)
     first = results[0].pop("first_token_ms")
     assert first > 0 and results[0] == {
-        "id": "x", "image": "demo.png", "prompt": "what digit is green?", "text": " 2", "finish_reason": "stop", "image_tokens": 144,
-        "average_tokens": kept("fast").average, "cached_images": 0, "reused_tokens": 0, "notes": [],
-    }  # fmt: skip
-    assert results[1]["images"] == ["nope.png", IMAGE] and "nope.png does not exist" in results[1]["error"] and "text" not in results[1]
+        "id": "x",
+        "image": "demo.png",
+        "prompt": "what digit is green?",
+        "text": " 2",
+        "finish_reason": "stop",
+        "image_tokens": 144,
+        "average_tokens": kept("fast").average,
+        "cached_images": 0,
+        "reused_tokens": 0,
+        "notes": [],
+    }
+    assert (
+        results[1]["images"] == ["nope.png", IMAGE]
+        and "nope.png does not exist" in results[1]["error"]
+        and "text" not in results[1]
+    )
 
 
 # ---- results ----
@@ -170,7 +201,9 @@ def out(tmp_path):
 
 
 def write(out, tasks, *results, model="m#1", **options):
-    """Opens the file, adds the results given as (index, text or None for an error) and returns the ids that were done before."""
+    """Opens the file, adds the results given as (index, text or None for an error) and returns the ids that were done
+    before.
+    """
     results_file = Results(out, tasks, model, **options)
     done = set(results_file.done)
     for i, text in results:
@@ -212,12 +245,19 @@ def test_results_of_something_else_are_refused_and_left_alone(out):
     with pytest.raises(OutputError, match="task 0 with another image, prompt or settings: .*--fresh"):
         Results(out, make_tasks("other"), "m#1")
     assert out.read_bytes() == before
-    for foreign in (b"\x89PNG\r\n\x1a\n\0\0", b"hello", b'{"image": "a.png", "prompt": "x"}\n', before[:-5] + b"\n" + before):
+    for foreign in (
+        b"\x89PNG\r\n\x1a\n\0\0",
+        b"hello",
+        b'{"image": "a.png", "prompt": "x"}\n',
+        before[:-5] + b"\n" + before,
+    ):
         out.write_bytes(foreign)
         with pytest.raises(OutputError, match=r"out\.jsonl, line 1 is no result"):
             Results(out, tasks, "m#1")
         assert out.read_bytes() == foreign
-    assert write(out, tasks, model="m#2", fresh=True) == set() and out.read_bytes() == foreign  # not before there is something new
+    assert (
+        write(out, tasks, model="m#2", fresh=True) == set() and out.read_bytes() == foreign
+    )  # not before there is something new
     assert write(out, tasks, (1, "B"), model="m#2", fresh=True) == set()
     assert [line["text"] for line in lines(out)] == ["B"]
 
@@ -281,12 +321,16 @@ def test_tasks_to_stdout_with_a_broken_image(tmp_path):
     )
     assert b["prompt"] == "how many stars?" and "broken.png is not an image" in b["error"]
     counts, cause = done.stderr.splitlines()
-    assert counts == "2 answered, 1 failed" and cause.startswith("failed (1): ") and "broken.png is not an image" in cause
+    assert (
+        counts == "2 answered, 1 failed" and cause.startswith("failed (1): ") and "broken.png is not an image" in cause
+    )
     assert [line["cached_images"] for line in (a, c)] == [0, 1]  # the second time it was not encoded
 
 
 def test_a_killed_run_goes_on(out):
-    """SIGKILL while it answers: the second run keeps what is there, repairs the last line, and asks for the rest alone."""
+    """SIGKILL while it answers: the second run keeps what is there, repairs the last line, and asks for the rest
+    alone.
+    """
     pattern, prompt = str(PICTURES / "00[0-2]*.png"), "how many squares?"
     args = ("--image", pattern, "--each", "--out", str(out), "-n", "4", prompt)
     process = subprocess.Popen(command(*args), stderr=subprocess.DEVNULL)
@@ -298,7 +342,9 @@ def test_a_killed_run_goes_on(out):
     killed = out.read_bytes()
     n = killed.count(b"\n")
     assert 3 <= n < 30
-    out.write_bytes(killed + killed[:40])  # a write that was cut off, which a kill between two lines does not leave by itself
+    out.write_bytes(
+        killed + killed[:40]
+    )  # a write that was cut off, which a kill between two lines does not leave by itself
     done = run(*args)
     assert done.stderr == f"{30 - n} answered, {n} done before\n"
     assert out.read_bytes().startswith(killed)
@@ -316,7 +362,9 @@ def test_several_images_without_each_are_one_request(album):
 
 def test_a_bar_on_a_terminal(out):
     leader, follower = os.openpty()
-    process = subprocess.Popen(command("--image", IMAGE, "--each", "--out", str(out), "how many squares?"), stderr=follower)
+    process = subprocess.Popen(
+        command("--image", IMAGE, "--each", "--out", str(out), "how many squares?"), stderr=follower
+    )
     os.close(follower)
     shown = b""
     try:
@@ -391,14 +439,20 @@ def cluster():
 
 @pytest.mark.slow  # each worker that dies takes seconds to replace
 def test_a_task_whose_worker_dies_is_asked_again(cluster, tmp_path):
-    """One task kills its worker once, another each time: that one gets an error, and no other task is lost or done twice."""
+    """One task kills its worker once, another each time: that one gets an error, and no other task is lost or done
+    twice.
+    """
     results = []
-    tasks = make_tasks(*(f"p{i}" for i in range(10)), f"die once {tmp_path / 'flag'}", "die", *(f"q{i}" for i in range(10)))
+    tasks = make_tasks(
+        *(f"p{i}" for i in range(10)), f"die once {tmp_path / 'flag'}", "die", *(f"q{i}" for i in range(10))
+    )
     batch_ray.run_on_ray(tasks, FakeEngine, results.append, workers=2)
     assert sorted(r["id"] for r in results) == list(range(22))
     by_id = {r["id"]: r for r in results}
     assert by_id[11]["error"].startswith("its worker died 3 times (")
-    assert all(by_id[i]["text"] == f"{tasks[i].prompt} 1" for i in range(22) if i != 11)  # 1 thread: two workers share two CPUs
+    assert all(
+        by_id[i]["text"] == f"{tasks[i].prompt} 1" for i in range(22) if i != 11
+    )  # 1 thread: two workers share two CPUs
 
 
 @pytest.mark.slow
@@ -412,8 +466,22 @@ def test_workers_that_do_not_start(cluster):
 def test_a_killed_worker_of_the_command(out):
     """Two engines on a local Ray; one is killed with SIGKILL while it answers."""
     pytest.importorskip("ray")
-    args = ("--image", str(PICTURES / "00*.png"), "--each", "--out", str(out), "-n", "4", "--ray", "--workers", "2", "how many squares?")
-    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": "local"})
+    args = (
+        "--image",
+        str(PICTURES / "00*.png"),
+        "--each",
+        "--out",
+        str(out),
+        "-n",
+        "4",
+        "--ray",
+        "--workers",
+        "2",
+        "how many squares?",
+    )
+    process = subprocess.Popen(
+        command(*args), stderr=subprocess.PIPE, text=True, env={**os.environ, "RAY_ADDRESS": "local"}
+    )
     killed = []
 
     def kill_one():

@@ -1,4 +1,6 @@
-"""star-edge bench: sides that are what they say, times that add up, ratios against hand-computed ones. No time is asserted."""
+"""star-edge bench: sides that are what they say, times that add up, ratios against hand-computed ones. No time is
+asserted.
+"""
 
 import json
 import os
@@ -11,9 +13,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
+from helpers.synthetic_shapes import tiny
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import MTMDChatHandler
-from synthetic_shapes import tiny
 
 from star_edge import StarVLM, refvlm
 from star_edge.benchmarking import memory
@@ -23,10 +25,10 @@ from star_edge.benchmarking.run import make_request, make_specs, run, shape_cont
 from star_edge.benchmarking.sides import STAGES, Sample, SideSpec, Workbench, stages_of
 from star_edge.benchmarking.summary import summarise, text_table
 from star_edge.cli import cli
-from star_edge.config import PRESETS, PruneConfig
 from star_edge.errors import ConfigError, ContextLengthError, EvaluationError, ModelFileError, OutputError
 from star_edge.evaluation.configs import OFF, NamedConfig
-from star_edge.images import load_image
+from star_edge.io.images import load_image
+from star_edge.pruning.config import PRESETS, PruneConfig
 from star_edge.report import PruneReport
 from star_edge.synthetic import SHAPES, ModelShape, model_files
 
@@ -131,12 +133,27 @@ def test_what_does_not_fit(request_):
 def test_stages_of_several_windows():
     """Scores are counted once, in the decoder stage, and taken out of the windows in which they were read."""
     milliseconds = {
-        "preprocess": 1, "encode": 10, "vision_stage": 2, "prefix": 3, "probe": 8, "decoder_scores": 4, "decoder_stage": 1, "resume": 9,
+        "preprocess": 1,
+        "encode": 10,
+        "vision_stage": 2,
+        "prefix": 3,
+        "probe": 8,
+        "decoder_scores": 4,
+        "decoder_stage": 1,
+        "resume": 9,
         "first_token": 32,
-    }  # fmt: skip
+    }
     report = PruneReport(PruneConfig(), [], 8, [(2, 4), (4, 2)], 5, 9, milliseconds)
     stages = {name: round(1e3 * s, 6) for name, s in stages_of(report).items()}
-    assert stages == {"preprocess": 1, "encode": 8, "vision_stage": 2, "prefill": 3, "probe": 6, "decoder_stage": 5, "resume": 7}
+    assert stages == {
+        "preprocess": 1,
+        "encode": 8,
+        "vision_stage": 2,
+        "prefill": 3,
+        "probe": 6,
+        "decoder_stage": 5,
+        "resume": 7,
+    }
 
 
 # ---- order ----
@@ -169,8 +186,11 @@ def test_interleaved_in_rotated_order():
     warm, rest = bench.asked[:3], [name for name, _ in bench.asked[3:]]
     assert warm == [("stock", 1), ("unpruned", 1), ("pruned", 1)]
     assert rest == [
-        *("stock", "unpruned", "pruned"), *("unpruned", "stock", "pruned"), *("pruned", "stock", "unpruned"), *("stock", "pruned", "unpruned"),
-    ]  # fmt: skip
+        *("stock", "unpruned", "pruned"),
+        *("unpruned", "stock", "pruned"),
+        *("pruned", "stock", "unpruned"),
+        *("stock", "pruned", "unpruned"),
+    ]
     assert {n for _, n in bench.asked[3:]} == {5}
     assert {name: len(s) for name, s in samples.items()} == {"stock": 4, "unpruned": 4, "pruned": 4}
     assert cache_bytes == dict.fromkeys(samples, 1000) and not notes
@@ -239,27 +259,43 @@ def test_the_token_layers_of_a_real_run(bench, request_):
 
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_shapes_run(name, tmp_path):
-    """Each shape's graphs at a tiny size: stock and pruned answer, and the picture has the tokens that arithmetic says."""
+    """Each shape's graphs at a tiny size: stock and pruned answer, and the picture has the tokens that arithmetic
+    says.
+    """
     shape = tiny(name)
     with model_files(shape, tmp_path) as files:
         request = shape_request(shape, 0.25)
         result = run(
-            *files, {"n_ctx": shape_context(shape, 3)}, [OFF, FAST], ("flash", "fewer"), request,
-            fewer=0.25, repeats=1, n_generate=3, with_memory=False,
-        )  # fmt: skip
+            *files,
+            {"n_ctx": shape_context(shape, 3)},
+            [OFF, FAST],
+            ("flash", "fewer"),
+            request,
+            fewer=0.25,
+            repeats=1,
+            n_generate=3,
+            with_memory=False,
+        )
         written = sorted(p.name for p in tmp_path.iterdir())
         with model_files(shape, tmp_path):  # found again
             assert sorted(p.name for p in tmp_path.iterdir()) == written and len(written) == 2
     sides = {row["name"]: row for row in result["sides"]}
     stock, fast = sides["stock, flash attn"], sides["fast"]
     assert stock["image_tokens"] == fast["image_tokens"] == shape.n_image_tokens
-    # 35 + 40 and what the encoder puts around: two tokens, or three and one around the overview, two before each tile, one between rows
+    # 35 + 40 and what the encoder puts around: two tokens, or three and one around the overview, two before each tile,
+    # one between rows
     extra = {"qwen2-vl-2b": 2, "qwen2.5-vl-3b": 2, "gemma-3-4b": 2, "smolvlm-500m": 4 + 4 * 2 + 1}.get(name, 0)
     assert stock["text_tokens"] == fast["text_tokens"] == 75 + extra
     assert (
-        fast["average_tokens"] < stock["average_tokens"] and fast["kv_cells"] < stock["kv_cells"] and fast["kv_bytes"] < stock["kv_bytes"]
+        fast["average_tokens"] < stock["average_tokens"]
+        and fast["kv_cells"] < stock["kv_cells"]
+        and fast["kv_bytes"] < stock["kv_bytes"]
     )
-    if name in ("qwen2-vl-2b", "qwen2.5-vl-3b", "llava-next-7b"):  # dynamic resolution, and crops: a smaller picture has fewer tokens
+    if name in (
+        "qwen2-vl-2b",
+        "qwen2.5-vl-3b",
+        "llava-next-7b",
+    ):  # dynamic resolution, and crops: a smaller picture has fewer tokens
         assert sides["stock, fewer tokens"]["image_tokens"] < shape.n_image_tokens
     elif name != "smolvlm-500m":
         assert "stock, fewer tokens" not in sides and any("smaller picture" in note for note in result["notes"])
@@ -283,7 +319,9 @@ def test_shapes_run(name, tmp_path):
     ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, n_parameters):
-    """Of the text model: TinyLlama 1.10, Vicuna-7B 6.74, SmolLM2-360M 0.362, Qwen2.5-3B 3.09, Gemma 3 4B 3.88 billion."""
+    """Of the text model: TinyLlama 1.10, Vicuna-7B 6.74, SmolLM2-360M 0.362, Qwen2.5-3B 3.09, Gemma 3 4B 3.88
+    billion.
+    """
     d = SHAPES[name].decoder
     q, kv = d.n_heads * d.d_head, d.n_heads_kv * d.d_head
     layer = 2 * d.n_embd * q + 2 * d.n_embd * kv + 3 * d.n_embd * d.n_ff
@@ -316,7 +354,9 @@ def test_temporary_files_go_away_and_half_written_ones_do_not_stay(tmp_path, mon
 def test_idle_hook_times_both_contexts(bench, request_):
     bench.ask(STOCK, request_, 1)
     result = time_idle_hook(bench, STOCK, UNPRUNED, 4)
-    assert result["tokens"] == 4 and result["ratio"] == pytest.approx(result["hook_ms_per_token"] / result["stock_ms_per_token"])
+    assert result["tokens"] == 4 and result["ratio"] == pytest.approx(
+        result["hook_ms_per_token"] / result["stock_ms_per_token"]
+    )
     assert bench.ask(UNPRUNED, request_, 2).n_cells == bench.ask(STOCK, request_, 2).n_cells  # requests go on as before
 
 
@@ -331,10 +371,33 @@ def test_memory_is_of_a_process_of_its_own(request_):
 # ---- the command ----
 
 SIDE_KEYS = {
-    "name", "kind", "config", "text_tokens", "image_tokens", "vision_kept", "decoder_kept", "decoder_layer", "average_tokens",
-    "first_token_ms", "stages_ms", "tokens_per_s", "decoder_ms", "speed_up", "ideal", "decoder_speed_up", "decoder_ideal", "of_ideal",
-    "selection_share", "kv_cells", "kv_bytes", "n_ctx_needed", "kv_bytes_needed", "peak_rss_bytes", "device_bytes", "notes",
-}  # fmt: skip
+    "name",
+    "kind",
+    "config",
+    "text_tokens",
+    "image_tokens",
+    "vision_kept",
+    "decoder_kept",
+    "decoder_layer",
+    "average_tokens",
+    "first_token_ms",
+    "stages_ms",
+    "tokens_per_s",
+    "decoder_ms",
+    "speed_up",
+    "ideal",
+    "decoder_speed_up",
+    "decoder_ideal",
+    "of_ideal",
+    "selection_share",
+    "kv_cells",
+    "kv_bytes",
+    "n_ctx_needed",
+    "kv_bytes_needed",
+    "peak_rss_bytes",
+    "device_bytes",
+    "notes",
+}
 
 
 def star_edge(*args):
@@ -374,16 +437,39 @@ def test_command(tmp_path, capsys):
         assert sum(row["stages_ms"].values()) == pytest.approx(row["first_token_ms"]["median"])
     star_edge(*common, "--json", "--no-memory", "--no-unpruned")
     again = json.loads(capsys.readouterr().out)
-    assert set(again) == set(result) and [row["name"] for row in again["sides"]] == ["stock, flash attn", "fast", "decoder 0.25"]
+    assert set(again) == set(result) and [row["name"] for row in again["sides"]] == [
+        "stock, flash attn",
+        "fast",
+        "decoder 0.25",
+    ]
 
 
 def test_command_on_a_shape(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SHAPES, "llava-1.5-7b", tiny("llava-1.5-7b"))
-    args = ("--shape", "llava-1.5-7b", "--folder", tmp_path / "models", "-r", 1, "-n", 2, "--preset", "fast", "--baseline", "none")
+    args = (
+        "--shape",
+        "llava-1.5-7b",
+        "--folder",
+        tmp_path / "models",
+        "-r",
+        1,
+        "-n",
+        2,
+        "--preset",
+        "fast",
+        "--baseline",
+        "none",
+    )
     star_edge(*args, "--no-memory", "--json")
     result = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in result["sides"]] == ["star_edge, unpruned", "fast"] and result["reference"] == "star_edge, unpruned"
-    assert result["shape"] == "llava-1.5-7b" and result["model"]["n_ctx"] == 256 and len(list((tmp_path / "models").iterdir())) == 2
+    assert [row["name"] for row in result["sides"]] == ["star_edge, unpruned", "fast"] and result[
+        "reference"
+    ] == "star_edge, unpruned"
+    assert (
+        result["shape"] == "llava-1.5-7b"
+        and result["model"]["n_ctx"] == 256
+        and len(list((tmp_path / "models").iterdir())) == 2
+    )
 
 
 def test_a_link_is_written_through(tmp_path, monkeypatch):
@@ -397,13 +483,29 @@ def test_a_link_is_written_through(tmp_path, monkeypatch):
     star_edge(*common, link)
     assert link.is_symlink() and json.loads(target.read_text())["repeats"] == 2 and writes == ["link.json"]
     star_edge(*common, target)
-    assert writes[1:] == ["target.json.part"] * 3 and sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "target.json"]
+    assert writes[1:] == ["target.json.part"] * 3 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "link.json",
+        "target.json",
+    ]
 
 
 def test_a_killed_command_keeps_its_finished_repeats(tmp_path):
     """And says in a log how far it is."""
     code = "import sys; from star_edge.cli import main; main()"
-    args = ["bench", "--preset", "fast", "--baseline", "flash", "--no-memory", "-r", "100000", "-n", "2", "--out", str(tmp_path / "r.json")]
+    args = [
+        "bench",
+        "--preset",
+        "fast",
+        "--baseline",
+        "flash",
+        "--no-memory",
+        "-r",
+        "100000",
+        "-n",
+        "2",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
     started = subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True)
     try:
         lines = [started.stderr.readline().strip() for _ in range(3 + 3 * 3)]
@@ -411,7 +513,9 @@ def test_a_killed_command_keeps_its_finished_repeats(tmp_path):
         started.kill()
     assert lines[0] == "1 of 300003: warm-up" and lines[-1] == "12 of 300003: measuring"
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["repeats"] >= 2 and all(len(row["first_token_ms"]["all"]) == result["repeats"] for row in result["sides"])
+    assert result["repeats"] >= 2 and all(
+        len(row["first_token_ms"]["all"]) == result["repeats"] for row in result["sides"]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -419,9 +523,13 @@ def test_a_killed_command_leaves_no_model(number, tmp_path):
     """At a real size, so that there is time to be killed in."""
     code = "import sys; from star_edge.cli import main; main()"
     args = ["bench", "--shape", "llava-1.1b", "--preset", "fast", "--baseline", "none", "--no-memory"]
-    started = subprocess.Popen([sys.executable, "-c", code, *args], env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, *args], env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
+    )
     try:
-        while not list(tmp_path.glob("star-edge-bench-*/random-text-*")):  # it is being written, or the mmproj, or loaded
+        while not list(
+            tmp_path.glob("star-edge-bench-*/random-text-*")
+        ):  # it is being written, or the mmproj, or loaded
             assert started.poll() is None
             time.sleep(0.05)
         started.send_signal(number)
@@ -448,7 +556,7 @@ def test_a_killed_command_leaves_no_model(number, tmp_path):
         (("-c", "32", "--preset", "fast"), ContextLengthError, "--ctx-size"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
-)  # fmt: skip
+)
 def test_wrong_inputs(args, error, words):
     with pytest.raises(error, match=words):
         star_edge(*args)

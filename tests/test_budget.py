@@ -5,20 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import random_image
-from gguf_files import rewrite
+from helpers.gguf_files import rewrite
+from helpers.models import random_image
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from star_edge import PRESETS, PruneConfig, StarVLM, budget, refvlm
-from star_edge import choose as choose_module
-from star_edge.blas import one_blas_thread
+from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.cli import cli
-from star_edge.config import keep_count
-from star_edge.decoder.context import DecoderContext
 from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.evaluation.configs import parse_values
-from star_edge.images import load_image
-from star_edge.selection import PLACE_WEIGHT, Tokens
+from star_edge.io.images import load_image
+from star_edge.llamacpp.context import DecoderContext
+from star_edge.pruning import budget
+from star_edge.pruning import choose as choose_module
+from star_edge.pruning.blas import one_blas_thread
+from star_edge.pruning.config import keep_count
+from star_edge.pruning.selection import PLACE_WEIGHT, Tokens
 from star_edge.server.schema import parse_prune
 
 RNG = np.random.default_rng(3)
@@ -113,7 +114,9 @@ def test_no_image_starves(total, least):
 
 def test_an_image_without_tokens_gets_none():
     parts = [*parts_of(smooth(0), smooth(1)), Tokens(np.empty((0, 24), np.float32), np.empty(0, np.int64), (6, 6))]
-    assert budget.divide([parts[0], parts[2], parts[1]], [0, 0, 0], [36, 0, 36], 20, budget.by_distinctness, True)[1] == 0
+    assert (
+        budget.divide([parts[0], parts[2], parts[1]], [0, 0, 0], [36, 0, 36], 20, budget.by_distinctness, True)[1] == 0
+    )
 
 
 # ---- crops ----
@@ -161,9 +164,13 @@ def test_crops_share_the_tokens_of_their_picture(families, sliced, method):
     with load(families, sliced) as vlm:
         for keep in (0.3, 50):
             stages = (
-                {"windows": ((2, 0.2), (4, 20))} if config.windows else {"decoder_keep": 0.15 if keep == 0.3 else 25, "decoder_layer": 3}
+                {"windows": ((2, 0.2), (4, 20))}
+                if config.windows
+                else {"decoder_keep": 0.15 if keep == 0.3 else 25, "decoder_layer": 3}
             )
-            _, report = vlm.read_prompt("what?", [busy_corner(), random_image(2, 196, 196)], replace(config, vision_keep=keep, **stages))
+            _, report = vlm.read_prompt(
+                "what?", [busy_corner(), random_image(2, 196, 196)], replace(config, vision_keep=keep, **stages)
+            )
             total = keep_count("k", keep, 245)
             last = 20 if config.windows else keep_count("k", stages["decoder_keep"], 245)
             assert [p["n_vision_kept"] for p in report.pictures] == [total] * 2
@@ -174,7 +181,9 @@ def test_crops_share_the_tokens_of_their_picture(families, sliced, method):
 
 @pytest.mark.parametrize("config", [PruneConfig(0.2), PruneConfig(0.2, vision_scorer="maxmin", representatives="none")])
 def test_a_crop_that_repeats_another_gets_few_tokens(families, sliced, config):
-    """Of the three grey tiles the first shows what they have (the encoder's positions), and the overview all four in small."""
+    """Of the three grey tiles the first shows what they have (the encoder's positions), and the overview all four in
+    small.
+    """
     with load(families, sliced) as vlm:
         _, report = vlm.read_prompt("what?", busy_corner(), config)
     first, busy, *repeats = kept_counts(report)[0][:4]
@@ -202,7 +211,9 @@ def test_sliced_pictures_are_exact_and_their_encodings_found_again(families, sli
 
 
 def noisy(image, seed=0):
-    return np.clip(image.astype(int) + np.random.default_rng(seed).integers(-2, 3, image.shape), 0, 255).astype(np.uint8)
+    return np.clip(image.astype(int) + np.random.default_rng(seed).integers(-2, 3, image.shape), 0, 255).astype(
+        np.uint8
+    )
 
 
 @pytest.mark.parametrize("repeat", ["same", "noisy"])
@@ -230,7 +241,9 @@ def test_blind_baselines_give_every_frame_the_same(families):
     frame = random_image(1, 168, 168)
     with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
         config = PruneConfig(0.4, vision_scorer="uniform", representatives="none", budget="prompt")
-        assert kept_counts(vlm.read_prompt("what?", [frame, frame, random_image(2, 168, 168)], config)[1])[0] == [14] * 3
+        assert (
+            kept_counts(vlm.read_prompt("what?", [frame, frame, random_image(2, 168, 168)], config)[1])[0] == [14] * 3
+        )
 
 
 def test_frames_of_the_bundled_model():
@@ -251,7 +264,9 @@ def test_the_questions_attention_divides_the_decoders_tokens(families, represent
     config = PruneConfig(0.5, 0.2, 3, representatives=representatives, budget="prompt")
     with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
         _, report = vlm.read_prompt("what?", frames, config)
-    scores = np.concatenate([i.decoder_scores / (1 if i.vision_mass is None else np.sqrt(i.vision_mass)) for i in report.images])
+    scores = np.concatenate(
+        [i.decoder_scores / (1 if i.vision_mass is None else np.sqrt(i.vision_mass)) for i in report.images]
+    )
     frame = np.repeat([0, 1, 2], [len(i.vision_kept) for i in report.images])
     wanted = np.bincount(frame[np.argsort(-scores)[:21]], minlength=3)
     counts = kept_counts(report)[1]
@@ -279,7 +294,9 @@ def test_frames_are_exact_and_can_be_asked_about_again(families):
         vlm.read_prompt("what?", frames, shared)
         again, report = vlm.read_prompt("and where?", frames, shared)
         assert report.reused_tokens > 0 and all(image.cached for image in report.images)
-    with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1, flash_attn=False, reuse=False, image_cache_bytes=0) as vlm:
+    with StarVLM(
+        models.text, models.mmproj, n_ctx=512, n_threads=1, flash_attn=False, reuse=False, image_cache_bytes=0
+    ) as vlm:
         fresh, expected = vlm.read_prompt("and where?", frames, shared)
     assert np.array_equal(again.logits, fresh.logits) and kept_counts(report) == kept_counts(expected)
 
@@ -292,7 +309,9 @@ def test_limits_are_of_the_sum_and_checked_first(families, monkeypatch):
         assert report.n_vision_kept == 162
         monkeypatch.setattr(DecoderContext, "decode", lambda *a, **k: pytest.fail("decoded"))
         with pytest.raises(ContextLengthError, match="216 image"):
-            vlm.read_prompt("<__media__>" * 6 + "what?" + "!" * 120, frames, PruneConfig(1.0, 0.2, budget="prompt"), chat=False)
+            vlm.read_prompt(
+                "<__media__>" * 6 + "what?" + "!" * 120, frames, PruneConfig(1.0, 0.2, budget="prompt"), chat=False
+            )
 
 
 def test_where_it_can_be_asked_for():
@@ -300,7 +319,8 @@ def test_where_it_can_be_asked_for():
         PruneConfig(budget="video")
     assert parse_prune({"vision_keep": 0.5, "budget": "prompt"}) == PruneConfig(0.5, budget="prompt")
     result = CliRunner().invoke(
-        cli, ["run", "--image", str(refvlm.DEMO_IMAGE), "is there a red star?", "--budget", "prompt", "--json", "-n", "1"]
+        cli,
+        ["run", "--image", str(refvlm.DEMO_IMAGE), "is there a red star?", "--budget", "prompt", "--json", "-n", "1"],
     )
     assert result.exit_code == 0 and '"budget": "prompt"' in result.output
     assert parse_values("budget", "image,prompt") == ["image", "prompt"]

@@ -11,15 +11,15 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from chatting import COLOR, DEMO, OTHER, PLATE, ask, assistant, bare, data_url, load, streamed, text_of, user
-from conftest import random_image
+from helpers.chatting import COLOR, DEMO, OTHER, PLATE, ask, assistant, bare, data_url, load, streamed, text_of, user
+from helpers.models import random_image
+from helpers.pictures import png
+from helpers.presets import kept
 from llama_cpp import LogitsProcessorList, _internals
 from llama_cpp.llama_cache import LlamaRAMCache
-from presets import kept
-from test_errors import png
 
 from star_edge import PRESETS, PruneConfig, StarChatHandler, StarVLM, errors, refvlm
-from star_edge.images import ImageLimits, load_image
+from star_edge.io.images import ImageLimits, load_image
 from star_edge.reader import PromptReader
 
 
@@ -44,7 +44,9 @@ CONFIGS = ["balanced", "fast", PruneConfig(0.5, 0.125, 2), PruneConfig(10, 3, vi
 @pytest.mark.parametrize("family", ["refvlm", "llama", "qwen2vl"])
 def test_pruned_equals_the_engine(families, family):
     """The logits of every token, and what was kept, equal StarVLM's with the same config and prompt."""
-    text, mmproj = (refvlm.TEXT_MODEL, refvlm.MMPROJ) if family == "refvlm" else (families[family].text, families[family].mmproj)
+    text, mmproj = (
+        (refvlm.TEXT_MODEL, refvlm.MMPROJ) if family == "refvlm" else (families[family].text, families[family].mmproj)
+    )
     image = load_image(refvlm.DEMO_IMAGE) if family == "refvlm" else random_image(5, 112, 112)
     seen = []
 
@@ -67,7 +69,9 @@ def test_pruned_equals_the_engine(families, family):
             for (tokens_a, logits_a), (tokens_b, logits_b) in zip(got, expected):
                 assert tokens_a == tokens_b and np.array_equal(logits_a, logits_b)
             for name in ("vision_kept", "decoder_kept", "vision_scores", "decoder_scores"):
-                assert np.array_equal(getattr(handler.last_report.images[0], name), getattr(answer.report.images[0], name))
+                assert np.array_equal(
+                    getattr(handler.last_report.images[0], name), getattr(answer.report.images[0], name)
+                )
             assert response["star_edge"]["average_tokens"] == answer.report.average_tokens < 40
             assert response["star_edge"]["n_sampled"] == answer.report.n_sampled == len(got)
         llm.close()
@@ -82,8 +86,12 @@ def test_pruned_conversation_with_images_in_several_turns(llm, handler):
         report = handler.last_report
         rendered = llm.tokenize(prompt.replace("<__media__>", "").replace("</s>", "").encode())
         assert abs(report.n_text_tokens - len(rendered)) <= 6
-        state, expected = vlm.read_prompt(prompt.replace("</s>", ""), [refvlm.DEMO_IMAGE, random_image(3, 168, 168)], chat=False)
-    assert report.n_image_tokens == 288 and [len(i.decoder_kept) for i in report.images] == [kept("balanced").decoder] * 2
+        state, expected = vlm.read_prompt(
+            prompt.replace("</s>", ""), [refvlm.DEMO_IMAGE, random_image(3, 168, 168)], chat=False
+        )
+    assert (
+        report.n_image_tokens == 288 and [len(i.decoder_kept) for i in report.images] == [kept("balanced").decoder] * 2
+    )
     for got, want in zip(report.images, expected.images):
         assert np.array_equal(got.vision_kept, want.vision_kept)
     assert response["usage"]["prompt_tokens"] == report.n_text_tokens + 288
@@ -124,15 +132,28 @@ def test_report_comes_back_with_the_response(llm, handler):
     response = ask(llm, user(DEMO, PLATE), max_tokens=8)
     summary = json.loads(json.dumps(response, allow_nan=False))["star_edge"]
     assert len(json.dumps(summary)) < 2000
-    tokens = {"n_tokens": 144, "n_special": 0, "n_vision_kept": kept("balanced").vision, "n_decoder_kept": kept("balanced").decoder}
-    assert summary["images"] == [{"picture": 0, **tokens, "cached": True}] and summary["pictures"] == [{"images": [0], **tokens}]
-    assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (PRESETS["balanced"].vision_keep, 2, 6)
+    tokens = {
+        "n_tokens": 144,
+        "n_special": 0,
+        "n_vision_kept": kept("balanced").vision,
+        "n_decoder_kept": kept("balanced").decoder,
+    }
+    assert summary["images"] == [{"picture": 0, **tokens, "cached": True}] and summary["pictures"] == [
+        {"images": [0], **tokens}
+    ]
+    assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (
+        PRESETS["balanced"].vision_keep,
+        2,
+        6,
+    )
     assert summary["n_kv_cells"] == summary["n_text_tokens"] + kept("balanced").decoder
     assert summary["n_generated"] == 2 and summary["n_sampled"] == 3  # two digits, and the end
     assert {"preprocess", "encode", "probe", "resume", "first_token", "generate"} <= set(summary["milliseconds"])
     report = handler.last_report
     assert report.summary() == summary and len(report.images[0].decoder_kept) == kept("balanced").decoder
-    assert {k: report.to_dict()[k] for k in summary if k != "images"} == {k: v for k, v in summary.items() if k != "images"}
+    assert {k: report.to_dict()[k] for k in summary if k != "images"} == {
+        k: v for k, v in summary.items() if k != "images"
+    }
     assert report.milliseconds["first_token"] >= report.milliseconds["encode"] > 0
 
     chunks = list(ask(llm, user(DEMO, PLATE), max_tokens=8, stream=True))
@@ -163,7 +184,10 @@ def test_sources_of_images(llm, tmp_path):
     path = tmp_path / "a picture.png"
     path.write_bytes(refvlm.DEMO_IMAGE.read_bytes())
     for url in (str(path), path.as_uri(), f"file://localhost{path.as_uri()[7:]}"):
-        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}]}
+        message = {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}],
+        }
         response = ask(llm, message)
         assert text_of(response) == text_of(expected) and response["usage"] == expected["usage"]
     # the question may name the image
@@ -185,7 +209,13 @@ def test_image_loader_and_limits():
     llm.chat_handler.image_loader = lambda url: np.ascontiguousarray(load_image(refvlm.DEMO_IMAGE)[:, ::-1])
     ask(llm, user("data:1", "data:2", COLOR))
     assert np.array_equal(report.images[0].vision_scores, llm.chat_handler.last_report.images[0].vision_scores)
-    for bad in (None, np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
+    for bad in (
+        None,
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3)),
+        np.zeros((0, 4, 3), np.uint8),
+    ):
         llm.chat_handler.image_loader = lambda url, bad=bad: bad
         with pytest.raises(errors.ImageError, match="image_loader returned"):
             ask(llm)
@@ -211,7 +241,8 @@ def test_encoder_options_reach_the_encoder(families):
 
 
 @pytest.mark.parametrize(
-    ("llama_flash", "encoder_flash", "expected"), [(False, None, False), (True, None, True), (True, False, False), (False, True, True)]
+    ("llama_flash", "encoder_flash", "expected"),
+    [(False, None, False), (True, None, True), (True, False, False), (False, True, True)],
 )
 def test_flash_attention_of_the_encoder(llama_flash, encoder_flash, expected):
     handler = StarChatHandler(refvlm.MMPROJ, encoder_flash_attn=encoder_flash)
@@ -257,13 +288,17 @@ def test_text_is_completed_as_before(llm, fresh):
 
 
 def test_states_of_texts_are_restored_as_before(llm, monkeypatch):
-    """A state that Llama.load_state brings back is longer than the prompt of the last request, and has positions of its own."""
+    """A state that Llama.load_state brings back is longer than the prompt of the last request, and has positions of its
+    own.
+    """
     prompt = "is there a red star? " * 8
 
     def go_on(llm):
         seen = []
         capture = lambda tokens, scores: seen.append(scores.copy()) or scores
-        llm.create_completion(prompt + PLATE, max_tokens=2, temperature=0.0, logits_processor=LogitsProcessorList([capture]))
+        llm.create_completion(
+            prompt + PLATE, max_tokens=2, temperature=0.0, logits_processor=LogitsProcessorList([capture])
+        )
         return np.array(seen)
 
     plain = load(None)
@@ -288,7 +323,12 @@ def test_states_of_texts_are_restored_as_before(llm, monkeypatch):
 
 
 def test_requests_do_not_see_each_other(llm, handler):
-    questions = [(user(DEMO, COLOR), "balanced"), (user(DEMO, PLATE), None), (user(OTHER, COLOR), "fast"), (user("hello"), None)]
+    questions = [
+        (user(DEMO, COLOR), "balanced"),
+        (user(DEMO, PLATE), None),
+        (user(OTHER, COLOR), "fast"),
+        (user("hello"), None),
+    ]
     answers = {}
     for cache in (None, LlamaRAMCache()):  # the ids in the cache are the same for any image
         llm.set_cache(cache)
@@ -424,7 +464,9 @@ BAD_MESSAGES = {
     "no content": [{"role": "user"}],
     "no role": [{"content": "x"}],
     "an image without a URL": [{"role": "user", "content": [{"type": "image_url", "image_url": {"no": "url"}}]}],
-    "a part of another kind": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
+    "a part of another kind": [
+        {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}
+    ],
     "surrogates": [{"role": "user", "content": "\ud800"}],
 }
 BAD_IMAGES = {
@@ -460,14 +502,26 @@ def test_bad_messages(llm, messages):
 
 @pytest.mark.parametrize(("url", "words"), BAD_IMAGES.items())
 def test_bad_images(fails, url, words):
-    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}]}
+    message = {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}],
+    }
     fails(errors.ImageError, words, message)
 
 
 def test_bad_options(fails, llm, handler, monkeypatch):
-    fails(errors.ImageTooLargeError, "", user("data:image/png;base64," + base64.b64encode(png(100_000, 100_000)).decode(), COLOR))
+    fails(
+        errors.ImageTooLargeError,
+        "",
+        user("data:image/png;base64," + base64.b64encode(png(100_000, 100_000)).decode(), COLOR),
+    )
     fails(errors.ConfigError, "logits_all=True", logprobs=True, top_logprobs=2)
-    fails(errors.ConfigError, "Tool choice 'x' not found", tools=[], tool_choice={"type": "function", "function": {"name": "x"}})
+    fails(
+        errors.ConfigError,
+        "Tool choice 'x' not found",
+        tools=[],
+        tool_choice={"type": "function", "function": {"name": "x"}},
+    )
     fails(errors.ConfigError, "response_format={} is unknown", response_format={})
     fails(errors.ContextLengthError, "of a context of 512", user(*[DEMO] * 40, COLOR))
     with handler.pruning(PruneConfig(500, 1)):
@@ -545,7 +599,11 @@ def test_no_memory_for_the_context(monkeypatch, fresh):
     llm = load(StarChatHandler(refvlm.MMPROJ))
     create = llama_cpp.llama_init_from_model
     with monkeypatch.context() as patch, pytest.raises(errors.EngineError, match="could not create a context"):
-        patch.setattr(_internals.llama_cpp, "llama_init_from_model", lambda model, p: None if p.cb_eval_user_data else create(model, p))
+        patch.setattr(
+            _internals.llama_cpp,
+            "llama_init_from_model",
+            lambda model, p: None if p.cb_eval_user_data else create(model, p),
+        )
         ask(llm)
     assert not llm.context_params.cb_eval_user_data and llm.context_params.n_seq_max == 1
     assert complete(llm) == fresh
@@ -561,7 +619,11 @@ def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
     """The block after the marker runs as it is, with the reference model in place of the user's files."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     code = readme.split("<!-- executed: script -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
-    for name, source in (("text.gguf", refvlm.TEXT_MODEL), ("mmproj.gguf", refvlm.MMPROJ), ("receipt.png", refvlm.DEMO_IMAGE)):
+    for name, source in (
+        ("text.gguf", refvlm.TEXT_MODEL),
+        ("mmproj.gguf", refvlm.MMPROJ),
+        ("receipt.png", refvlm.DEMO_IMAGE),
+    ):
         (tmp_path / name).symlink_to(source)
     monkeypatch.chdir(tmp_path)
     variables = {}

@@ -4,12 +4,27 @@ import json
 
 import numpy as np
 import pytest
-from chatting import COLOR, DEMO, OTHER, PLATE, TEXT, TOOL, TOOL_TEMPLATE, ask, assistant, bare, data_url, load, text_of, user
-from conftest import random_image
+from helpers.chatting import (
+    COLOR,
+    DEMO,
+    OTHER,
+    PLATE,
+    TEXT,
+    TOOL,
+    TOOL_TEMPLATE,
+    ask,
+    assistant,
+    bare,
+    data_url,
+    load,
+    text_of,
+    user,
+)
+from helpers.models import random_image
+from helpers.presets import kept
 from llama_cpp import LlamaGrammar
 from llama_cpp.llama_chat_format import MTMDChatHandler
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from presets import kept
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 
@@ -29,7 +44,8 @@ class Pair:
     def check(self, *messages, **options):
         """Asks both, at once and streamed; equal in every field. Returns the answer at once.
 
-        Where the last bytes are no whole character, stock does not stop at max_tokens: its answer begins with ours then.
+        Where the last bytes are no whole character, stock does not stop at max_tokens: its answer begins with ours
+        then.
         """
         expected, got = (ask(llm, *messages, **options) for llm in (self.stock, self.star))
         most, n = options.get("max_tokens", 4), expected["usage"]["completion_tokens"]
@@ -37,7 +53,9 @@ class Pair:
         if n > most:
             assert got["usage"]["completion_tokens"] == most and got["choices"][0]["finish_reason"] == "length"
             assert text_of(expected).startswith(text_of(got))
-            assert [c["token"] for c in _logprobs(expected)[: len(_logprobs(got))]] == [c["token"] for c in _logprobs(got)]
+            assert [c["token"] for c in _logprobs(expected)[: len(_logprobs(got))]] == [
+                c["token"] for c in _logprobs(got)
+            ]
             return got
         assert bare(got) == bare(expected)
         a, b = (list(ask(llm, *messages, stream=True, **options)) for llm in (self.stock, self.star))
@@ -60,7 +78,14 @@ SAMPLING = {
     "greedy": {},
     "hot": {"temperature": 8.0, "seed": 7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 8},
     "unseeded": {"temperature": 4.0, "max_tokens": 8},
-    "penalties": {"temperature": 2.0, "seed": 3, "repeat_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.2, "max_tokens": 8},
+    "penalties": {
+        "temperature": 2.0,
+        "seed": 3,
+        "repeat_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.2,
+        "max_tokens": 8,
+    },
     "mirostat": {"temperature": 1.0, "seed": 5, "mirostat_mode": 2, "max_tokens": 6},
     "length": {"max_tokens": 1},
 }
@@ -88,7 +113,11 @@ def test_off_equals_mtmd_for_other_options(pair):
 def test_off_equals_mtmd_for_response_formats(pair):
     schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
     answer = pair.check(
-        user(DEMO, PLATE), response_format={"type": "json_object", "schema": schema}, max_tokens=48, logprobs=True, top_logprobs=1
+        user(DEMO, PLATE),
+        response_format={"type": "json_object", "schema": schema},
+        max_tokens=48,
+        logprobs=True,
+        top_logprobs=1,
     )
     assert set(json.loads(text_of(answer))) == {"n"}
     assert text_of(pair.check(response_format={"type": "json_object"}, max_tokens=8)).lstrip()[0] == "{"
@@ -142,14 +171,21 @@ def test_off_equals_mtmd_with_tools_and_functions():
     pruned = ask(pair.star, tools=tools, tool_choice=choice, max_tokens=64, stream=True)
     chunks = list(pruned)
     pieces = [
-        c["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"] for c in chunks if c["choices"][0]["delta"].get("tool_calls")
+        c["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"]
+        for c in chunks
+        if c["choices"][0]["delta"].get("tool_calls")
     ]
-    assert set(json.loads("".join(pieces))) == {"color", "n"} and chunks[-1]["star_edge"]["average_tokens"] == kept("fast").average
+    assert (
+        set(json.loads("".join(pieces))) == {"color", "n"}
+        and chunks[-1]["star_edge"]["average_tokens"] == kept("fast").average
+    )
     pair.close()
 
 
 @pytest.mark.parametrize(
-    "options", [{"embedding": True}, {"draft_model": LlamaPromptLookupDecoding()}, {"n_batch": 40}], ids=lambda o: [*o][0]
+    "options",
+    [{"embedding": True}, {"draft_model": LlamaPromptLookupDecoding()}, {"n_batch": 40}],
+    ids=lambda o: [*o][0],
 )
 def test_off_equals_mtmd_on_other_llamas(options):
     pair = Pair(refvlm.TEXT_MODEL, refvlm.MMPROJ, **options)

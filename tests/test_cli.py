@@ -1,7 +1,6 @@
 """The command line, in processes of its own: output, JSON, files written, and errors of one line with exit status 2."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,26 +8,13 @@ import time
 
 import numpy as np
 import pytest
+from helpers.presets import kept
 from PIL import Image
-from presets import kept
 
 from star_edge import refvlm
 from star_edge.cli import COMMANDS
 
 IMAGE = str(refvlm.DEMO_IMAGE)
-
-
-@pytest.fixture
-def star_edge(tmp_path):
-    def run(*args, stdin="", status=0):
-        code = "from star_edge.cli import main; main()"
-        env = {**os.environ, "COLUMNS": "200"}
-        done = subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True, input=stdin, env=env)
-        assert done.returncode == status, done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    return run
 
 
 def test_help(star_edge):
@@ -62,7 +48,11 @@ def test_run_reads_stdin_and_prints_json(star_edge, tmp_path):
         stdin="what digit is green?\n",
     )
     data = json.loads(done.stdout)
-    assert data["report"]["n_vision_kept"] == 36 and data["report"]["n_decoder_kept"] == 9 and data["report"]["decoder_layer"] == 3
+    assert (
+        data["report"]["n_vision_kept"] == 36
+        and data["report"]["n_decoder_kept"] == 9
+        and data["report"]["decoder_layer"] == 3
+    )
     assert data["report"]["average_tokens"] == 22.5
     assert data["text"].strip() == "2"
 
@@ -81,7 +71,10 @@ def test_demo(star_edge, tmp_path):
     assert "stock 7 of 7" in done.stdout and (tmp_path / "star-edge-demo.png").exists()
     data = json.loads(star_edge("demo", "--repeats", "2", "--json", "--overlay", "x.png").stdout)
     assert data["n_right"]["stock"] == 7 and len(data["questions"]) == 7
-    assert data["questions"][0]["stock"]["kv_cells"] == 153 and data["questions"][0]["pruned"]["kv_cells"] == 9 + kept("balanced").decoder
+    assert (
+        data["questions"][0]["stock"]["kv_cells"] == 153
+        and data["questions"][0]["pruned"]["kv_cells"] == 9 + kept("balanced").decoder
+    )
     assert data["questions"][0]["pruned"]["first_token_ms"] > 0 and data["token_layer_ratio"] > 3
     assert (tmp_path / "x.png").exists()
 
@@ -112,7 +105,10 @@ def test_inspect(star_edge, tmp_path):
     n = len(data["tokens"])
     assert arrays["decoder_1"].shape == (8, n, n) and arrays["encoder_image_0_layer_0"].shape == (4, 145, 145)
     assert np.allclose(arrays["decoder_2"].sum(axis=-1), 1, atol=1e-4)
-    assert len(arrays["kept_vision_0"]) == kept("balanced").vision and len(arrays["kept_decoder_0"]) == kept("balanced").decoder
+    assert (
+        len(arrays["kept_vision_0"]) == kept("balanced").vision
+        and len(arrays["kept_decoder_0"]) == kept("balanced").decoder
+    )
     assert np.allclose(arrays["scores_decoder_0"][:5] >= 0, True) and (arrays["image_of_token"] == 0).sum() == 144
     for name in ("p.png", "k.png"):
         assert Image.open(tmp_path / name).width > 600
@@ -146,7 +142,11 @@ def test_ctrl_c(tmp_path, delay):
     """A real SIGINT, while loading or asking, ends the command at once and quietly."""
     code = "from star_edge.cli import main; print('ready', flush=True); main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "demo", "--repeats", "500"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "demo", "--repeats", "500"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(delay)

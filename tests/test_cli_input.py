@@ -1,4 +1,6 @@
-"""The command line's own input: what it refuses and in which words, streams that are closed, and how it sums up a batch."""
+"""The command line's own input: what it refuses and in which words, streams that are closed, and how it sums up a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ import pytest
 from star_edge import PRESETS, PruneConfig, refvlm
 from star_edge.cli import batch as cli_batch
 from star_edge.cli import main
-from star_edge.config import override
 from star_edge.errors import ConfigError
+from star_edge.pruning.config import override
 
 IMAGE = str(refvlm.DEMO_IMAGE)
 RUN = [sys.executable, "-c", "from star_edge.cli import main; main()"]
@@ -55,13 +57,22 @@ def star_edge(monkeypatch, capsys, tmp_path):
         (["bench", "--image-size", "x"], ["'x' is no size", "(see star-edge bench --help)"]),
         (["doctor", "--image-size", "1x"], ["'1x' is no size", "(see star-edge doctor --help)"]),
         (["run", "hi", "--image", IMAGE, "--vision-keep", "0"], ["--vision-keep 0 keeps nothing"]),
-        (["run", "hi", "--image", IMAGE, "--vision-keep", "0.1", "--decoder-keep", "0.5"], ["--decoder-keep 0.5", "--vision-keep 0.1"]),
+        (
+            ["run", "hi", "--image", IMAGE, "--vision-keep", "0.1", "--decoder-keep", "0.5"],
+            ["--decoder-keep 0.5", "--vision-keep 0.1"],
+        ),
         (["run", "hi", "--image", IMAGE, "--decoder-layer", "99"], ["--decoder-layer 99"]),
-        (["run", "hi", "--image", IMAGE, "--vision-keep", "5000"], ["--vision-keep 5000 is over the image's 144 tokens"]),
+        (
+            ["run", "hi", "--image", IMAGE, "--vision-keep", "5000"],
+            ["--vision-keep 5000 is over the image's 144 tokens"],
+        ),
         (["demo", "--vision-keep", "5000"], ["--vision-keep 5000"]),
         (["inspect", "hi", "--image", IMAGE, "--vision-keep", "5000"], ["--vision-keep 5000"]),
         (["run", "hi", "-c", "1"], ["--ctx-size 1"]),
-        (["run", "hi", "-ctv", "q8_0", "-no-fa"], ["--cache-type-v 'q8_0' needs flash attention", "use --flash-attn or"]),
+        (
+            ["run", "hi", "-ctv", "q8_0", "-no-fa"],
+            ["--cache-type-v 'q8_0' needs flash attention", "use --flash-attn or"],
+        ),
         (["run", "hi", "--preset", "pyramiddrop", "--decoder-layer", "2"], ["--decoder-layer 2", "--decoder-keep"]),
         (["run", "hi", "--image", IMAGE, "--overlay", "o.xyz"], ["o.xyz", ".png"]),
         (["run", "hi", "--image", IMAGE, "--overlay", ""], ["--overlay", "empty"]),
@@ -76,7 +87,10 @@ def star_edge(monkeypatch, capsys, tmp_path):
         (["run", "hi", "--image", IMAGE, "--each", "--budget", "prompt"], ["--budget prompt", "--each"]),
         (["eval", "q.jsonl", "--vision-keep", "1,0.5"], ["--vision-keep 1,0.5", "1.0"]),
         (["eval", "q.jsonl", "--vision-keep", "1" * 5000], ["--vision-keep '111"]),
-        (["eval", "q.jsonl", "--vision-keep", "0.1", "--decoder-keep", "0.5"], ["--decoder-keep 0.5", "--vision-keep 0.1"]),
+        (
+            ["eval", "q.jsonl", "--vision-keep", "0.1", "--decoder-keep", "0.5"],
+            ["--decoder-keep 0.5", "--vision-keep 0.1"],
+        ),
         (["run", "hi", "--preset", "mine.json"], ["vision_keep=2.0"]),  # the file's words are its own
     ],
     ids=lambda value: " ".join(value)[:40].replace("/", "_") if isinstance(value, list) else "",
@@ -101,9 +115,13 @@ def test_layers_for_a_gpu_need_one(star_edge, monkeypatch, n):
 
 def test_a_count_of_one_says_so(star_edge):
     """1 is one token, as documented; whoever meant 1.0 is told."""
-    _, err = star_edge("run", "what color is the triangle?", "--image", IMAGE, "--vision-keep", "1", "-n", "2", status=0)
+    _, err = star_edge(
+        "run", "what color is the triangle?", "--image", IMAGE, "--vision-keep", "1", "-n", "2", status=0
+    )
     assert "144 -> 1" in err and "note: --vision-keep 1 keeps one token of each image (1.0 keeps all)" in err
-    _, err = star_edge("run", "what color is the triangle?", "--image", IMAGE, "--vision-keep", "1.0", "-n", "2", status=0)
+    _, err = star_edge(
+        "run", "what color is the triangle?", "--image", IMAGE, "--vision-keep", "1.0", "-n", "2", status=0
+    )
     assert "144 -> 144" in err and "note" not in err
     out, _ = star_edge("run", "--help", status=0)
     assert "1 keeps one token" in " ".join(out.split())
@@ -117,8 +135,12 @@ PLAIN = replace(PRESETS["balanced"], decoder_keep=1.0)
 def test_an_override_does_not_collide_with_the_preset():
     """A stage of the preset that contradicts what is given is left out; whatever else it says stays."""
     assert override(PRESETS["balanced"], vision_keep=0.1) == replace(PLAIN, vision_keep=0.1)
-    assert override(PRESETS["balanced"], vision_keep=0.2) == replace(PRESETS["balanced"], vision_keep=0.2)  # 0.1875 still fits
-    assert override(PRESETS["balanced"], decoder_keep=0.5) == replace(PRESETS["balanced"], vision_keep=1.0, decoder_keep=0.5)
+    assert override(PRESETS["balanced"], vision_keep=0.2) == replace(
+        PRESETS["balanced"], vision_keep=0.2
+    )  # 0.1875 still fits
+    assert override(PRESETS["balanced"], decoder_keep=0.5) == replace(
+        PRESETS["balanced"], vision_keep=1.0, decoder_keep=0.5
+    )
     assert override(PRESETS["fastv"], vision_keep=0.2).prunes_in_decoder is False
     drop = PRESETS["pyramiddrop"]
     assert override(drop, vision_keep=0.3).windows == drop.windows[1:]
@@ -142,8 +164,12 @@ def test_every_preset_takes_every_override(name, keep):
 
 def test_closed_streams(tmp_path):
     """A result that cannot be printed is an error, and no file gets the number of a closed stream."""
-    command = " ".join(f"'{part}'" for part in [*RUN, "run", "what color is the triangle?", "--image", IMAGE, "-n", "2"])
-    shell = lambda redirect: subprocess.run(f"{command} {redirect}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    command = " ".join(
+        f"'{part}'" for part in [*RUN, "run", "what color is the triangle?", "--image", IMAGE, "-n", "2"]
+    )
+    shell = lambda redirect: subprocess.run(
+        f"{command} {redirect}", shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     done = shell(">&-")
     assert done.returncode == 2 and "error: output cannot be written" in done.stderr and "Traceback" not in done.stderr
     done = shell("2>&- <&-")
@@ -157,7 +183,9 @@ def test_a_prompt_that_is_no_text(tmp_path):
 
 def test_characters_that_a_terminal_lacks(tmp_path):
     code = "import sys; from star_edge import cli; cli._open_standard_streams(); print('\\u00e9'); sys.stdout.flush()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": "ascii"}, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={"PYTHONIOENCODING": "ascii"}, timeout=600
+    )
     assert done.returncode == 0 and done.stdout.strip() == b"\\xe9"
 
 
@@ -183,8 +211,13 @@ def test_a_batch_says_why_requests_failed(capsys):
 
 
 def test_a_batch_without_a_cache_gives_nobody_a_start(star_edge, tmp_path):
-    """Two tasks about one picture: by default the second finds it encoded, and says so; with --no-cache neither does."""
-    lines = [{"id": name, "image": IMAGE, "prompt": "what color is the triangle?", "preset": name} for name in ("fast", "off")]
+    """Two tasks about one picture: by default the second finds it encoded, and says so; with --no-cache neither
+    does.
+    """
+    lines = [
+        {"id": name, "image": IMAGE, "prompt": "what color is the triangle?", "preset": name}
+        for name in ("fast", "off")
+    ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for option, cached in (([], [0, 1]), (["--no-cache"], [0, 0])):
         out, _ = star_edge("run", "--tasks", "t.jsonl", "-n", "2", *option, status=0)
@@ -198,7 +231,7 @@ def test_a_batch_without_a_cache_gives_nobody_a_start(star_edge, tmp_path):
 def test_the_hub_is_there_when_it_is_named():
     """As the README has it, in a process that has imported nothing else; and not before."""
     code = (
-        "import sys, star_edge; assert 'star_edge.hub' not in sys.modules; assert callable(star_edge.hub.fetch); "
+        "import sys, star_edge; assert 'star_edge.io.hub' not in sys.modules; assert callable(star_edge.io.hub.fetch); "
         "assert star_edge.refvlm.TEXT_MODEL.exists(); assert not hasattr(star_edge, 'nope')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
@@ -217,7 +250,9 @@ def test_neither_side_always_follows_the_other(monkeypatch, star_edge):
 
         def generate(self, question, image, prune, max_tokens):
             asked.append("stock" if prune is None else "pruned")
-            report = SimpleNamespace(milliseconds={"first_token": 1.0}, average_tokens=1.0, n_kv_cells=1, token_layer_ratio=1.0)
+            report = SimpleNamespace(
+                milliseconds={"first_token": 1.0}, average_tokens=1.0, n_kv_cells=1, token_layer_ratio=1.0
+            )
             return SimpleNamespace(text="x", report=report)
 
     monkeypatch.setattr("star_edge.cli.demo.load_engine", lambda *args, **options: Engine(image_limits=None))

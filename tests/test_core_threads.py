@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-from star_edge.native import ffi, lib
+from star_edge.llamacpp.native import ffi, lib
 
 WARN, ERROR, INFO = 3, 4, 2  # enum ggml_log_level
 
@@ -75,7 +75,10 @@ def test_scores_from_threads():
         a.n_kv, a.n_head_kv, a.scale = k.shape[0], k.shape[1], 1 / 8
         out = np.empty(expected.shape, np.float32)
         for n_threads in (1, 2, 3):
-            assert lib.se_attention_scores(a, lib.SE_KEEP, n_threads, ffi.cast("float *", out.ctypes.data), out.size) == lib.SE_OK
+            assert (
+                lib.se_attention_scores(a, lib.SE_KEEP, n_threads, ffi.cast("float *", out.ctypes.data), out.size)
+                == lib.SE_OK
+            )
             np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
     in_threads(6, score)

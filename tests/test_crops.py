@@ -1,5 +1,6 @@
-"""Pictures that a model cuts into crops, on the fixture of LLaVA-NeXT: picture 0 fits into the encoder, picture 1 is of 2 x 2 crops and an
-overview, in that order. What each crop's features, scores and kept tokens are is tested in test_families.py."""
+"""Pictures that a model cuts into crops, on the fixture of LLaVA-NeXT: picture 0 fits into the encoder, picture 1 is of
+2 x 2 crops and an overview, in that order. What each crop's features, scores and kept tokens are is tested in
+test_families.py."""
 
 import json
 from dataclasses import replace
@@ -8,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from families import load_fixtures
+from helpers.families import load_fixtures
 from PIL import Image
 
 from star_edge import PruneConfig, StarVLM
 from star_edge.cli import cli
 from star_edge.cli.options import save_overlay
-from star_edge.config import PRESETS
 from star_edge.errors import ConfigError
-from star_edge.images import ImageLimits
+from star_edge.io.images import ImageLimits
+from star_edge.pruning.config import PRESETS
 
 FIXTURE = load_fixtures()["llava-next"]
 PROMPT = FIXTURE.prompts[1]
@@ -29,9 +30,13 @@ def vlm():
         yield engine
 
 
-@pytest.mark.parametrize("config", [PruneConfig(0.5, 0.25, 1), PruneConfig(35, 15, 2, representatives="none"), PRESETS["balanced"]])
+@pytest.mark.parametrize(
+    "config", [PruneConfig(0.5, 0.25, 1), PruneConfig(35, 15, 2, representatives="none"), PRESETS["balanced"]]
+)
 def test_no_crop_starves(vlm, config):
-    """The crops of a picture share its tokens, and none has less than a quarter of an equal share; by the crop, all have as many."""
+    """The crops of a picture share its tokens, and none has less than a quarter of an equal share; by the crop, all
+    have as many.
+    """
     _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
     assert [image.picture for image in report.images] == PICTURES
     assert all(image.grid == (6, 6) for image in report.images)

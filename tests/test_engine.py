@@ -1,30 +1,31 @@
-"""StarVLM as a user sees it: sources of images, budgets, streaming, llama_cpp's own sampling options, and the report."""
+"""StarVLM as a user sees it: sources of images, budgets, streaming, llama_cpp's own sampling options, and the
+report.
+"""
 
 import base64
 import io
 import json
 from dataclasses import replace
 
-import bounds
 import llama_cpp
 import numpy as np
 import pytest
-import stock
-from conftest import random_image, random_prompt
+from helpers import bounds, stock
+from helpers.choosing import by_score, by_share, keep_all
+from helpers.models import random_image, random_prompt
+from helpers.presets import kept
 from llama_cpp import LlamaGrammar
 from PIL import Image
-from presets import kept
-from test_exact import by_score, by_share, keep_all
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
-from star_edge.config import choose_layer, keep_count, override
 from star_edge.decoder import prefill as prefill_module
-from star_edge.decoder.context import PARKED, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.errors import ConfigError, ContextLengthError
-from star_edge.images import load_image
-from star_edge.selection import average_tokens, top_k
-from star_edge.tap import Tap
+from star_edge.io.images import load_image
+from star_edge.llamacpp.context import PARKED, DecoderContext, attach_tap
+from star_edge.llamacpp.tap import Tap
+from star_edge.pruning.config import choose_layer, keep_count, override
+from star_edge.pruning.selection import average_tokens, top_k
 
 COLOR = "what color is the triangle?"
 PLATE = "what number is shown?"
@@ -59,7 +60,9 @@ def test_every_kind_of_image_source(vlm):
             assert np.array_equal(state.logits, expected.logits)
 
 
-@pytest.mark.parametrize(("keep", "n"), [(1.0, 144), (1, 1), (144, 144), (0.5, 72), (1e-9, 1), (0.121, 17), (0.122, 18), (7, 7)])
+@pytest.mark.parametrize(
+    ("keep", "n"), [(1.0, 144), (1, 1), (144, 144), (0.5, 72), (1e-9, 1), (0.121, 17), (0.122, 18), (7, 7)]
+)
 def test_fractions_and_counts(vlm, keep, n):
     _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(vision_keep=keep))
     assert (report.n_vision_kept, report.n_decoder_kept, report.decoder_layer) == (n, n, None)
@@ -114,9 +117,13 @@ def test_report(vlm):
     image = report.images[0]
     assert (report.n_image_tokens, report.n_vision_kept, report.n_decoder_kept) == (144, 72, 18)
     assert report.average_tokens == pytest.approx((2 * 72 + 4 * 18) / 6) == average_tokens(72, [(2, 18)], 6)
-    assert report.token_layer_ratio == pytest.approx(6 * (report.n_text_tokens + 144) / (6 * report.n_text_tokens + 2 * 72 + 4 * 18))
+    assert report.token_layer_ratio == pytest.approx(
+        6 * (report.n_text_tokens + 144) / (6 * report.n_text_tokens + 2 * 72 + 4 * 18)
+    )
     assert report.n_kv_cells == report.n_text_tokens + 18
-    tokens = vlm.llama.input_ids[: report.n_kv_cells].tolist()  # what logits processors see: text as it is, one id for image rows
+    tokens = vlm.llama.input_ids[
+        : report.n_kv_cells
+    ].tolist()  # what logits processors see: text as it is, one id for image rows
     assert tokens[2:20] == [0] * 18 and vlm.llama.detokenize(tokens[20:]).decode().strip() == f"{PLATE} ASSISTANT:"
     assert set(image.decoder_kept) <= set(image.vision_kept) and (np.diff(image.decoder_kept) > 0).all()
     assert np.array_equal(image.vision_kept, top_k(image.vision_scores, 72))
@@ -157,7 +164,9 @@ def test_picture_of_a_report(vlm):
 
 @pytest.mark.parametrize("reuse", [True, False])
 def test_cells_of_dropped_tokens(reuse):
-    """The report counts the cells of what stays. Dropped tokens' are free at once without reuse, and with it when somebody needs the room."""
+    """The report counts the cells of what stays. Dropped tokens' are free at once without reuse, and with it when
+    somebody needs the room.
+    """
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, reuse=reuse) as vlm:
         _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
         last = lambda sequence: llama_cpp.llama_memory_seq_pos_max(vlm.decoder.memory, sequence)
@@ -165,7 +174,9 @@ def test_cells_of_dropped_tokens(reuse):
         assert vlm.llama._ctx.n_parked == (72 - 18 if reuse else 0)
         assert (last(PARKED) >= 0) is reuse
         long = COLOR + "!" * 150  # llama_cpp's time for an answer grows with the square of its length
-        answer = vlm.generate(long, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2), None, logit_bias={vlm.llama.token_eos(): -100.0})
+        answer = vlm.generate(
+            long, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2), None, logit_bias={vlm.llama.token_eos(): -100.0}
+        )
         assert answer.report.n_kv_cells + answer.report.n_generated >= 256 and answer.report.n_generated > 72 - 18
         assert last(PARKED) == -1
 
@@ -208,7 +219,9 @@ def test_sampling_is_llama_cpps(vlm):
     stopped = vlm.generate(PLATE, refvlm.DEMO_IMAGE, max_tokens=8, stop=[" 7"])
     assert stopped.text == " 0" and stopped.finish_reason == "stop"
     hot = [
-        vlm.generate(COLOR, refvlm.DEMO_IMAGE, max_tokens=8, temperature=20.0, top_k=0, top_p=1.0, min_p=0.0, seed=s).text
+        vlm.generate(
+            COLOR, refvlm.DEMO_IMAGE, max_tokens=8, temperature=20.0, top_k=0, top_p=1.0, min_p=0.0, seed=s
+        ).text
         for s in (1, 1, 2, 3)
     ]
     assert hot[0] == hot[1] and len(set(hot)) > 1
@@ -218,10 +231,10 @@ def test_sampling_is_llama_cpps(vlm):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_generation_through_llama_cpp_has_the_true_positions(families, decoder_rounding, family):
-    """Logits of every token that `generate` samples equal the float64 reference's at the positions after the unpruned prompt,
-    and not those at positions that go on from the kept rows."""
+    """Logits of every token that `generate` samples equal the float64 reference's at the positions after the unpruned
+    prompt, and not those at positions that go on from the kept rows."""
+    from helpers.reference import Decoder
     from llama_cpp import LogitsProcessorList
-    from reference import Decoder
 
     models, image = families[family], random_image(4, 112, 112) if family == "qwen2vl" else random_image(4)
     seen = []
@@ -231,8 +244,12 @@ def test_generation_through_llama_cpp_has_the_true_positions(families, decoder_r
         return scores
 
     config = PruneConfig(0.75, 0.5, 3, representatives="none")
-    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2) as vlm:
-        answer = vlm.generate("ab<__media__>cde?", image, config, 12, chat=False, logits_processor=LogitsProcessorList([capture]))
+    with StarVLM(
+        models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2
+    ) as vlm:
+        answer = vlm.generate(
+            "ab<__media__>cde?", image, config, 12, chat=False, logits_processor=LogitsProcessorList([capture])
+        )
         report = answer.report.images[0]
         prompt = vlm.tokenize("ab<__media__>cde?", [image], chat=False)
         before, chunk, after = prompt.chunks
@@ -242,10 +259,14 @@ def test_generation_through_llama_cpp_has_the_true_positions(families, decoder_r
     n, end = len(before.tokens), len(before.tokens) + chunk.n_positions
     rows = np.concatenate([reference.embed(before.tokens), embeddings, reference.embed(after.tokens)])
     text = lambda start, k: (
-        np.stack([np.arange(start, start + k)] * 3 + [np.zeros(k, int)]) if models.mrope else np.arange(start, start + k)
+        np.stack([np.arange(start, start + k)] * 3 + [np.zeros(k, int)])
+        if models.mrope
+        else np.arange(start, start + k)
     )
     offset = np.array([[n], [n], [n], [0]]) if models.mrope else n
-    positions = np.concatenate([text(0, n), chunk.positions[..., report.vision_kept] + offset, text(end, len(after.tokens))], axis=-1)
+    positions = np.concatenate(
+        [text(0, n), chunk.positions[..., report.vision_kept] + offset, text(end, len(after.tokens))], axis=-1
+    )
     of_image = np.repeat([-1, 0, -1], [n, len(embeddings), len(after.tokens)])
     kept = n + np.flatnonzero(np.isin(report.vision_kept, report.decoder_kept))
     want = reference.prune(rows, positions, of_image, K=3, keep_rows=kept)
@@ -253,7 +274,8 @@ def test_generation_through_llama_cpp_has_the_true_positions(families, decoder_r
     assert len(tokens) >= 12  # more where bytes make no character yet
     rounding = decoder_rounding(family)
     are_close = lambda at: [
-        bounds.are_close(a, b, rounding) for a, b in zip(seen, reference.generate(want, len(tokens), at, forced=tokens)[1])
+        bounds.are_close(a, b, rounding)
+        for a, b in zip(seen, reference.generate(want, len(tokens), at, forced=tokens)[1])
     ]
     assert all(are_close(end + len(after.tokens)))
     assert answer.report.n_kv_cells != end + len(after.tokens)
@@ -327,7 +349,9 @@ def test_cells_that_do_not_come_back_are_noticed(families, monkeypatch):
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
 def test_non_causal_images(families, flash_attn):
-    """Image rows that attend to each other both ways: keep-all equals stock with causal attention switched off for them."""
+    """Image rows that attend to each other both ways: keep-all equals stock with causal attention switched off for
+    them.
+    """
     models = families["llama"]
     prompt = random_prompt(models, [6, (5, 8), 3, (4, 4), 7])
     for segment in prompt.segments:
@@ -361,7 +385,7 @@ def test_text_model_without_images(families):
 
 
 def test_inspection_of_a_text_model(families, decoder_rounding):
-    from reference import Decoder
+    from helpers.reference import Decoder
 
     with StarVLM(families["llama"].text, n_ctx=256, n_threads=2) as vlm:
         seen = vlm.inspect("abc def", decoder_layers=[0, 3, 7], chat=False)
@@ -370,9 +394,15 @@ def test_inspection_of_a_text_model(families, decoder_rounding):
     reference = Decoder(str(families["llama"].text))
     assert len(seen.tokens) == len(tokens)
     for layer, attention in seen.decoder.items():
-        expected, other = (reference.attention(reference.embed(tokens), np.arange(len(tokens)), n) for n in (layer, (layer + 1) % 8))
+        expected, other = (
+            reference.attention(reference.embed(tokens), np.arange(len(tokens)), n) for n in (layer, (layer + 1) % 8)
+        )
         assert attention.shape == (8, len(tokens), len(tokens))
-        assert bounds.distance(attention, expected) <= bounds.share(decoder_rounding("llama", "fa")) < bounds.distance(other, expected)
+        assert (
+            bounds.distance(attention, expected)
+            <= bounds.share(decoder_rounding("llama", "fa"))
+            < bounds.distance(other, expected)
+        )
     assert np.allclose(mean.decoder[3], seen.decoder[3].mean(axis=0), atol=1e-6)
 
 
@@ -385,7 +415,9 @@ def test_inspection_agrees_with_the_decoder_stage(vlm):
     assert load_image(refvlm.DEMO_IMAGE).shape == (168, 168, 3)
 
 
-@pytest.mark.parametrize("prune, n_images, n_answer", [("fast", 1, 300), (None, 2, 3), (PruneConfig(decoder_keep=36), 2, 3)])
+@pytest.mark.parametrize(
+    "prune, n_images, n_answer", [("fast", 1, 300), (None, 2, 3), (PruneConfig(decoder_keep=36), 2, 3)]
+)
 def test_the_context_that_is_needed(prune, n_images, n_answer):
     """Enough, and in the next smaller one the prompt is refused or the answer is cut."""
 
@@ -393,7 +425,9 @@ def test_the_context_that_is_needed(prune, n_images, n_answer):
         with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=n_ctx) as vlm:
             no_end = {vlm.llama.token_eos(): -1e9}
             images = [refvlm.DEMO_IMAGE] * n_images
-            return vlm.generate("how many circles?", images, prune, max_tokens=n_answer, temperature=0, logit_bias=no_end)
+            return vlm.generate(
+                "how many circles?", images, prune, max_tokens=n_answer, temperature=0, logit_bias=no_end
+            )
 
     want = answer(1024)
     assert want.report.n_generated == n_answer and want.report.n_ctx_needed == 512

@@ -5,17 +5,18 @@ import struct
 import subprocess
 import sys
 import threading
-import zlib
 
 import numpy as np
 import pytest
-from conftest import QWEN2VL, random_image
+from helpers.models import QWEN2VL, random_image
+from helpers.pictures import png
+from helpers.presets import kept
 from PIL import Image
-from presets import kept
 
-from star_edge import PruneConfig, StarVLM, errors, native, refvlm
+from star_edge import PruneConfig, StarVLM, errors, refvlm
 from star_edge.chat import ChatFormat
-from star_edge.images import ImageLimits
+from star_edge.io.images import ImageLimits
+from star_edge.llamacpp import native
 from star_edge.synthetic import DecoderShape, write_decoder
 
 QUESTION = "how many squares?"
@@ -23,14 +24,18 @@ QUESTION = "how many squares?"
 
 @pytest.fixture(scope="module")
 def vlm():
-    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, image_limits=ImageLimits(max_pixels=1_000_000, timeout_s=2)) as engine:
+    with StarVLM(
+        refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, image_limits=ImageLimits(max_pixels=1_000_000, timeout_s=2)
+    ) as engine:
         engine.expected = engine.generate(QUESTION, refvlm.DEMO_IMAGE, max_tokens=4).text
         yield engine
 
 
 @pytest.fixture
 def fails(vlm):
-    """Asserts that a call raises the error, that the message has the words, and that the engine is as good as before."""
+    """Asserts that a call raises the error, that the message has the words, and that the engine is as good as
+    before.
+    """
 
     def check(error, words, call):
         with pytest.raises(error) as caught:
@@ -127,16 +132,6 @@ def test_kv_types():
 # ---- images ----
 
 
-def png(width, height):
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(bytes(100)))
-        + chunk(b"IEND", b"")
-    )
-
-
 def jpeg():
     buffer = io.BytesIO()
     Image.fromarray(random_image(0)).save(buffer, "JPEG")
@@ -165,8 +160,16 @@ def test_images(vlm, fails, image, error, words):
 
 def test_more_images_than_markers(vlm, fails):
     two = [refvlm.DEMO_IMAGE, refvlm.DEMO_IMAGE]
-    fails(errors.PromptError, ["1 image markers for 2 images"], lambda: ask(vlm, two, prompt="USER:<__media__>x ASSISTANT:", chat=False))
-    fails(errors.PromptError, ["2 image markers for 1 images"], lambda: ask(vlm, prompt="<__media__>a<__media__>b", chat=False))
+    fails(
+        errors.PromptError,
+        ["1 image markers for 2 images"],
+        lambda: ask(vlm, two, prompt="USER:<__media__>x ASSISTANT:", chat=False),
+    )
+    fails(
+        errors.PromptError,
+        ["2 image markers for 1 images"],
+        lambda: ask(vlm, prompt="<__media__>a<__media__>b", chat=False),
+    )
 
 
 # ---- limits and configs ----
@@ -203,7 +206,9 @@ def test_non_causal_image_must_fit_one_ubatch(vlm, fails, monkeypatch):
     monkeypatch.setattr(vlm.decoder, "n_ubatch", 100)
     with monkeypatch.context() as patch:
         patch.setattr(vlm, "tokenize", non_causal)
-        with pytest.raises(errors.ContextLengthError, match="144 tokens must be processed at once.*n_ubatch is 100: use n_ubatch=144"):
+        with pytest.raises(
+            errors.ContextLengthError, match="144 tokens must be processed at once.*n_ubatch is 100: use n_ubatch=144"
+        ):
             ask(vlm, prune=None)
     fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
 
@@ -237,11 +242,25 @@ def test_prune_values(vlm, fails):
     fails(errors.ConfigError, ["'fastest'", "balanced"], lambda: ask(vlm, prune="fastest"))
     fails(errors.ConfigError, ["float"], lambda: ask(vlm, prune=0.5))
     for options in (
-        {"vision_scorer": "some"}, {"decoder_scorer": "cls"}, {"representatives": "x"}, {"positions": "new"}, {"seed": -1}, {"seed": 0.5},
-        {"vision_share": 1.5}, {"decoder_share": "half"}, {"decoder_share": float("nan")},
-        {"windows": ((2, 0.5),), "decoder_keep": 0.5}, {"windows": "ab"}, {"windows": ((2,),)}, {"windows": ((0, 0.5),)}, {"windows": ((1.0, 0.5),)},
-        {"windows": ((2, 0.25), (4, 0.5))}, {"vision_keep": 0.25, "windows": ((2, 0.5),)}, {"windows": ((2, 0.0),)}, {"windows": ((1, 0.5),) * 7},
-    ):  # fmt: skip
+        {"vision_scorer": "some"},
+        {"decoder_scorer": "cls"},
+        {"representatives": "x"},
+        {"positions": "new"},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"vision_share": 1.5},
+        {"decoder_share": "half"},
+        {"decoder_share": float("nan")},
+        {"windows": ((2, 0.5),), "decoder_keep": 0.5},
+        {"windows": "ab"},
+        {"windows": ((2,),)},
+        {"windows": ((0, 0.5),)},
+        {"windows": ((1.0, 0.5),)},
+        {"windows": ((2, 0.25), (4, 0.5))},
+        {"vision_keep": 0.25, "windows": ((2, 0.5),)},
+        {"windows": ((2, 0.0),)},
+        {"windows": ((1, 0.5),) * 7},
+    ):
         with pytest.raises(errors.ConfigError, match="window" if "windows" in options else next(iter(options))):
             PruneConfig(**options)
     fails(errors.ConfigError, ["ascending"], lambda: ask(vlm, prune=PruneConfig(windows=((4, 0.5), (2, 0.25)))))
@@ -364,7 +383,7 @@ def test_interrupt_right_after_arming(vlm, fails, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("star_edge.tap.lib", Interrupting())
+        patch.setattr("star_edge.llamacpp.tap.lib", Interrupting())
         with pytest.raises(KeyboardInterrupt):
             ask(vlm)
     fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
@@ -407,7 +426,11 @@ def test_closed_engine():
     engine = StarVLM(refvlm.TEXT_MODEL, n_ctx=128)
     engine.close()
     engine.close()
-    for call in (lambda: engine.generate("hello"), lambda: engine.tokenize("hello", []), lambda: engine.inspect("hello")):
+    for call in (
+        lambda: engine.generate("hello"),
+        lambda: engine.tokenize("hello", []),
+        lambda: engine.inspect("hello"),
+    ):
         with pytest.raises(errors.EngineClosedError, match="closed"):
             call()
     engine = StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256)
@@ -442,7 +465,9 @@ def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
 
 
 def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch):
-    """A window that the graph does not allow is found while running; the answer comes without a decoder stage, and says so."""
+    """A window that the graph does not allow is found while running; the answer comes without a decoder stage, and says
+    so.
+    """
     monkeypatch.setattr(vlm.decoder, "n_layers", 9)  # the graph has 6: layer 7 never comes
     monkeypatch.setattr(vlm.decoder, "layer_problems", {})
     answer = ask(vlm, prune=PruneConfig(0.5, 0.25, 7))

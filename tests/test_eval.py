@@ -46,7 +46,9 @@ def star_edge(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def ask(star_edge):
-    """`star-edge eval` on the model's questions, answers of at most 4 tokens, with one thread: two wait for each other on a busy machine."""
+    """`star-edge eval` on the model's questions, answers of at most 4 tokens, with one thread: two wait for each other
+    on a busy machine.
+    """
     return lambda *args, status=0: star_edge("eval", *COMMON, *args, status=status)
 
 
@@ -87,7 +89,9 @@ def test_records_are_what_the_engine_says(vlm, tmp_path):
         off, same, other = (results.records[task.id, name] for name in ("off", "all", "hard"))
         logits = {c.name: vlm.read_prompt(task.question, task.images, c.prune)[0].logits.copy() for c in (OFF, hard)}
         assert off["kl"] == same["kl"] == 0
-        assert other["kl"] == pytest.approx(kl_divergence(logits["off"], logits["hard"]), rel=1e-6) and other["kl"] > 1e-5
+        assert (
+            other["kl"] == pytest.approx(kl_divergence(logits["off"], logits["hard"]), rel=1e-6) and other["kl"] > 1e-5
+        )
         assert (off["average_tokens"], same["average_tokens"]) == (144, 144)
         assert other["average_tokens"] == (2 * 36 + 4 * 9) / 6 and other["image_tokens"] == 144
         for record, prune in ((off, None), (other, hard.prune)):
@@ -121,7 +125,9 @@ def test_order_is_rotated_and_what_is_done_is_not_asked_again(vlm, tmp_path):
     results = Results(None, {}, tasks, configs)
     done = []
     recorder = Recorder(vlm)
-    run = lambda: run_tasks(recorder, tasks, configs, results, metric="exact", max_tokens=1, prompt_suffix="!", progress=done.append)
+    run = lambda: run_tasks(
+        recorder, tasks, configs, results, metric="exact", max_tokens=1, prompt_suffix="!", progress=done.append
+    )
     run()
     assert recorder.asked[:3] == [("read", off), ("read", a), ("read", b)]  # each warms up
     assert [prune for _, prune, _ in recorder.asked[3:]] == [off, a, b, a, off, b, b, off, a]
@@ -132,7 +138,9 @@ def test_order_is_rotated_and_what_is_done_is_not_asked_again(vlm, tmp_path):
     del results.records["1", "11"]
     recorder.asked.clear(), done.clear()
     run()
-    assert [entry[1] for entry in recorder.asked] == [off, a, b, off, b] and [entry[0] for entry in recorder.asked[:4]] == ["read"] * 4
+    assert [entry[1] for entry in recorder.asked] == [off, a, b, off, b] and [
+        entry[0] for entry in recorder.asked[:4]
+    ] == ["read"] * 4
     assert sum(done) == 9 and results.records["1", "11"]["kl"] == first["1", "11"]["kl"]
     assert results.records["1", "11"]["unpruned_first_token_ms"] != first["1", "11"]["unpruned_first_token_ms"]
     recorder.asked.clear()
@@ -150,42 +158,81 @@ def test_a_layer_that_the_model_lacks_ends_the_run_before_it_begins(vlm):
 
 def test_json_plot_and_tables(ask, tmp_path):
     write(tmp_path / "q.jsonl", QUESTIONS[:6])
-    args = ("q.jsonl", "--vision-keep", "0.25,1.0", "--decoder-keep", "0.5,0.0625", "--set", "vision_share=0,0.5", "--out", "r.jsonl")
+    args = (
+        "q.jsonl",
+        "--vision-keep",
+        "0.25,1.0",
+        "--decoder-keep",
+        "0.5,0.0625",
+        "--set",
+        "vision_share=0,0.5",
+        "--out",
+        "r.jsonl",
+    )
     out, err = ask(*args, "--json")
     assert not err
     data = json.loads(out)
     assert [row["name"] for row in data["configs"]] == ["off"] + [
-        f"vision {v} decoder {d} vision_share={m}" for v, d in ((0.25, 0.0625), (1.0, 0.5), (1.0, 0.0625)) for m in (0.0, 0.5)
+        f"vision {v} decoder {d} vision_share={m}"
+        for v, d in ((0.25, 0.0625), (1.0, 0.5), (1.0, 0.0625))
+        for m in (0.0, 0.5)
     ]
     assert len(data["notes"]) == 2 and "vision 0.25 decoder 0.5" in data["notes"][0]
     assert data["metric"] == "exact" and data["n_tasks"] == 6 and data["n_errors"] == 0
     off, hard = data["configs"][:2]
-    assert set(off["accuracy_by_category"]) == {q["family"] for q in QUESTIONS[:6]} and off["accuracy_by_category"]["color"] == 1
-    assert off["relative_accuracy"] == off["agreement"] == off["speed_up"] == 1 and off["kl"] == 0 and off["difference"] is None
-    assert hard["average_tokens"] == (2 * 36 + 4 * 9) / 6 and hard["kl"] > 0 and 0 <= hard["mcnemar_p"] <= 1 and hard["interval"] is None
+    assert (
+        set(off["accuracy_by_category"]) == {q["family"] for q in QUESTIONS[:6]}
+        and off["accuracy_by_category"]["color"] == 1
+    )
+    assert (
+        off["relative_accuracy"] == off["agreement"] == off["speed_up"] == 1
+        and off["kl"] == 0
+        and off["difference"] is None
+    )
+    assert (
+        hard["average_tokens"] == (2 * 36 + 4 * 9) / 6
+        and hard["kl"] > 0
+        and 0 <= hard["mcnemar_p"] <= 1
+        and hard["interval"] is None
+    )
     assert hard["config"]["vision_keep"] == 0.25 and hard["method"] == "vision 0.25 vision_share=0.0"
     # Everything is there: tables and pictures need no answer
     begun = Path("r.jsonl").read_bytes()
     pytest.importorskip("matplotlib")
     out, err = ask(*args, "--plot", "p.png")
     assert Path("r.jsonl").read_bytes() == begun
-    for words in ("exact match in %: 6 questions, 1 images", "color", "vision 0.25 decoder 0.0625", "note: dropped", "written: p.png"):
+    for words in (
+        "exact match in %: 6 questions, 1 images",
+        "color",
+        "vision 0.25 decoder 0.0625",
+        "note: dropped",
+        "written: p.png",
+    ):
         assert words in out
     picture = Image.open("p.png")
     assert picture.width >= 1200 and len(picture.convert("RGB").resize((100, 50)).getcolors(10000)) > 5
     ask(*args, "--plot", "p.svg")
     svg = Path("p.svg").read_text()
-    assert all(words in svg for words in ("unpruned", "exact match, %", "time to first token", "vision 0.25 vision_share=0.5"))
+    assert all(
+        words in svg for words in ("unpruned", "exact match, %", "time to first token", "vision 0.25 vision_share=0.5")
+    )
 
 
 def test_without_answers_agreement_is_what_is_compared(ask, tmp_path):
-    write(tmp_path / "q.jsonl", [{"image": q["image"], "text": q["question"], "question_id": q["id"]} for q in QUESTIONS[2:5]])
+    write(
+        tmp_path / "q.jsonl",
+        [{"image": q["image"], "text": q["question"], "question_id": q["id"]} for q in QUESTIONS[2:5]],
+    )
     out, _ = ask("q.jsonl", "--preset", "balanced", "--plot", "p.svg")
     assert "same answer" in out and "exact match" not in out
     data = json.loads(ask("q.jsonl", "--preset", "balanced", "--json")[0])
     off, balanced = data["configs"]
     assert data["metric"] is None and off["accuracy"] is balanced["accuracy"] is balanced["mcnemar_p"] is None
-    assert balanced["agreement"] == 1 and 0 < balanced["kl"] < 1 and "same answer as unpruned, %" in Path("p.svg").read_text()
+    assert (
+        balanced["agreement"] == 1
+        and 0 < balanced["kl"] < 1
+        and "same answer as unpruned, %" in Path("p.svg").read_text()
+    )
 
 
 def test_pope(ask, tmp_path):
@@ -254,7 +301,8 @@ def test_logits_that_are_no_numbers_are_an_error(vlm, tmp_path, monkeypatch):
 # ---- resuming ----
 
 
-# The command, which asks nothing more once the file has so many lines: however late the kill comes, it finds the run on its way
+# The command, which asks nothing more once the file has so many lines: however late the kill comes, it finds the run on
+# its way
 WAITS_FOR_THE_KILL = """
 import signal
 from pathlib import Path
@@ -278,8 +326,10 @@ def test_a_killed_run_goes_on_where_it_stopped(ask, tmp_path):
     path = tmp_path / "killed.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS_FOR_THE_KILL.format(path=str(path), n_lines=5), *args],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.001)

@@ -100,7 +100,9 @@ def test_pope():
     # TP 3, FN 1, FP 2, TN 4
     answers = ["yes"] * 3 + ["no"] + ["yes"] * 2 + ["no"] * 4
     labels = ["yes"] * 4 + ["no"] * 6
-    assert pope_scores(answers, labels) == PopeScores(accuracy=7 / 10, precision=3 / 5, recall=3 / 4, f1=2 / 3, yes_ratio=1 / 2)
+    assert pope_scores(answers, labels) == PopeScores(
+        accuracy=7 / 10, precision=3 / 5, recall=3 / 4, f1=2 / 3, yes_ratio=1 / 2
+    )
     assert pope_scores(["no"], ["no"]) == PopeScores(1.0, None, None, None, 0.0)
 
 
@@ -131,7 +133,9 @@ def test_bootstrap():
     values = rng.standard_normal(400) + 0.3
     half = 1.96 * values.std() / 20
     low, high = mean_interval(values, range(400))
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half) and high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half) and high == pytest.approx(
+        values.mean() + half, abs=0.1 * half
+    )
     assert mean_interval(values, range(400)) == (low, high)
     assert mean_interval(values, range(400), seed=1) != (low, high)
     # Four questions that are right or wrong together tell no more than one
@@ -140,7 +144,8 @@ def test_bootstrap():
     apart_low, apart_high = mean_interval(np.repeat(values, 4), range(1600))
     assert apart_high - apart_low == pytest.approx((high - low) / 2, rel=0.15)
     assert mean_interval([1.0, 0.0], ["a", "a"]) is None
-    # Clusters of unequal size: both, one or the other come in 1/2, 1/4 and 1/4 of the resamples, and the mean is over questions
+    # Clusters of unequal size: both, one or the other come in 1/2, 1/4 and 1/4 of the resamples, and the mean is over
+    # questions
     uneven = [1.0] * 9 + [0.0], ["a"] * 9 + ["b"]
     assert mean_interval(*uneven) == (0, 1) and mean_interval(*uneven, level=1e-9) == pytest.approx((0.9, 0.9))
 
@@ -166,7 +171,11 @@ def test_summary(tmp_path):
             records[task.id, name] |= {"task": task.id, "config": name}
     summary = summarise(tasks, configs, records, "exact")
     off, fast = summary["configs"]
-    assert summary["n_errors"] == 1 and summary["errors"] == [{"task": "3", "config": "off", "error": "e"}] and summary["n_images"] == 2
+    assert (
+        summary["n_errors"] == 1
+        and summary["errors"] == [{"task": "3", "config": "off", "error": "e"}]
+        and summary["n_images"] == 2
+    )
     assert (off["n"], off["n_errors"], off["n_scored"], off["accuracy"], off["difference"]) == (3, 1, 2, 1, None)
     assert (fast["n"], fast["n_scored"], fast["accuracy"]) == (4, 3, 2 / 3)
     assert fast["accuracy_by_category"] == {"a": 1.0, "b": 0.0}
@@ -194,10 +203,16 @@ def test_read_tasks_of_each_kind(tmp_path):
         {"question_id": 7, "image": "COCO_1.jpg", "text": "Is there a dog?", "label": "yes"},
         {"question_id": 8, "image": "b.jpg", "text": "Describe it.", "category": "detail"},
         {"question_id": 9, "image": "c.jpg", "question": "how many?", "answers": ["2"] * 6 + [{"answer": "two"}] * 4},
-        {"images": ["https://x.org/a.png", "/abs/b.png", "data:image/png;base64,AA"], "prompt": "line\u2028two", "answer": 3},
+        {
+            "images": ["https://x.org/a.png", "/abs/b.png", "data:image/png;base64,AA"],
+            "prompt": "line\u2028two",
+            "answer": 3,
+        },
     )
     own, pope, llava, vqa, several = read_tasks(path)
-    assert own.id == "own" and own.answers == ("cat",) and own.category == "f" and own.images == (str(tmp_path / "a.png"),)
+    assert (
+        own.id == "own" and own.answers == ("cat",) and own.category == "f" and own.images == (str(tmp_path / "a.png"),)
+    )
     assert (pope.id, pope.question, pope.answers) == ("7", "Is there a dog?", ("yes",))
     assert (llava.question, llava.answers, llava.category) == ("Describe it.", (), "detail")
     assert vqa.answers == ("2",) * 6 + ("two",) * 4
@@ -217,7 +232,11 @@ def test_metric_is_chosen_by_the_answers(tmp_path):
     vqa, yes, no = {**q, "answers": ["a"] * 10}, {**q, "answer": "Yes."}, {**q, "answer": "no"}
     choose = lambda *lines, metric="auto": choose_metric(metric, read_tasks(write(tmp_path, *lines)))
     assert choose(vqa) == "vqa" and choose(vqa, q) == "vqa" and choose(yes, no) == "pope" and choose(q) is None
-    assert choose(yes, vqa) == "exact" and choose({**q, "answer": "red"}) == "exact" and choose({**q, "answers": ["a", "b"]}) == "exact"
+    assert (
+        choose(yes, vqa) == "exact"
+        and choose({**q, "answer": "red"}) == "exact"
+        and choose({**q, "answers": ["a", "b"]}) == "exact"
+    )
     assert choose(yes, metric="exact") == "exact"
     for lines, metric, words in (
         ([q], "exact", "needs answers"),
@@ -240,7 +259,10 @@ def test_metric_is_chosen_by_the_answers(tmp_path):
         ([{"image": "a", "question": " "}], "has no question"),
         ([{"image": "a", "question": "b", "answer": [["x"]]}], "answer that is a list"),
         ([{"image": "a", "question": "b", "id": 1.5}], "the id 1.5"),
-        ([{"image": "a", "question": "b", "id": 1}, {"image": "a", "question": "b", "id": "1"}], "lines 1 and 2 have the same id"),
+        (
+            [{"image": "a", "question": "b", "id": 1}, {"image": "a", "question": "b", "id": "1"}],
+            "lines 1 and 2 have the same id",
+        ),
         ([""], "holds no question"),
     ],
 )
@@ -341,19 +363,26 @@ def test_presets_are_run_unless_others_are_named():
 
 def test_grid():
     configs, notes = choose_configs(
-        budget={"vision_keep": [0.5, 0.25], "decoder_keep": [0.5, 0.125]}, sets={"positions": ["original", "renumbered"]}
+        budget={"vision_keep": [0.5, 0.25], "decoder_keep": [0.5, 0.125]},
+        sets={"positions": ["original", "renumbered"]},
     )
     assert [c.name for c in configs] == ["off"] + [
         f"vision {v} decoder {d} positions={rows}"
         for v, d, rows in [
             (v, d, p) for v, d in ((0.5, 0.5), (0.5, 0.125), (0.25, 0.125)) for p in ("original", "renumbered")
         ]
-    ]  # fmt: skip
+    ]
     assert configs[-1].prune == PruneConfig(0.25, 0.125, positions="renumbered")
     assert configs[-1].method == "vision 0.25 positions=renumbered"  # a line runs along decoder_keep
-    assert len(notes) == 2 and notes[0].startswith("dropped vision 0.25 decoder 0.5 positions=original: decoder_keep=0.5 is more than")
+    assert len(notes) == 2 and notes[0].startswith(
+        "dropped vision 0.25 decoder 0.5 positions=original: decoder_keep=0.5 is more than"
+    )
     configs, _ = choose_configs(["fast"], {"vision_keep": [0.5, 0.25]})
-    assert [(c.name, c.method) for c in configs[1:]] == [("fast", "presets"), ("vision 0.5", "grid"), ("vision 0.25", "grid")]
+    assert [(c.name, c.method) for c in configs[1:]] == [
+        ("fast", "presets"),
+        ("vision 0.5", "grid"),
+        ("vision 0.25", "grid"),
+    ]
     configs, _ = choose_configs(budget={"decoder_keep": [0.5], "decoder_layer": [2, 3]})
     assert [c.method for c in configs[1:]] == ["grid", "grid"] and configs[1].prune.decoder_layer == 2
 
@@ -362,7 +391,10 @@ def test_configs_from_a_file(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('[{"name": "a", "method": "m", "vision_keep": 0.5}, {"name": "b", "decoder_keep": 9}]')
     configs, _ = choose_configs(file=path)
-    assert [(c.name, c.method, c.prune) for c in configs[1:]] == [("a", "m", PruneConfig(0.5)), ("b", "b", PruneConfig(1.0, 9))]
+    assert [(c.name, c.method, c.prune) for c in configs[1:]] == [
+        ("a", "m", PruneConfig(0.5)),
+        ("b", "b", PruneConfig(1.0, 9)),
+    ]
     for text, words in (
         ("nope", "no JSON"),
         ('{"name": "a"}', "no list"),

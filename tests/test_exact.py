@@ -1,22 +1,21 @@
 """Exact: with everything kept, the layer window gives stock llama.cpp's logits, bit for bit.
 
-The oracle is stock llama.cpp, in a context without the tap. Identity holds beyond f32 and plain attention: every segment is
-decoded with the number of rows that stock decodes it with, so the kernels round alike.
+The oracle is stock llama.cpp, in a context without the tap. Identity holds beyond f32 and plain attention: every
+segment is decoded with the number of rows that stock decodes it with, so the kernels round alike.
 """
 
 import numpy as np
 import pytest
-import stock
-from conftest import random_image, random_prompt
+from helpers import stock
+from helpers.choosing import by_score, generate, keep_all
+from helpers.models import random_image, random_prompt
 
 from star_edge import PruneConfig, StarVLM, refvlm
-from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
-from star_edge.images import load_image
-from star_edge.representatives import select
-from star_edge.selection import Selection, Tokens
-from star_edge.tap import Tap
+from star_edge.io.images import load_image
+from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.tap import Tap
 
 N_GENERATE = 32
 PARTS = [12, (10, 20), 9]
@@ -25,7 +24,9 @@ SEVERAL = [5, (6, 7), 4, (9, 5), 3, (4, 4), 11]
 
 @pytest.fixture(scope="module")
 def tapped(families):
-    """A function that gives a tapped decoder: (family, flash_attn, **options) -> DecoderContext, kept for the module."""
+    """A function that gives a tapped decoder: (family, flash_attn, **options) -> DecoderContext, kept for the
+    module.
+    """
     made = {}
 
     def get(family, flash_attn, **options):
@@ -46,34 +47,10 @@ def tapped(families):
         tap.close()
 
 
-def keep_all(seen, n):
-    return Selection(np.arange(len(seen.attention)))
-
-
-def by_share(seen, n, share=0.0):
-    """The n best by attention; with a share, that part of n stands for the rest, spread evenly."""
-    tokens = Tokens(seen.hidden, seen.rows, mass=seen.mass)
-    return select("even" if share else "none", tokens, seen.attention, n, share)
-
-
-def by_score(seen, n):
-    return by_share(seen, n)
-
-
-def generate(context, state, n):
-    """Greedy continuation through llama_cpp's own decode path, with the tap's position shift."""
-    context.tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
-    out, history, tokens = state.logits, [state.logits], []
-    for i in range(n):
-        tokens.append(int(out.argmax()))
-        context.tap.begin()
-        out = stock.decode(context.llama, tokens=tokens[-1:], positions=[state.n_cells + i])
-        history.append(out)
-    return history, tokens
-
-
 @pytest.mark.parametrize("parts", [PARTS, SEVERAL], ids=["one-image", "three-images"])
-@pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
+@pytest.mark.parametrize(
+    ("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, parts):
     options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache]}
@@ -85,7 +62,9 @@ def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, part
     n_layers = families[family].shape.n_layers
     for layer in (1, n_layers // 2, n_layers - 1):
         context = tapped(family, flash_attn, **options)
-        state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0] * n_images)], keep_all))
+        state = prefill(
+            context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0] * n_images)], keep_all)
+        )
         history, tokens = generate(context, state, N_GENERATE)
         assert state.in_place
         assert tokens == expected_tokens
@@ -125,7 +104,9 @@ def test_whole_pipeline_equals_stock(families, family, flash_attn):
     expected, expected_tokens = plain.ask(prompt, images, N_GENERATE)
     plain.close()
     llama.close()
-    with StarVLM(models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=2, encoder="stock") as vlm:
+    with StarVLM(
+        models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=2, encoder="stock"
+    ) as vlm:
         for prune in (None, PruneConfig(decoder_layer=1), PruneConfig(1.0, 1.0, 4), PruneConfig(decoder_layer=7)):
             state, report = vlm.read_prompt(prompt, images, prune, chat=False)
             assert np.array_equal(state.logits, expected[0])
@@ -144,7 +125,9 @@ def test_shipped_model_equals_stock(flash_attn):
             prompt = f"USER:<__media__>{question['question']} ASSISTANT:"
             expected, expected_tokens = plain.ask(prompt, [image], N_GENERATE)
             for layer in (None, 1, 3, 5):
-                state, _ = vlm.read_prompt(question["question"], image, PruneConfig(decoder_layer=layer) if layer else None)
+                state, _ = vlm.read_prompt(
+                    question["question"], image, PruneConfig(decoder_layer=layer) if layer else None
+                )
                 assert np.array_equal(state.logits, expected[0])
                 assert generate(vlm.decoder, state, N_GENERATE)[1] == expected_tokens
     plain.close()
@@ -152,7 +135,9 @@ def test_shipped_model_equals_stock(flash_attn):
 
 
 def test_ordinary_decode_after_a_pruned_one(families, tapped):
-    """Flags that were cleared to skip nodes are set again, and parked cells are free: nothing of a pruned run is left."""
+    """Flags that were cleared to skip nodes are set again, and parked cells are free: nothing of a pruned run is
+    left.
+    """
     prompt = random_prompt(families["llama"], PARTS)
     plain = stock.load(families["llama"].text, True)
     expected, _ = stock.run_segments(plain, prompt.segments, prompt.next_position)
@@ -161,8 +146,8 @@ def test_ordinary_decode_after_a_pruned_one(families, tapped):
     for layer in (1, 4, 7):
         pruned = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [20])], by_score))
         assert not np.array_equal(pruned.logits, expected[0])
-        # First a graph of the same shape as the resume's last one (embedding rows, as many, as many outputs and cells), which
-        # llama.cpp reuses (llm_graph_result::can_reuse): a flag left cleared would show here.
+        # First a graph of the same shape as the resume's last one (embedding rows, as many, as many outputs and cells),
+        # which llama.cpp reuses (llm_graph_result::can_reuse): a flag left cleared would show here.
         n = len(prompt.segments[-1].rows)
         context.remove(0, 12)
         rows = np.random.default_rng(1).standard_normal((n, 256)).astype(np.float32)
@@ -195,7 +180,11 @@ def test_a_thousand_mixed_requests_leave_no_drift(families):
     seen = {}
     with StarVLM(models.text, models.mmproj, n_ctx=256, n_threads=1) as vlm:
         for _ in range(1000):
-            i, c, text = rng.integers(3), rng.integers(len(configs)), ("what?", "where is it, and how many?")[rng.integers(2)]
+            i, c, text = (
+                rng.integers(3),
+                rng.integers(len(configs)),
+                ("what?", "where is it, and how many?")[rng.integers(2)],
+            )
             n_images = rng.integers(0, 3)
             chosen = [images[(i + k) % 3] for k in range(n_images)]
             state, report = vlm.read_prompt(text, chosen, configs[c])

@@ -1,28 +1,28 @@
-"""Faithful: pruned logits and continuations equal a float64 reference of the algorithm, within the KV cache's precision.
+"""Faithful: pruned logits and continuations equal a float64 reference of the algorithm, within the KV cache's
+precision.
 
-The reference (tests/reference.py) was written from the paper and the design, without the engine. How far the engine may be from it is
-what stock llama.cpp rounds in the same mode with another prompt, unpruned (bounds.py).
+The reference (tests/helpers/reference.py) was written from the paper and the design, without the engine. How far the
+engine may be from it is what stock llama.cpp rounds in the same mode with another prompt, unpruned (bounds.py).
 """
 
 from dataclasses import replace
 
-import bounds
 import numpy as np
 import pytest
-import stock
-from conftest import random_image, random_prompt
-from families import MODES
-from reference import ClipEncoder, Decoder
-from test_exact import by_score, by_share, generate
+from helpers import bounds, stock
+from helpers.choosing import by_score, by_share, generate
+from helpers.families import MODES
+from helpers.models import random_image, random_prompt
+from helpers.reference import ClipEncoder, Decoder
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
-from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
-from star_edge.images import load_image
-from star_edge.representatives import select
-from star_edge.selection import Tokens
-from star_edge.tap import Tap
+from star_edge.io.images import load_image
+from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.tap import Tap
+from star_edge.pruning.representatives import select
+from star_edge.pruning.selection import Tokens
 
 N_GENERATE = 16
 
@@ -36,7 +36,9 @@ def decoders(families):
         if (family, mode) not in made:
             flash_attn, cache = MODES[mode]
             tap = Tap()
-            llama = stock.load(families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache])
+            llama = stock.load(
+                families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache]
+            )
             attach_tap(llama, tap)
             made[family, mode] = DecoderContext(llama, tap), tap, Decoder(str(families[family].text))
         context, _, reference = made[family, mode]
@@ -52,14 +54,20 @@ def decoders(families):
 
 def expected(reference, prompt, n_keep, layer, **options):
     return reference.prune(
-        prompt.embed(reference), options.pop("positions", prompt.positions), prompt.image_of_row, n_keep=n_keep, K=layer, **options
+        prompt.embed(reference),
+        options.pop("positions", prompt.positions),
+        prompt.image_of_row,
+        n_keep=n_keep,
+        K=layer,
+        **options,
     )
 
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 @pytest.mark.parametrize(
-    ("parts", "n_keep", "layer"), [([12, (10, 20), 9], [20], 2), ([12, (10, 20), 9], [1], 7), ([5, (6, 7), 4, (9, 5), 13], [9, 17], 4)]
+    ("parts", "n_keep", "layer"),
+    [([12, (10, 20), 9], [20], 2), ([12, (10, 20), 9], [1], 7), ([5, (6, 7), 4, (9, 5), 13], [9, 17], 4)],
 )
 def test_pruned_logits_and_continuation(families, decoders, decoder_rounding, family, mode, parts, n_keep, layer):
     context, reference = decoders(family, mode)
@@ -86,7 +94,8 @@ def test_pruned_logits_and_continuation(families, decoders, decoder_rounding, fa
     _, want_logits = reference.generate(want, N_GENERATE, prompt.next_position, forced=tokens)
     for ours, theirs in zip(history, want_logits):
         assert bounds.are_close(ours, theirs, rounding)
-    # One row later in each image, and without a place for the rows that were dropped. What a single row does in the last layer is less than
+    # One row later in each image, and without a place for the rows that were dropped. What a single row does in the
+    # last layer is less than
     # q8_0 rounds: the other modes show it.
     if mode != "q8_0" or min(n_keep) > 1:
         later = np.concatenate([np.roll(r, -1)[k] for r, k in zip(image_rows, kept_rows)])
@@ -131,11 +140,15 @@ def test_text_longer_than_ubatch_scores_with_every_row(families, decoders, decod
     try:
         state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(3, [10])], by_score))
         context.clear()
-        last = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(3, [10])], by_score, text_rows="last"))
+        last = prefill(
+            context, prompt.segments, prompt.next_position, DecoderStage([(3, [10])], by_score, text_rows="last")
+        )
     finally:
         context.n_ubatch = before
     share, n = bounds.share(decoder_rounding("llama")), len(prompt.image_of_row)
-    want, want_last, want_less = (expected(reference, prompt, [10], 3, text_rows=r).scores for r in (None, [n - 1], np.arange(n - 75 % 32, n)))  # less: the last decode's
+    want, want_last, want_less = (
+        expected(reference, prompt, [10], 3, text_rows=r).scores for r in (None, [n - 1], np.arange(n - 75 % 32, n))
+    )  # less: the last decode's
     assert bounds.distance(state.scores[0][0], want) <= share * want.max() < bounds.distance(want_less, want)
     assert bounds.distance(last.scores[0][0], want_last) <= share * want_last.max()
 
@@ -158,7 +171,10 @@ def test_both_stages_end_to_end(families, flash_attn):
         n_threads=1,
     ) as vlm:
         state, report = vlm.read_prompt(
-            "see <__media__> what is it?", image, replace(PRESETS["star"], vision_keep=20, decoder_keep=7, decoder_layer=3), chat=False
+            "see <__media__> what is it?",
+            image,
+            replace(PRESETS["star"], vision_keep=20, decoder_keep=7, decoder_layer=3),
+            chat=False,
         )
         before = vlm.llama.tokenize(b"see ", add_bos=True, special=True)
         after = vlm.llama.tokenize(b" what is it?", add_bos=False, special=True)
@@ -177,7 +193,11 @@ def test_both_stages_end_to_end(families, flash_attn):
     kept = np.searchsorted(picture.vision_kept, picture.decoder_kept)
     want = decoder.prune(rows, positions, of_image, K=3, keep_rows=n + kept)
     limit = bounds.share(rounding) * want.scores.max()
-    assert bounds.distance(picture.decoder_scores, want.scores) <= limit < bounds.distance(np.roll(want.scores, 1), want.scores)
+    assert (
+        bounds.distance(picture.decoder_scores, want.scores)
+        <= limit
+        < bounds.distance(np.roll(want.scores, 1), want.scores)
+    )
     bounds.assert_best(kept, want.scores, limit)
     assert bounds.are_close(state.logits, want.logits, rounding)
     other = decoder.prune(rows, positions, of_image, K=3, keep_rows=n + (kept + 1) % 20)
@@ -193,7 +213,9 @@ def encode(vlm, image):
 
 
 def rounding_with_features(models, flash_attn, before, features, after, right):
-    """What stock rounds with an unpruned prompt, given features that the encoder has rounded already: right ones are the reference's."""
+    """What stock rounds with an unpruned prompt, given features that the encoder has rounded already: right ones are
+    the reference's.
+    """
     cache = {} if flash_attn else {"type_k": KV_TYPES["f32"], "type_v": KV_TYPES["f32"]}
     llama, decoder = stock.load(models.text, flash_attn, n_threads=1, **cache), Decoder(models.text)
     stock.decode(llama, tokens=before, positions=np.arange(len(before)))
@@ -226,8 +248,8 @@ def test_shipped_model_scores(flash_attn):
 def test_attention_mass(families, decoders, decoder_rounding, family, mode):
     """Representatives: log(mass) is in the attention of the probe, in the scores, after layer K, and while generating.
 
-    The reference chooses by itself from the masses' definition: the k - m best by score per unit of mass stay as they are, and
-    m that lie evenly over the rest share the rest's mass.
+    The reference chooses by itself from the masses' definition: the k - m best by score per unit of mass stay as they
+    are, and m that lie evenly over the rest share the rest's mass.
     """
     context, reference = decoders(family, mode)
     rounding = decoder_rounding(family, mode)
@@ -271,7 +293,9 @@ def test_attention_mass(families, decoders, decoder_rounding, family, mode):
     n_layers = families[family].shape.n_layers
     by_layer = np.stack([before] * layer + [after] * (n_layers - layer))
     result = expected(reference, prompt, None, layer, keep_rows=np.concatenate(kept_rows), column_bias=by_layer)
-    result.column_bias = np.stack([after[result.kept]] * n_layers)  # the answer's tokens see the final masses in every layer
+    result.column_bias = np.stack(
+        [after[result.kept]] * n_layers
+    )  # the answer's tokens see the final masses in every layer
     _, logits = reference.generate(result, N_GENERATE, prompt.next_position, forced=tokens)
     for ours, theirs in zip(history, logits):
         assert bounds.are_close(ours, theirs, rounding)
@@ -284,12 +308,14 @@ def test_attention_mass(families, decoders, decoder_rounding, family, mode):
 def test_defaults_end_to_end(families, decoder_rounding, family):
     """The default config: given what it kept, and what each kept token stands for, logits equal the reference's.
 
-    The vision stage hands the decoder the mean embedding of each group, at the kept token's position, with log(mass) in the
-    attention from layer 0; the decoder stage's masses take over at layer K.
+    The vision stage hands the decoder the mean embedding of each group, at the kept token's position, with log(mass) in
+    the attention from layer 0; the decoder stage's masses take over at layer K.
     """
     models = families[family]
     image = random_image(7)
-    with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=1) as vlm:
+    with StarVLM(
+        models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=1
+    ) as vlm:
         prompt = vlm.tokenize("ab<__media__>cde?", [load_image(image)], chat=False)
         before, chunk, after = prompt.chunks
         embeddings = vlm.encoder.encode(chunk).embeddings.astype(np.float64)
@@ -308,7 +334,9 @@ def test_defaults_end_to_end(families, decoder_rounding, family):
     else:
         text = lambda p: np.stack([p, p, p, 0 * p])
         offset = np.array([[n]] * 3 + [[0]])
-        positions = np.concatenate([text(np.arange(n)), chunk.positions[:, picture.vision_kept] + offset, text(after_image)], axis=1)
+        positions = np.concatenate(
+            [text(np.arange(n)), chunk.positions[:, picture.vision_kept] + offset, text(after_image)], axis=1
+        )
     of_image = np.concatenate([np.full(n, -1), np.zeros(n1, int), np.full(len(after.tokens), -1)])
     first, second = np.zeros(len(rows)), np.zeros(len(rows))
     first[n : n + n1] = np.log(picture.vision_mass)
@@ -319,7 +347,11 @@ def test_defaults_end_to_end(families, decoder_rounding, family):
     want = decoder.prune(rows, positions, of_image, None, K=3, keep_rows=kept, column_bias=bias)
     seen = decoder.prune(rows, positions, of_image, None, K=3, column_bias=first).scores
     rounding = decoder_rounding(family)
-    assert bounds.distance(picture.decoder_scores, seen) <= bounds.share(rounding) * seen.max() < bounds.distance(np.roll(seen, 1), seen)
+    assert (
+        bounds.distance(picture.decoder_scores, seen)
+        <= bounds.share(rounding) * seen.max()
+        < bounds.distance(np.roll(seen, 1), seen)
+    )
     assert bounds.are_close(state.logits, want.logits, rounding)
     unmerged = np.concatenate([rows[:n], embeddings[picture.vision_kept], rows[n + n1 :]])
     wrong = decoder.prune(unmerged, positions, of_image, None, K=3, keep_rows=kept, column_bias=bias)

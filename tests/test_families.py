@@ -1,26 +1,24 @@
-"""Every family: the engine against stock llama.cpp with everything kept, and against transformers' own attention, logits and answers.
+"""Every family: the engine against stock llama.cpp with everything kept, and against transformers' own attention,
+logits and answers.
 
-Files and numbers are tests/fixtures/<family>, made by tools/fixtures; nothing of transformers is needed here. A new folder is tested
-without a change to this file.
+Files and numbers are tests/fixtures/<family>, made by tools/fixtures; nothing of transformers is needed here. A new
+folder is tested without a change to this file.
 
-What may differ from transformers is what stock llama.cpp rounds on this backend with the unpruned prompts (bounds.py). The tool makes
-sure that pruning changes logits by 0.5 at least, and that no greedy token leads by less than 0.02: what is a tie on this backend may go
-either way.
+What may differ from transformers is what stock llama.cpp rounds on this backend with the unpruned prompts (bounds.py).
+The tool makes sure that pruning changes logits by 0.5 at least, and that no greedy token leads by less than 0.02: what
+is a tie on this backend may go either way.
 """
 
-import bounds
 import numpy as np
 import pytest
-import stock
-import stock_attention
-import support
-from families import MODES, N_THREADS, load_fixtures, tokenized
-from test_exact import generate, keep_all
+from helpers import bounds, stock, stock_attention, support
+from helpers.choosing import generate, keep_all
+from helpers.families import MODES, N_THREADS, load_fixtures, tokenized
 
 from star_edge import MEDIA_MARKER, PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
-from star_edge.selection import Selection
+from star_edge.pruning.selection import Selection
 
 FIXTURES = load_fixtures()
 N_GENERATE = 8
@@ -54,8 +52,8 @@ def decoder_stage(fixture):
 
 @pytest.fixture(scope="module")
 def rounding(fixture, engines):
-    """(mode, features) -> what stock llama.cpp rounds in its decoder with the unpruned prompts, given transformers' features, or with
-    "pixels" given those of the encoder on this backend, whose own rounding is in it then."""
+    """(mode, features) -> what stock llama.cpp rounds in its decoder with the unpruned prompts, given transformers'
+    features, or with "pixels" given those of the encoder on this backend, whose own rounding is in it then."""
     measured = {}
 
     def get(mode, features="given"):
@@ -132,7 +130,9 @@ def test_tokens_and_positions(fixture, engines):
 
 @pytest.mark.parametrize("mode", ["f16", "fa", "q8_0"])
 def test_keep_all_equals_stock(fixture, engines, decoder_stage, mode):
-    """The same features through stock llama.cpp and through a window at K with everything kept: bit for bit, answer included."""
+    """The same features through stock llama.cpp and through a window at K with everything kept: bit for bit, answer
+    included.
+    """
     vlm, plain = engines(mode), load_stock(fixture, mode)
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
@@ -151,7 +151,9 @@ def test_keep_all_equals_stock(fixture, engines, decoder_stage, mode):
 
 @pytest.mark.parametrize("mode", ["f16", "fa", "q8_0"])
 def test_whole_pipeline_equals_stock(fixture, engines, mode):
-    """Pixels to answer with everything kept, two images: libmtmd and stock llama.cpp against the engine as it is without a repair."""
+    """Pixels to answer with everything kept, two images: libmtmd and stock llama.cpp against the engine as it is
+    without a repair.
+    """
     flash_attn, _ = MODES[mode]
     vlm = engines(mode, "stock")
     prompt = fixture.prompts[-1]
@@ -193,7 +195,9 @@ def test_frames(fixture, engines):
 
 
 def test_frames_share_a_budget(fixture, engines):
-    """A film that stands still for a frame: together they keep as many tokens, the frame that shows nothing new fewer than the others."""
+    """A film that stands still for a frame: together they keep as many tokens, the frame that shows nothing new fewer
+    than the others.
+    """
     vlm = engines("fa", "stock")
     first, second = fixture.prompts[-1].pictures[:2]
     if first.shape != second.shape:
@@ -225,7 +229,9 @@ def test_features(fixture, engines):
 
 
 def test_what_is_repaired(fixture, engines):
-    """Where the engine repairs the encoder stock's features are another image's; where stock is right nothing is repaired."""
+    """Where the engine repairs the encoder stock's features are another image's; where stock is right nothing is
+    repaired.
+    """
     repaired = engines()
     stock_ = engines(encoder="stock")
     prompt = fixture.prompts[0]
@@ -241,7 +247,9 @@ def test_what_is_repaired(fixture, engines):
 
 @pytest.mark.parametrize("mode", ["f32", "fa"])
 def test_encoder_scores(fixture, engines, mode):
-    """What each image token's patches receive; the same top-k up to ties. Bound: how far the features are off in the same run."""
+    """What each image token's patches receive; the same top-k up to ties. Bound: how far the features are off in the
+    same run.
+    """
     if fixture.vision_problem:
         pytest.skip(f"no encoder scores: {fixture.vision_problem}")
     vlm = engines(mode)
@@ -266,7 +274,9 @@ def assert_same_scores(ours, theirs, limit, n):
 
 
 def is_same_choice(kept, theirs, scores, limit):
-    """Whether the same tokens stay; where others do they must be ties in transformers' scores of all tokens there were."""
+    """Whether the same tokens stay; where others do they must be ties in transformers' scores of all tokens there
+    were.
+    """
     assert len(kept) == len(theirs)
     if np.array_equal(kept, theirs):
         return True
@@ -289,7 +299,9 @@ def assert_answers(vlm, state, answer, limit):
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_decoder_scores_are_stocks_attention(fixture, engines, decoder_stage, mode):
-    """Scores at K are what stock's layer K attends to, read by another callback: the same numbers, whatever the backend rounds."""
+    """Scores at K are what stock's layer K attends to, read by another callback: the same numbers, whatever the backend
+    rounds.
+    """
     vlm, plain = engines(mode), load_stock(fixture, mode)
     reader = stock_attention.Reader(plain)
     for prompt in fixture.prompts:
@@ -306,7 +318,10 @@ def test_decoder_scores_are_stocks_attention(fixture, engines, decoder_stage, mo
                 limit = bounds.FLOAT32 * right.max()
                 assert bounds.distance(scores, right) <= limit
                 # another row, the layer before, a row of the text or a head less
-                for wrong in (np.roll(right, 1), *(a.mean(axis=(0, 1)) for a in (earlier, received[:, 1:], received[1:]))):
+                for wrong in (
+                    np.roll(right, 1),
+                    *(a.mean(axis=(0, 1)) for a in (earlier, received[:, 1:], received[1:])),
+                ):
                     assert bounds.distance(wrong, right) > limit
     plain.close()
 
@@ -316,7 +331,9 @@ def test_decoder_scores_are_stocks_attention(fixture, engines, decoder_stage, mo
 
 @pytest.mark.parametrize("mode", ["f32", "f16", "fa"])
 def test_unpruned_decoder(fixture, engines, rounding, mode):
-    """The engine without a stage is stock, and stock is transformers: root mean square of 3% of a deviation is too much for any rounding."""
+    """The engine without a stage is stock, and stock is transformers: root mean square of 3% of a deviation is too much
+    for any rounding.
+    """
     vlm = engines(mode)
     assert rounding(mode) < 0.03
     for prompt in fixture.prompts:
@@ -337,7 +354,9 @@ def test_pruned_decoder(fixture, engines, decoder_stage, rounding, mode):
 
 
 def assert_pruned(vlm, prompt, case, rounding, features=None, answers=False):
-    """The decoder stage after transformers' choice of the vision stage; logits given its choice at K, which ours must be but for ties."""
+    """The decoder stage after transformers' choice of the vision stage; logits given its choice at K, which ours must
+    be but for ties.
+    """
     with tokenized(vlm, prompt) as chunks:
         segments = prompt.segments(chunks, case.vision_kept, features)
     n = [case.n2] * len(prompt.features)
@@ -354,7 +373,9 @@ def assert_pruned(vlm, prompt, case, rounding, features=None, answers=False):
         state = prefill(afresh(vlm), segments, prompt.next_position, stage)
     assert bounds.are_close(state.logits, case.logits, rounding)
     others = [prompt.logits, *(other.logits for other in prompt.cases if other is not case)]
-    assert not any(bounds.are_close(other, case.logits, rounding) for other in others)  # pruning shows, and which tokens and where
+    assert not any(
+        bounds.are_close(other, case.logits, rounding) for other in others
+    )  # pruning shows, and which tokens and where
     if answers:
         assert_answers(vlm, state, case.answer, bounds.of(case.logits, rounding))
 
@@ -364,7 +385,9 @@ def assert_pruned(vlm, prompt, case, rounding, features=None, answers=False):
 
 @pytest.mark.parametrize("mode", ["f32", "fa", "q8_0"])
 def test_both_stages(fixture, engines, rounding, mode):
-    """Plain STAR on both stages: the same tokens stay, and logits and answer are transformers'. q8_0: tokens and budget alone."""
+    """Plain STAR on both stages: the same tokens stay, and logits and answer are transformers'. q8_0: tokens and budget
+    alone.
+    """
     vlm = engines(mode)
     for prompt in fixture.prompts:
         for case in prompt.cases:
@@ -374,7 +397,9 @@ def test_both_stages(fixture, engines, rounding, mode):
             state, report = vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
             windows = [] if case.layer is None else [(case.layer, case.n2 * len(prompt.features))]
             assert state.in_place and report.windows == windows
-            assert all(len(image.vision_kept) == case.n1 and len(image.decoder_kept) == case.n2 for image in report.images)
+            assert all(
+                len(image.vision_kept) == case.n1 and len(image.decoder_kept) == case.n2 for image in report.images
+            )
             share = bounds.share(rounding(mode, "pixels"))
             same = True
             if case.prunes_vision:
@@ -392,14 +417,18 @@ def test_both_stages(fixture, engines, rounding, mode):
                 assert bounds.are_close(state.logits, case.logits, rounding(mode, "pixels"))
                 if mode == "f32":
                     assert_answers(vlm, state, case.answer, bounds.of(case.logits, rounding(mode, "pixels")))
-            elif windows:  # ties went the other way on this backend: transformers' choice on the features of this encoder
+            elif (
+                windows
+            ):  # ties went the other way on this backend: transformers' choice on the features of this encoder
                 with tokenized(vlm, prompt) as chunks:
                     features = encode(vlm, chunks)
                 assert_pruned(vlm, prompt, case, rounding(mode, "pixels"), features, answers=mode == "f32")
 
 
 def test_a_stage_that_cannot_be_is_reported(fixture, engines):
-    """Where a family cannot have a stage the report says why, and the answer is stock's; where it can, nothing is said."""
+    """Where a family cannot have a stage the report says why, and the answer is stock's; where it can, nothing is
+    said.
+    """
     vlm = engines()
     prompt = fixture.prompts[0]
     config = PruneConfig(0.5, 0.25, 1, representatives="none")

@@ -7,14 +7,15 @@ import os
 
 import pytest
 
-from star_edge import batch, results_file
+from star_edge import batch
 from star_edge.batch import Results, Settings, Task, read_tasks
-from star_edge.config import load_config
 from star_edge.errors import ConfigError, EvaluationError, OutputError
 from star_edge.evaluation import results as eval_results
 from star_edge.evaluation import tasks as eval_tasks
 from star_edge.evaluation.configs import OFF, file_configs
-from star_edge.json_input import MAX_DEPTH, parse_json
+from star_edge.io import results_file
+from star_edge.io.json_input import MAX_DEPTH, parse_json
+from star_edge.pruning.config import load_config
 
 SETTINGS = Settings(None)
 DEEP, LONG = "[" * 100_000 + "]" * 100_000, "1" * 5_000
@@ -26,9 +27,13 @@ DEEP, LONG = "[" * 100_000 + "]" * 100_000, "1" * 5_000
 def test_only_newlines_end_a_line_of_json(tmp_path, character):
     """JSON allows most of them in strings as they are; those that it does not are no line ends either."""
     path = tmp_path / "t.jsonl"
-    text = json.dumps({"image": "a.png", "prompt": f"one{character}line", "question": f"one{character}line"}, ensure_ascii=False)
+    text = json.dumps(
+        {"image": "a.png", "prompt": f"one{character}line", "question": f"one{character}line"}, ensure_ascii=False
+    )
     task = {"image": "a.png", "prompt": f"one{character}line"}
-    path.write_text(json.dumps(task, ensure_ascii=False) + "\r\n\n" + json.dumps({**task, "prompt": "two"}) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(task, ensure_ascii=False) + "\r\n\n" + json.dumps({**task, "prompt": "two"}) + "\n", encoding="utf-8"
+    )
     assert [t.prompt for t in read_tasks(path, None, SETTINGS)] == [f"one{character}line", "two"]
     path.write_text(text, encoding="utf-8")
     [question] = eval_tasks.read_tasks(path)
@@ -40,10 +45,15 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert read_tasks(tmp_path / "t.jsonl", None, SETTINGS)[0].prompt == "a"
 
 
-@pytest.mark.parametrize("value", [DEEP, DEEP.replace("[", '{"a":').replace("]", "}"), LONG, "[" * 70 + "]" * 70], ids=lambda v: v[:6])
+@pytest.mark.parametrize(
+    "value", [DEEP, DEEP.replace("[", '{"a":').replace("]", "}"), LONG, "[" * 70 + "]" * 70], ids=lambda v: v[:6]
+)
 def test_json_that_python_cannot_take_is_an_error_of_one_line(tmp_path, value):
     text = '{"prompt": "x", "image": "a.png", "id": ' + value + "}"
-    paths = {name: tmp_path / name for name in ("tasks.jsonl", "eval.jsonl", "config.json", "configs.json", "out.jsonl", "results.jsonl")}
+    paths = {
+        name: tmp_path / name
+        for name in ("tasks.jsonl", "eval.jsonl", "config.json", "configs.json", "out.jsonl", "results.jsonl")
+    }
     for path in paths.values():
         path.write_text(text + "\n")
     header = json.dumps({"star_edge_eval": 1})
@@ -73,7 +83,7 @@ def test_nesting_has_a_bound():
 
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no such device")
 def test_reading_has_a_bound(monkeypatch):
-    monkeypatch.setattr("star_edge.json_input.MAX_CHARACTERS", 1000)
+    monkeypatch.setattr("star_edge.io.json_input.MAX_CHARACTERS", 1000)
     for kind, read in (
         (ConfigError, lambda: read_tasks("/dev/zero", None, SETTINGS)),
         (EvaluationError, lambda: eval_tasks.read_tasks("/dev/zero")),
@@ -104,7 +114,9 @@ def test_results_do_not_go_into_a_pipe(tmp_path):
 
 
 def replace_between(monkeypatch, path, text):
-    """Another process puts its file in place after this one has opened the old one, and before it has the lock; as often as there are texts."""
+    """Another process puts its file in place after this one has opened the old one, and before it has the lock; as
+    often as there are texts.
+    """
     texts, flock = [text], results_file.fcntl.flock
 
     def late(file, how):
@@ -177,7 +189,9 @@ def test_a_batch_warms_up_with_its_first_task_alone():
     assert (Engine.read, Engine.answered) == (["a"], ["a", "b"])
 
 
-@pytest.mark.parametrize("values", [{"windows": 5}, {"windows": None}, {"windows": {"a": 1}}, {"budget": ["image"]}, {"seed": "x"}])
+@pytest.mark.parametrize(
+    "values", [{"windows": 5}, {"windows": None}, {"windows": {"a": 1}}, {"budget": ["image"]}, {"seed": "x"}]
+)
 def test_a_config_of_wrong_types_is_a_config_error(tmp_path, values):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"config": values}))

@@ -21,7 +21,18 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases run in fo
 
 @pytest.mark.parametrize(("target", "cases"), [("gguf", 60), ("lora", 30), ("images", 40), ("configs", 20)])
 def test_target(target, cases, tmp_path):
-    command = [sys.executable, str(RUN), "--target", target, "--first", "0", "--cases", str(cases), "--save", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(RUN),
+        "--target",
+        target,
+        "--first",
+        "0",
+        "--cases",
+        str(cases),
+        "--save",
+        str(tmp_path),
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{target}: {cases} cases, 0 bad" in run.stdout
@@ -52,4 +63,7 @@ def test_mutations_are_the_same_everywhere_and_change_the_header():
     kinds = {said.split(";")[0].split()[1] if said else "" for _, said in made}
     assert len(kinds) >= 5, kinds
     header = parse(data)
-    assert len(header.tensors) == 57 and {f.name for f in header.fields} >= {"clip.projector_type", "clip.vision.patch_size"}
+    assert len(header.tensors) == 57 and {f.name for f in header.fields} >= {
+        "clip.projector_type",
+        "clip.vision.patch_size",
+    }

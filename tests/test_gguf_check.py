@@ -9,13 +9,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_files import rewrite
+from helpers.gguf_files import rewrite
 
 from star_edge import StarChatHandler, StarVLM, errors, refvlm
-from star_edge.gguf_check import check_shards, check_text_model
-from star_edge.gguf_info import read_gguf_info
+from star_edge.llamacpp.gguf import read_gguf_info
+from star_edge.llamacpp.gguf_check import check_shards, check_text_model
+from star_edge.llamacpp.mmproj_check import check_mmproj
 from star_edge.synthetic import DecoderShape, EncoderShape, write_decoder, write_encoder
-from star_edge.vision.mmproj_check import check_mmproj
 
 FUZZ = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FUZZ))
@@ -25,7 +25,10 @@ from gguf_mutations import parse  # noqa: E402
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(p.name for p in FIXTURES.iterdir() if (p / "mmproj.gguf").exists())
 V = "clip.vision."
-UNUSED = ("resampler.pos_embed_k", "model.image_newline")  # llama.cpp loads the first, and has another name for the second
+UNUSED = (
+    "resampler.pos_embed_k",
+    "model.image_newline",
+)  # llama.cpp loads the first, and has another name for the second
 
 
 def put(source, target, key=None, value=None, tensor=None, dims=None, kind=None, name=None):
@@ -68,14 +71,20 @@ def test_the_reference_model_passes():
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
 @pytest.mark.parametrize("kind", ["clip", "qwen2vl", "qwen2.5vl", "idefics3", "gemma3"])
 def test_synthetic_encoders_pass(tmp_path, kind, dtype):
-    shape = EncoderShape(image_size=112, patch_size=14, n_layers=2, n_embd=64, n_heads=4, n_ff=128, kind=kind, n_merge=2)
+    shape = EncoderShape(
+        image_size=112, patch_size=14, n_layers=2, n_embd=64, n_heads=4, n_ff=128, kind=kind, n_merge=2
+    )
     write_encoder(tmp_path / "m.gguf", shape, 64, dtype)
     check_mmproj(read_gguf_info(tmp_path / "m.gguf"))
 
 
 @pytest.mark.parametrize(
     "shape",
-    [DecoderShape(2, 64, 4, 2, 64), DecoderShape(2, 64, 4, 2, 64, rope_sections=(2, 3, 3, 0)), DecoderShape(2, 64, 4, 2, 64, sliding_window=8)],
+    [
+        DecoderShape(2, 64, 4, 2, 64),
+        DecoderShape(2, 64, 4, 2, 64, rope_sections=(2, 3, 3, 0)),
+        DecoderShape(2, 64, 4, 2, 64, sliding_window=8),
+    ],
     ids=["llama", "qwen2vl", "gemma3"],
 )
 def test_synthetic_decoders_pass(tmp_path, shape):
@@ -84,8 +93,10 @@ def test_synthetic_decoders_pass(tmp_path, shape):
 
 
 def test_a_header_is_read_once(tmp_path, monkeypatch):
-    """A model of many tensors costs one pass over its header: as many calls as it has keys and tensors, whatever is checked."""
-    import star_edge.gguf_info as module
+    """A model of many tensors costs one pass over its header: as many calls as it has keys and tensors, whatever is
+    checked.
+    """
+    import star_edge.llamacpp.gguf as module
 
     opened = []
     original = module._open
@@ -98,20 +109,45 @@ def test_a_header_is_read_once(tmp_path, monkeypatch):
 # ---- mmproj files ----
 
 WRONG_KEYS = [
-    ("llava", "embedding_length", 17), ("llava", "embedding_length", 64), ("llava", "attention.head_count", 0),
-    ("llava", "attention.head_count", 5), ("llava", "attention.head_count", 65535), ("llava", "patch_size", 0), ("llava", "patch_size", 7),
-    ("llava", "image_size", 9000), ("llava", "image_size", 128), ("llava", "image_size", 5), ("granite-vision", "image_size", 31), ("granite-vision", "image_grid_pinpoints", 83),
-    ("llava", "image_size", 0), ("qwen2-vl", "image_size", 5),
-    ("llava", "block_count", 0), ("llava", "block_count", 1000),
-    ("mobilevlm", "image_size", 100), ("mobilevlm-v2", "patch_size", 8),
-    ("llava", "attention.layer_norm_epsilon", math.nan), ("llava", "attention.layer_norm_epsilon", -1.0),
-    ("llava", "attention.layer_norm_epsilon", 0.0), ("llava", "attention.layer_norm_epsilon", math.inf),
-    ("llava", "image_std", 0.0), ("llava", "image_std", 1e-30), ("llava", "image_mean", math.nan), ("llava", "image_mean", 1e30),
-    ("idefics3", "projector.scale_factor", 8), ("idefics3", "projector.scale_factor", 1), ("internvl", "projector.scale_factor", 0),
-    ("smolvlm", "preproc_image_size", 2**31 - 1), ("lfm2-vl", "projector.scale_factor", 3), ("mistral3", "spatial_merge_size", 3),
-    ("mistral3", "spatial_merge_size", 0), ("qwen3-vl", "spatial_merge_size", 4), ("qwen2.5-vl", "projection_dim", 63),
-    ("gemma3", "image_size", 10), ("gemma4", "attention.head_count", 16), ("pixtral", "patch_size", 16),
-]  # fmt: skip
+    ("llava", "embedding_length", 17),
+    ("llava", "embedding_length", 64),
+    ("llava", "attention.head_count", 0),
+    ("llava", "attention.head_count", 5),
+    ("llava", "attention.head_count", 65535),
+    ("llava", "patch_size", 0),
+    ("llava", "patch_size", 7),
+    ("llava", "image_size", 9000),
+    ("llava", "image_size", 128),
+    ("llava", "image_size", 5),
+    ("granite-vision", "image_size", 31),
+    ("granite-vision", "image_grid_pinpoints", 83),
+    ("llava", "image_size", 0),
+    ("qwen2-vl", "image_size", 5),
+    ("llava", "block_count", 0),
+    ("llava", "block_count", 1000),
+    ("mobilevlm", "image_size", 100),
+    ("mobilevlm-v2", "patch_size", 8),
+    ("llava", "attention.layer_norm_epsilon", math.nan),
+    ("llava", "attention.layer_norm_epsilon", -1.0),
+    ("llava", "attention.layer_norm_epsilon", 0.0),
+    ("llava", "attention.layer_norm_epsilon", math.inf),
+    ("llava", "image_std", 0.0),
+    ("llava", "image_std", 1e-30),
+    ("llava", "image_mean", math.nan),
+    ("llava", "image_mean", 1e30),
+    ("idefics3", "projector.scale_factor", 8),
+    ("idefics3", "projector.scale_factor", 1),
+    ("internvl", "projector.scale_factor", 0),
+    ("smolvlm", "preproc_image_size", 2**31 - 1),
+    ("lfm2-vl", "projector.scale_factor", 3),
+    ("mistral3", "spatial_merge_size", 3),
+    ("mistral3", "spatial_merge_size", 0),
+    ("qwen3-vl", "spatial_merge_size", 4),
+    ("qwen2.5-vl", "projection_dim", 63),
+    ("gemma3", "image_size", 10),
+    ("gemma4", "attention.head_count", 16),
+    ("pixtral", "patch_size", 16),
+]
 
 
 @pytest.mark.parametrize(("family", "key", "value"), WRONG_KEYS)
@@ -124,9 +160,13 @@ def test_numbers_of_an_mmproj(tmp_path, family, key, value):
     assert key in message or "tensor" in message, message
 
 
-@pytest.mark.parametrize("key", ["embedding_length", "attention.head_count", "attention.layer_norm_epsilon", "block_count", "image_size"])
+@pytest.mark.parametrize(
+    "key", ["embedding_length", "attention.head_count", "attention.layer_norm_epsilon", "block_count", "image_size"]
+)
 def test_values_of_another_type(tmp_path, key):
-    path = put(FIXTURES / "llava" / "mmproj.gguf", tmp_path / "m.gguf", V + key, kind=5)  # int32 where uint32 or float32 is read
+    path = put(
+        FIXTURES / "llava" / "mmproj.gguf", tmp_path / "m.gguf", V + key, kind=5
+    )  # int32 where uint32 or float32 is read
     with pytest.raises(errors.ModelFileError, match=rf"{key} is of type i32, and llama.cpp reads [uf]32"):
         check_mmproj(read_gguf_info(path))
 
@@ -141,7 +181,10 @@ def test_missing_keys(tmp_path, key):
 def each_tensor(family):
     seen = set()
     for tensor in parse((FIXTURES / family / "mmproj.gguf").read_bytes()).tensors:
-        name = ".".join("#" if part.isdigit() and tensor.name.startswith(("v.blk", "v.deepstack")) else part for part in tensor.name.split("."))
+        name = ".".join(
+            "#" if part.isdigit() and tensor.name.startswith(("v.blk", "v.deepstack")) else part
+            for part in tensor.name.split(".")
+        )
         if name not in seen:
             seen.add(name)
             yield tensor
@@ -198,7 +241,9 @@ def _with_tensor(source, target, name, values):
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             kind = field.types[0]
-            writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+            writer.add_key_value(
+                field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            )
     for tensor in reader.tensors:
         if tensor.name == name:
             writer.add_tensor(name, values)
@@ -212,7 +257,14 @@ def _with_tensor(source, target, name, values):
 
 
 REQUIRED = {
-    "llava": ["v.blk.0.attn_q.weight", "v.position_embd.weight", "v.patch_embd.weight", "mm.0.bias", "mm.2.weight", "v.blk.2.ffn_up.weight"],
+    "llava": [
+        "v.blk.0.attn_q.weight",
+        "v.position_embd.weight",
+        "v.patch_embd.weight",
+        "mm.0.bias",
+        "mm.2.weight",
+        "v.blk.2.ffn_up.weight",
+    ],
     "lfm2-vl": ["v.blk.1.attn_v.weight", "v.position_embd.weight", "mm.2.bias"],
     "qwen2.5-vl": ["v.blk.1.attn_k.weight", "v.blk.1.attn_q.bias", "v.patch_embd.weight.1", "mm.0.bias"],
     "qwen3-vl": ["v.blk.0.attn_qkv.weight", "v.blk.0.attn_qkv.bias", "v.patch_embd.bias", "v.deepstack.0.fc2.weight"],
@@ -230,7 +282,9 @@ def test_missing_tensors(tmp_path, family, name):
 
 
 def test_the_last_layer_is_checked_though_stock_skips_it(tmp_path):
-    """Stock llama.cpp leaves the last layer of a LLaVA file out, and the repair runs it: what is wrong there ended the process."""
+    """Stock llama.cpp leaves the last layer of a LLaVA file out, and the repair runs it: what is wrong there ended the
+    process.
+    """
     family = FIXTURES / "llava"
     for tensor in parse((family / "mmproj.gguf").read_bytes()).tensors:
         if tensor.name.startswith("v.blk.2.") and tensor.n_dims == 2:
@@ -252,15 +306,23 @@ def test_the_handler_refuses_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("llava", "llama.block_count", 0), ("llava", "llama.block_count", 1000), ("llava", "llama.attention.head_count", 3),
-        ("llava", "llama.attention.head_count_kv", 3), ("llava", "llama.attention.layer_norm_rms_epsilon", math.nan),
-        ("llava", "llama.attention.layer_norm_rms_epsilon", -1.0), ("llava", "llama.rope.dimension_count", 7),
-        ("mistral3", "mistral3.rope.dimension_count", 0), ("gemma4", "gemma4.rope.dimension_count_swa", 0),
+        ("llava", "llama.block_count", 0),
+        ("llava", "llama.block_count", 1000),
+        ("llava", "llama.attention.head_count", 3),
+        ("llava", "llama.attention.head_count_kv", 3),
+        ("llava", "llama.attention.layer_norm_rms_epsilon", math.nan),
+        ("llava", "llama.attention.layer_norm_rms_epsilon", -1.0),
+        ("llava", "llama.rope.dimension_count", 7),
+        ("mistral3", "mistral3.rope.dimension_count", 0),
+        ("gemma4", "gemma4.rope.dimension_count_swa", 0),
         ("gemma4", "gemma4.attention.value_length", 8),
-        ("qwen2-vl", "qwen2vl.rope.dimension_sections", 48), ("llava", "llama.embedding_length", 0), ("llava", "llama.rope.freq_base", 0.0), ("llava", "llama.rope.freq_base", math.inf),
+        ("qwen2-vl", "qwen2vl.rope.dimension_sections", 48),
+        ("llava", "llama.embedding_length", 0),
+        ("llava", "llama.rope.freq_base", 0.0),
+        ("llava", "llama.rope.freq_base", math.inf),
         ("gemma4", "gemma4.final_logit_softcapping", math.nan),
     ],
-)  # fmt: skip
+)
 def test_numbers_of_a_text_model(tmp_path, family, key, value):
     path = put(FIXTURES / family / "text.gguf", tmp_path / "t.gguf", key, value)
     with pytest.raises(errors.ModelFileError, match=key.partition(".")[2].replace(".", r"\.").partition("_kv")[0]):
@@ -299,7 +361,9 @@ def test_missing_shard(tmp_path):
 # ---- LoRA ----
 
 
-def write_lora(path, base, arch="llama", rank=4, names=("blk.0.attn_q.weight",), change=lambda a, b: (a, b), kind="adapter"):
+def write_lora(
+    path, base, arch="llama", rank=4, names=("blk.0.attn_q.weight",), change=lambda a, b: (a, b), kind="adapter"
+):
     """A random adapter; `change` makes other matrices of the right ones."""
     shapes = {name: tensor.shape for name, tensor in read_gguf_info(base).tensors.items()}
     writer = gguf.GGUFWriter(str(path), arch)
@@ -309,7 +373,9 @@ def write_lora(path, base, arch="llama", rank=4, names=("blk.0.attn_q.weight",),
     rng = np.random.default_rng(0)
     for name in names:
         n_in, n_out = shapes.get(name, (8, 8))
-        a, b = change(rng.standard_normal((rank, n_in)).astype(np.float32), rng.standard_normal((n_out, rank)).astype(np.float32))
+        a, b = change(
+            rng.standard_normal((rank, n_in)).astype(np.float32), rng.standard_normal((n_out, rank)).astype(np.float32)
+        )
         for end, array in (("a", a), ("b", b)):
             if array is not None:
                 writer.add_tensor(f"{name}.lora_{end}", array)
@@ -343,15 +409,39 @@ def test_a_lora_that_fits(tmp_path, base):
         (lambda p, base: write_lora(p, base, kind="model"), errors.ModelFileError, "no LoRA adapter"),
         (lambda p, base: write_lora(p, base, arch="qwen2"), errors.ModelMismatchError, "qwen2.*llama"),
         (lambda p, base: write_lora(p, base, names=()), errors.ModelFileError, "no tensors"),
-        (lambda p, base: write_lora(p, base, names=("blk.99.attn_q.weight",)), errors.ModelMismatchError, "blk.99.attn_q.weight"),
-        (lambda p, base: write_lora(p, base, change=lambda a, b: (a, None)), errors.ModelFileError, "lora_b is missing"),
-        (lambda p, base: write_lora(p, base, change=lambda a, b: (a[:, :-1].copy(), b)), errors.ModelMismatchError, "blk.0.attn_q.weight is"),
-        (lambda p, base: write_lora(p, base, change=lambda a, b: (a, b[:-1].copy())), errors.ModelMismatchError, "blk.0.attn_q.weight is"),
-        (lambda p, base: write_lora(p, base, change=lambda a, b: (a[:-1].copy(), b)), errors.ModelMismatchError, "blk.0.attn_q.weight is"),
-        (lambda p, base: write_lora(p, base, change=lambda a, b: (a.astype(np.int32), b)), errors.ModelFileError, "i32"),
+        (
+            lambda p, base: write_lora(p, base, names=("blk.99.attn_q.weight",)),
+            errors.ModelMismatchError,
+            "blk.99.attn_q.weight",
+        ),
+        (
+            lambda p, base: write_lora(p, base, change=lambda a, b: (a, None)),
+            errors.ModelFileError,
+            "lora_b is missing",
+        ),
+        (
+            lambda p, base: write_lora(p, base, change=lambda a, b: (a[:, :-1].copy(), b)),
+            errors.ModelMismatchError,
+            "blk.0.attn_q.weight is",
+        ),
+        (
+            lambda p, base: write_lora(p, base, change=lambda a, b: (a, b[:-1].copy())),
+            errors.ModelMismatchError,
+            "blk.0.attn_q.weight is",
+        ),
+        (
+            lambda p, base: write_lora(p, base, change=lambda a, b: (a[:-1].copy(), b)),
+            errors.ModelMismatchError,
+            "blk.0.attn_q.weight is",
+        ),
+        (
+            lambda p, base: write_lora(p, base, change=lambda a, b: (a.astype(np.int32), b)),
+            errors.ModelFileError,
+            "i32",
+        ),
     ],
     ids=["missing", "model", "damaged", "type", "arch", "empty", "tensor", "half", "in", "out", "rank", "int"],
-)  # fmt: skip
+)
 def test_loras_that_do_not(tmp_path, base, make, error, words):
     path = make(tmp_path / "l.gguf", base)
     with pytest.raises(error, match=words):

@@ -9,8 +9,8 @@ import pytest
 from llama_cpp import LlamaGrammar, llama_grammar
 
 from star_edge import errors, refvlm
-from star_edge.grammar import MAX_BYTES, MAX_DEPTH, check_grammar
-from star_edge.json_schema import MAX_COUNT, response_grammar, schema_grammar
+from star_edge.llamacpp.grammar import MAX_BYTES, MAX_DEPTH, check_grammar
+from star_edge.llamacpp.json_schema import MAX_COUNT, response_grammar, schema_grammar
 
 VOCABULARY = 500
 
@@ -151,7 +151,13 @@ PERSON = {
 
 
 def test_ordinary_schemas_pass():
-    for schema in (PERSON, {}, True, {"type": "string", "maxLength": MAX_COUNT}, {"enum": [f"v{i}" for i in range(500)]}):
+    for schema in (
+        PERSON,
+        {},
+        True,
+        {"type": "string", "maxLength": MAX_COUNT},
+        {"enum": [f"v{i}" for i in range(500)]},
+    ):
         check(schema_grammar(schema)._grammar)
     many = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(100)}}
     check(schema_grammar(many)._grammar)
@@ -162,7 +168,9 @@ def test_plain_schemas_are_llama_cpps():
 
 
 def doubling(n):
-    """Each definition refers to the next twice; the converter finds no rule under a name with an underscore, and makes it again."""
+    """Each definition refers to the next twice; the converter finds no rule under a name with an underscore, and makes
+    it again.
+    """
     define = lambda i: {"type": "object", "properties": {p: {"$ref": f"#/$defs/d_{i + 1}"} for p in "ab"}}
     return {"$ref": "#/$defs/d_0", "$defs": {f"d_{i}": define(i) for i in range(n)} | {f"d_{n}": {"type": "null"}}}
 
@@ -204,7 +212,10 @@ def test_refused_schemas(schema, words):
 
 def test_a_grammar_of_a_schema_is_bounded():
     """Many small repetitions come to a large grammar, which is refused as such."""
-    schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "minLength": MAX_COUNT} for i in range(1000)}}
+    schema = {
+        "type": "object",
+        "properties": {f"p{i}": {"type": "string", "minLength": MAX_COUNT} for i in range(1000)},
+    }
     with pytest.raises(errors.ConfigError, match=str(MAX_BYTES)):
         schema_grammar(schema)
 
@@ -214,6 +225,13 @@ def test_response_formats():
     assert response_grammar({"type": "json_object"})._grammar == llama_grammar.JSON_GBNF
     wrapped = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     assert response_grammar(wrapped)._grammar == schema_grammar(PERSON)._grammar
-    for bad in ({}, {"type": "xml"}, "json", {"type": "json_schema"}, {"type": "json_schema", "json_schema": {}}, {"type": "text", "schema": {}}):
+    for bad in (
+        {},
+        {"type": "xml"},
+        "json",
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {}},
+        {"type": "text", "schema": {}},
+    ):
         with pytest.raises(errors.ConfigError, match="response_format"):
             response_grammar(bad)

@@ -1,4 +1,5 @@
-"""No argument of a request, no callback and no text ends the process, hangs it or is silently ignored; the next request is answered.
+"""No argument of a request, no callback and no text ends the process, hangs it or is silently ignored; the next request
+is answered.
 
 Arguments are derived from the signatures: every parameter gets values of every other type.
 """
@@ -14,17 +15,17 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from chatting import COLOR, DEMO, TOOL, TOOL_TEMPLATE, load, streamed, text_of, user
-from chatting import ask as chat
-from conftest import random_image
-from gguf_files import rewrite
+from helpers.chatting import COLOR, DEMO, TOOL, TOOL_TEMPLATE, load, streamed, text_of, user
+from helpers.chatting import ask as chat
+from helpers.gguf_files import rewrite
+from helpers.models import random_image
 from llama_cpp import Llama, LlamaGrammar
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.arguments import parameters
 from star_edge.engine import _SAMPLING
-from star_edge.guarded import RANGES, check_length, guard
+from star_edge.llamacpp.guarded import RANGES, check_length, guard
 
 QUESTION = "what color is the star?"
 LONE_BYTE = 258  # a token of the byte 0xFF, which no UTF-8 has
@@ -68,13 +69,35 @@ def refuses(llm):
 # ---- every argument of every public call ----
 
 VALUES = {
-    "None": None, "True": True, "1": 1, "-7": -7, "1.5": 1.5, "nan": float("nan"), "inf": float("inf"), "1e30": 1e30, "10**400": 10**400,
-    "str": "x", "surrogate": "\ud800", "bytes": b"x", "list": [], "list of str": ["x"], "list of None": [None], "dict": {}, "dict of str": {"x": 1},
-    "dict of ids": {10**9: 1.0}, "nan bias": {1: float("nan")}, "object": object(), "function": len, "array": np.zeros(3), "type": int,
-}  # fmt: skip
+    "None": None,
+    "True": True,
+    "1": 1,
+    "-7": -7,
+    "1.5": 1.5,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "1e30": 1e30,
+    "10**400": 10**400,
+    "str": "x",
+    "surrogate": "\ud800",
+    "bytes": b"x",
+    "list": [],
+    "list of str": ["x"],
+    "list of None": [None],
+    "dict": {},
+    "dict of str": {"x": 1},
+    "dict of ids": {10**9: 1.0},
+    "nan bias": {1: float("nan")},
+    "object": object(),
+    "function": len,
+    "array": np.zeros(3),
+    "type": int,
+}
 
 
-@pytest.mark.parametrize("name", [n for n in parameters(StarVLM.generate) if n not in ("prompt", "images", "prune")] + sorted(_SAMPLING))
+@pytest.mark.parametrize(
+    "name", [n for n in parameters(StarVLM.generate) if n not in ("prompt", "images", "prune")] + sorted(_SAMPLING)
+)
 def test_arguments_of_generate(vlm, name):
     """Each value is answered or refused with a typed error that names the argument, before anything is computed."""
     for value in VALUES.values():
@@ -130,11 +153,26 @@ def test_every_number_of_create_completion_has_a_range():
 
 
 def test_numbers_of_numpy(ask):
-    assert ask(QUESTION, refvlm.DEMO_IMAGE, max_tokens=np.int64(4), temperature=np.float32(0), seed=np.uint32(3), top_k=np.int16(5)).text
+    assert ask(
+        QUESTION,
+        refvlm.DEMO_IMAGE,
+        max_tokens=np.int64(4),
+        temperature=np.float32(0),
+        seed=np.uint32(3),
+        top_k=np.int16(5),
+    ).text
 
 
 def test_ranges(ask):
-    for option in ({"temperature": -1}, {"top_p": 1.5}, {"min_p": -0.1}, {"mirostat_mode": 3}, {"repeat_penalty": 0}, {"tfs_z": 0.5}, {"stop": [""]}):
+    for option in (
+        {"temperature": -1},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"mirostat_mode": 3},
+        {"repeat_penalty": 0},
+        {"tfs_z": 0.5},
+        {"stop": [""]},
+    ):
         with pytest.raises(errors.ConfigError, match=next(iter(option))):
             ask(**option)
     with pytest.raises(errors.ConfigError, match="token 448.*0 to 447"):
@@ -165,7 +203,9 @@ DEAD_ENDS = ["root ::= [z-a]", 'root ::= "r" [z-a]', 'root ::= "r" "\\U0010FFFF"
 def test_grammars_that_allow_no_token(ask, text, temperature):
     """llama.cpp samples a token all the same, and ends the process where the grammar cannot accept it."""
     try:
-        assert ask(grammar=grammar(text), temperature=temperature, seed=1, max_tokens=8).finish_reason == "length"  # it never got there
+        assert (
+            ask(grammar=grammar(text), temperature=temperature, seed=1, max_tokens=8).finish_reason == "length"
+        )  # it never got there
     except errors.ConfigError as error:
         assert "allows no token" in str(error)
     if text == DEAD_ENDS[0]:
@@ -173,7 +213,9 @@ def test_grammars_that_allow_no_token(ask, text, temperature):
             ask(grammar=grammar(text), temperature=temperature)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 2.0, "mirostat_mode": 2}, {"logit_bias": {5: 1.0}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "seed": 4}, {"temperature": 2.0, "mirostat_mode": 2}, {"logit_bias": {5: 1.0}}]
+)
 def test_grammars_hold_as_on_stock(options):
     """The grammar's place in the chain of samplers is llama_cpp's: the tokens are those of a Llama without guards."""
     stock, guarded = (Llama(str(refvlm.TEXT_MODEL), n_ctx=512, n_threads=1, verbose=False) for _ in range(2))
@@ -219,7 +261,11 @@ def test_json_schema_is_honoured(llm):
 )
 def test_large_schemas(refuses, schema, words):
     refuses(errors.ConfigError, words, response_format={"type": "json_object", "schema": schema})
-    refuses(errors.ConfigError, words, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    refuses(
+        errors.ConfigError,
+        words,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+    )
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     choice = {"type": "function", "function": {"name": "f"}}
     refuses(errors.ConfigError, words, tools=[tool], tool_choice=choice)
@@ -248,14 +294,18 @@ def test_tools_of_a_schema_with_quotes(llm):
         answer = chat(llm, tools=tools, tool_choice="required", max_tokens=80, stream=stream)
         if stream:
             deltas = [chunk["choices"][0]["delta"] for chunk in answer]
-            arguments = "".join(call["function"]["arguments"] or "" for d in deltas for call in d.get("tool_calls") or ())
+            arguments = "".join(
+                call["function"]["arguments"] or "" for d in deltas for call in d.get("tool_calls") or ()
+            )
         else:
             arguments = answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
         assert json.loads(arguments)['say "é"'] == 'a"b\\c\n'
 
 
 def test_one_form_of_the_answer(refuses):
-    refuses(errors.ConfigError, "give one of them", grammar=grammar('root ::= "a"'), response_format={"type": "json_object"})
+    refuses(
+        errors.ConfigError, "give one of them", grammar=grammar('root ::= "a"'), response_format={"type": "json_object"}
+    )
 
 
 # ---- options that were ignored ----
@@ -272,14 +322,26 @@ def test_logprobs(refuses):
 
 
 def test_options_and_template_variables(llm):
-    call = lambda **options: llm.chat_handler(llama=llm, messages=[user(DEMO, COLOR)], max_tokens=4, temperature=0, **options)
-    for option in ({"n": 2}, {"stream_options": {}}, {"chat_template_kwargs": {"enable_thinking": True}}, {"chat_template_kwargs": 3}, {"bogus": None}):
+    call = lambda **options: llm.chat_handler(
+        llama=llm, messages=[user(DEMO, COLOR)], max_tokens=4, temperature=0, **options
+    )
+    for option in (
+        {"n": 2},
+        {"stream_options": {}},
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"chat_template_kwargs": 3},
+        {"bogus": None},
+    ):
         with pytest.raises(errors.ConfigError, match="neither an option|chat_template_kwargs"):
             call(**option)
     template = llm.metadata["tokenizer.chat_template"] + "{{ last | default('') }}"
     llm = load(StarChatHandler(refvlm.MMPROJ, chat_template=template))
     plain = call()["usage"]["prompt_tokens"]
-    assert call(last="abc")["usage"]["prompt_tokens"] == call(chat_template_kwargs={"last": "abc"})["usage"]["prompt_tokens"] > plain
+    assert (
+        call(last="abc")["usage"]["prompt_tokens"]
+        == call(chat_template_kwargs={"last": "abc"})["usage"]["prompt_tokens"]
+        > plain
+    )
     llm.close()
 
 
@@ -287,7 +349,9 @@ def test_bias_and_processor_hold_together(vlm, ask):
     """Llama drops both where both are given."""
     a, b = (vlm.llama.tokenize(text.encode(), add_bos=False)[-1] for text in ("a", "b"))
     seen = []
-    answer = ask(logit_bias={a: 100.0, b: 99.0}, logits_processor=[lambda ids, scores: seen.append(1) or scores], max_tokens=2)
+    answer = ask(
+        logit_bias={a: 100.0, b: 99.0}, logits_processor=[lambda ids, scores: seen.append(1) or scores], max_tokens=2
+    )
     assert answer.text.replace(" ", "") == "aa" and len(seen) == 2
 
 
@@ -340,7 +404,9 @@ def test_streams_that_yield_nothing_are_cancelled(llm):
 
 def test_close_ends_a_piece_that_another_thread_waits_for(vlm, ask):
     begun, caught = threading.Event(), []
-    stream = ask(logit_bias={LONE_BYTE: 100.0}, max_tokens=None, stream=True, logits_processor=[lambda ids, s: begun.set() or s])
+    stream = ask(
+        logit_bias={LONE_BYTE: 100.0}, max_tokens=None, stream=True, logits_processor=[lambda ids, s: begun.set() or s]
+    )
     reader = threading.Thread(target=lambda: caught.append(pytest.raises(errors.RequestCancelledError, next, stream)))
     reader.start()
     begun.wait()
@@ -383,10 +449,17 @@ def test_no_text_that_fits_is_refused(vlm):
 
 @pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
 @pytest.mark.parametrize(
-    "act", [lambda v: v.close(), lambda v: v.llama.close(), lambda v: v.generate("y"), lambda v: v.read_prompt("y"), lambda v: v.inspect("y"),
-            lambda v: v.llama.create_completion("y", max_tokens=1)],
+    "act",
+    [
+        lambda v: v.close(),
+        lambda v: v.llama.close(),
+        lambda v: v.generate("y"),
+        lambda v: v.read_prompt("y"),
+        lambda v: v.inspect("y"),
+        lambda v: v.llama.create_completion("y", max_tokens=1),
+    ],
     ids=["close", "close-llama", "generate", "read_prompt", "inspect", "create_completion"],
-)  # fmt: skip
+)
 def test_callbacks_cannot_pull_the_engine_away(vlm, ask, where, act):
     for stream in (False, True):
         with pytest.raises(errors.EngineClosedError, match="busy"):
@@ -450,7 +523,11 @@ def test_copies_are_refused(vlm, ask, llm, how):
 @pytest.mark.parametrize("which", ["text", "mmproj", "quantized"])
 def test_models_that_compute_nan(tmp_path_factory, families, which, prune):
     """Quantized products round NaN away: such a model answers, as it does on stock."""
-    text, mmproj = (refvlm.TEXT_MODEL, refvlm.MMPROJ) if which == "quantized" else (families["llama"].text, families["llama"].mmproj)
+    text, mmproj = (
+        (refvlm.TEXT_MODEL, refvlm.MMPROJ)
+        if which == "quantized"
+        else (families["llama"].text, families["llama"].mmproj)
+    )
     source = mmproj if which == "mmproj" else text
     damaged = tmp_path_factory.getbasetemp() / f"nan-{which}.gguf"
     if not damaged.exists():
@@ -479,22 +556,39 @@ def test_clear_forgets_what_was_parked(vlm):
 
 def test_candidates_are_where_the_guard_reads_them():
     """llama_token_data: three fields of 4 bytes, the id, the logit and the probability."""
-    fields = [(name, getattr(llama_cpp.llama_token_data, name).offset) for name, _ in llama_cpp.llama_token_data._fields_]
+    fields = [
+        (name, getattr(llama_cpp.llama_token_data, name).offset) for name, _ in llama_cpp.llama_token_data._fields_
+    ]
     assert fields == [("id", 0), ("logit", 4), ("p", 8)] and ctypes.sizeof(llama_cpp.llama_token_data) == 12
     assert "grammar" in inspect.signature(Llama._init_sampler).parameters
 
 
 def test_tokens_of_images_are_no_tokens():
     """MTMDChatHandler leaves whatever was in Llama.input_ids where an image's tokens are."""
-    llm = Llama(str(refvlm.TEXT_MODEL), n_ctx=512, chat_handler=MTMDChatHandler(str(refvlm.MMPROJ), verbose=False), verbose=False)
+    llm = Llama(
+        str(refvlm.TEXT_MODEL),
+        n_ctx=512,
+        chat_handler=MTMDChatHandler(str(refvlm.MMPROJ), verbose=False),
+        verbose=False,
+    )
     guard(llm)
     url = "data:image/png;base64," + base64.b64encode(refvlm.DEMO_IMAGE.read_bytes()).decode()
-    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what color is the star?"}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": "what color is the star?"},
+            ],
+        }
+    ]
     answers = []
     for filler in (0, 2**30, -7):
         llm.input_ids.fill(filler)
         llm.reset()
-        answers.append(llm.create_chat_completion(messages, max_tokens=4, temperature=0.0)["choices"][0]["message"]["content"])
+        answers.append(
+            llm.create_chat_completion(messages, max_tokens=4, temperature=0.0)["choices"][0]["message"]["content"]
+        )
     assert len(set(answers)) == 1 and answers[0]
     with pytest.raises(errors.ConfigError, match="a token that the model does not have"):
         llm.create_completion([1, 2**30], max_tokens=1)

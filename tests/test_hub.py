@@ -11,12 +11,12 @@ import termios
 
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
-from hub_server import COMMIT, Hub, Repository
+from helpers.hub_server import COMMIT, Hub, Repository
 
 from star_edge import refvlm
 from star_edge.cli import cli
 from star_edge.errors import ConfigError, HubError
-from star_edge.hub import choose_mmproj, choose_model, fetch
+from star_edge.io.hub import choose_mmproj, choose_model, fetch
 
 IMAGE = str(refvlm.DEMO_IMAGE)
 TEXT, MMPROJ = refvlm.TEXT_MODEL, refvlm.MMPROJ
@@ -53,7 +53,11 @@ def test_a_split_model_is_all_of_its_parts():
 @pytest.mark.parametrize(
     ("model", "names", "expected"),
     [
-        ("a.gguf", ["mmproj-a-Q8_0.gguf", "mmproj-a-BF16.gguf", "mmproj-a-F16.gguf", "mmproj-a-F32.gguf"], "mmproj-a-F16.gguf"),
+        (
+            "a.gguf",
+            ["mmproj-a-Q8_0.gguf", "mmproj-a-BF16.gguf", "mmproj-a-F16.gguf", "mmproj-a-F32.gguf"],
+            "mmproj-a-F16.gguf",
+        ),
         ("a.gguf", ["mmproj-a-Q8_0.gguf", "mmproj-a-f32.gguf", "mmproj-a-bf16.gguf"], "mmproj-a-bf16.gguf"),
         ("a.gguf", ["mmproj-a-Q8_0.gguf", "mmproj-a-F32.gguf"], "mmproj-a-F32.gguf"),
         ("a.gguf", ["a-MMPROJ.gguf"], "a-MMPROJ.gguf"),
@@ -66,10 +70,18 @@ def test_the_mmproj(model, names, expected):
 
 
 def test_what_is_not_there_is_an_error_that_names_what_is():
-    names = ["a-Q4_K_M.gguf", "a-Q8_0-00001-of-00002.gguf", "a-Q8_0-00002-of-00002.gguf", "vision/mmproj-F16.gguf", "odd.gguf"]
+    names = [
+        "a-Q4_K_M.gguf",
+        "a-Q8_0-00001-of-00002.gguf",
+        "a-Q8_0-00002-of-00002.gguf",
+        "vision/mmproj-F16.gguf",
+        "odd.gguf",
+    ]
     with pytest.raises(HubError, match=r"o/r has no Q6_K: it has Q4_K_M, Q8_0, odd\.gguf$"):
         choose_model(names, "Q6_K", "o/r")
-    with pytest.raises(HubError, match=r"no mmproj beside a-Q4_K_M\.gguf: there is vision/mmproj-F16\.gguf: `hf download o/r vision/mm"):
+    with pytest.raises(
+        HubError, match=r"no mmproj beside a-Q4_K_M\.gguf: there is vision/mmproj-F16\.gguf: `hf download o/r vision/mm"
+    ):
         choose_mmproj(names, names[0], "o/r")
     with pytest.raises(HubError, match=r"has no mmproj: it has a-Q4_K_M\.gguf: .*--no-mmproj"):
         choose_mmproj(names[:1], names[0], "o/r")
@@ -77,7 +89,9 @@ def test_what_is_not_there_is_an_error_that_names_what_is():
         choose_model(["config.json"], "", "o/r")
 
 
-@pytest.mark.parametrize("spec", ["", "refvlm", "a/b/c", "o/r:", "o/r:Q4 K", "o/r:x:y", "https://hub/o/r", "o/r/a.gguf"])
+@pytest.mark.parametrize(
+    "spec", ["", "refvlm", "a/b/c", "o/r:", "o/r:Q4 K", "o/r:x:y", "https://hub/o/r", "o/r/a.gguf"]
+)
 def test_a_spec_of_another_form(spec):
     with pytest.raises(ConfigError, match="owner/repo"):
         fetch(spec)
@@ -95,7 +109,9 @@ def split(tmp_path_factory):
     for name, entry in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             kind, *inner = entry.types
-            writer.add_key_value(name, entry.contents(), kind, sub_type=inner[-1] if kind == GGUFValueType.ARRAY else None)
+            writer.add_key_value(
+                name, entry.contents(), kind, sub_type=inner[-1] if kind == GGUFValueType.ARRAY else None
+            )
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -115,7 +131,9 @@ def hub(split):
             "local/refvlm": Repository(single),
             "local/split": Repository({**split, "mmproj-F16.gguf": MMPROJ}),
             "local/sub": Repository({"gguf/q8/refvlm-Q8_0.gguf": TEXT, "gguf/mmproj-F16.gguf": MMPROJ}),
-            "local/two": Repository({"m-Q8_0.gguf": MMPROJ, "m-Q4_K_M.gguf": TEXT, "mmproj-BF16.gguf": TEXT, "mmproj-F16.gguf": MMPROJ}),
+            "local/two": Repository(
+                {"m-Q8_0.gguf": MMPROJ, "m-Q4_K_M.gguf": TEXT, "mmproj-BF16.gguf": TEXT, "mmproj-F16.gguf": MMPROJ}
+            ),
             "local/text": Repository({"refvlm-Q8_0.gguf": TEXT}),
             "local/gated": Repository(single, gated=True),
             "local/private": Repository(single, token="secret"),
@@ -129,12 +147,23 @@ def hub(split):
 
 @pytest.fixture
 def python(hub, tmp_path):
-    """Runs code in a process whose hub is the stand-in and whose cache is empty at first: huggingface_hub reads both at import."""
+    """Runs code in a process whose hub is the stand-in and whose cache is empty at first: huggingface_hub reads both at
+    import.
+    """
 
     def run(code, *args, status=0, **environment):
         base = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        env = {**base, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", "COLUMNS": "200", **environment}
-        done = subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True, env=env)
+        env = {
+            **base,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "NO_PROXY": "*",
+            "COLUMNS": "200",
+            **environment,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True, env=env
+        )
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -145,7 +174,7 @@ def python(hub, tmp_path):
 FETCH = """
 import json, sys
 from star_edge.errors import StarEdgeError
-from star_edge.hub import fetch
+from star_edge.io.hub import fetch
 for spec in sys.argv[1:]:
     try:
         print(json.dumps([str(path) for path in fetch(spec)]))
@@ -160,7 +189,9 @@ def fetch_all(python):
 
 
 def test_fetch_every_layout(fetch_all, hub, split):
-    single, parts, sub, two, quant = fetch_all("local/refvlm", "local/split", "local/sub", "local/two", "local/two:q8_0")
+    single, parts, sub, two, quant = fetch_all(
+        "local/refvlm", "local/split", "local/sub", "local/two", "local/two:q8_0"
+    )
     contents = lambda paths: [open(path, "rb").read() for path in paths]
     both = [TEXT.read_bytes(), MMPROJ.read_bytes()]
     assert contents(single) == contents(sub) == contents(two) == both
@@ -196,7 +227,9 @@ def test_offline_only_the_cache_counts(fetch_all, hub, python, tmp_path):
     (begun / "refs").mkdir()
     (begun / "refs" / "main").write_text(COMMIT)
     hub.requests.clear()
-    done = python(FETCH, "local/refvlm", "local/refvlm:Q8_0", "local/two", "local/two:Q4_K_M", "local/sub", "local/text")
+    done = python(
+        FETCH, "local/refvlm", "local/refvlm:Q8_0", "local/two", "local/two:Q4_K_M", "local/sub", "local/text"
+    )
     offline = [json.loads(line) for line in done.stdout.splitlines()]
     assert offline[:3] == [online[0], online[0], online[1]]
     assert offline[3] == "HubError: local/two (cached files only) has no Q4_K_M: it has Q8_0"
@@ -242,7 +275,9 @@ def test_run_hf(python):
 
 
 def test_the_text_model_alone_is_enough_to_inspect(python):
-    data = json.loads(python(MAIN, "inspect", "-hf", "local/text", "--no-mmproj", "--json", "is there a red star?").stdout)
+    data = json.loads(
+        python(MAIN, "inspect", "-hf", "local/text", "--no-mmproj", "--json", "is there a red star?").stdout
+    )
     assert data["arrays"]["decoder_3"]
 
 
@@ -253,7 +288,11 @@ def test_a_missing_repository_is_one_line(python):
 
 @pytest.mark.parametrize(
     ("args", "word"),
-    [(["-hf", "o/r", "-m", "x.gguf"], "-m and -hf"), (["-hf", "refvlm"], "owner/repo"), (["--no-mmproj"], "--no-mmproj")],
+    [
+        (["-hf", "o/r", "-m", "x.gguf"], "-m and -hf"),
+        (["-hf", "refvlm"], "owner/repo"),
+        (["--no-mmproj"], "--no-mmproj"),
+    ],
 )
 def test_options_that_cannot_be_used(args, word):
     for command in ("run", "inspect", "doctor"):
@@ -265,7 +304,9 @@ def test_progress_on_a_terminal(hub, tmp_path):
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # the bar is as wide as the terminal
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    process = subprocess.Popen([sys.executable, "-c", FETCH, "local/refvlm"], stdout=subprocess.DEVNULL, stderr=follower, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FETCH, "local/refvlm"], stdout=subprocess.DEVNULL, stderr=follower, env=env
+    )
     os.close(follower)
     shown = b""
     with contextlib.suppress(OSError):  # Linux says so when the other side has closed

@@ -1,4 +1,6 @@
-"""Encoder outputs that are kept from one request to the next, in memory and in a directory: a hit equals a miss bit for bit."""
+"""Encoder outputs that are kept from one request to the next, in memory and in a directory: a hit equals a miss bit for
+bit.
+"""
 
 import os
 import subprocess
@@ -7,12 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import CLIP, random_image
+from helpers.models import CLIP, random_image
+from helpers.reusing import engine, fresh, same
 from llama_cpp import mtmd_cpp as mtmd
-from reusing import engine, fresh, same
 
 from star_edge import PruneConfig, errors
-from star_edge.config import PRESETS
+from star_edge.pruning.config import PRESETS
 from star_edge.synthetic import write_encoder
 from star_edge.vision import cache as image_cache
 from star_edge.vision.encoder import VisionEncoder
@@ -71,9 +73,15 @@ def test_other_pixels_and_shapes_are_other_images(families):
 
 def test_parts_of_one_picture_are_apart(families, monkeypatch):
     """libmtmd cuts large pictures into chunks of one name; here two pictures have one."""
-    request = ("a <__media__> b <__media__> c", [random_image(1), random_image(2)], replace(PRESETS["balanced"], budget="crop"))
+    request = (
+        "a <__media__> b <__media__> c",
+        [random_image(1), random_image(2)],
+        replace(PRESETS["balanced"], budget="crop"),
+    )
     want = fresh(families["llama"], request)
-    monkeypatch.setattr(VisionEncoder, "name_bitmap", lambda self, bitmap, image, number: mtmd.mtmd_bitmap_set_id(bitmap, b"0:picture"))
+    monkeypatch.setattr(
+        VisionEncoder, "name_bitmap", lambda self, bitmap, image, number: mtmd.mtmd_bitmap_set_id(bitmap, b"0:picture")
+    )
     with engine(families["llama"]) as vlm:
         for cached in (False, True):
             report = same(vlm.read_prompt(*request, chat=False), want)
@@ -100,18 +108,38 @@ def test_files_that_are_not_whole_are_replaced(families, tmp_path):
         vlm.read_prompt("a", random_image(2), BY_SCORE)
         (other,) = set(tmp_path.iterdir()) - {path}
         flipped = lambda at: good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
-        bad = [b"", good[:20], good[:-1], good + b"x", good[: len(good) // 2], b"\0" * len(good), flipped(0), flipped(60), flipped(-33)]
+        bad = [
+            b"",
+            good[:20],
+            good[:-1],
+            good + b"x",
+            good[: len(good) // 2],
+            b"\0" * len(good),
+            flipped(0),
+            flipped(60),
+            flipped(-33),
+        ]
         for data in [*bad, other.read_bytes(), os.urandom(len(good))]:
             path.write_bytes(data)
             assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
             assert path.read_bytes() == good
             assert same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
-        # a checksum that is right, over: cells outside the image, a score too few, other counts than the image's, unknown flags
+        # a checksum that is right, over: cells outside the image, a score too few, other counts than the image's,
+        # unknown flags
         body = good[:-32]
         cells = len(body) - 4 * 49 - 8 * 49
         field = lambda i, value: body[: 40 + 4 * i] + value.to_bytes(4, "little") + body[44 + 4 * i :]
         outside = body[:cells] + (49).to_bytes(8, "little") + body[cells + 8 :]
-        for data in (outside, body[:-4], field(0, 48), field(1, 255), field(2, 0), field(2, 2), field(3, 0), field(3, 7)):
+        for data in (
+            outside,
+            body[:-4],
+            field(0, 48),
+            field(1, 255),
+            field(2, 0),
+            field(2, 2),
+            field(3, 0),
+            field(3, 7),
+        ):
             path.write_bytes(data + image_cache.hashlib.sha256(data).digest())
             assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
         path.unlink()
@@ -162,13 +190,16 @@ def test_the_directory_is_bounded(families, tmp_path, monkeypatch):
 def test_a_later_process_finds_the_directory(families, tmp_path):
     models = families["llama"]
     script = (
-        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import conftest; from star_edge import StarVLM\n"
+        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import conftest; from helpers.models import random_image; from star_edge import StarVLM\n"
         "vlm = StarVLM(*sys.argv[2:4], n_ctx=512, n_threads=1, image_cache_dir=sys.argv[4])\n"
-        "state, report = vlm.read_prompt('a', conftest.random_image(1), 'balanced')\n"
+        "state, report = vlm.read_prompt('a', random_image(1), 'balanced')\n"
         "print(report.images[0].cached, state.logits.tobytes().hex())\n"
     )
     command = [sys.executable, "-c", script, os.path.dirname(__file__), models.text, models.mmproj, tmp_path]
-    first, second = (subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split() for _ in range(2))
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+        for _ in range(2)
+    )
     assert (first[0], second[0]) == ("False", "True") and first[1] == second[1]
 
 

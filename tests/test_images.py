@@ -18,10 +18,10 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from star_edge import overlay
 from star_edge.errors import ImageError, ImageTooLargeError
-from star_edge.images import ImageLimits, load_image
-from star_edge.overlay import Stage, draw_heatmap, draw_overlay
+from star_edge.io import overlay
+from star_edge.io.images import ImageLimits, load_image
+from star_edge.io.overlay import Stage, draw_heatmap, draw_overlay
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -150,7 +150,13 @@ def test_urls_that_are_not_read():
 
 
 def test_bad_data_urls():
-    for url in ("data:image/png;base64", "data:image/png;base64,@@@@", "data:image/png;base64,abcde", "data:,", "data:,hello"):
+    for url in (
+        "data:image/png;base64",
+        "data:image/png;base64,@@@@",
+        "data:image/png;base64,abcde",
+        "data:,",
+        "data:,hello",
+    ):
         assert "data: URL" in error_of(url)
 
 
@@ -392,7 +398,12 @@ def test_byte_limit(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(data)
     url = "data:;base64," + base64.b64encode(data).decode()
-    for source, name in ((data, f"{len(data)} bytes"), (memoryview(data), "bytes"), (path, str(path)), (url, "data: URL")):
+    for source, name in (
+        (data, f"{len(data)} bytes"),
+        (memoryview(data), "bytes"),
+        (path, str(path)),
+        (url, "data: URL"),
+    ):
         assert load_image(source, ImageLimits(max_bytes=len(data))).shape == (40, 60, 3)
         assert name in error_of(source, ImageLimits(max_bytes=len(data) - 1), ImageTooLargeError)
 
@@ -436,7 +447,8 @@ def test_damaged_files_raise_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("a\nb"), SyntaxError("x"), ValueError("x"), struct.error("x"), zlib.error("x"), EOFError(), MemoryError()]
+    "error",
+    [OSError("a\nb"), SyntaxError("x"), ValueError("x"), struct.error("x"), zlib.error("x"), EOFError(), MemoryError()],
 )
 def test_whatever_pillow_raises_is_mapped(error, monkeypatch):
     def fail(self):
@@ -563,7 +575,11 @@ def test_http_failures_name_the_url(server):
 
 def test_http_failures_show_no_secrets(server):
     host = server.removeprefix("http://")
-    for url in (f"http://user:secret@{host}/a.png", "http://user:secret@127.0.0.1/a.png", f"{server}/a b.png?token=secret"):
+    for url in (
+        f"http://user:secret@{host}/a.png",
+        "http://user:secret@127.0.0.1/a.png",
+        f"{server}/a b.png?token=secret",
+    ):
         with pytest.raises(ImageError) as caught:
             load_image(url)
         assert "secret" not in str(caught.value) and "secret" not in str(caught.value.__cause__)
@@ -599,7 +615,15 @@ def test_http_off(server):
 
 def test_http_refused_and_malformed(server):
     host = "http://127.0.0.1"
-    for url in (host + ":1/a.png", "http://", host + ":port/a", host + "/a b", "http://[/", host + "/ä", host + "/a\nb"):
+    for url in (
+        host + ":1/a.png",
+        "http://",
+        host + ":port/a",
+        host + "/a b",
+        "http://[/",
+        host + "/ä",
+        host + "/a\nb",
+    ):
         assert "http://" in error_of(url, ImageLimits(timeout_s=2))
 
 
@@ -673,7 +697,9 @@ def test_overlay_sizes():
     _ = panels_of(draw_overlay(bright(1000, 2048), [Stage("s", np.ones((2, 3)))]), 2, 500, 1024)
     _ = panels_of(draw_overlay(bright(337, 1024), []), 1, 337, 1024)
     for shape in ((1, 1), (1, 3000), (3000, 1), (5, 900)):
-        picture = draw_overlay(bright(*shape), [Stage("narrow, and with a title that no panel can hold " * 5, np.eye(3))])
+        picture = draw_overlay(
+            bright(*shape), [Stage("narrow, and with a title that no panel can hold " * 5, np.eye(3))]
+        )
         assert max(picture.size) <= 2 * 1024 + 3 * PANEL_GAP and min(picture.size) > 40
     fine = draw_overlay(bright(336, 336), [Stage("finer than pixels", np.eye(1000))])
     assert fine.size[0] == 2 * 336 + 3 * PANEL_GAP
@@ -691,7 +717,8 @@ def test_titles_are_drawn_below_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)]
+    "image",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)],
 )
 def test_overlay_refuses_other_images(image):
     with pytest.raises(ValueError, match="image must be"):
@@ -700,7 +727,9 @@ def test_overlay_refuses_other_images(image):
         draw_heatmap(image, np.ones((2, 2)), "t")
 
 
-@pytest.mark.parametrize("grid", [np.ones(4), np.ones((2, 2, 1)), np.ones((0, 3)), np.array([["a"]]), np.array([[np.nan]])])
+@pytest.mark.parametrize(
+    "grid", [np.ones(4), np.ones((2, 2, 1)), np.ones((0, 3)), np.array([["a"]]), np.array([[np.nan]])]
+)
 def test_overlay_refuses_other_grids(grid):
     with pytest.raises(ValueError, match="stage 's'"):
         draw_overlay(bright(10, 10), [Stage("s", grid)])

@@ -1,15 +1,17 @@
-"""Exact and in place at a real shape and real quantization: a random 1.1B Llama in Q4_K_M (670 MB, minutes). `make test-slow`."""
+"""Exact and in place at a real shape and real quantization: a random 1.1B Llama in Q4_K_M (670 MB, minutes). `make
+test-slow`.
+"""
 
 import numpy as np
 import pytest
-import stock
-from conftest import Models, random_prompt
-from test_exact import by_score, keep_all
+from helpers import stock
+from helpers.choosing import by_score, keep_all
+from helpers.models import Models, random_prompt
 
-from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
+from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.tap import Tap
 from star_edge.synthetic import TINYLLAMA_1B, write_decoder
-from star_edge.tap import Tap
 
 
 @pytest.mark.slow

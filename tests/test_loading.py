@@ -43,7 +43,9 @@ def test_model_paths_that_are_none(path):
     if path is not None:  # no mmproj is a text model
         with pytest.raises(errors.ModelFileError):
             StarVLM(refvlm.TEXT_MODEL, path)
-        with pytest.raises((errors.ModelFileError, errors.ConfigError)):  # another type than Llama's signature has is a ConfigError
+        with pytest.raises(
+            (errors.ModelFileError, errors.ConfigError)
+        ):  # another type than Llama's signature has is a ConfigError
             StarVLM(refvlm.TEXT_MODEL, lora_path=path)
 
 
@@ -54,12 +56,24 @@ def test_paths_as_bytes_and_at_home(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="descriptors of POSIX")
-@pytest.mark.parametrize("closed", ["os.close(1)", "os.close(2)", "os.close(1); os.close(2)", "sys.stdout.close(); sys.stderr.close()",
-                                    "sys.stdout = sys.stderr = None"])  # fmt: skip
+@pytest.mark.parametrize(
+    "closed",
+    [
+        "os.close(1)",
+        "os.close(2)",
+        "os.close(1); os.close(2)",
+        "sys.stdout.close(); sys.stderr.close()",
+        "sys.stdout = sys.stderr = None",
+    ],
+)
 def test_closed_output(closed, tmp_path):
-    """A daemon may have closed both streams; what is opened next must not get their numbers, which llama.cpp logs to."""
+    """A daemon may have closed both streams; what is opened next must not get their numbers, which llama.cpp logs
+    to.
+    """
     result = tmp_path / "result"
-    run = subprocess.run([sys.executable, "-c", LOAD.format(before=closed, result=str(result))], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD.format(before=closed, result=str(result))], capture_output=True, text=True
+    )
     assert result.exists(), run.stderr
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256) as vlm:
         expected = vlm.generate("what color is the star?", [refvlm.DEMO_IMAGE], max_tokens=4).text
@@ -67,7 +81,9 @@ def test_closed_output(closed, tmp_path):
 
 
 def test_memory_that_runs_out_in_python(monkeypatch):
-    """llama_cpp's own arrays are NumPy's, and the encoder's are ours. (Where llama.cpp itself gets none it ends the process.)"""
+    """llama_cpp's own arrays are NumPy's, and the encoder's are ours. (Where llama.cpp itself gets none it ends the
+    process.)
+    """
     import star_edge.engine as module
 
     def fail(*args, **kwargs):

@@ -1,7 +1,7 @@
 """No leak: resident memory is flat over 500 requests of every kind."""
 
 import psutil
-from conftest import random_image
+from helpers.models import random_image
 
 from star_edge import PruneConfig, StarEdgeError, StarVLM, refvlm
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from chatting import data_url, load, text_of, user
-from conftest import random_image
-from families import FOLDER, load_fixtures
+from helpers.chatting import data_url, load, text_of, user
+from helpers.families import FOLDER, load_fixtures
+from helpers.models import random_image
 
 from star_edge import StarChatHandler, StarVLM, errors, refvlm
-from star_edge.images import ImageLimits, load_image
+from star_edge.io.images import ImageLimits, load_image
 from star_edge.server.remote import is_public
 
 PNG = refvlm.DEMO_IMAGE.read_bytes()
@@ -133,7 +133,12 @@ def test_open_files_that_give_no_image(tmp_path):
     closed = io.BytesIO(PNG)
     closed.close()
     with open(text) as as_text, open(text, "rb") as as_bytes:
-        for source, words in ((as_text, 'mode "rb"'), (as_bytes, "known format"), (closed, "cannot be read"), (io.BytesIO(), "is empty")):
+        for source, words in (
+            (as_text, 'mode "rb"'),
+            (as_bytes, "known format"),
+            (closed, "cannot be read"),
+            (io.BytesIO(), "is empty"),
+        ):
             with pytest.raises(errors.ImageError, match=words):
                 load_image(source)
     with pytest.raises(errors.ImageTooLargeError):
@@ -144,7 +149,11 @@ def test_open_files_that_give_no_image(tmp_path):
 
 def test_paths_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name, source in (("a.png", refvlm.DEMO_IMAGE), ("text.gguf", refvlm.TEXT_MODEL), ("mmproj.gguf", refvlm.MMPROJ)):
+    for name, source in (
+        ("a.png", refvlm.DEMO_IMAGE),
+        ("text.gguf", refvlm.TEXT_MODEL),
+        ("mmproj.gguf", refvlm.MMPROJ),
+    ):
         (tmp_path / name).write_bytes(source.read_bytes())
     assert same("~/a.png") and same(Path("~/a.png"))
     with StarVLM("~/text.gguf", "~/mmproj.gguf", n_ctx=256, n_threads=1) as vlm:
@@ -194,7 +203,7 @@ def test_jpeg_with_thousands_of_scans():
 
 
 def test_scans_are_bounded_with_the_pixels(monkeypatch):
-    monkeypatch.setattr("star_edge.images._MAX_SCANNED_PIXELS", 30 * 64 * 64)
+    monkeypatch.setattr("star_edge.io.images._MAX_SCANNED_PIXELS", 30 * 64 * 64)
     assert load_image(progressive(64, 10)).shape == (64, 64, 3)
     with pytest.raises(errors.ImageTooLargeError, match="30 scans"):
         load_image(progressive(64, 60))
@@ -263,9 +272,14 @@ print(json.dumps(said))
 
 @pytest.mark.parametrize("family", sorted(load_fixtures()))
 def test_narrow_pictures(family):
-    """In a process of its own: llama.cpp aborts where a table has no row. An answer, or an error that names the image."""
+    """In a process of its own: llama.cpp aborts where a table has no row. An answer, or an error that names the
+    image.
+    """
     result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(FOLDER / family), json.dumps(SHAPES)], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", CHILD, str(FOLDER / family), json.dumps(SHAPES)],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     said = json.loads(result.stdout.splitlines()[-1])
@@ -310,20 +324,78 @@ def test_the_handler_names_the_picture(family):
 @pytest.mark.parametrize(
     "address",
     [
-        "0.0.0.0", "0.1.2.3", "10.1.2.3", "100.64.0.1", "100.127.255.255", "127.0.0.1", "169.254.169.254", "172.16.0.1", "172.31.255.255",
-        "192.0.0.1", "192.0.0.8", "192.0.0.9", "192.0.0.10", "192.0.0.170", "192.0.0.192", "192.0.0.255", "192.0.2.1", "192.31.196.1",
-        "192.52.193.1", "192.88.99.1", "192.168.0.1", "192.175.48.1", "198.18.0.1", "198.19.255.255", "198.51.100.1", "203.0.113.1",
-        "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255", "::", "::1", "::ffff:10.0.0.1", "::ffff:192.0.0.192", "::10.0.0.1",
-        "64:ff9b::10.0.0.1", "64:ff9b::192.0.0.192", "64:ff9b:1::1", "100::1", "100:0:0:1::1", "2001::1", "2001:1::1", "2001:1::2", "2001:2::1",
-        "2001:3::1", "2001:4:112::1", "2001:20::1", "2001:30::1", "2001:db8::1", "2002::1", "2620:4f:8000::1", "3fff::1", "4000::1", "5f00::1",
-        "fc00::1", "fd00::1", "fe80::1", "fe80::1%eth0", "fec0::1", "ff02::1",
+        "0.0.0.0",
+        "0.1.2.3",
+        "10.1.2.3",
+        "100.64.0.1",
+        "100.127.255.255",
+        "127.0.0.1",
+        "169.254.169.254",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.0.0.1",
+        "192.0.0.8",
+        "192.0.0.9",
+        "192.0.0.10",
+        "192.0.0.170",
+        "192.0.0.192",
+        "192.0.0.255",
+        "192.0.2.1",
+        "192.31.196.1",
+        "192.52.193.1",
+        "192.88.99.1",
+        "192.168.0.1",
+        "192.175.48.1",
+        "198.18.0.1",
+        "198.19.255.255",
+        "198.51.100.1",
+        "203.0.113.1",
+        "224.0.0.1",
+        "239.255.255.255",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "::ffff:10.0.0.1",
+        "::ffff:192.0.0.192",
+        "::10.0.0.1",
+        "64:ff9b::10.0.0.1",
+        "64:ff9b::192.0.0.192",
+        "64:ff9b:1::1",
+        "100::1",
+        "100:0:0:1::1",
+        "2001::1",
+        "2001:1::1",
+        "2001:1::2",
+        "2001:2::1",
+        "2001:3::1",
+        "2001:4:112::1",
+        "2001:20::1",
+        "2001:30::1",
+        "2001:db8::1",
+        "2002::1",
+        "2620:4f:8000::1",
+        "3fff::1",
+        "4000::1",
+        "5f00::1",
+        "fc00::1",
+        "fd00::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fec0::1",
+        "ff02::1",
     ],
-)  # fmt: skip
+)
 def test_addresses_that_are_not_global_unicast(address):
     """From IANA's special-purpose registries, whatever this version of Python knows of them."""
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "8.8.8.8", "192.0.1.1", "193.0.0.1", "198.20.0.1", "223.255.255.254", "2606:4700::1111", "2a00::1"])
+@pytest.mark.parametrize(
+    "address",
+    ["1.1.1.1", "8.8.8.8", "192.0.1.1", "193.0.0.1", "198.20.0.1", "223.255.255.254", "2606:4700::1111", "2a00::1"],
+)
 def test_addresses_of_the_internet(address):
-    assert is_public(address) and (":" in address or is_public(f"::ffff:{address}") and is_public(f"64:ff9b::{address}"))
+    assert is_public(address) and (
+        ":" in address or is_public(f"::ffff:{address}") and is_public(f"64:ff9b::{address}")
+    )

@@ -14,7 +14,10 @@ QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text
 
 
 def right(vlm, config, questions):
-    return [vlm.generate(q["question"], FOLDER / q["image"], config, max_tokens=4).text.strip() == q["answer"] for q in questions]
+    return [
+        vlm.generate(q["question"], FOLDER / q["image"], config, max_tokens=4).text.strip() == q["answer"]
+        for q in questions
+    ]
 
 
 def accuracy(vlm, config):
@@ -40,13 +43,17 @@ def test_keep_all_answers_as_the_unpruned_model(vlm):
 
 
 def test_star_at_a_quarter_of_the_tokens(vlm):
-    """Vision 50%, decoder 12.5%, K = 2, dropped for good: 84.6% was measured with a proof of concept on the same binaries."""
+    """Vision 50%, decoder 12.5%, K = 2, dropped for good: 84.6% was measured with a proof of concept on the same
+    binaries.
+    """
     result = accuracy(vlm, replace(PRESETS["star"], decoder_keep=0.125, decoder_layer=2))
     assert result["all"] == pytest.approx(84.6, abs=1.0), result
 
 
 def test_presets_keep_what_they_promise(vlm):
-    """Relative accuracy at 2x, 4x and 10x fewer average tokens, on every fourth question (ACCURACY.md has 6,377 others)."""
+    """Relative accuracy at 2x, 4x and 10x fewer average tokens, on every fourth question (ACCURACY.md has 6,377
+    others).
+    """
     some = QUESTIONS[::4]
     unpruned = sum(right(vlm, None, some))
     for preset, relative in (("quality", 0.995), ("balanced", 0.98), ("fast", 0.95)):

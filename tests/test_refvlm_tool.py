@@ -30,7 +30,9 @@ def tool():
 
 @pytest.fixture(scope="module")
 def generator(tool):
-    """Makes generators with few backgrounds and sprites. Where Matplotlib's fonts are missing, stripes stand for text."""
+    """Makes generators with few backgrounds and sprites. Where Matplotlib's fonts are missing, stripes stand for
+    text.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -77,7 +79,9 @@ def recount(question, objects, size):
     elif question.startswith("what color"):
         found = [o["color"] for o in objects if o["kind"] == words[4]]
     else:
-        middles = [(o["box"][0] + o["box"][2] / 2, o["box"][1] + o["box"][3] / 2) for o in objects if o["kind"] == words[3]]
+        middles = [
+            (o["box"][0] + o["box"][2] / 2, o["box"][1] + o["box"][3] / 2) for o in objects if o["kind"] == words[3]
+        ]
         found = [f"{'top' if y < size / 2 else 'bottom'} {'left' if x < size / 2 else 'right'}" for x, y in middles]
     return found[0] if len(found) == 1 else None
 
@@ -101,7 +105,9 @@ def test_answers_follow_from_the_objects(tool, generator, large):
 
 
 def test_objects_are_where_they_are_said_to_be(tool, generator):
-    """Pixels at the middle of a full shape have its colour; objects lie inside the picture and apart; labels name what is there."""
+    """Pixels at the middle of a full shape have its colour; objects lie inside the picture and apart; labels name what
+    is there.
+    """
     scenes, vocabulary = tool["scenes"], tool["vocabulary"]
     made = generator()
     for index in range(40):
@@ -124,12 +130,16 @@ def test_written_split_reads_back(tool, generator, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL))
     import make_questions
 
-    monkeypatch.setattr(make_questions, "SceneGenerator", lambda split, seed, config, n: generator(split, seed, config=config))
+    monkeypatch.setattr(
+        make_questions, "SceneGenerator", lambda split, seed, config, n: generator(split, seed, config=config)
+    )
     counts, digest = make_questions.write_split("dev", tmp_path / "a", n_images=4)
     assert make_questions.write_split("dev", tmp_path / "b", n_images=4) == (counts, digest)
     assert make_questions.write_split("test", tmp_path / "c", n_images=4)[1] != digest
     rows = [json.loads(line) for line in (tmp_path / "a" / "questions.jsonl").read_text().splitlines()]
-    objects = {r["image"]: r["objects"] for r in map(json.loads, (tmp_path / "a" / "objects.jsonl").read_text().splitlines())}
+    objects = {
+        r["image"]: r["objects"] for r in map(json.loads, (tmp_path / "a" / "objects.jsonl").read_text().splitlines())
+    }
     assert counts == Counter(row["category"] for row in rows) and [row["id"] for row in rows] == list(range(len(rows)))
     for row in rows:
         assert set(row) == {"id", "image", "category", "question", "answer"}

@@ -1,4 +1,6 @@
-"""Images that the server fetches: public addresses alone, the one that was checked, redirects checked again, and an end to it."""
+"""Images that the server fetches: public addresses alone, the one that was checked, redirects checked again, and an end
+to it.
+"""
 
 import contextlib
 import socket
@@ -15,20 +17,40 @@ from star_edge.server import remote
 @pytest.mark.parametrize(
     ("address", "public"),
     [
-        ("93.184.216.34", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
-        ("127.0.0.1", False), ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
-        ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False), ("255.255.255.255", False), ("240.0.0.1", False),
-        ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fd00:ec2::254", False), ("ff02::1", False),
-        ("::ffff:10.0.0.1", False), ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("::127.0.0.1", False),
+        ("93.184.216.34", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::808:808", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("240.0.0.1", False),
+        ("::1", False),
+        ("::", False),
+        ("fe80::1%eth0", False),
+        ("fd00:ec2::254", False),
+        ("ff02::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+        ("::127.0.0.1", False),
     ],
-)  # fmt: skip
+)
 def test_public_addresses(address, public):
     assert remote.is_public(address) == public
 
 
 @pytest.fixture
 def web(monkeypatch):
-    """A server that answers for every public address; names resolve to what `names` says. Logs connections and requests."""
+    """A server that answers for every public address; names resolve to what `names` says. Logs connections and
+    requests.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -61,7 +83,10 @@ def web(monkeypatch):
         if name == "127.0.0.1":
             return real(name, port, *args, **options)
         addresses = web.names.get(name, ["93.184.216.34"])
-        return [(None, None, None, "", (address, port)) for address in (addresses.pop(0) if isinstance(addresses[0], list) else addresses)]
+        return [
+            (None, None, None, "", (address, port))
+            for address in (addresses.pop(0) if isinstance(addresses[0], list) else addresses)
+        ]
 
     def create_connection(address, timeout):
         web.connected.append(address)
@@ -94,7 +119,9 @@ def test_the_connection_goes_to_the_address_that_was_checked(web):
     assert len(web.connected) == 1
 
 
-@pytest.mark.parametrize("target", ["http://private.test/", "file:///etc/passwd", "ftp://name.test/", "http://user@name.test/", "/loop"])
+@pytest.mark.parametrize(
+    "target", ["http://private.test/", "file:///etc/passwd", "ftp://name.test/", "http://user@name.test/", "/loop"]
+)
 def test_redirects_are_checked(web, target):
     web.names["private.test"] = ["169.254.169.254"]
     web.pages["/loop"] = (302, {"Location": target}, b"")

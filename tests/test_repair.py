@@ -6,31 +6,35 @@ import shutil
 import tempfile
 from types import SimpleNamespace
 
-import bounds
 import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import CLIP, random_image
-from families import load_fixtures
 from fastapi.testclient import TestClient
-from gguf_files import rewrite
-from reference import ClipEncoder
+from helpers import bounds
+from helpers.families import load_fixtures
+from helpers.gguf_files import rewrite
+from helpers.models import CLIP, random_image
+from helpers.reference import ClipEncoder
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
 from star_edge.errors import ConfigError
-from star_edge.gguf_info import copy_with_metadata, read_gguf_info
-from star_edge.native import lib
+from star_edge.llamacpp.gguf import copy_with_metadata, read_gguf_info
+from star_edge.llamacpp.native import lib
+from star_edge.llamacpp.tap import Tap
 from star_edge.server.app import make_app
 from star_edge.server.settings import Policy
 from star_edge.synthetic import write_encoder
-from star_edge.tap import Tap
 from star_edge.vision import encoder as encoder_module
 from star_edge.vision import profiles, repair
 from star_edge.vision.encoder import ImageChunk
 
-LEGACY = [("clip.has_text_encoder", False), ("clip.has_llava_projector", True), ("general.description", "image encoder for LLaVA")]
+LEGACY = [
+    ("clip.has_text_encoder", False),
+    ("clip.has_llava_projector", True),
+    ("general.description", "image encoder for LLaVA"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,11 @@ def test_repaired_features_are_clips_own(families, legacy, flash_attn):
         assert vlm.encoder.last_outcome.n_attention == CLIP.n_layers
         from_cls = encode(vlm, image, "cls").scores
         _, report = vlm.read_prompt("what?", image, PruneConfig(0.5, 0.25, 2))
-        assert len(report.repairs) == 2 and "25814" in report.repairs[0] and "all 4 layers run instead of 3" in report.repairs[1]
+        assert (
+            len(report.repairs) == 2
+            and "25814" in report.repairs[0]
+            and "all 4 layers run instead of 3" in report.repairs[1]
+        )
         assert report.summary()["repairs"] == report.repairs and not report.notes
         assert vlm.read_prompt("what?")[1].repairs == []
     with load(families, legacy, flash_attn=flash_attn, encoder="stock") as vlm:
@@ -85,7 +93,11 @@ def test_repaired_features_are_clips_own(families, legacy, flash_attn):
     assert bounds.are_features(got.embeddings, features)
     assert bounds.cosines(stock.embeddings, features).mean() < 0.9
     share = bounds.share(bounds.relative([(got.embeddings, features)]))
-    assert bounds.distance(got.scores, received) <= share * received.max() < bounds.distance(np.roll(received, 1), received)
+    assert (
+        bounds.distance(got.scores, received)
+        <= share * received.max()
+        < bounds.distance(np.roll(received, 1), received)
+    )
     theirs = attention[:, -1].mean(axis=0)[:-1]  # the reference has CLS last; it is no token
     assert bounds.distance(from_cls, theirs) <= share * theirs.max() < bounds.distance(received, theirs)
     assert np.array_equal(got.cells, np.arange(49))
@@ -125,7 +137,9 @@ def test_graph_with_cls_elsewhere_is_left_alone(families, legacy, monkeypatch):
 
 
 def test_where_cls_is_joined_is_learned_when_the_file_is_loaded(families, legacy):
-    """Not from the graph that runs, where a backend may put what reads the positions before the CONCAT: there it is not looked for here."""
+    """Not from the graph that runs, where a backend may put what reads the positions before the CONCAT: there it is not
+    looked for here.
+    """
     image = random_image(4)
     with load(families, legacy) as vlm:
         assert len(vlm.encoder.repairs) == 2  # before any picture
@@ -171,7 +185,12 @@ W, D, FL = "clip.vision.embedding_length", "clip.vision.block_count", "clip.visi
     [
         ({W: 1024, D: 23, "clip.has_llava_projector": True}, {repair.CLS}, True, True),  # LLaVA-1.5
         ({W: 1024, D: 23}, {repair.CLS}, True, True),
-        ({W: 1024, D: 24, "clip.has_llava_projector": True}, {repair.CLS}, False, True),  # with the layer that stock does not run
+        (
+            {W: 1024, D: 24, "clip.has_llava_projector": True},
+            {repair.CLS},
+            False,
+            True,
+        ),  # with the layer that stock does not run
         ({W: 1024, D: 23, FL: [23]}, {repair.CLS}, False, True),  # LLaVA-1.6
         ({W: 1152, D: 28, "clip.has_llava_projector": True}, {"v.post_ln.weight"}, False, False),  # Moondream2
         ({W: 1152, D: 26, "clip.has_llava_projector": True}, set(), True, False),  # SigLIP
@@ -262,14 +281,21 @@ def test_file_is_not_changed(families, legacy, scratch, monkeypatch):
 @pytest.mark.parametrize("n", range(0, 70, 3))
 def test_copy_with_metadata(families, tmp_path, n):
     """All other keys and the tensors stay, however long the header is."""
-    source = rewrite(families["llama"].mmproj, tmp_path / "s.gguf", remove=["general.name"], add=[*LEGACY[:2], ("general.description", "x" * n)])
+    source = rewrite(
+        families["llama"].mmproj,
+        tmp_path / "s.gguf",
+        remove=["general.name"],
+        add=[*LEGACY[:2], ("general.description", "x" * n)],
+    )
     target = tmp_path / "t.gguf"
     copy_with_metadata(source, target, {FL: np.array([4]), "clip.use_gelu": True})
     keys = (FL, D, W, "clip.use_gelu", "clip.projector_type", "clip.vision.image_mean", "general.description")
     ours, theirs = read_gguf_info(target, keys), read_gguf_info(source, keys)
     assert ours.values == theirs.values | {FL: [4], "clip.use_gelu": True}
     a, b = ClipEncoder(target), ClipEncoder(source)
-    assert all(np.array_equal(a.tensors[name], b.tensors[name]) for name in b.tensors) and len(a.tensors) == len(b.tensors)
+    assert all(np.array_equal(a.tensors[name], b.tensors[name]) for name in b.tensors) and len(a.tensors) == len(
+        b.tensors
+    )
 
 
 def test_no_room_for_a_copy(families, legacy, scratch, monkeypatch):

@@ -1,26 +1,30 @@
-"""What the decoder computed for a prompt, used for the next one that begins alike: every answer equals a fresh engine's."""
+"""What the decoder computed for a prompt, used for the next one that begins alike: every answer equals a fresh
+engine's.
+"""
 
 import contextlib
 import os
 
 import numpy as np
 import pytest
-import stock
-from conftest import random_image, random_prompt
-from reusing import QUESTIONS, answers, engine, first_tokens, fresh, same
-from test_exact import by_score
+from helpers import stock
+from helpers.choosing import by_score
+from helpers.models import random_image, random_prompt
+from helpers.reusing import QUESTIONS, answers, engine, first_tokens, fresh, same
 
 from star_edge import PruneConfig, StarVLM, errors
-from star_edge.decoder.context import DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.tap import Tap
+from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.tap import Tap
 from star_edge.vision.encoder import TextChunk
 
 PRESETS = ["off", "balanced", "fast", "star", "pyramiddrop"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
+@pytest.mark.parametrize(
+    ("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_a_further_question_equals_a_fresh_engine(families, family, flash_attn, cache, preset):
     models, image = families[family], random_image(1)
@@ -60,7 +64,12 @@ def test_as_much_is_read_again_as_differs(families):
         (f"one {m} and now the second question?", a, config, 2),
         (f"one {m} and now the second question? yes. the third {m}?", [a, b], config, 2),
         (f"one {m} and now the second question? yes. the third {m}? no. a fourth", [a, b], config, 4),
-        (f"one {m} two?", a, PruneConfig(1.0, 0.25, 4), 1),  # another layer: the text before the image is the same in any case
+        (
+            f"one {m} two?",
+            a,
+            PruneConfig(1.0, 0.25, 4),
+            1,
+        ),  # another layer: the text before the image is the same in any case
         (f"one {m} two?", a, PruneConfig(1.0, 0.5, 4), 2),  # another budget
         (f"one {m} two?", a, PruneConfig(1.0, 0.5, 4, decoder_scorer="last"), 2),
         (f"one {m} two?", a, PruneConfig(0.5, 0.5, 4, representatives="none"), 1),  # other rows
@@ -81,8 +90,12 @@ def test_as_much_is_read_again_as_differs(families):
             got = vlm.read_prompt(prompt, images, config, chat=False)
             report = same(got, fresh(models, (prompt, images, config)))
             left = iter(len(image.vision_kept) for image in report.images)
-            with contextlib.closing(vlm.tokenize(prompt, images if isinstance(images, list) else [images], chat=False)) as tokenized:
-                sizes = [len(chunk.tokens) if isinstance(chunk, TextChunk) else next(left) for chunk in tokenized.chunks]
+            with contextlib.closing(
+                vlm.tokenize(prompt, images if isinstance(images, list) else [images], chat=False)
+            ) as tokenized:
+                sizes = [
+                    len(chunk.tokens) if isinstance(chunk, TextChunk) else next(left) for chunk in tokenized.chunks
+                ]
             assert report.reused_tokens == sum(sizes[:n_segments]), prompt
 
 
@@ -122,13 +135,21 @@ def decodes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"])
+@pytest.mark.parametrize(
+    ("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_what_is_decoded_for_a_further_question(families, decodes, family, flash_attn, cache):
-    """Image rows never run layers < K again. What stays is resumed with the text in one decode, and as on stock where nothing is dropped."""
+    """Image rows never run layers < K again. What stays is resumed with the text in one decode, and as on stock where
+    nothing is dropped.
+    """
     models, image = families[family], random_image(1, 168, 168)
     options = dict(flash_attn=flash_attn, type_k=cache, type_v=cache)
-    half, alike, everything = PruneConfig(1.0, 0.5, 3), PruneConfig(1.0, 0.5, 3, decoder_scorer="uniform"), PruneConfig(decoder_layer=3)
+    half, alike, everything = (
+        PruneConfig(1.0, 0.5, 3),
+        PruneConfig(1.0, 0.5, 3, decoder_scorer="uniform"),
+        PruneConfig(decoder_layer=3),
+    )
     steps = [(1, half), (1, half), (0, half), (0, alike), (1, alike), (1, everything), (0, everything), (0, half)]
     request = lambda q, config: (f"ab <__media__> {QUESTIONS[q]}", image, config)
     with engine(models, **options) as vlm:
@@ -164,7 +185,13 @@ def test_non_causal_images(families, monkeypatch, flash_attn):
     for preset in (None, "balanced", PruneConfig(1.0, 0.25, 3, decoder_scorer="uniform")):
         with engine(models, flash_attn=flash_attn) as vlm:
             reused = []
-            for causal[0], question in ((False, "one?"), (False, "where is it?"), (True, "where is it?"), (False, "one?"), (False, "two?")):
+            for causal[0], question in (
+                (False, "one?"),
+                (False, "where is it?"),
+                (True, "where is it?"),
+                (False, "one?"),
+                (False, "two?"),
+            ):
                 request = (f"ab <__media__> and <__media__> {question}", images, preset)
                 report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, flash_attn=flash_attn))
                 n_prefix = len(first_tokens(vlm, request[0], images))
@@ -180,16 +207,24 @@ def test_mixed_requests_equal_fresh_ones(families):
     rng = np.random.default_rng(0)
     images = [random_image(i) for i in range(2)]
     configs = [
-        None, "balanced", "star", PruneConfig(0.5, 0.25, 2), PruneConfig(decoder_layer=5), PruneConfig(0.25, 1.0),
-        PruneConfig(7, 2, 7, decoder_scorer="last"), PruneConfig(12, windows=((2, 9), (4, 5), (7, 2))),
-    ]  # fmt: skip
+        None,
+        "balanced",
+        "star",
+        PruneConfig(0.5, 0.25, 2),
+        PruneConfig(decoder_layer=5),
+        PruneConfig(0.25, 1.0),
+        PruneConfig(7, 2, 7, decoder_scorer="last"),
+        PruneConfig(12, windows=((2, 9), (4, 5), (7, 2))),
+    ]
     expected, n_reused = {}, 0
     with engine(models, n_ctx=256) as vlm, engine(models, n_ctx=256, reuse=False) as plain:
         request = None
         for _ in range(90):
             # often the same image and config as before, as in a conversation
             c, which, start = (
-                request if request and rng.random() < 0.6 else (rng.integers(8), tuple(rng.integers(0, 2, rng.integers(0, 3))), "")
+                request
+                if request and rng.random() < 0.6
+                else (rng.integers(8), tuple(rng.integers(0, 2, rng.integers(0, 3))), "")
             )
             request = (c, which, start)
             text = "s: " + "<__media__> and " * len(which) + ("what?", "where is it, and how many?")[rng.integers(2)]
@@ -217,7 +252,9 @@ def test_mixed_requests_equal_fresh_ones(families):
 
 
 def beside_a_fresh_one(models, steps):
-    """Runs (prompt, decoder stage) one after the other in a context, compares logits with those of a new one, and yields the states."""
+    """Runs (prompt, decoder stage) one after the other in a context, compares logits with those of a new one, and
+    yields the states.
+    """
 
     def context(tap):
         llama = stock.load(models.text, True)
@@ -241,7 +278,9 @@ def beside_a_fresh_one(models, steps):
 
 @pytest.mark.parametrize("layer", [None, 3])
 def test_rows_that_differ_in_one_thing_are_read_again(families, layer):
-    """As the decoder gets them, one thing at a time; what the encoder and the config make of it does not matter here."""
+    """As the decoder gets them, one thing at a time; what the encoder and the config make of it does not matter
+    here.
+    """
     models = families["llama"]
     stage = None if layer is None else DecoderStage([(layer, [9, 9])], by_score)
 

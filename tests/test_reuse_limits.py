@@ -1,25 +1,29 @@
-"""What must not be used again: caches that were touched, decoders whose cache keeps no single tokens; and room that others need."""
+"""What must not be used again: caches that were touched, decoders whose cache keeps no single tokens; and room that
+others need.
+"""
 
 from dataclasses import replace
 
 import llama_cpp
 import numpy as np
 import pytest
-import stock
-from conftest import LLAMA, random_image
-from decoders import write_recurrent, write_sliding
+from helpers import stock
+from helpers.chatting import COLOR, PLATE, data_url, user
+from helpers.decoders import write_recurrent, write_sliding
+from helpers.models import LLAMA, random_image
+from helpers.reusing import QUESTIONS, cells, engine, first_tokens, fresh, same
 from llama_cpp import Llama
-from reusing import QUESTIONS, cells, engine, first_tokens, fresh, same
-from test_chat_handler import COLOR, PLATE, data_url, user
 
 from star_edge import PruneConfig, StarChatHandler, errors, refvlm
-from star_edge.decoder.context import MAIN, N_SEQUENCES, PARKED, Rows
-from star_edge.tap import Plan
+from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED, Rows
+from star_edge.llamacpp.tap import Plan
 
 
 @pytest.mark.parametrize(("window", "has_stage"), [(24, False), (400, True)])
 def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
-    """llama.cpp gives out cells that have left the window, parked ones too. The encoder's output is kept all the same."""
+    """llama.cpp gives out cells that have left the window, parked ones too. The encoder's output is kept all the
+    same.
+    """
     write_sliding(tmp_path / "text.gguf", replace(LLAMA, n_layers=4), window)
     models = replace(families["llama"], text=tmp_path / "text.gguf")
     with engine(models) as vlm:
@@ -34,7 +38,9 @@ def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
 
 
 def test_recurrent_decoders_keep_nothing(families, tmp_path):
-    """A state that has gone on cannot be taken back. Without pruning it is stock's, and with it the report says what cannot be."""
+    """A state that has gone on cannot be taken back. Without pruning it is stock's, and with it the report says what
+    cannot be.
+    """
     write_recurrent(tmp_path / "text.gguf", replace(LLAMA, n_layers=4))
     models = replace(families["llama"], text=tmp_path / "text.gguf")
     plain = stock.load(models.text, True)
@@ -46,7 +52,9 @@ def test_recurrent_decoders_keep_nothing(families, tmp_path):
                 assert report.reused_tokens == 0 and not report.windows
                 assert vlm.llama._ctx.stem is None
                 notes = [note.split(":")[0] for note in report.notes]
-                assert notes == {None: [], "star": ["no decoder stage"]}.get(preset, ["no decoder stage", "no representatives"])
+                assert notes == {None: [], "star": ["no decoder stage"]}.get(
+                    preset, ["no decoder stage", "no representatives"]
+                )
                 assert report.images[0].vision_mass is None
                 n = report.n_kv_cells
                 assert vlm.generate(*request, max_tokens=3, chat=False).report.n_kv_cells == n
@@ -99,7 +107,10 @@ def test_a_state_of_another_image_is_no_stem(families):
         saved = vlm.llama.save_state()
         ask(vlm, 2)
         vlm.llama.load_state(saved)
-        assert same(ask(vlm, 2), fresh(families["llama"], ("ab <__media__> c", random_image(2), "star"))).reused_tokens == 0
+        assert (
+            same(ask(vlm, 2), fresh(families["llama"], ("ab <__media__> c", random_image(2), "star"))).reused_tokens
+            == 0
+        )
         assert same(ask(vlm, 1), first).reused_tokens == n_prefix
 
 
@@ -147,7 +158,10 @@ def test_a_long_answer_takes_the_cells_of_the_stem(families):
         request = ("ab <__media__> " + "c" * 140, random_image(1), PruneConfig(1.0, 4, 2))
         free = 256 - 4 - vlm.read_prompt(*request, chat=False)[1].n_text_tokens
         assert vlm.llama._ctx.n_parked == 45 < free
-        unwanted = [vlm.llama.token_eos(), *range(3 + 0x80, 3 + 0x100)]  # after part of a character there is more than max_tokens
+        unwanted = [
+            vlm.llama.token_eos(),
+            *range(3 + 0x80, 3 + 0x100),
+        ]  # after part of a character there is more than max_tokens
         ask = lambda n: vlm.generate(*request, max_tokens=n, chat=False, logit_bias=dict.fromkeys(unwanted, -100.0))
         assert ask(free - 45).finish_reason == "length" and vlm.llama._ctx.n_parked == 45
         assert same(vlm.read_prompt(*request, chat=False), fresh(models, request, n_ctx=256)).reused_tokens > 49
@@ -184,9 +198,13 @@ def test_chat_handler(families, preset):
     )
     text = lambda response: response["choices"][0]["message"]["content"]
     make = lambda **options: Llama(
-        str(refvlm.TEXT_MODEL), n_ctx=1024, n_threads=1, verbose=False, flash_attn=True,
+        str(refvlm.TEXT_MODEL),
+        n_ctx=1024,
+        n_threads=1,
+        verbose=False,
+        flash_attn=True,
         chat_handler=StarChatHandler(str(refvlm.MMPROJ), verbose=False, prune=preset, **options),
-    )  # fmt: skip
+    )
     llm, plain = make(), make(reuse=False, image_cache_bytes=0)
     expected = {q: text(ask(plain, q)) for q in (COLOR, PLATE)}
     reused = []

@@ -1,13 +1,13 @@
 """Scorers and representatives against loops written from the papers' definitions."""
 
-import bounds
 import numpy as np
 import pytest
+from helpers import bounds
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
-from star_edge.representatives import MAX_CLUSTERED, REPRESENTATIVES, merge, select
-from star_edge.scorers import DECODER_SCORERS, VISION_SCORERS
-from star_edge.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, average_tokens
+from star_edge.pruning.representatives import MAX_CLUSTERED, REPRESENTATIVES, merge, select
+from star_edge.pruning.scorers import DECODER_SCORERS, VISION_SCORERS
+from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, average_tokens
 
 RNG = np.random.default_rng(5)
 
@@ -76,7 +76,9 @@ def test_distances():
     nowhere = Tokens(tokens.vectors, np.where(np.arange(30) == 7, -1, np.arange(30)), (5, 6)).distances()
     others = np.arange(30) != 7
     assert np.allclose(nowhere[7, others], (far / far.mean())[7, others] + PLACE_WEIGHT, atol=1e-4)
-    assert np.allclose(Tokens(tokens.vectors, tokens.cells, None).distances(), far / far.mean() * (1 - np.eye(30)), atol=1e-4)
+    assert np.allclose(
+        Tokens(tokens.vectors, tokens.cells, None).distances(), far / far.mean() * (1 - np.eye(30)), atol=1e-4
+    )
     assert not random_tokens(n=3, grid=None).distances()[[0, 1, 2], [0, 1, 2]].any()
 
 
@@ -92,7 +94,9 @@ def test_long_vectors_keep_their_angles():
 
 
 def test_clusters_by_distance_alone():
-    """Four tight groups of unequal size: one representative each, with the group's size as its mass and its mean as its embedding."""
+    """Four tight groups of unequal size: one representative each, with the group's size as its mass and its mean as its
+    embedding.
+    """
     centres = np.eye(4, 8) * 10
     sizes = [9, 3, 1, 7]
     vectors = np.concatenate([c + 0.1 * RNG.standard_normal((n, 8)) for c, n in zip(centres, sizes)]).astype(np.float32)
@@ -161,7 +165,9 @@ def test_counts_and_masses_add_up(kind, share):
         mass = RNG.uniform(1, 3, n)
         tokens = random_tokens(n=n, grid=None, mass=mass)
         selection = select(kind, tokens, RNG.random(n), k, share)
-        assert len(set(selection.kept.tolist())) == k and np.all(np.diff(selection.kept) > 0) and selection.kept.max() < n
+        assert (
+            len(set(selection.kept.tolist())) == k and np.all(np.diff(selection.kept) > 0) and selection.kept.max() < n
+        )
         if kind == "cluster" or kind == "even" and share > 0:
             assert selection.mass.sum() == pytest.approx(mass.sum())  # nothing is lost
 
@@ -177,7 +183,9 @@ def test_large_images_are_clustered_band_by_band():
     tokens = Tokens(RNG.standard_normal((n, 8)).astype(np.float32), np.arange(n), (1, n))
     for k, share in ((50, 1.0), (50, 0.5), (2, 1.0)):
         selection = select("cluster", tokens, RNG.random(n), k, share)
-        assert len(selection.kept) == k == len(set(selection.kept.tolist())) and selection.mass.sum() == pytest.approx(n)
+        assert len(selection.kept) == k == len(set(selection.kept.tolist())) and selection.mass.sum() == pytest.approx(
+            n
+        )
     edges = np.linspace(0, n, 4)
     assert np.ptp(np.histogram(select("cluster", tokens, np.zeros(n), 60, 1.0).kept, edges)[0]) <= 1
 
@@ -193,7 +201,11 @@ def test_every_combination_runs(scorer, representatives, vlm):
     config = PruneConfig(0.25, 0.1, 3, vision_scorer=scorer, representatives=representatives, vision_share=0.4)
     state, report = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, config)
     image = report.images[0]
-    assert (len(image.vision_kept), len(image.decoder_kept)) == (36, 14) and state.in_place and np.isfinite(state.logits).all()
+    assert (
+        (len(image.vision_kept), len(image.decoder_kept)) == (36, 14)
+        and state.in_place
+        and np.isfinite(state.logits).all()
+    )
     if representatives == "none":
         assert image.vision_mass is None and image.decoder_mass is None
 
@@ -209,9 +221,9 @@ def test_cls_attention_is_not_attention_received(vlm):
         "how many squares?", refvlm.DEMO_IMAGE, PruneConfig(0.25, vision_scorer=scorer, vision_share=0.0)
     )[1]
     received, cls = (report(s).images[0].vision_scores for s in ("attention", "cls"))
-    from reference import ClipEncoder
+    from helpers.reference import ClipEncoder
 
-    from star_edge.images import load_image
+    from star_edge.io.images import load_image
 
     encoder = ClipEncoder(str(refvlm.MMPROJ))
     features, attention = encoder.encode(load_image(refvlm.DEMO_IMAGE))
@@ -240,7 +252,9 @@ def test_presets_run(name, vlm):
 
 def test_renumbered_positions(vlm, families):
     config = PruneConfig(20, 7, 3)
-    ask = lambda positions, engine: engine.read_prompt("what is it?", refvlm.DEMO_IMAGE, PruneConfig(20, 7, 3, positions=positions))
+    ask = lambda positions, engine: engine.read_prompt(
+        "what is it?", refvlm.DEMO_IMAGE, PruneConfig(20, 7, 3, positions=positions)
+    )
     state, report = ask("original", vlm)
     closed, same = ask("renumbered", vlm)
     assert np.array_equal(report.images[0].vision_kept, same.images[0].vision_kept)

@@ -1,15 +1,16 @@
 """se_attention_scores against a float64 softmax in NumPy.
 
-Tolerance: q k^T is a float32 sum over head_dim, so a logit z is off by at most about head_dim * 2^-24 * sum|q k|, and a probability p
-by p times that. With |z| of a few units and head_dim <= 128 it stays below 2e-6 absolute; the exponential itself is good to 2 ulp,
-so a probability is also within 2e-5 of its own size wherever it is not negligible. Both are asserted.
+Tolerance: q k^T is a float32 sum over head_dim, so a logit z is off by at most about head_dim * 2^-24 * sum|q k|, and a
+probability p by p times that. With |z| of a few units and head_dim <= 128 it stays below 2e-6 absolute; the exponential
+itself is good to 2 ulp, so a probability is also within 2e-5 of its own size wherever it is not negligible. Both are
+asserted.
 """
 
 import gguf
 import numpy as np
 import pytest
 
-from star_edge.native import ffi, lib
+from star_edge.llamacpp.native import ffi, lib
 
 KEEP, MEAN_HEADS, MEAN_ROWS, MEAN_ALL = lib.SE_KEEP, lib.SE_MEAN_HEADS, lib.SE_MEAN_ROWS, lib.SE_MEAN_ALL
 REDUCTIONS = (KEEP, MEAN_HEADS, MEAN_ROWS, MEAN_ALL)
@@ -19,7 +20,9 @@ N_TYPES_BEYOND = 10_000
 
 
 class Case:
-    """One call: arrays live as long as it does. q (n_rows, n_head, d), k (n_kv, n_head_kv, d) float32, mask (n_rows, n_kv)."""
+    """One call: arrays live as long as it does. q (n_rows, n_head, d), k (n_kv, n_head_kv, d) float32, mask (n_rows,
+    n_kv).
+    """
 
     def __init__(self, q, k, kind=Q.F32, mask=None, scale=None, softcap=0.0, max_bias=0.0, sinks=None):
         self.q, self.mask, self.sinks = q, mask, sinks
@@ -69,7 +72,11 @@ class Case:
         if self.mask is not None:
             slope = np.array([alibi_slope(h, self.n_head, self.max_bias) for h in range(self.n_head)])
             x = x + slope[:, None, None] * self.mask.astype(np.float64)
-        sink = np.full((self.n_head, 1, 1), -np.inf) if self.sinks is None else self.sinks.astype(np.float64)[:, None, None]
+        sink = (
+            np.full((self.n_head, 1, 1), -np.inf)
+            if self.sinks is None
+            else self.sinks.astype(np.float64)[:, None, None]
+        )
         top = np.maximum(x.max(-1, keepdims=True), sink)
         e = np.exp(x - np.where(np.isfinite(top), top, 0.0))
         total = e.sum(-1, keepdims=True) + np.exp(sink - np.where(np.isfinite(top), top, 0.0))
@@ -98,7 +105,9 @@ def decode(raw, kind):
 
 
 def alibi_slope(head, n_head, max_bias):
-    """Press et al.'s slopes as ggml has them: a geometric series over the largest power of two, then every other step between."""
+    """Press et al.'s slopes as ggml has them: a geometric series over the largest power of two, then every other step
+    between.
+    """
     if max_bias == 0.0:
         return 1.0
     power = 2 ** int(np.floor(np.log2(n_head)))
@@ -328,12 +337,30 @@ def small_case(**options):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("q", ffi.NULL), ("k", ffi.NULL), ("n_rows", 0), ("n_rows", -1), ("n_head", 0), ("n_head", -4), ("head_dim", 0), ("head_dim", -32),
-        ("n_kv", 0), ("n_kv", -1), ("n_head_kv", 0), ("n_head_kv", -2), ("n_head_kv", 3), ("n_head", 5), ("k_type", -1),
-        ("k_type", N_TYPES_BEYOND), ("scale", float("nan")), ("scale", float("inf")), ("softcap", -1.0), ("softcap", float("nan")),
-        ("max_bias", -1.0), ("max_bias", float("nan")),
+        ("q", ffi.NULL),
+        ("k", ffi.NULL),
+        ("n_rows", 0),
+        ("n_rows", -1),
+        ("n_head", 0),
+        ("n_head", -4),
+        ("head_dim", 0),
+        ("head_dim", -32),
+        ("n_kv", 0),
+        ("n_kv", -1),
+        ("n_head_kv", 0),
+        ("n_head_kv", -2),
+        ("n_head_kv", 3),
+        ("n_head", 5),
+        ("k_type", -1),
+        ("k_type", N_TYPES_BEYOND),
+        ("scale", float("nan")),
+        ("scale", float("inf")),
+        ("softcap", -1.0),
+        ("softcap", float("nan")),
+        ("max_bias", -1.0),
+        ("max_bias", float("nan")),
     ],
-)  # fmt: skip
+)
 def test_bad_fields(field, value):
     case = small_case()
     setattr(case.c, field, value)

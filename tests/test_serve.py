@@ -1,4 +1,6 @@
-"""star-edge serve: answers, the queue, what is refused, and how it ends. Servers are real ones, in processes of their own."""
+"""star-edge serve: answers, the queue, what is refused, and how it ends. Servers are real ones, in processes of their
+own.
+"""
 
 import asyncio
 import base64
@@ -16,9 +18,9 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from helpers.presets import kept
+from helpers.serving import DEMO, Server, data_url, message
 from PIL import Image
-from presets import kept
-from serving import DEMO, Server, data_url, message
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.cli.serve import serve
@@ -45,10 +47,23 @@ def server():
 @pytest.fixture(scope="module")
 def strict():
     server = Server(
-        "--max-queue", "2", "--allow-remote-images", "--max-images", "2", "--max-image-bytes", "50000", "--max-image-pixels", "40000",
-        "--max-body-bytes", "250000", "--cors-origin", "https://friend.example", "--preset", "fast",
+        "--max-queue",
+        "2",
+        "--allow-remote-images",
+        "--max-images",
+        "2",
+        "--max-image-bytes",
+        "50000",
+        "--max-image-pixels",
+        "40000",
+        "--max-body-bytes",
+        "250000",
+        "--cors-origin",
+        "https://friend.example",
+        "--preset",
+        "fast",
         environment={"STAR_EDGE_API_KEY": "secret", "CONFIG_FILE": "/nowhere", "API_KEY": "other", "N_CTX": "8"},
-    )  # fmt: skip
+    )
     yield server
     assert server.stop()[0] == 0
 
@@ -123,11 +138,16 @@ def test_max_completion_tokens(server):
 
 
 def test_metrics_count_what_happened(server):
-    names = ['star_edge_image_tokens_total{point="before"}', 'star_edge_image_tokens_total{point="after_vision"}',
-             'star_edge_image_tokens_total{point="after_decoder"}', "star_edge_generated_tokens_total",
-             "star_edge_time_to_first_token_seconds_count",
-             'star_edge_requests_total{path="/v1/chat/completions",status="200"}',
-             'star_edge_requests_total{path="/v1/chat/completions",status="400"}', 'star_edge_errors_total{error="ConfigError"}']  # fmt: skip
+    names = [
+        'star_edge_image_tokens_total{point="before"}',
+        'star_edge_image_tokens_total{point="after_vision"}',
+        'star_edge_image_tokens_total{point="after_decoder"}',
+        "star_edge_generated_tokens_total",
+        "star_edge_time_to_first_token_seconds_count",
+        'star_edge_requests_total{path="/v1/chat/completions",status="200"}',
+        'star_edge_requests_total{path="/v1/chat/completions",status="400"}',
+        'star_edge_errors_total{error="ConfigError"}',
+    ]
     before = [server.metric(name) for name in names]
     response = ask(server.client())
     pieces(ask(server.client(), stream=True))
@@ -150,7 +170,13 @@ def test_a_hundred_requests_of_eight_clients(server):
     async def one(client, i, q):
         preset = list(presets)[i % 2]
         stream = i % 4 < 2
-        answer = await ask(client, data_url(QUESTIONS / q["image"]), question=q["question"], stream=stream, extra_body={"prune": preset})
+        answer = await ask(
+            client,
+            data_url(QUESTIONS / q["image"]),
+            question=q["question"],
+            stream=stream,
+            extra_body={"prune": preset},
+        )
         if stream:
             chunks = [chunk async for chunk in answer]
             text, report = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].star_edge
@@ -217,8 +243,17 @@ def test_the_queue_is_bounded(strict):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_answer(server, stream):
-    generated, left = server.metric("star_edge_generated_tokens_total"), server.metric('star_edge_errors_total{error="ClientLeft"}')
-    body = {"messages": [message(COLOR, DEMO)], "max_tokens": 800, "min_tokens": 800, "stream": stream, "temperature": 0}
+    generated, left = (
+        server.metric("star_edge_generated_tokens_total"),
+        server.metric('star_edge_errors_total{error="ClientLeft"}'),
+    )
+    body = {
+        "messages": [message(COLOR, DEMO)],
+        "max_tokens": 800,
+        "min_tokens": 800,
+        "stream": stream,
+        "temperature": 0,
+    }
     data = json.dumps(body).encode()
     prompts = server.metric("star_edge_time_to_first_token_seconds_count")
     with socket.create_connection(urllib.parse.urlsplit(server.url).netloc.split(":")) as sock:
@@ -248,12 +283,19 @@ def test_cancellable():
     import llama_cpp
 
     handler = StarChatHandler(refvlm.MMPROJ, verbose=False)
-    llm = llama_cpp.Llama(str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-    talk = lambda: llm.create_chat_completion([message(COLOR, DEMO)], temperature=0, max_tokens=4)["choices"][0]["message"]["content"]
+    llm = llama_cpp.Llama(
+        str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False
+    )
+    talk = lambda: llm.create_chat_completion([message(COLOR, DEMO)], temperature=0, max_tokens=4)["choices"][0][
+        "message"
+    ]["content"]
     for n_decodes in (0, 1, 5):  # at once, within the prompt, within the answer
         handler.last_report = None
         asked = iter(range(100))
-        with handler.cancellable(lambda asked=asked, n=n_decodes: next(asked) >= n), pytest.raises(errors.RequestCancelledError):
+        with (
+            handler.cancellable(lambda asked=asked, n=n_decodes: next(asked) >= n),
+            pytest.raises(errors.RequestCancelledError),
+        ):
             llm.create_chat_completion([message(COLOR, DEMO)], max_tokens=8, logit_bias={llm.token_eos(): -100.0})
         assert (handler.last_report is None) == (n_decodes < 2)  # there is one when the prompt has been read
         assert talk() == " red"
@@ -266,7 +308,11 @@ def test_cancellable():
 @pytest.fixture
 def refused(server):
     def check(words, body=None, url=None, status=400):
-        body = body if body is not None else {"messages": [message(COLOR, *([url] if url is not None else []))], "max_tokens": 2}
+        body = (
+            body
+            if body is not None
+            else {"messages": [message(COLOR, *([url] if url is not None else []))], "max_tokens": 2}
+        )
         for stream in (False, True):
             got, _, answer = server.request("POST", "/v1/chat/completions", {**body, "stream": stream})
             assert got == status and set(answer["error"]) == {"message", "type", "param", "code"}, answer
@@ -321,7 +367,9 @@ def test_bad_requests(refused, server):
     refused("at most 8", {"messages": [message(COLOR, *[DEMO] * 9)]})
     status, _, answer = server.request("POST", "/v1/chat/completions", "{")
     assert status == 400 and "cannot be read" in answer["error"]["message"]
-    context = server.request("POST", "/v1/chat/completions", {"messages": [message(COLOR, *[DEMO] * 8)], "prune": "off"})
+    context = server.request(
+        "POST", "/v1/chat/completions", {"messages": [message(COLOR, *[DEMO] * 8)], "prune": "off"}
+    )
     assert context[2]["error"]["code"] == "context_length_exceeded"
 
 
@@ -346,13 +394,17 @@ def test_limits(strict):
     assert caught.value.status_code == 413 and "--max-body-bytes" in caught.value.message
     chunked = iter([b"x" * 1000] * 260)  # without a Content-Length
     assert (
-        strict.request("POST", "/v1/chat/completions", chunked, {"Authorization": "Bearer secret", "Transfer-Encoding": "chunked"})[0]
+        strict.request(
+            "POST", "/v1/chat/completions", chunked, {"Authorization": "Bearer secret", "Transfer-Encoding": "chunked"}
+        )[0]
         == 413
     )
     assert ask(client).star_edge["average_tokens"] == kept("fast").average
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "[::ffff:127.0.0.1]", "0.0.0.0"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "[::ffff:127.0.0.1]", "0.0.0.0"]
+)
 def test_no_remote_image_of_this_network(strict, host):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.05)
@@ -366,7 +418,11 @@ def test_the_key(strict):
     for key in ("", "Secret", "secretx", "sécret"):
         for path in ("/v1/models", "/metrics", "/docs", "/nothing"):
             status, headers, answer = strict.request("GET", path, headers={"Authorization": f"Bearer {key}".encode()})
-            assert status == 401 and headers["WWW-Authenticate"] == "Bearer" and answer["error"]["code"] == "invalid_api_key"
+            assert (
+                status == 401
+                and headers["WWW-Authenticate"] == "Bearer"
+                and answer["error"]["code"] == "invalid_api_key"
+            )
     for path in ("/v1/chat/completions", "/v1/completions", "/extras/tokenize"):
         assert strict.request("POST", path, {})[0] == 401
     with pytest.raises(openai.AuthenticationError):
@@ -391,10 +447,16 @@ def test_other_sites(server, strict):
     ):
         got, answered, _ = server.request("POST", "/v1/chat/completions", body, headers)
         assert got == status and "Access-Control-Allow-Origin" not in answered, headers
-    asks = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asks = {
+        "Origin": "https://friend.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
     status, headers, _ = strict.request("OPTIONS", "/v1/chat/completions", headers=asks)
     assert status == 200 and headers["Access-Control-Allow-Origin"] == "https://friend.example"
-    status, headers, _ = strict.request("OPTIONS", "/v1/chat/completions", headers={**asks, "Origin": "https://evil.example"})
+    status, headers, _ = strict.request(
+        "OPTIONS", "/v1/chat/completions", headers={**asks, "Origin": "https://evil.example"}
+    )
     assert "Access-Control-Allow-Origin" not in headers
     key = {"Authorization": "Bearer secret", "Origin": "https://friend.example"}
     assert strict.request("POST", "/v1/chat/completions", body, key)[0] == 200
@@ -421,7 +483,9 @@ def test_a_request_that_arrives_too_slowly():
 
 def test_slow_downloads_hold_up_nobody(monkeypatch):
     """More of them than there are threads for downloads, and all before the request that is answered first."""
-    app = make_app(refvlm.TEXT_MODEL, refvlm.MMPROJ, Policy(allow_remote_images=True), alias="m", n_ctx=512, n_threads=1)
+    app = make_app(
+        refvlm.TEXT_MODEL, refvlm.MMPROJ, Policy(allow_remote_images=True), alias="m", n_ctx=512, n_threads=1
+    )
     go_on = threading.Event()
 
     def fetch(url, max_bytes):
@@ -439,7 +503,10 @@ def test_slow_downloads_hold_up_nobody(monkeypatch):
             time.sleep(0.01)
         port = running.servers[0].sockets[0].getsockname()[1]
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        slow = [threading.Thread(target=lambda: answers.append(text_of(ask(client, "https://name.test/a.png")))) for _ in range(12)]
+        slow = [
+            threading.Thread(target=lambda: answers.append(text_of(ask(client, "https://name.test/a.png"))))
+            for _ in range(12)
+        ]
         [t.start() for t in slow]
         time.sleep(0.3)
         assert text_of(ask(client, timeout=300)) == "red" and not answers
@@ -456,8 +523,16 @@ def test_slow_downloads_hold_up_nobody(monkeypatch):
 
 
 def test_client_of_the_readme(server, tmp_path, monkeypatch, capsys):
-    """The block after the marker runs as it is, but for the port; its server is that of the module, with the reference model."""
-    code = (ROOT / "README.md").read_text().split("<!-- executed: server -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    """The block after the marker runs as it is, but for the port; its server is that of the module, with the reference
+    model.
+    """
+    code = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("<!-- executed: server -->", 1)[1]
+        .split("```python\n", 1)[1]
+        .split("```", 1)[0]
+    )
     assert "http://127.0.0.1:8000" in code
     (tmp_path / "receipt.png").symlink_to(refvlm.DEMO_IMAGE)
     monkeypatch.chdir(tmp_path)
@@ -473,10 +548,14 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     files = {name: server.request("GET", f"/page/{name}") for name in ("app.js", "style.css", "demo.png", "setup.json")}
     assert all(status == 200 for status, _, _ in files.values())
     for text in (html, files["app.js"][2], files["style.css"][2]):
-        assert text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", ""), "a URL of elsewhere"
+        assert text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", ""), (
+            "a URL of elsewhere"
+        )
     assert server.request("GET", "/page/../serve.py")[0] == server.request("GET", "/page/%2e%2e%2fapp.py")[0] == 404
     assert len(files["setup.json"][2]["demo_questions"]) == 7
-    script = files["app.js"][2]  # both sides ask through one function, and everything is computed for each: neither finds what the other left
+    script = files["app.js"][
+        2
+    ]  # both sides ask through one function, and everything is computed for each: neither finds what the other left
     assert script.count("v1/chat/completions") == 1 and "afresh: true" in script and "star_edge: FAIR" in script
 
 
@@ -525,7 +604,9 @@ def test_an_empty_key_in_the_environment(monkeypatch):
         serve.main([], standalone_mode=False)
 
 
-@pytest.mark.parametrize("options", [{"n_ctx": 1}, {"n_ctx": -1}, {"n_ctx": 2**32}, {"n_ubatch": 0}, {"n_gpu_layers": -2}, {"n_threads": 0}])
+@pytest.mark.parametrize(
+    "options", [{"n_ctx": 1}, {"n_ctx": -1}, {"n_ctx": 2**32}, {"n_ubatch": 0}, {"n_gpu_layers": -2}, {"n_threads": 0}]
+)
 def test_numbers_that_llama_cpp_would_abort_on(options):
     with pytest.raises(errors.ConfigError, match="cannot be used: use a number of"):
         make_app(refvlm.TEXT_MODEL, refvlm.MMPROJ, alias="m", **options)

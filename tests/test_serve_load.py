@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 import uvicorn
-from serving import DEMO, Server, data_url, message
+from helpers.serving import DEMO, Server, data_url, message
 
 from star_edge import refvlm
 from star_edge.server.app import make_app
@@ -33,7 +33,9 @@ def health(server):
 
 
 def good(server):
-    answer = server.client().chat.completions.create(model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4)
+    answer = server.client().chat.completions.create(
+        model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4
+    )
     return answer.choices[0].message.content.strip()
 
 
@@ -45,7 +47,9 @@ def uploads(server, n, sent, length):
         sockets = []
         for _ in range(n):
             sock = stack.enter_context(socket.create_connection((address.hostname, address.port), timeout=20))
-            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length)
+            sock.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length
+            )
             with contextlib.suppress(OSError):  # given up already
                 sock.sendall(b" " * sent)
             sockets.append(sock)
@@ -81,26 +85,41 @@ def test_where_there_is_no_room_the_first_upload_is_given_up():
         refused = [answer_of(sock) for sock in sockets[:2]]
         server.wait(lambda: health(server)["receiving"] == 3)
         assert good(server) == "red"
-    assert all(answer.startswith(b"HTTP/1.1 503") and b"no_room" in answer and b"retry-after: 1" in answer for answer in refused)
+    assert all(
+        answer.startswith(b"HTTP/1.1 503") and b"no_room" in answer and b"retry-after: 1" in answer
+        for answer in refused
+    )
     server.wait(lambda: health(server) == IDLE)
     assert server.stop() == (0, "")
 
 
 def test_bodies_that_wait_have_a_bound():
-    """Whole ones are not given up: whoever comes later is refused, and the room is there again when they are answered."""
+    """Whole ones are not given up: whoever comes later is refused, and the room is there again when they are
+    answered.
+    """
     server = Server("--max-body-bytes", "1000000", "--max-held-bytes", "3000000")
     large = {"messages": [message(COLOR, DEMO)], "metadata": {"x": "y" * 900_000}, "max_tokens": 1}
     answers = []
     with server.client().chat.completions.create(
-        model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=600, stream=True, extra_body={"min_tokens": 600}
+        model="m",
+        messages=[message(COLOR, DEMO)],
+        temperature=0,
+        max_tokens=600,
+        stream=True,
+        extra_body={"min_tokens": 600},
     ) as stream:
         next(iter(stream))
-        threads = [threading.Thread(target=lambda: answers.append(server.request("POST", "/v1/chat/completions", large)[0])) for _ in range(3)]
+        threads = [
+            threading.Thread(target=lambda: answers.append(server.request("POST", "/v1/chat/completions", large)[0]))
+            for _ in range(3)
+        ]
         for i, thread in enumerate(threads):
             thread.start()
             server.wait(lambda i=i: health(server)["waiting"] == i + 1)
         status, _, answer = server.request("POST", "/v1/chat/completions", large)
-        assert status == 503 and answer["error"]["code"] == "queue_full" and "bytes already" in answer["error"]["message"]
+        assert (
+            status == 503 and answer["error"]["code"] == "queue_full" and "bytes already" in answer["error"]["message"]
+        )
     [thread.join() for thread in threads]
     assert answers == [200] * 3
     assert server.request("POST", "/v1/chat/completions", large)[0] == 200
@@ -188,10 +207,20 @@ def test_a_stream_that_yields_nothing_ends_with_its_client():
             time.sleep(0.01)
         port = running.servers[0].sockets[0].getsockname()[1]
         context.decode = decode_until_left
-        body = {"messages": [message(COLOR, DEMO)], "stream": True, "max_tokens": 300, "min_tokens": 300, "logit_bias": {"258": 100}, "temperature": 0}
+        body = {
+            "messages": [message(COLOR, DEMO)],
+            "stream": True,
+            "max_tokens": 300,
+            "min_tokens": 300,
+            "logit_bias": {"258": 100},
+            "temperature": 0,
+        }
         data = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", port)) as sock:
-            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            sock.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data)
+                + data
+            )
             while n_decodes < 5:
                 time.sleep(0.01)
             assert engine.answering == 1
@@ -214,15 +243,21 @@ def test_a_process_whose_engine_does_not_stop_ends():
 
 
 def crowd(server, n, seed):
-    """n clients at once, two in five of which leave at some time. Returns the answers of the others, and what they should be."""
+    """n clients at once, two in five of which leave at some time. Returns the answers of the others, and what they
+    should be.
+    """
     wanted = [json.loads(line) for line in (QUESTIONS / "questions.jsonl").read_text().splitlines()]
     wanted = [q for q in wanted if q["family"] in ("color", "digit")]
     rng = random.Random(seed)
-    plans = [(wanted[i % len(wanted)], rng.uniform(0, 0.05 * n) if i % 5 < 2 else None, rng.random() < 0.5) for i in range(n)]
+    plans = [
+        (wanted[i % len(wanted)], rng.uniform(0, 0.05 * n) if i % 5 < 2 else None, rng.random() < 0.5) for i in range(n)
+    ]
 
     async def one(client, question, leaves_after, stream):
         options = {"model": "m", "temperature": 0, "max_tokens": 4, "stream": stream}
-        request = client.chat.completions.create(messages=[message(question["question"], data_url(QUESTIONS / question["image"]))], **options)
+        request = client.chat.completions.create(
+            messages=[message(question["question"], data_url(QUESTIONS / question["image"]))], **options
+        )
         if leaves_after is not None:
             with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                 answer = await asyncio.wait_for(request, leaves_after)
@@ -237,7 +272,10 @@ def crowd(server, n, seed):
     async def run():
         async with contextlib.AsyncExitStack() as stack:
             clients = [
-                await stack.enter_async_context(openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)) for _ in range(n)
+                await stack.enter_async_context(
+                    openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+                )
+                for _ in range(n)
             ]
             return await asyncio.gather(*(one(client, *plan) for client, plan in zip(clients, plans)))
 
@@ -265,7 +303,9 @@ def test_a_hundred_and_twenty_clients_of_which_forty_percent_leave(capsys):
         assert answers == wanted and len(wanted) == 72
     server.wait(lambda: health(server) == IDLE)
     with capsys.disabled():
-        print(f"\n3 x 120 clients: memory {before / 2**20:.0f} MB before, {process.memory_info().rss / 2**20:.0f} MB after")
+        print(
+            f"\n3 x 120 clients: memory {before / 2**20:.0f} MB before, {process.memory_info().rss / 2**20:.0f} MB after"
+        )
     assert server.stop() == (0, "")
 
 
@@ -283,7 +323,9 @@ def test_large_requests_at_once(capsys):
             peak = max(peak, process.memory_info().rss)
 
     statuses = []
-    body = json.dumps({"messages": [message(COLOR, DEMO)], "metadata": {"x": "y" * 30_000_000}, "max_tokens": 4}).encode()
+    body = json.dumps(
+        {"messages": [message(COLOR, DEMO)], "metadata": {"x": "y" * 30_000_000}, "max_tokens": 4}
+    ).encode()
 
     def one():
         with contextlib.suppress(OSError):
@@ -297,7 +339,9 @@ def test_large_requests_at_once(capsys):
     over.set()
     watcher.join()
     with capsys.disabled():
-        print(f"\n40 x 30 MB at once: {(peak - before) / 2**20:.0f} MB more than before at most; statuses {sorted(statuses)}")
+        print(
+            f"\n40 x 30 MB at once: {(peak - before) / 2**20:.0f} MB more than before at most; statuses {sorted(statuses)}"
+        )
     assert set(statuses) <= {200, 503} and 200 in statuses
     assert peak - before <= 2 * 256 * 2**20 + 4 * 32 * 2**20
     assert good(server) == "red"

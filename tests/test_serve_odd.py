@@ -1,11 +1,13 @@
-"""star-edge serve under odd requests, slow and leaving clients: nobody ends it, no answer is 500, and others are served."""
+"""star-edge serve under odd requests, slow and leaving clients: nobody ends it, no answer is 500, and others are
+served.
+"""
 
 import time
 
 import psutil
 import pytest
-from odd_requests import odd_requests, send
-from serving import DEMO, Server, message
+from helpers.odd_requests import odd_requests, send
+from helpers.serving import DEMO, Server, message
 
 COLOR = "what color is the triangle?"
 
@@ -19,7 +21,9 @@ def server():
 
 
 def good(server):
-    answer = server.client().chat.completions.create(model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4)
+    answer = server.client().chat.completions.create(
+        model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4
+    )
     return answer.choices[0].message.content.strip()
 
 
@@ -32,7 +36,11 @@ def soak(server, seed, n):
         statuses[status] = statuses.get(status, 0) + 1
         assert status != "500", (i, kind, data[:3000], answer[:3000])
         body = answer.partition(b"\r\n\r\n")[2]
-        assert b"star_edge/" not in body and b"site-packages" not in body and b"Traceback" not in body, (kind, data[:3000], body)
+        assert b"star_edge/" not in body and b"site-packages" not in body and b"Traceback" not in body, (
+            kind,
+            data[:3000],
+            body,
+        )
         assert b'"code": 500' not in body and b"internal error" not in body, (kind, data[:3000], body)  # in a stream
         if i % 10 == 9:
             start = time.perf_counter()
@@ -55,5 +63,7 @@ def test_five_thousand_odd_requests(server, capsys):
     before = memory().rss
     seconds, statuses = soak(server, 2, 5000)
     with capsys.disabled():
-        print(f"\nodd requests: {statuses}; a good one after a bad one: median {sorted(seconds)[len(seconds) // 2]:.3f} s, longest {max(seconds):.3f} s;"
-              f" memory {before / 2**20:.0f} MB before, {memory().rss / 2**20:.0f} MB after")  # fmt: skip
+        print(
+            f"\nodd requests: {statuses}; a good one after a bad one: median {sorted(seconds)[len(seconds) // 2]:.3f} s, longest {max(seconds):.3f} s;"
+            f" memory {before / 2**20:.0f} MB before, {memory().rss / 2**20:.0f} MB after"
+        )

@@ -1,4 +1,6 @@
-"""What OpenAI's clients send to star-edge serve: roles, contents, nulls, tools, formats; and how the server says that something is wrong."""
+"""What OpenAI's clients send to star-edge serve: roles, contents, nulls, tools, formats; and how the server says that
+something is wrong.
+"""
 
 import asyncio
 import json
@@ -7,8 +9,8 @@ from typing import Literal
 import openai
 import pydantic
 import pytest
-from odd_requests import TOOLS
-from serving import DEMO, Server, message
+from helpers.odd_requests import TOOLS
+from helpers.serving import DEMO, Server, message
 
 from star_edge.errors import PromptError
 from star_edge.server.messages import read_messages
@@ -48,18 +50,36 @@ def image(**fields):
     [
         ({"role": "system", "content": [text("a"), "b"]}, {"role": "system", "content": [text("a"), text("b")]}),
         ({"role": "developer", "content": "a", "name": None}, {"role": "developer", "content": "a"}),
-        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "assistant", "content": [text("no")]}),
+        (
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            {"role": "assistant", "content": [text("no")]},
+        ),
         ({"role": "assistant", "content": None, "refusal": "no"}, {"role": "assistant", "content": "no"}),
         ({"role": "tool", "content": None, "tool_call_id": "1"}, {"role": "tool", "content": "", "tool_call_id": "1"}),
         (
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}], "audio": None},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+                "audio": None,
+            },
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
         ),
-        ({"role": "assistant", "content": "a", "tool_calls": [], "annotations": []}, {"role": "assistant", "content": "a"}),
+        (
+            {"role": "assistant", "content": "a", "tool_calls": [], "annotations": []},
+            {"role": "assistant", "content": "a"},
+        ),
         ({"role": "user", "content": [text("a")], "name": None}, {"role": "user", "content": [text("a")]}),
-        ({"role": "user", "content": [{**text("a"), "cache_control": {"type": "x"}}]}, {"role": "user", "content": [text("a")]}),
+        (
+            {"role": "user", "content": [{**text("a"), "cache_control": {"type": "x"}}]},
+            {"role": "user", "content": [text("a")]},
+        ),
     ],
-)  # fmt: skip
+)
 def test_messages_of_every_role(given, read):
     assert read_messages([given], 100) == ([read], [])
 
@@ -89,7 +109,9 @@ def test_images_as_base64_alone(server):
 
 def test_images_of_every_turn_are_taken_out():
     source = {"type": "image", "source": {"type": "base64", "media_type": "image/webp", "data": "A"}}
-    messages, urls = read_messages([{"role": "system", "content": [image(), text("x")]}, {"role": "tool", "content": [source]}], 100)
+    messages, urls = read_messages(
+        [{"role": "system", "content": [image(), text("x")]}, {"role": "tool", "content": [source]}], 100
+    )
     assert urls == [DEMO, "data:image/webp;base64,A"]
     assert [m["content"][0]["image_url"]["url"] for m in messages] == ["image-0", "image-1"]
 
@@ -117,9 +139,13 @@ def test_images_of_every_turn_are_taken_out():
         ([user({"type": "image", "url": "x", "image": "y"})], "messages.0.content.0.image", "unknown"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "messages.0", "only an assistant"),
         ([{"role": "assistant", "tool_calls": [5]}], "messages.0.tool_calls.0.function", "no function call"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}], "messages.0.tool_calls.0.function.arguments", "neither"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}],
+            "messages.0.tool_calls.0.function.arguments",
+            "neither",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_messages_are_named(server, messages, field, words):
     for stream in (False, True):
         status, _, answer = post(server, {"messages": messages, "stream": stream})
@@ -158,16 +184,20 @@ def test_more_messages_than_the_context_has_tokens():
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema has no schema"),
         ({"tools": [{"function": {}}]}, "tools.0.function.name", "missing"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0", "no function"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g' is no tool"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "'g' is no tool",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
-        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "use \"none\""),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", 'use "none"'),
         ({"functions": [{}]}, "functions.0.name", "missing"),
         ({"prune": {"vision_keep": 1}}, None, "may be one token or all of them"),
         ({"logit_bias": {"x": 1}}, None, "'x' is no token"),
         ({"logit_bias": {"512000": 1}}, None, "token 512000"),
         ({"logit_bias": {"-1": 1}}, None, "'-1' is no token"),
     ],
-)  # fmt: skip
+)
 def test_wrong_fields_are_named(server, body, field, words):
     body = body if set(body) & {"messages"} or not body else {"messages": [message(COLOR, DEMO)], **body}
     data = json.dumps(body).replace("Infinity", "1e400")
@@ -175,7 +205,10 @@ def test_wrong_fields_are_named(server, body, field, words):
     assert status == 400 and answer["error"]["param"] == field and words in answer["error"]["message"], answer
 
 
-@pytest.mark.parametrize("body", ["{", "[]", "null", "[" * 200, '{"a": NaN}', '"x"', "9" * 5000, '{"model": "\\ud800"}', '{"\\udc00": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "body",
+    ["{", "[]", "null", "[" * 200, '{"a": NaN}', '"x"', "9" * 5000, '{"model": "\\ud800"}', '{"\\udc00": 1}', b"\xff"],
+)
 def test_what_is_no_json_object(server, body):
     status, _, answer = server.request("POST", "/v1/chat/completions", body)
     assert status == 400 and answer["error"]["message"].startswith("the request "), answer
@@ -190,7 +223,11 @@ def test_text_that_no_context_holds(server):
     """To tokenize it takes minutes, in which nobody else would be served."""
     for content in ("a b" * 400_000, [text("x" * 1_000_000), image()]):
         status, _, answer = post(server, {"messages": [{"role": "user", "content": content}]})
-        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and "bytes" in answer["error"]["message"], answer
+        assert (
+            status == 400
+            and answer["error"]["code"] == "context_length_exceeded"
+            and "bytes" in answer["error"]["message"]
+        ), answer
     assert post(server, {"messages": [message(COLOR, DEMO)]})[2]["choices"][0]["message"]["content"].strip() == "red"
 
 
@@ -198,13 +235,38 @@ def test_text_that_no_context_holds(server):
 
 
 def test_nulls_are_defaults():
-    names = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "seed", "stop", "n", "stream",
-             "max_tokens", "tools", "tool_choice", "response_format", "logit_bias", "logprobs", "user", "stream_options", "star_edge", "min_tokens"]  # fmt: skip
+    names = [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repeat_penalty",
+        "seed",
+        "stop",
+        "n",
+        "stream",
+        "max_tokens",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "logit_bias",
+        "logprobs",
+        "user",
+        "stream_options",
+        "star_edge",
+        "min_tokens",
+    ]
     messages = [{"role": "user", "content": "x"}]
     assert read_request(json.dumps({"messages": messages, **dict.fromkeys(names)}).encode()) == read_request(
         json.dumps({"messages": messages}).encode()
     )
-    nested = read_request(json.dumps({"messages": messages, "star_edge": {"kept": None}, "stream_options": {"include_usage": None}}).encode())
+    nested = read_request(
+        json.dumps(
+            {"messages": messages, "star_edge": {"kept": None}, "stream_options": {"include_usage": None}}
+        ).encode()
+    )
     assert not nested.star_edge.kept and not nested.stream_options.include_usage
 
 
@@ -212,21 +274,40 @@ def test_legitimate_options_are_answered(server):
     talk = [
         {"role": "developer", "content": [text("Be short.")]},
         user(image(), text(COLOR)),
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}],
+        },
         {"role": "tool", "tool_call_id": "1", "content": [text("red")]},
         user(text("again?")),
     ]
-    options = {"top_k": -1, "presence_penalty": None, "temperature": None, "max_tokens": 2, "parallel_tool_calls": False, "store": False,
-               "metadata": {"a": "b"}, "tools": [{"type": "function", "function": {"name": "look"}}], "service_tier": "auto"}  # fmt: skip
+    options = {
+        "top_k": -1,
+        "presence_penalty": None,
+        "temperature": None,
+        "max_tokens": 2,
+        "parallel_tool_calls": False,
+        "store": False,
+        "metadata": {"a": "b"},
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+        "service_tier": "auto",
+    }
     status, _, answer = post(server, {"messages": talk, **options})
     assert status == 200, answer
     # what was answered can be sent again, with all of its nulls
-    status, _, answer = post(server, {"messages": [*talk, answer["choices"][0]["message"], user(text("and?"))], **options})
+    status, _, answer = post(
+        server, {"messages": [*talk, answer["choices"][0]["message"], user(text("and?"))], **options}
+    )
     assert status == 200, answer
 
 
 def test_a_tool_of_which_one_is_chosen(server):
-    body = {"messages": [message(COLOR, DEMO)], "tools": [{"type": "function", "function": {"name": "look"}}], "max_tokens": 30}
+    body = {
+        "messages": [message(COLOR, DEMO)],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+        "max_tokens": 30,
+    }
     status, _, answer = post(server, {**body, "tool_choice": {"type": "function", "function": {"name": "look"}}})
     assert status == 200 and answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "look", answer
 
@@ -235,7 +316,11 @@ def test_bias_and_least_tokens_hold_together(server):
     """llama_cpp drops both where both are given."""
     client = server.client()
     ask = lambda **extra: client.chat.completions.create(
-        model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=6, extra_body={"repeat_penalty": 1, **extra}
+        model="m",
+        messages=[message(COLOR, DEMO)],
+        temperature=0,
+        max_tokens=6,
+        extra_body={"repeat_penalty": 1, **extra},
     )
     plain = ask()
     assert plain.usage.completion_tokens < 6
@@ -245,7 +330,13 @@ def test_bias_and_least_tokens_hold_together(server):
 
 def test_stream_usage(server):
     client = server.client()
-    options = {"model": "m", "messages": [message(COLOR, DEMO)], "temperature": 0, "max_tokens": 4, "extra_body": {"min_tokens": 4}}
+    options = {
+        "model": "m",
+        "messages": [message(COLOR, DEMO)],
+        "temperature": 0,
+        "max_tokens": 4,
+        "extra_body": {"min_tokens": 4},
+    }
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
@@ -263,7 +354,9 @@ def test_afresh_uses_and_leaves_nothing(server):
     assert not any(report["images"][0]["cached"] or report["reused_tokens"] for report in fresh)
     after = ask()
     assert after["images"][0]["cached"] and not after["reused_tokens"]
-    assert {key: fresh[0][key] for key in ("average_tokens", "n_vision_kept")} == {key: used[key] for key in ("average_tokens", "n_vision_kept")}
+    assert {key: fresh[0][key] for key in ("average_tokens", "n_vision_kept")} == {
+        key: used[key] for key in ("average_tokens", "n_vision_kept")
+    }
 
 
 # ---- OpenAI's client ----
@@ -274,7 +367,9 @@ class Answer(pydantic.BaseModel):
 
 
 def test_openai_stream_helper(server):
-    with server.client().chat.completions.stream(model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4) as stream:
+    with server.client().chat.completions.stream(
+        model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4
+    ) as stream:
         events = [event.type for event in stream]
         final = stream.get_final_completion()
     assert final.choices[0].message.content.strip() == "red" and "content.delta" in events
@@ -290,7 +385,9 @@ def test_openai_parse(server):
 def test_openai_async_client(server):
     async def ask():
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-            stream = await client.chat.completions.create(model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4, stream=True)
+            stream = await client.chat.completions.create(
+                model="m", messages=[message(COLOR, DEMO)], temperature=0, max_tokens=4, stream=True
+            )
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     assert asyncio.run(ask()).strip() == "red"
@@ -309,15 +406,27 @@ def test_models_by_name(server):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("POST", "/health", 405),
-        ("POST", "/extras/detokenize", 404), ("POST", "/extras/tokenize", 404), ("POST", "/v1/embeddings", 404), ("POST", "/v1/completions", 404),
-        ("POST", "/v1/engines/copilot-codex/completions", 404), ("GET", "/page/x", 404), ("DELETE", "/", 405), ("GET", "/docs", 404),
-        ("GET", "/v1/models/", 404), ("POST", "/v1/chat/completions/", 404),
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("POST", "/health", 405),
+        ("POST", "/extras/detokenize", 404),
+        ("POST", "/extras/tokenize", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/completions", 404),
+        ("POST", "/v1/engines/copilot-codex/completions", 404),
+        ("GET", "/page/x", 404),
+        ("DELETE", "/", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/models/", 404),
+        ("POST", "/v1/chat/completions/", 404),
     ],
-)  # fmt: skip
+)
 def test_other_routes(server, method, path, status):
     got, headers, answer = server.request(method, path, '{"tokens": [-1], "prompt": "x"}')
-    assert got == status and set(answer["error"]) == {"message", "type", "param", "code"} and "location" not in headers, answer
+    assert (
+        got == status and set(answer["error"]) == {"message", "type", "param", "code"} and "location" not in headers
+    ), answer
 
 
 @pytest.mark.parametrize("origin", ["http://[", "http://[::1", "null", "://", "http://localhost:x"])

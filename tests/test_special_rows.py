@@ -1,19 +1,21 @@
-"""Rows that show no place (row ends, tile separators): they stay at every stage, stand for nothing else, and are in no budget."""
+"""Rows that show no place (row ends, tile separators): they stay at every stage, stand for nothing else, and are in no
+budget.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import random_image
-from gguf_files import rewrite
+from helpers.gguf_files import rewrite
+from helpers.models import random_image
 
 from star_edge import PruneConfig, StarVLM
-from star_edge.config import keep_count
-from star_edge.decoder.context import DecoderContext
 from star_edge.errors import ConfigError, ContextLengthError
-from star_edge.representatives import REPRESENTATIVES, merge, select
-from star_edge.scorers import DECODER_SCORERS, VISION_SCORERS
-from star_edge.selection import Tokens, apart
+from star_edge.llamacpp.context import DecoderContext
+from star_edge.pruning.config import keep_count
+from star_edge.pruning.representatives import REPRESENTATIVES, merge, select
+from star_edge.pruning.scorers import DECODER_SCORERS, VISION_SCORERS
+from star_edge.pruning.selection import Tokens, apart
 from star_edge.vision import encoder as encoder_module
 from star_edge.vision import profiles
 
@@ -169,7 +171,9 @@ def test_corrected_counts_are_checked_before_anything_is_decoded(families, found
 def test_images_that_share_their_tokens(families, request, tmp_path, known, budget):
     """Two pictures of five crops each: no special row is in what they share."""
     request.getfixturevalue(known)
-    mmproj = rewrite(families["llama"].mmproj, tmp_path / "mmproj.gguf", add=[("clip.vision.image_grid_pinpoints", [196, 196])])
+    mmproj = rewrite(
+        families["llama"].mmproj, tmp_path / "mmproj.gguf", add=[("clip.vision.image_grid_pinpoints", [196, 196])]
+    )
     with StarVLM(families["llama"].text, mmproj, n_ctx=1024, n_threads=1) as vlm:
         pictures = [random_image(1, 196, 196), random_image(2, 196, 196)]
         _, report = vlm.read_prompt("what?", pictures, PruneConfig(0.3, 40, 3, budget=budget))

@@ -1,24 +1,45 @@
 """The tap's life cycle: what a plan may be, and layer windows in running graphs."""
 
-import bounds
 import numpy as np
 import pytest
-from reference import Decoder
-from tap_helpers import *  # noqa: F403 - fixtures and helpers
+from helpers import bounds
+from helpers.reference import Decoder
+from helpers.tap_helpers import *  # noqa: F403 - fixtures and helpers
 
 from star_edge.errors import EngineError
-from star_edge.native import ffi, lib
-from star_edge.tap import AttentionRead, Plan
+from star_edge.llamacpp.native import ffi, lib
+from star_edge.llamacpp.tap import AttentionRead, Plan
 
 # ---- what a plan may be ----
 
 BAD_PLANS = [
-    dict(n_layer=-1), dict(n_rows=-1), dict(n_attn_layers=-1), dict(n_rows=0), dict(first=-1), dict(first=5), dict(first=6, last=6),
-    dict(last=7), dict(last=1), dict(n_embd=0), dict(n_embd=-8), dict(inject=ffi.NULL), dict(last=6), dict(n_pos_per_row=0),
-    dict(n_pos_per_row=2), dict(n_pos_per_row=3), dict(attn_layers=ffi.NULL), dict(attn=ffi.NULL), dict(attn_block=0),
-    dict(attn_block=-1), dict(row_step=0), dict(row_step=-1), dict(row_first=-1), dict(reduce=-1), dict(reduce=4),
+    dict(n_layer=-1),
+    dict(n_rows=-1),
+    dict(n_attn_layers=-1),
+    dict(n_rows=0),
+    dict(first=-1),
+    dict(first=5),
+    dict(first=6, last=6),
+    dict(last=7),
+    dict(last=1),
+    dict(n_embd=0),
+    dict(n_embd=-8),
+    dict(inject=ffi.NULL),
+    dict(last=6),
+    dict(n_pos_per_row=0),
+    dict(n_pos_per_row=2),
+    dict(n_pos_per_row=3),
+    dict(attn_layers=ffi.NULL),
+    dict(attn=ffi.NULL),
+    dict(attn_block=0),
+    dict(attn_block=-1),
+    dict(row_step=0),
+    dict(row_step=-1),
+    dict(row_first=-1),
+    dict(reduce=-1),
+    dict(reduce=4),
     dict(n_layer=0, n_rows=0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("fields", BAD_PLANS, ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()))
@@ -44,7 +65,13 @@ def test_arm_once_finish_once(raw):
     assert lib.se_tap_arm(raw, plan) == lib.SE_OK
     assert lib.se_tap_arm(raw, plan) == lib.SE_ERR_ARGUMENT
     assert lib.se_tap_finish(raw, result) == lib.SE_OK  # no graph ran: nothing to complain about
-    assert (result.n_attention, result.n_graphs, result.n_skipped, result.stopped, result.last_unmasked) == (0, 0, 0, 0, -1)
+    assert (result.n_attention, result.n_graphs, result.n_skipped, result.stopped, result.last_unmasked) == (
+        0,
+        0,
+        0,
+        0,
+        -1,
+    )
     assert lib.se_tap_finish(raw, result) == lib.SE_ERR_ARGUMENT
     assert lib.se_tap_arm(raw, plan) == lib.SE_OK
     assert lib.se_tap_finish(raw, ffi.NULL) == lib.SE_OK
@@ -105,8 +132,11 @@ def test_watch_input_arguments(raw):
 def test_python_checks_its_arrays(tapped):
     context = tapped("llama", True)
     rows = rows_of("llama", 6)
-    for plan in (dict(hidden=np.empty((5, D), np.float32), window=(0, 2, L)), dict(inject=np.empty((6, D), np.float64), window=(2, L, L)),
-                 dict(inject=np.empty((D, 6), np.float32).T, window=(2, L, L))):  # fmt: skip
+    for plan in (
+        dict(hidden=np.empty((5, D), np.float32), window=(0, 2, L)),
+        dict(inject=np.empty((6, D), np.float64), window=(2, L, L)),
+        dict(inject=np.empty((D, 6), np.float32).T, window=(2, L, L)),
+    ):
         with pytest.raises(EngineError, match="test"):
             decode(context, rows, **plan)
     for window in ((0, 0, L), (L, L, L), (4, 3, L)):
@@ -141,11 +171,20 @@ def test_what_a_window_reports(arch, flash, tapped):
     context = tapped(arch, flash)
     rows = rows_of(arch, 24)
     plain, _ = decode(context, rows, want_cells=True)
-    assert (plain.n_attention, plain.n_skipped, plain.stopped, plain.flash, plain.last_unmasked, plain.error) == (L, 0, False, flash, -1, 0)
+    assert (plain.n_attention, plain.n_skipped, plain.stopped, plain.flash, plain.last_unmasked, plain.error) == (
+        L,
+        0,
+        False,
+        flash,
+        -1,
+        0,
+    )
     context.clear()
     probe, resume, _ = window_pair(context, rows, 2)
     assert (probe.n_attention, probe.stopped, probe.flash) == (3, True, flash)
-    assert probe.n_skipped == (1 if flash else 0)  # the attention that the graph ends at is not computed with flash attention
+    assert probe.n_skipped == (
+        1 if flash else 0
+    )  # the attention that the graph ends at is not computed with flash attention
     assert (resume.n_attention, resume.stopped, resume.flash) == (L, False, flash)
     assert resume.n_skipped > 2 * 10  # two layers
     skipped = [resume.n_skipped]
@@ -173,13 +212,17 @@ def test_middle_window_and_hidden_states(arch, flash, tapped, models, rounding):
     model = Decoder(models[arch], np.float16)
     for layer, hidden in ((1, first), (3, second)):
         right, other = (model.hidden(rows.embeddings, rows.positions, n) for n in (layer, layer - 1))
-        assert bounds.are_close(hidden, right, rounding(arch, flash)) and not bounds.are_close(other, right, rounding(arch, flash))
+        assert bounds.are_close(hidden, right, rounding(arch, flash)) and not bounds.are_close(
+            other, right, rounding(arch, flash)
+        )
         assert not bounds.are_close(np.roll(right, 1, axis=0), right, rounding(arch, flash))
 
 
 @kinds
 def test_plans_beyond_the_model(arch, flash, tapped, fresh):
-    """A window or a read that names layers the model lacks is an error with a clear text; the next decode is an ordinary one."""
+    """A window or a read that names layers the model lacks is an error with a clear text; the next decode is an
+    ordinary one.
+    """
     context = tapped(arch, flash)
     rows = rows_of(arch, 24)
     want = stock_decode(fresh(arch, flash), rows)

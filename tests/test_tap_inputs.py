@@ -1,17 +1,16 @@
 """What the tap writes into a running graph and reads out of it: positions, cell bias, encoder inputs, attention."""
 
-import bounds
 import llama_cpp
 import numpy as np
 import pytest
-import stock_attention
-from reference import Decoder
-from tap_helpers import *  # noqa: F403 - fixtures and helpers
+from helpers import bounds, stock_attention
+from helpers.reference import Decoder
+from helpers.tap_helpers import *  # noqa: F403 - fixtures and helpers
 
-from star_edge.decoder.context import PARKED, DecoderContext, Rows, attach_tap
 from star_edge.errors import EngineError
+from star_edge.llamacpp.context import PARKED, DecoderContext, Rows, attach_tap
+from star_edge.llamacpp.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
 from star_edge.synthetic import EncoderShape, write_encoder
-from star_edge.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
 from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
 
 # ---- positions ----
@@ -19,7 +18,9 @@ from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
 
 @kinds
 def test_positions_given_are_positions_of_a_stock_decode(arch, flash, tapped, fresh, rounding):
-    """The cache counts from 0 and RoPE sees the positions of the plan; llama.cpp takes them as they are from a fresh sequence."""
+    """The cache counts from 0 and RoPE sees the positions of the plan; llama.cpp takes them as they are from a fresh
+    sequence.
+    """
     context = tapped(arch, flash)
     rows = rows_of(arch, 24, start=70)
     _, got = decode(context, rows)
@@ -42,7 +43,9 @@ def test_image_positions_with_sections(flash, tapped, fresh, models, rounding):
     assert np.array_equal(got, stock_decode(fresh("qwen2vl", flash), rows))
     model, in_a_row = Decoder(models["qwen2vl"], np.float16), text_positions("qwen2vl", 3, 24)
     right, wrong = (model.forward(rows.embeddings, p)[-1] for p in (positions, in_a_row))
-    assert bounds.are_close(got, right, rounding("qwen2vl", flash)) and not bounds.are_close(wrong, right, rounding("qwen2vl", flash))
+    assert bounds.are_close(got, right, rounding("qwen2vl", flash)) and not bounds.are_close(
+        wrong, right, rounding("qwen2vl", flash)
+    )
 
 
 @kinds
@@ -112,7 +115,9 @@ def test_shift_leaves_smaller_positions_alone(tapped, fresh):
 
 @kinds
 def test_cell_bias_makes_a_cell_count_three_times(arch, flash, tapped, models, rounding):
-    """log 3 on the cell of one row, at prefill and for a generated token; the column bias of the reference is the oracle."""
+    """log 3 on the cell of one row, at prefill and for a generated token; the column bias of the reference is the
+    oracle.
+    """
     context, model = tapped(arch, flash), Decoder(models[arch], np.float16)
     rows = rows_of(arch, 24, seed=4)
     row, token = 5, 77
@@ -132,7 +137,9 @@ def test_cell_bias_makes_a_cell_count_three_times(arch, flash, tapped, models, r
     column[row] = np.log(3)
     inputs = np.concatenate([rows.embeddings, model.embed([token])])
     want = model.forward(inputs, text_positions(arch, 0, 25), column)
-    assert bounds.are_close(prefill, want[23], rounding(arch, flash)) and bounds.are_close(step, want[24], rounding(arch, flash))
+    assert bounds.are_close(prefill, want[23], rounding(arch, flash)) and bounds.are_close(
+        step, want[24], rounding(arch, flash)
+    )
     assert not bounds.are_close(base, want[24], rounding(arch, flash))
     context.tap.set_cell_bias(None)
     context.remove(0, 0)
@@ -150,7 +157,12 @@ def test_cell_bias_is_three_copies_of_a_row(arch, flash, tapped, rounding):
     layer = 1  # only the first block: there, equal rows at equal positions have equal keys and values
     tripled, single = np.empty((14, D), np.float32), np.empty((12, D), np.float32)
     positions = text_positions(arch, 0, 12)
-    decode(context, Rows(np.ascontiguousarray(positions[..., copies]), embeddings=rows[copies]), window=(0, layer, L), hidden=tripled)
+    decode(
+        context,
+        Rows(np.ascontiguousarray(positions[..., copies]), embeddings=rows[copies]),
+        window=(0, layer, L),
+        hidden=tripled,
+    )
     context.clear()
     bias = np.zeros(12, np.float32)
     bias[2] = np.log(3)
@@ -221,7 +233,9 @@ def test_attention_rows_and_reductions(arch, flash, tapped):
         picked = np.arange(first, 24, step)[: None if count < 0 else count]
         for reduce, axes in ((0, ()), (MEAN_HEADS, (0,)), (MEAN_ROWS, (1,)), (MEAN_ALL, (0, 1))):
             context.clear()
-            read = AttentionRead([1, 3], 512, (first, count, step), reduce, max_rows=len(picked), max_heads=HEADS, n_threads=2)
+            read = AttentionRead(
+                [1, 3], 512, (first, count, step), reduce, max_rows=len(picked), max_heads=HEADS, n_threads=2
+            )
             got, _ = decode(context, rows, attention=read)
             for a, b in zip(got.attention, full):
                 np.testing.assert_allclose(a, b[:, picked].mean(axis=axes) if axes else b[:, picked], atol=1e-6)
@@ -229,7 +243,9 @@ def test_attention_rows_and_reductions(arch, flash, tapped):
 
 @kinds
 def test_attention_where_the_graph_ends(arch, flash, tapped, models, rounding):
-    """The layer that a window stops at is read without being computed, in a second decode that sees the cells of the first."""
+    """The layer that a window stops at is read without being computed, in a second decode that sees the cells of the
+    first.
+    """
     context, model = tapped(arch, flash), Decoder(models[arch], np.float16)
     x = embeddings(30)
     positions = text_positions(arch, 0, 30)

@@ -1,11 +1,13 @@
-"""The tap over graphs that run in several splits, on several backends: tensors made by hand in libggml, driven as the scheduler does."""
+"""The tap over graphs that run in several splits, on several backends: tensors made by hand in libggml, driven as the
+scheduler does.
+"""
 
 import cffi
 import gguf
 import numpy as np
 import pytest
 
-from star_edge.native import GGML, ffi, lib
+from star_edge.llamacpp.native import GGML, ffi, lib
 
 TENSOR = """
 typedef struct tensor {
@@ -32,13 +34,17 @@ void * ggml_backend_cpu_buffer_type(void);
 void * ggml_backend_alloc_ctx_tensors_from_buft(void *, void *);
 void ggml_backend_buffer_free(void *);
 """
-F32, I32, I64 = (int(kind) for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.I32, gguf.GGMLQuantizationType.I64))
+F32, I32, I64 = (
+    int(kind) for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.I32, gguf.GGMLQuantizationType.I64)
+)
 COMPUTE = 16
 OBJECT_SIZE = 32
 
 
 class Graph:
-    """Tensors made by libggml-base, and the scheduler's loop over them with a tap for its callback. Nothing is computed."""
+    """Tensors made by libggml-base, and the scheduler's loop over them with a tap for its callback. Nothing is
+    computed.
+    """
 
     def __init__(self):
         self.ffi = cffi.FFI()
@@ -56,7 +62,9 @@ class Graph:
         self.ggml.ggml_free(self.context)
 
     def leaf(self, name, *shape, kind=F32):
-        make = {1: self.ggml.ggml_new_tensor_1d, 2: self.ggml.ggml_new_tensor_2d, 3: self.ggml.ggml_new_tensor_3d}[len(shape)]
+        make = {1: self.ggml.ggml_new_tensor_1d, 2: self.ggml.ggml_new_tensor_2d, 3: self.ggml.ggml_new_tensor_3d}[
+            len(shape)
+        ]
         return self.ggml.ggml_set_name(make(self.context, kind, *shape), name.encode())
 
     def node(self, name, tensor):
@@ -67,7 +75,9 @@ class Graph:
         return self.node(name, self.ggml.ggml_add(self.context, a, b))
 
     def allocate(self):
-        self.buffer = self.ggml.ggml_backend_alloc_ctx_tensors_from_buft(self.context, self.ggml.ggml_backend_cpu_buffer_type())
+        self.buffer = self.ggml.ggml_backend_alloc_ctx_tensors_from_buft(
+            self.context, self.ggml.ggml_backend_cpu_buffer_type()
+        )
         assert self.buffer
 
     def values(self, tensor, kind=np.float32):
@@ -76,10 +86,14 @@ class Graph:
         return np.frombuffer(self.ffi.buffer(self.ffi.cast("char *", tensor.data), 4 * n), kind)
 
     def call(self, tensor, ask):
-        return lib.se_tap_callback(ffi.cast("struct ggml_tensor *", int(self.ffi.cast("uintptr_t", tensor))), ask, self.tap)
+        return lib.se_tap_callback(
+            ffi.cast("struct ggml_tensor *", int(self.ffi.cast("uintptr_t", tensor))), ask, self.tap
+        )
 
     def run(self, splits):
-        """Names of the nodes that a backend would compute. A split is a list of nodes, or a callable: a copy between backends."""
+        """Names of the nodes that a backend would compute. A split is a list of nodes, or a callable: a copy between
+        backends.
+        """
         computed = []
         for split in splits:
             if callable(split):
@@ -117,8 +131,8 @@ def graph():
 
 @pytest.mark.parametrize("embedding", ["inp_embd", "inp_tokens", "embd", "CUDA1#inp_embd#3"])
 def test_dependents_are_skipped_across_backends(graph, embedding):
-    """scaled is made of the embeddings before any layer, and runs. Layer 0 makes a of it and b of a copy of a on another backend: they are
-    skipped. side does not depend on them."""
+    """scaled is made of the embeddings before any layer, and runs. Layer 0 makes a of it and b of a copy of a on
+    another backend: they are skipped. side does not depend on them."""
     g = graph
     x, weight = g.leaf(embedding, 8, 4), g.leaf("blk.0.weight", 8, 4)
     copy, copied_weight = g.leaf("CUDA0#a-0#0", 8, 4), g.leaf("CUDA0#blk.1.weight#0", 8, 4)
@@ -130,7 +144,10 @@ def test_dependents_are_skipped_across_backends(graph, embedding):
     after = g.add("after", out, side)
     g.allocate()
     inject = np.arange(32, dtype=np.float32)
-    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert (
+        g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        == lib.SE_OK
+    )
     assert g.run([[scaled, a, side], [b, other, out, after]]) == ["scaled", "side", "other", "after"]
     assert np.array_equal(g.values(out), inject)
     skipped = [a, b, out]
@@ -151,14 +168,19 @@ def test_nodes_that_were_off_stay_off(graph):
     out = g.add("l_out-0", used, x)
     g.allocate()
     inject = np.ones(32, np.float32)
-    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert (
+        g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        == lib.SE_OK
+    )
     assert g.run([[unused, used, out]]) == []
     assert g.finish().n_skipped == 2
     assert unused.flags == 0 and used.flags == out.flags == COMPUTE
 
 
 def test_a_stop_ends_every_later_split(graph):
-    """The graph ends at the second attention; a later split computes its first node only, since it must answer something."""
+    """The graph ends at the second attention; a later split computes its first node only, since it must answer
+    something.
+    """
     g = graph
     x = g.leaf("inp_embd", 8, 4, 2)
     nodes = [g.add("k", x, x)]
@@ -170,7 +192,13 @@ def test_a_stop_ends_every_later_split(graph):
     assert g.arm(n_layer=3, first=0, last=1, n_rows=4) == lib.SE_OK
     assert g.run([nodes, tail]) == ["k", "attention 0", "l_out-0", "attention 1", "far"]
     result = g.finish()
-    assert (result.error, result.stopped, result.n_attention, result.flash, result.last_unmasked) == (lib.SE_OK, 1, 2, 0, 1)
+    assert (result.error, result.stopped, result.n_attention, result.flash, result.last_unmasked) == (
+        lib.SE_OK,
+        1,
+        2,
+        0,
+        1,
+    )
 
 
 def test_a_second_graph_is_noticed(graph):
@@ -180,7 +208,10 @@ def test_a_second_graph_is_noticed(graph):
     nodes.append(g.add("b", nodes[-1], nodes[-1]))
     g.allocate()
     inject = np.ones(32, np.float32)
-    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert (
+        g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        == lib.SE_OK
+    )
     g.run([nodes])
     g.run([nodes])
     result = g.finish()
@@ -195,7 +226,10 @@ def test_only_whole_layer_names_count(graph):
     nodes = [g.add(name, x, x) for name in ("l_out-0 (view)", "l_out-x", "l_out-", "l_out--0x", "xl_out-0")]
     g.allocate()
     inject = np.ones(32, np.float32)
-    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert (
+        g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        == lib.SE_OK
+    )
     g.run([nodes])
     assert g.finish().error == lib.SE_ERR_NO_LAYER_OUT
     assert all(t.flags & COMPUTE for t in nodes)
@@ -230,10 +264,14 @@ def test_a_tensor_without_memory_is_an_error(graph):
 @pytest.mark.parametrize("place", ["first", "last", "nowhere"])
 @pytest.mark.parametrize("order", ["joined first", "input first"])
 def test_where_a_leaf_is_joined(graph, order, place, cls):
-    """Vulkan, Metal and CUDA order nodes by themselves: what reads `positions` may come before the CONCAT, and gets the new ones all the same."""
+    """Vulkan, Metal and CUDA order nodes by themselves: what reads `positions` may come before the CONCAT, and gets the
+    new ones all the same.
+    """
     g = graph
     patches, other = g.leaf("patches", 8, 4), g.leaf("other" if place == "nowhere" else cls, 8, 1)
-    joined = g.node("joined", g.ggml.ggml_concat(g.context, *((other, patches) if place == "first" else (patches, other)), 1))
+    joined = g.node(
+        "joined", g.ggml.ggml_concat(g.context, *((other, patches) if place == "first" else (patches, other)), 1)
+    )
     positions, table = g.leaf("positions", 8, 5), g.leaf("table", 8, 5)
     gathered = g.add("gathered", table, positions)
     use = g.add("use", joined, gathered)
@@ -262,8 +300,8 @@ def test_where_a_leaf_is_joined(graph, order, place, cls):
 
 @pytest.mark.parametrize("order", ["as built", "v last", "v after other work"])
 def test_the_graph_does_not_end_before_v_is_in_the_cache(graph, order):
-    """Without flash attention nothing but the product with the probabilities needs V: a backend may write it after the SOFT_MAX that ends the
-    window, and later decodes read it."""
+    """Without flash attention nothing but the product with the probabilities needs V: a backend may write it after the
+    SOFT_MAX that ends the window, and later decodes read it."""
     g, n = graph, 4
     x, rows = g.leaf("inp_embd", 8, n), g.leaf("rows", n, kind=I64)
     write = lambda name, cache, value: g.node(name, g.ggml.ggml_set_rows(g.context, cache, value, rows))
@@ -274,7 +312,9 @@ def test_the_graph_does_not_end_before_v_is_in_the_cache(graph, order):
         wrote_k, wrote_v = write(f"wrote k {i}", k_cache, k), write(f"wrote v {i}", v_cache, v)
         seen = g.ggml.ggml_view_3d(g.context, k_cache, 8, 16, 1, k_cache.nb[1], k_cache.nb[2], 0)
         kq = g.node(f"kq-{i}", g.ggml.ggml_mul_mat(g.context, seen, q))
-        soft_max = g.node(f"soft max {i}", g.ggml.ggml_soft_max_ext(g.context, kq, g.leaf(f"mask {i}", 16, n), 1.0, 0.0))
+        soft_max = g.node(
+            f"soft max {i}", g.ggml.ggml_soft_max_ext(g.context, kq, g.leaf(f"mask {i}", 16, n), 1.0, 0.0)
+        )
         out = g.add(f"l_out-{i}", x, x)
         nodes = {
             "as built": [q, v, k, wrote_k, wrote_v, kq, soft_max, out],
@@ -294,7 +334,9 @@ def test_the_graph_does_not_end_before_v_is_in_the_cache(graph, order):
 
 @pytest.mark.parametrize("where", ["after", "before"])
 def test_what_a_later_layer_makes_of_the_embeddings_runs_wherever_it_comes(graph, where):
-    """Gemma 4's layers take a slice of what was made of the embeddings at the start: it depends on no layer, and may be moved to the front."""
+    """Gemma 4's layers take a slice of what was made of the embeddings at the start: it depends on no layer, and may be
+    moved to the front.
+    """
     g = graph
     x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
     prelude = g.add("inp_per_layer", x, w)
@@ -303,7 +345,10 @@ def test_what_a_later_layer_makes_of_the_embeddings_runs_wherever_it_comes(graph
     use = g.add("use-1", out, late)
     g.allocate()
     inject = np.ones(32, np.float32)
-    assert g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data)) == lib.SE_OK
+    assert (
+        g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        == lib.SE_OK
+    )
     nodes = [prelude, early, late, inner, out, use] if where == "before" else [prelude, early, inner, out, late, use]
     assert g.run([nodes]) == ["inp_per_layer", "slice-1", "use-1"]
     assert g.finish().error == lib.SE_OK
@@ -311,7 +356,9 @@ def test_what_a_later_layer_makes_of_the_embeddings_runs_wherever_it_comes(graph
 
 @pytest.mark.parametrize("order", ["original first", "copy first", "two copies"])
 def test_position_shift_acts_once_across_backends(graph, order):
-    """The scheduler copies an input when a split begins: after the original's first RoPE, the copy carries the shift already."""
+    """The scheduler copies an input when a split begins: after the original's first RoPE, the copy carries the shift
+    already.
+    """
     g = graph
     original, copies = g.leaf("inp_pos", 3, kind=I32), [g.leaf(f"CUDA{i}#inp_pos#0", 3, kind=I32) for i in range(2)]
     x = g.leaf("x", 8, 1, 3)
@@ -361,8 +408,8 @@ def test_cell_bias_acts_once_across_backends(graph, order):
 
 
 def test_later_layers_may_read_the_input_again(graph):
-    """Gemma 3n and 4 give every layer a slice of a tensor made from the embeddings at the start, Qwen3-VL adds slices of the rows: those
-    run. What reads something else of a skipped layer than its hidden state is noticed."""
+    """Gemma 3n and 4 give every layer a slice of a tensor made from the embeddings at the start, Qwen3-VL adds slices
+    of the rows: those run. What reads something else of a skipped layer than its hidden state is noticed."""
     g = graph
     x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
     per_layer = g.add("inp_per_layer", x, w)
@@ -384,7 +431,9 @@ def test_later_layers_may_read_the_input_again(graph):
 
 
 def test_memory_that_is_cleared_by_multiplication(graph):
-    """0 times a NaN is a NaN: a leaf that is scaled by 0 is cleared, one that is scaled by anything else and a node's result are left alone."""
+    """0 times a NaN is a NaN: a leaf that is scaled by 0 is cleared, one that is scaled by anything else and a node's
+    result are left alone.
+    """
     g = graph
     unwritten, used, x = g.leaf("leaf_1", 8, 4), g.leaf("leaf_2", 8, 4), g.leaf("x", 8, 4)
     made = g.add("made", x, x)

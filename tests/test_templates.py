@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from chatting import DEMO, OTHER, ask, load, user
-from families import FOLDER, load_fixtures
+from helpers.chatting import DEMO, OTHER, ask, load, user
+from helpers.families import FOLDER, load_fixtures
 from llama_cpp import Llama
 
 from star_edge import StarChatHandler, StarVLM, errors, refvlm
 from star_edge.chat import ChatFormat, find_template, template_names
-from star_edge.gguf_info import read_gguf_info
+from star_edge.llamacpp.gguf import read_gguf_info
 from star_edge.vision.profiles import METADATA_KEYS, find_profile
 
 MARKER = "<__media__>"
@@ -86,7 +86,9 @@ def test_two_turns_after_a_system_message(chats, family, role, as_list):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tool_calls_and_their_results(chats, family):
-    """An assistant's message without content, and what the tool said, in templates that know tools and in those that do not."""
+    """An assistant's message without content, and what the tool said, in templates that know tools and in those that do
+    not.
+    """
     chat = chats(family)
     call = {"id": "abcdefgh1", "type": "function", "function": {"name": "look_up", "arguments": '{"city": "Aachen"}'}}
     messages = [
@@ -104,15 +106,22 @@ def test_exact_prompts(chats):
     say = lambda family, *messages: chats(family).render(chats(family).prepare(list(messages))[0])
     asked = {"role": "user", "content": [IMAGE, *texts(FIRST)]}
     assert say("smolvlm", asked) == f"<|im_start|>User: {MARKER}{FIRST}<end_of_utterance>\nAssistant:"
-    assert say("smolvlm", {"role": "user", "content": FIRST}) == f"<|im_start|>User: {FIRST}<end_of_utterance>\nAssistant:"
+    assert (
+        say("smolvlm", {"role": "user", "content": FIRST}) == f"<|im_start|>User: {FIRST}<end_of_utterance>\nAssistant:"
+    )
     assert say("qwen2-vl", {"role": "system", "content": SYSTEM}, asked) == (
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{MARKER}{FIRST}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert say("gemma3", {"role": "system", "content": texts(SYSTEM)}, asked) == (
         f"<start_of_turn>user\n{SYSTEM}\n\n{MARKER}{FIRST}<end_of_turn>\n<start_of_turn>model\n"
     )
-    assert say("llava-vicuna", {"role": "system", "content": SYSTEM}, asked) == f"{SYSTEM}\n\nUSER: {MARKER}{FIRST}\nASSISTANT:"
-    assert say("bakllava", {"role": "system", "content": SYSTEM}, asked).startswith(f"USER: {SYSTEM}\n\n{MARKER}{FIRST}\nASSISTANT:")
+    assert (
+        say("llava-vicuna", {"role": "system", "content": SYSTEM}, asked)
+        == f"{SYSTEM}\n\nUSER: {MARKER}{FIRST}\nASSISTANT:"
+    )
+    assert say("bakllava", {"role": "system", "content": SYSTEM}, asked).startswith(
+        f"USER: {SYSTEM}\n\n{MARKER}{FIRST}\nASSISTANT:"
+    )
     assert say("mobilevlm", asked) == f"### Instruction:\n{MARKER}{FIRST}\n### Response:\n"
     assert chats("llava-vicuna").is_default and not chats("llava").is_default
 
@@ -196,12 +205,23 @@ def test_parts_that_cannot_be_used(chat, part, words):
 @pytest.mark.parametrize(
     "messages",
     [
-        None, 5, "hello", {"role": "user", "content": "x"}, [], [5], [{"content": "x"}], [{"role": "user"}], [{"role": 5, "content": "x"}],
-        [{"role": "user", "content": None}], [{"role": "user", "content": 5}], [{"role": "user", "content": {"type": "text", "text": "x"}}],
-        [{"role": "assistant", "content": None, "tool_calls": 5}], [{"role": "assistant", "content": None, "tool_calls": [5]}],
+        None,
+        5,
+        "hello",
+        {"role": "user", "content": "x"},
+        [],
+        [5],
+        [{"content": "x"}],
+        [{"role": "user"}],
+        [{"role": 5, "content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": {"type": "text", "text": "x"}}],
+        [{"role": "assistant", "content": None, "tool_calls": 5}],
+        [{"role": "assistant", "content": None, "tool_calls": [5]}],
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_messages_that_are_none(chat, messages):
     with pytest.raises(errors.PromptError) as caught:
         chat.prepare(messages)
@@ -218,8 +238,13 @@ def test_images_in_messages_of_all_roles(chats):
             messages = [*at, *asked] if role == "system" else [*asked, *at, {"role": "user", "content": SECOND}]
             prepared, images = chat.prepare(messages)
             assert chat.render(prepared).count(MARKER) == len(images) == 1
-    silent = ChatFormat(chats("smolvlm")._llama(), "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
-    assert MARKER in silent.render(silent.prepare([{"role": "system", "content": [IMAGE]}, {"role": "user", "content": "x"}])[0])
+    silent = ChatFormat(
+        chats("smolvlm")._llama(),
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    )
+    assert MARKER in silent.render(
+        silent.prepare([{"role": "system", "content": [IMAGE]}, {"role": "user", "content": "x"}])[0]
+    )
 
 
 def test_what_a_template_does_not_show_is_an_error(chats):
@@ -227,7 +252,13 @@ def test_what_a_template_does_not_show_is_an_error(chats):
     last = ChatFormat(llama, "{{ messages[-1]['content'] }}")
     assert last.format(FIRST, 1) == MARKER + FIRST
     with pytest.raises(errors.PromptError, match="does not show what message 0"):
-        last.prepare([{"role": "user", "content": FIRST}, {"role": "assistant", "content": REPLY}, {"role": "user", "content": SECOND}])
+        last.prepare(
+            [
+                {"role": "user", "content": FIRST},
+                {"role": "assistant", "content": REPLY},
+                {"role": "user", "content": SECOND},
+            ]
+        )
     with pytest.raises(errors.PromptError, match="0 image markers for 1 images|does not show"):
         last.prepare([{"role": "user", "content": [IMAGE]}, {"role": "user", "content": SECOND}])
     swapped = ChatFormat(llama, "{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}")
@@ -259,7 +290,9 @@ def test_placeholders_are_text_where_counts_do_not_fit(chats, family):
     llama = chat._llama()
     names = ("<image>", "<|image_pad|>", "<start_of_image>", "[IMG]", "<|vision_start|>", "<|image|>")
     for name in names:
-        for n_images, prompt in enumerate((chat.format(f"{name} {FIRST}", 0), chat.format(f"{name} or {name}? {FIRST}", 1))):
+        for n_images, prompt in enumerate(
+            (chat.format(f"{name} {FIRST}", 0), chat.format(f"{name} or {name}? {FIRST}", 1))
+        ):
             assert prompt.count(MARKER) == n_images
             tokens = llama.tokenize(prompt.encode(), add_bos=False, special=True)
             ids = llama.tokenize(name.encode(), add_bos=False, special=True)
@@ -288,7 +321,12 @@ def test_templates_by_name_file_and_source(tmp_path):
     source = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     (tmp_path / "a.jinja").write_text(source)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
-    assert find_template(source) == find_template(tmp_path / "a.jinja") == find_template(str(tmp_path / "tokenizer_config.json")) == source
+    assert (
+        find_template(source)
+        == find_template(tmp_path / "a.jinja")
+        == find_template(str(tmp_path / "tokenizer_config.json"))
+        == source
+    )
     assert find_template("vicuna") == "vicuna" and {"vicuna", "chatml", "deepseek", "llama2"} <= set(template_names())
     for wrong in ("nonsense", "/nowhere/a.jinja", "", 5, str(tmp_path), "a\0b"):
         with pytest.raises(errors.UnsupportedModelError, match="chat.template"):
@@ -328,12 +366,17 @@ def test_chat_formats_are_refused():
 
 
 def test_files_without_a_template():
-    """LLaVA files of the older converter have none: Vicuna's, as llama.cpp's own tool says. Text alone has no family to tell."""
+    """LLaVA files of the older converter have none: Vicuna's, as llama.cpp's own tool says. Text alone has no family to
+    tell.
+    """
     folder = FOLDER / "llava-vicuna"
     with StarVLM(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=256, n_threads=1) as vlm:
         assert vlm.has_chat_template and "vicuna" in vlm.chat_template_origin
         assert vlm.generate("hello", max_tokens=1).report.n_text_tokens > 5
-    with StarVLM(folder / "text.gguf", n_ctx=256, n_threads=1) as vlm, pytest.raises(errors.UnsupportedModelError, match="--chat-template"):
+    with (
+        StarVLM(folder / "text.gguf", n_ctx=256, n_threads=1) as vlm,
+        pytest.raises(errors.UnsupportedModelError, match="--chat-template"),
+    ):
         vlm.generate("hello", max_tokens=1)
 
 
@@ -346,7 +389,23 @@ def test_the_command_takes_a_template(tmp_path):
         if name != "demo":
             assert "--chat-template" in CliRunner().invoke(cli, [name, "--help"]).output, name
     folder = FOLDER / "llava-vicuna"
-    result = CliRunner().invoke(cli, ["run", "-m", str(folder / "text.gguf"), "--chat-template", "vicuna", "-c", "256", "-n", "1", "-t", "1", "hello"])
+    result = CliRunner().invoke(
+        cli,
+        [
+            "run",
+            "-m",
+            str(folder / "text.gguf"),
+            "--chat-template",
+            "vicuna",
+            "-c",
+            "256",
+            "-n",
+            "1",
+            "-t",
+            "1",
+            "hello",
+        ],
+    )
     assert result.exit_code == 0, result.output
     result = CliRunner().invoke(cli, ["run", "--chat-template", "nonsense", "hello"])
     assert isinstance(result.exception, errors.UnsupportedModelError)
@@ -365,7 +424,10 @@ def test_eval_takes_placeholders_of_question_files(tmp_path):
     """A line as LLaVA's question files have it, and the same without."""
     from star_edge.evaluation.tasks import read_tasks
 
-    lines = [{"image": str(refvlm.DEMO_IMAGE), "text": text, "question_id": i} for i, text in enumerate(("<image>\nwhat number is shown?", "what number is shown?"))]
+    lines = [
+        {"image": str(refvlm.DEMO_IMAGE), "text": text, "question_id": i}
+        for i, text in enumerate(("<image>\nwhat number is shown?", "what number is shown?"))
+    ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tasks = read_tasks(tmp_path / "q.jsonl")
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
@@ -380,7 +442,13 @@ def test_all_sides_of_a_benchmark_have_the_same_prompt():
 
     folder = FOLDER / "llava-vicuna"
     request = make_request([picture(112, 112)], "", "what?", 0.25)
-    for template in (None, "chatml", "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"):
-        with Workbench(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=512, n_threads=1, chat_template=template) as bench:
+    for template in (
+        None,
+        "chatml",
+        "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}",
+    ):
+        with Workbench(
+            folder / "text.gguf", folder / "mmproj.gguf", n_ctx=512, n_threads=1, chat_template=template
+        ) as bench:
             stock, star = (bench.ask(SideSpec(kind, kind), request, 2) for kind in ("stock", "star_edge"))
             assert (stock.n_text, stock.n_image) == (star.n_text, star.n_image) and stock.n_image == 64

@@ -1,4 +1,6 @@
-"""Times and counts of answers: the engine's time alone, tokens as `usage` counts them, medians. The clock is the test's own."""
+"""Times and counts of answers: the engine's time alone, tokens as `usage` counts them, medians. The clock is the test's
+own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from star_edge import PruneConfig, StarChatHandler, StarVLM, generation, refvlm
 from star_edge.benchmarking.run import _describe, make_request
 from star_edge.benchmarking.sides import STAGES, Sample, SideSpec, Workbench
 from star_edge.benchmarking.summary import summarise
-from star_edge.images import load_image
+from star_edge.io.images import load_image
 from star_edge.report import PruneReport
 from star_edge.vision.profiles import GENERIC
 
@@ -19,7 +21,10 @@ PLATE = "what number is shown?"  # two digits
 MESSAGES = [
     {
         "role": "user",
-        "content": [{"type": "image_url", "image_url": {"url": str(refvlm.DEMO_IMAGE)}}, {"type": "text", "text": PLATE}],
+        "content": [
+            {"type": "image_url", "image_url": {"url": str(refvlm.DEMO_IMAGE)}},
+            {"type": "text", "text": PLATE},
+        ],
     }
 ]
 
@@ -185,7 +190,11 @@ def bench():
 
 
 def test_bench_says_which_encoders_attention_it_cannot_read(bench, monkeypatch):
-    bench.ask(SideSpec("pruned", "star_edge", PruneConfig(0.5)), make_request([load_image(refvlm.DEMO_IMAGE)], "", PLATE, 0.25), 1)
+    bench.ask(
+        SideSpec("pruned", "star_edge", PruneConfig(0.5)),
+        make_request([load_image(refvlm.DEMO_IMAGE)], "", PLATE, 0.25),
+        1,
+    )
     assert _describe(bench, refvlm.TEXT_MODEL, {})["vision_stage"] == "yes"
     encoder = bench._star._reader.encoder
     monkeypatch.setattr(encoder, "profile", GENERIC)

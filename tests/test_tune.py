@@ -1,17 +1,18 @@
 """star-edge tune: the search, the split, and the file that run and Python take."""
 
 import json
+from pathlib import Path
 
 import pytest
-from test_cli import IMAGE, star_edge  # noqa: F401 (a fixture)
-from test_refvlm import FOLDER
 
 from star_edge import PRESETS, PruneConfig, StarVLM, errors, refvlm
-from star_edge.config import load_config, resolve_prune
 from star_edge.evaluation.configs import OFF
 from star_edge.evaluation.tasks import read_tasks
 from star_edge.evaluation.tuning import BUDGETS, LEAST_HELD_OUT, candidates, split, tune
+from star_edge.pruning.config import load_config, resolve_prune
 
+IMAGE = str(refvlm.DEMO_IMAGE)
+FOLDER = Path(__file__).parent / "refvlm_questions"
 TASKS = read_tasks(FOLDER / "questions.jsonl", None)
 
 
@@ -45,9 +46,16 @@ def fake_ask(right, average, tasks):
             n = len(tasks) if config == OFF else right(config)
             for i, task in enumerate(tasks):
                 records[task.id, config.name] = {
-                    "task": task.id, "config": config.name, "score": float(i < n), "answer": "a" if i < n else "b", "kl": 0.0,
-                    "average_tokens": average(config), "first_token_ms": 1.0, "unpruned_first_token_ms": 1.0, "notes": [],
-                }  # fmt: skip
+                    "task": task.id,
+                    "config": config.name,
+                    "score": float(i < n),
+                    "answer": "a" if i < n else "b",
+                    "kl": 0.0,
+                    "average_tokens": average(config),
+                    "first_token_ms": 1.0,
+                    "unpruned_first_token_ms": 1.0,
+                    "notes": [],
+                }
         return records
 
     return ask, asked
@@ -86,7 +94,7 @@ def test_a_question_that_nobody_can_answer_speaks_against_no_config():
     assert tune(lambda configs: with_errors(configs, [c.name for c in configs[1:]]), tasks, "exact", 0.9)[0] == OFF
 
 
-def test_command_and_its_file(star_edge, tmp_path):  # noqa: F811
+def test_command_and_its_file(star_edge, tmp_path):
     questions = FOLDER / "questions.jsonl"
     args = (
         "tune",
@@ -125,9 +133,13 @@ def test_command_and_its_file(star_edge, tmp_path):  # noqa: F811
 def test_config_files(tmp_path):
     path = tmp_path / "c.json"
     for text, words in (
-        ("nope", "no JSON"), ("[]", "no config"), ('{"config": {}}', "no config"), ('{"config": {"keep": 1}}', "unknown fields: keep"),
-        ('{"config": {"vision_keep": 2.0}}', "vision_keep=2.0"), ('{"config": 3}', "unknown fields: config"),
-    ):  # fmt: skip
+        ("nope", "no JSON"),
+        ("[]", "no config"),
+        ('{"config": {}}', "no config"),
+        ('{"config": {"keep": 1}}', "unknown fields: keep"),
+        ('{"config": {"vision_keep": 2.0}}', "vision_keep=2.0"),
+        ('{"config": 3}', "unknown fields: config"),
+    ):
         path.write_text(text)
         with pytest.raises(errors.ConfigError, match=words):
             resolve_prune(str(path))

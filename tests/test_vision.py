@@ -1,15 +1,17 @@
-"""The vision stage: scores against float64 references, which token shows which place, and encoders without a profile."""
+"""The vision stage: scores against float64 references, which token shows which place, and encoders without a
+profile.
+"""
 
 from dataclasses import replace
 
-import bounds
 import numpy as np
 import pytest
-from conftest import random_image
-from reference_qwen2vl_vision import QwenVisionEncoder
+from helpers import bounds
+from helpers.models import random_image
+from helpers.reference_qwen2vl_vision import QwenVisionEncoder
 
 from star_edge import PRESETS, StarVLM, refvlm
-from star_edge.images import load_image
+from star_edge.io.images import load_image
 from star_edge.vision import profiles
 from star_edge.vision.encoder import ImageChunk
 from star_edge.vision.profiles import repeated_rows
@@ -37,7 +39,9 @@ def test_qwen2vl_scores(families, flash_attn, height, width):
     with StarVLM(models.text, models.mmproj, n_ctx=512, flash_attn=flash_attn, n_threads=2) as vlm:
         chunk, encoded = encode(vlm, image)
     assert chunk.grid == (height // 28, width // 28)
-    assert bounds.are_features(encoded.embeddings, embeddings) and not bounds.are_features(np.roll(embeddings, 1, axis=0), embeddings)
+    assert bounds.are_features(encoded.embeddings, embeddings) and not bounds.are_features(
+        np.roll(embeddings, 1, axis=0), embeddings
+    )
     limit = bounds.share(bounds.relative([(encoded.embeddings, embeddings)])) * received.max()
     assert bounds.distance(encoded.scores, received) <= limit < bounds.distance(np.roll(received, 1), received)
 
@@ -122,7 +126,11 @@ def test_maps_of_rows_to_tokens(height, width, side):
     raster = np.random.default_rng(0).random((height * side, width * side))
     in_blocks = raster.reshape(height, side, width, side).swapaxes(1, 2).reshape(-1)
     layout = profiles.Layout(height * width, (height, width))
-    want = [raster[side * y : side * y + side, side * x : side * x + side].mean() for y in range(height) for x in range(width)]
+    want = [
+        raster[side * y : side * y + side, side * x : side * x + side].mean()
+        for y in range(height)
+        for x in range(width)
+    ]
     assert np.allclose(profiles.on_raster(raster.ravel(), layout), want)
     assert np.allclose(profiles.in_turn(side * side)(in_blocks, layout), want)
 

@@ -14,7 +14,7 @@ import cffi
 import numpy as np
 import pytest
 
-from star_edge import native
+from star_edge.llamacpp import native
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SOURCES = sorted([*CSRC.glob("*.c"), *CSRC.glob("*.h")])
@@ -180,7 +180,9 @@ def portable(tmp_path_factory):
 
 
 def scores(portable, q, k, mask, n_threads):
-    """(n_head, n_rows, n_kv) from q (n_rows, n_head, d), k (n_kv, n_head_kv, d) and mask (n_rows, n_kv), all float32."""
+    """(n_head, n_rows, n_kv) from q (n_rows, n_head, d), k (n_kv, n_head_kv, d) and mask (n_rows, n_kv), all
+    float32.
+    """
     ffi, lib = portable
     at = lambda array: ffi.cast("void *", array.ctypes.data)
     a = ffi.new("se_attention *")

@@ -1,19 +1,20 @@
-"""Several decoder stages (progressive pruning): exact with everything kept, faithful to the float64 reference, cells where they belong."""
+"""Several decoder stages (progressive pruning): exact with everything kept, faithful to the float64 reference, cells
+where they belong.
+"""
 
-import bounds
 import numpy as np
 import pytest
-import stock
-from conftest import random_image, random_prompt
+from helpers import bounds, stock
+from helpers.choosing import by_score, generate, keep_all
+from helpers.models import random_image, random_prompt
+from helpers.reference import Decoder
 from llama_cpp import Llama
-from reference import Decoder
-from test_exact import by_score, generate, keep_all
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
-from star_edge.decoder.context import MAIN, N_SEQUENCES, DecoderContext, attach_tap
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.engine import KV_TYPES
-from star_edge.tap import Tap
+from star_edge.llamacpp.context import MAIN, N_SEQUENCES, DecoderContext, attach_tap
+from star_edge.llamacpp.tap import Tap
 
 PARTS = [5, (6, 7), 4, (9, 5), 13]
 
@@ -46,9 +47,16 @@ def test_keep_all_is_exact(model):
     plain = prefill(fresh(context), prompt.segments, prompt.next_position)
     expected, tokens = generate(context, plain, 8)
     for windows in ([1, 2, 7], [3, 4], [1, 2, 3, 4, 5, 6]):
-        state = prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(k, [0, 0]) for k in windows], keep_all))
+        state = prefill(
+            fresh(context),
+            prompt.segments,
+            prompt.next_position,
+            DecoderStage([(k, [0, 0]) for k in windows], keep_all),
+        )
         history, same = generate(context, state, 8)
-        assert state.in_place and same == tokens and all(np.array_equal(a, b) for a, b in zip(history, expected)), windows
+        assert state.in_place and same == tokens and all(np.array_equal(a, b) for a, b in zip(history, expected)), (
+            windows
+        )
 
 
 @pytest.mark.parametrize("windows", [[(2, [30, 20]), (4, [11, 20]), (6, [3, 1])], [(1, [20, 20]), (2, [10, 10])]])
@@ -61,7 +69,10 @@ def test_pruned_logits_scores_and_continuation(model, rounding, windows):
     image_rows = [np.flatnonzero(prompt.image_of_row == i) for i in range(2)]
     kept = [np.concatenate([rows[s.kept] for rows, s in zip(image_rows, stage)]) for stage in state.selections]
     want = reference.progressive(
-        prompt.embed(reference), prompt.positions, prompt.image_of_row, [(k, rows) for (k, _), rows in zip(windows, kept)]
+        prompt.embed(reference),
+        prompt.positions,
+        prompt.image_of_row,
+        [(k, rows) for (k, _), rows in zip(windows, kept)],
     )
     before = [np.arange(len(rows)) for rows in image_rows]
     for scores, theirs, stage in zip(state.scores, want.scores, state.selections):
@@ -73,7 +84,9 @@ def test_pruned_logits_scores_and_continuation(model, rounding, windows):
             before[i] = stage[i].kept
     _, logits = reference.generate(want, 12, prompt.next_position, forced=tokens)
     assert all(bounds.are_close(a, b, rounding) for a, b in zip(history, logits))
-    first_only = reference.progressive(prompt.embed(reference), prompt.positions, prompt.image_of_row, [(windows[0][0], kept[0])])
+    first_only = reference.progressive(
+        prompt.embed(reference), prompt.positions, prompt.image_of_row, [(windows[0][0], kept[0])]
+    )
     assert not bounds.are_close(first_only.logits, logits[0], rounding)  # the later stages matter
 
 
@@ -126,13 +139,18 @@ def decodes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("change, resumed", [
-    ("", [[20 + 4 + 20 + 13], [3 + 4 + 1 + 13]]),
-    ("second image not causal", [[20 + 4, 20, 13], [3 + 4, 1, 13]]),
-    ("layers tell text apart", [[20, 4, 20, 13], [3, 4, 1, 13]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, resumed",
+    [
+        ("", [[20 + 4 + 20 + 13], [3 + 4 + 1 + 13]]),
+        ("second image not causal", [[20 + 4, 20, 13], [3 + 4, 1, 13]]),
+        ("layers tell text apart", [[20, 4, 20, 13], [3, 4, 1, 13]]),
+    ],
+)
 def test_what_stays_is_resumed_in_one_decode(model, decodes, monkeypatch, change, resumed):
-    """Unless image rows attend to each other, or later layers need to know which token a row is; and as on stock where nothing is dropped."""
+    """Unless image rows attend to each other, or later layers need to know which token a row is; and as on stock where
+    nothing is dropped.
+    """
     models, context, _ = model
     prompt = random_prompt(models, PARTS)
     prompt.segments[3].causal = change != "second image not causal"
@@ -141,7 +159,9 @@ def test_what_stays_is_resumed_in_one_decode(model, decodes, monkeypatch, change
     prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [20, 20]), (5, [3, 1])], by_score))
     assert decodes == probed + sum(resumed, [])
     decodes.clear()
-    prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [0, 0]), (5, [3, 1])], later_by_score))
+    prefill(
+        fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [0, 0]), (5, [3, 1])], later_by_score)
+    )
     assert decodes == probed + probed[1:] + resumed[1]  # nothing is dropped at the first stage
 
 
@@ -151,7 +171,9 @@ def later_by_score(seen, n):
 
 @pytest.mark.parametrize("text_rows", ["all", "last", "each"])
 def test_text_in_several_decodes_scores_alike(model, rounding, text_rows):
-    """Of the last decodes some rows are an image's, and some score: with 16 rows a decode they lie otherwise than with 512."""
+    """Of the last decodes some rows are an image's, and some score: with 16 rows a decode they lie otherwise than with
+    512.
+    """
     models, context, _ = model
     prompt = random_prompt(models, [5, (6, 7), 4, (9, 5), 29])
 
@@ -168,7 +190,15 @@ def test_text_in_several_decodes_scores_alike(model, rounding, text_rows):
     want, rows = run(context)
     tap, f32 = Tap(), KV_TYPES["f32"]
     small = Llama(
-        str(models.text), n_ctx=512, n_batch=16, n_ubatch=16, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, verbose=False
+        str(models.text),
+        n_ctx=512,
+        n_batch=16,
+        n_ubatch=16,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=f32,
+        type_v=f32,
+        verbose=False,
     )
     attach_tap(small, tap)
     got, others = run(DecoderContext(small, tap))

@@ -1,10 +1,12 @@
-"""Runs the tests on ggml kernels of other processors than the one that llama-cpp-python was built for (`make test-processors`).
+"""Runs the tests on ggml kernels of other processors than the one that llama-cpp-python was built for (`make
+test-processors`).
 
     python tools/processors.py [--only NAME] [arguments of pytest]
 
-ggml's CPU kernels are a library of their own (libggml-cpu). It is built from the source of the installed llama-cpp-python with GGML_NATIVE=OFF,
-once for each set of instructions in VARIANTS that this processor has, and put beside copies of the other libraries in .processors/NAME.
-llama_cpp takes its libraries from there with LLAMA_CPP_LIB_PATH and MTMD_CPP_LIB. The Python packages stay as they are.
+ggml's CPU kernels are a library of their own (libggml-cpu). It is built from the source of the installed
+llama-cpp-python with GGML_NATIVE=OFF, once for each set of instructions in VARIANTS that this processor has, and put
+beside copies of the other libraries in .processors/NAME. llama_cpp takes its libraries from there with
+LLAMA_CPP_LIB_PATH and MTMD_CPP_LIB. The Python packages stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import llama_cpp
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".processors"
-# name -> what the processor must have (/proc/cpuinfo), and options of ggml's CMakeLists.txt beside AVX2, F16C and FMA, which are on by default
+# name -> what the processor must have (/proc/cpuinfo), and options of ggml's CMakeLists.txt beside AVX2, F16C and FMA,
+# which are on by default
 VARIANTS = {
     "avx2": ({"avx2", "f16c", "fma"}, []),
     "avx512": ({"avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw"}, ["AVX512"]),
@@ -50,7 +53,16 @@ def source() -> Path:
     if not unpacked.is_dir():
         FOLDER.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
-            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+            download = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-binary",
+                "llama-cpp-python",
+            ]
             subprocess.run([*download, "--dest", temporary, f"llama-cpp-python=={version}"], check=True)
             with tarfile.open(next(Path(temporary).glob("*.tar.gz"))) as archive:
                 archive.extractall(temporary, filter="data")
@@ -67,10 +79,21 @@ def build(name: str) -> Path:
     if cmake is None:
         sys.exit("cmake is needed to build ggml: install it")
     build_folder, options = FOLDER / f"build-{name}", [f"-DGGML_{option}=ON" for option in VARIANTS[name][1]]
-    configure = [cmake, "-S", str(source()), "-B", str(build_folder), "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=OFF", *options]
+    configure = [
+        cmake,
+        "-S",
+        str(source()),
+        "-B",
+        str(build_folder),
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DGGML_NATIVE=OFF",
+        *options,
+    ]
     # where the package's own CMakeLists.txt would install to; nothing is installed
     subprocess.run([*configure, f"-DSKBUILD_PLATLIB_DIR={build_folder}/unused"], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([cmake, "--build", str(build_folder), "--target", "ggml-cpu", "--parallel", str(os.cpu_count())], check=True)
+    subprocess.run(
+        [cmake, "--build", str(build_folder), "--target", "ggml-cpu", "--parallel", str(os.cpu_count())], check=True
+    )
     with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
         copy = Path(temporary) / name
         shutil.copytree(Path(llama_cpp.__file__).parent / "lib", copy, symlinks=True)
@@ -85,12 +108,16 @@ def run(name: str, libraries: Path, arguments: list[str]) -> int:
     """pytest's status. Raises SystemExit unless the variant's kernels are those that are loaded."""
     environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(libraries), "MTMD_CPP_LIB": str(libraries)}
     told = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
-    info = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    info = subprocess.run(
+        [sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
     print(f"{name}: {info}", flush=True)
     on = {feature for feature in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16") if f"{feature} = 1" in info}
     if on != set(VARIANTS[name][1]):
         sys.exit(f"{libraries} is not built for {name}: remove it and run again")
-    return subprocess.run([sys.executable, "-m", "pytest", *(arguments or ["tests"])], cwd=ROOT, env=environment).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *(arguments or ["tests"])], cwd=ROOT, env=environment
+    ).returncode
 
 
 def main() -> None:

@@ -24,12 +24,16 @@ def run_sides(
     repeats: int,
     n_generate: int,
     progress: Callable[[], None] = lambda: None,
-    save: Callable[[dict[str, list[Sample]], dict[str, int], list[str]], None] = lambda samples, cache_bytes, notes: None,
+    save: Callable[[dict[str, list[Sample]], dict[str, int], list[str]], None] = lambda samples, cache_bytes, notes: (
+        None
+    ),
 ) -> tuple[dict[str, list[Sample]], dict[str, int], list[str]]:
     """Asks each side once to warm up, then `repeats` times in rotated order.
 
-    Returns samples by the side's name, bytes of the KV cache that holds the prompt by name, and a note for each side that had to be left
-    out: it could not be made here, or its smaller picture has as many tokens as the full one. save gets the same after each repeat.
+    Returns samples by the side's name, bytes of the KV cache that holds the prompt by name, and a note for each side
+    that had to be left
+    out: it could not be made here, or its smaller picture has as many tokens as the full one. save gets the same after
+        each repeat.
 
     Raises:
         StarEdgeError: no star_edge side could be asked, with the cause of the first.
@@ -50,7 +54,9 @@ def run_sides(
         else:
             full = max(full, warm.n_image)
             if spec.image_max_tokens is not None and warm.n_image >= full:
-                notes.append(f"left out {spec.name}: this encoder makes {warm.n_image} tokens of the smaller picture too")
+                notes.append(
+                    f"left out {spec.name}: this encoder makes {warm.n_image} tokens of the smaller picture too"
+                )
             else:
                 cache_bytes[spec.name] = warm.cache_bytes
                 samples[spec.name] = []
@@ -67,7 +73,8 @@ def run_sides(
 
 
 def time_idle_hook(bench: Workbench, stock: SideSpec, star: SideSpec, n_tokens: int) -> dict[str, float]:
-    """What a callback that has nothing to do costs a generated token: contexts of one model with and without it, one token each in turn.
+    """What a callback that has nothing to do costs a generated token: contexts of one model with and without it, one
+    token each in turn.
 
     Returns medians in milliseconds, their ratio, and the number of tokens behind each, after a warm-up.
 
@@ -88,7 +95,12 @@ def time_idle_hook(bench: Workbench, stock: SideSpec, star: SideSpec, n_tokens: 
     for context in contexts.values():
         context.kv_cache_clear()
     stock_ms, hook_ms = (1e3 * statistics.median(times[name]) for name in ("stock", "hook"))
-    return {"stock_ms_per_token": stock_ms, "hook_ms_per_token": hook_ms, "ratio": hook_ms / stock_ms, "tokens": n_tokens}
+    return {
+        "stock_ms_per_token": stock_ms,
+        "hook_ms_per_token": hook_ms,
+        "ratio": hook_ms / stock_ms,
+        "tokens": n_tokens,
+    }
 
 
 def _decode_token(context: Any, token: int, position: int) -> None:

@@ -1,6 +1,7 @@
 """Peak memory of each side, in a fresh process that asks it once.
 
-In one process with all sides their memory could not be told apart; times, on the other hand, are compared within one process.
+In one process with all sides their memory could not be told apart; times, on the other hand, are compared within one
+process.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import PruneConfig
-from ..devices import list_devices
 from ..errors import EngineError
+from ..llamacpp.devices import list_devices
+from ..pruning.config import PruneConfig
 from .sides import Request, SideSpec, Workbench
 
 
-def measure(model: str, mmproj: str, options: dict[str, Any], spec: SideSpec, request: Request) -> dict[str, int | None]:
+def measure(
+    model: str, mmproj: str, options: dict[str, Any], spec: SideSpec, request: Request
+) -> dict[str, int | None]:
     """{"peak_rss_bytes", "device_bytes"} of a process that loads the model and answers the request with one token.
 
-    Pages of the model file that it has touched are in peak_rss_bytes. device_bytes: what all GPUs have less free afterwards, or None
-    without one; other programs on them are in it too.
+    Pages of the model file that it has touched are in peak_rss_bytes. device_bytes: what all GPUs have less free
+    afterwards, or None without one; other programs on them are in it too.
 
     Raises:
         EngineError: the process failed; its last line says why.
@@ -38,7 +41,9 @@ def measure(model: str, mmproj: str, options: dict[str, Any], spec: SideSpec, re
     done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise EngineError(f"{spec.name}: its memory could not be measured ({reason[:300]})", "leave it out with --no-memory")
+        raise EngineError(
+            f"{spec.name}: its memory could not be measured ({reason[:300]})", "leave it out with --no-memory"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -55,7 +60,11 @@ def peak_rss() -> int:
 
 
 def _free_on_devices() -> int | None:
-    free = [int(d["free_bytes"]) for d in list_devices() if d["total_bytes"] and not str(d["name"]).startswith(("CPU", "BLAS"))]
+    free = [
+        int(d["free_bytes"])
+        for d in list_devices()
+        if d["total_bytes"] and not str(d["name"]).startswith(("CPU", "BLAS"))
+    ]
     return sum(free) if free else None
 
 

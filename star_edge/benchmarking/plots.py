@@ -18,14 +18,17 @@ _GREY = "#555555"
 
 
 def save(result: Mapping[str, Any], path: str) -> None:
-    """Draws stacked bars of the stages of each side (left), and a waterfall from the reference to the fastest star_edge side (right).
+    """Draws stacked bars of the stages of each side (left), and a waterfall from the reference to the fastest star_edge
+    side (right).
 
     Raises:
         EvaluationError: see `check`, or the file cannot be written.
     """
     pyplot = pyplot_module()
     sides = result["sides"]
-    with pyplot.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
+    with pyplot.rc_context(
+        {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    ):
         height = max(3.4, 0.42 * len(sides) + 1.8)
         figure, (bars, fall) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained", width_ratios=(3, 2))
         _bars(bars, sides)
@@ -36,7 +39,9 @@ def save(result: Mapping[str, Any], path: str) -> None:
         try:
             figure.savefig(path, dpi=150, facecolor="white")
         except OSError as error:
-            raise EvaluationError(f"{path} cannot be written ({error.strerror or error})", "use another place") from error
+            raise EvaluationError(
+                f"{path} cannot be written ({error.strerror or error})", "use another place"
+            ) from error
         finally:
             pyplot.close(figure)
 
@@ -57,8 +62,9 @@ def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:
 
 
 def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tuple[str, float]]]:
-    """Name of the star_edge side with the shortest time to first token, and the steps in ms that lead there from the reference's time:
-    what each part takes less (negative) or more. The reference's time and the steps add up to the side's."""
+    """Name of the star_edge side with the shortest time to first token, and the steps in ms that lead there from the
+    reference's time: what each part takes less (negative) or more. The reference's time and the steps add up to the
+        side's."""
     base = next(row for row in sides if row["name"] == reference)
     best = min((row for row in sides if row["kind"] == "star_edge"), key=lambda row: row["first_token_ms"]["median"])
     of = lambda row, *names: sum(row["stages_ms"][name] for name in names)
@@ -77,7 +83,14 @@ def _waterfall(axis: Any, sides: list[dict[str, Any]], reference: str) -> None:
     axis.bar([reference], [level], color=_GREY, width=0.6)
     for title, change in steps:
         axis.bar([title], [change], bottom=[level], color="#009E73" if change <= 0 else "#D55E00", width=0.6)
-        axis.annotate(f"{change:+.0f}", (title, max(level, level + change)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        axis.annotate(
+            f"{change:+.0f}",
+            (title, max(level, level + change)),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
         level += change
     label = best if best != reference else f"{best} "
     axis.bar([label], [level], color="#0072B2", width=0.6)

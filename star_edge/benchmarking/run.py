@@ -19,9 +19,9 @@ from PIL import Image
 
 from .. import __version__
 from ..chat import MEDIA_MARKER
-from ..devices import list_devices
 from ..errors import ConfigError, StarEdgeError
 from ..evaluation.configs import NamedConfig
+from ..llamacpp.devices import list_devices
 from ..report import round_n_ctx
 from ..synthetic import ModelShape
 from . import memory
@@ -40,15 +40,22 @@ _TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len("\u2581ASSISTANT:".enc
 
 
 def make_specs(configs: Sequence[NamedConfig], baselines: Sequence[str], max_tokens: int) -> list[SideSpec]:
-    """Stock sides, then star_edge without pruning and with each config. max_tokens: what a picture may have on stock with fewer tokens."""
+    """Stock sides, then star_edge without pruning and with each config. max_tokens: what a picture may have on stock
+    with fewer tokens.
+    """
     specs = []
     for name in baselines:
-        specs.append(SideSpec(BASELINES[name], "stock", None, name != "shipped", max_tokens if name == "fewer" else None))
-    return specs + [SideSpec(c.name if c.prune is not None else "star_edge, unpruned", "star_edge", c.prune) for c in configs]
+        specs.append(
+            SideSpec(BASELINES[name], "stock", None, name != "shipped", max_tokens if name == "fewer" else None)
+        )
+    return specs + [
+        SideSpec(c.name if c.prune is not None else "star_edge, unpruned", "star_edge", c.prune) for c in configs
+    ]
 
 
 def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer: float) -> Request:
-    """One user message: text, the pictures ((h, w, 3) uint8), text. fewer: share of the pixels that the smaller pictures have.
+    """One user message: text, the pictures ((h, w, 3) uint8), text. fewer: share of the pixels that the smaller
+    pictures have.
 
     Raises:
         ConfigError: a marker for pictures in the text.
@@ -65,7 +72,11 @@ def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer:
     message = lambda urls: [
         {
             "role": "user",
-            "content": [*text(before), *({"type": "image_url", "image_url": {"url": url}} for url in urls), *text(after)],
+            "content": [
+                *text(before),
+                *({"type": "image_url", "image_url": {"url": url}} for url in urls),
+                *text(after),
+            ],
         }
     ]
     return Request(message(full), message(small))
@@ -77,11 +88,15 @@ def shape_request(shape: ModelShape, fewer: float) -> Request:
     Encoders with tokens of their own around images have those in addition.
     """
     width, height = shape.picture
-    return make_request([picture(width, height)], "a" * (TEXT_BEFORE - _TEMPLATE_BEFORE), "b" * (TEXT_AFTER - _TEMPLATE_AFTER), fewer)
+    return make_request(
+        [picture(width, height)], "a" * (TEXT_BEFORE - _TEMPLATE_BEFORE), "b" * (TEXT_AFTER - _TEMPLATE_AFTER), fewer
+    )
 
 
 def shape_context(shape: ModelShape, n_generate: int) -> int:
-    """Context that the shape's request and answer fit: its tokens, room for those around tiles, as llama.cpp rounds it."""
+    """Context that the shape's request and answer fit: its tokens, room for those around tiles, as llama.cpp rounds
+    it.
+    """
     n = TEXT_BEFORE + TEXT_AFTER + shape.n_image_tokens + 128 + n_generate
     return round_n_ctx(n)
 
@@ -113,10 +128,12 @@ def run(
     progress: Callable[[str], None] = lambda what: None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called with the kind of each request once it is answered,
-    and save after each repeat with the result so far, so that a run that is ended loses one repeat at most.
+    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called with the
+    kind of each request once it is answered, and save after each repeat with the result so far, so that a run that is
+    ended loses one repeat at most.
 
-    options: of StarVLM. baselines: of BASELINES. fewer: share of the image tokens that the baseline of that name may have. hook_tokens: tokens for the cost of an idle hook, 0 for none.
+    options: of StarVLM. baselines: of BASELINES. fewer: share of the image tokens that the baseline of that name may
+        have. hook_tokens: tokens for the cost of an idle hook, 0 for none.
 
     Raises:
         As StarVLM and StarChatHandler; ContextLengthError: prompt and answer do not fit n_ctx.
@@ -128,12 +145,18 @@ def run(
         n_tokens, n_pictures = bench.count_image_tokens(request)
         specs = make_specs(configs, baselines, max(1, round(fewer * n_tokens / n_pictures)))
 
-        def result(samples: dict[str, list[Sample]], cache_bytes: dict[str, int], notes: Sequence[str]) -> dict[str, Any]:
+        def result(
+            samples: dict[str, list[Sample]], cache_bytes: dict[str, int], notes: Sequence[str]
+        ) -> dict[str, Any]:
             about = _describe(bench, model, options)
             return {
                 "title": title,
                 "date": date.today().isoformat(),
-                "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__, "python": platform.python_version()},
+                "versions": {
+                    "star_edge": __version__,
+                    "llama-cpp-python": llama_cpp.__version__,
+                    "python": platform.python_version(),
+                },
                 "machine": machine(about.pop("n_threads")),
                 "model": about,
                 "repeats": min(map(len, samples.values())),
@@ -146,12 +169,19 @@ def run(
 
         asked = iter(["warm-up"] * len(specs) + ["measuring"] * (len(specs) * repeats))
         samples, cache_bytes, left_out = run_sides(
-            bench, specs, request, repeats=repeats, n_generate=n_generate, progress=lambda: progress(next(asked)),
+            bench,
+            specs,
+            request,
+            repeats=repeats,
+            n_generate=n_generate,
+            progress=lambda: progress(next(asked)),
             save=lambda *found: save(result(*found)),
-        )  # fmt: skip
+        )
         notes += left_out
         present = [spec for spec in specs if spec.name in samples]
-        stock = next((s for s in present if s.kind == "stock" and s.flash_attn == options.get("flash_attn", True)), None)
+        stock = next(
+            (s for s in present if s.kind == "stock" and s.flash_attn == options.get("flash_attn", True)), None
+        )
         if hook_tokens and stock is not None:
             progress("idle hook")
             hook = time_idle_hook(bench, stock, next(s for s in present if s.kind == "star_edge"), hook_tokens)
@@ -180,7 +210,13 @@ def machine(n_threads: int) -> dict[str, Any]:
     except OSError:
         pass
     devices = [str(d["description"]) for d in list_devices() if not str(d["name"]).startswith(("CPU", "BLAS"))]
-    return {"processor": name, "cores": os.cpu_count(), "threads": n_threads, "system": platform.system(), "devices": devices}
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": n_threads,
+        "system": platform.system(),
+        "devices": devices,
+    }
 
 
 def _describe(bench: Workbench, model: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +229,10 @@ def _describe(bench: Workbench, model: str | os.PathLike, options: dict[str, Any
         "bytes": os.path.getsize(model),
         "n_ctx": bench.n_ctx,
         "n_threads": bench.llama.n_threads_batch,
-        **{name: options.get(name, default) for name, default in (("n_gpu_layers", 0), ("flash_attn", True), ("n_ubatch", 512))},
+        **{
+            name: options.get(name, default)
+            for name, default in (("n_gpu_layers", 0), ("flash_attn", True), ("n_ubatch", 512))
+        },
         **{name: options.get(name, "f16") for name in ("type_k", "type_v")},
     }
 

@@ -1,9 +1,10 @@
 """The sides of a benchmark: stock llama-cpp-python in several settings, and star_edge with several configs.
 
-All sides answer through `Llama.create_chat_completion`, as a user's program does, from an encoded picture to sampled tokens, and all
-share one model in memory: two copies of the weights differ in speed by more than an idle hook costs, since llama.cpp repacks them.
-A side has a context and a chat handler of its own. The stock sides run llama_cpp's own MTMDChatHandler in a context without a
-callback; it is watched from outside, through the module of libmtmd functions that it calls.
+All sides answer through `Llama.create_chat_completion`, as a user's program does, from an encoded picture to sampled
+tokens, and all
+share one model in memory: two copies of the weights differ in speed by more than an idle hook costs, since llama.cpp
+repacks them. A side has a context and a chat handler of its own. The stock sides run llama_cpp's own MTMDChatHandler in
+a context without a callback; it is watched from outside, through the module of libmtmd functions that it calls.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from ..chat import ChatFormat
 from ..chat_handler import StarChatHandler
-from ..config import PruneConfig
 from ..engine import StarVLM
 from ..errors import ContextLengthError, EngineError, StarEdgeError
-from ..gguf_info import read_gguf_info
+from ..llamacpp.gguf import read_gguf_info
+from ..pruning.config import PruneConfig
+from ..pruning.selection import average_tokens
 from ..report import PruneReport
-from ..selection import average_tokens
 from ..vision.encoder import ImageChunk
 from ..vision.profiles import METADATA_KEYS, find_profile
 
-# In the order in which they are done. prefill is all decoder work that is neither probe nor resume: all of it on stock, and the text before
-# the first image with a decoder stage. first_token is what is left of the time to the first token: sampling it, and Python.
+# In the order in which they are done. prefill is all decoder work that is neither probe nor resume: all of it on stock,
+# and the text before the first image with a decoder stage. first_token is what is left of the time to the first token:
+# sampling it, and Python.
 STAGES = ("preprocess", "encode", "vision_stage", "prefill", "probe", "decoder_stage", "resume", "first_token")
 DECODER_STAGES = ("prefill", "probe", "decoder_stage", "resume")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every side is asked. messages: as `Llama.create_chat_completion` takes them. fewer: the same with smaller pictures."""
+    """What every side is asked. messages: as `Llama.create_chat_completion` takes them. fewer: the same with smaller
+    pictures.
+    """
 
     messages: list[Any]
     fewer: list[Any]
@@ -48,8 +52,8 @@ class Request:
 class SideSpec:
     """name: unique. kind: "stock" or "star_edge".
 
-    prune: config of a star_edge side. flash_attn: of a stock side, in decoder and encoder. image_max_tokens: of a stock side that asks
-    with `Request.fewer`, otherwise None.
+    prune: config of a star_edge side. flash_attn: of a stock side, in decoder and encoder. image_max_tokens: of a stock
+    side that asks with `Request.fewer`, otherwise None.
     """
 
     name: str
@@ -63,9 +67,11 @@ class SideSpec:
 class Sample:
     """One request. Times are in seconds.
 
-    first_token: from the call to the first sampled token. stages: of STAGES, and they add up to it. tokens: time of each further token.
-    n_text, n_image: tokens of the prompt before pruning. n_cells: KV cells that hold the prompt when generation starts, and cache_bytes: of all
-    layers, as llama.cpp counts them to save the sequence; taken where one token was asked for, so that it costs no time elsewhere. text: the answer.
+    first_token: from the call to the first sampled token. stages: of STAGES, and they add up to it. tokens: time of
+        each further token.
+    n_text, n_image: tokens of the prompt before pruning. n_cells: KV cells that hold the prompt when generation starts,
+    and cache_bytes: of all layers, as llama.cpp counts them to save the sequence; taken where one token was asked for,
+        so that it costs no time elsewhere. text: the answer.
     """
 
     first_token: float
@@ -123,7 +129,15 @@ class _Watched:
         return status
 
     def mtmd_helper_eval_chunk_single(
-        self, context: Any, llama: Any, chunk: Any, n_past: Any, seq_id: Any, n_batch: int, logits_last: bool, new_n_past: Any
+        self,
+        context: Any,
+        llama: Any,
+        chunk: Any,
+        n_past: Any,
+        seq_id: Any,
+        n_batch: int,
+        logits_last: bool,
+        new_n_past: Any,
     ) -> int:
         """What the helper of that name does with an image, encoder and decoder apart."""
         self.llama_context = llama
@@ -158,7 +172,8 @@ class _Side:
 class _Clock:
     """Stands for Llama.sample: notes when each token is there, and lets no answer end early.
 
-    cache_of: context of which to take the cache's size at the first token, when the prompt alone is in it; None to lose no time so.
+    cache_of: context of which to take the cache's size at the first token, when the prompt alone is in it; None to lose
+        no time so.
     """
 
     sample: Any
@@ -233,7 +248,9 @@ class Workbench:
         try:
             start = time.perf_counter()
             with pruning:
-                answer = llama.create_chat_completion(messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0)
+                answer = llama.create_chat_completion(
+                    messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0
+                )
         except StarEdgeError:
             raise
         except (ValueError, RuntimeError, AssertionError) as error:
@@ -277,7 +294,9 @@ class Workbench:
 
     @property
     def projector(self) -> str | None:
-        return self._star._reader.encoder.projector if self._star is not None and self._star._reader is not None else None
+        return (
+            self._star._reader.encoder.projector if self._star is not None and self._star._reader is not None else None
+        )
 
     def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
         times = clock.times
@@ -291,7 +310,15 @@ class Workbench:
             }
             n = watch.n_text + watch.n_image
             return Sample(
-                total, _with_rest(stages, total), tokens, watch.n_text, watch.n_image, n, float(watch.n_image), clock.cache_bytes, text
+                total,
+                _with_rest(stages, total),
+                tokens,
+                watch.n_text,
+                watch.n_image,
+                n,
+                float(watch.n_image),
+                clock.cache_bytes,
+                text,
             )
         report = self._star.last_report
         average = average_tokens(report.n_vision_kept, report.windows, report.n_layers)
@@ -326,11 +353,15 @@ class Workbench:
         params = type(self._params).from_buffer_copy(self._params)
         params.cb_eval, params.cb_eval_user_data = llama_cpp.ggml_backend_sched_eval_callback(), None
         params.n_seq_max, params.kv_unified = 1, False
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if spec.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if spec.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         try:
             context = _internals.LlamaContext(model=self.llama._model, params=params, verbose=False)
         except ValueError as error:
-            raise EngineError("llama.cpp could not create the context", "lower n_ctx (-c), or measure fewer sides (--baseline)") from error
+            raise EngineError(
+                "llama.cpp could not create the context", "lower n_ctx (-c), or measure fewer sides (--baseline)"
+            ) from error
         self.llama._stack.callback(context.close)
         handler = MTMDChatHandler(self._mmproj, verbose=False, use_gpu=self._use_gpu)
         handler._mtmd_cpp = _Watched(spec.image_max_tokens, self.n_ctx)
@@ -344,8 +375,8 @@ class Workbench:
 
 
 def stages_of(report: PruneReport) -> dict[str, float]:
-    """Seconds of a report's stages as STAGES has them, each counted once. With several decoder stages, their scores are shared equally
-    among the windows in which they are taken."""
+    """Seconds of a report's stages as STAGES has them, each counted once. With several decoder stages, their scores are
+    shared equally among the windows in which they are taken."""
     seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
     get = lambda name: seconds.get(name, 0.0)
     scores = get("decoder_scores")

@@ -25,20 +25,27 @@ def summarise(
 
     reference: stock with flash attention, or else the first side; speed-ups are over it.
     Of each side:
-    first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken. stages_ms are those of the
-        median repeat, or the mean over the two middle ones of an even number, so that they add up to the median.
+    first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken.
+        stages_ms are those of the median repeat, or the mean over the two middle ones of an even number, so that they
+        add up to the median.
     tokens_per_s: of the tokens after the first; median, min and max over the repeats of 1 / (median time of a token).
-    decoder_ms: the decoder's stages without choosing what stays, median over the repeats. speed_up, decoder_speed_up: the reference's median time over this side's.
-    decoder_ideal: token-layers of the reference's prompt over those of this side's: what the decoder could gain if its time were
-        proportional to the rows that it computes. ideal: the same for the time to the first token, if the rest took as long as on the
-        reference: T / (T - D + D / decoder_ideal), D the decoder's share of the reference's time T. of_ideal: decoder_speed_up / decoder_ideal.
+    decoder_ms: the decoder's stages without choosing what stays, median over the repeats. speed_up, decoder_speed_up:
+        the reference's median time over this side's.
+    decoder_ideal: token-layers of the reference's prompt over those of this side's: what the decoder could gain if its
+        time were
+        proportional to the rows that it computes. ideal: the same for the time to the first token, if the rest took as
+            long as on the
+        reference: T / (T - D + D / decoder_ideal), D the decoder's share of the reference's time T. of_ideal:
+            decoder_speed_up / decoder_ideal.
     selection_share: both stages' scoring and choosing, of the time to the first token; None on stock.
     kv_cells, kv_bytes: of the prompt when generation starts, in one layer's cells and in all layers' bytes.
     n_ctx_needed, kv_bytes_needed: the smallest n_ctx that the request and its answer fit, and the cache's size with it.
     peak_rss_bytes, device_bytes: None, for `memory.measure` to fill in.
     """
     present = [spec for spec in specs if spec.name in samples]
-    reference = next((s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0])
+    reference = next(
+        (s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0]
+    )
     base = samples[reference.name][0]  # for its tokens, which are those of every repeat
     base_time, base_stages = _median_stages(samples[reference.name])
     rows = []
@@ -62,7 +69,10 @@ def summarise(
                 "decoder_kept": report.n_decoder_kept if report else None,
                 "decoder_layer": report.decoder_layer if report else None,
                 "average_tokens": first.average_tokens,
-                "first_token_ms": {**_spread([1e3 * s.first_token for s in all_of]), "all": [1e3 * s.first_token for s in all_of]},
+                "first_token_ms": {
+                    **_spread([1e3 * s.first_token for s in all_of]),
+                    "all": [1e3 * s.first_token for s in all_of],
+                },
                 "stages_ms": {name: 1e3 * stages[name] for name in STAGES},
                 "tokens_per_s": _spread(rates) if rates else None,
                 "decoder_ms": 1e3 * decoder,
@@ -123,7 +133,15 @@ def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     sides = result["sides"]
     stages = [name for name in STAGES if any(row["stages_ms"][name] for row in sides)]
     memory = [key for key in _MEMORY if any(row[key] is not None for row in sides)]
-    header = ["side", "image tokens per layer", "first token, ms", "min to max", *(_TITLES[name] for name in stages), "speed-up", "ideal"]
+    header = [
+        "side",
+        "image tokens per layer",
+        "first token, ms",
+        "min to max",
+        *(_TITLES[name] for name in stages),
+        "speed-up",
+        "ideal",
+    ]
     header += [
         "decoder speed-up",
         "of its ideal",
@@ -144,7 +162,11 @@ def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str])
     texts = [row["name"], f"{row['average_tokens']:.1f}", _ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
     texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
     texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]
-    texts += ["-" if share is None else f"{100 * share:.2f}%", "-" if rate is None else f"{rate['median']:.1f}", str(row["kv_cells"])]
+    texts += [
+        "-" if share is None else f"{100 * share:.2f}%",
+        "-" if rate is None else f"{rate['median']:.1f}",
+        str(row["kv_cells"]),
+    ]
     texts += [mib(row["kv_bytes"]), str(row["n_ctx_needed"])]
     return texts + [mib(row[key]) for key in ("kv_bytes_needed", *memory)]
 

@@ -1,7 +1,7 @@
 """The `star-edge` command.
 
-Each subcommand is a thin front end in a module of its own. Errors that a user can mend are one line on stderr, with a remedy,
-and exit status 2; a traceback means a bug.
+Each subcommand is a thin front end in a module of its own. Errors that a user can mend are one line on stderr, with a
+remedy, and exit status 2; a traceback means a bug.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ class _Commands(click.Group):
             return None
         return getattr(importlib.import_module(f".{name}", __name__), name)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            ctx.fail(f"No such command {args[0]!r}. " + (f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(COMMANDS)}."))
+            ctx.fail(
+                f"No such command {args[0]!r}. "
+                + (f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(COMMANDS)}.")
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -54,7 +59,8 @@ def cli() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Opens the streams that were closed when the command started: the next file would get such a number, and llama.cpp writes its log there.
+    """Opens the streams that were closed when the command started: the next file would get such a number, and llama.cpp
+    writes its log there.
 
     A closed stdout stays one that cannot be written, so that a result is not lost unnoticed.
     """
@@ -89,7 +95,8 @@ def _drop_stdout() -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one line and exit status 2."""
-    # Ctrl-C ends the process where it stands: llama_cpp's log callback is Python, in which a KeyboardInterrupt would be lost.
+    # Ctrl-C ends the process where it stands: llama_cpp's log callback is Python, in which a KeyboardInterrupt would be
+    # lost.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_standard_streams()
     from ..errors import StarEdgeError

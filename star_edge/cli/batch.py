@@ -23,9 +23,17 @@ _PLACE = ("model", "mmproj", "hf_repo", "no_mmproj", "n_threads", "n_gpu_layers"
 
 
 def run_batch(
-    prompt: str | None, images: tuple[str, ...], tasks_file: str | None, settings: Settings, out: str | None, fresh: bool,
-    use_ray: bool, workers: int | None, cache: bool, model: dict[str, Any],
-) -> int:  # fmt: skip
+    prompt: str | None,
+    images: tuple[str, ...],
+    tasks_file: str | None,
+    settings: Settings,
+    out: str | None,
+    fresh: bool,
+    use_ray: bool,
+    workers: int | None,
+    cache: bool,
+    model: dict[str, Any],
+) -> int:
     """Answers every task and returns the exit status: 0, or SOME_FAILED."""
     if tasks_file is not None:
         if out is not None and os.path.exists(out) and os.path.exists(tasks_file) and os.path.samefile(out, tasks_file):
@@ -36,9 +44,20 @@ def run_batch(
     files = find_model(**{name: model[name] for name in ("model", "mmproj", "hf_repo", "no_mmproj")})
     results = None
     if out is not None:
-        results = Results(out, tasks, describe_model(*files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) != ("chat_template", None)}), fresh)
+        results = Results(
+            out,
+            tasks,
+            describe_model(
+                *files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) != ("chat_template", None)}
+            ),
+            fresh,
+        )
     waiting = [task for task in tasks if results is None or str(task.id) not in results.done]
-    progress = _Progress(len(tasks), len(tasks) - len(waiting), shown=sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()))
+    progress = _Progress(
+        len(tasks),
+        len(tasks) - len(waiting),
+        shown=sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()),
+    )
 
     def emit(result: dict[str, Any]) -> None:
         if results is not None:
@@ -55,7 +74,9 @@ def run_batch(
     return SOME_FAILED if progress.failed else 0
 
 
-def _answer(tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, cache: bool, model: dict[str, Any]) -> None:
+def _answer(
+    tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, cache: bool, model: dict[str, Any]
+) -> None:
     afresh = {} if cache else AFRESH
     if not use_ray:
         run_tasks(tasks, functools.partial(load_engine, **model, **afresh), emit, warm=not cache)
@@ -66,13 +87,20 @@ def _answer(tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, ca
         if model[name] is not None:
             model = {**model, name: os.path.abspath(model[name])}
     run_on_ray(
-        tasks, functools.partial(load_engine, **model, **afresh), emit, workers,
-        n_threads=model["n_threads"], use_gpu=model["n_gpu_layers"] != 0, warm=not cache,
-    )  # fmt: skip
+        tasks,
+        functools.partial(load_engine, **model, **afresh),
+        emit,
+        workers,
+        n_threads=model["n_threads"],
+        use_gpu=model["n_gpu_layers"] != 0,
+        warm=not cache,
+    )
 
 
 class _Progress:
-    """A bar on stderr while it is shown, and a line at the end. Unlike rich's it does not hide the cursor, which Ctrl-C would leave hidden."""
+    """A bar on stderr while it is shown, and a line at the end. Unlike rich's it does not hide the cursor, which Ctrl-C
+    would leave hidden.
+    """
 
     def __init__(self, total: int, before: int, shown: bool) -> None:
         self.total, self.before, self.shown = total, before, shown
@@ -96,7 +124,11 @@ class _Progress:
         bar = "#" * (30 * (self.before + now) // self.total)
         left = (time.monotonic() - self._start) * (self.total - self.before - now) / now if now else 0
         rest = f", {left / 60:.0f} min left" if left >= 90 else f", {left:.0f} s left" if now else ""
-        text = f"[{bar:30}] {self.before + now} of {self.total}" + (f", {self.failed} failed" if self.failed else "") + rest
+        text = (
+            f"[{bar:30}] {self.before + now} of {self.total}"
+            + (f", {self.failed} failed" if self.failed else "")
+            + rest
+        )
         click.echo(f"\r\033[K{text}", nl=False, err=True)
 
     def end(self) -> None:
@@ -106,9 +138,15 @@ class _Progress:
         click.echo(("\r\033[K" if self.shown else "") + ", ".join(parts), err=True)
         causes = sorted(self._causes.values(), key=len, reverse=True)
         for errors in causes[:_CAUSES]:
-            click.echo(f"failed ({len(errors)}): {_shorten(errors[0])}" + (" (the first of them)" if len(errors) > 1 else ""), err=True)
+            click.echo(
+                f"failed ({len(errors)}): {_shorten(errors[0])}" + (" (the first of them)" if len(errors) > 1 else ""),
+                err=True,
+            )
         if len(causes) > _CAUSES:
-            click.echo(f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the results", err=True)
+            click.echo(
+                f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the results",
+                err=True,
+            )
 
 
 def _without_names(result: dict[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""star-edge bench: time and memory of stock llama.cpp and of configs, on a model of yours or on a random one of a real shape."""
+"""star-edge bench: time and memory of stock llama.cpp and of configs, on a model of yours or on a random one of a real
+shape.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from ..benchmarking import plots
 from ..benchmarking.run import BASELINES, make_request, picture, run, shape_context, shape_request
 from ..benchmarking.summary import table
 from ..errors import ConfigError, OutputError
-from ..images import load_image
+from ..io.images import load_image
 from ..synthetic import SHAPES, model_files
 from .grid import config_options, grid_configs
 from .options import FilePath, Number, find_model, in_cli_words, model_options, print_json
@@ -36,44 +38,105 @@ _QUESTION = "Describe this picture in detail."
 
 @click.command()
 @model_options
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, made on the spot, in place of -m.")
-@click.option("--folder", type=FilePath(file_okay=False), help="Where --shape keeps its model for the next time. Default: it is removed.")
 @click.option(
-    "--image", "images", type=FilePath(), multiple=True, help="Picture to ask about; repeat for several. Default: a generated one."
+    "--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, made on the spot, in place of -m."
 )
-@click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the generated picture, with -m.")
+@click.option(
+    "--folder",
+    type=FilePath(file_okay=False),
+    help="Where --shape keeps its model for the next time. Default: it is removed.",
+)
+@click.option(
+    "--image",
+    "images",
+    type=FilePath(),
+    multiple=True,
+    help="Picture to ask about; repeat for several. Default: a generated one.",
+)
+@click.option(
+    "--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the generated picture, with -m."
+)
 @click.option("--prompt", default=_QUESTION, show_default=True, help="Question after the picture, with -m.")
 @config_options
 @click.option(
-    "--baseline", "baselines", type=click.Choice([*BASELINES, "none"]), multiple=True,
+    "--baseline",
+    "baselines",
+    type=click.Choice([*BASELINES, "none"]),
+    multiple=True,
     help="Stock side to measure; repeat for several. Default: all.",
-)  # fmt: skip
-@click.option("--unpruned/--no-unpruned", default=True, show_default=True, help="Measure star_edge without pruning too.")
-@click.option(
-    "--fewer-tokens", type=Number(0, 1, min_open=True, max_open=True), default=0.25, show_default=True,
-    help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture.",
-)  # fmt: skip
-@click.option("-r", "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Of each side, after one to warm up.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=2), default=17, show_default=True, help="Tokens that each answer has.")
-@click.option(
-    "--idle-hook", type=click.IntRange(min=0), default=0, metavar="TOKENS", help="Time so many tokens with and without the hook too."
 )
-@click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory of each side, in a process of its own.")
-@click.option("--out", type=FilePath(dir_okay=False), help="Write the result here as JSON, after each repeat what there is so far.")
-@click.option("--plot", type=FilePath(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib).")
+@click.option(
+    "--unpruned/--no-unpruned", default=True, show_default=True, help="Measure star_edge without pruning too."
+)
+@click.option(
+    "--fewer-tokens",
+    type=Number(0, 1, min_open=True, max_open=True),
+    default=0.25,
+    show_default=True,
+    help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture.",
+)
+@click.option(
+    "-r",
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Of each side, after one to warm up.",
+)
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(min=2), default=17, show_default=True, help="Tokens that each answer has."
+)
+@click.option(
+    "--idle-hook",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="TOKENS",
+    help="Time so many tokens with and without the hook too.",
+)
+@click.option(
+    "--memory/--no-memory", default=True, show_default=True, help="Peak memory of each side, in a process of its own."
+)
+@click.option(
+    "--out",
+    type=FilePath(dir_okay=False),
+    help="Write the result here as JSON, after each repeat what there is so far.",
+)
+@click.option(
+    "--plot", type=FilePath(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib)."
+)
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_context
 def bench(
-    ctx: click.Context, shape: str | None, folder: str | None, images: tuple[str, ...], image_size: str, prompt: str,
-    presets: tuple[str, ...], vision_keep: str | None, decoder_keep: str | None, decoder_layer: str | None, sets: tuple[str, ...],
-    config_file: str | None, baselines: tuple[str, ...], unpruned: bool, fewer_tokens: float, repeats: int, max_tokens: int, idle_hook: int,
-    memory: bool, out: str | None, plot: str | None, as_json: bool, **model: Any,
-) -> None:  # fmt: skip
-    """Time to the first token, stage by stage, decoding speed and memory, of stock llama-cpp-python and of several configs.
+    ctx: click.Context,
+    shape: str | None,
+    folder: str | None,
+    images: tuple[str, ...],
+    image_size: str,
+    prompt: str,
+    presets: tuple[str, ...],
+    vision_keep: str | None,
+    decoder_keep: str | None,
+    decoder_layer: str | None,
+    sets: tuple[str, ...],
+    config_file: str | None,
+    baselines: tuple[str, ...],
+    unpruned: bool,
+    fewer_tokens: float,
+    repeats: int,
+    max_tokens: int,
+    idle_hook: int,
+    memory: bool,
+    out: str | None,
+    plot: str | None,
+    as_json: bool,
+    **model: Any,
+) -> None:
+    """Time to the first token, stage by stage, decoding speed and memory, of stock llama-cpp-python and of several
+    configs.
 
-    Every side answers the same request through Llama.create_chat_completion, from one copy of the weights, interleaved in rotated order.
-    Times are medians over the repeats, and stages those of the median repeat (of an even number, the mean of the two middle ones).
-    "ideal" is what the token-layers that are saved would allow.
+    Every side answers the same request through Llama.create_chat_completion, from one copy of the weights, interleaved
+    in rotated order. Times are medians over the repeats, and stages those of the median repeat (of an even number, the
+    mean of the two middle ones). "ideal" is what the token-layers that are saved would allow.
     """
     given = lambda name: ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     if shape is not None:
@@ -88,7 +151,9 @@ def bench(
             if given(name):
                 raise ConfigError(f"{flag} does not go with --shape, which says it all", f"leave out --shape or {flag}")
     elif folder is not None:
-        raise ConfigError("--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out")
+        raise ConfigError(
+            "--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out"
+        )
     if images and given("image_size"):
         raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
     size = _parse_size(image_size)
@@ -127,7 +192,9 @@ def bench(
         result["shape"] = shape
         result["notes"] += [note for note in dropped if note not in result["notes"]]
         path = Path(out or "")
-        is_special = path.is_symlink() or path.exists() and not path.is_file()  # a pipe, /dev/stdout: written once, and not replaced
+        is_special = (
+            path.is_symlink() or path.exists() and not path.is_file()
+        )  # a pipe, /dev/stdout: written once, and not replaced
         if out and (is_final or not is_special):
             try:
                 part = path if is_special else Path(f"{out}.part")
@@ -140,12 +207,19 @@ def bench(
     console = Console(stderr=True)
     with ExitStack() as stack:
         if shape is not None:
-            text, mmproj = stack.enter_context(model_files(SHAPES[shape], folder or stack.enter_context(_temporary_folder())))
+            text, mmproj = stack.enter_context(
+                model_files(SHAPES[shape], folder or stack.enter_context(_temporary_folder()))
+            )
         total = (len(names) + len(configs)) * (1 + repeats + memory) + bool(idle_hook)
         bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, transient=True, disable=as_json or not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=as_json or not console.is_terminal,
+        )
         with bar:
             console.show_cursor(True)  # Ctrl-C ends the process where it stands, and would leave it hidden
             task = bar.add_task("loading", total=total)
@@ -158,9 +232,21 @@ def bench(
 
             with in_cli_words():
                 result = run(
-                    text, mmproj, options, configs, names, request, fewer=fewer_tokens, repeats=repeats, n_generate=max_tokens,
-                    hook_tokens=idle_hook, with_memory=memory, title=title, progress=progress, save=save,
-                )  # fmt: skip
+                    text,
+                    mmproj,
+                    options,
+                    configs,
+                    names,
+                    request,
+                    fewer=fewer_tokens,
+                    repeats=repeats,
+                    n_generate=max_tokens,
+                    hook_tokens=idle_hook,
+                    with_memory=memory,
+                    title=title,
+                    progress=progress,
+                    save=save,
+                )
     save(result, is_final=True)
     if plot:
         plots.save(result, plot)
@@ -172,7 +258,9 @@ def bench(
 
 @contextmanager
 def _temporary_folder() -> Iterator[str]:
-    """A folder that goes away, also when the command is ended by Ctrl-C or SIGTERM, which `main` lets end the process where it stands."""
+    """A folder that goes away, also when the command is ended by Ctrl-C or SIGTERM, which `main` lets end the process
+    where it stands.
+    """
     with tempfile.TemporaryDirectory(prefix="star-edge-bench-") as folder:
 
         def end(number: int, _: object) -> None:
@@ -205,10 +293,16 @@ def _print(result: dict[str, Any], written: list[str]) -> None:
     hook = result["idle_hook"]
     say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
     if hook:
-        say(f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio {hook['ratio']:.3f}")
+        say(
+            f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio {hook['ratio']:.3f}"
+        )
     about, device = result["machine"], ", ".join(result["machine"]["devices"])
-    say(f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: {result['reference']}")
-    for note in result["notes"] + sorted({f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}):
+    say(
+        f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: {result['reference']}"
+    )
+    for note in result["notes"] + sorted(
+        {f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}
+    ):
         say(f"note: {note}")
     for path in written:
         say(f"written: {Path(path)}")

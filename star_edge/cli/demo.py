@@ -11,13 +11,27 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import refvlm
-from .options import AFRESH, FilePath, check_picture_path, in_cli_words, load_engine, make_config, print_json, prune_options, save_overlay
+from .options import (
+    AFRESH,
+    FilePath,
+    check_picture_path,
+    in_cli_words,
+    load_engine,
+    make_config,
+    print_json,
+    prune_options,
+    save_overlay,
+)
 
 
 @click.command()
 @prune_options
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs of each question, stock and pruned in turn."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Timed runs of each question, stock and pruned in turn.",
 )
 @click.option("--overlay", type=FilePath(dir_okay=False), default="star-edge-demo.png", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
@@ -33,15 +47,17 @@ def demo(
 ) -> None:
     """Ask the shipped reference model about a picture, stock beside pruned.
 
-    Nothing is downloaded. The picture is the first of the held-out set that has a question of every family, all of which
-    the unpruned model answers correctly; pruning may change that, and the table shows it.
+    Nothing is downloaded. The picture is the first of the held-out set that has a question of every family, all of
+    which the unpruned model answers correctly; pruning may change that, and the table shows it.
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
     with load_engine(None, None, **AFRESH) as vlm, in_cli_words():
         console = Console(stderr=True)
-        for question in track(refvlm.demo_questions(), "asking", console=console, transient=True, disable=not console.is_terminal):
+        for question in track(
+            refvlm.demo_questions(), "asking", console=console, transient=True, disable=not console.is_terminal
+        ):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}
             for repeat in range(repeats + 1):  # the first is a warm-up
@@ -68,9 +84,15 @@ def demo(
     medians = {name: statistics.median(r[name]["first_token_ms"] for r in rows) for name in ("stock", "pruned")}
     right = {name: sum(r[name]["answer"] == r["truth"] for r in rows) for name in ("stock", "pruned")}
     result = {
-        "model": "refvlm", "image": str(refvlm.DEMO_IMAGE), "overlay": written, "questions": rows, "n_right": right, "first_token_ms": medians,
-        "speed_up": medians["stock"] / medians["pruned"], "token_layer_ratio": report.token_layer_ratio,
-    }  # fmt: skip
+        "model": "refvlm",
+        "image": str(refvlm.DEMO_IMAGE),
+        "overlay": written,
+        "questions": rows,
+        "n_right": right,
+        "first_token_ms": medians,
+        "speed_up": medians["stock"] / medians["pruned"],
+        "token_layer_ratio": report.token_layer_ratio,
+    }
     if as_json:
         print_json(result)
         return

@@ -13,21 +13,26 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..config import PRESETS, PruneConfig, choose_layer, keep_count
-from ..devices import list_devices
 from ..engine import StarVLM
 from ..errors import StarEdgeError
-from ..native import ffi, lib
-from ..selection import average_tokens
+from ..llamacpp.devices import list_devices
+from ..llamacpp.native import ffi, lib
+from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
+from ..pruning.selection import average_tokens
 from ..vision.encoder import ImageChunk
 from .options import AFRESH, load_engine, model_options, print_json
 
 
 @click.command()
 @model_options
-@click.option("--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for.")
 @click.option(
-    "--check/--no-check", default=True, show_default=True, help="Run a short prompt with and without the layer window, and compare."
+    "--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for."
+)
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Run a short prompt with and without the layer window, and compare.",
 )
 @click.option("--json", "as_json", is_flag=True)
 def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
@@ -98,7 +103,10 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     prompt = vlm.tokenize("<__media__>", [picture], chat=False)
     try:
         images = [c for c in prompt.chunks if isinstance(c, ImageChunk)]
-        n, n_special = sum(c.n_tokens for c in images), sum(int(c.special.sum()) for c in images if c.special is not None)
+        n, n_special = (
+            sum(c.n_tokens for c in images),
+            sum(int(c.special.sum()) for c in images if c.special is not None),
+        )
     finally:
         prompt.close()
     presets = {}
@@ -109,14 +117,18 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
             n1 = keep_count("vision_keep", config.vision_keep, n, n_special)
             if not vlm.decoder.stage_problem and config.prunes_in_decoder:
                 for layer, keep in config.decoder_windows(vlm.decoder.n_layers):
-                    windows.append((layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special))))
+                    windows.append(
+                        (layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special)))
+                    )
         average = average_tokens(n1, windows, vlm.decoder.n_layers)
         presets[name] = {"vision_kept": n1, "windows": windows, "average_tokens": average}
     return {"image": f"{width}x{height}", "image_tokens": n, "presets": presets}
 
 
 def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
-    """Keep-all through the layer window against an ordinary decode: the exactness contract, on this model and machine."""
+    """Keep-all through the layer window against an ordinary decode: the exactness contract, on this model and
+    machine.
+    """
     if vlm.encoder is None or vlm.decoder.stage_problem:
         return {"done": False, "reason": "needs a vision encoder and a decoder stage"}
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..config import PRESETS
 from ..errors import ConfigError
 from ..evaluation.configs import NamedConfig, choose_configs, parse_values
+from ..pruning.config import PRESETS
 from .options import KEEP_HELP, FilePath, in_cli_words
 
 
@@ -27,10 +27,17 @@ def config_options(command: Callable) -> Callable:
         click.option("--decoder-keep", help="Grid, likewise."),
         click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model."),
         click.option(
-            "--set", "sets", multiple=True, metavar="FIELD=A,B", help="Vary another field of PruneConfig, in the presets and in the grid."
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="FIELD=A,B",
+            help="Vary another field of PruneConfig, in the presets and in the grid.",
         ),
         click.option(
-            "--configs", "config_file", type=FilePath(), help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.'
+            "--configs",
+            "config_file",
+            type=FilePath(),
+            help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.',
         ),
     ]
     for option in reversed(options):
@@ -52,7 +59,9 @@ def grid_configs(
         fractions = [value for value in values if isinstance(value, float)]
         if fractions and 1.0 not in fractions and any(type(value) is int and value == 1 for value in values):
             flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} {budget[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all")
+            raise ConfigError(
+                f"{flag} {budget[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all"
+            )
     with in_cli_words() if config_file is None else nullcontext():  # a file's words are its own
         return choose_configs(presets, grid, _parse_sets(sets), config_file)
 

@@ -8,8 +8,8 @@ import click
 import numpy as np
 
 from ..errors import ConfigError
-from ..images import load_image
-from ..overlay import draw_heatmap, draw_matrix, fit_to_grid
+from ..io.images import load_image
+from ..io.overlay import draw_heatmap, draw_matrix, fit_to_grid
 from .options import (
     FilePath,
     check_picture_path,
@@ -26,13 +26,27 @@ from .options import (
 
 @click.command()
 @click.argument("prompt")
-@click.option("--image", "images", multiple=True, help="Image file or URL; repeat for several. Without one: a plain text model.")
+@click.option(
+    "--image", "images", multiple=True, help="Image file or URL; repeat for several. Without one: a plain text model."
+)
 @model_options
 @prune_options
 @click.option(
-    "-L", "--layer", "decoder_layers", type=int, multiple=True, help="Decoder layer, from 0; repeat for several. Default: layer K."
+    "-L",
+    "--layer",
+    "decoder_layers",
+    type=int,
+    multiple=True,
+    help="Decoder layer, from 0; repeat for several. Default: layer K.",
 )
-@click.option("-E", "--encoder-layer", "encoder_layers", type=int, multiple=True, help="Encoder layer, from 0; repeat for several.")
+@click.option(
+    "-E",
+    "--encoder-layer",
+    "encoder_layers",
+    type=int,
+    multiple=True,
+    help="Encoder layer, from 0; repeat for several.",
+)
 @click.option("--mean-heads", is_flag=True, help="Average over heads.")
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
 @click.option("-o", "--out", type=FilePath(dir_okay=False), default="attention.npz", show_default=True)
@@ -44,13 +58,27 @@ from .options import (
 @click.option("--overlay", type=FilePath(dir_okay=False), help="Draw the tokens that the prune options would keep.")
 @click.option("--json", "as_json", is_flag=True)
 def inspect(
-    prompt: str, images: tuple[str, ...], decoder_layers: tuple[int, ...], encoder_layers: tuple[int, ...], mean_heads: bool, raw: bool, out: str,
-    picture: str | None, overlay: str | None, as_json: bool, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, budget: str | None, **model: Any,
-) -> None:  # fmt: skip
+    prompt: str,
+    images: tuple[str, ...],
+    decoder_layers: tuple[int, ...],
+    encoder_layers: tuple[int, ...],
+    mean_heads: bool,
+    raw: bool,
+    out: str,
+    picture: str | None,
+    overlay: str | None,
+    as_json: bool,
+    preset: str,
+    vision_keep: Any,
+    decoder_keep: Any,
+    decoder_layer: int | None,
+    budget: str | None,
+    **model: Any,
+) -> None:
     """Write the attention of any layer, and the kept tokens, to an .npz file and a picture.
 
-    Arrays: tokens, image_of_token, decoder_L (heads, query, key), encoder_image_I_layer_L, and for each image kept_vision_I and
-    kept_decoder_I (indices of kept image tokens) with scores_vision_I and scores_decoder_I.
+    Arrays: tokens, image_of_token, decoder_L (heads, query, key), encoder_image_I_layer_L, and for each image
+    kept_vision_I and kept_decoder_I (indices of kept image tokens) with scores_vision_I and scores_decoder_I.
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     if not out.endswith(".npz"):
@@ -67,14 +95,22 @@ def inspect(
             _, report = vlm.read_prompt(prompt, list(images), config, chat=not raw)
             for i, image in enumerate(report.images):
                 more |= {f"kept_vision_{i}": image.vision_kept, f"kept_decoder_{i}": image.decoder_kept}
-                for name, scores in ((f"scores_vision_{i}", image.vision_scores), (f"scores_decoder_{i}", image.decoder_scores)):
+                for name, scores in (
+                    (f"scores_vision_{i}", image.vision_scores),
+                    (f"scores_decoder_{i}", image.decoder_scores),
+                ):
                     if scores is not None:
                         more[name] = scores
         layers = list(decoder_layers) or (
             [report.decoder_layer] if report and report.decoder_layer is not None else [vlm.decoder.n_layers // 2]
         )
         result = vlm.inspect(
-            prompt, list(images), decoder_layers=layers, encoder_layers=encoder_layers, mean_heads=mean_heads, chat=not raw
+            prompt,
+            list(images),
+            decoder_layers=layers,
+            encoder_layers=encoder_layers,
+            mean_heads=mean_heads,
+            chat=not raw,
         )
         try:
             result.save(out, **more)
@@ -101,7 +137,9 @@ def inspect(
 def _draw(result: Any, layer: int, images: tuple[str, ...], vlm: Any) -> Any:
     if not images:
         attention = result.decoder[layer]
-        return draw_matrix(attention.mean(axis=0) if attention.ndim == 3 else attention, f"decoder layer {layer}, mean over heads")
+        return draw_matrix(
+            attention.mean(axis=0) if attention.ndim == 3 else attention, f"decoder layer {layer}, mean over heads"
+        )
     grid = result.grids[0]
     if len(result.grids) > len(images):
         raise ConfigError("this model cuts so large a picture into crops", "give a smaller one, or leave --picture out")

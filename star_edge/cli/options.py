@@ -16,10 +16,10 @@ import PIL.Image
 
 from .. import refvlm
 from ..chat import find_template
-from ..config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..engine import KV_TYPES, StarVLM
 from ..errors import ConfigError, StarEdgeError
-from ..hub import fetch
+from ..io.hub import fetch
+from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..report import PruneReport
 
 
@@ -66,7 +66,9 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int:
     if n_layers and not llama_cpp.llama_supports_gpu_offload():
         raise click.BadParameter(
-            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the GPU.", ctx, param
+            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the GPU.",
+            ctx,
+            param,
         )
     return n_layers
 
@@ -100,7 +102,9 @@ def cli_words(text: str) -> str:
 def model_options(command: Callable) -> Callable:
     """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
     options = [
-        click.option("-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."),
+        click.option(
+            "-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."
+        ),
         click.option("--mmproj", type=str, help="Vision projector of that model, GGUF."),
         click.option(
             "-hf",
@@ -112,16 +116,40 @@ def model_options(command: Callable) -> Callable:
         ),
         click.option("--no-mmproj", is_flag=True, help="With -hf: the text model alone."),
         click.option(
-            "-c", "--ctx-size", "n_ctx", type=click.IntRange(0, _INT32), default=4096, show_default=True, help="Context in tokens, 0 for the model's own."
+            "-c",
+            "--ctx-size",
+            "n_ctx",
+            type=click.IntRange(0, _INT32),
+            default=4096,
+            show_default=True,
+            help="Context in tokens, 0 for the model's own.",
         ),
-        click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(1, _INT32), default=512, show_default=True, help="Rows of one compute batch."),
         click.option(
-            "-ngl", "--gpu-layers", "n_gpu_layers", type=click.IntRange(-1, _INT32), default=0, show_default=True, callback=_check_gpu,
+            "-ub",
+            "--ubatch-size",
+            "n_ubatch",
+            type=click.IntRange(1, _INT32),
+            default=512,
+            show_default=True,
+            help="Rows of one compute batch.",
+        ),
+        click.option(
+            "-ngl",
+            "--gpu-layers",
+            "n_gpu_layers",
+            type=click.IntRange(-1, _INT32),
+            default=0,
+            show_default=True,
+            callback=_check_gpu,
             help="Layers on the GPU, -1 for all.",
-        ),  # fmt: skip
+        ),
         click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),
-        click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
-        click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True),
+        click.option(
+            "-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True
+        ),
+        click.option(
+            "-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True
+        ),
         click.option(
             "--encoder",
             type=click.Choice(["repaired", "stock"]),
@@ -132,10 +160,14 @@ def model_options(command: Callable) -> Callable:
         click.option(
             "--chat-template",
             metavar="FILE|NAME|JINJA",
-            callback=lambda ctx, param, value: None if value is None else find_template(value),  # whoever gets it may have another folder
+            callback=lambda ctx, param, value: (
+                None if value is None else find_template(value)
+            ),  # whoever gets it may have another folder
             help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: the model's own, else its family's.",
         ),
-        click.option("-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."),
+        click.option(
+            "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
+        ),
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
     ]
     for option in reversed(options):
@@ -143,7 +175,9 @@ def model_options(command: Callable) -> Callable:
     return command
 
 
-KEEP_HELP = "with a point a fraction of the original (1.0 keeps all), a whole number a count for each image (1 keeps one token)"
+KEEP_HELP = (
+    "with a point a fraction of the original (1.0 keeps all), a whole number a count for each image (1 keeps one token)"
+)
 
 
 def prune_options(command: Callable) -> Callable:
@@ -158,9 +192,11 @@ def prune_options(command: Callable) -> Callable:
         ),
         click.option("--vision-keep", type=KeepType(), help=f"Image tokens to keep after the encoder: {KEEP_HELP}."),
         click.option(
-            "--decoder-keep", type=KeepType(), help="Image tokens to keep from layer K on, likewise. A stage of the preset that contradicts "
+            "--decoder-keep",
+            type=KeepType(),
+            help="Image tokens to keep from layer K on, likewise. A stage of the preset that contradicts "
             "what is given here is left out.",
-        ),  # fmt: skip
+        ),
         click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
         click.option(
             "--budget",
@@ -178,9 +214,15 @@ AFRESH: dict[str, Any] = {"image_cache_bytes": 0, "reuse": False}
 
 
 def load_engine(
-    model: str | None = None, mmproj: str | None = None, hf_repo: str | None = None, no_mmproj: bool = False, **options: Any
+    model: str | None = None,
+    mmproj: str | None = None,
+    hf_repo: str | None = None,
+    no_mmproj: bool = False,
+    **options: Any,
 ) -> StarVLM:
-    """The engine for the given files, for those of a repository of the hub, or for the reference model when none is given."""
+    """The engine for the given files, for those of a repository of the hub, or for the reference model when none is
+    given.
+    """
     files = find_model(model, mmproj, hf_repo, no_mmproj)
     if files[0] == refvlm.TEXT_MODEL:
         options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
@@ -188,8 +230,11 @@ def load_engine(
         return StarVLM(*files, **options)
 
 
-def find_model(model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool) -> tuple[str | Path, str | Path | None]:
-    """Paths of the text model and its mmproj, downloaded where they must be; a --mmproj stands in for the repository's own.
+def find_model(
+    model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool
+) -> tuple[str | Path, str | Path | None]:
+    """Paths of the text model and its mmproj, downloaded where they must be; a --mmproj stands in for the repository's
+    own.
 
     Raises:
         ConfigError: options that exclude each other; otherwise as `hub.fetch`.
@@ -213,7 +258,9 @@ def make_config(
 ) -> PruneConfig | None:
     config = resolve_prune(preset)  # a file's words are its own
     with in_cli_words():
-        return override(config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget)
+        return override(
+            config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget
+        )
 
 
 def print_json(data: Any) -> None:
@@ -229,7 +276,9 @@ def save_picture(picture: Any, path: str) -> None:
     try:
         picture.save(path)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be written ({error})", "use an existing folder and an ending such as .png") from error
+        raise ConfigError(
+            f"{path} cannot be written ({error})", "use an existing folder and an ending such as .png"
+        ) from error
 
 
 def check_picture_path(path: str) -> None:

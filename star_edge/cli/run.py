@@ -9,7 +9,7 @@ import click
 
 from ..batch import Settings, names_several
 from ..errors import ConfigError, ImageError
-from ..json_input import MAX_CHARACTERS
+from ..io.json_input import MAX_CHARACTERS
 from ..report import PruneReport
 from .batch import SOME_FAILED, run_batch
 from .options import (
@@ -38,43 +38,80 @@ from .options import (
 )
 @click.option("--each", is_flag=True, help="Ask about each image on its own, instead of about all in one request.")
 @click.option(
-    "--tasks", "tasks_file", help="JSON Lines file of requests: image or images, prompt, and optionally id, preset, max_tokens, ..."
+    "--tasks",
+    "tasks_file",
+    help="JSON Lines file of requests: image or images, prompt, and optionally id, preset, max_tokens, ...",
 )
-@click.option("--out", help="With --each or --tasks: a JSON Lines file of results, which a second run goes on with. Default: stdout.")
+@click.option(
+    "--out",
+    help="With --each or --tasks: a JSON Lines file of results, which a second run goes on with. Default: stdout.",
+)
 @click.option("--fresh", is_flag=True, help="Drop what --out holds.")
-@click.option("--ray", "use_ray", is_flag=True, help="With --each or --tasks: several engines, on Ray (RAY_ADDRESS, or started here).")
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine."
+    "--ray",
+    "use_ray",
+    is_flag=True,
+    help="With --each or --tasks: several engines, on Ray (RAY_ADDRESS, or started here).",
 )
 @click.option(
-    "--cache/--no-cache", default=True,
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine.",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
     help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same beginning) is used again. "
     "Results say where it was. --no-cache also reads one request to warm up: times of the results can be compared then.",
-)  # fmt: skip
+)
 @model_options
 @prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED)
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
-@click.option("--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage.")
+@click.option(
+    "--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and the whole report as JSON.")
 def run(
-    prompt: str | None, images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool,
-    workers: int | None, cache: bool, preset: str, vision_keep: Any, decoder_keep: Any, decoder_layer: int | None, budget: str | None, max_tokens: int,
-    temperature: float, seed: int | None, raw: bool, overlay: str | None, as_json: bool, **model: Any,
-) -> int:  # fmt: skip
+    prompt: str | None,
+    images: tuple[str, ...],
+    each: bool,
+    tasks_file: str | None,
+    out: str | None,
+    fresh: bool,
+    use_ray: bool,
+    workers: int | None,
+    cache: bool,
+    preset: str,
+    vision_keep: Any,
+    decoder_keep: Any,
+    decoder_layer: int | None,
+    budget: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    raw: bool,
+    overlay: str | None,
+    as_json: bool,
+    **model: Any,
+) -> int:
     """Answer PROMPT about the images.
 
-    PROMPT may hold <__media__> where each image belongs; without it the images stand first. `-` or no PROMPT reads stdin.
+    PROMPT may hold <__media__> where each image belongs; without it the images stand first. `-` or no PROMPT reads
+    stdin.
 
-    With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or when the answer is
-    there and an overlay could not be drawn.
+    With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
+    when the answer is there and an overlay could not be drawn.
     """
     config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, cache, overlay)
     if each and budget == "prompt":
-        raise ConfigError("--budget prompt is for several images of one request, and --each makes a request of each", "leave out one of them")
+        raise ConfigError(
+            "--budget prompt is for several images of one request, and --each makes a request of each",
+            "leave out one of them",
+        )
     if overlay and config is None:
         raise ConfigError("--overlay has nothing to show with --preset off", "use another preset or --vision-keep")
     if overlay and not images:
@@ -91,16 +128,32 @@ def run(
     with load_engine(**model) as vlm:
         with in_cli_words():
             answer = vlm.generate(
-                prompt, list(images), config, max_tokens, stream=not as_json, chat=not raw, temperature=temperature, seed=seed
+                prompt,
+                list(images),
+                config,
+                max_tokens,
+                stream=not as_json,
+                chat=not raw,
+                temperature=temperature,
+                seed=seed,
             )
         if not as_json:
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()
             click.echo(summary(answer.report), err=True)
-        written, problems = save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else ([], [])
+        written, problems = (
+            save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else ([], [])
+        )
         if as_json:
-            print_json({"text": answer.text, "finish_reason": answer.finish_reason, "overlay": written, "report": answer.report.to_dict()})
+            print_json(
+                {
+                    "text": answer.text,
+                    "finish_reason": answer.finish_reason,
+                    "overlay": written,
+                    "report": answer.report.to_dict(),
+                }
+            )
         for path in written:
             click.echo(f"overlay: {path}", err=True)
         for problem in problems:
@@ -121,9 +174,16 @@ def _read_stdin() -> str:
 
 
 def _check_batch_options(
-    images: tuple[str, ...], each: bool, tasks_file: str | None, out: str | None, fresh: bool, use_ray: bool, workers: int | None,
-    cache: bool, overlay: str | None,
-) -> None:  # fmt: skip
+    images: tuple[str, ...],
+    each: bool,
+    tasks_file: str | None,
+    out: str | None,
+    fresh: bool,
+    use_ray: bool,
+    workers: int | None,
+    cache: bool,
+    overlay: str | None,
+) -> None:
     """A folder or a pattern never becomes one request about many images unseen: --each has to be said."""
     if each and tasks_file is not None:
         raise ConfigError("--each and --tasks exclude each other", "the tasks name their images")
@@ -137,7 +197,9 @@ def _check_batch_options(
     else:
         several = next((image for image in images if names_several(image)), None)
         if several is not None:
-            raise ConfigError(f"--image {several} names a folder or several files", "add --each to ask about each of them on its own")
+            raise ConfigError(
+                f"--image {several} names a folder or several files", "add --each to ask about each of them on its own"
+            )
         for name, given in (("--out", out), ("--fresh", fresh), ("--ray", use_ray), ("--no-cache", not cache)):
             if given:
                 raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")

@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from .. import refvlm
-from ..config import DEFAULT_PRESET, PRESETS, resolve_prune
 from ..errors import ConfigError, MissingDependencyError
+from ..pruning.config import DEFAULT_PRESET, PRESETS, resolve_prune
 from .options import find_model, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
@@ -24,39 +24,78 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than localhost: use --api-key.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than localhost: use --api-key."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @model_options
 @click.option(
-    "--preset", metavar="NAME|FILE.json", default=DEFAULT_PRESET, show_default=True,
+    "--preset",
+    metavar="NAME|FILE.json",
+    default=DEFAULT_PRESET,
+    show_default=True,
     help=f"For requests without `prune`: {', '.join(PRESETS)}, or a file of star-edge tune.",
-)  # fmt: skip
-@click.option("--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY.")
-@click.option("--allow-remote-images", is_flag=True, help="Fetch http(s) image URLs, from public addresses only.")
-@click.option("--max-image-bytes", type=int, default=16 * 2**20, show_default=True)
-@click.option("--max-image-pixels", type=int, default=32_000_000, show_default=True, help="Of one image; to read it takes about 15 bytes a pixel.")
-@click.option("--max-images", type=int, default=8, show_default=True, help="Images of one request.")
-@click.option(
-    "--max-body-bytes", type=int, default=32 * 2**20, show_default=True, help="Size of a request; an image takes 4/3 of its bytes."
 )
 @click.option(
-    "--max-held-bytes", type=int, default=256 * 2**20, show_default=True,
+    "--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY."
+)
+@click.option("--allow-remote-images", is_flag=True, help="Fetch http(s) image URLs, from public addresses only.")
+@click.option("--max-image-bytes", type=int, default=16 * 2**20, show_default=True)
+@click.option(
+    "--max-image-pixels",
+    type=int,
+    default=32_000_000,
+    show_default=True,
+    help="Of one image; to read it takes about 15 bytes a pixel.",
+)
+@click.option("--max-images", type=int, default=8, show_default=True, help="Images of one request.")
+@click.option(
+    "--max-body-bytes",
+    type=int,
+    default=32 * 2**20,
+    show_default=True,
+    help="Size of a request; an image takes 4/3 of its bytes.",
+)
+@click.option(
+    "--max-held-bytes",
+    type=int,
+    default=256 * 2**20,
+    show_default=True,
     help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive first is refused with status 503. "
     "Memory for requests, apart from the model's and for reading images, stays under twice this and 4 times --max-body-bytes.",
-)  # fmt: skip
-@click.option("--body-seconds", type=float, default=60.0, show_default=True, help="Time for one request to arrive, or for a client to take what is sent.")
-@click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503.")
+)
 @click.option(
-    "--cors-origin", "cors_origins", multiple=True, help="Site whose pages may call, such as https://example.org; repeat for several."
+    "--body-seconds",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Time for one request to arrive, or for a client to take what is sent.",
+)
+@click.option(
+    "--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503."
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    help="Site whose pages may call, such as https://example.org; repeat for several.",
 )
 @click.option("--json", "as_json", is_flag=True, help="When ready, print one line of JSON with the address.")
 def serve(
-    host: str, port: int, preset: str, as_json: bool, model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool, **options: Any
-) -> int:  # fmt: skip
+    host: str,
+    port: int,
+    preset: str,
+    as_json: bool,
+    model: str | None,
+    mmproj: str | None,
+    hf_repo: str | None,
+    no_mmproj: bool,
+    **options: Any,
+) -> int:
     """Serve a model: OpenAI's API under /v1, a page to try it at /, /health and /metrics.
 
-    A request may have a field `prune`: a preset's name, an object of PruneConfig's fields, or null for none. Ctrl-C or SIGTERM ends
-    the server within 10 seconds.
+    A request may have a field `prune`: a preset's name, an object of PruneConfig's fields, or null for none. Ctrl-C or
+    SIGTERM ends the server within 10 seconds.
     """
     try:
         import uvicorn
@@ -91,11 +130,16 @@ def serve(
 
     listener = _bind(host, port)
     app = make_app(text, projector, policy, preset, alias=alias, **options)
-    # uvicorn ends in good order on either signal, and then sends it to whoever had it before. Until here they end the process at once.
+    # uvicorn ends in good order on either signal, and then sends it to whoever had it before. Until here they end the
+    # process at once.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="info" if options["verbose"] else "warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS
+        app,
+        host=host,
+        port=port,
+        log_level="info" if options["verbose"] else "warning",
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
 
     AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them in good order
@@ -136,7 +180,11 @@ def end_after(seconds: float) -> None:
 
     def end() -> None:
         with contextlib.suppress(Exception):
-            print(f"the engine did not stop within {seconds:g} s: the process ends without it", file=sys.stderr, flush=True)
+            print(
+                f"the engine did not stop within {seconds:g} s: the process ends without it",
+                file=sys.stderr,
+                flush=True,
+            )
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -151,10 +199,14 @@ def _bind(host: str, port: int) -> socket.socket:
         ConfigError: the address cannot be had.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ConfigError(f"{host} port {port} cannot be used ({error.strerror or error})", "give another --host or --port") from error
+        raise ConfigError(
+            f"{host} port {port} cannot be used ({error.strerror or error})", "give another --host or --port"
+        ) from error
     return listener

@@ -25,45 +25,84 @@ from .options import FilePath, Number, model_options, print_json
 @click.command()
 @click.argument("tasks", required=False, type=FilePath())
 @model_options
-@click.option("--keep", type=Number(0, 1, min_open=True), default=0.99, show_default=True, help="Share of the unpruned accuracy.")
-@click.option("-o", "--config-out", type=FilePath(dir_okay=False), default="star-edge.json", show_default=True, help="The config found.")
+@click.option(
+    "--keep", type=Number(0, 1, min_open=True), default=0.99, show_default=True, help="Share of the unpruned accuracy."
+)
+@click.option(
+    "-o",
+    "--config-out",
+    type=FilePath(dir_okay=False),
+    default="star-edge.json",
+    show_default=True,
+    help="The config found.",
+)
 @click.option("--image-root", type=FilePath(), help="Folder that image paths are relative to. Default: that of TASKS.")
 @click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True)
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many questions, chosen at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For --limit.")
-@click.option("--out", type=FilePath(dir_okay=False), help="Append results here as they come; the same command goes on where it stopped.")
+@click.option(
+    "--out",
+    type=FilePath(dir_okay=False),
+    help="Append results here as they come; the same command goes on where it stopped.",
+)
 @click.option("--fresh", is_flag=True, help="Start --out again.")
 @click.option("--json", "as_json", is_flag=True)
 def tune(
-    tasks: str | None, keep: float, config_out: str, image_root: str | None, metric: str, max_tokens: int, prompt_suffix: str,
-    limit: int | None, seed: int, out: str | None, fresh: bool, as_json: bool, **model: Any,
-) -> None:  # fmt: skip
-    """Find the cheapest config that keeps --keep of the unpruned model's accuracy on the questions of TASKS, and write it to a file.
+    tasks: str | None,
+    keep: float,
+    config_out: str,
+    image_root: str | None,
+    metric: str,
+    max_tokens: int,
+    prompt_suffix: str,
+    limit: int | None,
+    seed: int,
+    out: str | None,
+    fresh: bool,
+    as_json: bool,
+    **model: Any,
+) -> None:
+    """Find the cheapest config that keeps --keep of the unpruned model's accuracy on the questions of TASKS, and write
+    it to a file.
 
-    TASKS is a JSONL file as for `star-edge eval`. Without answers, what is kept is agreement with the unpruned model. The file can be
-    given to --preset, and as `prune` in Python.
+    TASKS is a JSONL file as for `star-edge eval`. Without answers, what is kept is agreement with the unpruned model.
+    The file can be given to --preset, and as `prune` in Python.
 
-    A third of the images is held out where there are enough questions: the choice is made on the others and reported on those.
+    A third of the images is held out where there are enough questions: the choice is made on the others and reported on
+    those.
     """
     if tasks is None:
-        raise EvaluationError("there are no questions", f"give a JSONL file with one object for each line, such as {FORMAT}")
+        raise EvaluationError(
+            "there are no questions", f"give a JSONL file with one object for each line, such as {FORMAT}"
+        )
     if fresh and out is None:
         raise ConfigError("--fresh has no results to start again", "add --out FILE")
     if not config_out.endswith(".json"):
-        raise ConfigError(f"--config-out {config_out} does not end in .json", "name it so: --preset tells files from presets by it")
+        raise ConfigError(
+            f"--config-out {config_out} does not end in .json", "name it so: --preset tells files from presets by it"
+        )
     questions = read_tasks(tasks, image_root)
     metric_name = choose_metric(metric, questions)
     questions = sample_tasks(questions, limit, seed) if limit else questions
     choosing, reporting = split(questions)
     everything = [OFF, *(config for family in candidates() for config in family)]
     with asking(
-        model, questions, everything,
-        out=out, fresh=fresh, metric=metric_name, max_tokens=max_tokens, prompt_suffix=prompt_suffix, quiet=as_json,
-    ) as ask:  # fmt: skip
+        model,
+        questions,
+        everything,
+        out=out,
+        fresh=fresh,
+        metric=metric_name,
+        max_tokens=max_tokens,
+        prompt_suffix=prompt_suffix,
+        quiet=as_json,
+    ) as ask:
         best, rows = search(lambda configs: ask(choosing, configs), choosing, metric_name, keep)
-        reported = summarise(reporting, [best], ask(reporting, [OFF, best]), metric_name)["configs"][0] if reporting else None
+        reported = (
+            summarise(reporting, [best], ask(reporting, [OFF, best]), metric_name)["configs"][0] if reporting else None
+        )
     if not any(row["n"] for row in rows):
         raise EvaluationError("no question could be answered", "see star-edge eval with the same file for the errors")
     chosen = next((row for row in rows if row["name"] == best.name), None)
@@ -83,7 +122,9 @@ def tune(
             json.dump(result, file, indent=2)
             file.write("\n")
     except OSError as error:
-        raise ConfigError(f"{config_out} cannot be written ({error.strerror})", "use an existing folder that can be written") from error
+        raise ConfigError(
+            f"{config_out} cannot be written ({error.strerror})", "use an existing folder that can be written"
+        ) from error
     if as_json:
         print_json({**result, "asked": [{"name": row["name"], **_figures(row)} for row in rows], "written": config_out})
     else:
@@ -91,7 +132,17 @@ def tune(
 
 
 def _figures(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    names = ("accuracy", "relative_accuracy", "agreement", "interval", "kl", "average_tokens", "first_token_ms", "speed_up", "n_errors")
+    names = (
+        "accuracy",
+        "relative_accuracy",
+        "agreement",
+        "interval",
+        "kl",
+        "average_tokens",
+        "first_token_ms",
+        "speed_up",
+        "n_errors",
+    )
     return None if row is None else {name: row[name] for name in names}
 
 
@@ -102,8 +153,15 @@ def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: s
     columns = ("config", "tokens per layer", "relative accuracy, %", "same answer, %", "first token, ms", "errors")
     table = Table(*columns, title=f"asked about {result['n_choosing']} questions", title_justify="left")
     for row in sorted(rows, key=lambda row: -(row["average_tokens"] or 0)):
-        figures = (number(row["average_tokens"]), share(row["relative_accuracy"]), share(row["agreement"]), number(row["first_token_ms"]))
-        table.add_row(row["name"], *figures, str(row["n_errors"] or ""), style="bold" if row["name"] == result["name"] else "")
+        figures = (
+            number(row["average_tokens"]),
+            share(row["relative_accuracy"]),
+            share(row["agreement"]),
+            number(row["first_token_ms"]),
+        )
+        table.add_row(
+            row["name"], *figures, str(row["n_errors"] or ""), style="bold" if row["name"] == result["name"] else ""
+        )
     console.print(table)
     if result["config"] is None:
         console.print(f"no config keeps {100 * result['keep']:g}%: {path} says not to prune", highlight=False)
@@ -112,7 +170,13 @@ def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: s
     held_out = result["on_held_out"]
     if held_out:
         value = share(held_out[result["measured_by"]])
-        console.print(f"{result['name']}: on {result['n_held_out']} questions held out of the choice, {what} {value}%", highlight=False)
+        console.print(
+            f"{result['name']}: on {result['n_held_out']} questions held out of the choice, {what} {value}%",
+            highlight=False,
+        )
     else:
-        console.print(f"{result['name']}: too few questions to hold some out, so {what} is as good as it looks at best", highlight=False)
+        console.print(
+            f"{result['name']}: too few questions to hold some out, so {what} is as good as it looks at best",
+            highlight=False,
+        )
     console.print(f"written: {path} (--preset {path}, or prune={path!r} in Python)", markup=False, highlight=False)

@@ -3,15 +3,17 @@
 Everything is a layer window [first, last) over some rows:
 
     text before the first image  -> [0, L)   an ordinary decode
-    PROBE                        -> [0, K)   image rows that the vision stage kept, and the text after them; scores at layer K
-    choose n2 of n1 rows for each image
+    PROBE                        -> [0, K)   image rows that the vision stage kept, and the text after them; scores at
+    layer K choose n2 of n1 rows for each image
     RESUME                       -> [K, L)   kept image rows and text rows
 
-and with several decoder stages, at layers K1 < K2 < ..., each resume ends at the next one and is its probe. With one, token-layers are K (n1 + T) + (L - K) (n2 + T), and nothing is computed twice but q, k and v of layer K for the rows that stay
-(the scores need them before it is known which). After the probe, layers < K hold the right K and
-V in the cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence (one for each decoder stage: their dense positions overlap), the
-cells of the kept ones are freed, and llama.cpp's allocator (llama_kv_cache::find_slot) walks up from the first freed cell:
-it meets exactly those cells, in order. That is verified, not assumed.
+and with several decoder stages, at layers K1 < K2 < ..., each resume ends at the next one and is its probe. With one,
+token-layers are K (n1 + T) + (L - K) (n2 + T), and nothing is computed twice but q, k and v of layer K for the rows
+that stay (the scores need them before it is known which). After the probe, layers < K hold the right K and V in the
+cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence (one for
+each decoder stage: their dense positions overlap), the cells of the kept ones are freed, and llama.cpp's allocator
+    (llama_kv_cache::find_slot) walks up from the first freed cell: it meets exactly those cells, in order. That is
+    verified, not assumed.
 
 What an earlier prompt has left of the text before and of the probe is not computed again: see reuse.py.
 
@@ -27,10 +29,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import EngineError
-from ..selection import Selection
-from ..tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
+from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
+from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
+from ..pruning.selection import Selection
 from . import reuse
-from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
 from .segments import Segment
 
 
@@ -38,8 +40,9 @@ from .segments import Segment
 class Seen:
     """What a decoder stage knows of the rows of one image when it chooses.
 
-    hidden: (n, n_embd) float32, states that enter layer K. mass: as in Segment. attention: mean over heads and the text rows that
-    score, (n,) float32. row_attention (n_text, n) and text_hidden (n_text, n_embd): for each text row, if DecoderStage asks for them.
+    hidden: (n, n_embd) float32, states that enter layer K. mass: as in Segment. attention: mean over heads and the text
+    rows that score, (n,) float32. row_attention (n_text, n) and text_hidden (n_text, n_embd): for each text row, if
+    DecoderStage asks for them.
     image: index of the image. rows: which of the rows that the vision stage left these are, (n,) int64.
     """
 
@@ -54,10 +57,12 @@ class Seen:
 
 @dataclass
 class DecoderStage:
-    """What to drop: for each window layer K and how many rows of each image stay; choose(seen, n_keep) says which, and what they stand for.
+    """What to drop: for each window layer K and how many rows of each image stay; choose(seen, n_keep) says which, and
+    what they stand for.
 
     text_rows: the rows of the text after the last image that score: "all" or "last" as a mean, or "each".
-    divide(all that is seen, n_keep): how many rows of each image stay instead, where images share what they keep; None: they do not.
+    divide(all that is seen, n_keep): how many rows of each image stay instead, where images share what they keep; None:
+        they do not.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
@@ -74,8 +79,8 @@ class Prefill:
     n_cells: rows that are in the cache, the dense position of the next token.
     tokens: what those rows are, (n_cells,) int32: a text token's id, or -1 for a row of an image.
     next_position: RoPE position of the next token.
-    scores, selections: for each decoder stage a list with, for each image, the attention that its rows got there, (n,) float32, and
-        what stayed, as indices into the rows that the vision stage left.
+    scores, selections: for each decoder stage a list with, for each image, the attention that its rows got there, (n,)
+        float32, and what stayed, as indices into the rows that the vision stage left.
     in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
     n_reused: rows that an earlier prompt had decoded, with a decoder stage in the layers below it.
     """
@@ -92,9 +97,15 @@ class Prefill:
 
 
 def prefill(
-    context: DecoderContext, segments: Sequence[Segment], next_position: int, stage: DecoderStage | None = None, *, keep: bool = False
+    context: DecoderContext,
+    segments: Sequence[Segment],
+    next_position: int,
+    stage: DecoderStage | None = None,
+    *,
+    keep: bool = False,
 ) -> Prefill:
-    """Runs the prompt from an empty cache. keep: or from what an earlier prompt has left, and leaves what a later one may use.
+    """Runs the prompt from an empty cache. keep: or from what an earlier prompt has left, and leaves what a later one
+    may use.
 
     Raises:
         ContextLengthError, EngineError: see DecoderContext.decode. The cache must be cleared before the next prompt.
@@ -111,7 +122,9 @@ def prefill(
 
 
 class _Run:
-    def __init__(self, context: DecoderContext, segments: Sequence[Segment], next_position: int, keep: bool = False) -> None:
+    def __init__(
+        self, context: DecoderContext, segments: Sequence[Segment], next_position: int, keep: bool = False
+    ) -> None:
         self.context = context
         self.keep = keep
         self.attached = reuse.Attached()
@@ -133,7 +146,9 @@ class _Run:
         n_prefix = sum(len(s.rows) for s in prefix)
         if self.keep:
             with self.timed("reuse"):
-                self.attached = reuse.attach(self.context, self.segments, n_prefix, stage.windows[0][0] if stage else None)
+                self.attached = reuse.attach(
+                    self.context, self.segments, n_prefix, stage.windows[0][0] if stage else None
+                )
                 self.n_cells = self.attached.n_main
         n_reused = self.attached.n_main
         # 1) text before the first image
@@ -178,7 +193,8 @@ class _Run:
             with self.timed("resume"):
                 end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
-            # Masses were for cells that the rows did not come back to: what stays then stands for itself alone, and is reported so.
+            # Masses were for cells that the rows did not come back to: what stays then stands for itself alone, and is
+            # reported so.
             mass = lambda s, in_place=in_place: s.mass if in_place else None
             all_selections.append([Selection(rows, mass(s)) for rows, s in zip(kept_rows, selections) if s is not None])
             if not in_place:
@@ -203,7 +219,10 @@ class _Run:
         elif self.has_parked:
             for parking in range(PARKED, N_SEQUENCES):
                 self.context.remove(parking, 0)
-        tokens = [np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens for s, original in zip(segments, self.segments)]
+        tokens = [
+            np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens
+            for s, original in zip(segments, self.segments)
+        ]
         ids = np.concatenate(tokens).astype(np.int32)
         return Prefill(
             self.context.logits(),
@@ -221,7 +240,8 @@ class _Run:
     # ---- windows ----
 
     def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
-        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, none where nobody asks for them.
+        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, none where nobody asks for
+        them.
 
         skip: first rows, in whole decodes, that are in the cache already.
         """
@@ -238,7 +258,13 @@ class _Run:
         return np.concatenate(cells) if cells else np.empty(0, np.int64)
 
     def window(
-        self, segments: Sequence[Segment], first: int, last: int, inject: np.ndarray | None, text_rows: str, joined: bool = False
+        self,
+        segments: Sequence[Segment],
+        first: int,
+        last: int,
+        inject: np.ndarray | None,
+        text_rows: str,
+        joined: bool = False,
     ) -> _WindowEnd:
         """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
 
@@ -252,7 +278,11 @@ class _Run:
         lines: list[np.ndarray] = []
         n_scoring = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
         at = 0
-        known = self.attached.hidden if first == 0 and self.attached.hidden is not None else np.empty((0, ctx.n_embd), np.float32)
+        known = (
+            self.attached.hidden
+            if first == 0 and self.attached.hidden is not None
+            else np.empty((0, ctx.n_embd), np.float32)
+        )
         for rows, causal in self.decodes(segments, joined):
             n, is_final = len(rows), at + len(rows) == n_rows
             plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
@@ -268,16 +298,22 @@ class _Run:
                 if n_taken:
                     reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
                     taken = (n - n_taken, n_taken, 1)
-                    plan.attention = AttentionRead([last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads)
+                    plan.attention = AttentionRead(
+                        [last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads
+                    )
             outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", causal, logits=is_end and is_final)
             cells[at : at + n] = outcome.cells
             for attention in outcome.attention:
                 lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
-                columns[: attention.shape[-1]] += weight * (attention if attention.ndim == 1 else attention.mean(axis=0))
+                columns[: attention.shape[-1]] += weight * (
+                    attention if attention.ndim == 1 else attention.mean(axis=0)
+                )
             self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
             at += n
         at_cells = lambda line: np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
-        return _WindowEnd(hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None)
+        return _WindowEnd(
+            hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None
+        )
 
     def places(self, segments: Sequence[Segment]) -> list[slice | None]:
         """For each segment, where the rows of its image lie among those of all segments; None for text."""
@@ -285,7 +321,12 @@ class _Run:
         return [slice(int(a), int(b)) if s.image is not None else None for s, a, b in zip(segments, edges, edges[1:])]
 
     def choose(
-        self, segments: Sequence[Segment], kept_rows: Sequence[np.ndarray], end: _WindowEnd, n_keep: Sequence[int], stage: DecoderStage
+        self,
+        segments: Sequence[Segment],
+        kept_rows: Sequence[np.ndarray],
+        end: _WindowEnd,
+        n_keep: Sequence[int],
+        stage: DecoderStage,
     ) -> list[Selection | None]:
         """What stays of each segment's rows; None for text, which stays."""
         n_text = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
@@ -308,7 +349,9 @@ class _Run:
             n_keep = stage.divide([s for s in seen if s is not None], n_keep)
         return [None if s is None else stage.choose(s, n_keep[s.image]) for s in seen]
 
-    def thin(self, segments: Sequence[Segment], selections: Sequence[Selection | None]) -> tuple[list[Segment], np.ndarray]:
+    def thin(
+        self, segments: Sequence[Segment], selections: Sequence[Selection | None]
+    ) -> tuple[list[Segment], np.ndarray]:
         """The segments with the rows that go on, and (n,) bool of those rows."""
         keep_row = np.ones(sum(len(s.rows) for s in segments), bool)
         live = []
@@ -322,7 +365,9 @@ class _Run:
         return live, keep_row
 
     def set_masses(self, segments: Sequence[Segment], cells: np.ndarray) -> None:
-        """Attention bias log(mass) for the cells of the segments' rows, those of text and of rows without a mass none."""
+        """Attention bias log(mass) for the cells of the segments' rows, those of text and of rows without a mass
+        none.
+        """
         bias = np.zeros(int(cells.max()) + 1, np.float32)
         bias[cells] = np.concatenate([np.zeros(len(s.rows)) if s.mass is None else np.log(s.mass) for s in segments])
         self.context.tap.set_cell_bias(bias)
@@ -336,11 +381,14 @@ class _Run:
         self.in_order = False
         if self.has_mass:
             raise EngineError(
-                "rows of an empty cache are not in its first cells, where their attention bias is", 'use representatives="none"'
+                "rows of an empty cache are not in its first cells, where their attention bias is",
+                'use representatives="none"',
             )
 
     def free_kept(self, start: int, keep_row: np.ndarray, parking: int) -> None:
-        """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are found again."""
+        """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are
+        found again.
+        """
         self.has_parked = True
         self.context.park(start, parking)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], keep_row.astype(np.int8), [0]])))
@@ -364,10 +412,13 @@ class _Run:
     def decodes(self, segments: Sequence[Segment], joined: bool) -> Iterator[tuple[Rows, bool]]:
         """Rows of each decode of a window, and whether they are causal.
 
-        A segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the CPU's flash attention changes its
-        accumulator at 64). joined: segments that follow each other are one. Then nothing is bit for bit as on stock, and a decode costs less for
-        each row: the CPU's kernels take 16 rows at a time, and one of the rows that are left over costs nearly as much as two of those (measured, Q4_K on AVX2);
-        a GPU is hardly busy with so few. Images whose rows attend to each other stay apart.
+        A segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the
+            CPU's flash attention changes its
+        accumulator at 64). joined: segments that follow each other are one. Then nothing is bit for bit as on stock,
+            and a decode costs less for
+        each row: the CPU's kernels take 16 rows at a time, and one of the rows that are left over costs nearly as much
+        as two of those (measured, Q4_K on AVX2); a GPU is hardly busy with so few. Images whose rows attend to each
+        other stay apart.
         """
         runs: list[list[Segment]] = []
         for segment in segments:
@@ -381,7 +432,9 @@ class _Run:
                 yield rows, run[0].causal
 
     def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
-        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether a piece is the segment's last."""
+        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether a piece is the segment's
+        last.
+        """
         n = len(segment.rows)
         return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
 
@@ -399,7 +452,9 @@ class _Run:
 
 @dataclass
 class _WindowEnd:
-    """What a window leaves: states (n, n_embd) and attention (n,), for each text row (n_text, n), at its last layer; cells (n,)."""
+    """What a window leaves: states (n, n_embd) and attention (n,), for each text row (n_text, n), at its last layer;
+    cells (n,).
+    """
 
     hidden: np.ndarray | None
     cells: np.ndarray

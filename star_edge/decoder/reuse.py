@@ -1,25 +1,28 @@
-"""What a prompt leaves behind for the next one that begins alike: a further question about the same image, or the same system prompt.
+"""What a prompt leaves behind for the next one that begins alike: a further question about the same image, or the same
+system prompt.
 
-Kept are the rows up to the last image (without one, all rows), called the stem. What they are does not depend on the text after
+Kept are the rows up to the last image (without one, all rows), called the stem. What they are does not depend on the
+text after
 them: causal attention looks back only, and an image's rows look at each other within one decode.
 
     text before the first image  all layers are in their cells
     from the first image on      without a decoder stage as well; with one, layers < K are in their cells, whether the
-                                 question that was asked then kept them or not, and the states that enter layer K in `hidden`
+                                 question that was asked then kept them or not, and the states that enter layer K in
+                                 `hidden`
 
 Invariants, on which `attach` relies and which it checks as far as llama.cpp can tell:
 
 1. Row i of the stem is in cell i. Only such prompts are kept, and rows that come back are compared with it.
-2. Its cells belong to sequence PARKED from the end of one prompt to the beginning of the next, beside whatever else they
-   belong to. llama_kv_cache::find_slot gives out no cell that has a sequence, so nobody overwrites them; whoever clears the cache or
-   cuts it takes them out of PARKED, which is seen in its positions.
-3. The same rows come from the same decodes: pieces of n_ubatch rows, compared as the decoder got them (token ids or embeddings,
-   positions, masses). Nothing is concluded from names, configs or hashes.
-4. Layer K itself is not kept: resuming has overwritten the kept rows there, from decodes of fewer rows, which round differently. The
-   stem comes back by a decode of the window [K, K), which computes K and V of that layer from `hidden` as the probe did, and
-   gives each cell its position back, all without the layers below.
-5. No cell holds anything else: whatever the last prompt left besides is freed first, so that all that follows goes to the cells, and
-   runs over as many, as in a fresh context. That makes it equal bit for bit.
+2. Its cells belong to sequence PARKED from the end of one prompt to the beginning of the next, beside whatever else
+   they belong to. llama_kv_cache::find_slot gives out no cell that has a sequence, so nobody overwrites them; whoever
+   clears the cache or cuts it takes them out of PARKED, which is seen in its positions.
+3. The same rows come from the same decodes: pieces of n_ubatch rows, compared as the decoder got them (token ids or
+   embeddings, positions, masses). Nothing is concluded from names, configs or hashes.
+4. Layer K itself is not kept: resuming has overwritten the kept rows there, from decodes of fewer rows, which round
+   differently. The stem comes back by a decode of the window [K, K), which computes K and V of that layer from `hidden`
+   as the probe did, and gives each cell its position back, all without the layers below.
+5. No cell holds anything else: whatever the last prompt left besides is freed first, so that all that follows goes to
+   the cells, and runs over as many, as in a fresh context. That makes it equal bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from dataclasses import dataclass
 import llama_cpp
 import numpy as np
 
-from .context import MAIN, N_SEQUENCES, PARKED, DecoderContext
+from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
 from .segments import Segment
 
 
@@ -39,7 +42,8 @@ class Stem:
     """Rows that may be used again.
 
     segments: as they were read. n_prefix: rows of the text before the first image, n_rows: all.
-    layer: K of the first decoder stage, or None. hidden: with a stage, states that enter layer K, (n_rows - n_prefix, n_embd) float32.
+    layer: K of the first decoder stage, or None. hidden: with a stage, states that enter layer K, (n_rows - n_prefix,
+        n_embd) float32.
     n_ubatch: rows of one decode. span: first and last position of sequence PARKED. buffer: see `attach`.
     """
 
@@ -55,8 +59,8 @@ class Stem:
 
 @dataclass
 class Attached:
-    """n_main: rows of the new prompt that are in sequence MAIN, ready. hidden: states of the rows after the prefix that are in no sequence,
-    and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32.
+    """n_main: rows of the new prompt that are in sequence MAIN, ready. hidden: states of the rows after the prefix that
+    are in no sequence, and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32.
     """
 
     n_main: int = 0
@@ -81,7 +85,8 @@ def keep(
 ) -> None:
     """Keeps a stem at the end of a prompt.
 
-    segments: of the stem. n_live: how many of its rows are in MAIN, where they come first; dropped ones are in the sequences PARKED and after.
+    segments: of the stem. n_live: how many of its rows are in MAIN, where they come first; dropped ones are in the
+        sequences PARKED and after.
     layer, hidden: as in Stem.
     """
     for sequence in range(PARKED + 1, N_SEQUENCES):
@@ -122,7 +127,9 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
 
 
 def _common_rows(stem: Stem, segments: Sequence[Segment]) -> int:
-    """Rows of the whole decodes that both begin with. The prompt's last one is not among them: its logits are wanted."""
+    """Rows of the whole decodes that both begin with. The prompt's last one is not among them: its logits are
+    wanted.
+    """
     n = 0
     for s, (old, new) in enumerate(zip(stem.segments, segments)):
         for a, b in zip(old.pieces(stem.n_ubatch), new.pieces(stem.n_ubatch)):
@@ -146,4 +153,7 @@ def _equal(one: Segment, other: Segment, first: int, last: int) -> bool:
 
 def _span(context: DecoderContext, sequence: int) -> tuple[int, int]:
     """First and last position of a sequence, -1 where it is empty."""
-    return (llama_cpp.llama_memory_seq_pos_min(context.memory, sequence), llama_cpp.llama_memory_seq_pos_max(context.memory, sequence))
+    return (
+        llama_cpp.llama_memory_seq_pos_min(context.memory, sequence),
+        llama_cpp.llama_memory_seq_pos_max(context.memory, sequence),
+    )

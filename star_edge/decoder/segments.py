@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .context import Rows
+from ..llamacpp.context import Rows
 
 
 @dataclass
@@ -16,7 +16,8 @@ class Segment:
 
     image: index of the image, or None for text.
     causal: False for images whose rows attend to each other both ways (Gemma 3).
-    mass: original tokens that each row stands for, (n,), or None for one each. Its cell gets log(mass) added to its attention logits.
+    mass: original tokens that each row stands for, (n,), or None for one each. Its cell gets log(mass) added to its
+        attention logits.
     """
 
     rows: Rows
@@ -25,6 +26,8 @@ class Segment:
     mass: np.ndarray | None = None
 
     def pieces(self, size: int) -> Iterator[tuple[int, int]]:
-        """First row, and the one after the last, of each decode: at most `size` rows (n_ubatch), so that one decode is one graph."""
+        """First row, and the one after the last, of each decode: at most `size` rows (n_ubatch), so that one decode is
+        one graph.
+        """
         n = len(self.rows)
         return ((at, min(n, at + size)) for at in range(0, n, size))

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..config import PruneConfig, resolve_prune
 from ..errors import ConfigError, StarEdgeError
-from ..json_input import parse_json, read_json
+from ..io.json_input import parse_json, read_json
+from ..pruning.config import PruneConfig, resolve_prune
 
 _HINTS = typing.get_type_hints(PruneConfig)
 _BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # and how a name shortens them
@@ -48,13 +48,16 @@ OFF = NamedConfig("off", "off", None)
 def parse_values(field: str, text: str) -> list[Any]:
     """Values of a field from "a,b,c", each of the type that the field's annotation says.
 
-    Commas inside brackets do not separate: values of fields that hold several numbers are JSON, "[[2,0.5],[4,0.25]],[[3,0.25]]".
+    Commas inside brackets do not separate: values of fields that hold several numbers are JSON,
+        "[[2,0.5],[4,0.25]],[[3,0.25]]".
 
     Raises:
         ConfigError: no such field, or a value of another type.
     """
     if field not in _HINTS:
-        raise ConfigError(f"PruneConfig has no field {field!r}", f"use one of {', '.join(f.name for f in fields(PruneConfig))}")
+        raise ConfigError(
+            f"PruneConfig has no field {field!r}", f"use one of {', '.join(f.name for f in fields(PruneConfig))}"
+        )
     parts = [part.strip() for part in _split(text)]
     if not all(parts):
         raise ConfigError(f"{field}={text!r} has an empty value", "separate values by single commas")
@@ -74,15 +77,24 @@ def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> t
             if prune is None:
                 continue  # "off" has no fields, and is always run
             title = " ".join([name, *_titles(values)])
-            _try(configs, notes, title, " ".join(["presets", *_titles(values)]), lambda p=prune, v=values: replace(p, **v))
+            _try(
+                configs,
+                notes,
+                title,
+                " ".join(["presets", *_titles(values)]),
+                lambda p=prune, v=values: replace(p, **v),
+            )
     return configs, notes
 
 
-def grid_configs(budget: Mapping[str, Sequence[Any]], sets: Mapping[str, Sequence[Any]]) -> tuple[list[NamedConfig], list[str]]:
-    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer) and of `sets`; other fields at their defaults.
+def grid_configs(
+    budget: Mapping[str, Sequence[Any]], sets: Mapping[str, Sequence[Any]]
+) -> tuple[list[NamedConfig], list[str]]:
+    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer) and of `sets`; other fields at
+    their defaults.
 
-    One method for each combination of `sets` and of the budget fields but one: the one along which a line makes sense in a picture,
-    the last that has several values, except that layers are left to the end.
+    One method for each combination of `sets` and of the budget fields but one: the one along which a line makes sense
+    in a picture, the last that has several values, except that layers are left to the end.
 
     Returns the configs, and notes on combinations that PruneConfig refuses.
     """
@@ -96,7 +108,8 @@ def grid_configs(budget: Mapping[str, Sequence[Any]], sets: Mapping[str, Sequenc
 
 
 def file_configs(path: str | os.PathLike) -> list[NamedConfig]:
-    """Configs from a JSON file: a list of {"name": ..., "method": ..., and fields of PruneConfig}; "method" is by default the name.
+    """Configs from a JSON file: a list of {"name": ..., "method": ..., and fields of PruneConfig}; "method" is by
+    default the name.
 
     Raises:
         ConfigError: names the file and the entry.
@@ -107,15 +120,23 @@ def file_configs(path: str | os.PathLike) -> list[NamedConfig]:
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error.strerror})", "check the path of the configs") from error
     except ValueError as error:
-        raise ConfigError(f"{name} is no JSON ({error})", 'write a list such as [{"name": "half", "vision_keep": 0.5}]') from error
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries):
-        raise ConfigError(f"{name} is no list of objects with a name", 'write a list such as [{"name": "half", "vision_keep": 0.5}]')
+        raise ConfigError(
+            f"{name} is no JSON ({error})", 'write a list such as [{"name": "half", "vision_keep": 0.5}]'
+        ) from error
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries
+    ):
+        raise ConfigError(
+            f"{name} is no list of objects with a name", 'write a list such as [{"name": "half", "vision_keep": 0.5}]'
+        )
     configs = []
     for entry in entries:
         values = {k: _tuples(v) for k, v in entry.items() if k not in ("name", "method")}
         unknown = sorted(set(values) - set(_HINTS))
         if unknown:
-            raise ConfigError(f"{name}: {entry['name']!r} has unknown fields: {', '.join(unknown)}", f"use {', '.join(_HINTS)}")
+            raise ConfigError(
+                f"{name}: {entry['name']!r} has unknown fields: {', '.join(unknown)}", f"use {', '.join(_HINTS)}"
+            )
         try:
             prune = _build(lambda v=values: PruneConfig(**v))
         except ConfigError as error:
@@ -142,14 +163,17 @@ def choose_configs(
         resolve_prune(name)
     if sets and file and not (presets or budget):
         raise ConfigError(
-            "--set has nothing to vary: a file of configs says all", "put the values into the file, or add --preset or a grid"
+            "--set has nothing to vary: a file of configs says all",
+            "put the values into the file, or add --preset or a grid",
         )
     if not (presets or budget or file):
         presets = ("quality", "balanced", "fast")  # the published methods are there to be named
     from_presets, notes = preset_configs(presets, sets) if presets else ([], [])
     from_grid, grid_notes = grid_configs(budget, sets) if budget else ([], [])
     if sets and bool(from_presets) != bool(from_grid):  # the values say enough where there is one source
-        from_presets, from_grid = ([replace(c, method=c.method.partition(" ")[2]) for c in cs] for cs in (from_presets, from_grid))
+        from_presets, from_grid = (
+            [replace(c, method=c.method.partition(" ")[2]) for c in cs] for cs in (from_presets, from_grid)
+        )
     result = {OFF.name: OFF}
     for config in [*from_presets, *from_grid, *(file_configs(file) if file else [])]:
         if config.name in result and result[config.name].prune != config.prune:
@@ -161,7 +185,9 @@ def choose_configs(
     return list(result.values()), notes
 
 
-def _try(configs: list[NamedConfig], notes: list[str], name: str, method: str, build: typing.Callable[[], PruneConfig]) -> None:
+def _try(
+    configs: list[NamedConfig], notes: list[str], name: str, method: str, build: typing.Callable[[], PruneConfig]
+) -> None:
     try:
         configs.append(NamedConfig(name, method, _build(build)))
     except ConfigError as error:

@@ -39,7 +39,7 @@ def exact_match(answer: str, truths: Sequence[str]) -> float:
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _VQA_NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}  # fmt: skip
+} | {"none": "0"}
 _VQA_ARTICLES = {"a", "an", "the"}
 # Written without some or all of their apostrophes they get them back
 _VQA_CONTRACTIONS = {
@@ -58,8 +58,9 @@ _VQA_CONTRACTIONS = {
 def normalise_vqa(text: str) -> str:
     """The answer normalisation of the VQA challenge (github.com/GT-Vision-Lab/VQA, vqaEval.py).
 
-    Punctuation goes: for a space, or for nothing where it stands beside a space or the text has a comma between digits. So do full
-    stops that no digit follows. Then lower case, articles dropped, number words to digits, apostrophes put back into contractions.
+    Punctuation goes: for a space, or for nothing where it stands beside a space or the text has a comma between digits.
+    So do full stops that no digit follows. Then lower case, articles dropped, number words to digits, apostrophes put
+    back into contractions.
     """
     text = " ".join(text.split())
     digits_with_comma = re.search(r"\d,\d", text) is not None
@@ -75,9 +76,9 @@ def normalise_vqa(text: str) -> str:
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
     """Agreement with the people asked, as the VQA challenge counts it (arXiv 1505.00468; visualqa.org/evaluation.html).
 
-    For each person, min(others who gave this answer / 3, 1); the mean over all persons. With ten persons of whom k gave it:
-    0, 0.3, 0.6, 0.9, 1 for k = 0, 1, 2, 3, 4 and more. Both sides are always normalised, as TextVQA's evaluation does; the code of
-    the VQA challenge leaves people's answers as they are when all ten are the same.
+    For each person, min(others who gave this answer / 3, 1); the mean over all persons. With ten persons of whom k gave
+    it: 0, 0.3, 0.6, 0.9, 1 for k = 0, 1, 2, 3, 4 and more. Both sides are always normalised, as TextVQA's evaluation
+    does; the code of the VQA challenge leaves people's answers as they are when all ten are the same.
     """
     given = [normalise_vqa(t) == normalise_vqa(answer) for t in truths]
     n_given = sum(given)
@@ -88,8 +89,8 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def says_yes(answer: str) -> bool:
-    """POPE's reading of an answer (github.com/AoiDragon/POPE, evaluate.py): its first sentence says no when it has one of the words
-    "no" or "not", otherwise yes. Here in any case, and words may be separated by any white space."""
+    """POPE's reading of an answer (github.com/AoiDragon/POPE, evaluate.py): its first sentence says no when it has one
+    of the words "no" or "not", otherwise yes. Here in any case, and words may be separated by any white space."""
     words = answer.strip().split(".")[0].replace(",", "").lower().split()
     return "no" not in words and "not" not in words
 
@@ -101,7 +102,9 @@ def pope_match(answer: str, truths: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class PopeScores:
-    """accuracy, precision, recall, f1, yes_ratio: in 0..1 with "yes" as the positive class; None where nothing is divided by."""
+    """accuracy, precision, recall, f1, yes_ratio: in 0..1 with "yes" as the positive class; None where nothing is
+    divided by.
+    """
 
     accuracy: float | None
     precision: float | None
@@ -122,7 +125,13 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
     said, true = np.array([says_yes(a) for a in answers], bool), np.array([says_yes(t) for t in labels], bool)
     tp, fp, fn, n = int((said & true).sum()), int((said & ~true).sum()), int((~said & true).sum()), len(said)
     ratio = lambda a, b: a / b if b else None
-    return PopeScores(ratio(n - fp - fn, n), ratio(tp, tp + fp), ratio(tp, tp + fn), ratio(2 * tp, 2 * tp + fp + fn), ratio(tp + fp, n))
+    return PopeScores(
+        ratio(n - fp - fn, n),
+        ratio(tp, tp + fp),
+        ratio(tp, tp + fn),
+        ratio(2 * tp, 2 * tp + fp + fn),
+        ratio(tp + fp, n),
+    )
 
 
 # ---- which one ----
@@ -131,8 +140,8 @@ METRICS: dict[str, Score] = {"exact": exact_match, "vqa": vqa_accuracy, "pope": 
 
 
 def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
-    """The metric's name for "auto": vqa when every question has the answers of several people, pope when each answer is yes or no,
-    otherwise exact. None when no question has an answer.
+    """The metric's name for "auto": vqa when every question has the answers of several people, pope when each answer is
+    yes or no, otherwise exact. None when no question has an answer.
 
     Raises:
         EvaluationError: a metric that does not fit the answers.
@@ -145,12 +154,18 @@ def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
             return None
         return "vqa" if all(map(is_vqa, labelled)) else "pope" if all(map(is_pope, labelled)) else "exact"
     if not labelled:
-        raise EvaluationError(f"metric {name} needs answers, and no question has one", 'add "answer" to the questions, or use auto')
+        raise EvaluationError(
+            f"metric {name} needs answers, and no question has one", 'add "answer" to the questions, or use auto'
+        )
     for fits, wanted in ((is_vqa, "vqa"), (is_pope, "pope")):
         odd = next((task for task in labelled if name == wanted and not fits(task)), None)
         if odd is not None:
-            needs = f"{VQA_ANSWERS} or more people's answers (usually 10)" if name == "vqa" else "yes or no as the answer"
-            raise EvaluationError(f"metric {name} needs {needs}, and question {odd.id!r} has {list(odd.answers)}", "use --metric exact")
+            needs = (
+                f"{VQA_ANSWERS} or more people's answers (usually 10)" if name == "vqa" else "yes or no as the answer"
+            )
+            raise EvaluationError(
+                f"metric {name} needs {needs}, and question {odd.id!r} has {list(odd.answers)}", "use --metric exact"
+            )
     return name
 
 
@@ -163,12 +178,16 @@ def same_answer(answer: str, unpruned: str) -> bool:
 
 
 def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
-    """KL(p || q) = sum p (log p - log q) in nats, with p and q the softmax of the unpruned and the pruned logits, both (n_vocab,).
+    """KL(p || q) = sum p (log p - log q) in nats, with p and q the softmax of the unpruned and the pruned logits, both
+    (n_vocab,).
 
-    Kullback and Leibler (1951). Logits must be finite. 0 for the same distribution; float64 inside, so that logits equal to the bit give exactly 0.
+    Kullback and Leibler (1951). Logits must be finite. 0 for the same distribution; float64 inside, so that logits
+    equal to the bit give exactly 0.
     """
     log_p, log_q = _log_softmax(unpruned), _log_softmax(pruned)
-    return float(np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q))))  # rounding may leave -1e-17; not-a-number stays
+    return float(
+        np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q)))
+    )  # rounding may leave -1e-17; not-a-number stays
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -33,8 +33,9 @@ def check(path: str) -> None:
 
 
 def save(summary: Mapping[str, Any], path: str) -> None:
-    """Draws accuracy, or agreement with the unpruned model where there are no answers, against average tokens per layer (left) and
-    against the median time to the first token (right). Configs of one method are joined by a line; the unpruned model is a dashed one.
+    """Draws accuracy, or agreement with the unpruned model where there are no answers, against average tokens per layer
+    (left) and against the median time to the first token (right). Configs of one method are joined by a line; the
+    unpruned model is a dashed one.
 
     Raises:
         EvaluationError: see `check`, or the file cannot be written.
@@ -46,7 +47,9 @@ def save(summary: Mapping[str, Any], path: str) -> None:
     for row in summary["configs"]:
         if row is not off and row[key] is not None:
             methods[row["method"]].append(row)
-    with pyplot.rc_context({"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}):
+    with pyplot.rc_context(
+        {"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    ):
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
         for axis, x, label in (
             (axes[0], "average_tokens", "image tokens per decoder layer, average"),
@@ -56,14 +59,18 @@ def save(summary: Mapping[str, Any], path: str) -> None:
             axis.set_xlabel(label)
         what = "same answer as unpruned" if summary["metric"] is None else METRIC_TITLES[summary["metric"]]
         axes[0].set_ylabel(f"{what}, %")
-        figure.suptitle(f"{summary['n_tasks']} questions, {summary['n_images']} images", x=0.01, ha="left", fontsize=10, color=_GREY)
+        figure.suptitle(
+            f"{summary['n_tasks']} questions, {summary['n_images']} images", x=0.01, ha="left", fontsize=10, color=_GREY
+        )
         if len(methods) > 1:
             handles, labels = axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
         try:
             figure.savefig(path, dpi=150, facecolor="white")
         except OSError as error:
-            raise EvaluationError(f"{path} cannot be written ({error.strerror or error})", "use another place") from error
+            raise EvaluationError(
+                f"{path} cannot be written ({error.strerror or error})", "use another place"
+            ) from error
         finally:
             pyplot.close(figure)
 
@@ -79,12 +86,21 @@ def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[s
         rows = sorted(rows, key=lambda row: row[x])
         turn, place = divmod(i, len(_COLORS))
         style = {"color": _COLORS[place], "marker": _MARKERS[place], "linestyle": _LINES[turn % len(_LINES)]}
-        axis.plot([row[x] for row in rows], [100 * row[key] for row in rows], label=method, markersize=5, linewidth=1.6, **style)
+        axis.plot(
+            [row[x] for row in rows],
+            [100 * row[key] for row in rows],
+            label=method,
+            markersize=5,
+            linewidth=1.6,
+            **style,
+        )
         if len(methods) == 1:
             for row in rows:
                 axis.annotate(row["name"], (row[x], 100 * row[key]), (6, -11), textcoords="offset points", fontsize=8)
     axis.margins(y=0.12)  # room for the names below the lowest points
-    right = max([row[x] for rows in methods.values() for row in rows] + ([off[x]] if off[x] is not None else []), default=1)
+    right = max(
+        [row[x] for rows in methods.values() for row in rows] + ([off[x]] if off[x] is not None else []), default=1
+    )
     axis.set_xlim(0, right * (1.12 if len(methods) == 1 else 1.05))
 
 
@@ -93,7 +109,9 @@ def pyplot_module() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise EvaluationError("pictures of results need matplotlib, which is not installed", "pip install 'star-edge[plot]'") from error
+        raise EvaluationError(
+            "pictures of results need matplotlib, which is not installed", "pip install 'star-edge[plot]'"
+        ) from error
     matplotlib.use("agg")
     import matplotlib.pyplot
 

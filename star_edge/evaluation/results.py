@@ -1,4 +1,6 @@
-"""The results of a run: one JSON line for each question and config, so that a run that was killed goes on where it stopped."""
+"""The results of a run: one JSON line for each question and config, so that a run that was killed goes on where it
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from ..errors import EvaluationError
-from ..json_input import parse_json
-from ..results_file import open_alone
+from ..io.json_input import parse_json
+from ..io.results_file import open_alone
 from .configs import NamedConfig
 from .tasks import Task
 
@@ -22,10 +24,11 @@ _START_AGAIN = "use --fresh to start again, or another --out"
 
 
 def fingerprint_file(path: str | os.PathLike) -> str:
-    """A hash of a file's size and of 64 pieces spread over it, head and tail included: 1 MiB is read of a model of any size.
+    """A hash of a file's size and of 64 pieces spread over it, head and tail included: 1 MiB is read of a model of any
+    size.
 
-    The time of the file does not count. The metadata is at the head; weights that differ nearly everywhere (another quantization,
-    a fine-tune) differ in the other pieces too.
+    The time of the file does not count. The metadata is at the head; weights that differ nearly everywhere (another
+    quantization, a fine-tune) differ in the other pieces too.
 
     Raises:
         EvaluationError: it cannot be read.
@@ -45,17 +48,23 @@ def fingerprint_file(path: str | os.PathLike) -> str:
 class Results:
     """Records by (task id, config name), and the file that each is appended to as it comes.
 
-    path: JSONL file, or None to keep them in memory. Its first line is a header, `header` given here: what all results must share
-    (files of the model, options). Then one record a line: task, config, fingerprints of both, and what the runner adds; the
-    last of several for one pair holds. A last line that a killed run left unfinished is cut off.
+    path: JSONL file, or None to keep them in memory. Its first line is a header, `header` given here: what all results
+    must share (files of the model, options). Then one record a line: task, config, fingerprints of both, and what the
+    runner adds; the last of several for one pair holds. A last line that a killed run left unfinished is cut off.
 
     Raises:
-        EvaluationError: the file is no results file, belongs to another model, other options, or changed questions or configs,
-            is in use by another run, or cannot be written. `fresh` starts such a file again; never one that is no results file.
+        EvaluationError: the file is no results file, belongs to another model, other options, or changed questions or
+            configs, is in use by another run, or cannot be written. `fresh` starts such a file again; never one that is
+            no results file.
     """
 
     def __init__(
-        self, path: str | None, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool = False
+        self,
+        path: str | None,
+        header: dict[str, Any],
+        tasks: Sequence[Task],
+        configs: Sequence[NamedConfig],
+        fresh: bool = False,
     ) -> None:
         self.records: dict[tuple[str, str], Record] = {}
         self._file: BinaryIO | None = None
@@ -64,10 +73,14 @@ class Results:
         try:
             self._file = open_alone(path)
         except BlockingIOError:
-            raise EvaluationError(f"{path} is in use by another run", "wait for its end, or use another --out") from None
+            raise EvaluationError(
+                f"{path} is in use by another run", "wait for its end, or use another --out"
+            ) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise EvaluationError(f"{path} cannot be written ({reason})", "use an existing folder that can be written") from error
+            raise EvaluationError(
+                f"{path} cannot be written ({reason})", "use an existing folder that can be written"
+            ) from error
         try:
             end = self._read(path, header, tasks, configs, fresh)
             self._file.truncate(end)
@@ -94,7 +107,12 @@ class Results:
 
     def add(self, task: Task, config: NamedConfig, **values: Any) -> None:
         """Keeps a record, and appends it to the file before it returns."""
-        pair = {"task": task.id, "config": config.name, "task_fingerprint": task.fingerprint, "config_fingerprint": config.fingerprint}
+        pair = {
+            "task": task.id,
+            "config": config.name,
+            "task_fingerprint": task.fingerprint,
+            "config_fingerprint": config.fingerprint,
+        }
         self.records[task.id, config.name] = {**pair, **values}
         if self._file is not None:
             self._append(self.records[task.id, config.name])
@@ -103,7 +121,9 @@ class Results:
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n")
         self._file.flush()
 
-    def _read(self, path: str, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool) -> int:
+    def _read(
+        self, path: str, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool
+    ) -> int:
         """Fills `records` and returns where the file's whole lines end; 0 for a file to begin."""
         self._file.seek(0)
         data = self._file.read()
@@ -119,14 +139,23 @@ class Results:
         if fresh:
             return 0
         _compare(path, found, {_MARK: 1, **header})
-        fingerprints = {("task", t.id): t.fingerprint for t in tasks} | {("config", c.name): c.fingerprint for c in configs}
+        fingerprints = {("task", t.id): t.fingerprint for t in tasks} | {
+            ("config", c.name): c.fingerprint for c in configs
+        }
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line)
             if not {"task", "config", "task_fingerprint", "config_fingerprint"} <= set(record):
                 raise EvaluationError(f"{path}, line {number} is no result", f"remove the line, or {_START_AGAIN}")
             for kind in ("task", "config"):
-                if fingerprints.get((kind, record[kind]), record[f"{kind}_fingerprint"]) != record[f"{kind}_fingerprint"]:
-                    what = f"question {record[kind]!r} (image, question or answer)" if kind == "task" else f"config {record[kind]!r}"
+                if (
+                    fingerprints.get((kind, record[kind]), record[f"{kind}_fingerprint"])
+                    != record[f"{kind}_fingerprint"]
+                ):
+                    what = (
+                        f"question {record[kind]!r} (image, question or answer)"
+                        if kind == "task"
+                        else f"config {record[kind]!r}"
+                    )
                     raise EvaluationError(f"{what} has changed since {path} was begun", _START_AGAIN)
             self.records[record["task"], record["config"]] = record
         return end
@@ -149,4 +178,6 @@ def _compare(path: str, found: dict[str, Any], expected: dict[str, Any]) -> None
     for key in (*expected, *found):
         if found.get(key) != expected.get(key):
             was, now = found.get(key), expected.get(key)
-            raise EvaluationError(f"{path} was made with {key} {was!r}, and now it is {now!r}", f"use the same, or {_START_AGAIN}")
+            raise EvaluationError(
+                f"{path} was made with {key} {was!r}, and now it is {now!r}", f"use the same, or {_START_AGAIN}"
+            )

@@ -1,4 +1,6 @@
-"""Asks every question with every config, and records answer, score, tokens, time and distance from the unpruned model."""
+"""Asks every question with every config, and records answer, score, tokens, time and distance from the unpruned
+model.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llama_cpp import LogitsProcessorList
 
-from ..config import PruneConfig, choose_layer
 from ..engine import Answer, StarVLM
 from ..errors import EngineError, StarEdgeError
-from ..images import load_image
+from ..io.images import load_image
+from ..pruning.config import PruneConfig, choose_layer
 from .configs import OFF, NamedConfig
 from .metrics import METRICS, kl_divergence
 from .results import Results
@@ -30,12 +32,14 @@ def run_tasks(
 ) -> None:
     """Fills `results` with what is missing. Answers are greedy.
 
-    The unpruned model and the configs have the same chances: each has read the first question once before it is timed, and who is asked when
-    is as `order` says, anew for each question. What comes before the unpruned model waits to be recorded until its logits are there. When
-    that question was answered unpruned in an earlier run, its prompt is read once more: times are compared within one pass only. An image
-    is loaded once, before the clock starts. A question or a config that fails is recorded with its error, and the run goes on.
+    The unpruned model and the configs have the same chances: each has read the first question once before it is timed,
+    and who is asked when is as `order` says, anew for each question. What comes before the unpruned model waits to be
+    recorded until its logits are there. When that question was answered unpruned in an earlier run, its prompt is read
+    once more: times are compared within one pass only. An image is loaded once, before the clock starts. A question or
+        a config that fails is recorded with its error, and the run goes on.
 
-    metric: name in `metrics.METRICS`, or None without answers. progress: called with the number of (question, config) pairs done.
+    metric: name in `metrics.METRICS`, or None without answers. progress: called with the number of (question, config)
+        pairs done.
 
     Raises:
         ConfigError: a config names a layer that the model does not have.
@@ -73,7 +77,9 @@ def run_tasks(
 
 
 def order(n_sides: int, repeat: int) -> list[int]:
-    """Which side is asked when in a repeat: each begins in turn, and every other repeat goes backwards, so that none always follows the same one."""
+    """Which side is asked when in a repeat: each begins in turn, and every other repeat goes backwards, so that none
+    always follows the same one.
+    """
     step = -1 if repeat % 2 else 1
     return [(repeat + step * i) % n_sides for i in range(n_sides)]
 
@@ -82,13 +88,22 @@ class _Pass:
     """One question, and the unpruned model's first logits and time for it once it was asked."""
 
     def __init__(
-        self, vlm: StarVLM, task: Task, prompt: str, pictures: list[np.ndarray], results: Results, metric: str | None, max_tokens: int
+        self,
+        vlm: StarVLM,
+        task: Task,
+        prompt: str,
+        pictures: list[np.ndarray],
+        results: Results,
+        metric: str | None,
+        max_tokens: int,
     ) -> None:
         self.vlm, self.task, self.prompt, self.pictures, self.results = vlm, task, prompt, pictures, results
         self.metric, self.max_tokens = metric, max_tokens
         self.logits: np.ndarray | None = None
         self.milliseconds: float | None = None
-        self._before: list[tuple[NamedConfig, Answer, np.ndarray]] | None = []  # answers that wait for the unpruned model's logits
+        self._before: (
+            list[tuple[NamedConfig, Answer, np.ndarray]] | None
+        ) = []  # answers that wait for the unpruned model's logits
 
     def read_unpruned(self) -> None:
         read = _try_to_read(self.vlm, self.prompt, self.pictures, None)
@@ -121,16 +136,25 @@ class _Pass:
         report = answer.report
         score = METRICS[self.metric](answer.text, self.task.answers) if self.metric and self.task.answers else None
         self.results.add(
-            self.task, config, answer=answer.text, finish_reason=answer.finish_reason, score=score, image_tokens=report.n_image_tokens,
-            average_tokens=report.average_tokens, first_token_ms=report.milliseconds["first_token"],
-            unpruned_first_token_ms=self.milliseconds, kl=None if self.logits is None else kl_divergence(self.logits, logits), notes=report.notes,
-        )  # fmt: skip
+            self.task,
+            config,
+            answer=answer.text,
+            finish_reason=answer.finish_reason,
+            score=score,
+            image_tokens=report.n_image_tokens,
+            average_tokens=report.average_tokens,
+            first_token_ms=report.milliseconds["first_token"],
+            unpruned_first_token_ms=self.milliseconds,
+            kl=None if self.logits is None else kl_divergence(self.logits, logits),
+            notes=report.notes,
+        )
 
 
 def _generate(
     vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None, max_tokens: int
 ) -> tuple[Answer, np.ndarray]:
-    """The greedy answer, and the logits of its first token, (n_vocab,) float32: what the first sampler of the chain sees.
+    """The greedy answer, and the logits of its first token, (n_vocab,) float32: what the first sampler of the chain
+    sees.
 
     Raises:
         EngineError: logits that are no numbers, of which neither an answer nor a divergence would mean anything.
@@ -148,7 +172,9 @@ def _generate(
     return answer, first[0]
 
 
-def _try_to_read(vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None) -> tuple[np.ndarray, float] | None:
+def _try_to_read(
+    vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None
+) -> tuple[np.ndarray, float] | None:
     """First logits and milliseconds to them, or None where the prompt cannot be read (`_Pass.ask` records why)."""
     try:
         state, report = vlm.read_prompt(prompt, pictures, prune)

@@ -13,8 +13,9 @@ RESAMPLES = 5000
 def mcnemar_p(n_lost: int, n_gained: int) -> float:
     """Two-sided exact McNemar test: probability of a split at least as uneven, were lost and gained equally likely.
 
-    n_lost: questions that only the first config answers rightly, n_gained: only the second. Questions on which both are right or
-    both are wrong do not count. With n = n_lost + n_gained and k the smaller one, p = min(1, 2 sum_{i <= k} C(n, i) / 2^n).
+    n_lost: questions that only the first config answers rightly, n_gained: only the second. Questions on which both are
+    right or both are wrong do not count. With n = n_lost + n_gained and k the smaller one, p = min(1, 2 sum_{i <= k}
+    C(n, i) / 2^n).
 
     McNemar (1947), Psychometrika 12:153; exact form: Agresti, Categorical Data Analysis, 10.1.4.
     """
@@ -26,13 +27,17 @@ def mcnemar_p(n_lost: int, n_gained: int) -> float:
     return min(1.0, float(Fraction(2 * total, 2**n)))
 
 
-def mean_interval(values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0, level: float = 0.95) -> tuple[float, float] | None:
-    """Percentile interval of the mean of `values` from a bootstrap of whole clusters, or None with less than two clusters.
+def mean_interval(
+    values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Percentile interval of the mean of `values` from a bootstrap of whole clusters, or None with less than two
+    clusters.
 
-    values: (n,) paired differences, one for each question. clusters: what each belongs to, such as its image: questions about one
-    image are right or wrong together, and resampling them singly would make the interval too narrow.
+    values: (n,) paired differences, one for each question. clusters: what each belongs to, such as its image: questions
+    about one image are right or wrong together, and resampling them singly would make the interval too narrow.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13; clusters: Field and Welsh (2007), J. R. Stat. Soc. B 69:369.
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13; clusters: Field and Welsh (2007), J. R. Stat.
+    Soc. B 69:369.
     """
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     n_clusters = len(index)
@@ -53,6 +58,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[Hashable], seed: i
 def sign_counts(first: Sequence[float], second: Sequence[float]) -> tuple[int, int]:
     """(lost, gained): questions on which the second scores lower, and higher, than the first, for `mcnemar_p`.
 
-    With scores of 0 and 1 these are McNemar's counts; with graded ones (VQA) the test becomes the sign test, of which McNemar's is a case.
+    With scores of 0 and 1 these are McNemar's counts; with graded ones (VQA) the test becomes the sign test, of which
+    McNemar's is a case.
     """
     return sum(b < a for a, b in zip(first, second)), sum(b > a for a, b in zip(first, second))

@@ -22,15 +22,19 @@ METRIC_TITLES = {"exact": "exact match", "vqa": "VQA accuracy", "pope": "POPE ac
 def summarise(
     tasks: Sequence[Task], configs: Sequence[NamedConfig], records: Mapping[tuple[str, str], Record], metric: str | None
 ) -> dict[str, Any]:
-    """Plain values for each config, over the questions that it answered. Shares are in 0..1, and None is what cannot be said.
+    """Plain values for each config, over the questions that it answered. Shares are in 0..1, and None is what cannot be
+    said.
 
-    n, n_errors: questions answered, and failed. n_scored: those with a true answer, over which accuracy and accuracy_by_category
-    are mean scores.
+    n, n_errors: questions answered, and failed. n_scored: those with a true answer, over which accuracy and
+    accuracy_by_category are mean scores.
     The rest is over questions that the unpruned model answered too:
-    relative_accuracy: mean score over the unpruned model's. difference: the one less the other, interval: its 95% bootstrap interval
-    over images, mcnemar_p: see `statistics`. agreement: share of answers that are the unpruned model's. kl: mean KL divergence of
+    relative_accuracy: mean score over the unpruned model's. difference: the one less the other, interval: its 95%
+        bootstrap interval
+    over images, mcnemar_p: see `statistics`. agreement: share of answers that are the unpruned model's. kl: mean KL
+        divergence of
     the first token in nats. average_tokens: image tokens for each decoder layer, the mean. first_token_ms: median.
-    speed_up: median over questions of the unpruned first-token time over the config's, both from one pass over the question.
+    speed_up: median over questions of the unpruned first-token time over the config's, both from one pass over the
+        question.
     pope: see `metrics.pope_scores`. notes: what the engine said, with the number of questions.
     """
     rows = [_summarise(tasks, config, records, metric) for config in configs]
@@ -45,7 +49,9 @@ def summarise(
     }
 
 
-def _summarise(tasks: Sequence[Task], config: NamedConfig, records: Mapping[tuple[str, str], Record], metric: str | None) -> dict[str, Any]:
+def _summarise(
+    tasks: Sequence[Task], config: NamedConfig, records: Mapping[tuple[str, str], Record], metric: str | None
+) -> dict[str, Any]:
     mine = [(t, records[t.id, config.name]) for t in tasks if (t.id, config.name) in records]
     answered = [(t, r) for t, r in mine if "error" not in r]
     scored = [(t, r) for t, r in answered if r["score"] is not None]
@@ -71,7 +77,9 @@ def _summarise(tasks: Sequence[Task], config: NamedConfig, records: Mapping[tupl
         "kl": _mean(r["kl"] for _, r in answered if r["kl"] is not None),
         "average_tokens": _mean(r["average_tokens"] for _, r in answered),
         "first_token_ms": _median(r["first_token_ms"] for _, r in answered),
-        "speed_up": _median(r["unpruned_first_token_ms"] / r["first_token_ms"] for _, r in answered if r["unpruned_first_token_ms"]),
+        "speed_up": _median(
+            r["unpruned_first_token_ms"] / r["first_token_ms"] for _, r in answered if r["unpruned_first_token_ms"]
+        ),
         "difference": None,
         "interval": None,
         "mcnemar_p": None,
@@ -109,7 +117,13 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     if summary["metric"] is not None:
         categories = list(dict.fromkeys(c for row in rows for c in row["accuracy_by_category"]))
         table = _table(
-            f"{METRIC_TITLES[summary['metric']]} in %: {title}", "config", "n", *categories, "all", "95% interval of difference", "p"
+            f"{METRIC_TITLES[summary['metric']]} in %: {title}",
+            "config",
+            "n",
+            *categories,
+            "all",
+            "95% interval of difference",
+            "p",
         )
         for row in rows:
             interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
@@ -122,18 +136,34 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         for row in rows:
             figures = row["pope"] or {}
             table.add_row(
-                escape(row["name"]), *(_percent(figures.get(key)) for key in ("accuracy", "precision", "recall", "f1", "yes_ratio"))
+                escape(row["name"]),
+                *(_percent(figures.get(key)) for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")),
             )
         result.append(table)
     table = _table(
         f"Beside the unpruned model: {title}",
-        *("config", "tokens per layer", "relative accuracy, %", "same answer, %", "KL, nats", "first token, ms", "speed-up", "errors"),
+        *(
+            "config",
+            "tokens per layer",
+            "relative accuracy, %",
+            "same answer, %",
+            "KL, nats",
+            "first token, ms",
+            "speed-up",
+            "errors",
+        ),
     )
     for row in rows:
         table.add_row(
-            escape(row["name"]), _number(row["average_tokens"], ".1f"), _percent(row["relative_accuracy"]), _percent(row["agreement"]),
-            _number(row["kl"], ".3f"), _number(row["first_token_ms"], ".1f"), _number(row["speed_up"], ".2f"), str(row["n_errors"] or ""),
-        )  # fmt: skip
+            escape(row["name"]),
+            _number(row["average_tokens"], ".1f"),
+            _percent(row["relative_accuracy"]),
+            _percent(row["agreement"]),
+            _number(row["kl"], ".3f"),
+            _number(row["first_token_ms"], ".1f"),
+            _number(row["speed_up"], ".2f"),
+            str(row["n_errors"] or ""),
+        )
     result.append(table)
     return result
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..json_input import parse_json, read_lines
+from ..io.json_input import parse_json, read_lines
 
 FORMAT = '{"image": "a.jpg", "question": "what is this?", "answer": "a cat"}'
 
-# The first name that a line has is taken. POPE: text, label. LLaVA: question_id, text. VQA and TextVQA: question_id, answers.
+# The first name that a line has is taken. POPE: text, label. LLaVA: question_id, text. VQA and TextVQA: question_id,
+# answers.
 _NAMES = {
     "id": ("id", "question_id"),
     "image": ("image", "images"),
@@ -31,8 +32,9 @@ _NAMES = {
 class Task:
     """One question.
 
-    id: unique in its file. images: paths or URLs that `images.load_image` reads. answers: the true one, all that people gave
-    (VQA has ten), or none. category: for a breakdown, or None. fingerprint: changes with images (by name), question and answers.
+    id: unique in its file. images: paths or URLs that `images.load_image` reads. answers: the true one, all that people
+    gave (VQA has ten), or none. category: for a breakdown, or None. fingerprint: changes with images (by name),
+        question and answers.
     """
 
     id: str
@@ -46,9 +48,10 @@ class Task:
 def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Task]:
     """Reads one JSON object for each line; empty lines are skipped.
 
-    Fields: image (path, data: or http(s): URL, or a list of them), question, and as far as known answer (a string, or a list of
-    what people answered), category and id (default: the number of the line). Other names of the same: question_id; images; prompt,
-    text; answers, label; family. Paths are relative to image_root, by default the folder of the file.
+    Fields: image (path, data: or http(s): URL, or a list of them), question, and as far as known answer (a string, or a
+        list of
+    what people answered), category and id (default: the number of the line). Other names of the same: question_id;
+    images; prompt, text; answers, label; family. Paths are relative to image_root, by default the folder of the file.
 
     Raises:
         EvaluationError: names the file and the line.
@@ -56,11 +59,15 @@ def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = N
     name = os.fspath(path)
     folder = Path(image_root) if image_root is not None else Path(path).parent
     if image_root is not None and not folder.is_dir():
-        raise EvaluationError(f"the image root {folder} is no folder", "give the folder that image paths are relative to")
+        raise EvaluationError(
+            f"the image root {folder} is no folder", "give the folder that image paths are relative to"
+        )
     try:
         lines = list(read_lines(path))
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{name} is no text in UTF-8", f"write one JSON object for each line: {FORMAT}") from error
+        raise EvaluationError(
+            f"{name} is no text in UTF-8", f"write one JSON object for each line: {FORMAT}"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a line without end, or a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"{name} cannot be read ({reason})", "check the path of the questions") from error
@@ -69,7 +76,8 @@ def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = N
         task = _parse_line(line, f"{name}, line {number}", str(number), folder)
         if task.id in line_of_id:
             raise EvaluationError(
-                f"{name}: lines {line_of_id[task.id]} and {number} have the same id {task.id!r}", "make ids unique, or leave them out"
+                f"{name}: lines {line_of_id[task.id]} and {number} have the same id {task.id!r}",
+                "make ids unique, or leave them out",
             )
         line_of_id[task.id] = number
         tasks.append(task)
@@ -93,7 +101,9 @@ def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
     except ValueError as error:
         raise EvaluationError(f"{where} is no JSON ({error})", f"write one object for each line: {FORMAT}") from error
     if not isinstance(data, dict):
-        raise EvaluationError(f"{where} is a {type(data).__name__}, no object", f"write one object for each line: {FORMAT}")
+        raise EvaluationError(
+            f"{where} is a {type(data).__name__}, no object", f"write one object for each line: {FORMAT}"
+        )
     fields = {field: next((data[n] for n in names if data.get(n) is not None), None) for field, names in _NAMES.items()}
     images = fields["image"] if isinstance(fields["image"], list) else [fields["image"]]
     if not images or not all(isinstance(image, str) and image for image in images):
@@ -101,7 +111,9 @@ def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
     question = fields["question"]
     if not isinstance(question, str) or not question.strip():
         raise EvaluationError(f"{where} has no question", 'add "question" as a string')
-    answers = [_answer_text(a, where) for a in (fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]])]
+    answers = [
+        _answer_text(a, where) for a in (fields["answer"] if isinstance(fields["answer"], list) else [fields["answer"]])
+    ]
     answers = [a for a in answers if a]
     task_id = fields["id"] if fields["id"] is not None else default_id
     if not isinstance(task_id, (str, int)):
@@ -128,7 +140,9 @@ def _answer_text(answer: Any, where: str) -> str:
         return "yes" if answer else "no"
     if isinstance(answer, (str, int, float)):
         return str(answer).strip()
-    raise EvaluationError(f"{where} has an answer that is a {type(answer).__name__}", "use a string, or a list of strings")
+    raise EvaluationError(
+        f"{where} has an answer that is a {type(answer).__name__}", "use a string, or a list of strings"
+    )
 
 
 def _locate(image: str, folder: Path) -> str:

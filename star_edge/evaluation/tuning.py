@@ -1,8 +1,8 @@
 """The cheapest config that keeps a stated share of the unpruned model's accuracy, on the user's own questions.
 
-Candidates are ordered by average tokens. Accuracy falls along them but for noise, so the search halves the range each time and each
-question is asked of about log2(candidates) configs. The choice is made on one part of the questions and reported on the other:
-the best of several looks better than it is on the questions that it was chosen by.
+Candidates are ordered by average tokens. Accuracy falls along them but for noise, so the search halves the range each
+time and each question is asked of about log2(candidates) configs. The choice is made on one part of the questions and
+reported on the other: the best of several looks better than it is on the questions that it was chosen by.
 """
 
 from __future__ import annotations
@@ -11,20 +11,36 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import PruneConfig
+from ..pruning.config import PruneConfig
 from .configs import OFF, NamedConfig
 from .results import Record
 from .summary import summarise
 from .tasks import Task
 
-BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.32, 0.25, 0.2, 0.16, 0.125, 0.1, 0.08, 0.0625, 0.05)  # average tokens over the image's tokens
+BUDGETS = (
+    0.9,
+    0.75,
+    0.6,
+    0.5,
+    0.4,
+    0.32,
+    0.25,
+    0.2,
+    0.16,
+    0.125,
+    0.1,
+    0.08,
+    0.0625,
+    0.05,
+)  # average tokens over the image's tokens
 HELD_OUT = 1 / 3
 LEAST_HELD_OUT = 20  # questions: fewer say too little to be kept from the choice
 
 
 def candidates() -> list[list[NamedConfig]]:
-    """Two families, each from expensive to cheap: "both" prunes at both stages, with twice as many tokens before layer K as from it on;
-    "vision" only after the encoder. With K at a third of the layers both have `budget` times the image's tokens for each layer.
+    """Two families, each from expensive to cheap: "both" prunes at both stages, with twice as many tokens before layer
+    K as from it on; "vision" only after the encoder. With K at a third of the layers both have `budget` times the
+    image's tokens for each layer.
     """
     both, vision = [], []
     for budget in BUDGETS:
@@ -47,13 +63,18 @@ def split(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
 
 
 def retained(row: Mapping[str, Any], metric: str | None) -> float:
-    """Accuracy over the unpruned model's, in 0..; without answers, the share of answers that are the unpruned model's."""
+    """Accuracy over the unpruned model's, in 0..; without answers, the share of answers that are the unpruned
+    model's.
+    """
     value = row["relative_accuracy"] if metric is not None else row["agreement"]
     return 0.0 if value is None else value
 
 
 def tune(
-    ask: Callable[[Sequence[NamedConfig]], Mapping[tuple[str, str], Record]], tasks: Sequence[Task], metric: str | None, keep: float
+    ask: Callable[[Sequence[NamedConfig]], Mapping[tuple[str, str], Record]],
+    tasks: Sequence[Task],
+    metric: str | None,
+    keep: float,
 ) -> tuple[NamedConfig, list[dict[str, Any]]]:
     """The cheapest candidate that keeps `keep` (in 0..1), OFF if none does, and a summary row for each that was asked.
 
@@ -63,7 +84,10 @@ def tune(
     passed: list[NamedConfig] = []
     cheapest = 0
     for family in candidates():
-        low, high = cheapest, len(family)  # family[:low] keeps enough or is not cheaper than what does; family[high:] does not
+        low, high = (
+            cheapest,
+            len(family),
+        )  # family[:low] keeps enough or is not cheaper than what does; family[high:] does not
         while low < high:
             middle = (low + high) // 2
             config = family[middle]

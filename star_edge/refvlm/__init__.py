@@ -1,14 +1,14 @@
 """The reference model: a small LLaVA-type vision-language model that ships with the package.
 
-5.8 million parameters, trained from scratch for this project on rendered scenes of coloured shapes, digits and number plates
-(168 x 168 pixels, 144 image tokens, 6 decoder layers). It answers six families of questions and nothing
+5.8 million parameters, trained from scratch for this project on rendered scenes of coloured shapes, digits and number
+plates (168 x 168 pixels, 144 image tokens, 6 decoder layers). It answers six families of questions and nothing
 else:
 
     is there a COLOR SHAPE?    what color is the DIGIT|SHAPE?    what digit is COLOR?
     what number is shown?      how many SHAPES?                  where is the DIGIT|SHAPE?
 
-It was trained in the token layout that stock llama.cpp computes for CLIP encoders (CLS last, image token j is encoder row
-j + 1), so it is right as it is on stock.
+It was trained in the token layout that stock llama.cpp computes for CLIP encoders (CLS last, image token j is encoder
+row j + 1), so it is right as it is on stock.
 """
 
 from __future__ import annotations

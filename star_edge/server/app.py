@@ -12,10 +12,10 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from ..config import PruneConfig, resolve_prune
 from ..engine import KV_TYPES, _physical_cores
 from ..errors import ConfigError, EngineError, ModelFileError
-from ..gguf_check import read_text_model
+from ..llamacpp.gguf_check import read_text_model
+from ..pruning.config import PruneConfig, resolve_prune
 from .bodies import Bodies
 from .guard import Guard
 from .jobs import Engine, Handler, Pictures
@@ -46,7 +46,8 @@ def make_app(
     alias: name of the model for clients. prune: config of requests that name none. The rest as for StarVLM.
 
     Raises:
-        ConfigError: an option that cannot be used. ModelFileError, ModelMismatchError, UnsupportedModelError: nor the files.
+        ConfigError: an option that cannot be used. ModelFileError, ModelMismatchError, UnsupportedModelError: nor the
+            files.
         EngineError: llama.cpp could not create a context.
     """
     default = resolve_prune(prune)
@@ -56,18 +57,38 @@ def make_app(
     path = read_text_model(model).path
     pictures = Pictures(policy.image_limits)
     handler = Handler(
-        mmproj, verbose=verbose, use_gpu=n_gpu_layers != 0, prune=default, encoder=encoder, chat_template=chat_template, image_loader=pictures
+        mmproj,
+        verbose=verbose,
+        use_gpu=n_gpu_layers != 0,
+        prune=default,
+        encoder=encoder,
+        chat_template=chat_template,
+        image_loader=pictures,
     )
     n_threads = n_threads or _physical_cores()
     try:
         llama = Llama(
-            str(path), n_ctx=n_ctx, n_batch=2048, n_ubatch=n_ubatch, n_gpu_layers=n_gpu_layers, flash_attn=flash_attn, type_k=KV_TYPES[type_k],
-            type_v=KV_TYPES[type_v], n_threads=n_threads, n_threads_batch=n_threads, chat_handler=handler, verbose=verbose,
-        )  # fmt: skip
+            str(path),
+            n_ctx=n_ctx,
+            n_batch=2048,
+            n_ubatch=n_ubatch,
+            n_gpu_layers=n_gpu_layers,
+            flash_attn=flash_attn,
+            type_k=KV_TYPES[type_k],
+            type_v=KV_TYPES[type_v],
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            chat_handler=handler,
+            verbose=verbose,
+        )
     except ValueError as error:
         if "context" in str(error):
-            raise EngineError(f"llama.cpp could not create a context of {n_ctx} tokens", "lower -c, or quantize the KV cache") from error
-        raise ModelFileError(f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model") from error
+            raise EngineError(
+                f"llama.cpp could not create a context of {n_ctx} tokens", "lower -c, or quantize the KV cache"
+            ) from error
+        raise ModelFileError(
+            f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model"
+        ) from error
     try:
         handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
         handler.check_template()
@@ -80,7 +101,9 @@ def make_app(
     posts = {route.path for route in routes if "POST" in route.methods}
     middleware = [Middleware(Guard, policy=policy, on_post=engine.metrics.request, paths=posts, bodies=bodies)]
     if policy.cors_origins:
-        cors = Middleware(CORSMiddleware, allow_origins=list(policy.cors_origins), allow_methods=["*"], allow_headers=["*"])
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(policy.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
         middleware.insert(0, cors)  # outermost: a browser asks first, without a key
 
     @contextlib.asynccontextmanager
@@ -98,8 +121,15 @@ def make_app(
 
 
 def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int | None) -> None:
-    """Raises ConfigError for what llama.cpp would abort on, or take for something else. The options are those of `star-edge serve`."""
-    for option, value, least in (("-c", n_ctx, 0), ("-ub", n_ubatch, 1), ("-ngl", n_gpu_layers, -1), ("-t", 1 if n_threads is None else n_threads, 1)):
+    """Raises ConfigError for what llama.cpp would abort on, or take for something else. The options are those of
+    `star-edge serve`.
+    """
+    for option, value, least in (
+        ("-c", n_ctx, 0),
+        ("-ub", n_ubatch, 1),
+        ("-ngl", n_gpu_layers, -1),
+        ("-t", 1 if n_threads is None else n_threads, 1),
+    ):
         if not least <= value < 2**31 or option == "-c" and value == 1:
             least = 2 if option == "-c" else least
             raise ConfigError(f"{option} {value} cannot be used", f"use a number of {least} or more, or leave it out")

@@ -1,6 +1,7 @@
 """Request bodies as they arrive: one bound for the memory of all that are held, and for the time of each.
 
-A body is held from its first byte until its request needs it no more. Knows neither HTTP's headers nor what bodies mean.
+A body is held from its first byte until its request needs it no more. Knows neither HTTP's headers nor what bodies
+mean.
 """
 
 from __future__ import annotations
@@ -85,9 +86,11 @@ class Body:
 class Bodies:
     """All bodies of a server.
 
-    max_bytes: of one body. max_held: of all together. seconds: how long one may take to arrive. max_arriving: how many may arrive at once.
+    max_bytes: of one body. max_held: of all together. seconds: how long one may take to arrive. max_arriving: how many
+        may arrive at once.
 
-    Where there is no room, the body that began to arrive first is given up, so that clients who send slowly cannot keep others out.
+    Where there is no room, the body that began to arrive first is given up, so that clients who send slowly cannot keep
+    others out.
     n_held: bytes that are held. arriving: bodies that are not whole yet, in order of their beginning.
     """
 

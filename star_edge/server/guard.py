@@ -48,7 +48,9 @@ class Guard:
     n_waiting: requests that are here whole and not answered yet.
     """
 
-    def __init__(self, app: Any, policy: Policy, on_post: Callable[[str, int], None], paths: set[str], bodies: Bodies) -> None:
+    def __init__(
+        self, app: Any, policy: Policy, on_post: Callable[[str, int], None], paths: set[str], bodies: Bodies
+    ) -> None:
         self.app, self.policy, self.on_post, self.paths = app, policy, on_post, paths
         self.bodies = bodies
         self.n_waiting = 0
@@ -115,18 +117,25 @@ class Guard:
         headers = dict(scope["headers"])  # of a repeated header the last, here and for all that is checked
         host = headers.get(b"host", b"").decode("latin-1")
         if self.policy.is_local and _name(host) not in self._names:
-            # A foreign site whose name was pointed at this machine would otherwise be the same origin as the server for a browser.
+            # A foreign site whose name was pointed at this machine would otherwise be the same origin as the server for
+            # a browser.
             raise Refusal(403, f"this server is localhost, not {host[:100]!r}: use its own address", "wrong_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower():
             if not {"*", origin.lower()} & set(self.policy.cors_origins):
-                raise Refusal(403, f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin", "wrong_origin")
+                raise Refusal(
+                    403,
+                    f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin",
+                    "wrong_origin",
+                )
         path = scope["path"]
         if self.policy.api_key is None or path in ("/", "/health") or path.startswith("/page/"):
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.policy.api_key.encode()):
-            raise Refusal(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "invalid_api_key")
+            raise Refusal(
+                401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "invalid_api_key"
+            )
 
 
 def _name(host: str) -> str:
@@ -151,6 +160,8 @@ async def _answer(send: Send, refusal: Refusal) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += {401: [(b"www-authenticate", b"Bearer")], 503: [(b"retry-after", b"1")]}.get(refusal.status, [])
     if refusal.status == 408:
-        headers.append((b"connection", b"close"))  # of others the rest is read and dropped: a reset could overtake the answer
+        headers.append(
+            (b"connection", b"close")
+        )  # of others the rest is read and dropped: a reset could overtake the answer
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

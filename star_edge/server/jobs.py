@@ -1,4 +1,6 @@
-"""Chat completions as jobs: each waits for its turn at the one Llama, runs in threads, and can be stopped from outside."""
+"""Chat completions as jobs: each waits for its turn at the one Llama, runs in threads, and can be stopped from
+outside.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,36 @@ import numpy as np
 from llama_cpp import Llama
 
 from ..chat_handler import StarChatHandler
-from ..config import PruneConfig
 from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancelledError
-from ..images import ImageLimits, load_image
+from ..io.images import ImageLimits, load_image
+from ..pruning.config import PruneConfig
 from ..report import PruneReport
 from .metrics import Metrics
 from .schema import ChatRequest
 
 # Fields of a request that are Llama.create_chat_completion's under the same name
 _TO_LLAMA = {
-    "functions", "function_call", "tools", "tool_choice", "temperature", "top_p", "top_k", "min_p", "stream", "stop", "seed", "response_format",
-    "presence_penalty", "frequency_penalty", "repeat_penalty", "mirostat_mode", "mirostat_tau", "mirostat_eta", "logprobs", "top_logprobs",
-}  # fmt: skip
+    "functions",
+    "function_call",
+    "tools",
+    "tool_choice",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stream",
+    "stop",
+    "seed",
+    "response_format",
+    "presence_penalty",
+    "frequency_penalty",
+    "repeat_penalty",
+    "mirostat_mode",
+    "mirostat_tau",
+    "mirostat_eta",
+    "logprobs",
+    "top_logprobs",
+}
 _MAX_BIASES = 4096
 
 
@@ -51,7 +71,9 @@ class Pictures:
 
 
 class Handler(StarChatHandler):
-    """n_prompt: tokens of the last prompt that was read, before pruning, as `usage` counts them: the chunks of a stream do not say."""
+    """n_prompt: tokens of the last prompt that was read, before pruning, as `usage` counts them: the chunks of a stream
+    do not say.
+    """
 
     n_prompt = 0
 
@@ -61,7 +83,9 @@ class Handler(StarChatHandler):
 
 
 class Engine:
-    """The Llama, for jobs. waiting: jobs whose turn has not come. answering: jobs that have the Llama, 0 or 1, until they let go of it."""
+    """The Llama, for jobs. waiting: jobs whose turn has not come. answering: jobs that have the Llama, 0 or 1, until
+    they let go of it.
+    """
 
     def __init__(self, llama: Llama, handler: Handler, pictures: Pictures, model: str) -> None:
         self.llama, self.handler, self.pictures, self.model = llama, handler, pictures, model
@@ -107,7 +131,8 @@ class Job:
         self._is_waiting = False
         self._error: Exception | None = None
         self._n_chunks = 0
-        # Without a bound: the engine never waits for a client that reads slowly, and an answer is never longer than the context.
+        # Without a bound: the engine never waits for a client that reads slowly, and an answer is never longer than the
+        # context.
         self._send, self._receive = anyio.create_memory_object_stream(math.inf)
         engine.jobs.add(self)
 
@@ -219,7 +244,9 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
         ConfigError: a name that is no token, or more than can be looked at in a moment.
     """
     if sum(len(name) for name in body.logit_bias) > 8 * _MAX_BIASES or len(body.logit_bias) > _MAX_BIASES:
-        raise ConfigError(f"logit_bias has {len(body.logit_bias)} entries or long ones", f"send at most {_MAX_BIASES} short ones")
+        raise ConfigError(
+            f"logit_bias has {len(body.logit_bias)} entries or long ones", f"send at most {_MAX_BIASES} short ones"
+        )
     biases: dict[int, float] = {}
     for name, bias in body.logit_bias.items():
         if body.logit_bias_type == "tokens":

@@ -1,7 +1,8 @@
-"""The messages and tools of a request, as OpenAI's clients send them: checked field by field, and their images taken out.
+"""The messages and tools of a request, as OpenAI's clients send them: checked field by field, and their images taken
+out.
 
-What is unambiguous is put into OpenAI's form; anything else is refused, and the error names the place. What a chat template makes of a
-role or of a list is the handler's affair. Knows neither models nor pixels.
+What is unambiguous is put into OpenAI's form; anything else is refused, and the error names the place. What a chat
+template makes of a role or of a list is the handler's affair. Knows neither models nor pixels.
 """
 
 from __future__ import annotations
@@ -12,10 +13,24 @@ from typing import Any
 
 from ..errors import PromptError
 
-_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "reasoning_content", "annotations"}
+_KEYS = {
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "refusal",
+    "reasoning_content",
+    "annotations",
+}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _WITHOUT_EFFECT = {"cache_control", "annotations"}  # of a part: hints, and what an answer came with
-_IMAGES = {"image_url": ("image_url",), "input_image": ("image_url",), "image": ("url", "image", "image_url", "source")}  # where a part of a type has it
+_IMAGES = {
+    "image_url": ("image_url",),
+    "input_image": ("image_url",),
+    "image": ("url", "image", "image_url", "source"),
+}  # where a part of a type has it
 
 
 class FieldError(PromptError):
@@ -32,7 +47,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The messages in one form, and the URLs of their images in order: in place of each URL stands `image_name` of its number.
+    """The messages in one form, and the URLs of their images in order: in place of each URL stands `image_name` of its
+    number.
 
     Nulls are left out, but for the content of an assistant.
 
@@ -44,7 +60,11 @@ def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[
     urls: list[str] = []
     n_parts = len(messages) + sum(len(m["content"]) for m in messages if isinstance(m.get("content"), list))
     if n_parts > max_parts:
-        raise FieldError("messages", f"{n_parts} messages and parts are more than the context has tokens", f"send at most {max_parts}")
+        raise FieldError(
+            "messages",
+            f"{n_parts} messages and parts are more than the context has tokens",
+            f"send at most {max_parts}",
+        )
     return [_message(message, f"messages.{i}", urls) for i, message in enumerate(messages)], urls
 
 
@@ -56,7 +76,11 @@ def _message(message: dict[str, Any], at: str, urls: list[str]) -> dict[str, Any
     message = {name: value for name, value in message.items() if value is not None}
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise FieldError(f"{at}.role", "missing" if role is None else f"{str(role)[:60]!r} is no role", f"use one of {', '.join(_ROLES)}")
+        raise FieldError(
+            f"{at}.role",
+            "missing" if role is None else f"{str(role)[:60]!r} is no role",
+            f"use one of {', '.join(_ROLES)}",
+        )
     for name in message:
         if name not in _KEYS:
             raise FieldError(f"{at}.{name[:60]}", "unknown field", suggestion(name, _KEYS))
@@ -106,7 +130,9 @@ def _part(part: Any, at: str, urls: list[str]) -> dict[str, Any]:
 
 
 def _url(part: dict[str, Any], kind: str, at: str) -> str:
-    """OpenAI's `{"type": "image_url", "image_url": {"url": U}}`, with U alone in its place, and what other APIs write."""
+    """OpenAI's `{"type": "image_url", "image_url": {"url": U}}`, with U alone in its place, and what other APIs
+    write.
+    """
     key = next((name for name in _IMAGES[kind] if name in part), _IMAGES[kind][0])
     image = part.pop(key, None)
     part.pop("detail", None)  # of OpenAI's encoder, which cuts pictures up or not
@@ -123,7 +149,9 @@ def _url(part: dict[str, Any], kind: str, at: str) -> str:
         _refuse_more(image, at)
         image = url
     if not isinstance(image, str):
-        raise FieldError(f"{at}.{key}", "missing" if image is None else "not a string", 'send {"url": "data:image/png;base64,..."}')
+        raise FieldError(
+            f"{at}.{key}", "missing" if image is None else "not a string", 'send {"url": "data:image/png;base64,..."}'
+        )
     return image
 
 
@@ -171,7 +199,10 @@ def read_tools(tools: list[Any]) -> list[dict[str, Any]]:
     for i, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type", "function") != "function":
             raise FieldError(f"tools.{i}", "no function", 'a tool is {"type": "function", "function": {"name": "..."}}')
-    return [{"type": "function", "function": _function(tool.get("function"), f"tools.{i}.function")} for i, tool in enumerate(tools)]
+    return [
+        {"type": "function", "function": _function(tool.get("function"), f"tools.{i}.function")}
+        for i, tool in enumerate(tools)
+    ]
 
 
 def _function(function: Any, at: str) -> dict[str, Any]:
@@ -191,9 +222,17 @@ def check_tool_choice(choice: Any, names: list[str]) -> None:
         raise FieldError("tool_choice", "there are no tools", "send tools, or leave it out")
     if choice == "required":
         return
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type", "function") == "function" else None
+    function = (
+        choice.get("function") if isinstance(choice, dict) and choice.get("type", "function") == "function" else None
+    )
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
-        raise FieldError("tool_choice", "unknown", 'use "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}')
+        raise FieldError(
+            "tool_choice",
+            "unknown",
+            'use "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}',
+        )
     if name not in names:
-        raise FieldError("tool_choice", f"{name[:60]!r} is no tool of this request", f"use one of {', '.join(names[:10])}")
+        raise FieldError(
+            "tool_choice", f"{name[:60]!r} is no tool of this request", f"use one of {', '.join(names[:10])}"
+        )

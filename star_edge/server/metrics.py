@@ -22,10 +22,15 @@ class Metrics:
         make = lambda kind, name, text, *labels, **options: kind(name, text, labels, registry=self._registry, **options)
         self._requests = make(Counter, "star_edge_requests", "POST requests by path and HTTP status", "path", "status")
         self._errors = make(Counter, "star_edge_errors", "Chat completions that failed, by error", "error")
-        self._image_tokens = make(Counter, "star_edge_image_tokens", "Image tokens before pruning and after each stage", "point")
+        self._image_tokens = make(
+            Counter, "star_edge_image_tokens", "Image tokens before pruning and after each stage", "point"
+        )
         self._generated = make(Counter, "star_edge_generated_tokens", "Tokens of answers")
         self._first_token = make(
-            Histogram, "star_edge_time_to_first_token_seconds", "From a request's arrival, its time in the queue included", buckets=_SECONDS
+            Histogram,
+            "star_edge_time_to_first_token_seconds",
+            "From a request's arrival, its time in the queue included",
+            buckets=_SECONDS,
         )
         make(Gauge, "star_edge_queue_length", "Chat completions that wait for their turn").set_function(queue_length)
 
@@ -38,7 +43,11 @@ class Metrics:
     def prompt(self, report: PruneReport, seconds_before: float) -> None:
         """A prompt was read; seconds_before: from the request's arrival to the engine's start."""
         self._first_token.observe(seconds_before + report.milliseconds["first_token"] / 1e3)
-        counts = {"before": report.n_image_tokens, "after_vision": report.n_vision_kept, "after_decoder": report.n_decoder_kept}
+        counts = {
+            "before": report.n_image_tokens,
+            "after_vision": report.n_vision_kept,
+            "after_decoder": report.n_decoder_kept,
+        }
         for point, n in counts.items():
             self._image_tokens.labels(point).inc(n)
 

@@ -14,7 +14,7 @@ import threading
 import urllib.parse
 
 from ..errors import ImageError, ImageTooLargeError
-from ..images import USER_AGENT
+from ..io.images import USER_AGENT
 
 MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
@@ -23,11 +23,30 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SPECIAL = [
     ipaddress.ip_network(network)
     for network in (
-        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24",
-        "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24",
-        "203.0.113.0/24", "224.0.0.0/3", "2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.31.196.0/24",
+        "192.52.193.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "192.175.48.0/24",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/3",
+        "2001::/23",
+        "2001:db8::/32",
+        "2002::/16",
+        "2620:4f:8000::/48",
+        "3fff::/20",
     )
-]  # fmt: skip
+]
 _GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # all that IANA has ever given out as global unicast
 _REMEDY = "check the URL, or send the image as a data: URL"
 
@@ -35,8 +54,9 @@ _REMEDY = "check the URL, or send the image as a data: URL"
 def fetch(url: str, max_bytes: int, seconds: float = 20.0) -> bytes:
     """The body at an http:// or https:// URL.
 
-    The name is resolved once for each hop, every address of it is checked, and the connection goes to a checked address, so that
-    a name that changes its address in between gains nothing. Proxies of the environment are not used: they resolve names themselves.
+    The name is resolved once for each hop, every address of it is checked, and the connection goes to a checked
+    address, so that a name that changes its address in between gains nothing. Proxies of the environment are not used:
+    they resolve names themselves.
 
     seconds: for everything together, redirects included; resolving names has the resolver's own limit.
 
@@ -53,7 +73,11 @@ def fetch(url: str, max_bytes: int, seconds: float = 20.0) -> bytes:
     except ImageError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = f"no complete answer within {seconds:g} s" if deadline.passed or isinstance(error, TimeoutError) else type(error).__name__
+        reason = (
+            f"no complete answer within {seconds:g} s"
+            if deadline.passed or isinstance(error, TimeoutError)
+            else type(error).__name__
+        )
         raise ImageError(f"{_shown(url)} cannot be fetched ({reason})", _REMEDY) from error
     finally:
         deadline.cancel()
@@ -68,13 +92,17 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip not in _GLOBAL_V6:
             return False
-    if any(ip.version == network.version and ip in network for network in _SPECIAL):  # tunnels of the past, to who knows where, among them
+    if any(
+        ip.version == network.version and ip in network for network in _SPECIAL
+    ):  # tunnels of the past, to who knows where, among them
         return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private)
 
 
 class _Deadline:
-    """Shuts the socket under way when the time is up: a server that sends a byte now and then would pass any timeout of single reads."""
+    """Shuts the socket under way when the time is up: a server that sends a byte now and then would pass any timeout of
+    single reads.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -107,14 +135,27 @@ class _Deadline:
 def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, str]:
     """The body and the URL, or None and where the answer redirects to."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or not url.isascii() or re.search(r"[\s\\]", url):
-        raise ImageError(f"{_shown(url)} is no URL that is fetched", "use http:// or https://, without a user name, percent-encoded")
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or not url.isascii()
+        or re.search(r"[\s\\]", url)
+    ):
+        raise ImageError(
+            f"{_shown(url)} is no URL that is fetched", "use http:// or https://, without a user name, percent-encoded"
+        )
     connection = http.client.HTTPConnection(parts.hostname, 0)
     try:
         connection.sock = _connect(parts, deadline)
         target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         connection.putrequest("GET", target, skip_host=True, skip_accept_encoding=True)
-        for name, value in (("Host", parts.netloc), ("User-Agent", USER_AGENT), ("Accept", "image/*"), ("Connection", "close")):
+        for name, value in (
+            ("Host", parts.netloc),
+            ("User-Agent", USER_AGENT),
+            ("Accept", "image/*"),
+            ("Connection", "close"),
+        ):
             connection.putheader(name, value)
         connection.endheaders()
         with connection.getresponse() as response:
@@ -127,7 +168,9 @@ def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, s
             while chunk := response.read1(min(_CHUNK_BYTES, max_bytes + 1 - len(data))):
                 data += chunk
                 if len(data) > max_bytes:
-                    raise ImageTooLargeError(f"{_shown(url)} is larger than the {max_bytes} bytes allowed", "send a smaller image")
+                    raise ImageTooLargeError(
+                        f"{_shown(url)} is larger than the {max_bytes} bytes allowed", "send a smaller image"
+                    )
             if response.length:  # of what Content-Length promised, also when the deadline cut it
                 raise TimeoutError if deadline.passed else http.client.IncompleteRead(b"", response.length)
             if deadline.passed:

@@ -21,8 +21,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from .. import __version__, refvlm
-from ..config import PRESETS, PruneConfig
 from ..errors import ImageError
+from ..pruning.config import PRESETS, PruneConfig
 from . import remote
 from .bodies import Bodies
 from .guard import TICKET
@@ -73,7 +73,9 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
                 del images
                 job.start()
                 results = job.results()
-                first = await anext(results)  # before the status line is sent: what is wrong with a request shows by now
+                first = await anext(
+                    results
+                )  # before the status line is sent: what is wrong with a request shows by now
         except Exception as error:
             return _failed(error, engine)
         finally:
@@ -96,7 +98,9 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         return JSONResponse(_model(engine))
 
     async def health(_: Request) -> Response:
-        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while the engine works, for whomever."""
+        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while the engine
+        works, for whomever.
+        """
         counts = {"receiving": len(bodies.arriving), "waiting": engine.waiting, "answering": engine.answering}
         return JSONResponse({"status": "ok", **counts})
 
@@ -152,7 +156,9 @@ def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exceptio
         }.get(error.status_code, error.detail)
         if error.status_code == 404 and error.detail != "Not Found":
             message = error.detail
-        body = error_body(message, "invalid_request_error", {404: "not_found", 405: "method_not_allowed"}.get(error.status_code))
+        body = error_body(
+            message, "invalid_request_error", {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        )
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     async def unforeseen(_: Request, error: Exception) -> Response:
@@ -174,7 +180,9 @@ def _failed(error: Exception, engine: Engine) -> Response:
     return error_response(error)
 
 
-async def _events(job: Job, first: dict[str, Any], results: AsyncIterator[dict[str, Any]], engine: Engine) -> AsyncIterator[dict[str, str]]:
+async def _events(
+    job: Job, first: dict[str, Any], results: AsyncIterator[dict[str, Any]], engine: Engine
+) -> AsyncIterator[dict[str, str]]:
     """The chunks as server-sent events; the status line is out, so an error is an event too."""
     finished = False
     try:
@@ -194,7 +202,8 @@ async def _events(job: Job, first: dict[str, Any], results: AsyncIterator[dict[s
 
 
 async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:
-    """What load_image makes pixels of when the turn has come: a data: URL as it is, of base64 alone too, or the bytes behind an http(s) URL.
+    """What load_image makes pixels of when the turn has come: a data: URL as it is, of base64 alone too, or the bytes
+    behind an http(s) URL.
 
     Raises:
         ImageError: any other kind of URL, or one that is not allowed.
@@ -208,6 +217,7 @@ async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:
         raise ImageError("an image is neither a data: nor an http(s) URL", "send it as data:image/png;base64,...")
     if not policy.allow_remote_images:
         raise ImageError(
-            "image URLs are not fetched by this server", "send the image as a data: URL, or start the server with --allow-remote-images"
+            "image URLs are not fetched by this server",
+            "send the image as a data: URL, or start the server with --allow-remote-images",
         )
     return await fetch(remote.fetch, url, policy.max_image_bytes)

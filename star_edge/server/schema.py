@@ -11,7 +11,6 @@ from llama_cpp.server.types import CreateChatCompletionRequest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.responses import JSONResponse
 
-from ..config import PRESETS, PruneConfig
 from ..errors import (
     ConfigError,
     ContextLengthError,
@@ -21,10 +20,13 @@ from ..errors import (
     StarEdgeError,
     UnsupportedModelError,
 )
+from ..pruning.config import PRESETS, PruneConfig
 from .messages import FieldError, check_tool_choice, read_functions, read_tools, suggestion
 
 _OF_THE_CLIENT = (ConfigError, ContextLengthError, ImageError, PromptError, UnsupportedModelError)
-_MAX_VALUES = 500_000  # JSON values of a body: each takes some 60 bytes and more when it is read, whatever it took in the body
+_MAX_VALUES = (
+    500_000  # JSON values of a body: each takes some 60 bytes and more when it is read, whatever it took in the body
+)
 _MAX_DEPTH = 100
 _MAX_STOPS = 64
 
@@ -34,8 +36,13 @@ class ReportOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kept: bool = Field(default=False, description="Add to the response's star_edge which image tokens each stage kept, and where they lie.")
-    afresh: bool = Field(default=False, description="Compute everything: use nothing that an earlier request left, and leave nothing.")
+    kept: bool = Field(
+        default=False,
+        description="Add to the response's star_edge which image tokens each stage kept, and where they lie.",
+    )
+    afresh: bool = Field(
+        default=False, description="Compute everything: use nothing that an earlier request left, and leave nothing."
+    )
 
 
 class StreamOptions(BaseModel):
@@ -48,7 +55,8 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(CreateChatCompletionRequest):
-    """llama-cpp-python's request with what OpenAI's clients send besides, and how to prune for it. Unknown fields are refused.
+    """llama-cpp-python's request with what OpenAI's clients send besides, and how to prune for it. Unknown fields are
+    refused.
 
     The parts of messages, tools and response_format are checked by `messages` and by the handler.
     """
@@ -62,8 +70,12 @@ class ChatRequest(CreateChatCompletionRequest):
     function_call: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
-    max_tokens: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="-1, like null: as many as fit the context.")
-    max_completion_tokens: int | None = Field(default=None, ge=-1, le=2**31 - 1, description="OpenAI's newer name of max_tokens.")
+    max_tokens: int | None = Field(
+        default=None, ge=-1, le=2**31 - 1, description="-1, like null: as many as fit the context."
+    )
+    max_completion_tokens: int | None = Field(
+        default=None, ge=-1, le=2**31 - 1, description="OpenAI's newer name of max_tokens."
+    )
     min_tokens: int = Field(default=0, ge=0, le=2**31 - 1)
     temperature: float = Field(default=0.8, ge=0)
     top_k: int = Field(default=40, ge=-1, le=2**31 - 1, description="-1 and 0: all tokens.")
@@ -81,7 +93,10 @@ class ChatRequest(CreateChatCompletionRequest):
     modalities: list[Literal["text"]] = ["text"]
     parallel_tool_calls: bool = True
 
-    prune: Any = Field(default=None, description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the server's.")
+    prune: Any = Field(
+        default=None,
+        description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the server's.",
+    )
     star_edge: ReportOptions = Field(default_factory=ReportOptions)
 
     @field_validator("max_tokens", "max_completion_tokens")
@@ -106,7 +121,9 @@ class ChatRequest(CreateChatCompletionRequest):
         if kind not in ("text", "json_object", "json_schema"):
             raise ValueError("its type is none of text, json_object and json_schema")
         schema = value.get("json_schema") if kind == "json_schema" else None
-        if kind == "json_schema" and (not isinstance(schema, dict) or not isinstance(schema.get("schema"), (dict, bool))):
+        if kind == "json_schema" and (
+            not isinstance(schema, dict) or not isinstance(schema.get("schema"), (dict, bool))
+        ):
             raise ValueError("json_schema has no schema")
         return value
 
@@ -159,11 +176,15 @@ def _invalid(error: ValidationError) -> FieldError:
         known = {"star_edge": ReportOptions, "stream_options": StreamOptions}[found["loc"][0]].model_fields
         return FieldError(field[:100], "unknown field", suggestion(str(found["loc"][-1]), known))
     remedies = {"n": "ask again for another answer", "messages": "send one or more"}
-    return FieldError(field[:100], cause[:1].lower() + cause[1:], remedies.get(str(found["loc"][0]), "change it, or leave it out"))
+    return FieldError(
+        field[:100], cause[:1].lower() + cause[1:], remedies.get(str(found["loc"][0]), "change it, or leave it out")
+    )
 
 
 def _parse(body: bytes | bytearray) -> dict[str, Any]:
-    """Raises PromptError for a body that is no JSON object, or whose values are not those of JSON: NaN, infinity, half a surrogate pair."""
+    """Raises PromptError for a body that is no JSON object, or whose values are not those of JSON: NaN, infinity, half
+    a surrogate pair.
+    """
     n = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if n > _MAX_VALUES:
         raise PromptError(f"the request has {n} JSON values", f"send at most {_MAX_VALUES}")
@@ -171,7 +192,9 @@ def _parse(body: bytes | bytearray) -> dict[str, Any]:
         values = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
         _check_text(values)
     except UnicodeError as error:
-        raise PromptError("the request holds characters that are no text", "send UTF-8, and surrogates in pairs") from error
+        raise PromptError(
+            "the request holds characters that are no text", "send UTF-8, and surrogates in pairs"
+        ) from error
     except RecursionError as error:
         raise PromptError("the request is nested too deeply", "send fewer lists and objects in each other") from error
     except ValueError as error:
@@ -193,7 +216,9 @@ def _finite(digits: str) -> float:
 
 
 def _check_text(value: Any, depth: int = 0) -> None:
-    """Raises UnicodeEncodeError for text with half of a surrogate pair, which JSON can write as \\ud800; RecursionError below _MAX_DEPTH."""
+    """Raises UnicodeEncodeError for text with half of a surrogate pair, which JSON can write as \\ud800; RecursionError
+    below _MAX_DEPTH.
+    """
     if depth > _MAX_DEPTH:
         raise RecursionError
     if isinstance(value, str):
@@ -209,7 +234,8 @@ def _check_text(value: Any, depth: int = 0) -> None:
 
 
 def parse_prune(value: Any) -> PruneConfig | None:
-    """The config of a `prune` field that a request has. null is "off", as None is in Python; a name is never that of a file.
+    """The config of a `prune` field that a request has. null is "off", as None is in Python; a name is never that of a
+    file.
 
     Raises:
         ConfigError: no preset, an unknown field, or a value that PruneConfig refuses.
@@ -218,11 +244,14 @@ def parse_prune(value: Any) -> PruneConfig | None:
         return None
     if isinstance(value, str):
         if value not in PRESETS:
-            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, or an object")
+            raise ConfigError(
+                f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, or an object"
+            )
         return PRESETS[value]
     if not isinstance(value, dict):
         raise ConfigError(
-            f"prune is a {type(value).__name__}", 'use a preset\'s name, or an object such as {"vision_keep": 0.5, "decoder_keep": 0.25}'
+            f"prune is a {type(value).__name__}",
+            'use a preset\'s name, or an object such as {"vision_keep": 0.5, "decoder_keep": 0.25}',
         )
     names = [field.name for field in fields(PruneConfig)]
     unknown = sorted(set(value) - set(names))
@@ -230,7 +259,10 @@ def parse_prune(value: Any) -> PruneConfig | None:
         raise ConfigError(f"prune has no field {unknown[0][:60]!r}", f"use {', '.join(names)}")
     for name in ("vision_keep", "decoder_keep"):
         if type(value.get(name)) is int and value[name] == 1:  # JavaScript writes 1.0 like that
-            raise ConfigError(f"prune: {name}=1 may be one token or all of them", "leave it out for all, or use a fraction or 2 and more")
+            raise ConfigError(
+                f"prune: {name}=1 may be one token or all of them",
+                "leave it out for all, or use a fraction or 2 and more",
+            )
     try:
         return PruneConfig(**value)
     except TypeError as error:  # a list where a number belongs
@@ -243,7 +275,9 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body for what went wrong with a request. What is not star_edge's own error is not shown to the client."""
+    """HTTP status and body for what went wrong with a request. What is not star_edge's own error is not shown to the
+    client.
+    """
     if isinstance(error, ContextLengthError):
         return 400, error_body(str(error), "invalid_request_error", "context_length_exceeded", "messages")
     if isinstance(error, _OF_THE_CLIENT):

@@ -7,7 +7,7 @@ import urllib.parse
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..images import ImageLimits
+from ..io.images import ImageLimits
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Policy:
     allow_remote_images: fetch http(s) image URLs, from public addresses only.
     max_image_bytes, max_image_pixels: of each image, encoded and decoded. max_images: of one request.
     max_body_bytes: of a request's body; an image takes 4/3 of its bytes there.
-    max_held_bytes: of all bodies that arrive or whose requests wait, together. body_seconds: how long one may take to arrive.
+    max_held_bytes: of all bodies that arrive or whose requests wait, together. body_seconds: how long one may take to
+        arrive.
     max_queue: requests that wait while one is answered.
     cors_origins: other sites whose pages may call, such as https://example.org, "*" for any.
 
@@ -40,9 +41,18 @@ class Policy:
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the API key is empty", "give one, or leave it out (STAR_EDGE_API_KEY too)")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key == self.api_key.strip()):
+        if self.api_key is not None and not (
+            self.api_key.isascii() and self.api_key.isprintable() and self.api_key == self.api_key.strip()
+        ):
             raise ConfigError("the API key cannot be sent in a header", "use printable ASCII without space at its ends")
-        for name in ("max_image_bytes", "max_image_pixels", "max_images", "max_body_bytes", "max_held_bytes", "body_seconds"):
+        for name in (
+            "max_image_bytes",
+            "max_image_pixels",
+            "max_images",
+            "max_body_bytes",
+            "max_held_bytes",
+            "body_seconds",
+        ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{_option(name)} {getattr(self, name)} allows nothing", "use 1 or more")
         if self.max_queue < 0:
@@ -75,7 +85,9 @@ def _option(name: str) -> str:
 
 
 def _check_origin(origin: str) -> None:
-    """Raises ConfigError for what no browser sends as Origin: RFC 6454 has scheme://host[:port], in lower case, and no path."""
+    """Raises ConfigError for what no browser sends as Origin: RFC 6454 has scheme://host[:port], in lower case, and no
+    path.
+    """
     if origin in ("*", "null"):
         return
     try:
@@ -86,4 +98,6 @@ def _check_origin(origin: str) -> None:
         host = port = ""
     host = f"[{host}]" if ":" in host else host
     if not host or not parts.scheme or origin != f"{parts.scheme}://{host}{port}":
-        raise ConfigError(f"--cors-origin {origin!r} is no site", "write https://example.org, without a path, or * for any")
+        raise ConfigError(
+            f"--cors-origin {origin!r} is no site", "write https://example.org, without a path, or * for any"
+        )

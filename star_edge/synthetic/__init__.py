@@ -1,7 +1,7 @@
 """Random models of any shape, written as GGUF files on the spot.
 
-Weights do not change speed, and a random network still has exact logits: these files stand in for real models in benchmarks
-and in tests of exactness. They answer nothing sensible.
+Weights do not change speed, and a random network still has exact logits: these files stand in for real models in
+benchmarks and in tests of exactness. They answer nothing sensible.
 """
 
 from .decoders import write_decoder

@@ -1,4 +1,6 @@
-"""GGUF files of random text decoders: Llama, Qwen2-VL (and 2.5), Gemma 3. Tensor names are llama.cpp's (src/llama-arch.cpp)."""
+"""GGUF files of random text decoders: Llama, Qwen2-VL (and 2.5), Gemma 3. Tensor names are llama.cpp's
+(src/llama-arch.cpp).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,19 @@ from .weights import TensorFile
 
 
 def write_decoder(
-    path: str | PathLike, shape: DecoderShape, dtype: str = "f32", seed: int = 0, sharpness: float = 1.0, special: Sequence[str] = ()
+    path: str | PathLike,
+    shape: DecoderShape,
+    dtype: str = "f32",
+    seed: int = 0,
+    sharpness: float = 1.0,
+    special: Sequence[str] = (),
 ) -> None:
     """Writes a random text decoder.
 
-    dtype is "f32", "f16", "q8_0" or "q4_k_m" (llama.cpp's mix of Q4_K and Q6_K, as random blocks). sharpness scales the queries:
-    above 1 the attention is less uniform. special: tokens of the vocabulary besides bytes, see vocabulary.special_tokens.
+    dtype is "f32", "f16", "q8_0" or "q4_k_m" (llama.cpp's mix of Q4_K and Q6_K, as random blocks). sharpness scales the
+    queries:
+    above 1 the attention is less uniform. special: tokens of the vocabulary besides bytes, see
+        vocabulary.special_tokens.
 
     Raises:
         ValueError: an unknown dtype, rows that it cannot hold, or a vocabulary that is too small.
@@ -49,12 +58,13 @@ def write_decoder(
     is_gemma = s.arch == "gemma3"
     norm = lambda name, n, mean=1.0: file.normal(name, n, mean=mean)
     q, kv = s.d_head * s.n_heads, s.d_head * s.n_heads_kv
-    # Rows of deviation 1, like an image token in the tests: this llama.cpp reads no RMS norm epsilon for qwen2vl and uses 0. Gemma's
-    # graph multiplies the rows of tokens by the root of n_embd itself.
+    # Rows of deviation 1, like an image token in the tests: this llama.cpp reads no RMS norm epsilon for qwen2vl and
+    # uses 0. Gemma's graph multiplies the rows of tokens by the root of n_embd itself.
     file.matrix("token_embd.weight", s.n_vocab, s.n_embd, gain=1.0 if is_gemma else s.n_embd**0.5, more_bits=s.tied)
     for i in range(s.n_layers):
         b = f"blk.{i}."
-        # llama_tensor_get_type's q4_k_m: the first and last eighth of the layers and every third keep more bits in V and down
+        # llama_tensor_get_type's q4_k_m: the first and last eighth of the layers and every third keep more bits in V
+        # and down
         more = i < s.n_layers // 8 or i >= 7 * s.n_layers // 8 or (i - s.n_layers // 8) % 3 == 2
         norm(b + "attn_norm.weight", s.n_embd)
         norm(b + "ffn_norm.weight", s.n_embd)

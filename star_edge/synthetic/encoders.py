@@ -1,4 +1,6 @@
-"""GGUF files of random vision encoders with their projectors (mmproj). Tensor names are libmtmd's (tools/mtmd/clip-impl.h)."""
+"""GGUF files of random vision encoders with their projectors (mmproj). Tensor names are libmtmd's
+(tools/mtmd/clip-impl.h).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,20 @@ import numpy as np
 from .shapes import EncoderShape
 from .weights import TensorFile
 
-_PROJECTORS = {"clip": "mlp", "qwen2vl": "qwen2vl_merger", "qwen2.5vl": "qwen2.5vl_merger", "idefics3": "idefics3", "gemma3": "gemma3"}
+_PROJECTORS = {
+    "clip": "mlp",
+    "qwen2vl": "qwen2vl_merger",
+    "qwen2.5vl": "qwen2.5vl_merger",
+    "idefics3": "idefics3",
+    "gemma3": "gemma3",
+}
 _CLIP_COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 _SIGLIP_COLORS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 
 
-def write_encoder(path: str | PathLike, shape: EncoderShape, projection_dim: int, dtype: str = "f32", seed: int = 0) -> None:
+def write_encoder(
+    path: str | PathLike, shape: EncoderShape, projection_dim: int, dtype: str = "f32", seed: int = 0
+) -> None:
     """Writes a random vision encoder with its projector; projection_dim is the text decoder's embedding width.
 
     Raises:
@@ -36,7 +46,9 @@ def write_encoder(path: str | PathLike, shape: EncoderShape, projection_dim: int
         file.matrix(f"{name}.weight", n_out, n_in)
         file.normal(f"{name}.bias", n_out)
 
-    patch = lambda name, kind="f32": file.normal(name, d, 3, s.patch_size, s.patch_size, std=(3 * s.patch_size**2) ** -0.5, dtype=kind)
+    patch = lambda name, kind="f32": file.normal(
+        name, d, 3, s.patch_size, s.patch_size, std=(3 * s.patch_size**2) ** -0.5, dtype=kind
+    )
     n_patches = (s.image_size // s.patch_size) ** 2
     if s.kind == "clip":
         patch("v.patch_embd.weight", "f16")
@@ -67,7 +79,9 @@ def write_encoder(path: str | PathLike, shape: EncoderShape, projection_dim: int
     elif s.kind == "gemma3":
         file.normal("mm.soft_emb_norm.weight", d, mean=1.0)
         # stored transposed, and transposed by the graph, which no quantized type can be
-        file.normal("mm.input_projection.weight", d, projection_dim, std=d**-0.5, dtype="f32" if dtype == "f32" else "f16")
+        file.normal(
+            "mm.input_projection.weight", d, projection_dim, std=d**-0.5, dtype="f32" if dtype == "f32" else "f16"
+        )
     else:
         n_in = d if s.kind == "clip" else 4 * d
         n_hidden = projection_dim if s.kind == "clip" else n_in

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 class DecoderShape:
     """Sizes of a text decoder.
 
-    `rope_sections` (t, y, x, unused; sums to head size / 2) makes it a Qwen2-VL decoder (Qwen2.5-VL has the same), `sliding_window`
-    (tokens that all but every sixth layer see) a Gemma 3 decoder. head_size: default n_embd / n_heads. tied: the output matrix is
-    that of the token embeddings.
+    `rope_sections` (t, y, x, unused; sums to head size / 2) makes it a Qwen2-VL decoder (Qwen2.5-VL has the same),
+    `sliding_window` (tokens that all but every sixth layer see) a Gemma 3 decoder. head_size: default n_embd / n_heads.
+    tied: the output matrix is that of the token embeddings.
     """
 
     n_layers: int
@@ -46,7 +46,8 @@ class EncoderShape:
     kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "idefics3" (SmolVLM) or "gemma3".
     n_layers: layers in the file; stock llama.cpp runs one fewer for CLIP.
     n_merge: patches of a side that become one token of a side (idefics3, gemma3; Qwen has 2, CLIP 1).
-    longest_edge: pixels of the longer side that idefics3 scales a picture to before it cuts it into tiles of image_size.
+    longest_edge: pixels of the longer side that idefics3 scales a picture to before it cuts it into tiles of
+        image_size.
     full_attention_every: qwen2.5vl: every so manieth layer sees the whole image, the others windows of 112 pixels.
     pinpoints: (width, height) of the resolutions that LLaVA-NeXT cuts into crops of image_size.
     """
@@ -68,7 +69,8 @@ class EncoderShape:
 class ModelShape:
     """A vision-language model, and the request that it is measured with.
 
-    dtype: of the decoder's file, as in write_decoder; encoders are f16. picture: (width, height) in pixels; n_image_tokens: what
+    dtype: of the decoder's file, as in write_decoder; encoders are f16. picture: (width, height) in pixels;
+        n_image_tokens: what
     llama.cpp makes of it. about: one line on what the shape stands for.
     """
 
@@ -83,43 +85,110 @@ class ModelShape:
 TINYLLAMA_1B = DecoderShape(n_layers=22, n_embd=2048, n_heads=32, n_heads_kv=4, n_ff=5632, n_vocab=32000)
 VICUNA_7B = DecoderShape(n_layers=32, n_embd=4096, n_heads=32, n_heads_kv=32, n_ff=11008, n_vocab=32064)
 SMOLLM2_360M = DecoderShape(
-    n_layers=32, n_embd=960, n_heads=15, n_heads_kv=5, n_ff=2560, n_vocab=49280, n_ctx=8192, rope_base=100000.0, tied=True
+    n_layers=32,
+    n_embd=960,
+    n_heads=15,
+    n_heads_kv=5,
+    n_ff=2560,
+    n_vocab=49280,
+    n_ctx=8192,
+    rope_base=100000.0,
+    tied=True,
 )
 QWEN2_1B5 = DecoderShape(
-    n_layers=28, n_embd=1536, n_heads=12, n_heads_kv=2, n_ff=8960, n_vocab=151936, n_ctx=32768,
-    rope_sections=(16, 24, 24, 0), rope_base=1e6, tied=True,
-)  # fmt: skip
+    n_layers=28,
+    n_embd=1536,
+    n_heads=12,
+    n_heads_kv=2,
+    n_ff=8960,
+    n_vocab=151936,
+    n_ctx=32768,
+    rope_sections=(16, 24, 24, 0),
+    rope_base=1e6,
+    tied=True,
+)
 QWEN25_3B = DecoderShape(
-    n_layers=36, n_embd=2048, n_heads=16, n_heads_kv=2, n_ff=11008, n_vocab=151936, n_ctx=32768,
-    rope_sections=(16, 24, 24, 0), rope_base=1e6, tied=True,
-)  # fmt: skip
+    n_layers=36,
+    n_embd=2048,
+    n_heads=16,
+    n_heads_kv=2,
+    n_ff=11008,
+    n_vocab=151936,
+    n_ctx=32768,
+    rope_sections=(16, 24, 24, 0),
+    rope_base=1e6,
+    tied=True,
+)
 GEMMA3_4B = DecoderShape(
-    n_layers=34, n_embd=2560, n_heads=8, n_heads_kv=4, n_ff=10240, n_vocab=262208, n_ctx=32768,
-    rope_base=1e6, sliding_window=1024, head_size=256, tied=True,
-)  # fmt: skip
+    n_layers=34,
+    n_embd=2560,
+    n_heads=8,
+    n_heads_kv=4,
+    n_ff=10240,
+    n_vocab=262208,
+    n_ctx=32768,
+    rope_base=1e6,
+    sliding_window=1024,
+    head_size=256,
+    tied=True,
+)
 
 CLIP_L_336 = EncoderShape(image_size=336, patch_size=14, n_layers=24, n_embd=1024, n_heads=16, n_ff=4096)
 CLIP_L_336_NEXT = EncoderShape(
-    image_size=336, patch_size=14, n_layers=24, n_embd=1024, n_heads=16, n_ff=4096,
+    image_size=336,
+    patch_size=14,
+    n_layers=24,
+    n_embd=1024,
+    n_heads=16,
+    n_ff=4096,
     pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
-)  # fmt: skip
-SIGLIP_B_512 = EncoderShape(
-    image_size=512, patch_size=16, n_layers=12, n_embd=768, n_heads=12, n_ff=3072, kind="idefics3", n_merge=4, longest_edge=2048
 )
-QWEN2_VISION = EncoderShape(image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=5120, kind="qwen2vl")
-QWEN25_VISION = EncoderShape(image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=3420, kind="qwen2.5vl")
-SIGLIP_SO400M_896 = EncoderShape(image_size=896, patch_size=14, n_layers=27, n_embd=1152, n_heads=16, n_ff=4304, kind="gemma3", n_merge=4)
+SIGLIP_B_512 = EncoderShape(
+    image_size=512,
+    patch_size=16,
+    n_layers=12,
+    n_embd=768,
+    n_heads=12,
+    n_ff=3072,
+    kind="idefics3",
+    n_merge=4,
+    longest_edge=2048,
+)
+QWEN2_VISION = EncoderShape(
+    image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=5120, kind="qwen2vl"
+)
+QWEN25_VISION = EncoderShape(
+    image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=3420, kind="qwen2.5vl"
+)
+SIGLIP_SO400M_896 = EncoderShape(
+    image_size=896, patch_size=14, n_layers=27, n_embd=1152, n_heads=16, n_ff=4304, kind="gemma3", n_merge=4
+)
 
 SHAPES = {
-    "llava-1.1b": ModelShape(TINYLLAMA_1B, CLIP_L_336, "q4_k_m", (336, 336), 576, "TinyLlama-1.1B as a LLaVA-1.5, one picture of 576 tokens"),
-    "llava-1.5-7b": ModelShape(VICUNA_7B, CLIP_L_336, "q4_k_m", (336, 336), 576, "LLaVA-1.5-7B, one picture of 576 tokens"),
+    "llava-1.1b": ModelShape(
+        TINYLLAMA_1B, CLIP_L_336, "q4_k_m", (336, 336), 576, "TinyLlama-1.1B as a LLaVA-1.5, one picture of 576 tokens"
+    ),
+    "llava-1.5-7b": ModelShape(
+        VICUNA_7B, CLIP_L_336, "q4_k_m", (336, 336), 576, "LLaVA-1.5-7B, one picture of 576 tokens"
+    ),
     "llava-next-7b": ModelShape(
-        VICUNA_7B, CLIP_L_336_NEXT, "q4_k_m", (672, 672), 2880, "LLaVA-NeXT-7B, an overview and four crops of 576 tokens"
+        VICUNA_7B,
+        CLIP_L_336_NEXT,
+        "q4_k_m",
+        (672, 672),
+        2880,
+        "LLaVA-NeXT-7B, an overview and four crops of 576 tokens",
     ),
     "smolvlm-500m": ModelShape(
         SMOLLM2_360M, SIGLIP_B_512, "q8_0", (1024, 1024), 1088, "SmolVLM-500M, an overview and 16 tiles of 64 tokens"
     ),
-    "qwen2-vl-2b": ModelShape(QWEN2_1B5, QWEN2_VISION, "q4_k_m", (560, 560), 400, "Qwen2-VL-2B, 1,600 patches, 400 tokens"),
-    "qwen2.5-vl-3b": ModelShape(QWEN25_3B, QWEN25_VISION, "q4_k_m", (896, 896), 1024, "Qwen2.5-VL-3B, 4,096 patches, 1,024 tokens"),
-    "gemma-3-4b": ModelShape(GEMMA3_4B, SIGLIP_SO400M_896, "q4_k_m", (896, 896), 256, "Gemma-3-4B, 4,096 patches, 256 tokens"),
-}  # fmt: skip
+    "qwen2-vl-2b": ModelShape(
+        QWEN2_1B5, QWEN2_VISION, "q4_k_m", (560, 560), 400, "Qwen2-VL-2B, 1,600 patches, 400 tokens"
+    ),
+    "qwen2.5-vl-3b": ModelShape(
+        QWEN25_3B, QWEN25_VISION, "q4_k_m", (896, 896), 1024, "Qwen2.5-VL-3B, 4,096 patches, 1,024 tokens"
+    ),
+    "gemma-3-4b": ModelShape(
+        GEMMA3_4B, SIGLIP_SO400M_896, "q4_k_m", (896, 896), 256, "Gemma-3-4B, 4,096 patches, 256 tokens"
+    ),
+}

@@ -36,7 +36,10 @@ def model_files(shape: ModelShape, folder: str | PathLike | None = None) -> Iter
         try:
             folder.mkdir(parents=True, exist_ok=True)
             text = _file(
-                folder, "text", repr((_FORMAT, shape.decoder, shape.encoder.kind, shape.dtype)), lambda path: _write_text(path, shape)
+                folder,
+                "text",
+                repr((_FORMAT, shape.decoder, shape.encoder.kind, shape.dtype)),
+                lambda path: _write_text(path, shape),
             )
             mmproj = _file(
                 folder,
@@ -47,7 +50,8 @@ def model_files(shape: ModelShape, folder: str | PathLike | None = None) -> Iter
         except OSError as error:
             free = f", {shutil.disk_usage(folder).free / 2**30:.1f} GiB are free" if folder.is_dir() else ""
             raise ConfigError(
-                f"the model cannot be written to {folder} ({error.strerror or error}{free})", "name a folder with more room"
+                f"the model cannot be written to {folder} ({error.strerror or error}{free})",
+                "name a folder with more room",
             ) from error
         yield text, mmproj
 

@@ -21,10 +21,12 @@ _SPECIAL = {
     "qwen2.5vl": ("<|vision_start|>", "<|vision_end|>"),
     "gemma3": ("<start_of_image>", "<end_of_image>"),
     "idefics3": (
-        "\n\n", "<fake_token_around_image>", "<global-img>",
+        "\n\n",
+        "<fake_token_around_image>",
+        "<global-img>",
         *(f"<row_{row}_col_{column}>" for row in range(1, 9) for column in range(1, 9)),
     ),
-}  # fmt: skip
+}
 _FIRST_FREE = 259
 
 
@@ -34,13 +36,16 @@ def special_tokens(encoder_kind: str) -> tuple[str, ...]:
 
 
 def add_tokenizer(w: gguf.GGUFWriter, n_vocab: int, special: Sequence[str] = ()) -> None:
-    """A SentencePiece vocabulary of bytes: any text has tokens, one for each byte. The rest of the vocabulary is unused.
+    """A SentencePiece vocabulary of bytes: any text has tokens, one for each byte. The rest of the vocabulary is
+    unused.
 
     Raises:
         ValueError: n_vocab does not hold them.
     """
     if n_vocab < max(260, _FIRST_FREE + len(special)):
-        raise ValueError(f"a byte vocabulary needs at least {max(260, _FIRST_FREE + len(special))} tokens, not {n_vocab}")
+        raise ValueError(
+            f"a byte vocabulary needs at least {max(260, _FIRST_FREE + len(special))} tokens, not {n_vocab}"
+        )
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL] + [gguf.TokenType.BYTE] * 256
     tokens += special

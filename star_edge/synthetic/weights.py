@@ -29,7 +29,8 @@ class _Tensor:
 
 @dataclass
 class TensorFile:
-    """A GGUF file being made: metadata go to `gguf`, tensors through the methods, and `finish` draws and writes them in order.
+    """A GGUF file being made: metadata go to `gguf`, tensors through the methods, and `finish` draws and writes them in
+    order.
 
     Arrays have the row-major shape that NumPy has, which is GGUF's reversed.
 
@@ -52,7 +53,9 @@ class TensorFile:
     def normal(self, name: str, *shape: int, mean: float = 0.0, std: float = 0.1, dtype: str = "f32") -> None:
         """A tensor that is never quantized."""
         kind, numpy_type = {"f32": (Q.F32, np.float32), "f16": (Q.F16, np.float16)}[dtype]
-        self.tensors.append(_Tensor(name, shape, kind, lambda: (mean + std * self.rng.standard_normal(shape)).astype(numpy_type)))
+        self.tensors.append(
+            _Tensor(name, shape, kind, lambda: (mean + std * self.rng.standard_normal(shape)).astype(numpy_type))
+        )
 
     def matrix(self, name: str, n_out: int, n_in: int, gain: float = 1.0, more_bits: bool = False) -> None:
         """An (n_out, n_in) matrix with entries of variance gain^2 / n_in, in the file's dtype."""
@@ -69,7 +72,11 @@ class TensorFile:
             self.tensors.append(_Tensor(name, (n_out, n_in), Q.Q8_0, lambda: _repeat(values(), n_out)))
         else:
             kind, numpy_type = (Q.F16, np.float16) if self.dtype == "f16" else (Q.F32, np.float32)
-            self.tensors.append(_Tensor(name, (n_out, n_in), kind, lambda: _repeat(self._tile(n_out, n_in, std).astype(numpy_type), n_out)))
+            self.tensors.append(
+                _Tensor(
+                    name, (n_out, n_in), kind, lambda: _repeat(self._tile(n_out, n_in, std).astype(numpy_type), n_out)
+                )
+            )
 
     def finish(self) -> None:
         for t in self.tensors:
@@ -88,12 +95,15 @@ class TensorFile:
         return (std * self.rng.standard_normal((n, n_in), dtype=np.float32)).astype(np.float32)
 
     def _blocks(self, kind: Any, n_out: int, n_in: int, std: float) -> np.ndarray:
-        """Q4_K or Q6_K blocks, (n_out, bytes of a row) uint8: random bits, and block scales for the wanted deviation."""
+        """Q4_K or Q6_K blocks, (n_out, bytes of a row) uint8: random bits, and block scales for the wanted
+        deviation.
+        """
         n_blocks = n_out * (n_in // 256)
         n = min(n_blocks, _TILE_BLOCKS)
         blocks = self.rng.integers(0, 256, (n, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
         if kind == Q.Q4_K:
-            # value = d * scale * q - dmin * min, with 6-bit scale and min and 4-bit q: mean 0 at dmin = 7.5 d, deviation 257 d
+            # value = d * scale * q - dmin * min, with 6-bit scale and min and 4-bit q: mean 0 at dmin = 7.5 d,
+            # deviation 257 d
             blocks[:, 0:2] = np.full(n, std / 257, np.float16).view(np.uint8).reshape(-1, 2)
             blocks[:, 2:4] = np.full(n, 7.5 * std / 257, np.float16).view(np.uint8).reshape(-1, 2)
         else:

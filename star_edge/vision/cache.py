@@ -1,6 +1,7 @@
 """Outputs of the vision encoder, kept by what they were made of: in memory and, if wanted, in a directory.
 
-A key stands for the image's pixels, the mmproj file and every setting that changes the result, so a hit equals a miss bit for
+A key stands for the image's pixels, the mmproj file and every setting that changes the result, so a hit equals a miss
+bit for
 bit. Not thread-safe: the encoder that it belongs to is not either. Several processes may share a directory.
 """
 
@@ -38,8 +39,8 @@ _ABANDONED_SECONDS = 3600  # a temporary file of that age belongs to no process 
 class CachedImage:
     """What the encoder made of one image. Arrays are read-only.
 
-    embeddings: (n_tokens, n_embd_inp) float32. cells: (n_tokens,) int64, or None if they were not asked for. scores: attention that
-    each token receives, (n_tokens,) float32, by the kind that was read.
+    embeddings: (n_tokens, n_embd_inp) float32. cells: (n_tokens,) int64, or None if they were not asked for. scores:
+    attention that each token receives, (n_tokens,) float32, by the kind that was read.
     """
 
     embeddings: np.ndarray
@@ -63,7 +64,9 @@ class CachedImage:
 
     def joined(self, other: CachedImage) -> CachedImage:
         """With what an earlier run had read of the same image."""
-        return CachedImage(self.embeddings, other.cells if self.cells is None else self.cells, {**other.scores, **self.scores})
+        return CachedImage(
+            self.embeddings, other.cells if self.cells is None else self.cells, {**other.scores, **self.scores}
+        )
 
 
 class ImageCache:
@@ -88,7 +91,9 @@ class ImageCache:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except (OSError, ValueError) as error:  # ValueError: a NUL character
                 reason = getattr(error, "strerror", None) or str(error)
-                raise ConfigError(f"image_cache_dir {str(self.directory)!r} cannot be made ({reason})", "give a directory") from error
+                raise ConfigError(
+                    f"image_cache_dir {str(self.directory)!r} cannot be made ({reason})", "give a directory"
+                ) from error
 
     def key(self, image: str) -> bytes:
         """image: what identifies its pixels."""
@@ -219,7 +224,9 @@ class ImageCache:
 def check_bytes(n_bytes: int) -> None:
     """Raises ConfigError for what is no size of a cache."""
     if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
-        raise ConfigError(f"image_cache_bytes={n_bytes!r} is no size", "use a number of bytes, or 0 for no cache in memory")
+        raise ConfigError(
+            f"image_cache_bytes={n_bytes!r} is no size", "use a number of bytes, or 0 for no cache in memory"
+        )
 
 
 def check_directory(directory: str | PathLike | None) -> Path | None:
@@ -230,9 +237,13 @@ def check_directory(directory: str | PathLike | None) -> Path | None:
         name = os.fsdecode(directory)
         name.encode()
     except (TypeError, UnicodeError) as error:
-        raise ConfigError(f"image_cache_dir={directory!r} is no path", "give the path of a directory, or None") from error
+        raise ConfigError(
+            f"image_cache_dir={directory!r} is no path", "give the path of a directory, or None"
+        ) from error
     if not name.strip() or "\0" in name:
-        raise ConfigError(f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None for none")
+        raise ConfigError(
+            f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None for none"
+        )
     return Path(os.path.expanduser(name))
 
 

@@ -17,13 +17,21 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from llama_cpp import Llama
 
-from ..errors import EngineClosedError, EngineError, ImageError, ModelFileError, ModelMismatchError, PromptError, UnsupportedModelError
-from ..gguf_info import GGUFInfo, count_rows, read_gguf_info
-from ..native import ffi, lib
-from ..tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
+from ..errors import (
+    EngineClosedError,
+    EngineError,
+    ImageError,
+    ModelFileError,
+    ModelMismatchError,
+    PromptError,
+    UnsupportedModelError,
+)
+from ..llamacpp.gguf import GGUFInfo, count_rows, read_gguf_info
+from ..llamacpp.mmproj_check import check_mmproj
+from ..llamacpp.native import ffi, lib
+from ..llamacpp.tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
-from .mmproj_check import check_mmproj
 from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
@@ -42,7 +50,10 @@ def _logged() -> str:
 def unprepared(status: int) -> ImageError:
     """Why mtmd_tokenize gave a status other than 0: an image that it cannot scale or cut."""
     reason = _logged().removeprefix("mtmd_tokenize: error: ")
-    return ImageError(f"an image has a shape that the model cannot have ({reason or f'code {status}'})", "crop it, or pad it to be less narrow")
+    return ImageError(
+        f"an image has a shape that the model cannot have ({reason or f'code {status}'})",
+        "crop it, or pad it to be less narrow",
+    )
 
 
 @dataclass
@@ -56,12 +67,14 @@ class TextChunk:
 class ImageChunk:
     """One image, preprocessed but not yet encoded.
 
-    positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x, 0).
+    positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x,
+        0).
     n_positions: how far the next token's position is from the chunk's first.
     grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
     special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
     picture: which picture of the prompt it is of; large ones are cut into several chunks (overview and tiles).
-    content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if unknown.
+    content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if
+        unknown.
     """
 
     handle: object
@@ -92,7 +105,8 @@ class Prompt:
 class Encoded:
     """Output of the encoder for one image.
 
-    embeddings: (n_tokens, n_embd_inp) float32. What `VisionEncoder.encode` gives is a view of libmtmd's memory: valid until its next run.
+    embeddings: (n_tokens, n_embd_inp) float32. What `VisionEncoder.encode` gives is a view of libmtmd's memory: valid
+        until its next run.
     scores: attention that each token receives, (n_tokens,) float32, or None when it was not asked for.
     cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
     special: rows that must stay, (n_tokens,) bool, or None. Their scores are 0.
@@ -146,10 +160,19 @@ class VisionEncoder:
         self.cache: ImageCache | None = None
         if cache_bytes or cache_dir is not None:
             settings = (
-                flash_attn, use_gpu, image_min_tokens, image_max_tokens, repaired, MAX_QUERY_ROWS, llama_cpp.__version__, platform.machine(),
+                flash_attn,
+                use_gpu,
+                image_min_tokens,
+                image_max_tokens,
+                repaired,
+                MAX_QUERY_ROWS,
+                llama_cpp.__version__,
+                platform.machine(),
                 llama_cpp.llama_print_system_info(),  # CPU features, which decide how kernels round
-            )  # fmt: skip
-            model = file_digest(info.path) if cache_dir is not None else b""  # within a process the encoder stays the same
+            )
+            model = (
+                file_digest(info.path) if cache_dir is not None else b""
+            )  # within a process the encoder stays the same
             self.cache = ImageCache(cache_bytes, cache_dir, model + repr(settings).encode())
         self.tap = Tap()
 
@@ -157,7 +180,9 @@ class VisionEncoder:
         params.use_gpu = use_gpu
         params.print_timings = False
         params.n_threads = llama.n_threads_batch
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.image_min_tokens, params.image_max_tokens = image_min_tokens, image_max_tokens
         params.cb_eval = ctypes.cast(self.tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
         params.cb_eval_user_data = self.tap.user_data
@@ -168,7 +193,9 @@ class VisionEncoder:
             raise self._load_error()
         if not mtmd.mtmd_support_vision(self.context):
             self.close()
-            raise UnsupportedModelError(f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model")
+            raise UnsupportedModelError(
+                f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model"
+            )
         self._n_positions = 0  # of patches along a side, where a table holds them; 0: any
         if self.projector in POSITION_TABLES:  # (2, n, width): of columns and of rows
             width = int(self.metadata["clip.vision.embedding_length"] or 0)
@@ -221,12 +248,14 @@ class VisionEncoder:
     def _move(self, inputs: dict[str, np.ndarray]) -> None:
         """Replaces inputs of the graph from now on, if it is one that joins CLS last.
 
-        Where CLS is joined is learned beforehand, from a graph that is built for a gray picture and not computed: in a running graph
-        what reads the inputs may come before the CONCAT that tells (csrc/tap_inputs.c).
+        Where CLS is joined is learned beforehand, from a graph that is built for a gray picture and not computed: in a
+        running graph what reads the inputs may come before the CONCAT that tells (csrc/tap_inputs.c).
         """
         if not inputs:
             return
-        prompt = self.tokenize(MEDIA_MARKER, [np.full((64, 64, 3), 128, np.uint8)])  # libmtmd makes it as large as the encoder's are
+        prompt = self.tokenize(
+            MEDIA_MARKER, [np.full((64, 64, 3), 128, np.uint8)]
+        )  # libmtmd makes it as large as the encoder's are
         try:
             chunk = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
             outcome = self._run(chunk, Plan(count_only=True))
@@ -248,7 +277,8 @@ class VisionEncoder:
                 f"{self.path} does not belong to this text model ({reason})", "use the mmproj file that was made for it"
             )
         return ModelFileError(
-            f"{self.path} cannot be loaded ({reason or 'no reason given'})", "use a llama.cpp that supports the model, or download it again"
+            f"{self.path} cannot be loaded ({reason or 'no reason given'})",
+            "use a llama.cpp that supports the model, or download it again",
         )
 
     def close(self) -> None:
@@ -276,7 +306,10 @@ class VisionEncoder:
         data = text.encode()
         inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
         handle = mtmd.mtmd_input_chunks_init()
-        bitmaps = [mtmd.mtmd_bitmap_init(i.shape[1], i.shape[0], i.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))) for i in images]
+        bitmaps = [
+            mtmd.mtmd_bitmap_init(i.shape[1], i.shape[0], i.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+            for i in images
+        ]
         prompt = Prompt([], handle)
         try:
             array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
@@ -301,8 +334,11 @@ class VisionEncoder:
         Raises:
             PromptError: audio. ImageError: an image with more patches along a side than the encoder has positions for.
         """
-        chunks = [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))]
-        # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the same way.
+        chunks = [
+            self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))
+        ]
+        # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the
+        # same way.
         parts: dict[str, list[ImageChunk]] = {}
         for i, chunk in enumerate(chunks):
             if isinstance(chunk, ImageChunk):
@@ -326,7 +362,9 @@ class VisionEncoder:
         if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
             n = ctypes.c_size_t()
             tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
-            return TextChunk(np.ctypeslib.as_array(tokens, (n.value,)).astype(np.int32) if n.value else np.empty(0, np.int32))
+            return TextChunk(
+                np.ctypeslib.as_array(tokens, (n.value,)).astype(np.int32) if n.value else np.empty(0, np.int32)
+            )
         if kind != mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
             raise PromptError("the prompt has a chunk that is neither text nor image", "audio is not supported")
         n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
@@ -347,7 +385,9 @@ class VisionEncoder:
         special = self.profile.special(n, grid) if self.profile.special else None
         causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
         name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
-        return ImageChunk(chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name)
+        return ImageChunk(
+            chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name
+        )
 
     def _check_size(self, chunk: object) -> None:
         size = _image_size(chunk) if self._n_positions else None
@@ -363,7 +403,9 @@ class VisionEncoder:
     # ---- encode ----
 
     def encode_once(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> Encoded:
-        """As `encode`, which it runs only if the cache does not have all that is asked for. Arrays stay valid, and may be read-only."""
+        """As `encode`, which it runs only if the cache does not have all that is asked for. Arrays stay valid, and may
+        be read-only.
+        """
         if self.cache is None or not chunk.content:
             encoded = self.encode(chunk, attention, want_cells=want_cells)
             return replace(encoded, embeddings=encoded.embeddings.copy())
@@ -375,23 +417,33 @@ class VisionEncoder:
         if found is not None:
             scores = None if attention is None else found.scores[attention]
             special = self._special(chunk, found.embeddings)
-            return Encoded(found.embeddings, scores, found.cells if want_cells else _cells(n, special), 0.0, special, cached=True)
+            return Encoded(
+                found.embeddings, scores, found.cells if want_cells else _cells(n, special), 0.0, special, cached=True
+            )
         encoded = self.encode(chunk, attention, want_cells=want_cells)
         image = CachedImage(
-            encoded.embeddings.copy(), encoded.cells if want_cells else None, {} if attention is None else {attention: encoded.scores}
+            encoded.embeddings.copy(),
+            encoded.cells if want_cells else None,
+            {} if attention is None else {attention: encoded.scores},
         )
         self.cache.put(key, image)
         return replace(encoded, embeddings=image.embeddings)
 
     def encode(
-        self, chunk: ImageChunk, attention: str | None = "received", *, want_cells: bool = True, read: AttentionRead | None = None
+        self,
+        chunk: ImageChunk,
+        attention: str | None = "received",
+        *,
+        want_cells: bool = True,
+        read: AttentionRead | None = None,
     ) -> Encoded:
         """Runs the encoder and the projector on one image.
 
-        attention: read what each token receives in the last layer without a window mask, if the profile says how rows become tokens.
-            "received": the mean over heads and query rows of the softmax, a column mean (STAR, arXiv 2505.12359, section 3.2,
-            prints a row mean, which is constant because a row of a softmax sums to one). "cls": from the CLS row alone, or as
-            "received" if there is none.
+        attention: read what each token receives in the last layer without a window mask, if the profile says how rows
+            become tokens.
+            "received": the mean over heads and query rows of the softmax, a column mean (STAR, arXiv 2505.12359,
+            section 3.2, prints a row mean, which is constant because a row of a softmax sums to one). "cls": from the
+            CLS row alone, or as "received" if there is none.
         want_cells: find out which place of the grid each token shows; otherwise token i is taken to show cell i.
         read: attention to read instead, for inspection.
 
@@ -418,7 +470,9 @@ class VisionEncoder:
         return Encoded(embeddings, scores, cells, outcome.score_seconds, special, outcome.attention)
 
     def reads_attention(self, chunk: ImageChunk) -> bool:
-        """Whether the profile says how rows become tokens, and the chunk how they lie if that is not always the same."""
+        """Whether the profile says how rows become tokens, and the chunk how they lie if that is not always the
+        same.
+        """
         return self.profile.reads_attention and (self.profile.sized_grid is None or chunk.grid is not None)
 
     def max_rows(self, chunk: ImageChunk) -> int:
@@ -431,7 +485,9 @@ class VisionEncoder:
         special = repeated_rows(embeddings)
         return special if special.any() else None
 
-    def _token_scores(self, rows: np.ndarray, chunk: ImageChunk, index: np.ndarray | None, special: np.ndarray | None) -> np.ndarray:
+    def _token_scores(
+        self, rows: np.ndarray, chunk: ImageChunk, index: np.ndarray | None, special: np.ndarray | None
+    ) -> np.ndarray:
         scores = np.zeros(chunk.n_tokens, np.float32)
         ordinary = np.ones(chunk.n_tokens, bool) if special is None else ~special
         n = int(ordinary.sum())
@@ -455,8 +511,13 @@ class VisionEncoder:
             except EngineError:
                 if attempt == 2 or self.last_outcome.error != lib.SE_ERR_NO_ATTENTION:
                     raise
-            # The file's metadata say how many layers run, and the profile where CLS is; the graph itself has the last word.
-            if self.last_outcome.attention and self._layer == self.last_outcome.last_unmasked and profile is self.profile:
+            # The file's metadata say how many layers run, and the profile where CLS is; the graph itself has the last
+            # word.
+            if (
+                self.last_outcome.attention
+                and self._layer == self.last_outcome.last_unmasked
+                and profile is self.profile
+            ):
                 break
             self._layer = self.last_outcome.last_unmasked
         return self.last_outcome, index
@@ -484,8 +545,8 @@ class VisionEncoder:
 def _image_size(chunk: object) -> tuple[int, int] | None:
     """(height, width) in pixels of what the encoder gets for an image, or None.
 
-    libmtmd tells it only where a chunk is saved without its pixels (mtmd_input_chunk_save, version 2): at the end stand the last
-    image's width and height, int32, and a byte that says that there is no audio.
+    libmtmd tells it only where a chunk is saved without its pixels (mtmd_input_chunk_save, version 2): at the end stand
+    the last image's width and height, int32, and a byte that says that there is no audio.
     """
     n = ctypes.c_size_t()
     mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))

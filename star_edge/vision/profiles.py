@@ -2,7 +2,8 @@
 
 An encoder that has no entry gets GENERIC: its tokens are chosen by their embeddings alone.
 
-A profile says which rows of the encoder's sequence a token is made of. The helpers below are the common ways, for `to_tokens`:
+A profile says which rows of the encoder's sequence a token is made of. The helpers below are the common ways, for
+`to_tokens`:
 
     by_index         row index[i] (a gather that the graph does itself)
     one_to_one       row i
@@ -38,7 +39,8 @@ Grid = tuple[int, int] | None
 class Layout:
     """How the tokens of one image lie, those apart that show no place.
 
-    n_tokens: their number. grid: (rows, columns) of them on the image, or None. index: the profile's graph input, (n,) int32, or None.
+    n_tokens: their number. grid: (rows, columns) of them on the image, or None. index: the profile's graph input, (n,)
+        int32, or None.
     """
 
     n_tokens: int
@@ -62,7 +64,9 @@ def in_turn(n: int) -> ToTokens:
 
 
 def on_raster(rows: np.ndarray, layout: Layout) -> np.ndarray:
-    """The raster of rows is as many times as high and wide as layout.grid, the grid of tokens, as there are rows for them."""
+    """The raster of rows is as many times as high and wide as layout.grid, the grid of tokens, as there are rows for
+    them.
+    """
     height, width = layout.grid
     side = math.isqrt(len(rows) // layout.n_tokens)
     return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
@@ -113,18 +117,19 @@ def row_ends(n_tokens: int, grid: Grid) -> np.ndarray:
 class EncoderProfile:
     """How the rows of an encoder become image tokens.
 
-    to_tokens(row_scores (n_rows,), layout) -> (layout.n_tokens,): the score of a token is the mean over its rows. None: there is no
-        such map, and the encoder's attention is not read.
+    to_tokens(row_scores (n_rows,), layout) -> (layout.n_tokens,): the score of a token is the mean over its rows. None:
+        there is no such map, and the encoder's attention is not read.
     n_rows(n_tokens): rows of the encoder's sequence, or an upper bound; n_tokens counts special rows too.
-    n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores are of its
-        last layer without a window mask.
+    n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores
+        are of its last layer without a window mask.
     grid(n_tokens, nx, ny): (rows, columns) of the tokens that show a place, or None. nx, ny: what libmtmd says.
-    sized_grid(n_tokens, (height, width)) -> Grid: the same from the size of the image in pixels, as the encoder gets it, for encoders
-        of any image size, where libmtmd gives the number of tokens alone.
-    special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None: there are none.
+    sized_grid(n_tokens, (height, width)) -> Grid: the same from the size of the image in pixels, as the encoder gets
+        it, for encoders of any image size, where libmtmd gives the number of tokens alone.
+    special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None:
+        there are none.
     index_input: graph input that says which rows become tokens, or in which order they come, or None.
-    to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell i, special
-        rows not counted.
+    to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell
+        i, special rows not counted.
     cls_row(n_tokens): the CLS row among the rows; None: there is none.
     cls_first: profile of the same encoder in a graph that joins CLS first, for one whose order depends on llama.cpp.
     """
@@ -158,14 +163,24 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
 
     Not repaired, this llama.cpp has the CLS row among them, which shows no place.
     """
-    to_cells = lambda index: np.where((index >= first_patch) & (index < len(index) + first_patch), index - first_patch, -1)
+    to_cells = lambda index: np.where(
+        (index >= first_patch) & (index < len(index) + first_patch), index - first_patch, -1
+    )
     return EncoderProfile(
-        by_index, lambda n: n + 1, _llava_layers, index_input="patches", to_cells=to_cells, cls_row=cls_row, cls_first=cls_first
+        by_index,
+        lambda n: n + 1,
+        _llava_layers,
+        index_input="patches",
+        to_cells=to_cells,
+        cls_row=cls_row,
+        cls_first=cls_first,
     )
 
 
 def _internvl(cls_first: EncoderProfile | None = None) -> EncoderProfile:
-    """InternVL: 2 x 2 patches of a tile are shuffled into a token. CLS is among the rows, at the end as given, and no token."""
+    """InternVL: 2 x 2 patches of a tile are shuffled into a token. CLS is among the rows, at the end as given, and no
+    token.
+    """
     patches = slice(None, -1) if cls_first else slice(1, None)
     return EncoderProfile(
         lambda rows, layout: on_raster(rows[patches], layout),
@@ -181,13 +196,18 @@ def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None) -> EncoderProfile:
-    """CLIP with MobileVLM's projector: a token stands for a square of 2 x 2 patches, which `patches` brings in the raster's order."""
+    """CLIP with MobileVLM's projector: a token stands for a square of 2 x 2 patches, which `patches` brings in the
+    raster's order.
+    """
     to_tokens = lambda rows, layout: on_raster(rows[layout.index], layout)
-    return EncoderProfile(to_tokens, lambda n: 4 * n + 1, _llava_layers, index_input="patches", cls_row=cls_row, cls_first=cls_first)
+    return EncoderProfile(
+        to_tokens, lambda n: 4 * n + 1, _llava_layers, index_input="patches", cls_row=cls_row, cls_first=cls_first
+    )
 
 
 PROFILES: dict[str, EncoderProfile] = {
-    # LLaVA-1.5, LLaVA-NeXT (each crop is an image), BakLLaVA, Granite-Vision. This llama.cpp joins CLS last (clip_graph_llava)
+    # LLaVA-1.5, LLaVA-NeXT (each crop is an image), BakLLaVA, Granite-Vision. This llama.cpp joins CLS last
+    # (clip_graph_llava)
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
     # MobileVLM and MobileVLM V2
     "ldp": _ldp(lambda n: 4 * n, cls_first=_ldp(lambda n: 0)),
@@ -200,11 +220,13 @@ PROFILES: dict[str, EncoderProfile] = {
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
     "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
-    # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk (clip_graph_siglip)
+    # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk
+    # (clip_graph_siglip)
     "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
     # InternVL 2 and 3. This llama.cpp joins CLS last (clip_graph_internvl)
     "internvl": _internvl(cls_first=_internvl()),
-    # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last (clip_graph_pixtral)
+    # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last
+    # (clip_graph_pixtral)
     "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
     # Gemma 4: any image size, 3 x 3 patches averaged into a token
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
@@ -213,11 +235,14 @@ PROFILES: dict[str, EncoderProfile] = {
 }
 
 
-# Encoders that look a patch's row and column up in a table each, which ends somewhere: ggml aborts beyond (clip_graph_gemma4v,
-# clip_graph_gemma4uv). Projector type -> side of a patch in pixels; the second joins patches before it looks.
+# Encoders that look a patch's row and column up in a table each, which ends somewhere: ggml aborts beyond
+# (clip_graph_gemma4v, clip_graph_gemma4uv). Projector type -> side of a patch in pixels; the second joins patches
+# before it looks.
 POSITION_TABLES: dict[str, Callable[[dict[str, object]], int]] = {
     "gemma4v": lambda metadata: int(metadata["clip.vision.patch_size"] or 1),
-    "gemma4uv": lambda metadata: int(metadata["clip.vision.patch_size"] or 1) * int(metadata["clip.vision.projector.scale_factor"] or 3),
+    "gemma4uv": lambda metadata: (
+        int(metadata["clip.vision.patch_size"] or 1) * int(metadata["clip.vision.projector.scale_factor"] or 3)
+    ),
 }
 
 # The encoder's attention is not read, and rows that must stay are found by `repeated_rows`
@@ -233,12 +258,14 @@ def find_profile(metadata: dict[str, object]) -> tuple[str, EncoderProfile]:
 def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
     """Rows of (n_tokens, n_embd) float32 that are bit-identical to others, and next to none of those, (n_tokens,) bool.
 
-    Image content is the same in two places only within an area of one colour, whose tokens are neighbours: what comes back apart is
-    a learned constant, such as a row end.
+    Image content is the same in two places only within an area of one colour, whose tokens are neighbours: what comes
+    back apart is a learned constant, such as a row end.
     """
     rows = np.ascontiguousarray(embeddings, np.float32)
     head = np.ascontiguousarray(rows[:, :8])  # enough to tell most rows apart
-    _, group, counts = np.unique(head.view(f"V{head.itemsize * head.shape[1]}").ravel(), return_inverse=True, return_counts=True)
+    _, group, counts = np.unique(
+        head.view(f"V{head.itemsize * head.shape[1]}").ravel(), return_inverse=True, return_counts=True
+    )
     special = np.zeros(len(rows), bool)
     for g in np.flatnonzero(counts > 1):
         members = np.flatnonzero(group == g)

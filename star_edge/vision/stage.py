@@ -11,19 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import budget
-from ..choose import Candidates, choose, divide, vision_policy
-from ..config import Keep, PruneConfig, keep_count
-from ..decoder.context import Rows
 from ..decoder.prefill import Segment
-from ..representatives import merge
-from ..selection import Selection, Tokens
+from ..llamacpp.context import Rows
+from ..pruning import budget
+from ..pruning.choose import Candidates, choose, divide, vision_policy
+from ..pruning.config import Keep, PruneConfig, keep_count
+from ..pruning.representatives import merge
+from ..pruning.selection import Selection, Tokens
 from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
 
 
 @dataclass
 class StagedImage:
-    """An image after the vision stage. chunk, encoded: as they were; of the latter's embeddings only what stayed goes on. selection: what stayed."""
+    """An image after the vision stage. chunk, encoded: as they were; of the latter's embeddings only what stayed goes
+    on. selection: what stayed.
+    """
 
     chunk: ImageChunk
     encoded: Encoded
@@ -35,11 +37,12 @@ class PromptPlan:
     """What a prompt will take, before any of it is decoded.
 
     config: what is done, or None for no pruning.
-    groups: images that share their tokens, as indices: the crops of each picture, or all. Of such a group the sums of what follows are
-    fixed; how they are divided is known once the images are seen, and until then by their sizes.
-    n_special: tokens of each image that always stay and are in no budget. What no profile says is known once the image is encoded.
-    n_vision: tokens of each image that the vision stage leaves, special ones among them. windows: (layer K, tokens of each image that
-    stay from there on) for each decoder stage.
+    groups: images that share their tokens, as indices: the crops of each picture, or all. Of such a group the sums of
+    what follows are fixed; how they are divided is known once the images are seen, and until then by their sizes.
+    n_special: tokens of each image that always stay and are in no budget. What no profile says is known once the image
+        is encoded.
+    n_vision: tokens of each image that the vision stage leaves, special ones among them. windows: (layer K, tokens of
+    each image that stay from there on) for each decoder stage.
     """
 
     chunks: Sequence[TextChunk | ImageChunk]
@@ -66,7 +69,8 @@ def plan_prompt(
     windows: Sequence[tuple[int, Keep]],
     encoded: Sequence[Encoded] | None = None,
 ) -> PromptPlan:
-    """Counts tokens. windows: (layer, keep) of the decoder stages that are possible. encoded: the images, once they are.
+    """Counts tokens. windows: (layer, keep) of the decoder stages that are possible. encoded: the images, once they
+    are.
 
     Special tokens count, and beside them one at least stays of each image.
 
@@ -134,7 +138,12 @@ def run_vision_stage(
     start = time.perf_counter()
     config, images = plan.config, plan.images
     candidates = [
-        Candidates(Tokens(e.embeddings, e.cells, chunk.grid, attention=e.scores), e.special, chunk.picture, chunk.n_tokens - n_special)
+        Candidates(
+            Tokens(e.embeddings, e.cells, chunk.grid, attention=e.scores),
+            e.special,
+            chunk.picture,
+            chunk.n_tokens - n_special,
+        )
         for e, chunk, n_special in zip(encoded, images, plan.n_special)
     ]
     n_keep = _divide(plan, candidates)
@@ -169,7 +178,9 @@ def run_vision_stage(
 
 
 def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
-    """Tokens of each image that stay, special ones among them: the plan's counts, but for images that share theirs and are seen now."""
+    """Tokens of each image that stay, special ones among them: the plan's counts, but for images that share theirs and
+    are seen now.
+    """
     n_keep = list(plan.n_vision)
     for group in plan.groups:
         images = [candidates[i] for i in group]

@@ -19,7 +19,9 @@ MEMORY = 6 * 2**30  # address space of a child, so that a size that is no size f
 
 
 def run(case: Callable[[], str], seconds: float) -> str:
-    """What `case` returns in a child; "death: SIGNAME", "hang" after so many seconds, or "untyped: TRACEBACK" when it raised."""
+    """What `case` returns in a child; "death: SIGNAME", "hang" after so many seconds, or "untyped: TRACEBACK" when it
+    raised.
+    """
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -35,7 +37,9 @@ def run(case: Callable[[], str], seconds: float) -> str:
                 result = case()
             except BaseException as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                result = f"untyped: {type(error).__name__}: {error} at {os.path.basename(where.filename)}:{where.lineno}"
+                result = (
+                    f"untyped: {type(error).__name__}: {error} at {os.path.basename(where.filename)}:{where.lineno}"
+                )
             os.write(write, result.encode("utf-8", "replace")[:4000])
         finally:
             os._exit(0)

@@ -13,8 +13,42 @@ from dataclasses import dataclass
 # enum gguf_type -> struct format
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-INTEGERS = (0, 1, 2, 3, 5, 7, 8, 10, 13, 14, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 255, 256, 512, 1000, 4096, 8193, 65535, 65536,
-            2**20, 2**31 - 1, 2**31, 2**32 - 1)  # fmt: skip
+INTEGERS = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    10,
+    13,
+    14,
+    16,
+    17,
+    31,
+    32,
+    33,
+    48,
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    255,
+    256,
+    512,
+    1000,
+    4096,
+    8193,
+    65535,
+    65536,
+    2**20,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+)
 FLOATS = (0.0, -0.0, -1.0, 1e-30, 1.0, 1e30, float("inf"), float("-inf"), float("nan"))
 MAX_BYTES = 2**26  # of a file that is made longer
 TENSOR_TYPES = (*range(43), 100, 2**31)  # enum ggml_type, and beyond
@@ -22,7 +56,9 @@ TENSOR_TYPES = (*range(43), 100, 2**31)  # enum ggml_type, and beyond
 
 @dataclass
 class Field:
-    """A key: where its name, the number of its type, and its value begin. kind: enum gguf_type; items: of an array, else None."""
+    """A key: where its name, the number of its type, and its value begin. kind: enum gguf_type; items: of an array,
+    else None.
+    """
 
     name: str
     name_at: int
@@ -107,7 +143,18 @@ def mutate(data: bytes, seed: int) -> tuple[bytes, str]:
     # The vocabulary is most of a header, and llama.cpp's alone: its arrays are mutated rarely.
     for _ in range(1 if rng.random() < 0.8 else 2):
         kind = rng.choices(
-            ("value", "type", "rename key", "swap dims", "dim", "tensor type", "rename tensor", "offset", "truncate", "bytes"),
+            (
+                "value",
+                "type",
+                "rename key",
+                "swap dims",
+                "dim",
+                "tensor type",
+                "rename tensor",
+                "offset",
+                "truncate",
+                "bytes",
+            ),
             (45, 6, 8, 8, 10, 8, 8, 2, 2, 3),
         )[0]
         if kind in ("value", "type", "rename key"):
@@ -191,7 +238,9 @@ def _tensor(rng: random.Random, out: bytearray, header: Header, tensor: Tensor, 
         struct.pack_into(f"<{len(dims)}Q", out, tensor.dims_at, *dims)
         return f"{tensor.name} is {dims} in place of {list(tensor.dims)}"
     if kind == "tensor type":
-        same = {0: (26, 30, 0), 1: (30, 25), 30: (1,)}.get(tensor.kind, ())  # types of the same size leave the offsets right
+        same = {0: (26, 30, 0), 1: (30, 25), 30: (1,)}.get(
+            tensor.kind, ()
+        )  # types of the same size leave the offsets right
         value = rng.choice(same if same and rng.random() < 0.5 else TENSOR_TYPES)
         struct.pack_into("<I", out, tensor.type_at, value)
         return f"{tensor.name} has type {value} in place of {tensor.kind}"
@@ -201,7 +250,8 @@ def _tensor(rng: random.Random, out: bytearray, header: Header, tensor: Tensor, 
     index = rng.randrange(max(1, tensor.n_dims))
     before = tensor.dims[index]
     value = rng.choice((0, 1, before - 1, before + 1, before * 2, before // 2, 2**31, 2**62, 2**63))
-    # The tensors after it move along: what is wrong is its shape, not their offsets. The last tensor needs the bytes to be there.
+    # The tensors after it move along: what is wrong is its shape, not their offsets. The last tensor needs the bytes to
+    # be there.
     struct.pack_into("<Q", out, tensor.dims_at + 8 * index, value)
     if 0 < value <= 4 * before and tensor.kind in (0, 1):
         _shift(out, header)

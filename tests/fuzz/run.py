@@ -4,7 +4,8 @@
     python tests/fuzz/run.py --target gguf --first 0 --cases 5000       # exactly those cases
     python tests/fuzz/run.py --target gguf --first 2857 --cases 1 -v    # one of them again
 
-What ends a process, hangs, or raises something untyped is written down as small as it was found to do so, and the exit status is 1.
+What ends a process, hangs, or raises something untyped is written down as small as it was found to do so, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ SAVED = Path(__file__).parent.parent.parent / "build" / "fuzz"
 
 def kind_of(result: str) -> str:
     """What two failures of one cause share."""
-    return result if result.startswith("death") else " ".join(result.split()[:3]) if result.startswith(("untyped", "bad")) else result.split(":")[0]
+    return (
+        result
+        if result.startswith("death")
+        else " ".join(result.split()[:3])
+        if result.startswith(("untyped", "bad"))
+        else result.split(":")[0]
+    )
 
 
 def is_bad(result: str) -> bool:
@@ -90,7 +97,9 @@ def main() -> int:
         parser.error("give --cases or --seconds")
     first = options.first if options.first is not None else int(time.time()) * 1000 if options.cases == 10**9 else 0
     names = [options.target] if options.target else list(TARGETS)
-    bad = sum(fuzz(name, first, options.cases, options.seconds / len(names), options.save, options.verbose) for name in names)
+    bad = sum(
+        fuzz(name, first, options.cases, options.seconds / len(names), options.save, options.verbose) for name in names
+    )
     if bad:
         print(f"{bad} failures in {options.save}")
     return 1 if bad else 0

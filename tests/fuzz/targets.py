@@ -1,7 +1,8 @@
 """What is fuzzed: for each target a function from a seed to a case. The same seed is the same case everywhere.
 
-A case's `check` runs in a process of its own (forking.run). It returns a line about what happened, where a typed error is a result; anything
-else that is raised, a death of the process or a hang is a failure. Lines that begin with "bad" are failures too.
+A case's `check` runs in a process of its own (forking.run). It returns a line about what happened, where a typed error
+is a result; anything else that is raised, a death of the process or a hang is a failure. Lines that begin with "bad"
+are failures too.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from PIL import Image
 
 import star_edge
 from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, refvlm
-from star_edge.config import load_config, resolve_prune
 from star_edge.errors import StarEdgeError
 from star_edge.evaluation import results as evaluation_results
 from star_edge.evaluation import tasks as evaluation_tasks
-from star_edge.images import ImageLimits, load_image
+from star_edge.io.images import ImageLimits, load_image
+from star_edge.pruning.config import load_config, resolve_prune
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FAMILIES = sorted(p.name for p in FIXTURES.iterdir() if (p / "mmproj.gguf").exists())
@@ -37,7 +38,9 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
 
 @dataclass
 class Case:
-    """said: what it is. payload: the bytes that `check` takes. divides: whether a part of them may be enough to fail."""
+    """said: what it is. payload: the bytes that `check` takes. divides: whether a part of them may be enough to
+    fail.
+    """
 
     said: str
     payload: bytes
@@ -78,7 +81,9 @@ def scrambled(rng: random.Random, data: bytes, most: int = 8) -> bytes:
         elif kind == 2:
             out[at:at] = out[at : at + n]
         elif kind == 3:
-            out[at : at + 4] = struct.pack(rng.choice(("<I", ">I")), rng.choice((0, 1, 0xFF, 0xFFFF, 2**31 - 1, 2**32 - 1)))
+            out[at : at + 4] = struct.pack(
+                rng.choice(("<I", ">I")), rng.choice((0, 1, 0xFF, 0xFFFF, 2**31 - 1, 2**32 - 1))
+            )
         else:
             other = rng.randrange(len(out))
             out[at : at + n] = out[other : other + n]
@@ -93,10 +98,25 @@ def _pictures() -> dict[str, bytes]:
     rgb = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     found = {}
     for kind, mode, options in (
-        ("PNG", "RGB", {}), ("PNG", "P", {}), ("PNG", "RGBA", {}), ("PNG", "I;16", {}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "CMYK", {}),
-        ("GIF", "P", {}), ("WEBP", "RGB", {}), ("BMP", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("PPM", "RGB", {}), ("ICO", "RGBA", {}),
-        ("TGA", "RGB", {}), ("DDS", "RGB", {}), ("PCX", "RGB", {}), ("SGI", "RGB", {}), ("IM", "RGB", {}), ("JPEG2000", "RGB", {}),
-    ):  # fmt: skip
+        ("PNG", "RGB", {}),
+        ("PNG", "P", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "I;16", {}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("JPEG", "CMYK", {}),
+        ("GIF", "P", {}),
+        ("WEBP", "RGB", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+        ("PPM", "RGB", {}),
+        ("ICO", "RGBA", {}),
+        ("TGA", "RGB", {}),
+        ("DDS", "RGB", {}),
+        ("PCX", "RGB", {}),
+        ("SGI", "RGB", {}),
+        ("IM", "RGB", {}),
+        ("JPEG2000", "RGB", {}),
+    ):
         out = io.BytesIO()
         try:
             (Image.new("I;16", (8, 8), 999) if mode == "I;16" else rgb.convert(mode)).save(out, kind, **options)
@@ -104,7 +124,9 @@ def _pictures() -> dict[str, bytes]:
             continue
         found[f"{kind} {mode}"] = out.getvalue()
     chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    found["PNG text"] = found["PNG RGB"][:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6))) + found["PNG RGB"][33:]
+    found["PNG text"] = (
+        found["PNG RGB"][:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6))) + found["PNG RGB"][33:]
+    )
     return found
 
 
@@ -147,9 +169,17 @@ def gguf(seed: int) -> Case:
     def ask(path: Path) -> str:
         files = {"text": FIXTURES / family / "text.gguf", "mmproj": FIXTURES / family / "mmproj.gguf", which: path}
         with StarVLM(files["text"], files["mmproj"], n_ctx=512, n_threads=1, image_cache_bytes=0) as vlm:
-            return vlm.generate(f"a {star_edge.MEDIA_MARKER} b", [PICTURE], prune, max_tokens=2, chat=False).finish_reason
+            return vlm.generate(
+                f"a {star_edge.MEDIA_MARKER} b", [PICTURE], prune, max_tokens=2, chat=False
+            ).finish_reason
 
-    return Case(f"{family} {which}: {said} (prune={prune})", data, lambda payload: in_file(payload, ".gguf", ask), ".gguf", divides=False)
+    return Case(
+        f"{family} {which}: {said} (prune={prune})",
+        data,
+        lambda payload: in_file(payload, ".gguf", ask),
+        ".gguf",
+        divides=False,
+    )
 
 
 def _write_lora() -> bytes:
@@ -189,23 +219,53 @@ def lora(seed: int) -> Case:
 # ---- grammars and schemas ----
 
 _GRAMMARS = (
-    'root ::= "a" | "b"', 'root ::= [a-z]+ | ws\nws ::= [ \\t\\n]*', 'root ::= "x"{2,5} ("y" | "z")?', "root ::= [^\\x00-\\x1F]{1,20}",
-    'root ::= item ("," item)*\nitem ::= [0-9]{1,3}', "root ::= <[12]> .", 'root ::= "\\u00e9" | root2\nroot2 ::= "a" root2?', "",
-)  # fmt: skip
+    'root ::= "a" | "b"',
+    "root ::= [a-z]+ | ws\nws ::= [ \\t\\n]*",
+    'root ::= "x"{2,5} ("y" | "z")?',
+    "root ::= [^\\x00-\\x1F]{1,20}",
+    'root ::= item ("," item)*\nitem ::= [0-9]{1,3}',
+    "root ::= <[12]> .",
+    'root ::= "\\u00e9" | root2\nroot2 ::= "a" root2?',
+    "",
+)
 _SCHEMAS = (
-    {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}, "b": {"type": "integer", "minimum": 0}}, "required": ["a"]},
-    {"type": "array", "items": {"enum": ["x", 1, None]}, "minItems": 1, "maxItems": 3}, {"type": "string", "pattern": "^[a-z]{1,4}$"},
-    {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}], "$defs": {"n": {"type": "number"}}}, {"type": "string", "format": "date"}, {},
-)  # fmt: skip
+    {
+        "type": "object",
+        "properties": {"a": {"type": "string", "maxLength": 5}, "b": {"type": "integer", "minimum": 0}},
+        "required": ["a"],
+    },
+    {"type": "array", "items": {"enum": ["x", 1, None]}, "minItems": 1, "maxItems": 3},
+    {"type": "string", "pattern": "^[a-z]{1,4}$"},
+    {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}], "$defs": {"n": {"type": "number"}}},
+    {"type": "string", "format": "date"},
+    {},
+)
 _NUMBERS = (0, -1, 1, 2, 100, 20000, 10**6, 10**9, 2**31, 2**63, 1e308, -0.5)
 
 
 def _changed(rng: random.Random, value: object) -> object:
     """A JSON value with some of its parts replaced by others."""
     if rng.random() < 0.2:
-        return rng.choice((None, True, [], {}, "", "x" * 50, "\ud800", rng.choice(_NUMBERS), [[]], {"type": "object"}, "^a{1,100000}$"))
+        return rng.choice(
+            (
+                None,
+                True,
+                [],
+                {},
+                "",
+                "x" * 50,
+                "\ud800",
+                rng.choice(_NUMBERS),
+                [[]],
+                {"type": "object"},
+                "^a{1,100000}$",
+            )
+        )
     if isinstance(value, dict):
-        return {(k if rng.random() < 0.9 else rng.choice(("type", "items", "$ref", "pattern", "x"))): _changed(rng, v) for k, v in value.items()}
+        return {
+            (k if rng.random() < 0.9 else rng.choice(("type", "items", "$ref", "pattern", "x"))): _changed(rng, v)
+            for k, v in value.items()
+        }
     if isinstance(value, list):
         return [_changed(rng, v) for v in value] * rng.choice((1, 1, 1, 2, 0))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -216,7 +276,9 @@ def _changed(rng: random.Random, value: object) -> object:
 def _nested(rng: random.Random, n: int) -> object:
     value: object = {"type": "string"}
     for _ in range(n):
-        value = {"type": "array", "items": value} if rng.random() < 0.5 else {"type": "object", "properties": {"a": value}}
+        value = (
+            {"type": "array", "items": value} if rng.random() < 0.5 else {"type": "object", "properties": {"a": value}}
+        )
     return value
 
 
@@ -225,8 +287,16 @@ def grammars(seed: int) -> Case:
     if rng.random() < 0.5:
         text = scrambled(rng, rng.choice(_GRAMMARS).encode(), 4).decode("utf-8", "replace")
         if rng.random() < 0.2:
-            text = rng.choice(("root ::= " + "(" * 20000 + '"a"' + ")" * 20000, 'root ::= "a"' + ' | "a"' * 10**5, f"root ::= [a]{{{rng.choice(_NUMBERS)}}}",
-                               "root ::= root", 'root ::= ("a"?)*', "root ::= <[99999999]>"))  # fmt: skip
+            text = rng.choice(
+                (
+                    "root ::= " + "(" * 20000 + '"a"' + ")" * 20000,
+                    'root ::= "a"' + ' | "a"' * 10**5,
+                    f"root ::= [a]{{{rng.choice(_NUMBERS)}}}",
+                    "root ::= root",
+                    'root ::= ("a"?)*',
+                    "root ::= <[99999999]>",
+                )
+            )
         payload, is_schema = text.encode("utf-8", "surrogatepass"), False
     else:
         schema = _nested(rng, rng.choice((3, 50, 5000))) if rng.random() < 0.15 else _changed(rng, rng.choice(_SCHEMAS))
@@ -271,10 +341,58 @@ def _dumps(value: object) -> bytes:
 
 # ---- configs ----
 
-_ODD = (None, True, False, 0, 1, -1, 0.0, 0.5, 1.0, 1.5, -0.5, float("nan"), float("inf"), 10**30, "", "half", "\0", b"x", [], (), {}, [1], (1, 2), object,
-        np.int64(3), np.float32(0.25), np.nan, np.array([0.5]), 1 + 2j, "0.5", ((2, 0.5),), [(0.5, 0.5), (0.6, 0.2)], [[0.5]], "attention", "none", "crop")  # fmt: skip
-_FIELDS = ("vision_keep", "decoder_keep", "decoder_layer", "vision_scorer", "decoder_scorer", "representatives", "vision_share", "decoder_share",
-           "windows", "budget", "positions", "seed")  # fmt: skip
+_ODD = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    "half",
+    "\0",
+    b"x",
+    [],
+    (),
+    {},
+    [1],
+    (1, 2),
+    object,
+    np.int64(3),
+    np.float32(0.25),
+    np.nan,
+    np.array([0.5]),
+    1 + 2j,
+    "0.5",
+    ((2, 0.5),),
+    [(0.5, 0.5), (0.6, 0.2)],
+    [[0.5]],
+    "attention",
+    "none",
+    "crop",
+)
+_FIELDS = (
+    "vision_keep",
+    "decoder_keep",
+    "decoder_layer",
+    "vision_scorer",
+    "decoder_scorer",
+    "representatives",
+    "vision_share",
+    "decoder_share",
+    "windows",
+    "budget",
+    "positions",
+    "seed",
+)
 
 
 def configs(seed: int) -> Case:
@@ -282,7 +400,12 @@ def configs(seed: int) -> Case:
     rng = random.Random(seed)
     if rng.random() < 0.4:
         text = json.dumps({"vision_keep": 0.5, "decoder_keep": 0.25, "windows": [], "seed": 0, "budget": "image"})
-        return Case("file", scrambled(rng, text.encode()), lambda data: in_file(data, ".json", lambda path: load_config(str(path))), ".json")
+        return Case(
+            "file",
+            scrambled(rng, text.encode()),
+            lambda data: in_file(data, ".json", lambda path: load_config(str(path))),
+            ".json",
+        )
     names = rng.sample(_FIELDS, rng.randint(1, 4))
     chosen = {name: rng.randrange(len(_ODD)) for name in names}
 
@@ -297,7 +420,13 @@ def configs(seed: int) -> Case:
 
         return typed(use)
 
-    return Case(f"PruneConfig({', '.join(f'{n}={_ODD[i]!r}' for n, i in chosen.items())})", json.dumps(chosen).encode(), check, ".json", divides=False)
+    return Case(
+        f"PruneConfig({', '.join(f'{n}={_ODD[i]!r}' for n, i in chosen.items())})",
+        json.dumps(chosen).encode(),
+        check,
+        ".json",
+        divides=False,
+    )
 
 
 # ---- files of tasks and results ----
@@ -313,7 +442,16 @@ def results(seed: int) -> Case:
     rng = random.Random(seed)
     data = scrambled(rng, b"".join(rng.choice(_LINES) for _ in range(rng.randint(1, 3))))
     if rng.random() < 0.1:
-        data = rng.choice((b"[" * 100000, b'{"id": ' + b"9" * 5000 + b"}", '{"id": "\u2028"}\n'.encode(), b"\xff\xfe", b"\0" * 100, b""))
+        data = rng.choice(
+            (
+                b"[" * 100000,
+                b'{"id": ' + b"9" * 5000 + b"}",
+                '{"id": "\u2028"}\n'.encode(),
+                b"\xff\xfe",
+                b"\0" * 100,
+                b"",
+            )
+        )
     kind = rng.choice(("results", "tasks", "eval tasks", "eval results"))
     settings = batch.Settings(PruneConfig())
 
@@ -331,17 +469,50 @@ def results(seed: int) -> Case:
 
 # ---- HTTP ----
 
-_PATHS = ("/v1/chat/completions", "/v1/chat/completions", "/v1/chat/completions", "/v1/completions", "/extras/tokenize", "/extras/detokenize",
-          "/v1/embeddings", "/v1/models", "/health", "/metrics", "/")  # fmt: skip
+_PATHS = (
+    "/v1/chat/completions",
+    "/v1/chat/completions",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/extras/tokenize",
+    "/extras/detokenize",
+    "/v1/embeddings",
+    "/v1/models",
+    "/health",
+    "/metrics",
+    "/",
+)
 _PNG = "data:image/png;base64," + base64.b64encode(PICTURES["PNG RGB"]).decode()
 _BODIES = (
-    {"model": "m", "max_tokens": 2, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": _PNG}},
-     {"type": "text", "text": "what?"}]}], "prune": "balanced", "temperature": 0, "stream": False},
-    {"model": "m", "max_tokens": 2, "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}], "stop": ["a"], "top_p": 0.5,
-     "logit_bias": {"5": 1.0}, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
-     "tool_choice": "auto", "seed": 1, "response_format": {"type": "json_object", "schema": {"type": "object"}}},
-    {"model": "m", "prompt": "x", "max_tokens": 2, "grammar": 'root ::= "a"'}, {"input": "x"}, {"tokens": [1, 2]},
-)  # fmt: skip
+    {
+        "model": "m",
+        "max_tokens": 2,
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": _PNG}}, {"type": "text", "text": "what?"}],
+            }
+        ],
+        "prune": "balanced",
+        "temperature": 0,
+        "stream": False,
+    },
+    {
+        "model": "m",
+        "max_tokens": 2,
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
+        "stop": ["a"],
+        "top_p": 0.5,
+        "logit_bias": {"5": 1.0},
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+        "tool_choice": "auto",
+        "seed": 1,
+        "response_format": {"type": "json_object", "schema": {"type": "object"}},
+    },
+    {"model": "m", "prompt": "x", "max_tokens": 2, "grammar": 'root ::= "a"'},
+    {"input": "x"},
+    {"tokens": [1, 2]},
+)
 
 
 def http(seed: int) -> Case:
@@ -371,7 +542,9 @@ def _serve(payload: bytes) -> str:
                 method, path, body = json.loads(line)
             except ValueError:
                 continue
-            answer = client.request(method, path, content=body.encode("latin-1", "replace"), headers={"Content-Type": "application/json"})
+            answer = client.request(
+                method, path, content=body.encode("latin-1", "replace"), headers={"Content-Type": "application/json"}
+            )
             answers[answer.status_code] = answers.get(answer.status_code, 0) + 1
             if answer.status_code >= 500 and answer.status_code != 503:
                 return f"bad answer {answer.status_code} of {method} {path}: {answer.text[:200]} to {body[:300]}"
@@ -383,5 +556,11 @@ def _serve(payload: bytes) -> str:
 
 
 TARGETS: dict[str, Callable[[int], Case]] = {
-    "gguf": gguf, "lora": lora, "images": images, "grammars": grammars, "configs": configs, "results": results, "http": http,
-}  # fmt: skip
+    "gguf": gguf,
+    "lora": lora,
+    "images": images,
+    "grammars": grammars,
+    "configs": configs,
+    "results": results,
+    "http": http,
+}

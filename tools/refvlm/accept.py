@@ -2,8 +2,8 @@
 
 python tools/refvlm/accept.py RUN/model.pt --gguf DIR --questions DIR [--limit N] [--text refvlm-text-f16.gguf]
 
-Answers are greedy. llama.cpp runs as llama-cpp-python ships it, with its own image handling and chat template; nothing of star_edge takes
-part. Exit status 1 if fewer than 99.5% of the answers are the same.
+Answers are greedy. llama.cpp runs as llama-cpp-python ships it, with its own image handling and chat template; nothing
+of star_edge takes part. Exit status 1 if fewer than 99.5% of the answers are the same.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def answer_with_torch(model: ReferenceVLM, asked: list[Asked], max_tokens: int) 
 
 
 def _greedy(model: ReferenceVLM, encoded: torch.Tensor, asked: list[list[Asked]], max_tokens: int) -> list[list[str]]:
-    """Answers to the questions about each picture, all packed into one pass per token. encoded: (B, patches + 1, v_width)."""
+    """Answers to the questions about each picture, all packed into one pass per token. encoded: (B, patches + 1,
+    v_width).
+    """
     prompts = [[encode_question(a.question) for a in row] for row in asked]
     n_questions = max(map(len, prompts))
     length = max(len(p) for row in prompts for p in row) + max_tokens - 1
@@ -104,10 +106,17 @@ def answer_with_llama(text: Path, mmproj: Path, asked: list[Asked], max_tokens: 
     mtmd_cpp.mtmd_log_set(llama_log_callback, None)
     mtmd_cpp.mtmd_helper_log_set(llama_log_callback, None)
     handler = MTMDChatHandler(clip_model_path=str(mmproj), verbose=False)
-    llama = Llama(str(text), n_ctx=1024, n_threads=threads, n_threads_batch=threads, chat_handler=handler, verbose=False)
+    llama = Llama(
+        str(text), n_ctx=1024, n_threads=threads, n_threads_batch=threads, chat_handler=handler, verbose=False
+    )
     for a in asked:
-        content = [{"type": "image_url", "image_url": {"url": a.image.resolve().as_uri()}}, {"type": "text", "text": a.question}]
-        reply = llama.create_chat_completion([{"role": "user", "content": content}], temperature=0.0, max_tokens=max_tokens)
+        content = [
+            {"type": "image_url", "image_url": {"url": a.image.resolve().as_uri()}},
+            {"type": "text", "text": a.question},
+        ]
+        reply = llama.create_chat_completion(
+            [{"role": "user", "content": content}], temperature=0.0, max_tokens=max_tokens
+        )
         a.by_llama = reply["choices"][0]["message"]["content"].strip()
     llama.close()
 

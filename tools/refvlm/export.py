@@ -1,4 +1,5 @@
-"""Write a trained model as GGUF files for llama.cpp: the text model in f16 and q8_0, the encoder with its projector in f16.
+"""Write a trained model as GGUF files for llama.cpp: the text model in f16 and q8_0, the encoder with its projector in
+f16.
 
 python tools/refvlm/export.py RUN/model.pt --out DIR
 
@@ -22,8 +23,8 @@ from vocabulary import BOS, EOS, TOKEN_SCORES, TOKEN_TYPES, TOKENS, UNKNOWN
 
 TEXT_F16, TEXT_Q8_0, MMPROJ_F16 = "refvlm-text-f16.gguf", "refvlm-text-q8_0.gguf", "refvlm-mmproj-f16.gguf"
 
-# The encoder was trained on the rows that stock llama.cpp hands to the projector (model.py). Whoever corrects that order for models that
-# were trained in CLIP's must leave this file alone.
+# The encoder was trained on the rows that stock llama.cpp hands to the projector (model.py). Whoever corrects that
+# order for models that were trained in CLIP's must leave this file alone.
 LAYOUT_KEY, LAYOUT = "star_edge.encoder_layout", "stock"
 
 # Pictures first, then the text without a space between: the space prefix of the tokenizer is the question's first space
@@ -56,7 +57,9 @@ def load_model(path: Path) -> ReferenceVLM:
 
 
 class Writer:
-    """A GGUF file under construction: matrices in f16; norms, biases, positions and CLS in f32, as llama.cpp expects them."""
+    """A GGUF file under construction: matrices in f16; norms, biases, positions and CLS in f32, as llama.cpp expects
+    them.
+    """
 
     def __init__(self, path: Path, architecture: str, name: str):
         self.gguf = gguf.GGUFWriter(str(path), architecture)
@@ -122,7 +125,9 @@ def write_text(path: Path, c: ModelConfig, weights: Weights) -> None:
 
 
 def write_mmproj(path: Path, c: ModelConfig, weights: Weights) -> None:
-    """The encoder and the projector. llama.cpp runs all layers of a LLaVA encoder but the last, so one of zeros is added."""
+    """The encoder and the projector. llama.cpp runs all layers of a LLaVA encoder but the last, so one of zeros is
+    added.
+    """
     w = Writer(path, "clip", "refvlm-clip")
     g = w.gguf
     g.add_bool("clip.has_vision_encoder", True)

@@ -57,7 +57,9 @@ class ModelConfig:
 
 SIZES = {
     "small": ModelConfig(),
-    "large": ModelConfig(v_width=384, v_heads=6, v_layers=8, v_ff=1536, width=512, layers=12, ff=1408, scenes=LARGE_SCENES),
+    "large": ModelConfig(
+        v_width=384, v_heads=6, v_layers=8, v_ff=1536, width=512, layers=12, ff=1408, scenes=LARGE_SCENES
+    ),
 }
 
 
@@ -106,7 +108,9 @@ class VisionEncoder(nn.Module):
         return x
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Normalized patches (B, patches, 3 * patch_size^2), each in the order of a convolution's kernel: channel, y, x."""
+        """Normalized patches (B, patches, 3 * patch_size^2), each in the order of a convolution's kernel: channel, y,
+        x.
+        """
         batch, size, p = pixels.shape[0], pixels.shape[1], self.patch_size
         x = (pixels.float() - self.mean) / self.std
         x = x.view(batch, size // p, p, size // p, p, 3).permute(0, 1, 3, 5, 2, 4)
@@ -125,7 +129,9 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on neighbouring pairs (llama.cpp's "normal" kind). x: (B, heads, rows, head_size); cos, sin: (rows, head_size / 2)."""
+    """RoPE on neighbouring pairs (llama.cpp's "normal" kind). x: (B, heads, rows, head_size); cos, sin: (rows,
+    head_size / 2).
+    """
     x = x.float()
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -164,7 +170,9 @@ class DecoderBlock(nn.Module):
 
 
 class ReferenceVLM(nn.Module):
-    """Encoder, projector and decoder, and two heads on the encoder that exist for training only (`patch_head`, `presence_head`)."""
+    """Encoder, projector and decoder, and two heads on the encoder that exist for training only (`patch_head`,
+    `presence_head`).
+    """
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -217,16 +225,23 @@ class ReferenceVLM(nn.Module):
         return self.out(self.norm(x)).view(batch, n_questions, length, -1)
 
     def _layout(self, n_questions: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """RoPE tables (rows, head_size / 2) and mask (rows, rows) of packed questions, each at the positions after the image."""
+        """RoPE tables (rows, head_size / 2) and mask (rows, rows) of packed questions, each at the positions after the
+        image.
+        """
         c = self.c
         slot = torch.arange(n_questions, device=device).repeat_interleave(length)
         slot = torch.cat([torch.full((c.n_prefix,), -1, device=device), slot])
         position = torch.cat(
-            [torch.arange(c.n_prefix, device=device), c.n_prefix + torch.arange(length, device=device).repeat(n_questions)]
+            [
+                torch.arange(c.n_prefix, device=device),
+                c.n_prefix + torch.arange(length, device=device).repeat(n_questions),
+            ]
         )
         sees = (slot[None] == slot[:, None]) | (slot[None] == -1)
         mask = sees & (position[None] <= position[:, None])
-        frequencies = c.rope_base ** (-torch.arange(0, c.head_size, 2, device=device, dtype=torch.float32) / c.head_size)
+        frequencies = c.rope_base ** (
+            -torch.arange(0, c.head_size, 2, device=device, dtype=torch.float32) / c.head_size
+        )
         angles = position.float()[:, None] * frequencies
         return angles.cos(), angles.sin(), mask
 
@@ -256,7 +271,9 @@ class ReferenceVLM(nn.Module):
 
 
 def _labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy over the patches that have a label; 0 where none has. logits: (B, patches, classes), labels: (B, patches)."""
+    """Cross entropy over the patches that have a label; 0 where none has. logits: (B, patches, classes), labels: (B,
+    patches).
+    """
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 
@@ -277,7 +294,11 @@ def whitened_dct(c: ModelConfig) -> np.ndarray:
     n_red_green = (c.v_width - n_light) // 2
     shares = (n_light, n_red_green, c.v_width - n_light - n_red_green)
     filters = np.stack(
-        [(channel[:, None, None] * np.outer(waves[u], waves[v])).ravel() for channel, n in zip(opponents, shares) for u, v in lowest[:n]]
+        [
+            (channel[:, None, None] * np.outer(waves[u], waves[v])).ravel()
+            for channel, n in zip(opponents, shares)
+            for u, v in lowest[:n]
+        ]
     )
     generator = SceneGenerator("whitening", config=c.scenes, n_backgrounds=40)
     pictures = np.stack([generator.scene(generator.rng("scene", i)).pixels for i in range(60)]).astype(np.float32)

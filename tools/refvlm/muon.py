@@ -1,7 +1,8 @@
-"""Muon: momentum whose matrix updates are made orthogonal, so that every direction of a weight matrix learns at the same pace.
+"""Muon: momentum whose matrix updates are made orthogonal, so that every direction of a weight matrix learns at the
+same pace.
 
-torch.optim.Muon orthogonalizes in bfloat16 one matrix at a time. On CPUs without bfloat16 instructions that takes seconds per step; here it
-is done in float32, and matrices of one shape together.
+torch.optim.Muon orthogonalizes in bfloat16 one matrix at a time. On CPUs without bfloat16 instructions that takes
+seconds per step; here it is done in float32, and matrices of one shape together.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# An odd quintic that lifts every singular value from (0, 1] to about 1 in five rounds. It overshoots near 1, which does no harm here.
+# An odd quintic that lifts every singular value from (0, 1] to about 1 in five rounds. It overshoots near 1, which does
+# no harm here.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
 _RMS = 0.2  # of an AdamW update, roughly: rates mean the same for both optimizers

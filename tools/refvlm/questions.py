@@ -1,7 +1,7 @@
 """Questions about a scene, in six families, and their answers.
 
-A question is asked only where it has one answer: colours and places of shapes that stand there once, places that are clear of the
-picture's middle lines.
+A question is asked only where it has one answer: colours and places of shapes that stand there once, places that are
+clear of the picture's middle lines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Seeded random scenes: a few coloured shapes and digits, and perhaps a number plate, on a textured background.
 
-The splits share nothing random: each has its own backgrounds, sprites and picture seeds. Picture i of a split depends on (split, seed, i)
-alone, not on how many pictures are made or in which order, so a training run can go on at any step.
+The splits share nothing random: each has its own backgrounds, sprites and picture seeds. Picture i of a split depends
+on (split, seed, i) alone, not on how many pictures are made or in which order, so a training run can go on at any step.
 
 A scene knows pixels and objects; what is asked about it is in questions.py.
 """
@@ -47,7 +47,9 @@ class SceneConfig:
 
 
 SMALL_SCENES = SceneConfig()
-LARGE_SCENES = SceneConfig(image_size=336, background_size=480, jitter=7, n_shapes=(4, 8), n_digits=(2, 5), plate_numbers=2)
+LARGE_SCENES = SceneConfig(
+    image_size=336, background_size=480, jitter=7, n_shapes=(4, 8), n_digits=(2, 5), plate_numbers=2
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class SceneObject:
 class Scene:
     """A picture and the truth about it.
 
-    pixels: uint8 (size, size, 3). labels: int64 (patches, 2 + plate digits): kind + 1 or 0 for background, colour or -1, plate
-    digits or -1.
+    pixels: uint8 (size, size, 3). labels: int64 (patches, 2 + plate digits): kind + 1 or 0 for background, colour or
+    -1, plate digits or -1.
     """
 
     pixels: np.ndarray
@@ -86,7 +88,14 @@ class Scene:
 class SceneGenerator:
     """Makes the scenes of one split. Building one draws all sprites and backgrounds, which takes a second or two."""
 
-    def __init__(self, split: str, seed: int = 0, config: SceneConfig = SMALL_SCENES, n_backgrounds: int = 400, n_variants: int = 42):
+    def __init__(
+        self,
+        split: str,
+        seed: int = 0,
+        config: SceneConfig = SMALL_SCENES,
+        n_backgrounds: int = 400,
+        n_variants: int = 42,
+    ):
         self.config = config
         self._entropy = (SPLITS[split], seed)
         self.sprites = SpriteBank(self.rng("sprites"), n_variants)
@@ -165,7 +174,9 @@ class SceneGenerator:
             chosen.append((PLATE, -1))
         return chosen
 
-    def _free_place(self, rng: np.random.Generator, shape: tuple[int, int], placed: list[SceneObject]) -> tuple[int, int] | None:
+    def _free_place(
+        self, rng: np.random.Generator, shape: tuple[int, int], placed: list[SceneObject]
+    ) -> tuple[int, int] | None:
         """Top left corner (x, y) for a mask of this shape, or None when no try fits.
 
         Centres lie near patch corners: far fewer alignments of object and patch grid to learn for a model this small.

@@ -94,12 +94,17 @@ class SpriteBank:
 
     def __init__(self, rng: np.random.Generator, n_variants: int):
         self._objects = {
-            kind: [draw_shape(kind, int(rng.integers(17, 25)), rng.uniform(-16, 16)) for _ in range(n_variants)] for kind in SHAPES
+            kind: [draw_shape(kind, int(rng.integers(17, 25)), rng.uniform(-16, 16)) for _ in range(n_variants)]
+            for kind in SHAPES
         }
         for digit in DIGITS:
-            self._objects[digit] = [draw_text(digit, int(rng.integers(22, 29)), _FONT_FILES[i % 3]) for i in range(n_variants)]
+            self._objects[digit] = [
+                draw_text(digit, int(rng.integers(22, 29)), _FONT_FILES[i % 3]) for i in range(n_variants)
+            ]
         self._numbers = {
-            (a, b): [draw_text(f"{a}{b}", int(rng.integers(17, 20)), font) for font in _PLATE_FONTS] for a in range(10) for b in range(10)
+            (a, b): [draw_text(f"{a}{b}", int(rng.integers(17, 20)), font) for font in _PLATE_FONTS]
+            for a in range(10)
+            for b in range(10)
         }
 
     def object(self, kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -130,7 +135,9 @@ def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
     if rng.random() < 0.5:
         y, x = np.mgrid[:size, :size]
         angle, period, amplitude = rng.uniform(0, np.pi), rng.uniform(6, 30), rng.uniform(5, 18)
-        image += (np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period) * amplitude)[..., None].astype(np.float32)
+        image += (np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period) * amplitude)[..., None].astype(
+            np.float32
+        )
     if rng.random() < 0.5:
         lines = Image.new("L", (size, size), 0)
         draw = ImageDraw.Draw(lines)

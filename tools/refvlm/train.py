@@ -2,8 +2,8 @@
 
 python tools/refvlm/train.py --out DIR [--size small] [--device cpu] [--seed 0]
 
-A run that was killed goes on from DIR/checkpoint.pt with the pictures that it would have seen. Progress is in DIR/log.jsonl (what came
-after the checkpoint is there twice then), the weights are in DIR/model.pt at the end.
+A run that was killed goes on from DIR/checkpoint.pt with the pictures that it would have seen. Progress is in
+DIR/log.jsonl (what came after the checkpoint is there twice then), the weights are in DIR/model.pt at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Plan:
     joint_pictures: int = 16
     decoder_rate: float = 1.5e-3
     encoder_rate: float = 6e-4
-    frozen_share: float = 0.12  # of the joint steps: the encoder waits until the decoder's first gradients are no longer noise
+    frozen_share: float = (
+        0.12  # of the joint steps: the encoder waits until the decoder's first gradients are no longer noise
+    )
     dense_weight: float = 0.25  # of the patch loss in the joint phase
     end_weight: float = 0.1  # of the end of an answer, which is learnt at once
     log_every: int = 25
@@ -57,10 +59,23 @@ PLANS = {
     "small": Plan(),
     # Not trained yet: ten times the pictures, rates halved for twice the depth
     "large": Plan(
-        dense_steps=4400, dense_pictures=64, dense_rate=6e-4, joint_steps=11000, joint_pictures=32, decoder_rate=7.5e-4, encoder_rate=3e-4
+        dense_steps=4400,
+        dense_pictures=64,
+        dense_rate=6e-4,
+        joint_steps=11000,
+        joint_pictures=32,
+        decoder_rate=7.5e-4,
+        encoder_rate=3e-4,
     ),
 }
-SMOKE = {"dense_steps": 12, "dense_pictures": 4, "joint_steps": 16, "joint_pictures": 2, "log_every": 4, "checkpoint_every": 8}
+SMOKE = {
+    "dense_steps": 12,
+    "dense_pictures": 4,
+    "joint_steps": 16,
+    "joint_pictures": 2,
+    "log_every": 4,
+    "checkpoint_every": 8,
+}
 
 
 def dense_multiplier(step: int, n_steps: int) -> float:
@@ -75,7 +90,9 @@ def joint_multiplier(step: int, n_steps: int) -> float:
 
 
 class Group:
-    """Parameters that are clipped and stepped together: Muon on the matrices of transformer blocks, AdamW on the rest."""
+    """Parameters that are clipped and stepped together: Muon on the matrices of transformer blocks, AdamW on the
+    rest.
+    """
 
     def __init__(self, matrices: list[Tensor], rest: list[Tensor], rate: float, weight_decay: float):
         self.parameters = matrices + rest
@@ -113,7 +130,11 @@ def decoder_group(model: ReferenceVLM, rate: float) -> Group:
 
 def default_precision(device: str) -> str:
     """Without its own instructions bf16 is emulated, forty times slower than f32 on a CPU that has AVX2 only."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return "bf16" if fast else "f32"
 
 
@@ -136,7 +157,17 @@ class StepBatches(Dataset):
 class Trainer:
     """One run: the model, the functions that compute it, and where it writes."""
 
-    def __init__(self, out: Path, config: ModelConfig, plan: Plan, seed: int, device: str, precision: str, compiled: bool, workers: int):
+    def __init__(
+        self,
+        out: Path,
+        config: ModelConfig,
+        plan: Plan,
+        seed: int,
+        device: str,
+        precision: str,
+        compiled: bool,
+        workers: int,
+    ):
         torch.manual_seed(seed)
         self.out, self.plan, self.seed, self.device, self.workers = out, plan, seed, device, workers
         self.precision = precision
@@ -177,7 +208,9 @@ class Trainer:
             done = step + 1
             if done % plan.log_every == 0 or done == plan.steps(phase):
                 seconds = round(time.perf_counter() - start, 1)  # since this process began the phase
-                self._log({"phase": phase, "step": done, "pictures": done * n_pictures, "seconds": seconds, **averages.take()})
+                self._log(
+                    {"phase": phase, "step": done, "pictures": done * n_pictures, "seconds": seconds, **averages.take()}
+                )
             if done % plan.checkpoint_every == 0 or done == plan.steps(phase):
                 state = {"phase": phase, "step": done, "groups": [g.state_dict() for g in groups]}
                 self._save(self.out / "checkpoint.pt", {**self.identity, **state, "model": self.model.state_dict()})
@@ -285,22 +318,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--precision", choices=("f32", "bf16"), help="of the matrix products; by default bf16 where the device has instructions for it"
+        "--precision",
+        choices=("f32", "bf16"),
+        help="of the matrix products; by default bf16 where the device has instructions for it",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that make pictures; some for a GPU, none where torch needs every core"
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that make pictures; some for a GPU, none where torch needs every core",
     )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--dense-steps", type=int)
     parser.add_argument("--joint-steps", type=int)
-    parser.add_argument("--smoke", action="store_true", help="a few dozen tiny steps, to see that all of it runs; learns nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few dozen tiny steps, to see that all of it runs; learns nothing"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     chosen = {"dense_steps": args.dense_steps, "joint_steps": args.joint_steps}
     plan = replace(PLANS[args.size], **(SMOKE if args.smoke else {}))
     plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
     precision = args.precision or default_precision(args.device)
-    Trainer(args.out, SIZES[args.size], plan, args.seed, args.device, precision, not args.no_compile, args.workers).run()
+    Trainer(
+        args.out, SIZES[args.size], plan, args.seed, args.device, precision, not args.no_compile, args.workers
+    ).run()
 
 
 if __name__ == "__main__":

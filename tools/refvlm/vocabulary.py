@@ -1,7 +1,8 @@
 """The reference model's vocabulary and its word tokenizer.
 
-The GGUF file declares a SentencePiece (SPM) vocabulary, which llama.cpp tokenizes by merging neighbours bottom-up. A word therefore
-only becomes one token if each of its prefixes is a token as well; the prefixes are in the vocabulary for that reason alone and no
+The GGUF file declares a SentencePiece (SPM) vocabulary, which llama.cpp tokenizes by merging neighbours bottom-up. A
+word therefore only becomes one token if each of its prefixes is a token as well; the prefixes are in the vocabulary for
+that reason alone and no
 training example contains one. Python needs no merging: it looks whole words up.
 """
 
@@ -30,9 +31,7 @@ SHAPES = list(PLURALS)
 DIGITS = [str(i) for i in range(10)]
 PLATE = "plate"
 
-_PROMPT_WORDS = (
-    "USER: ASSISTANT: is there a what color is the digit number shown how many where yes no top bottom left right".split()
-)  # fmt: skip
+_PROMPT_WORDS = "USER: ASSISTANT: is there a what color is the digit number shown how many where yes no top bottom left right".split()
 WORDS = list(dict.fromkeys(_PROMPT_WORDS)) + COLOR_NAMES + SHAPES + list(PLURALS.values()) + DIGITS
 
 UNKNOWN, BOS, EOS = 0, 1, 2
@@ -56,7 +55,8 @@ def _build() -> tuple[list[str], list[int], list[float]]:
     while len(tokens) % _ROUND_TO:
         tokens.append(f"<pad{len(tokens)}>")
         types.append(_UNUSED)
-    # Shorter merges come first, so that every word grows letter by letter from its space mark. The bare mark never wins.
+    # Shorter merges come first, so that every word grows letter by letter from its space mark. The bare mark never
+    # wins.
     scores = [-float(len(t)) if kind == _NORMAL else 0.0 for t, kind in zip(tokens, types)]
     scores[tokens.index("?")] = 0.0
     scores[tokens.index(_SPACE)] = -1000.0

@@ -1,0 +1,1 @@
+"""What comes from users and goes to them: pictures, model hubs, overlays."""

@@ -1,0 +1,1 @@
+"""All that star_edge knows of the inside of llama.cpp and llama-cpp-python."""

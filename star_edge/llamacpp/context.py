@@ -1,0 +1,347 @@
+"""A llama.cpp context with a tap, and decodes of given rows in it.
+
+Knows batches, positions, KV cells and sequences; knows neither images nor what is pruned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import llama_cpp
+import numpy as np
+from llama_cpp import Llama, _internals
+
+from ..errors import ContextLengthError, EngineError, RequestCancelledError
+from .tap import Outcome, Plan, Tap
+
+# Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be
+# reused yet
+MAIN, PARKED, N_SEQUENCES = 0, 1, 7
+
+# Decoders in whose layers a row of text is not treated as one of an image is: experts of its own, or an embedding of
+# the token in every layer. It must be
+# decoded as its token there. Of this version: what looks at ubatch.token or ubatch.embd past the input in src/models;
+# to be looked up again for another.
+TELLS_TEXT_APART = ("cogvlm", "deepseek4", "gemma3n", "gemma4", "qwen4exp")
+
+
+class TappedContext(_internals.LlamaContext):
+    """A LlamaContext that tells its tap when a plain decode begins, and what it still has to do for the prompt in the
+    cache.
+
+    request: changes whenever the prompt in the cache goes.
+    is_cancelled: asked before every decode, of a prompt's too; when it says so, RequestCancelledError is raised
+        instead.
+    stem: rows of the last prompt that a later one may use (decoder.reuse.Stem), or None; n_parked: how many of them are
+        in no sequence but PARKED.
+    clears_to_stem: the next kv_cache_clear is the beginning of a request and leaves the stem.
+    """
+
+    def __init__(self, tap: Tap, **kwargs: object) -> None:
+        self.tap = tap
+        self.request = 0
+        self.is_cancelled: Callable[[], bool] | None = None
+        self.stem: object | None = None
+        self.n_parked = 0
+        self.clears_to_stem = False
+        self._n_prompt = 0
+        super().__init__(**kwargs)
+
+    def continue_prompt(self, n_cells: int, next_position: int) -> None:
+        """What is decoded after the n_cells rows of the prompt goes on at next_position, until forget_prompt."""
+        self._n_prompt = n_cells
+        self.tap.set_position_shift(n_cells, next_position - n_cells)
+
+    def forget_prompt(self) -> None:
+        """Plain decodes are plain again: no position shift, no attention bias."""
+        self.request += 1
+        self._n_prompt = 0
+        self.tap.set_position_shift(0, 0)
+        self.tap.set_cell_bias(None)
+
+    def end_prompt(self) -> None:
+        """Empties the cache but for the stem."""
+        self.forget_prompt()
+        if self.stem is None:
+            llama_cpp.llama_memory_clear(self.memory, False)
+        else:
+            llama_cpp.llama_memory_seq_rm(self.memory, MAIN, 0, -1)
+
+    def forget_stem(self) -> None:
+        self.stem, self.n_parked = None, 0
+        if self.memory is not None and llama_cpp.llama_memory_seq_pos_max(self.memory, PARKED) >= 0:
+            llama_cpp.llama_memory_seq_rm(self.memory, PARKED, 0, -1)
+
+    # Whoever uses the Llama for something else cuts the cache through one of these first: Llama.eval does, and
+    # Llama.embed.
+
+    def kv_cache_clear(self) -> None:
+        if self.clears_to_stem:
+            self.clears_to_stem = False
+            self.end_prompt()
+            return
+        self.forget_prompt()
+        self.forget_stem()
+        super().kv_cache_clear()
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        if p0 < self._n_prompt:
+            self.forget_prompt()
+        if not self._n_prompt:
+            self.forget_stem()
+        return super().kv_cache_seq_rm(seq_id, p0, p1)
+
+    def check_cancelled(self) -> None:
+        if self.is_cancelled is not None and self.is_cancelled():
+            raise RequestCancelledError("the request was cancelled")
+
+    def kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
+        self.forget_stem()
+        super().kv_cache_seq_cp(seq_id_src, seq_id_dst, p0, p1)
+
+    def kv_cache_seq_keep(self, seq_id: int) -> None:
+        self.forget_stem()
+        super().kv_cache_seq_keep(seq_id)
+
+    def kv_cache_seq_shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
+        self.forget_stem()
+        super().kv_cache_seq_shift(seq_id, p0, p1, shift)
+
+    def decode(self, batch: _internals.LlamaBatch) -> None:
+        self.check_cancelled()
+        if not self._n_prompt:
+            self.forget_stem()
+        elif self.n_parked:
+            n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 + self.n_parked
+            if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
+                self.forget_stem()
+        self.tap.begin()
+        super().decode(batch)
+        self.tap.check()
+
+
+def attach_tap(llama: Llama, tap: Tap) -> None:
+    """Replaces the context of a `Llama` by one with the tap.
+
+    cb_eval is taken only at creation, so the context is made anew from the model that is already loaded. A unified
+    cache is what parking needs: it has LLAMA_MAX_SEQ sequences whatever n_seq_max says (llama_kv_cache::seq_to_stream).
+
+    Raises:
+        EngineError: llama.cpp could not create the context, usually for lack of memory. The Llama has one without the
+            tap then.
+    """
+    params = llama.context_params
+    untapped = type(params).from_buffer_copy(params)
+    params.cb_eval = ctypes.cast(tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
+    params.cb_eval_user_data = tap.user_data
+    params.n_seq_max = max(2, params.n_seq_max)
+    params.kv_unified = True
+    llama._ctx.close()
+    try:
+        _install(llama, TappedContext(tap, model=llama._model, params=params, verbose=llama.verbose))
+    except ValueError as error:
+        llama.context_params = untapped
+        with contextlib.suppress(ValueError):
+            _install(llama, _internals.LlamaContext(model=llama._model, params=untapped, verbose=llama.verbose))
+        raise EngineError(
+            "llama.cpp could not create a context", "lower n_ctx, or quantize the KV cache (type_k, type_v)"
+        ) from error
+
+
+def _install(llama: Llama, context: _internals.LlamaContext) -> None:
+    llama._stack.callback(context.close)
+    llama._ctx = context
+    llama.reset()  # what was in the old cache is gone
+    if llama._lora_adapter is not None:
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llama._lora_adapter)
+        scales = (ctypes.c_float * 1)(llama.lora_scale)
+        if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
+            raise EngineError("the LoRA adapter could not be applied to the new context")
+
+
+@dataclass
+class Rows:
+    """Rows of one decode: token ids or embeddings, with the positions that RoPE should see.
+
+    tokens: (n,) int32, or None.
+    embeddings: (n, n_embd_inp) float32, or None. Where a window starts past layer 0 they are read too by models that
+        bring more of them in at later layers (DeepStack, Gemma 4); without both, zeros stand for them.
+    positions: (n,) int32, or (4, n) for M-RoPE.
+    """
+
+    positions: np.ndarray
+    tokens: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.positions.shape[-1]
+
+    def slice(self, start: int, stop: int) -> Rows:
+        return self.take(slice(start, stop))
+
+    def take(self, rows: slice | np.ndarray) -> Rows:
+        """Some of the rows."""
+        part = lambda array: None if array is None else array[rows]
+        return Rows(np.ascontiguousarray(self.positions[..., rows]), part(self.tokens), part(self.embeddings))
+
+
+class DecoderContext:
+    """Decodes in the context of a tapped `Llama`.
+
+    The cache's metadata stays dense: the n-th row ever decoded has position n there, which llama.cpp's checks demand.
+    The tap gives RoPE the true positions.
+    """
+
+    def __init__(self, llama: Llama, tap: Tap) -> None:
+        self.llama = llama
+        self.tap = tap
+        model = llama._model.model
+        self.n_layers = llama_cpp.llama_model_n_layer(model)
+        self.n_heads = llama_cpp.llama_model_n_head(model)
+        self.n_embd = llama_cpp.llama_model_n_embd(model)
+        self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(model)
+        self.n_vocab = llama.n_vocab()
+        self.n_ctx = min(
+            llama.n_ctx(), len(llama.input_ids)
+        )  # llama.cpp pads its context; Llama's own buffer is not padded
+        self.n_ubatch = min(llama_cpp.llama_n_ubatch(llama.ctx), llama_cpp.llama_n_batch(llama.ctx))
+        self.mrope = llama_cpp.llama_model_rope_type(model) in (
+            llama_cpp.LLAMA_ROPE_TYPE_MROPE,
+            llama_cpp.LLAMA_ROPE_TYPE_IMROPE,
+        )
+        self.n_swa = llama_cpp.llama_model_n_swa(model)
+        self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
+        self.stage_problem = self._find_stage_problem()
+        self.tells_text_apart = llama.metadata.get("general.architecture") in TELLS_TEXT_APART
+        self.layer_problems: dict[
+            tuple[int, ...], str
+        ] = {}  # layers of decoder stages -> why they cannot be, found while running
+        self.n_threads = llama.n_threads_batch
+        # As Llama.eval does it: a matrix product rounds differently for one row than for several, and logprobs show it.
+        self.all_logits = llama._logits_all
+
+        n = self.n_ubatch
+        self._seq_id = (ctypes.c_int32 * 1)(MAIN)
+        self._seq_ids = (ctypes.POINTER(ctypes.c_int32) * n)(*[self._seq_id] * n)
+        self._n_seq_id = np.ones(n, np.int32)
+        self._no_input = np.zeros((n, self.n_embd_inp), np.float32)
+
+    def _find_stage_problem(self) -> str | None:
+        """Why this model cannot have a decoder stage, or None."""
+        model = self.llama._model.model
+        if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
+            return "a recurrent or hybrid decoder has no cache of single tokens"
+        metadata = self.llama.metadata
+        n_experts = int(metadata.get(f"{metadata.get('general.architecture')}.expert_count", 0))
+        if n_experts and 0 < self.llama.model_params.n_gpu_layers <= self.n_layers:
+            # Before a split runs, ggml_backend_sched_compute_splits reads the expert ids that a skipped router never
+            # made.
+            return "a mixture of experts that is partly on the GPU: put all layers there (n_gpu_layers=-1), or none"
+        return None
+
+    @property
+    def memory(self) -> object:
+        return llama_cpp.llama_get_memory(self.llama.ctx)
+
+    # ---- rows ----
+
+    def decode(self, rows: Rows, first_position: int, plan: Plan, what: str, logits: bool = False) -> Outcome:
+        """One llama_decode of at most n_ubatch rows into sequence MAIN; only the last row asks for logits, or all for
+        `logits_all`.
+
+        plan.positions is filled in where RoPE should see others than the dense positions from first_position on, which
+        are what the cache's metadata get.
+
+        Raises:
+            ContextLengthError: no free KV cells.
+            EngineError: llama.cpp refused or failed, or the tap did.
+            RequestCancelledError: TappedContext.is_cancelled says so.
+        """
+        self.llama._ctx.check_cancelled()
+        n = len(rows)
+        if n > self.n_ubatch:
+            raise EngineError(f"{what}: {n} rows in one decode, n_ubatch is {self.n_ubatch}")
+        dense = np.arange(first_position, first_position + n, dtype=np.int32)
+        wants_logits = np.zeros(n, np.int8)
+        wants_logits[0 if self.all_logits else -1 :] = logits
+
+        batch = llama_cpp.llama_batch()
+        batch.n_tokens = n
+        if rows.tokens is not None:
+            tokens = np.ascontiguousarray(rows.tokens, np.int32)
+            batch.token = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+        else:
+            embeddings = (
+                self._no_input[:n] if rows.embeddings is None else np.ascontiguousarray(rows.embeddings, np.float32)
+            )
+            batch.embd = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            if self.mrope:  # an embedding row carries (t, y, x, unused); a token row one position
+                dense = np.concatenate([dense, dense, dense, np.zeros(n, np.int32)])
+        batch.pos = dense.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
+        batch.n_seq_id = self._n_seq_id.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        batch.seq_id = ctypes.cast(self._seq_ids, type(batch.seq_id))
+        batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+
+        plan.n_rows = n
+        if self.has_cells and not np.array_equal(rows.positions, dense):  # a recurrent decoder knows no positions
+            plan.positions = np.ascontiguousarray(rows.positions, np.int32)
+        with self.tap.armed(plan, what) as outcome:
+            status = llama_cpp.llama_decode(self.llama.ctx, batch)
+        if status == 1:
+            raise ContextLengthError(f"{what}: no free KV cells for {n} rows", f"raise n_ctx (it is {self.n_ctx})")
+        if status:
+            raise EngineError(f"{what}: llama_decode returned {status}")
+        return outcome
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """Several runs of rows as one, for a window past layer 0, where a row is its hidden state. Text gets embeddings
+        of zeros.
+
+        With M-RoPE the positions of text become (p, p, p, 0), as in llm_graph_input_pos::set_input.
+        """
+        embeddings, positions = [], []
+        for rows in parts:
+            embeddings.append(
+                np.zeros((len(rows), self.n_embd_inp), np.float32) if rows.embeddings is None else rows.embeddings
+            )
+            is_plain = self.mrope and rows.positions.ndim == 1
+            positions.append(
+                np.stack([rows.positions] * 3 + [np.zeros_like(rows.positions)]) if is_plain else rows.positions
+            )
+        return Rows(np.concatenate(positions, axis=-1), None, np.concatenate(embeddings))
+
+    def logits(self) -> np.ndarray:
+        """Logits of the last row that asked for them, (n_vocab,) float32, copied."""
+        pointer = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        if not pointer:
+            raise EngineError("llama.cpp has no logits for the last row")
+        return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+
+    # ---- cells ----
+
+    def clear(self) -> None:
+        """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
+        self.llama._ctx.stem, self.llama._ctx.n_parked = None, 0
+        llama_cpp.llama_memory_clear(self.memory, False)
+
+    def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
+        """Puts the dense positions [start, stop) of a sequence into another as well."""
+        llama_cpp.llama_memory_seq_cp(self.memory, source, sequence, start, stop)
+
+    def remove(self, sequence: int, start: int, stop: int = -1) -> None:
+        """Takes the dense positions [start, stop) out of a sequence; cells of no sequence are free again."""
+        if not llama_cpp.llama_memory_seq_rm(self.memory, sequence, start, stop):
+            raise EngineError("llama.cpp cannot remove part of this model's cache")
+
+    def park(self, start: int, parking: int) -> None:
+        """Moves everything from dense position `start` on from MAIN to sequence `parking`, where no row of MAIN attends
+        to it.
+        """
+        self.copy(MAIN, parking, start)
+        self.remove(MAIN, start)
+
+    def set_causal(self, causal: bool) -> None:
+        llama_cpp.llama_set_causal_attn(self.llama.ctx, causal)

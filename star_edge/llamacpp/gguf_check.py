@@ -1,0 +1,388 @@
+"""Whether the header of a GGUF file fits its tensors, before llama.cpp sees the file.
+
+llama.cpp takes a header at its word in many places, and ends the process where it is wrong: a number of another type
+than it reads, a width that no tensor has, a tensor that is not there, a type that cannot be multiplied. What is checked
+here is what the tensors contradict, or what llama.cpp asserts (llama_model_base::load_hparams,
+llama_adapter_lora_init_impl). Of the shapes of a text model llama.cpp checks most itself
+(llama_model_loader::create_tensor). Projectors: star_edge.llamacpp.mmproj_check.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import re
+from collections.abc import Iterable
+from os import PathLike
+
+import llama_cpp
+
+from ..errors import ModelFileError, ModelMismatchError
+from .gguf import GGUFInfo, Tensor, read_gguf_info
+from .native import GGML
+
+F32, F16, BF16 = 0, 1, 30
+REMEDY = "convert the model again, or download the file again"
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+# Architectures whose graph asserts that RoPE turns whole heads, and that keys and values are as long
+# (src/models/*.cpp). Others may differ.
+_WHOLE_HEADS = frozenset(
+    (
+        "llama",
+        "llama4",
+        "deci",
+        "mistral3",
+        "qwen2",
+        "qwen2moe",
+        "qwen2vl",
+        "qwen3",
+        "qwen3moe",
+        "qwen3vl",
+        "qwen3vlmoe",
+        "granite",
+        "internlm2",
+        "smollm3",
+        "cogvlm",
+        "hunyuan-vl",
+        "paddleocr",
+        "ernie4_5",
+        "olmo2",
+        "exaone",
+        "exaone4",
+        "nemotron",
+        "starcoder2",
+        "seed_oss",
+    )
+)
+_EQUAL_HEADS = _WHOLE_HEADS | {
+    "gemma4",
+    "phi2",
+    "phi3",
+    "chatglm",
+    "glm4",
+    "falcon",
+    "stablelm",
+    "command-r",
+    "cohere2",
+}
+_INDICES = ("ffn_gate_tid2eid.weight", "d2t")  # tensors of whole numbers (src/llama-arch.cpp)
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
+
+
+class _TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+GGML.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+GGML.ggml_get_type_traits.argtypes = [ctypes.c_int]
+
+
+@functools.cache
+def type_name(kind: int) -> str:
+    return (GGML.ggml_get_type_traits(kind).contents.type_name or b"?").decode()
+
+
+@functools.cache
+def is_multiplied(kind: int) -> bool:
+    """Whether ggml can multiply by a matrix of that type: it is f32, or is turned into it."""
+    return kind == F32 or bool(GGML.ggml_get_type_traits(kind).contents.to_float)
+
+
+@functools.cache
+def is_added(kind: int) -> bool:
+    """Whether a vector of that type can be added to float32 rows, or multiplied with them, by this llama.cpp's
+    backends.
+
+    Its CPU backend takes f32 alone (ggml-cpu/binary-ops.cpp).
+    """
+    return kind == F32 or (kind in (F16, BF16) and llama_cpp.llama_supports_gpu_offload())
+
+
+class Header:
+    """What a file says, and errors about it.
+
+    Every method raises ModelFileError when the file cannot be what it says.
+    """
+
+    def __init__(self, info: GGUFInfo) -> None:
+        self.info = info
+
+    def refuse(self, cause: str) -> None:
+        raise ModelFileError(f"{self.info.path}: {cause}", REMEDY)
+
+    def get(self, key: str, default: object = None) -> object:
+        found = self.info.metadata.get(key)
+        return default if found is None or found.value is None else found.value
+
+    def kinds(self, kind: str, keys: Iterable[str]) -> None:
+        """Keys that are there have values of a type: llama.cpp reads no other."""
+        for key in keys:
+            found = self.info.metadata.get(key)
+            if found is not None and found.kind != kind:
+                self.refuse(f"{key} is of type {found.kind}, and llama.cpp reads {kind}")
+
+    def whole(
+        self, key: str, least: int, most: int, default: int | None = None, of_layers: int = 0
+    ) -> int | list[int] | None:
+        """A whole number, or `default` without it; where of_layers is given also a list with one for each layer."""
+        found = self.info.metadata.get(key)
+        if found is None:
+            return default
+        if found.kind.startswith("[") and of_layers and found.n < of_layers:
+            self.refuse(f"{key} has {found.n} values for {of_layers} layers")
+        values = found.value if isinstance(found.value, list) else [found.value]
+        for value in values:
+            if not isinstance(value, int) or not least <= value <= most:
+                self.refuse(f"{key} = {value}, and it must be from {least} to {most}")
+        return found.value
+
+    def real(self, key: str, *, positive: bool = True) -> None:
+        value = self.get(key)
+        if value is None:
+            return
+        for v in value if isinstance(value, list) else [value]:
+            if isinstance(v, float) and (not math.isfinite(v) or (positive and v <= 0)):
+                self.refuse(f"{key} = {v}, and it must be {'more than 0' if positive else 'finite'}")
+
+    def tensor(self, name: str, shape: tuple[int | None, ...], why: str, *, required: bool = True) -> Tensor | None:
+        """A tensor of that shape; None stands for any number. `why`: the keys that ask for it."""
+        tensor = self.info.tensors.get(name)
+        if tensor is None:
+            if required:
+                self.refuse(f"tensor {name} is missing")
+            return None
+        wanted = list(shape)
+        while len(wanted) > 1 and wanted[-1] == 1:
+            wanted.pop()
+        if len(tensor.shape) != len(wanted) or any(w is not None and w != n for w, n in zip(wanted, tensor.shape)):
+            wanted_text = ", ".join("any" if w is None else str(w) for w in wanted)
+            self.refuse(f"tensor {name} is {list(tensor.shape)}, and [{wanted_text}] follows from {why}")
+        return tensor
+
+    def added(self, name: str) -> None:
+        """A tensor, if it is there, that is added to activations or multiplied with them, element by element."""
+        tensor = self.info.tensors.get(name)
+        if tensor is not None and not is_added(tensor.kind):
+            self.refuse(f"tensor {name} is {type_name(tensor.kind)}, and llama.cpp takes f32 there")
+
+    def multiplied(self, name: str) -> None:
+        tensor = self.info.tensors.get(name)
+        if tensor is not None and not is_multiplied(tensor.kind):
+            self.refuse(f"tensor {name} is {type_name(tensor.kind)}, which llama.cpp cannot multiply")
+
+    def types(self, *, exempt: tuple[str, ...] = ()) -> None:
+        """Every tensor has a type that is computed with, and elements."""
+        for name, tensor in self.info.tensors.items():
+            if not math.prod(tensor.shape):
+                self.refuse(f"tensor {name} is {list(tensor.shape)}: it has no elements")
+            if name.endswith(exempt):
+                continue
+            if name.endswith(".bias") or (len(tensor.shape) == 1 and name.endswith(".weight")):
+                self.added(name)
+            else:
+                self.multiplied(name)
+
+
+def read_text_model(path: str | PathLike) -> GGUFInfo:
+    """The header of a text model that llama.cpp can be given.
+
+    Raises:
+        ModelFileError: it cannot, and why.
+    """
+    info = read_gguf_info(path)
+    check_shards(info.path)
+    if info.architecture == "clip":
+        raise ModelFileError(
+            f"{info.path} is an mmproj file, not a text model", "give it as mmproj, and the text model first"
+        )
+    check_text_model(info)
+    return info
+
+
+def check_text_model(info: GGUFInfo) -> None:
+    """Of a text model: what llama.cpp asserts instead of refusing it.
+
+    Raises:
+        ModelFileError: a number that cannot be, or one that the tensors contradict.
+    """
+    header = Header(info)
+    arch = info.architecture
+    key = lambda name: f"{arch}.{name}"
+    header.types(exempt=_INDICES)
+    n_layers = header.whole(key("block_count"), 1, _MAX_LAYERS)
+    if isinstance(n_layers, int):
+        header.whole(key("nextn_predict_layers"), 0, n_layers)
+    _check_attention(header, key, n_layers if isinstance(n_layers, int) else 0)
+    _check_experts(header, key)
+    for name in ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon"):
+        header.real(key(f"attention.{name}"))
+    for name in ("rope.freq_base", "rope.freq_base_swa"):
+        header.real(key(name))
+    for name in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "logit_scale",
+        "embedding_scale",
+        "residual_scale",
+        "attention.scale",
+        "rope.scaling.factor",
+        "rope.scale_linear",
+        "rope.scaling.attn_factor",
+        "attention.clamp_kqv",
+        "attention.max_alibi_bias",
+    ):
+        header.real(key(name), positive=False)
+    scaling = header.get(key("rope.scaling.type"))
+    if isinstance(scaling, str) and scaling not in ("none", "linear", "yarn", "longrope"):
+        header.refuse(f"{key('rope.scaling.type')} = {scaling!r}, and llama.cpp knows none, linear, yarn and longrope")
+
+
+def _check_attention(header: Header, key, n_layers: int) -> None:
+    """Heads, their sizes, and how much of them RoPE turns."""
+    n_embd = header.whole(key("embedding_length"), 1, 2**20)
+    heads = header.whole(key("attention.head_count"), 0, 2**16, of_layers=n_layers)
+    heads_kv = header.whole(key("attention.head_count_kv"), 0, 2**16, default=heads, of_layers=n_layers)
+    for n, n_kv in zip(_each(heads, n_layers), _each(heads_kv, n_layers)):
+        if n and n_kv and n % n_kv:
+            header.refuse(
+                f"{key('attention.head_count')} = {n} is no multiple of {key('attention.head_count_kv')} = {n_kv}"
+            )
+    first = _each(heads, 1)[0]
+    if not first or not n_embd:
+        return
+    arch = header.info.architecture
+    size = size_v = n_embd // first
+    full = header.get(key("attention.key_length"), size)
+    n_rot: object = None
+    for suffix in ("", "_swa"):  # what is not said of layers with a sliding window is as in the others
+        size = header.whole(key(f"attention.key_length{suffix}"), 1, 2**16, default=size)
+        size_v = header.whole(key(f"attention.value_length{suffix}"), 1, 2**16, default=size_v)
+        n_rot = header.whole(key(f"rope.dimension_count{suffix}"), 0, 2**16, default=size if n_rot is None else n_rot)
+        if not all(isinstance(n, int) for n in (size, size_v, n_rot)):
+            continue  # a list, which only some architectures read
+        rot = f"{key(f'rope.dimension_count{suffix}')} = {n_rot}"
+        if n_rot > size or n_rot % 2:
+            header.refuse(f"{rot} is odd, or more than the {size} values of a head")
+        if arch in _EQUAL_HEADS and n_rot == 0:
+            header.refuse(f"{rot}, and {arch} has RoPE")
+        if arch in _WHOLE_HEADS and n_rot != size:
+            header.refuse(f"{rot}, and {arch} turns all {size} values of a head")
+        if arch in _EQUAL_HEADS and size_v != size:
+            header.refuse(f"{key(f'attention.value_length{suffix}')} = {size_v}, and keys have {size} values in {arch}")
+    sections = header.get(key("rope.dimension_sections"))
+    if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= full):
+        header.refuse(f"{key('rope.dimension_sections')} = {sections} are no sections of the {full} values of a head")
+
+
+def _each(value: int | list[int] | None, n: int) -> list[int]:
+    return (
+        value[: max(n, 1)]
+        if isinstance(value, list) and value
+        else [value if isinstance(value, int) else 0] * max(n, 1)
+    )
+
+
+def _check_experts(header: Header, key) -> None:
+    n = header.whole(key("expert_count"), 0, 2**10, default=0)
+    used = header.get(key("expert_used_count"), 0)
+    most = max(used) if isinstance(used, list) and used else used
+    if isinstance(n, int) and isinstance(most, int) and (most > n or (n > 0 and most <= 0)):
+        header.refuse(f"{key('expert_used_count')} = {most}, and {key('expert_count')} = {n}")
+
+
+def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
+    """The header of a LoRA file, checked against the text model that it is for (llama_adapter_lora_init_impl).
+
+    Raises:
+        ModelFileError: missing, damaged, or no LoRA adapter. ModelMismatchError: made for another model.
+    """
+    info = read_gguf_info(path)
+    header = Header(info)
+    header.kinds("str", ("general.type", "adapter.type", "general.architecture"))
+    header.kinds("f32", ("adapter.lora.alpha",))
+    if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
+        raise ModelFileError(
+            f"{info.path} is no LoRA adapter (general.type {header.get('general.type')!r}, adapter.type {header.get('adapter.type')!r})",
+            "convert the adapter with llama.cpp's convert_lora_to_gguf.py",
+        )
+    header.real("adapter.lora.alpha", positive=False)
+    header.types()
+    if info.architecture != model.architecture:
+        raise ModelMismatchError(
+            f"{info.path} is an adapter for {info.architecture}, and the text model is {model.architecture}",
+            "use the model that it was made for",
+        )
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in info.tensors.items():
+        base, _, end = name.rpartition(".lora_")
+        if end in ("a", "b") and base:
+            pairs.setdefault(base, {})[end] = tensor
+        elif not name.endswith("_norm.weight"):
+            header.refuse(f"tensor {name} is no part of a LoRA adapter")
+    if not pairs:
+        header.refuse("it has no tensors")
+    for base, pair in pairs.items():
+        if len(pair) != 2:
+            header.refuse(f"tensor {base}.lora_{'b' if 'a' in pair else 'a'} is missing")
+        if base in model.tensors:
+            _check_pair(header, base, pair, model.tensors[base])
+        elif not _SHARD.match(os.path.basename(model.path)):  # a part of a split model has not all of its tensors
+            raise ModelMismatchError(
+                f"{info.path} changes {base}, which the text model does not have", "use the model that it was made for"
+            )
+    return info
+
+
+def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tensor) -> None:
+    two = lambda tensor: (*tensor.shape, 1)[:2]
+    (a_in, a_out), (b_in, b_out), (n_in, n_out) = two(pair["a"]), two(pair["b"]), two(target)
+    flipped = base.endswith("token_embd.weight")  # see llm_graph_context::build_inp_embd: A and B change places
+    fits = (
+        (n_in, n_out) == (b_out, a_out) and a_in == b_in
+        if flipped
+        else (n_in, n_out) == (a_in, b_out) and a_out == b_in
+    )
+    if not fits:
+        raise ModelMismatchError(
+            f"{header.info.path}: {base} is {list(target.shape)} in the text model, and the adapter has {list(pair['a'].shape)} and "
+            f"{list(pair['b'].shape)} for it",
+            "use the model that it was made for",
+        )
+
+
+def check_shards(path: str | PathLike) -> None:
+    """A split model has all of its files beside the first (llama_model_loader: split.count).
+
+    Raises:
+        ModelFileError: one is missing, or the path is not that of the first.
+    """
+    folder, name = os.path.split(os.fspath(path))
+    found = _SHARD.match(name)
+    if not found:
+        return
+    stem, number, count = found[1], int(found[2]), int(found[3])
+    if number != 1:
+        raise ModelFileError(
+            f"{os.fspath(path)} is part {number} of {count} of a split model",
+            f"give the first part, {stem}-00001-of-{count:05d}.gguf",
+        )
+    for i in range(2, count + 1):
+        part = os.path.join(folder, f"{stem}-{i:05d}-of-{count:05d}.gguf")
+        if not os.path.exists(part):
+            raise ModelFileError(
+                f"{os.path.basename(part)} is missing: {name} is the first of {count} parts",
+                f"put it into {folder or '.'}",
+            )
+        Header(read_gguf_info(part)).types(exempt=_INDICES)

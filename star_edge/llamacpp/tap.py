@@ -1,0 +1,237 @@
+"""Python's hold on one tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
+
+Life of a tap: it is created before the context, since llama.cpp takes `cb_eval` only at creation, and must outlive it.
+While nothing is armed the callback answers "no" to every node and the graph runs as if it were not there. `armed(plan)`
+covers one
+`llama_decode` or one encode: the plan says what to observe, skip, inject and where to stop; leaving the block restores
+the graph whatever happened. No Python runs inside the callback, so no exception can cross C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import EngineError
+from .native import check, ffi, lib
+
+MEAN_HEADS, MEAN_ROWS, MEAN_ALL = lib.SE_MEAN_HEADS, lib.SE_MEAN_ROWS, lib.SE_MEAN_ALL
+
+
+@dataclass
+class AttentionRead:
+    """Which attention to read out of a running graph.
+
+    layers: ascending indices over the graph's attention operations.
+    rows: query rows as (first, count, step) within the rows of the decode; count -1 runs to the end.
+    reduce: 0 keeps (n_heads, n_rows, n_columns); MEAN_HEADS, MEAN_ROWS or MEAN_ALL average over those axes.
+    max_columns: upper bound on the attended positions (KV cells, or encoder rows).
+    max_rows, max_heads: upper bounds, used only for the axes that are kept.
+    """
+
+    layers: list[int]
+    max_columns: int
+    rows: tuple[int, int, int] = (0, -1, 1)
+    reduce: int = MEAN_ALL
+    max_rows: int = 1
+    max_heads: int = 1
+    n_threads: int = 1
+
+
+@dataclass
+class Plan:
+    """One decode or encode; see `se_plan` in csrc/star_edge.h. Arrays are C-contiguous and of the dtype given there."""
+
+    n_rows: int = 0
+    window: tuple[int, int, int] | None = None  # (first, last, n_layers)
+    inject: np.ndarray | None = None  # (n_rows, n_embd) float32
+    hidden: np.ndarray | None = None  # out: (n_rows, n_embd) float32
+    positions: np.ndarray | None = None  # (n_rows,) or (4, n_rows) int32
+    want_cells: bool = False
+    attention: AttentionRead | None = None
+    count_only: bool = False  # nothing is computed: what the graph is like is learned from it
+
+
+@dataclass
+class Outcome:
+    """What a plan brought back."""
+
+    cells: np.ndarray | None = None  # (n_rows,) int64
+    attention: list[np.ndarray] = field(default_factory=list)  # one array for each layer of the read
+    n_attention: int = 0
+    last_unmasked: int = -1
+    concat: int = lib.SE_CONCAT_NONE  # where the leaf of `find_concat` stands
+    n_skipped: int = 0
+    stopped: bool = False
+    flash: bool = False
+    score_seconds: float = 0.0
+    error: int = 0
+
+
+class Tap:
+    """One `se_tap`. Not thread-safe, as the context that it belongs to is not."""
+
+    def __init__(self) -> None:
+        self._tap = lib.se_tap_new()
+        if self._tap == ffi.NULL:
+            raise MemoryError("no memory for the tap")
+
+    @property
+    def user_data(self) -> int:
+        """Address to give as cb_eval_user_data."""
+        return int(ffi.cast("uintptr_t", self._tap))
+
+    @property
+    def callback(self) -> int:
+        """Address to give as cb_eval."""
+        return int(lib.se_tap_callback_address())
+
+    def close(self) -> None:
+        """Frees the tap. The context that it was given to must be gone."""
+        if self._tap != ffi.NULL:
+            lib.se_tap_free(self._tap)
+            self._tap = ffi.NULL
+
+    @contextmanager
+    def armed(self, plan: Plan, what: str) -> Iterator[Outcome]:
+        """Covers one decode or encode. The outcome is filled in when the block ends.
+
+        Raises:
+            EngineError: the plan is unusable, or something failed inside the callback. `outcome.error` is its code, and
+                the counts of what was seen are there.
+        """
+        outcome = Outcome()
+        keep: list[object] = []  # what the C plan points to must live until finish
+
+        def pointer(array: np.ndarray | None, ctype: str, dtype: type) -> object:
+            if array is None:
+                return ffi.NULL
+            if array.dtype != dtype or not array.flags.c_contiguous:
+                raise EngineError(f"{what}: an array of the plan is not contiguous {np.dtype(dtype)}")
+            keep.append(array)
+            return ffi.cast(f"{ctype} *", array.ctypes.data)
+
+        c = ffi.new("se_plan *")
+        c.n_rows, c.count_only = plan.n_rows, plan.count_only
+        if plan.window is not None:
+            c.first, c.last, c.n_layer = plan.window
+        hidden = plan.inject if plan.inject is not None else plan.hidden
+        for array in (plan.inject, plan.hidden):
+            if array is not None and array.shape != (plan.n_rows, hidden.shape[1]):
+                raise EngineError(f"{what}: hidden states have shape {array.shape} for {plan.n_rows} rows")
+        c.n_embd = 0 if hidden is None else hidden.shape[1]
+        c.inject = pointer(plan.inject, "float", np.float32)
+        c.hidden = pointer(plan.hidden, "float", np.float32)
+        if plan.positions is not None:
+            c.n_pos_per_row = 1 if plan.positions.ndim == 1 else plan.positions.shape[0]
+            if plan.positions.shape[-1] != plan.n_rows:
+                raise EngineError(f"{what}: positions have shape {plan.positions.shape} for {plan.n_rows} rows")
+        c.positions = pointer(plan.positions, "int32_t", np.int32)
+        if plan.want_cells:
+            outcome.cells = np.full(plan.n_rows, -1, np.int64)
+            c.cells = pointer(outcome.cells, "int64_t", np.int64)
+        read = plan.attention
+        buffer = None
+        if read is not None:
+            layers = np.asarray(read.layers, np.int32)
+            block = read.max_columns
+            block *= 1 if read.reduce & MEAN_HEADS else read.max_heads
+            block *= 1 if read.reduce & MEAN_ROWS else read.max_rows
+            buffer = np.empty((len(layers), block), np.float32)
+            c.attn_layers, c.n_attn_layers = pointer(layers, "int32_t", np.int32), len(layers)
+            c.row_first, c.row_count, c.row_step = read.rows
+            c.reduce, c.n_threads = read.reduce, read.n_threads
+            c.attn, c.attn_block = pointer(buffer, "float", np.float32), block
+            n_columns = np.zeros(len(layers), np.int32)
+            c.attn_n_kv = pointer(n_columns, "int32_t", np.int32)
+
+        result = ffi.new("se_result *")
+        # Inside the try from the start: an interrupt must not leave the tap armed.
+        try:
+            check(lib.se_tap_arm(self._tap, c), what)
+            yield outcome
+        finally:
+            outcome.error = lib.se_tap_finish(self._tap, result)
+            outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
+            outcome.concat = result.concat
+            outcome.n_skipped, outcome.stopped, outcome.flash = (
+                result.n_skipped,
+                bool(result.stopped),
+                bool(result.flash),
+            )
+            outcome.score_seconds = result.score_seconds
+        check(outcome.error, what)
+        if read is not None:
+            shape = () if read.reduce & MEAN_ROWS else (result.attn_rows,)
+            shape = shape if read.reduce & MEAN_HEADS else (result.attn_heads, *shape)
+            outcome.attention = [
+                line[: int(np.prod(shape)) * n].reshape(*shape, n) for line, n in zip(buffer, n_columns) if n
+            ]
+
+    # ---- lasting settings ----
+
+    def begin(self) -> None:
+        """Call before every plain decode."""
+        lib.se_tap_begin(self._tap)
+
+    def check(self) -> None:
+        """Raises EngineError if a shift, a bias or an input could not be applied in a plain decode since the last
+        call.
+        """
+        check(lib.se_tap_take_error(self._tap), "plain decode")
+
+    def set_position_shift(self, start: int, offset: int) -> None:
+        """RoPE positions >= start get `offset` added in plain decodes; 0 turns it off."""
+        check(lib.se_tap_set_position_shift(self._tap, start, offset), "position shift")
+
+    def set_cell_bias(self, bias: np.ndarray | None) -> None:
+        """Adds bias (n_cells,) float32 to the attention mask in every decode: exp(bias) is how much a KV cell counts.
+
+        None turns it off.
+        """
+        if bias is None:
+            check(lib.se_tap_set_cell_bias(self._tap, ffi.NULL, 0), "cell bias")
+        else:
+            values = np.ascontiguousarray(bias, np.float32)
+            check(
+                lib.se_tap_set_cell_bias(self._tap, ffi.cast("float *", values.ctypes.data), len(values)), "cell bias"
+            )
+
+    def set_input(self, name: str, data: np.ndarray | None) -> None:
+        """Replaces the graph input `name` by the bytes of `data` before its first consumer runs; None turns it off."""
+        if data is None:
+            check(lib.se_tap_set_input(self._tap, name.encode(), ffi.NULL, 0), f"input {name}")
+        else:
+            values = np.ascontiguousarray(data)
+            check(
+                lib.se_tap_set_input(self._tap, name.encode(), ffi.cast("void *", values.ctypes.data), values.nbytes),
+                f"input {name}",
+            )
+
+    def find_concat(self, leaf: str | None) -> None:
+        """Finds out at which end the tensor `leaf` is concatenated: `Outcome.concat` of each graph; None turns it
+        off.
+        """
+        check(
+            lib.se_tap_find_concat(self._tap, ffi.NULL if leaf is None else leaf.encode()), f"concatenation of {leaf}"
+        )
+
+    @contextmanager
+    def watching(self, name: str, out: np.ndarray) -> Iterator[None]:
+        """Copies the graph input `name` into `out` while a graph runs; `watched()` says how many bytes came."""
+        check(
+            lib.se_tap_watch_input(self._tap, name.encode(), ffi.cast("void *", out.ctypes.data), out.nbytes),
+            f"input {name}",
+        )
+        try:
+            yield
+        finally:
+            self._watched = int(lib.se_tap_watched_bytes(self._tap))
+            lib.se_tap_watch_input(self._tap, ffi.NULL, ffi.NULL, 0)
+
+    def watched(self) -> int:
+        """Bytes of the last watched input that were seen, 0 if the graph has no such input."""
+        return self._watched

@@ -1,0 +1,1 @@
+"""Which tokens stay: numbers in, a choice out. Knows neither models nor files."""

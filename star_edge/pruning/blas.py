@@ -1,0 +1,41 @@
+"""Threads of the BLAS behind NumPy."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from threadpoolctl import ThreadpoolController
+
+_lock = threading.Lock()
+_depth = 0
+_limit = None
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    return (
+        ThreadpoolController()
+    )  # reads the list of loaded libraries: milliseconds, where setting a limit takes microseconds
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Holds BLAS to one thread, in all threads of the process, until the last that wants it so has left.
+
+    The matrices of both stages are small, and BLAS threads that spin take the cores from llama.cpp's.
+    """
+    global _depth, _limit
+    with _lock:
+        if not _depth:
+            _limit = _controller().limit(limits=1, user_api="blas")
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if not _depth:
+                _limit.restore_original_limits()

@@ -1,0 +1,131 @@
+"""Scorers: what an image token is ranked by, at each stage. One function each, with its paper.
+
+A scorer is a function (tokens, k) -> (n,) scores; the k highest stay. Greedy methods give the tokens that they pick, in
+the order of picking, the highest scores, so that every scorer can be combined with every way to represent the dropped
+(star_edge.pruning.representatives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .selection import Tokens
+
+Score = Callable[[Tokens, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """score: see above.
+
+    reads: attention that it needs. Vision stage: "received", "cls" or None. Decoder stage: rows of the text after the
+    last image, "all" or "last" as a mean, "each" row by row.
+    """
+
+    score: Score
+    reads: Literal["received", "cls", "all", "last", "each"] | None = None
+
+
+def attention(tokens: Tokens, k: int) -> np.ndarray:
+    """The attention that was read, as it is.
+
+    Vision, "attention": what a patch receives in the encoder's last layer, mean over heads and query rows (STAR, arXiv
+        2505.12359,
+    section 3.2). "cls": what it receives from the CLS row (VisionZip, arXiv 2412.04467, section 3.1; FasterVLM, arXiv
+    2412.01818); an encoder without CLS uses the former, as VisionZip does.
+    Decoder, "text": mean over heads and the text rows after the last image (STAR, section 3.3). "last": of the last row
+    alone (FastV, arXiv 2403.06764, section 4.1).
+    """
+    return tokens.attention
+
+
+def text_raters(tokens: Tokens, k: int) -> np.ndarray:
+    """Attention from the text rows that are about the image (SparseVLM, arXiv 2410.04417, section 3.2).
+
+    A text row's relevance is its mean share in softmax(H_v H_q^T / sqrt(d)) over the image rows; raters are the rows
+    with at least the mean relevance. The paper takes H_v and H_q as they enter layer 0; here they are the hidden states
+    that enter layer K, scaled to RMS 1, because the text's embeddings are not at hand outside llama.cpp.
+    """
+    scale = lambda x: x / np.maximum(np.sqrt((x * x).mean(axis=1, keepdims=True)), 1e-12)
+    products = scale(tokens.vectors) @ scale(tokens.text_vectors).T / np.sqrt(tokens.vectors.shape[1])
+    shares = np.exp(products - products.max(axis=1, keepdims=True))
+    relevance = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
+    return tokens.row_attention[relevance >= relevance.mean() * (1 - 1e-6)].mean(axis=0)
+
+
+def max_min_diversity(tokens: Tokens, k: int) -> np.ndarray:
+    """Greedy max-min of cosine distances (DivPrune, arXiv 2503.02175, section 3.3): no attention at all.
+
+    The first is the token whose nearest other is farthest; each next one is the farthest from all that were picked.
+    """
+    unit = tokens.unit_vectors
+    far = 1.0 - unit @ unit.T
+    np.fill_diagonal(far, np.inf)
+    pick = int(far.min(axis=1).argmax())
+    nearest = far[pick].copy()
+    order = [pick]
+    nearest[pick] = -np.inf
+    for _ in range(k - 1):
+        pick = int(nearest.argmax())
+        order.append(pick)
+        np.minimum(nearest, far[pick], out=nearest)
+        nearest[pick] = -np.inf
+    return _by_order(order, len(tokens))
+
+
+def saliency_coverage(tokens: Tokens, k: int) -> np.ndarray:
+    """Greedy saliency x coverage (SCOPE, arXiv 2510.24214): each next token has the largest product of its attention
+    from CLS and the gain sum_u max(0, sim(u, i) - max_picked sim(u, .)) that it brings to the coverage of all tokens.
+    """
+    unit = tokens.unit_vectors
+    alike = np.maximum(unit @ unit.T, 0.0)
+    covered = np.zeros(len(tokens), np.float32)
+    salience = np.asarray(tokens.attention, np.float64)
+    order: list[int] = []
+    open_ = np.ones(len(tokens), bool)
+    for _ in range(k):
+        gain = np.maximum(alike - covered[:, None], 0.0).sum(axis=0) * salience
+        pick = int(np.where(open_, gain, -1.0).argmax())
+        order.append(pick)
+        open_[pick] = False
+        np.maximum(covered, alike[pick], out=covered)
+    return _by_order(order, len(tokens))
+
+
+def uniform(tokens: Tokens, k: int) -> np.ndarray:
+    """Every n/k-th token: the baseline that knows nothing."""
+    return _by_order(((np.arange(k) + 0.5) * len(tokens) / k).astype(int), len(tokens))
+
+
+def random(tokens: Tokens, k: int) -> np.ndarray:
+    """A draw without replacement, the same for the same image and seed. Better than many methods at mild ratios (arXiv
+    2511.02650).
+    """
+    return np.random.default_rng(tokens.seed).random(len(tokens))
+
+
+def _by_order(order: np.ndarray | list[int], n: int) -> np.ndarray:
+    scores = np.zeros(n)
+    scores[order] = np.arange(len(order), 0, -1)
+    return scores
+
+
+VISION_SCORERS: dict[str, Scorer] = {
+    "attention": Scorer(attention, "received"),
+    "cls": Scorer(attention, "cls"),
+    "maxmin": Scorer(max_min_diversity),
+    "scope": Scorer(saliency_coverage, "cls"),
+    "uniform": Scorer(uniform),
+    "random": Scorer(random),
+}
+DECODER_SCORERS: dict[str, Scorer] = {
+    "text": Scorer(attention, "all"),
+    "last": Scorer(attention, "last"),
+    "raters": Scorer(text_raters, "each"),
+    "uniform": Scorer(uniform, "all"),  # these two read it for the report alone
+    "random": Scorer(random, "all"),
+}

@@ -1,0 +1,200 @@
+"""What stays of an image's tokens: top-k, distances between tokens, and the figure that budgets are compared on.
+
+Knows vectors, scores and places on a grid; knows neither where they come from nor what a token shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from ..errors import EngineError
+
+PLACE_WEIGHT = (
+    0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
+)
+MAX_DIMENSIONS = 128  # of long vectors, for their distances
+
+
+@dataclass
+class Selection:
+    """What stays of n tokens.
+
+    kept: ascending indices, (k,) int64. mass: original tokens that each stands for, (k,) float64, or None for one each.
+    group: index into `kept` of the token that each of the n went to, (n,) int64, or None when dropped tokens are gone.
+    scores: what the ranking was by, (n,) float32, or None.
+    """
+
+    kept: np.ndarray
+    mass: np.ndarray | None = None
+    group: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+
+@dataclass
+class Tokens:
+    """What is known of the tokens of one image when some of them are chosen.
+
+    vectors: (n, n_embd) float32: projected embeddings in the vision stage, hidden states entering layer K in the
+        decoder stage.
+    cells: place of each on the grid, row by row, (n,) int64, -1 for none; grid: (rows, columns), or None.
+    mass: original tokens that each stands for, (n,) float64, or None for one each.
+    attention: what each receives, (n,) float32: in the encoder, or from the question's text in the decoder; None if not
+        read.
+    row_attention: the same for each text row, (n_text, n) float32, and text_vectors: (n_text, n_embd), their hidden
+        states: only for a scorer that asks for them.
+    seed: for scorers that draw lots.
+    """
+
+    vectors: np.ndarray
+    cells: np.ndarray
+    grid: tuple[int, int] | None = None
+    mass: np.ndarray | None = None
+    attention: np.ndarray | None = None
+    row_attention: np.ndarray | None = None
+    text_vectors: np.ndarray | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def checked(self) -> Tokens:
+        """Itself.
+
+        Raises:
+            EngineError: the model computed numbers that are none, which nothing can be chosen by.
+        """
+        for array in (self.vectors, self.attention, self.row_attention, self.text_vectors):
+            if (
+                array is not None and array.size and not (np.isfinite(array.min()) and np.isfinite(array.max()))
+            ):  # NaN passes through both
+                raise EngineError(
+                    "the model computes numbers for an image that are not finite (NaN)",
+                    "check its files: they may be damaged",
+                )
+        return self
+
+    @property
+    def masses(self) -> np.ndarray:
+        return np.ones(len(self)) if self.mass is None else np.asarray(self.mass, np.float64)
+
+    def part(self, rows: np.ndarray | slice) -> Tokens:
+        """Some of them. rows: what indexes an (n,) array."""
+        of = lambda array: None if array is None else array[..., rows]
+        return replace(
+            self,
+            vectors=self.vectors[rows],
+            cells=self.cells[rows],
+            mass=of(self.mass),
+            attention=of(self.attention),
+            row_attention=of(self.row_attention),
+        )
+
+    @cached_property
+    def unit_vectors(self) -> np.ndarray:
+        """Vectors of length 1, (n, <= 2 MAX_DIMENSIONS) float32.
+
+        Longer vectors go through a seeded random projection first, which keeps angles up to about
+        1/sqrt(MAX_DIMENSIONS) (Johnson and Lindenstrauss 1984): all distances of 576 tokens of 4096 dimensions would
+          cost more than the rest of the stage.
+        """
+        vectors = np.asarray(self.vectors, np.float32)
+        if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
+            vectors = vectors @ _projection(vectors.shape[1])
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+    def distances(self) -> np.ndarray:
+        """Distance of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
+
+        Both are divided by their mean over all pairs, so that the weight means the same for every model. Tokens without
+        a place are at the mean distance from all others.
+        """
+        unit = self.unit_vectors
+        far = 1.0 - unit @ unit.T
+        np.maximum(far, 0.0, out=far)
+        far /= max(float(far.mean()), 1e-12)
+        places = self.place_distances()
+        if places is not None:
+            far += PLACE_WEIGHT * places
+        np.fill_diagonal(far, 0.0)
+        return far
+
+    def place_distances(self) -> np.ndarray | None:
+        """On the grid, over their mean, (n, n) float32, or None without a grid."""
+        if self.grid is None or self.grid[0] * self.grid[1] == 1:
+            return None
+        places = _recent_places if len(self) <= 1024 else _places  # 4 MiB each are kept, not more
+        return places(self.grid, np.asarray(self.cells, np.int64).tobytes())
+
+
+@lru_cache(maxsize=2)
+def _projection(n_dimensions: int) -> np.ndarray:
+    """Gaussian (n_dimensions, MAX_DIMENSIONS) float32, the same in every process."""
+    return np.random.default_rng(n_dimensions).standard_normal((n_dimensions, MAX_DIMENSIONS), np.float32)
+
+
+def _places(grid: tuple[int, int], cells: bytes) -> np.ndarray:
+    """Distances on the grid over their mean, (n, n) float32; 1 to and from a token without a place. cells: int64 of
+    `Tokens.cells`.
+    """
+    where = np.frombuffer(cells, np.int64)
+    row, column = (part.astype(np.float32) for part in np.divmod(where, grid[1]))
+    apart = np.sqrt((row[:, None] - row) ** 2 + (column[:, None] - column) ** 2)
+    apart /= max(float(apart.mean()), 1e-12)
+    nowhere = where < 0
+    apart[nowhere] = 1.0
+    apart[:, nowhere] = 1.0
+    return apart
+
+
+# A model sees few grids, and the vision stage's cells are the same for each image of a size
+_recent_places = lru_cache(maxsize=8)(_places)
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k highest scores, ascending, (k,) int64. Of equal scores the lower index wins."""
+    if not 0 <= k <= len(scores):
+        raise ValueError(f"cannot keep {k} of {len(scores)} tokens")
+    best = np.argsort(-np.asarray(scores), kind="stable")[:k]
+    return np.sort(best)
+
+
+def apart(special: np.ndarray | None, tokens: Tokens, choose: Callable[[Tokens], Selection]) -> Selection:
+    """What `choose` keeps of the tokens that are not special, and all that are. special: (n,) bool, or None.
+
+    Special tokens show no place, such as row ends: nothing is merged into them, and where tokens have masses, theirs is
+    1. Their score is 0.
+    """
+    if special is None or not special.any():
+        return choose(tokens)
+    if special.all():
+        return Selection(np.arange(len(tokens)), tokens.mass)
+    ordinary, rows = np.flatnonzero(~special), np.flatnonzero(special)
+    chosen = choose(tokens.part(ordinary))
+    kept = np.concatenate([ordinary[chosen.kept], rows])
+    order = np.argsort(kept)
+    selection = Selection(kept[order])
+    if chosen.mass is not None:
+        selection.mass = np.concatenate([chosen.mass, np.ones(len(rows))])[order]
+    if chosen.group is not None:
+        place = np.argsort(order)  # in `kept`, of the chosen ones and then of the special ones
+        selection.group = np.empty(len(tokens), np.int64)
+        selection.group[ordinary] = place[chosen.group]
+        selection.group[rows] = place[len(chosen.kept) :]
+    if chosen.scores is not None:
+        selection.scores = np.zeros(len(tokens), np.float32)
+        selection.scores[ordinary] = chosen.scores
+    return selection
+
+
+def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: int) -> float:
+    """Image tokens for each decoder layer, on average, the figure that the literature compares on.
+
+    n_first tokens enter layer 0; windows are (layer, tokens from there on), ascending. One window (K, n2) makes
+    (K n1 + (L - K) n2) / L.
+    """
+    edges = [(0, n_first), *windows, (n_layers, 0)]
+    return sum(n * (after - layer) for (layer, n), (after, _) in zip(edges, edges[1:])) / n_layers

@@ -1,0 +1,33 @@
+"""Choices of a decoder stage that are easy to reason about, and greedy generation after it."""
+
+import numpy as np
+
+from helpers import stock
+from star_edge.pruning.representatives import select
+from star_edge.pruning.selection import Selection, Tokens
+
+
+def keep_all(seen, n):
+    return Selection(np.arange(len(seen.attention)))
+
+
+def by_share(seen, n, share=0.0):
+    """The n best by attention; with a share, that part of n stands for the rest, spread evenly."""
+    tokens = Tokens(seen.hidden, seen.rows, mass=seen.mass)
+    return select("even" if share else "none", tokens, seen.attention, n, share)
+
+
+def by_score(seen, n):
+    return by_share(seen, n)
+
+
+def generate(context, state, n):
+    """Greedy continuation through llama_cpp's own decode path, with the tap's position shift."""
+    context.tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
+    out, history, tokens = state.logits, [state.logits], []
+    for i in range(n):
+        tokens.append(int(out.argmax()))
+        context.tap.begin()
+        out = stock.decode(context.llama, tokens=tokens[-1:], positions=[state.n_cells + i])
+        history.append(out)
+    return history, tokens
