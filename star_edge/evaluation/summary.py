@@ -31,9 +31,9 @@ def summarise(
     relative_accuracy: mean score over the unpruned model's. difference: the one less the other, interval: its 95%
         bootstrap interval
     over images, mcnemar_p: see `statistics`. agreement: share of answers that are the unpruned model's. kl: mean KL
-        divergence of
-    the first token in nats. average_tokens: image tokens for each decoder layer, the mean. first_token_ms: median.
-    speed_up: median over questions of the unpruned first-token time over the config's, both from one pass over the
+    divergence of the first token in nats. average_tokens: image tokens for each decoder layer, the mean.
+    first_token_ms: median. speed_up: median over questions of the unpruned first-token time over the config's, both
+    from one pass over the
         question.
     pope: see `metrics.pope_scores`. notes: what the engine said, with the number of questions.
     """

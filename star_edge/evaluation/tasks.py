@@ -49,9 +49,9 @@ def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = N
     """Reads one JSON object for each line; empty lines are skipped.
 
     Fields: image (path, data: or http(s): URL, or a list of them), question, and as far as known answer (a string, or a
-        list of
-    what people answered), category and id (default: the number of the line). Other names of the same: question_id;
-    images; prompt, text; answers, label; family. Paths are relative to image_root, by default the folder of the file.
+    list of what people answered), category and id (default: the number of the line). Other names of the same:
+    question_id; images; prompt, text; answers, label; family. Paths are relative to image_root, by default the folder
+    of the file.
 
     Raises:
         EvaluationError: names the file and the line.

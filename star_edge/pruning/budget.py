@@ -131,8 +131,8 @@ def divide(
     parts: the tokens that each has. pictures: which picture each is of. n_original: tokens that each had, by which an
         equal share is
     reckoned. count(tokens, k): of k chosen ones, how many each image has; its budget is in proportion to that, with a
-        floor of FLOOR of
-    an equal share and one token. compares: count takes time and memory in the square of the tokens, of which it gets
+    floor of FLOOR of an equal share and one token. compares: count takes time and memory in the square of the tokens,
+    of which it gets
         MAX_JOINT at most.
 
     Raises:
