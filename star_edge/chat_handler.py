@@ -395,7 +395,8 @@ class StarChatHandler(MTMDChatHandler):
         if n_markers != len(image_urls):
             raise PromptError(
                 f"the prompt has {n_markers} image markers for {len(image_urls)} images",
-                f"give images in messages of the user, leave out {media_marker}, and use a model whose chat template shows every message",
+                f"give images in messages of the user, leave out {media_marker}, and use a model whose chat template "
+                "shows every message",
             )
         return text
 

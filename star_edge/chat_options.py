@@ -88,14 +88,13 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
     if not (
         choice is None
         or isinstance(choice, Mapping)
-        or isinstance(choice, str)
-        and choice in ("none", "auto", "required")
+        or (isinstance(choice, str) and choice in ("none", "auto", "required"))
     ):
         raise ConfigError(
             f"tool_choice={str(choice)[:60]!r} is unknown",
             'use "none", "auto", "required" or {"type": "function", ...}',
         )
-    if not (call is None or isinstance(call, Mapping) or isinstance(call, str) and call in ("none", "auto")):
+    if not (call is None or isinstance(call, Mapping) or (isinstance(call, str) and call in ("none", "auto"))):
         raise ConfigError(f"function_call={str(call)[:60]!r} is unknown", 'use "none", "auto" or {"name": ...}')
     if isinstance(choice, str) and choice == "required":
         if not tools or len(tools) > 1:
@@ -151,7 +150,8 @@ def check_template_variables(options: Mapping[str, Any], template: Callable[[], 
         taken = sorted(set(options) & (set(parameters(MTMDChatHandler.__call__)) | _RENDERED))
         if unread or taken:
             raise ConfigError(
-                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be set",
+                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be "
+                "set",
                 "leave it out",
             )
     return options

@@ -5,6 +5,7 @@ Knows neither chat templates nor pixels.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,8 +252,6 @@ def parsed(call: Any) -> dict[str, Any]:
     call = dict(call)
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # a model wrote it: it stays the text that it is
             function["arguments"] = json.loads(function["arguments"])
-        except (ValueError, RecursionError):
-            pass  # a model wrote it: it stays the text that it is
     return call | ({"function": function} if function else {})

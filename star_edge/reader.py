@@ -187,7 +187,8 @@ class PromptReader:
                 else ""
             )
             notes.append(
-                f"projector type {self.encoder.projector!r} has no profile: the vision stage goes by embeddings alone{instead}"
+                f"projector type {self.encoder.projector!r} has no profile: the vision stage goes by embeddings "
+                f"alone{instead}"
             )
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
@@ -219,7 +220,8 @@ class PromptReader:
                 notes.append(f"no representatives: {problem}")
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
-                f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
+                f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context "
+                f"of {self.decoder.n_ctx}",
                 "raise n_ctx, lower vision_keep, or give fewer or smaller images"
                 if plan.images
                 else "raise n_ctx, or shorten the prompt",
@@ -234,7 +236,8 @@ class PromptReader:
         for chunk, n in images:
             if not chunk.causal and n > self.decoder.n_ubatch:
                 raise ContextLengthError(
-                    f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is {self.decoder.n_ubatch}",
+                    f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is "
+                    f"{self.decoder.n_ubatch}",
                     f"use n_ubatch={n} or more",
                 )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -261,7 +262,8 @@ class Workbench:
         sample = self._sample(start, clock, watch, answer["choices"][0]["message"]["content"])
         if len(clock.times) < n_generate:
             raise ContextLengthError(
-                f"a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a context of {self.n_ctx}",
+                f"a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a "
+                f"context of {self.n_ctx}",
                 "raise n_ctx (-c), or generate fewer tokens (-n)",
             )
         return sample
@@ -301,7 +303,7 @@ class Workbench:
     def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
         times = clock.times
         total = times[0] - start
-        tokens = [after - before for before, after in zip(times, times[1:])]
+        tokens = [after - before for before, after in pairwise(times)]
         if watch is not None:
             stages = {
                 "preprocess": watch.tokenized - start,

@@ -47,7 +47,7 @@ def summarise(
         (s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0]
     )
     base = samples[reference.name][0]  # for its tokens, which are those of every repeat
-    base_time, base_stages = _median_stages(samples[reference.name])
+    base_time, _ = _median_stages(samples[reference.name])
     rows = []
     for spec in present:
         all_of = samples[spec.name]

@@ -144,7 +144,8 @@ class _Progress:
             )
         if len(causes) > _CAUSES:
             click.echo(
-                f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the results",
+                f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the "
+                "results",
                 err=True,
             )
 

@@ -192,8 +192,8 @@ def bench(
         result["shape"] = shape
         result["notes"] += [note for note in dropped if note not in result["notes"]]
         path = Path(out or "")
-        is_special = (
-            path.is_symlink() or path.exists() and not path.is_file()
+        is_special = path.is_symlink() or (
+            path.exists() and not path.is_file()
         )  # a pipe, /dev/stdout: written once, and not replaced
         if out and (is_final or not is_special):
             try:
@@ -294,11 +294,13 @@ def _print(result: dict[str, Any], written: list[str]) -> None:
     say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
     if hook:
         say(
-            f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio {hook['ratio']:.3f}"
+            f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio "
+            f"{hook['ratio']:.3f}"
         )
     about, device = result["machine"], ", ".join(result["machine"]["devices"])
     say(
-        f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: {result['reference']}"
+        f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: "
+        f"{result['reference']}"
     )
     for note in result["notes"] + sorted(
         {f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}

@@ -158,7 +158,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(d["name"], d["description"], f"{d['free_bytes'] / 2**30:.1f}", f"{d['total_bytes'] / 2**30:.1f}")
     console.print(table)
     console.print(
-        f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; {result['cpu_features']}",
+        f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; "
+        f"{result['cpu_features']}",
         highlight=False,
     )
     if "reason" in result.get("plan", {}):
@@ -180,7 +181,8 @@ def _print(result: dict[str, Any]) -> None:
     check = result.get("check", {})
     if check.get("done"):
         console.print(
-            f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference {check['max_logit_difference']:.2g}, same token: {check['same_token']}"
+            f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference "
+            f"{check['max_logit_difference']:.2g}, same token: {check['same_token']}"
         )
     elif check:
         console.print(f"check: not done, {check['reason']}")

@@ -66,7 +66,8 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int:
     if n_layers and not llama_cpp.llama_supports_gpu_offload():
         raise click.BadParameter(
-            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the GPU.",
+            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the "
+            "GPU.",
             ctx,
             param,
         )
@@ -163,7 +164,8 @@ def model_options(command: Callable) -> Callable:
             callback=lambda ctx, param, value: (
                 None if value is None else find_template(value)
             ),  # whoever gets it may have another folder
-            help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: the model's own, else its family's.",
+            help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: "
+            "the model's own, else its family's.",
         ),
         click.option(
             "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
@@ -201,7 +203,8 @@ def prune_options(command: Callable) -> Callable:
         click.option(
             "--budget",
             type=click.Choice(["image", "crop", "prompt"]),
-            help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a video.",
+            help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
+            "video.",
         ),
     ]
     for option in reversed(options):

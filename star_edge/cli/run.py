@@ -61,8 +61,9 @@ from .options import (
 @click.option(
     "--cache/--no-cache",
     default=True,
-    help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same beginning) is used again. "
-    "Results say where it was. --no-cache also reads one request to warm up: times of the results can be compared then.",
+    help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same "
+    "beginning) is used again. Results say where it was. --no-cache also reads one request to warm up: times of the "
+    "results can be compared then.",
 )
 @model_options
 @prune_options

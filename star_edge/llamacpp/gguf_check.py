@@ -314,7 +314,8 @@ def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
     header.kinds("f32", ("adapter.lora.alpha",))
     if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
         raise ModelFileError(
-            f"{info.path} is no LoRA adapter (general.type {header.get('general.type')!r}, adapter.type {header.get('adapter.type')!r})",
+            f"{info.path} is no LoRA adapter (general.type {header.get('general.type')!r}, adapter.type "
+            f"{header.get('adapter.type')!r})",
             "convert the adapter with llama.cpp's convert_lora_to_gguf.py",
         )
     header.real("adapter.lora.alpha", positive=False)
@@ -356,8 +357,8 @@ def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tens
     )
     if not fits:
         raise ModelMismatchError(
-            f"{header.info.path}: {base} is {list(target.shape)} in the text model, and the adapter has {list(pair['a'].shape)} and "
-            f"{list(pair['b'].shape)} for it",
+            f"{header.info.path}: {base} is {list(target.shape)} in the text model, and the adapter has "
+            f"{list(pair['a'].shape)} and {list(pair['b'].shape)} for it",
             "use the model that it was made for",
         )
 

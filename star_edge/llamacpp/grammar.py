@@ -387,5 +387,5 @@ def _count_stacks(rules: dict[int, Rule], position: tuple[int, int, int]) -> int
         below = stack[:-1]
         if e + 1 < len(rules[number][a]):
             below += ((number, a, e + 1),)
-        todo += [below + ((element, i, 0),) if alternative else below for i, alternative in enumerate(rules[element])]
+        todo += [(*below, (element, i, 0)) if alternative else below for i, alternative in enumerate(rules[element])]
     return len(seen)

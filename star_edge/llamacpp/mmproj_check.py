@@ -286,7 +286,8 @@ def _llava(c: _Check) -> None:
         return
     if c.side != _LDP_SIDE:
         c.header.refuse(
-            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, and {c.projector} has 24"
+            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, and "
+            f"{c.projector} has 24"
         )
     first, second = (
         ("mm.model.mlp.1", "mm.model.mlp.3") if c.projector == "ldp" else ("mm.model.mlp.0", "mm.model.mlp.2")
@@ -310,8 +311,8 @@ def _fixed_grid(c: _Check, n_merge: int, extra: int = 0) -> None:
     """Pictures are always of image_size, and a token is a square of patches."""
     if not c.side or c.side % n_merge:
         c.header.refuse(
-            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, no multiple of "
-            f"{c.merge_key} = {n_merge}"
+            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, no multiple "
+            f"of {c.merge_key} = {n_merge}"
         )
     c.patches()
     c.positions(c.side**2 + extra, exact=True, added=True)

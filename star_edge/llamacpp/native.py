@@ -60,7 +60,8 @@ def check_layout(layouts: Iterable[tuple[str, str | None, int]], *modules: Modul
         if found != expected:
             what = f"{name}.{field} at byte {expected}" if field else f"{name} of {expected} bytes"
             raise VersionMismatchError(
-                f"llama-cpp-python {llama_cpp.__version__} is not the one that star_edge was compiled against: that has {what}, and this "
+                f"llama-cpp-python {llama_cpp.__version__} is not the one that star_edge was compiled against: that "
+                f"has {what}, and this "
                 + ("none" if found is None else f"has it at byte {found}" if field else f"{found} bytes"),
                 "reinstall star-edge to compile it against this one, or install llama-cpp-python from PyPI",
             )

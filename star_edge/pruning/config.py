@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Literal
 
 from ..errors import ConfigError
@@ -139,7 +140,7 @@ class PruneConfig:
         last_name, last_keep = "vision_keep", self.vision_keep
         windows = []
         for layer, keep in self.windows:
-            if not (_is_int(layer) and layer >= 1 or isinstance(layer, float) and 0 < layer < 1):
+            if not ((_is_int(layer) and layer >= 1) or (isinstance(layer, float) and 0 < layer < 1)):
                 raise ConfigError(
                     f"windows: {layer!r} is no layer", "use 1 to layers - 1, or a fraction of the layers in (0, 1)"
                 )
@@ -190,7 +191,7 @@ class PruneConfig:
             choose_layer(layer if _is_int(layer) else max(1, round(layer * n_layers)), n_layers)
             for layer, _ in self.windows
         ]
-        if any(after <= before for before, after in zip(layers, layers[1:])):
+        if any(after <= before for before, after in pairwise(layers)):
             raise ConfigError(
                 f"windows are at layers {layers} of {n_layers}", "use ascending layers, and no more windows than fit"
             )
@@ -288,7 +289,8 @@ def override(config: PruneConfig | None, **changes: object) -> PruneConfig | Non
         changes["vision_keep"] = 1.0
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
-            f"decoder_layer={changes['decoder_layer']} is for one decoder stage, and there are {len(config.windows)} (windows)",
+            f"decoder_layer={changes['decoder_layer']} is for one decoder stage, and there are {len(config.windows)} "
+            "(windows)",
             "give decoder_keep too, to have one in their place",
         )
     return replace(config, **changes)

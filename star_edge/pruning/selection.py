@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -197,4 +198,4 @@ def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: i
     (K n1 + (L - K) n2) / L.
     """
     edges = [(0, n_first), *windows, (n_layers, 0)]
-    return sum(n * (after - layer) for (layer, n), (after, _) in zip(edges, edges[1:])) / n_layers
+    return sum(n * (after - layer) for (layer, n), (after, _) in pairwise(edges)) / n_layers

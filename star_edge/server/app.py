@@ -130,6 +130,6 @@ def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int |
         ("-ngl", n_gpu_layers, -1),
         ("-t", 1 if n_threads is None else n_threads, 1),
     ):
-        if not least <= value < 2**31 or option == "-c" and value == 1:
+        if not least <= value < 2**31 or (option == "-c" and value == 1):
             least = 2 if option == "-c" else least
             raise ConfigError(f"{option} {value} cannot be used", f"use a number of {least} or more, or leave it out")

@@ -121,13 +121,13 @@ class Guard:
             # a browser.
             raise Refusal(403, f"this server is localhost, not {host[:100]!r}: use its own address", "wrong_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower():
-            if not {"*", origin.lower()} & set(self.policy.cors_origins):
-                raise Refusal(
-                    403,
-                    f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin",
-                    "wrong_origin",
-                )
+        foreign = origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower()
+        if foreign and not {"*", origin.lower()} & set(self.policy.cors_origins):
+            raise Refusal(
+                403,
+                f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin",
+                "wrong_origin",
+            )
         path = scope["path"]
         if self.policy.api_key is None or path in ("/", "/health") or path.startswith("/page/"):
             return

@@ -5,6 +5,7 @@ Knows HTTP and addresses; knows neither image formats nor requests.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import re
@@ -123,10 +124,8 @@ class _Deadline:
         with self._lock:
             self.passed = True
             if self._socket is not None:
-                try:
+                with contextlib.suppress(OSError):  # closed already
                     self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # closed already
 
     def cancel(self) -> None:
         self._timer.cancel()

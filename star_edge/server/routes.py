@@ -40,8 +40,8 @@ _PAGE_FILES = {
     "demo.png": (refvlm.DEMO_IMAGE, "image/png"),
 }
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -152,7 +152,8 @@ def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exceptio
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = {
             404: f"there is nothing at this path: this server has {served}, /health, /metrics and a page at /",
-            405: f"{request.method[:20]} is not for this path: use {(error.headers or {}).get('Allow', 'another method')}",
+            405: f"{request.method[:20]} is not for this path: use "
+            f"{(error.headers or {}).get('Allow', 'another method')}",
         }.get(error.status_code, error.detail)
         if error.status_code == 404 and error.detail != "Not Found":
             message = error.detail

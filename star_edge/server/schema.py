@@ -90,12 +90,13 @@ class ChatRequest(CreateChatCompletionRequest):
     service_tier: str | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] = False
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: list[Literal["text"]] = Field(default=["text"])
     parallel_tool_calls: bool = True
 
     prune: Any = Field(
         default=None,
-        description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the server's.",
+        description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the "
+        "server's.",
     )
     star_edge: ReportOptions = Field(default_factory=ReportOptions)
 

@@ -374,10 +374,8 @@ class VisionEncoder:
         txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
         self._check_size(chunk)
         nx, ny = mtmd.mtmd_image_tokens_get_nx(image), mtmd.mtmd_image_tokens_get_ny(image)
-        if self.mrope:
-            positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
-        else:
-            positions = txyz[:, 0].copy()
+        # set_position_mrope_2d: t, y, x, z
+        positions = txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
         grid = (ny, nx) if self.mrope and nx * ny == n else self.profile.grid(n, nx, ny)
         if grid is None and self.profile.sized_grid:
             size = _image_size(chunk)
@@ -396,7 +394,8 @@ class VisionEncoder:
         n_patches = max(size) // POSITION_TABLES[self.projector](self.metadata)
         if n_patches > self._n_positions:
             raise ImageError(
-                f"an image would have {n_patches} patches along a side, and the model has positions for {self._n_positions}",
+                f"an image would have {n_patches} patches along a side, and the model has positions for "
+                f"{self._n_positions}",
                 "crop it, pad it to be less narrow, or lower image_max_tokens",
             )
 
