@@ -62,7 +62,7 @@ def template_names() -> list[str]:
     return [name.decode() for name in names]
 
 
-def find_template(template: str | PathLike) -> str:
+def find_template(template: str | PathLike[str]) -> str:
     """Jinja source, or one of llama.cpp's names, from what a user gives: either of them, or the path of a file with
     Jinja source.
 
@@ -111,7 +111,7 @@ class ChatFormat:
         UnsupportedModelError: the template is none.
     """
 
-    def __init__(self, llama: Llama, template: str | PathLike | None = None, projector: str | None = None) -> None:
+    def __init__(self, llama: Llama, template: str | PathLike[str] | None = None, projector: str | None = None) -> None:
         self._llama = weakref.ref(llama)  # which owns the handler that owns this
         own = llama.metadata.get("tokenizer.chat_template")
         found = find_template(template) if template is not None else own or _OF_FAMILY.get(projector or "")

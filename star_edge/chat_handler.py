@@ -126,7 +126,7 @@ class StarChatHandler(MTMDChatHandler):
 
     def __init__(
         self,
-        clip_model_path: str | PathLike,
+        clip_model_path: str | PathLike[str],
         verbose: bool = True,
         use_gpu: bool = True,
         *,
@@ -136,9 +136,9 @@ class StarChatHandler(MTMDChatHandler):
         image_max_tokens: int = -1,
         encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike | None = None,
+        image_cache_dir: str | PathLike[str] | None = None,
         reuse: bool = True,
-        chat_template: str | PathLike | None = None,
+        chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:

@@ -48,7 +48,7 @@ def check_chat_options(
         if name in parameters(Llama.create_completion) and name != "logprobs"
     }
     options |= check_options(llama, sampling)
-    names = {name: options[name] for name in ("logprobs", "top_logprobs") if name in options}
+    names: dict[str, Any] = {name: options[name] for name in ("logprobs", "top_logprobs") if name in options}
     options |= check(MTMDChatHandler.__call__, names, RANGES)
     if options.get("logprobs"):
         if not llama._logits_all:
@@ -102,7 +102,7 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
             raise ConfigError(f'tool_choice="required" with {len(tools or ())} tools', remedy)
         choice = options["tool_choice"] = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if isinstance(call, Mapping):
-        name = call.get("name")
+        name: Any = call.get("name")
     elif call is not None or not isinstance(choice, Mapping):  # function_call stands in place of tool_choice
         return None
     else:
@@ -112,7 +112,8 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
         raise ConfigError("the choice of a tool names none", 'use {"type": "function", "function": {"name": ...}}')
     for tool in tools or ():
         if tool["function"]["name"] == name:
-            return tool["function"]
+            chosen: Mapping[str, Any] = tool["function"]
+            return chosen
     raise ConfigError(f"Tool choice {name[:60]!r} not found in tools", "name one of them")
 
 

@@ -230,7 +230,10 @@ def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> li
         if results and message.role == "tool":
             about = {name: message.rest[name] for name in ("name", "tool_call_id") if message.rest.get(name)}
             text = "".join(part for part in message.parts if isinstance(part, str))
-            parts = [json.dumps({"tool_response": {**about, "content": text}}, ensure_ascii=False), *message.pictures]
+            parts: list[str | Picture] = [
+                json.dumps({"tool_response": {**about, "content": text}}, ensure_ascii=False),
+                *message.pictures,
+            ]
             if in_results:  # templates want user and assistant in turn
                 result[-1].parts += ["\n", *parts]
             else:
@@ -249,7 +252,7 @@ def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> li
 
 def parsed(call: Any) -> dict[str, Any]:
     """A tool call with its arguments as an object, where they are JSON text as OpenAI has it."""
-    call = dict(call)
+    call: dict[str, Any] = dict(call)
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
         with contextlib.suppress(ValueError, RecursionError):  # a model wrote it: it stays the text that it is

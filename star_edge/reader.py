@@ -52,7 +52,7 @@ class PromptReader:
     def __init__(
         self,
         llama: Llama,
-        mmproj: str | PathLike | None,
+        mmproj: str | PathLike[str] | None,
         *,
         encoder_flash_attn: bool,
         encoder_on_gpu: bool,
@@ -60,7 +60,7 @@ class PromptReader:
         image_max_tokens: int = -1,
         encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike | None = None,
+        image_cache_dir: str | PathLike[str] | None = None,
         reuse: bool = True,
     ) -> None:
         check_bytes(image_cache_bytes)

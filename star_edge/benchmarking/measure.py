@@ -107,11 +107,15 @@ def _decode_token(context: Any, token: int, position: int) -> None:
     """One llama_decode of one row of sequence 0, to its logits."""
     ids, at, one, sequence = (np.array([n], np.int32) for n in (token, position, 1, 0))
     wants = np.ones(1, np.int8)
-    pointer = lambda array, kind=ctypes.c_int32: array.ctypes.data_as(ctypes.POINTER(kind))
+
+    def pointer(array: np.ndarray, kind: Any = ctypes.c_int32) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(kind))
+
     batch = llama_cpp.llama_batch()
     batch.n_tokens = 1
     batch.token, batch.pos, batch.n_seq_id = pointer(ids), pointer(at), pointer(one)
-    batch.seq_id = ctypes.cast((ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence)), type(batch.seq_id))
+    of_row: Any = (ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence))  # ctypes.cast takes arrays too
+    batch.seq_id = ctypes.cast(of_row, type(batch.seq_id))
     batch.logits = pointer(wants, ctypes.c_int8)
     if llama_cpp.llama_decode(context.ctx, batch):
         raise EngineError("llama_decode failed")

@@ -201,7 +201,7 @@ class Workbench:
         As StarVLM; EngineError: a side's context cannot be made.
     """
 
-    def __init__(self, model: str | PathLike, mmproj: str | PathLike, **options: Any) -> None:
+    def __init__(self, model: str | PathLike[str], mmproj: str | PathLike[str], **options: Any) -> None:
         self._vlm = StarVLM(model, None, **options)  # loads and checks; StarChatHandler adds the encoder
         self.llama = self._vlm.llama
         projector = find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]

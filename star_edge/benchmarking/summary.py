@@ -108,8 +108,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _decoder(samples: Sequence[Sample]) -> float:
     """Median over the repeats of the decoder's time."""
-    of = lambda sample: sum(sample.stages[name] for name in DECODER_STAGES) - sample.stages["decoder_stage"]
-    return statistics.median([of(sample) for sample in samples])
+    stages = [sample.stages for sample in samples]
+    return statistics.median([sum(s[name] for name in DECODER_STAGES) - s["decoder_stage"] for s in stages])
 
 
 def _token_layers(sample: Sample, n_layers: int) -> float:

@@ -153,7 +153,7 @@ class _Progress:
 def _without_names(result: dict[str, Any]) -> str:
     error = result["error"]
     for image in result.get("images", [result["image"]] if "image" in result else []):
-        name = os.path.basename(image)
+        name = os.path.basename(str(image))
         if name:
             error = re.sub(rf"\S*{re.escape(name)}", "IMAGE", error)
     return error

@@ -108,6 +108,7 @@ _QUESTION = "Describe this picture in detail."
 @click.pass_context
 def bench(
     ctx: click.Context,
+    /,
     shape: str | None,
     folder: str | None,
     images: tuple[str, ...],
@@ -138,7 +139,10 @@ def bench(
     in rotated order. Times are medians over the repeats, and stages those of the median repeat (of an even number, the
     mean of the two middle ones). "ideal" is what the token-layers that are saved would allow.
     """
-    given = lambda name: ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
     if shape is not None:
         for name, flag in (
             ("model", "-m"),
@@ -291,7 +295,10 @@ def _print(result: dict[str, Any], written: list[str]) -> None:
     console = Console()
     console.print(table(result))
     hook = result["idle_hook"]
-    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     if hook:
         say(
             f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio "

@@ -76,7 +76,7 @@ def demo(
                         report = answer.report
             rows.append(row)
         if config is None:
-            written = []
+            written: list[str] = []
         else:
             written, problems = save_overlay(report, [refvlm.DEMO_IMAGE], overlay, vlm.image_limits)
             for problem in problems:

@@ -81,7 +81,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
     else:
         vision = "yes"
-    problem = decoder.stage_problem or decoder.layer_problems.get(choose_layer(None, decoder.n_layers))
+    problem = decoder.stage_problem or decoder.layer_problems.get((choose_layer(None, decoder.n_layers),))
     return {
         "text_model": vlm.llama.model_path,
         "architecture": vlm.llama.metadata.get("general.architecture"),
@@ -132,9 +132,10 @@ def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     if vlm.encoder is None or vlm.decoder.stage_problem:
         return {"done": False, "reason": "needs a vision encoder and a decoder stage"}
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    ask = lambda prune: vlm.read_prompt("<__media__>What is this?", [picture], prune, chat=False)
-    plain, _ = ask(None)
-    windowed, report = ask(PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers)))
+    asked = "<__media__>What is this?", [picture]
+    plain, _ = vlm.read_prompt(*asked, None, chat=False)
+    keep_all = PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers))
+    windowed, report = vlm.read_prompt(*asked, keep_all, chat=False)
     if report.decoder_layer is None:
         return {"done": False, "reason": "; ".join(report.notes)}
     difference = float(np.abs(plain.logits - windowed.logits).max())

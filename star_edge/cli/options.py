@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import llama_cpp
@@ -22,8 +22,10 @@ from ..io.hub import fetch
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..report import PruneReport
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 
-class KeepType(click.ParamType):
+
+class KeepType(click.ParamType[Keep]):
     """0.25 or 1.0 is a fraction, 144 a count."""
 
     name = "fraction|count"
@@ -100,7 +102,7 @@ def cli_words(text: str) -> str:
     return text
 
 
-def model_options(command: Callable) -> Callable:
+def model_options(command: Command) -> Command:
     """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
     options = [
         click.option(
@@ -182,7 +184,7 @@ KEEP_HELP = (
 )
 
 
-def prune_options(command: Callable) -> Callable:
+def prune_options(command: Command) -> Command:
     """--preset and the fields that override it; the parameters reach `make_config` as keyword arguments."""
     options = [
         click.option(

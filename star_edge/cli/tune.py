@@ -148,8 +148,13 @@ def _figures(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: str) -> None:
     console = Console()
-    share = lambda value: "" if value is None else f"{100 * value:.1f}"
-    number = lambda value: "" if value is None else f"{value:.1f}"
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
     columns = ("config", "tokens per layer", "relative accuracy, %", "same answer, %", "first token, ms", "errors")
     table = Table(*columns, title=f"asked about {result['n_choosing']} questions", title_justify="left")
     for row in sorted(rows, key=lambda row: -(row["average_tokens"] or 0)):

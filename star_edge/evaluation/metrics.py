@@ -125,7 +125,10 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
     """
     said, true = np.array([says_yes(a) for a in answers], bool), np.array([says_yes(t) for t in labels], bool)
     tp, fp, fn, n = int((said & true).sum()), int((said & ~true).sum()), int((~said & true).sum()), len(said)
-    ratio = lambda a, b: a / b if b else None
+
+    def ratio(a: int, b: int) -> float | None:
+        return a / b if b else None
+
     return PopeScores(
         ratio(n - fp - fn, n),
         ratio(tp, tp + fp),
@@ -148,8 +151,13 @@ def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
         EvaluationError: a metric that does not fit the answers.
     """
     labelled = [task for task in tasks if task.answers]
-    is_vqa = lambda task: len(task.answers) >= VQA_ANSWERS
-    is_pope = lambda task: {normalise(a) for a in task.answers} in ({"yes"}, {"no"})
+
+    def is_vqa(task: Task) -> bool:
+        return len(task.answers) >= VQA_ANSWERS
+
+    def is_pope(task: Task) -> bool:
+        return {normalise(a) for a in task.answers} in ({"yes"}, {"no"})
+
     if name == "auto":
         if not labelled:
             return None
@@ -192,5 +200,6 @@ def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    shifted: np.ndarray = logits.astype(np.float64) - logits.max()
+    log_p: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return log_p

@@ -195,7 +195,7 @@ class Header:
                 self.multiplied(name)
 
 
-def read_text_model(path: str | PathLike) -> GGUFInfo:
+def read_text_model(path: str | PathLike[str]) -> GGUFInfo:
     """The header of a text model that llama.cpp can be given.
 
     Raises:
@@ -302,7 +302,7 @@ def _check_experts(header: Header, key) -> None:
         header.refuse(f"{key('expert_used_count')} = {most}, and {key('expert_count')} = {n}")
 
 
-def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
+def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
     """The header of a LoRA file, checked against the text model that it is for (llama_adapter_lora_init_impl).
 
     Raises:
@@ -363,7 +363,7 @@ def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tens
         )
 
 
-def check_shards(path: str | PathLike) -> None:
+def check_shards(path: str | PathLike[str]) -> None:
     """A split model has all of its files beside the first (llama_model_loader: split.count).
 
     Raises:

@@ -84,7 +84,10 @@ class Tokens:
 
     def part(self, rows: np.ndarray | slice) -> Tokens:
         """Some of them. rows: what indexes an (n,) array."""
-        of = lambda array: None if array is None else array[..., rows]
+
+        def of(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[..., rows]
+
         return replace(
             self,
             vectors=self.vectors[rows],
@@ -105,7 +108,8 @@ class Tokens:
         vectors = np.asarray(self.vectors, np.float32)
         if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
             vectors = vectors @ _projection(vectors.shape[1])
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return unit
 
     def distances(self) -> np.ndarray:
         """Distance of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
@@ -114,7 +118,7 @@ class Tokens:
         a place are at the mean distance from all others.
         """
         unit = self.unit_vectors
-        far = 1.0 - unit @ unit.T
+        far: np.ndarray = 1.0 - unit @ unit.T
         np.maximum(far, 0.0, out=far)
         far /= max(float(far.mean()), 1e-12)
         places = self.place_distances()

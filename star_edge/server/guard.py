@@ -58,7 +58,8 @@ class Guard:
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         status = 499  # the client left before there was one, as nginx writes it

@@ -221,4 +221,5 @@ async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:
             "image URLs are not fetched by this server",
             "send the image as a data: URL, or start the server with --allow-remote-images",
         )
-    return await fetch(remote.fetch, url, policy.max_image_bytes)
+    source: str | bytes = await fetch(remote.fetch, url, policy.max_image_bytes)
+    return source

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from typing import Any
 
 import llama_cpp
 import llama_cpp.mtmd_cpp as mtmd
@@ -136,7 +137,7 @@ class VisionEncoder:
 
     def __init__(
         self,
-        path: str | PathLike,
+        path: str | PathLike[str],
         llama: Llama,
         *,
         flash_attn: bool,
@@ -145,7 +146,7 @@ class VisionEncoder:
         image_max_tokens: int = -1,
         repaired: bool = True,
         cache_bytes: int = 0,
-        cache_dir: str | PathLike | None = None,
+        cache_dir: str | PathLike[str] | None = None,
     ) -> None:
         info = read_gguf_info(path, METADATA_KEYS + repair.METADATA_KEYS)
         if info.architecture != "clip":
@@ -219,7 +220,10 @@ class VisionEncoder:
 
     def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> object | None:
         """The mtmd_context, or None; the log says why."""
-        load = lambda path: mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
+
+        def load(path: str) -> Any:
+            return mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
+
         lib.se_log_clear()
         self._changed: list[repair.Change] = []
         changes = repair.metadata_changes(info, self.projector) if repaired else []
@@ -490,6 +494,7 @@ class VisionEncoder:
         scores = np.zeros(chunk.n_tokens, np.float32)
         ordinary = np.ones(chunk.n_tokens, bool) if special is None else ~special
         n = int(ordinary.sum())
+        assert self.profile.to_tokens is not None  # a profile that reads attention has it
         values = self.profile.to_tokens(rows, Layout(n, chunk.grid, index))
         if len(values) != n:
             raise EngineError(f"{self.projector}: {len(values)} scores for {n} image tokens")
@@ -552,8 +557,8 @@ def _image_size(chunk: object) -> tuple[int, int] | None:
     data = (ctypes.c_char * n.value)()
     if mtmd.mtmd_input_chunk_save(chunk, data, n.value, ctypes.byref(n)) or n.value < 17:
         return None
-    version, ended = int.from_bytes(data[:8], "little"), data[n.value - 1] == b"\0"
-    width, height = (int(v) for v in np.frombuffer(data, "<i4", 2, n.value - 9))
+    version, ended = int.from_bytes(data.raw[:8], "little"), data[n.value - 1] == b"\0"
+    width, height = (int(v) for v in np.frombuffer(data.raw, "<i4", 2, n.value - 9))
     return (height, width) if version == 2 and ended and min(width, height) > 0 else None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..decoder.prefill import Segment
+from ..decoder.segments import Segment
 from ..llamacpp.context import Rows
 from ..pruning import budget
 from ..pruning.choose import Candidates, choose, divide, vision_policy
