@@ -88,11 +88,7 @@ def run_on_ray(
                 "check RAY_ADDRESS and RAY_AUTH_TOKEN, or unset RAY_ADDRESS",
             ) from error
     try:
-        resources = [
-            node["Resources"]
-            for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray annotates no result
-            if node["Alive"]
-        ]
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers, n_cpus, n_gpus = share_out(resources, workers, use_gpu)
         actor_class = ray.remote(_Worker).options(num_cpus=n_cpus, num_gpus=n_gpus, scheduling_strategy="SPREAD")
         _drive(ray, waiting, lambda: actor_class.remote(load, n_threads or n_cpus, warm), emit, workers)

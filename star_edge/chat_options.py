@@ -102,19 +102,19 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
             raise ConfigError(f'tool_choice="required" with {len(tools or ())} tools', remedy)
         choice = options["tool_choice"] = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if isinstance(call, Mapping):
-        name: Any = call.get("name")
+        wanted: Any = call.get("name")
     elif call is not None or not isinstance(choice, Mapping):  # function_call stands in place of tool_choice
         return None
     else:
         function = choice.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
+        wanted = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(wanted, str):
         raise ConfigError("the choice of a tool names none", 'use {"type": "function", "function": {"name": ...}}')
     for tool in tools or ():
-        if tool["function"]["name"] == name:
+        if tool["function"]["name"] == wanted:
             chosen: Mapping[str, Any] = tool["function"]
             return chosen
-    raise ConfigError(f"Tool choice {name[:60]!r} not found in tools", "name one of them")
+    raise ConfigError(f"Tool choice {wanted[:60]!r} not found in tools", "name one of them")
 
 
 def _check_tools(name: str, tools: Any) -> list[Any]:

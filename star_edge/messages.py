@@ -252,9 +252,9 @@ def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> li
 
 def parsed(call: Any) -> dict[str, Any]:
     """A tool call with its arguments as an object, where they are JSON text as OpenAI has it."""
-    call: dict[str, Any] = dict(call)
-    function = dict(call.get("function") or {})
+    result: dict[str, Any] = dict(call)
+    function = dict(result.get("function") or {})
     if isinstance(function.get("arguments"), str):
         with contextlib.suppress(ValueError, RecursionError):  # a model wrote it: it stays the text that it is
             function["arguments"] = json.loads(function["arguments"])
-    return call | ({"function": function} if function else {})
+    return result | ({"function": function} if function else {})

@@ -58,6 +58,7 @@ def run_sides(
                     f"left out {spec.name}: this encoder makes {warm.n_image} tokens of the smaller picture too"
                 )
             else:
+                assert warm.cache_bytes is not None  # of one token
                 cache_bytes[spec.name] = warm.cache_bytes
                 samples[spec.name] = []
                 left.append(spec)
@@ -111,11 +112,11 @@ def _decode_token(context: Any, token: int, position: int) -> None:
     def pointer(array: np.ndarray, kind: Any = ctypes.c_int32) -> Any:
         return array.ctypes.data_as(ctypes.POINTER(kind))
 
-    batch = llama_cpp.llama_batch()
+    batch: Any = llama_cpp.llama_batch()  # its annotations are arrays where pointers stand
     batch.n_tokens = 1
     batch.token, batch.pos, batch.n_seq_id = pointer(ids), pointer(at), pointer(one)
-    of_row: Any = (ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence))  # ctypes.cast takes arrays too
-    batch.seq_id = ctypes.cast(of_row, type(batch.seq_id))
+    of_row: Any = (ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence))
+    batch.seq_id = ctypes.cast(of_row, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
     batch.logits = pointer(wants, ctypes.c_int8)
     if llama_cpp.llama_decode(context.ctx, batch):
         raise EngineError("llama_decode failed")

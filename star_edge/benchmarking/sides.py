@@ -113,7 +113,7 @@ class _Watched:
         return params
 
     def mtmd_tokenize(self, context: Any, chunks: Any, *rest: Any) -> int:
-        status = mtmd.mtmd_tokenize(context, chunks, *rest)
+        status: int = mtmd.mtmd_tokenize(context, chunks, *rest)
         self.tokenized = time.perf_counter()
         for i in range(mtmd.mtmd_input_chunks_size(chunks)):
             chunk = mtmd.mtmd_input_chunks_get(chunks, i)
@@ -143,15 +143,16 @@ class _Watched:
         """What the helper of that name does with an image, encoder and decoder apart."""
         self.llama_context = llama
         start = time.perf_counter()
-        status = mtmd.mtmd_encode_chunk(context, chunk)
+        status: int = mtmd.mtmd_encode_chunk(context, chunk)
         self.encode += time.perf_counter() - start
         if status:
             return status
         embeddings = mtmd.mtmd_get_output_embd(context)
         no_callback = mtmd.mtmd_helper_post_decode_callback()
-        return mtmd.mtmd_helper_decode_image_chunk(
+        status = mtmd.mtmd_helper_decode_image_chunk(
             context, llama, chunk, embeddings, n_past, seq_id, n_batch, new_n_past, no_callback, None
         )
+        return status
 
     def mtmd_input_chunks_free(self, chunks: Any) -> None:
         """The prompt has been submitted. A GPU may still work on it: the sampler would wait for it now."""
@@ -243,13 +244,14 @@ class Workbench:
         watch = side.handler._mtmd_cpp if spec.kind == "stock" else None
         if watch is not None:
             watch.begin()
-        llama.chat_handler, llama.sample = side.handler, clock
+        llama.chat_handler = side.handler
+        llama.sample = clock  # type: ignore[assignment, method-assign]  # a clock in its place, for this answer
         messages = request.messages if spec.image_max_tokens is None else request.fewer
-        pruning = self._star.pruning(spec.prune) if watch is None else contextlib.nullcontext()
+        pruning = self._star.pruning(spec.prune) if watch is None and self._star else contextlib.nullcontext()
         try:
             start = time.perf_counter()
             with pruning:
-                answer = llama.create_chat_completion(
+                answer: Any = llama.create_chat_completion(
                     messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0
                 )
         except StarEdgeError:
@@ -289,16 +291,16 @@ class Workbench:
 
     def encoder_problem(self) -> str | None:
         """What its vision stage cannot do with this encoder, once a star_edge side has been asked."""
-        encoder = self._star._reader.encoder if self._star is not None else None
+        reader = self._star._reader if self._star is not None else None
+        encoder = reader.encoder if reader is not None else None
         if encoder is None or encoder.profile.reads_attention:
             return None
         return f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
 
     @property
     def projector(self) -> str | None:
-        return (
-            self._star._reader.encoder.projector if self._star is not None and self._star._reader is not None else None
-        )
+        reader = self._star._reader if self._star is not None else None
+        return None if reader is None or reader.encoder is None else reader.encoder.projector
 
     def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
         times = clock.times
@@ -322,6 +324,7 @@ class Workbench:
                 clock.cache_bytes,
                 text,
             )
+        assert self._star is not None and self._star.last_report is not None  # which has answered
         report = self._star.last_report
         average = average_tokens(report.n_vision_kept, report.windows, report.n_layers)
         return Sample(
@@ -366,7 +369,8 @@ class Workbench:
             ) from error
         self.llama._stack.callback(context.close)
         handler = MTMDChatHandler(self._mmproj, verbose=False, use_gpu=self._use_gpu)
-        handler._mtmd_cpp = _Watched(spec.image_max_tokens, self.n_ctx)
+        libmtmd: Any = _Watched(spec.image_max_tokens, self.n_ctx)  # in place of the module
+        handler._mtmd_cpp = libmtmd
         return _Side(spec, context, params, handler)
 
     def _install(self, context: Any, params: Any) -> None:
@@ -380,7 +384,10 @@ def stages_of(report: PruneReport) -> dict[str, float]:
     """Seconds of a report's stages as STAGES has them, each counted once. With several decoder stages, their scores are
     shared equally among the windows in which they are taken."""
     seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
-    get = lambda name: seconds.get(name, 0.0)
+
+    def get(name: str) -> float:
+        return seconds.get(name, 0.0)
+
     scores = get("decoder_scores")
     in_probe = scores / max(1, len(report.windows))
     return {

@@ -158,7 +158,10 @@ def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str]) -> list[str]:
     time, rate, share = row["first_token_ms"], row["tokens_per_s"], row["selection_share"]
-    mib = lambda n: "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
+
+    def mib(n: int | None) -> str:
+        return "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
+
     texts = [row["name"], f"{row['average_tokens']:.1f}", _ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
     texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
     texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]

@@ -234,6 +234,7 @@ def bench(
                     console.print(f"{next(n_done)} of {total}: {what}", highlight=False)
                 bar.update(task, advance=1, description=what)
 
+            assert mmproj is not None
             with in_cli_words():
                 result = run(
                     text,

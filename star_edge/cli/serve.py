@@ -143,7 +143,7 @@ def serve(
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
 
-    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]  # it cuts streams off; the engine ends them in good order
+    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them in good order
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:

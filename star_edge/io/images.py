@@ -21,7 +21,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from dataclasses import dataclass
-from email.message import Message
+from http.client import HTTPMessage
 from typing import IO, BinaryIO, cast
 
 import numpy as np
@@ -221,7 +221,7 @@ class _HttpOnlyRedirects(urllib.request.HTTPRedirectHandler):
     """urllib would also follow a redirect to ftp:."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme.lower() not in ("http", "https"):
             fp.close()

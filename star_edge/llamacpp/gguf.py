@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -252,7 +253,8 @@ def copy_with_metadata(
 
 def _open(name: str) -> int | None:
     with quiet_llama_log():
-        return GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+        handle: int | None = GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+    return handle
 
 
 def _tensor(handle: int, index: int) -> tuple[str, Tensor]:

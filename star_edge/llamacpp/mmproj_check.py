@@ -160,7 +160,8 @@ class _Check:
         self.merge_key = _V + ("spatial_merge_size" if self.projector in _BY_MERGE_SIZE else "projector.scale_factor")
 
     def merge(self, default: int, least: int = 1) -> int:
-        return self.header.whole(self.merge_key, least, max(least, 64), default)
+        n_merge: int = self.header.whole(self.merge_key, least, max(least, 64), default)
+        return n_merge
 
     # ---- shapes; why: the keys that they follow from ----
 

@@ -20,7 +20,8 @@ import llama_cpp.mtmd_cpp
 from ..errors import EngineError, LayerWindowError, VersionMismatchError
 
 try:
-    from .._core import ffi, lib
+    from .._core import ffi as ffi  # for the modules beside this one
+    from .._core import lib as lib
 except ImportError as error:  # pragma: no cover - only in a source tree that was never built
     raise ImportError("the star_edge C extension is not built: install the package with `pip install .`") from error
 

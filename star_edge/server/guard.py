@@ -25,7 +25,8 @@ class Ticket:
     """A request's place among those that wait, and the room of its body."""
 
     def __init__(self, guard: Guard, body: Body) -> None:
-        self._guard, self._body = guard, body
+        self._guard: Guard | None = guard
+        self._body = body
         guard.n_waiting += 1
 
     def take_body(self) -> bytearray:

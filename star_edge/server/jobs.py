@@ -80,6 +80,7 @@ class Handler(StarChatHandler):
 
     def _read(self, chunks: object) -> None:
         super()._read(chunks)
+        assert self._request is not None  # the prompt of one was read
         self.n_prompt = self._request.n_prompt
 
 
@@ -233,7 +234,11 @@ class Job:
         afresh = _afresh(engine.handler) if body.star_edge.afresh else contextlib.nullcontext()
         try:
             with engine.handler.pruning(self._config), engine.handler.cancellable(self._stopped.is_set), afresh:
-                return engine.llama.create_chat_completion(self._messages, **kwargs), engine.handler.last_report
+                messages: Any = self._messages  # JSON that read_messages has checked
+                result = engine.llama.create_chat_completion(messages, **kwargs)
+                report = engine.handler.last_report
+                assert report is not None  # of this request
+                return result, report
         finally:
             engine.pictures.sources = self._images = {}
 

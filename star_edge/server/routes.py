@@ -82,7 +82,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
             watcher.cancel()
             if first is None and job is not None:
                 job.stop()
-        if first is None:
+        if first is None or job is None:
             engine.metrics.error("ClientLeft")
             return Response(status_code=499)  # nginx's, which nobody reads but the metrics
         if not body.stream:
@@ -149,7 +149,8 @@ def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exceptio
     """OpenAI's form for what no route answers, and for what nobody foresaw."""
     served = ", ".join(sorted(route.path for route in routes if route.path.startswith("/v1") and "{" not in route.path))
 
-    async def http_error(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         message = {
             404: f"there is nothing at this path: this server has {served}, /health, /metrics and a page at /",
             405: f"{request.method[:20]} is not for this path: use "

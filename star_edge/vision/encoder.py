@@ -218,7 +218,7 @@ class VisionEncoder:
                 self.close()
                 raise
 
-    def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> object | None:
+    def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> Any:
         """The mtmd_context, or None; the log says why."""
 
         def load(path: str) -> Any:
@@ -420,14 +420,13 @@ class VisionEncoder:
         if found is not None:
             scores = None if attention is None else found.scores[attention]
             special = self._special(chunk, found.embeddings)
-            return Encoded(
-                found.embeddings, scores, found.cells if want_cells else _cells(n, special), 0.0, special, cached=True
-            )
+            cells = found.cells if want_cells and found.cells is not None else _cells(n, special)
+            return Encoded(found.embeddings, scores, cells, 0.0, special, cached=True)
         encoded = self.encode(chunk, attention, want_cells=want_cells)
         image = CachedImage(
             encoded.embeddings.copy(),
             encoded.cells if want_cells else None,
-            {} if attention is None else {attention: encoded.scores},
+            {} if attention is None or encoded.scores is None else {attention: encoded.scores},
         )
         self.cache.put(key, image)
         return replace(encoded, embeddings=image.embeddings)
