@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import llama_cpp
@@ -22,10 +22,15 @@ from ..io.hub import fetch
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..report import PruneReport
 
+if TYPE_CHECKING:
+    _KeepParam = click.ParamType[Keep]
+else:  # click 8.1 has no generic types of parameters
+    _KeepParam = click.ParamType
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class KeepType(click.ParamType[Keep]):
+class KeepType(_KeepParam):
     """0.25 or 1.0 is a fraction, 144 a count."""
 
     name = "fraction|count"

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import llama_cpp
 import numpy as np
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from llama_cpp import Llama
 from llama_cpp.llama_grammar import LlamaGrammar
 
@@ -135,7 +136,9 @@ class Job:
         self._n_chunks = 0
         # Without a bound: the engine never waits for a client that reads slowly, and an answer is never longer than the
         # context.
-        self._send, self._receive = anyio.create_memory_object_stream[Any](math.inf)
+        pieces: tuple[MemoryObjectSendStream[Any], MemoryObjectReceiveStream[Any]]
+        pieces = anyio.create_memory_object_stream(math.inf)
+        self._send, self._receive = pieces
         engine.jobs.add(self)
 
     def start(self) -> None:
