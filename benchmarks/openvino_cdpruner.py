@@ -57,8 +57,9 @@ SPECIAL = (
     "<|video_pad|>",
 )
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -170,11 +171,13 @@ def main() -> None:
         for ratio, m in medians.items()
     ]
     print(
-        "| pruning ratio | prompt tokens | first token, ms | of it, picture to embeddings | speed-up | ms per token |\n|---|---:|---:|---:|---:|---:|"
+        "| pruning ratio | prompt tokens | first token, ms | of it, picture to embeddings | speed-up | ms per token |\n"
+        "|---|---:|---:|---:|---:|---:|"
     )
     for row in rows:
         print(
-            f"| {row['pruning_ratio']}% | {row['input_tokens']:.0f} | {row['first_token_ms']:.0f} | {row['embeddings_ms']:.0f} | {row['speed_up']:.2f} | {row['ms_per_token']:.1f} |"
+            f"| {row['pruning_ratio']}% | {row['input_tokens']:.0f} | {row['first_token_ms']:.0f} | "
+            f"{row['embeddings_ms']:.0f} | {row['speed_up']:.2f} | {row['ms_per_token']:.1f} |"
         )
     if options.json:
         versions = {name: version(name) for name in ("openvino-genai", "openvino", "optimum-intel", "transformers")}

@@ -134,7 +134,8 @@ def main() -> None:
             stages = ("encode", "prefix", "prefill", "probe", "decoder_stage", "resume")
             times = ", ".join(f"{stage} {q[stage]:.0f}" for stage in stages if q.get(stage, 0) >= 0.5)
             console.print(
-                f"{row['config']}, question {q['question']}: {times} ms; {q['spread_ms'][0]:.0f} to {q['spread_ms'][1]:.0f}"
+                f"{row['config']}, question {q['question']}: {times} ms; {q['spread_ms'][0]:.0f} to "
+                f"{q['spread_ms'][1]:.0f}"
             )
 
 

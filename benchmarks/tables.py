@@ -43,11 +43,13 @@ RUNS: dict[str, tuple[str, float]] = {
         8,
     ),
     "llava-1.5-7b": (
-        "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast --no-unpruned --repeats 3 --idle-hook 32",
+        "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast "
+        "--no-unpruned --repeats 3 --idle-hook 32",
         24,
     ),
     "llava-next-7b": (
-        "--shape llava-next-7b --configs benchmarks/configs/llava-next-7b.json --baseline flash --baseline fewer --no-unpruned --repeats 2 --no-memory",
+        "--shape llava-next-7b --configs benchmarks/configs/llava-next-7b.json --baseline flash --baseline fewer "
+        "--no-unpruned --repeats 2 --no-memory",
         28,
     ),
 }
@@ -90,8 +92,9 @@ def section(name: str, result: dict[str, Any]) -> str:
     lines = [
         f"## {name}",
         "",
-        f"{result['title']}. {where}; star_edge {versions['star_edge']}, llama-cpp-python {versions['llama-cpp-python']}; {result['date']}. "
-        f"n_ctx {model['n_ctx']}, {model['n_gpu_layers']} GPU layers, {result['repeats']} repeats, {result['generated_tokens']} generated tokens. "
+        f"{result['title']}. {where}; star_edge {versions['star_edge']}, llama-cpp-python "
+        f"{versions['llama-cpp-python']}; {result['date']}. n_ctx {model['n_ctx']}, {model['n_gpu_layers']} GPU "
+        f"layers, {result['repeats']} repeats, {result['generated_tokens']} generated tokens. "
         f'Speed-ups are over "{result["reference"]}".',
         "",
         f"    {result['command']}",
@@ -108,8 +111,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     if hook:
         lines += [
             "",
-            f"Idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without it, ratio {hook['ratio']:.3f} "
-            f"(medians of {hook['tokens']} tokens, one on each side in turn).",
+            f"Idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without it, "
+            f"ratio {hook['ratio']:.3f} (medians of {hook['tokens']} tokens, one on each side in turn).",
         ]
     if (ROOT / "docs" / f"bench-{name}.png").exists():
         lines += ["", f"![Stages of {name}](docs/bench-{name}.png)"]

@@ -121,7 +121,7 @@ def _expand(image: str) -> list[str]:
     return paths
 
 
-def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> list[Task]:
+def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings) -> list[Task]:
     """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep,
     decoder_keep, decoder_layer, budget, max_tokens, temperature, seed, raw.
 
@@ -275,7 +275,7 @@ def _about(task: Task) -> dict[str, Any]:
 # ---- results ----
 
 
-def describe_model(model: str | PathLike, mmproj: str | PathLike | None, options: dict[str, Any]) -> str:
+def describe_model(model: str | PathLike[str], mmproj: str | PathLike[str] | None, options: dict[str, Any]) -> str:
     """Names of the files, and a hash over their sizes, their first and last MiB, and the options:
     "text.gguf+mmproj.gguf#1f2e3d4c".
 
@@ -313,7 +313,7 @@ class Results:
             writing it; or it cannot be written.
     """
 
-    def __init__(self, path: str | PathLike, tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
+    def __init__(self, path: str | PathLike[str], tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
         self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
         self._model = model
         self._keys = {str(task.id): task.key for task in tasks}

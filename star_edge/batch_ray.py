@@ -5,6 +5,7 @@ A worker that dies, whether a process or its machine, is replaced, and what it w
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter, deque
@@ -79,7 +80,7 @@ def run_on_ray(
                 os.environ.get("RAY_ADDRESS") or "local",
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise WorkerError(

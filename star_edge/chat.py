@@ -62,7 +62,7 @@ def template_names() -> list[str]:
     return [name.decode() for name in names]
 
 
-def find_template(template: str | PathLike) -> str:
+def find_template(template: str | PathLike[str]) -> str:
     """Jinja source, or one of llama.cpp's names, from what a user gives: either of them, or the path of a file with
     Jinja source.
 
@@ -111,7 +111,7 @@ class ChatFormat:
         UnsupportedModelError: the template is none.
     """
 
-    def __init__(self, llama: Llama, template: str | PathLike | None = None, projector: str | None = None) -> None:
+    def __init__(self, llama: Llama, template: str | PathLike[str] | None = None, projector: str | None = None) -> None:
         self._llama = weakref.ref(llama)  # which owns the handler that owns this
         own = llama.metadata.get("tokenizer.chat_template")
         found = find_template(template) if template is not None else own or _OF_FAMILY.get(projector or "")
@@ -153,7 +153,7 @@ class ChatFormat:
             of tools are printed.
         """
         self.forms: dict[str, set[str]] = {}
-        user = {"role": "user", "content": "question"}
+        user: dict[str, Any] = {"role": "user", "content": "question"}
         self.forms["user"] = self._forms(lambda content: [{"role": "user", "content": content}])
         if "string" not in self.forms["user"]:
             user = {"role": "user", "content": [{"type": "text", "text": "question"}]}
@@ -209,7 +209,9 @@ class ChatFormat:
     def is_token(self, text: str) -> bool:
         """Whether the vocabulary has one token of its own for it."""
         if text not in self._is_token:
-            special, plain = (self._llama().tokenize(text.encode(), add_bos=False, special=s) for s in (True, False))
+            llama = self._llama()
+            assert llama is not None  # which is being asked
+            special, plain = (llama.tokenize(text.encode(), add_bos=False, special=s) for s in (True, False))
             self._is_token[text] = (
                 len(special) < len(plain) and len(special) <= 2
             )  # 2: some tokenizers put a space before
@@ -263,7 +265,8 @@ class ChatFormat:
 
     def _check(self, messages: Sequence[Message], options: Mapping[str, Any]) -> None:
         """Renders the same messages with a name in place of each text, and looks for every name and every marker."""
-        named, owners = [], {}
+        named: list[dict[str, Any]] = []
+        owners: dict[str, int] = {}
         for i, message in enumerate(messages):
             parts: list[str | Picture] = []
             for part in message.parts:
@@ -350,7 +353,9 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         if self.source is not None:
-            return self._formatter(messages=messages, **options).prompt
+            given: Any = messages  # templates take more than llama_cpp's types of messages
+            return self._formatter(messages=given, **options).prompt
+        assert self.name is not None  # of a template in llama.cpp
         encoded = [(m["role"].encode(), m["content"].encode()) for m in messages]
         chat = (llama_cpp.llama_chat_message * len(encoded))(*(llama_cpp.llama_chat_message(*pair) for pair in encoded))
         size = 256 + 4 * sum(len(role) + len(content) + 64 for role, content in encoded)

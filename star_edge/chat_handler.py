@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import jinja2
 import llama_cpp
@@ -35,7 +35,7 @@ from .errors import ConfigError, EngineClosedError, EngineError, ImageError, Pro
 from .generation import Generation
 from .io.images import ImageLimits, load_image
 from .llamacpp.gguf import read_gguf_info
-from .llamacpp.guarded import check_length, request_of
+from .llamacpp.guarded import GuardedLlama, check_length, request_of
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import lib, open_standard_streams
 from .messages import read_messages
@@ -73,7 +73,7 @@ class _Libmtmd:
 
     def mtmd_tokenize(self, *arguments: Any) -> int:
         lib.se_log_clear()
-        status = mtmd.mtmd_tokenize(*arguments)
+        status: int = mtmd.mtmd_tokenize(*arguments)
         if status:
             raise unprepared(status)
         return status
@@ -96,6 +96,11 @@ class _Request:
     n_prompt: int = 0
     generation: Generation | None = None
     images: list[Any] = field(default_factory=list)  # sources, in the order of the prompt's markers
+
+    def answered(self) -> tuple[Generation, PruneReport]:
+        """What is there once the prompt has been read."""
+        assert self.generation is not None and self.report is not None
+        return self.generation, self.report
 
 
 class StarChatHandler(MTMDChatHandler):
@@ -126,7 +131,7 @@ class StarChatHandler(MTMDChatHandler):
 
     def __init__(
         self,
-        clip_model_path: str | PathLike,
+        clip_model_path: str | PathLike[str],
         verbose: bool = True,
         use_gpu: bool = True,
         *,
@@ -136,9 +141,9 @@ class StarChatHandler(MTMDChatHandler):
         image_max_tokens: int = -1,
         encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike | None = None,
+        image_cache_dir: str | PathLike[str] | None = None,
         reuse: bool = True,
-        chat_template: str | PathLike | None = None,
+        chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
@@ -158,7 +163,8 @@ class StarChatHandler(MTMDChatHandler):
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
         self.last_report: PruneReport | None = None
-        self._mtmd_cpp = _Libmtmd(self._read)
+        libmtmd: Any = _Libmtmd(self._read)  # in place of the module
+        self._mtmd_cpp = libmtmd
         self._lock = threading.RLock()
         self._llama: Callable[[], Llama | None] = lambda: None
         self._reader: PromptReader | None = None
@@ -166,7 +172,7 @@ class StarChatHandler(MTMDChatHandler):
         self._request: _Request | None = None
         self._bitmap_numbers = itertools.count()
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> NoReturn:
         raise ConfigError(
             "a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own"
         )
@@ -227,8 +233,10 @@ class StarChatHandler(MTMDChatHandler):
             request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
             self._init_mtmd_context(llama)
             reader = self._reader
+            assert reader is not None
+            guards = cast(GuardedLlama, llama)  # the reader's work
             with request_of(llama):
-                options, llama.grammar_instead = check_chat_options(
+                options, guards.grammar_instead = check_chat_options(
                     llama, {"stream": stream, **options}, lambda: self._get_chat_template(llama)
                 )
                 self._request = request
@@ -237,8 +245,9 @@ class StarChatHandler(MTMDChatHandler):
                 try:
                     with self._typed_errors(request):
                         messages, request.images = self._prepare(messages, options)
-                        result = super().__call__(llama=llama, messages=messages, **options)
-                    request.generation.stop(request.report)
+                        result: Any = super().__call__(llama=llama, messages=messages, **options)
+                    generation, report = request.answered()
+                    generation.stop(report)
                     if options["stream"]:
                         return self._stream(result, reader, request, _is_cancelled.get())
                     self._finish(result, request)
@@ -249,7 +258,7 @@ class StarChatHandler(MTMDChatHandler):
                     reader.begin()
                     raise
                 finally:
-                    self._request = reader.context.is_cancelled = llama.grammar_instead = None
+                    self._request = reader.context.is_cancelled = guards.grammar_instead = None
                 reader.begin()
                 return result
 
@@ -275,7 +284,8 @@ class StarChatHandler(MTMDChatHandler):
                         raise EngineClosedError(cause, "read a stream to its end first")
                     reader.context.is_cancelled = is_cancelled
                     try:
-                        with request.generation.running(request.report):
+                        generation, report = request.answered()
+                        with generation.running(report):
                             chunk = next(chunks, None)
                     finally:
                         reader.context.is_cancelled = None
@@ -296,7 +306,7 @@ class StarChatHandler(MTMDChatHandler):
                     self._lock.release()
 
     def _finish(self, response: dict[str, Any], request: _Request) -> None:
-        response[_REPORT_KEY] = request.report.summary()
+        response[_REPORT_KEY] = request.answered()[1].summary()
 
     @contextlib.contextmanager
     def _typed_errors(self, request: _Request) -> Iterator[None]:
@@ -357,6 +367,7 @@ class StarChatHandler(MTMDChatHandler):
             weakref.ref(llama_model),
             chat,
         )  # a strong reference would keep the model in memory until the next gc
+        assert self._reader.encoder is not None
         self.mtmd_ctx = self._reader.encoder.context
 
     def check_template(self) -> None:
@@ -371,18 +382,20 @@ class StarChatHandler(MTMDChatHandler):
         of_template = {
             name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS
         }
+        assert self._chat is not None  # since _init_mtmd_context
         prepared, images = self._chat.prepare(messages, of_template)
         if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
 
     def _get_chat_template(self, llama_model: Llama) -> str:
+        assert self._chat is not None
         return self._chat.source or "{{ messages[0]['content'] }}"
 
     def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
         return messages  # from `_prepare`
 
-    def get_image_urls(self, messages: list[Any]) -> list[Any]:
+    def get_image_urls(self, messages: list[Any]) -> list[Any]:  # type: ignore[override]  # a static method there
         """Of the request under way, or where there is none of messages as they are given."""
         if self._request is not None:
             return self._request.images
@@ -390,16 +403,19 @@ class StarChatHandler(MTMDChatHandler):
 
     def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
         """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""
-        check_length(self._llama(), text)
+        llama = self._llama()
+        assert llama is not None  # whose request this is
+        check_length(llama, text)
         n_markers = text.count(media_marker)
         if n_markers != len(image_urls):
             raise PromptError(
                 f"the prompt has {n_markers} image markers for {len(image_urls)} images",
-                f"give images in messages of the user, leave out {media_marker}, and use a model whose chat template shows every message",
+                f"give images in messages of the user, leave out {media_marker}, and use a model whose chat template "
+                "shows every message",
             )
         return text
 
-    def load_image(self, image_url: str) -> np.ndarray:
+    def load_image(self, image_url: str) -> np.ndarray:  # type: ignore[override]  # pixels in place of a file's bytes
         """(h, w, 3) uint8, C-contiguous.
 
         Raises:
@@ -419,10 +435,11 @@ class StarChatHandler(MTMDChatHandler):
             raise ImageError(f"the image_loader returned a {shape}", "return (h, w, 3) uint8")
         return np.ascontiguousarray(image)
 
-    def _create_bitmap_from_bytes(self, image: np.ndarray) -> object:
+    def _create_bitmap_from_bytes(self, image: np.ndarray) -> Any:  # type: ignore[override]  # what load_image gives
         bitmap = mtmd.mtmd_bitmap_init(
             image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         )
+        assert self._reader is not None and self._reader.encoder is not None
         self._reader.encoder.name_bitmap(bitmap, image, next(self._bitmap_numbers))
         return bitmap
 
@@ -437,8 +454,9 @@ class StarChatHandler(MTMDChatHandler):
     def _read(self, chunks: object) -> None:
         """Reads libmtmd's chunks, which MTMDChatHandler frees, into the cache, which it has emptied."""
         request, reader = self._request, self._reader
+        assert request is not None and reader is not None and reader.encoder is not None
         state, request.report = reader.read(Prompt(reader.encoder.chunks(chunks)), request.config, request.start)
         reader.hand_over(state)
         self.last_report = request.report
         request.number, request.n_prompt, request.generation = reader.request, state.next_position, reader.generation
-        request.generation.start()
+        request.answered()[0].start()

@@ -48,7 +48,7 @@ def check_chat_options(
         if name in parameters(Llama.create_completion) and name != "logprobs"
     }
     options |= check_options(llama, sampling)
-    names = {name: options[name] for name in ("logprobs", "top_logprobs") if name in options}
+    names: dict[str, Any] = {name: options[name] for name in ("logprobs", "top_logprobs") if name in options}
     options |= check(MTMDChatHandler.__call__, names, RANGES)
     if options.get("logprobs"):
         if not llama._logits_all:
@@ -88,14 +88,13 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
     if not (
         choice is None
         or isinstance(choice, Mapping)
-        or isinstance(choice, str)
-        and choice in ("none", "auto", "required")
+        or (isinstance(choice, str) and choice in ("none", "auto", "required"))
     ):
         raise ConfigError(
             f"tool_choice={str(choice)[:60]!r} is unknown",
             'use "none", "auto", "required" or {"type": "function", ...}',
         )
-    if not (call is None or isinstance(call, Mapping) or isinstance(call, str) and call in ("none", "auto")):
+    if not (call is None or isinstance(call, Mapping) or (isinstance(call, str) and call in ("none", "auto"))):
         raise ConfigError(f"function_call={str(call)[:60]!r} is unknown", 'use "none", "auto" or {"name": ...}')
     if isinstance(choice, str) and choice == "required":
         if not tools or len(tools) > 1:
@@ -103,18 +102,19 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
             raise ConfigError(f'tool_choice="required" with {len(tools or ())} tools', remedy)
         choice = options["tool_choice"] = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if isinstance(call, Mapping):
-        name = call.get("name")
+        wanted: Any = call.get("name")
     elif call is not None or not isinstance(choice, Mapping):  # function_call stands in place of tool_choice
         return None
     else:
         function = choice.get("function")
-        name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
+        wanted = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(wanted, str):
         raise ConfigError("the choice of a tool names none", 'use {"type": "function", "function": {"name": ...}}')
     for tool in tools or ():
-        if tool["function"]["name"] == name:
-            return tool["function"]
-    raise ConfigError(f"Tool choice {name[:60]!r} not found in tools", "name one of them")
+        if tool["function"]["name"] == wanted:
+            chosen: Mapping[str, Any] = tool["function"]
+            return chosen
+    raise ConfigError(f"Tool choice {wanted[:60]!r} not found in tools", "name one of them")
 
 
 def _check_tools(name: str, tools: Any) -> list[Any]:
@@ -151,7 +151,8 @@ def check_template_variables(options: Mapping[str, Any], template: Callable[[], 
         taken = sorted(set(options) & (set(parameters(MTMDChatHandler.__call__)) | _RENDERED))
         if unread or taken:
             raise ConfigError(
-                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be set",
+                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be "
+                "set",
                 "leave it out",
             )
     return options

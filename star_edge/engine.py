@@ -11,10 +11,10 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 from llama_cpp import Llama
@@ -84,7 +84,7 @@ class AnswerStream(Iterator[str]):
     within a token.
     """
 
-    def __init__(self, engine: StarVLM, chunks: Iterator[Any], report: PruneReport) -> None:
+    def __init__(self, engine: StarVLM, chunks: Generator[Any, None, None], report: PruneReport) -> None:
         self._engine, self._chunks = engine, chunks
         self._request = engine._reader.request
         self._generation = engine._reader.generation
@@ -104,12 +104,13 @@ class AnswerStream(Iterator[str]):
             context = self._engine._reader.context
             try:
                 context.is_cancelled = lambda: self._is_closed
+                assert self._generation is not None
                 for chunk in self._generation.timed(self._chunks, self.report):
                     choice = chunk["choices"][0]
                     self.finish_reason = choice["finish_reason"] or self.finish_reason
                     if choice["text"]:
                         self.text += choice["text"]
-                        return choice["text"]
+                        return str(choice["text"])
             except BaseException:
                 self.close()
                 raise
@@ -162,8 +163,8 @@ class StarVLM:
     @checked(_RANGES, skip=("model", "mmproj", "type_k", "type_v", "encoder", "image_cache_bytes"))
     def __init__(
         self,
-        model: str | PathLike,
-        mmproj: str | PathLike | None = None,
+        model: str | PathLike[str],
+        mmproj: str | PathLike[str] | None = None,
         *,
         n_ctx: int = 4096,
         n_batch: int = 2048,
@@ -174,13 +175,13 @@ class StarVLM:
         type_k: str = "f16",
         type_v: str = "f16",
         n_threads: int | None = None,
-        chat_template: str | PathLike | None = None,
+        chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
         encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike | None = None,
+        image_cache_dir: str | PathLike[str] | None = None,
         reuse: bool = True,
         verbose: bool = False,
         **llama_options: Any,
@@ -287,7 +288,7 @@ class StarVLM:
             with contextlib.suppress(Exception):  # at interpreter exit parts of llama_cpp may be gone
                 self.close()
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> NoReturn:
         raise ConfigError("a StarVLM can be neither copied nor pickled", "make another; threads may share one")
 
     def __enter__(self) -> StarVLM:
@@ -307,11 +308,53 @@ class StarVLM:
 
     # ---- answers ----
 
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] | ImageSource = (),
+        prune: PruneConfig | str | None = DEFAULT_PRESET,
+        max_tokens: int | None = 256,
+        *,
+        stream: Literal[False] = False,
+        chat: bool = True,
+        temperature: float = 0.0,
+        **sampling: Any,
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] | ImageSource = (),
+        prune: PruneConfig | str | None = DEFAULT_PRESET,
+        max_tokens: int | None = 256,
+        *,
+        stream: Literal[True],
+        chat: bool = True,
+        temperature: float = 0.0,
+        **sampling: Any,
+    ) -> AnswerStream: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] | ImageSource = (),
+        prune: PruneConfig | str | None = DEFAULT_PRESET,
+        max_tokens: int | None = 256,
+        *,
+        stream: bool,
+        chat: bool = True,
+        temperature: float = 0.0,
+        **sampling: Any,
+    ) -> Answer | AnswerStream: ...
+
     @checked(_RANGES, skip=("prompt", "images", "prune"))
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
+        images: Sequence[ImageSource] | ImageSource = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         max_tokens: int | None = 256,
         *,
@@ -353,7 +396,7 @@ class StarVLM:
     def read_prompt(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
+        images: Sequence[ImageSource] | ImageSource = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         *,
         chat: bool = True,
@@ -392,7 +435,7 @@ class StarVLM:
     def inspect(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
+        images: Sequence[ImageSource] | ImageSource = (),
         *,
         decoder_layers: Sequence[int] = (),
         encoder_layers: Sequence[int] = (),
@@ -417,7 +460,7 @@ class StarVLM:
                 grids = [chunk.grid for chunk in plan.images]
                 encoder_maps = (
                     [read_encoder(self.encoder, chunk, encoder_layers, mean_heads) for chunk in plan.images]
-                    if encoder_layers
+                    if encoder_layers and self.encoder is not None
                     else []
                 )
                 encoded = encode_images(plan.images, self.encoder, None, {})
@@ -430,6 +473,7 @@ class StarVLM:
                 n = len(segment.rows)
                 owner += [-1 if segment.image is None else segment.image] * n
                 if segment.image is None:
+                    assert segment.rows.tokens is not None
                     tokens += [
                         self.llama.detokenize([int(t)], special=True).decode("utf-8", "replace")
                         for t in segment.rows.tokens
@@ -460,7 +504,7 @@ class StarVLM:
     def _answer(self, state: Prefill, report: PruneReport, stream: bool, **options: Any) -> Answer | AnswerStream:
         """Lets `llama_cpp.Llama` go on from the prompt's state."""
         chunks = self.llama.create_completion(prompt=self._reader.hand_over(state), stream=True, **options)
-        answer = AnswerStream(self, chunks, report)
+        answer = AnswerStream(self, cast(Generator[Any, None, None], chunks), report)
         if stream:
             return answer
         for _ in answer:
@@ -475,8 +519,8 @@ class StarVLM:
             images, "read"
         )
         if is_one or not isinstance(images, Iterable):
-            return [images]  # one image needs no list
-        return list(images)
+            return [cast(ImageSource, images)]  # one image needs no list
+        return list(cast(Iterable[ImageSource], images))
 
 
 def _physical_cores() -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
-from .decoder.prefill import Segment
+from .decoder.segments import Segment
 from .errors import ConfigError, EngineError
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
@@ -46,8 +47,8 @@ class Inspection:
         if not len(images) or images[-1] == len(self.tokens) - 1:
             raise ConfigError("the prompt has no image with text after it", "there is no attention from text to image")
         last = int(images[-1])
-        rows = attention[..., last + 1 :, :].mean(axis=tuple(range(attention.ndim - 1)))
-        return rows[self.image_of_token == image]
+        rows: np.ndarray = attention[..., last + 1 :, :].mean(axis=tuple(range(attention.ndim - 1)))
+        return np.asarray(rows[self.image_of_token == image])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything under flat names: tokens, image_of_token, decoder_L, encoder_image_I_layer_L."""
@@ -57,9 +58,10 @@ class Inspection:
             data.update({f"encoder_image_{i}_layer_{layer}": a for layer, a in layers.items()})
         return data
 
-    def save(self, path: str | PathLike, **more: np.ndarray) -> None:
+    def save(self, path: str | PathLike[str], **more: np.ndarray) -> None:
         """Writes `arrays()` and `more` as a compressed .npz."""
-        np.savez_compressed(path, **self.arrays(), **more)
+        named: dict[str, Any] = {**self.arrays(), **more}  # np.savez_compressed names its own options too
+        np.savez_compressed(path, **named)
 
 
 def read_encoder(
@@ -137,6 +139,7 @@ def read_decoder(
             finally:
                 if not segment.causal:
                     context.set_causal(True)
+            assert outcome.cells is not None  # want_cells
             cells[at:last] = outcome.cells
             for layer, attention in zip(wanted, outcome.attention):
                 result[layer][..., at:last, :last] = attention[..., cells[:last]]

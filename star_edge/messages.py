@@ -5,6 +5,7 @@ Knows neither chat templates nor pixels.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -229,7 +230,10 @@ def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> li
         if results and message.role == "tool":
             about = {name: message.rest[name] for name in ("name", "tool_call_id") if message.rest.get(name)}
             text = "".join(part for part in message.parts if isinstance(part, str))
-            parts = [json.dumps({"tool_response": {**about, "content": text}}, ensure_ascii=False), *message.pictures]
+            parts: list[str | Picture] = [
+                json.dumps({"tool_response": {**about, "content": text}}, ensure_ascii=False),
+                *message.pictures,
+            ]
             if in_results:  # templates want user and assistant in turn
                 result[-1].parts += ["\n", *parts]
             else:
@@ -248,11 +252,9 @@ def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> li
 
 def parsed(call: Any) -> dict[str, Any]:
     """A tool call with its arguments as an object, where they are JSON text as OpenAI has it."""
-    call = dict(call)
-    function = dict(call.get("function") or {})
+    result: dict[str, Any] = dict(call)
+    function = dict(result.get("function") or {})
     if isinstance(function.get("arguments"), str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # a model wrote it: it stays the text that it is
             function["arguments"] = json.loads(function["arguments"])
-        except (ValueError, RecursionError):
-            pass  # a model wrote it: it stays the text that it is
-    return call | ({"function": function} if function else {})
+    return result | ({"function": function} if function else {})

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
+from typing import cast
 
 import numpy as np
 from llama_cpp import Llama
@@ -20,7 +21,7 @@ from llama_cpp import Llama
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .generation import Generation
-from .llamacpp.context import DecoderContext, TappedContext, attach_tap
+from .llamacpp.context import DecoderContext, TappedContext, attach_tap, tapped
 from .llamacpp.guarded import guard
 from .llamacpp.tap import Tap
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
@@ -52,7 +53,7 @@ class PromptReader:
     def __init__(
         self,
         llama: Llama,
-        mmproj: str | PathLike | None,
+        mmproj: str | PathLike[str] | None,
         *,
         encoder_flash_attn: bool,
         encoder_on_gpu: bool,
@@ -60,13 +61,13 @@ class PromptReader:
         image_max_tokens: int = -1,
         encoder: str = "repaired",
         image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike | None = None,
+        image_cache_dir: str | PathLike[str] | None = None,
         reuse: bool = True,
     ) -> None:
         check_bytes(image_cache_bytes)
         check_encoder(encoder)
         self.reuse = reuse
-        self.llama: Llama = weakref.proxy(llama)
+        self.llama = cast(Llama, weakref.proxy(llama))  # acts as the Llama
         self.generation: Generation | None = None  # of the last prompt that was handed over
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
@@ -92,7 +93,7 @@ class PromptReader:
                     self.encoder.close()
                 raise
         guard(llama)
-        self.context: TappedContext = llama._ctx
+        self.context = tapped(llama)
         self.decoder = DecoderContext(self.llama, self.context.tap)
 
     @property
@@ -161,7 +162,7 @@ class PromptReader:
             milliseconds,
             in_place=state.in_place,
             reused_tokens=state.n_reused,
-            repairs=self.encoder.repairs if images else [],
+            repairs=self.encoder.repairs if images and self.encoder is not None else [],
             notes=notes,
         )
         return state, report
@@ -177,9 +178,11 @@ class PromptReader:
         has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
         prune = config if has_images else None
         if has_images:
+            assert self.encoder is not None  # which made the images
             notes += self.encoder.notes
             notes += one_token_notes(config)
-        if prune is not None and prune.prunes_in_vision and not self.encoder.profile.reads_attention:
+        encoder = self.encoder
+        if prune is not None and prune.prunes_in_vision and encoder is not None and not encoder.profile.reads_attention:
             scorer = vision_scorer(prune, has_attention=False)
             instead = (
                 f", by {scorer} in place of {prune.vision_scorer}"
@@ -187,7 +190,8 @@ class PromptReader:
                 else ""
             )
             notes.append(
-                f"projector type {self.encoder.projector!r} has no profile: the vision stage goes by embeddings alone{instead}"
+                f"projector type {encoder.projector!r} has no profile: the vision stage goes by embeddings "
+                f"alone{instead}"
             )
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
@@ -219,7 +223,8 @@ class PromptReader:
                 notes.append(f"no representatives: {problem}")
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
-                f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context of {self.decoder.n_ctx}",
+                f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context "
+                f"of {self.decoder.n_ctx}",
                 "raise n_ctx, lower vision_keep, or give fewer or smaller images"
                 if plan.images
                 else "raise n_ctx, or shorten the prompt",
@@ -234,7 +239,8 @@ class PromptReader:
         for chunk, n in images:
             if not chunk.causal and n > self.decoder.n_ubatch:
                 raise ContextLengthError(
-                    f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is {self.decoder.n_ubatch}",
+                    f"an image of {n} tokens must be processed at once (its rows attend to each other), n_ubatch is "
+                    f"{self.decoder.n_ubatch}",
                     f"use n_ubatch={n} or more",
                 )
 
@@ -255,7 +261,8 @@ class PromptReader:
         llama._requires_eval = False  # the logits of the last row are there
         self.context.continue_prompt(n, state.next_position)
         self.generation = Generation(llama)
-        return tokens.tolist()
+        ids: list[int] = tokens.tolist()
+        return ids
 
 
 def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
@@ -278,8 +285,11 @@ def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
 
 def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderStage:
     """The decoder stages of a plan, as `prefill` runs them."""
+    assert plan.config is not None  # which asked for them
     policy = decoder_policy(plan.config)
-    candidates = lambda seen: _candidates(seen, images[seen.image], plan.n_special[seen.image])
+
+    def candidates(seen: Seen) -> Candidates:
+        return _candidates(seen, images[seen.image], plan.n_special[seen.image])
 
     def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
         """How many rows of each image stay: images that share their tokens have as many as are among the best of all of
@@ -295,7 +305,7 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
     return DecoderStage(
         plan.windows,
         lambda seen, n: choose(policy, candidates(seen), n - plan.n_special[seen.image]),
-        policy.scorer.reads,
+        policy.scorer.reads or "all",
         share if any(len(group) > 1 for group in plan.groups) else None,
     )
 

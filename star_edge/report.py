@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -112,14 +114,17 @@ class PruneReport:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def pictures(self) -> list[dict[str, object]]:
+    def pictures(self) -> list[dict[str, Any]]:
         """For each picture of the prompt its images (one, or its crops), by their index, and their tokens together, as
         plain JSON values.
         """
         of_picture: dict[int, list[int]] = {}
         for i, image in enumerate(self.images):
             of_picture.setdefault(image.picture, []).append(i)
-        total = lambda crops, number: sum(number(self.images[i]) for i in crops)
+
+        def total(crops: list[int], number: Callable[[ImageReport], int]) -> int:
+            return sum(number(self.images[i]) for i in crops)
+
         return [
             {
                 "images": crops,
@@ -222,7 +227,7 @@ class PruneReport:
             return draw_crops(pixels, [(f"{title}, in {len(images)} crops{missing}", grids) for title, grids in stages])
         return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
         return {
             "config": self.config.to_dict() if self.config is not None else None,
@@ -249,7 +254,7 @@ class PruneReport:
             "notes": list(self.notes),
         }
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         data = asdict(self)
         data["config"] = self.config.to_dict() if self.config is not None else None

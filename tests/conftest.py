@@ -12,22 +12,22 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import gpu  # noqa: E402
+from helpers import gpu
 
 if gpu.ON:
     gpu.install()
 
-from helpers import bounds, stock  # noqa: E402
-from helpers.families import MODES  # noqa: E402
-from helpers.models import CLIP, LLAMA, QWEN2VL, QWEN2VL_VISION, Models, random_prompt  # noqa: E402
-from helpers.reference import Decoder  # noqa: E402
+from helpers import bounds, stock
+from helpers.families import MODES
+from helpers.models import CLIP, LLAMA, QWEN2VL, QWEN2VL_VISION, Models, random_prompt
+from helpers.reference import Decoder
 
-from star_edge.engine import KV_TYPES  # noqa: E402
-from star_edge.synthetic import write_decoder, write_encoder  # noqa: E402
+from star_edge.engine import KV_TYPES
+from star_edge.synthetic import write_decoder, write_encoder
 
 
 @pytest.fixture(scope="session")

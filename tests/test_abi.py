@@ -53,7 +53,7 @@ def test_the_installed_one_fits():
         ),
         (without("batch_max_tokens"), ["mtmd_context_params"]),
         (
-            without("cb_eval_user_data") + [("other", ctypes.c_void_p)],
+            [*without("cb_eval_user_data"), ("other", ctypes.c_void_p)],
             ["mtmd_context_params.cb_eval_user_data", "none"],
         ),
         (swapped("cb_eval", "cb_eval_user_data"), ["mtmd_context_params.cb_eval at byte", "this has it at byte"]),
@@ -91,7 +91,8 @@ def test_import_with_another_layout(tmp_path):
     """The check runs at import, before anything is called with the structures."""
     (tmp_path / "sitecustomize.py").write_text(
         "import ctypes, llama_cpp.mtmd_cpp as m\n"
-        "m.mtmd_context_params = type('mtmd_context_params', (ctypes.Structure,), {'_fields_': m.mtmd_context_params._fields_[:-2]})\n"
+        "m.mtmd_context_params = type('mtmd_context_params', (ctypes.Structure,), "
+        "{'_fields_': m.mtmd_context_params._fields_[:-2]})\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", "import sitecustomize, star_edge"],

@@ -86,7 +86,7 @@ def test_pruned_conversation_with_images_in_several_turns(llm, handler):
         report = handler.last_report
         rendered = llm.tokenize(prompt.replace("<__media__>", "").replace("</s>", "").encode())
         assert abs(report.n_text_tokens - len(rendered)) <= 6
-        state, expected = vlm.read_prompt(
+        _, expected = vlm.read_prompt(
             prompt.replace("</s>", ""), [refvlm.DEMO_IMAGE, random_image(3, 168, 168)], chat=False
         )
     assert (
@@ -524,9 +524,8 @@ def test_bad_options(fails, llm, handler, monkeypatch):
     )
     fails(errors.ConfigError, "response_format={} is unknown", response_format={})
     fails(errors.ContextLengthError, "of a context of 512", user(*[DEMO] * 40, COLOR))
-    with handler.pruning(PruneConfig(500, 1)):
-        with pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):
-            ask(llm)
+    with handler.pruning(PruneConfig(500, 1)), pytest.raises(errors.ConfigError, match="over the image's 144 tokens"):
+        ask(llm)
     for target, name, error in (
         (handler._reader.encoder, "encode_once", errors.EngineError("the encoder failed")),
         (llm._ctx, "decode", RuntimeError("llama_decode returned -3")),

@@ -185,7 +185,7 @@ def test_off_equals_mtmd_with_tools_and_functions():
 @pytest.mark.parametrize(
     "options",
     [{"embedding": True}, {"draft_model": LlamaPromptLookupDecoding()}, {"n_batch": 40}],
-    ids=lambda o: [*o][0],
+    ids=lambda o: next(iter(o)),
 )
 def test_off_equals_mtmd_on_other_llamas(options):
     pair = Pair(refvlm.TEXT_MODEL, refvlm.MMPROJ, **options)

@@ -71,7 +71,7 @@ def test_missing_file(tmp_path):
 def test_truncated_file(tmp_path, which, size):
     source = refvlm.TEXT_MODEL if which == "text" else refvlm.MMPROJ
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(source.read_bytes()[: size if size >= 0 else size])
+    broken.write_bytes(source.read_bytes()[:size])
     with pytest.raises(errors.ModelFileError) as caught:
         StarVLM(broken) if which == "text" else StarVLM(refvlm.TEXT_MODEL, broken)
     assert "broken.gguf" in str(caught.value) and any(w in str(caught.value) for w in ("truncated", "empty", "no GGUF"))
@@ -306,9 +306,8 @@ def test_constructor_options(options):
 
 
 def test_smallest_context():
-    with StarVLM(refvlm.TEXT_MODEL, n_ctx=2) as tiny:
-        with pytest.raises(errors.ContextLengthError, match="context of 2"):
-            tiny.generate("is there a red star?")
+    with StarVLM(refvlm.TEXT_MODEL, n_ctx=2) as tiny, pytest.raises(errors.ContextLengthError, match="context of 2"):
+        tiny.generate("is there a red star?")
 
 
 @pytest.mark.parametrize("prompt", [None, b"bytes", 3, "a\udcffb"])

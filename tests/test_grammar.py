@@ -126,7 +126,8 @@ def test_bounds_leave_room():
         f"text = ('root ::= ' + '(' * {MAX_DEPTH} + '\"a\"' + ')' * {MAX_DEPTH}).encode()\n"
         f"last = ('root ::= ' + '(\"a\" ' * {MAX_COUNT} + ')?' * {MAX_COUNT}).encode()\n"
         "made = []\n"
-        "run = lambda: made.extend(bool(llama_cpp.llama_sampler_init_grammar(vocab, t, b'root')) for t in (text, last))\n"
+        "run = lambda: made.extend(bool(llama_cpp.llama_sampler_init_grammar(vocab, t, b'root'))"
+        " for t in (text, last))\n"
         "threading.stack_size(2 << 20)\n"
         "t = threading.Thread(target=run); t.start(); t.join(); sys.exit(made != [True, True])"
     )

@@ -407,7 +407,13 @@ def test_close_ends_a_piece_that_another_thread_waits_for(vlm, ask):
     stream = ask(
         logit_bias={LONE_BYTE: 100.0}, max_tokens=None, stream=True, logits_processor=[lambda ids, s: begun.set() or s]
     )
-    reader = threading.Thread(target=lambda: caught.append(pytest.raises(errors.RequestCancelledError, next, stream)))
+
+    def read():
+        with pytest.raises(errors.RequestCancelledError) as cancelled:
+            next(stream)
+        caught.append(cancelled)
+
+    reader = threading.Thread(target=read)
     reader.start()
     begun.wait()
     stream.close()

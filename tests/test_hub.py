@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
@@ -192,13 +193,13 @@ def test_fetch_every_layout(fetch_all, hub, split):
     single, parts, sub, two, quant = fetch_all(
         "local/refvlm", "local/split", "local/sub", "local/two", "local/two:q8_0"
     )
-    contents = lambda paths: [open(path, "rb").read() for path in paths]
+    contents = lambda paths: [Path(path).read_bytes() for path in paths]
     both = [TEXT.read_bytes(), MMPROJ.read_bytes()]
     assert contents(single) == contents(sub) == contents(two) == both
     assert contents(quant) == [MMPROJ.read_bytes()] * 2  # this layout's Q8_0 is another file on purpose
     assert contents(parts) == [split["refvlm-Q8_0-00001-of-00003.gguf"].read_bytes(), both[1]]
     for name, part in split.items():  # all parts lie beside the first, where llama.cpp looks
-        assert open(os.path.join(os.path.dirname(parts[0]), name), "rb").read() == part.read_bytes()
+        assert Path(parts[0]).with_name(name).read_bytes() == part.read_bytes()
     bodies = lambda: [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
     first = bodies()
     assert len(first) == 10 and not any("README" in path or "BF16" in path for path in first)
@@ -249,7 +250,7 @@ def test_a_broken_download_goes_on_where_it_stopped(fetch_all, hub, tmp_path):
     hub.repositories["local/big"] = Repository({"big-Q8_0.gguf": big, "mmproj-F16.gguf": MMPROJ})
     hub.cut = [15_000_000]
     fetch_all("local/big")  # huggingface_hub before 2.0 goes on in the next run
-    assert open(fetch_all("local/big")[0][0], "rb").read() == big.read_bytes()
+    assert Path(fetch_all("local/big")[0][0]).read_bytes() == big.read_bytes()
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.endswith("big-Q8_0.gguf")]
     assert len(ranges) == 2 and ranges[0] is None and int(ranges[1].removeprefix("bytes=").rstrip("-")) >= 10_000_000
 

@@ -190,7 +190,8 @@ def test_the_directory_is_bounded(families, tmp_path, monkeypatch):
 def test_a_later_process_finds_the_directory(families, tmp_path):
     models = families["llama"]
     script = (
-        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import conftest; from helpers.models import random_image; from star_edge import StarVLM\n"
+        "import sys, numpy as np; sys.path.insert(0, sys.argv[1]); import conftest; "
+        "from helpers.models import random_image; from star_edge import StarVLM\n"
         "vlm = StarVLM(*sys.argv[2:4], n_ctx=512, n_threads=1, image_cache_dir=sys.argv[4])\n"
         "state, report = vlm.read_prompt('a', random_image(1), 'balanced')\n"
         "print(report.images[0].cached, state.logits.tobytes().hex())\n"

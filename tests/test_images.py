@@ -12,6 +12,7 @@ import urllib.parse
 import warnings
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -491,7 +492,7 @@ SERVED = encode(PIL.Image.fromarray(photo()))
 
 
 class Handler(BaseHTTPRequestHandler):
-    agents: list[str] = []
+    agents: ClassVar[list[str]] = []
     release = threading.Event()
 
     def do_GET(self):

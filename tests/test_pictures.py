@@ -397,5 +397,5 @@ def test_addresses_that_are_not_global_unicast(address):
 )
 def test_addresses_of_the_internet(address):
     assert is_public(address) and (
-        ":" in address or is_public(f"::ffff:{address}") and is_public(f"64:ff9b::{address}")
+        ":" in address or (is_public(f"::ffff:{address}") and is_public(f"64:ff9b::{address}"))
     )

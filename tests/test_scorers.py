@@ -168,7 +168,7 @@ def test_counts_and_masses_add_up(kind, share):
         assert (
             len(set(selection.kept.tolist())) == k and np.all(np.diff(selection.kept) > 0) and selection.kept.max() < n
         )
-        if kind == "cluster" or kind == "even" and share > 0:
+        if kind == "cluster" or (kind == "even" and share > 0):
             assert selection.mass.sum() == pytest.approx(mass.sum())  # nothing is lost
 
 

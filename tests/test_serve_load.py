@@ -143,7 +143,7 @@ def read(bodies, *parts):
 def test_bodies():
     async def run():
         bodies = Bodies(max_bytes=10, max_held=20, seconds=100, max_arriving=3)
-        first, first_read, _ = read(bodies, b"12345678")
+        _, first_read, _ = read(bodies, b"12345678")
         second, second_read, second_comes = read(bodies, b"1234", b"5678")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -304,7 +304,8 @@ def test_a_hundred_and_twenty_clients_of_which_forty_percent_leave(capsys):
     server.wait(lambda: health(server) == IDLE)
     with capsys.disabled():
         print(
-            f"\n3 x 120 clients: memory {before / 2**20:.0f} MB before, {process.memory_info().rss / 2**20:.0f} MB after"
+            f"\n3 x 120 clients: memory {before / 2**20:.0f} MB before, {process.memory_info().rss / 2**20:.0f} MB "
+            "after"
         )
     assert server.stop() == (0, "")
 
@@ -340,7 +341,8 @@ def test_large_requests_at_once(capsys):
     watcher.join()
     with capsys.disabled():
         print(
-            f"\n40 x 30 MB at once: {(peak - before) / 2**20:.0f} MB more than before at most; statuses {sorted(statuses)}"
+            f"\n40 x 30 MB at once: {(peak - before) / 2**20:.0f} MB more than before at most; statuses "
+            f"{sorted(statuses)}"
         )
     assert set(statuses) <= {200, 503} and 200 in statuses
     assert peak - before <= 2 * 256 * 2**20 + 4 * 32 * 2**20

@@ -64,6 +64,7 @@ def test_five_thousand_odd_requests(server, capsys):
     seconds, statuses = soak(server, 2, 5000)
     with capsys.disabled():
         print(
-            f"\nodd requests: {statuses}; a good one after a bad one: median {sorted(seconds)[len(seconds) // 2]:.3f} s, longest {max(seconds):.3f} s;"
-            f" memory {before / 2**20:.0f} MB before, {memory().rss / 2**20:.0f} MB after"
+            f"\nodd requests: {statuses}; a good one after a bad one: median {sorted(seconds)[len(seconds) // 2]:.3f} "
+            f"s, longest {max(seconds):.3f} s; memory {before / 2**20:.0f} MB before, {memory().rss / 2**20:.0f} MB "
+            "after"
         )

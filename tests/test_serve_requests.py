@@ -39,7 +39,7 @@ def user(*parts):
 
 
 def image(**fields):
-    return {"type": "image_url", "image_url": {"url": DEMO}} if not fields else fields
+    return fields or {"type": "image_url", "image_url": {"url": DEMO}}
 
 
 # ---- messages ----

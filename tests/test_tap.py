@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from helpers import bounds
 from helpers.reference import Decoder
-from helpers.tap_helpers import *  # noqa: F403 - fixtures and helpers
+from helpers.tap_helpers import D, L, Rows, decode, good_plan, kinds, n_reused, rows_of, stock_decode, window_pair
+from helpers.tap_helpers import fresh as fresh  # a fixture
+from helpers.tap_helpers import models as models  # a fixture
+from helpers.tap_helpers import raw as raw  # a fixture
+from helpers.tap_helpers import rounding as rounding  # a fixture
+from helpers.tap_helpers import tapped as tapped  # a fixture
 
 from star_edge.errors import EngineError
 from star_edge.llamacpp.native import ffi, lib
@@ -44,7 +49,7 @@ BAD_PLANS = [
 
 @pytest.mark.parametrize("fields", BAD_PLANS, ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()))
 def test_invalid_plans_do_not_arm(raw, fields):
-    plan, keep = good_plan()
+    plan, _keep = good_plan()
     for name, value in fields.items():
         setattr(plan, name, value)
     assert lib.se_tap_arm(raw, plan) == lib.SE_ERR_ARGUMENT
@@ -59,7 +64,7 @@ def test_attention_layers_must_ascend(raw, layers):
 
 
 def test_arm_once_finish_once(raw):
-    plan, keep = good_plan()
+    plan, _keep = good_plan()
     result = ffi.new("se_result *")
     assert lib.se_tap_finish(raw, result) == lib.SE_ERR_ARGUMENT
     assert lib.se_tap_arm(raw, plan) == lib.SE_OK
@@ -78,7 +83,7 @@ def test_arm_once_finish_once(raw):
 
 
 def test_nulls(raw):
-    plan, keep = good_plan()
+    plan, _keep = good_plan()
     numbers = ffi.new("float[4]", [1, 2, 3, 4])
     assert lib.se_tap_arm(ffi.NULL, plan) == lib.SE_ERR_ARGUMENT
     assert lib.se_tap_arm(raw, ffi.NULL) == lib.SE_ERR_ARGUMENT
@@ -248,9 +253,8 @@ def test_plans_beyond_the_model(arch, flash, tapped, fresh):
 
 def test_exception_in_the_block_disarms(tapped, fresh):
     context = tapped("llama", True)
-    with pytest.raises(ZeroDivisionError):
-        with context.tap.armed(Plan(n_rows=4, window=(0, 2, L)), "test"):
-            1 / 0
+    with pytest.raises(ZeroDivisionError), context.tap.armed(Plan(n_rows=4, window=(0, 2, L)), "test"):
+        raise ZeroDivisionError
     rows = rows_of("llama", 9)
     assert np.array_equal(decode(context, rows)[1], stock_decode(fresh("llama", True), rows))
 

@@ -5,7 +5,24 @@ import numpy as np
 import pytest
 from helpers import bounds, stock_attention
 from helpers.reference import Decoder
-from helpers.tap_helpers import *  # noqa: F403 - fixtures and helpers
+from helpers.tap_helpers import (
+    ARCHS,
+    HEADS,
+    D,
+    L,
+    decode,
+    embeddings,
+    kinds,
+    load,
+    rows_of,
+    stock_decode,
+    text_positions,
+    token_step,
+)
+from helpers.tap_helpers import fresh as fresh  # a fixture
+from helpers.tap_helpers import models as models  # a fixture
+from helpers.tap_helpers import rounding as rounding  # a fixture
+from helpers.tap_helpers import tapped as tapped  # a fixture
 
 from star_edge.errors import EngineError
 from star_edge.llamacpp.context import PARKED, DecoderContext, Rows, attach_tap

@@ -2,6 +2,8 @@
 scheduler does.
 """
 
+import itertools
+
 import cffi
 import gguf
 import numpy as np
@@ -12,7 +14,8 @@ from star_edge.llamacpp.native import GGML, ffi, lib
 TENSOR = """
 typedef struct tensor {
     int type; void * buffer; int64_t ne[4]; size_t nb[4]; int op; int32_t op_params[16]; int32_t flags;
-    struct tensor * src[10]; struct tensor * view_src; size_t view_offs; void * data; char name[64]; void * extra; char padding[8];
+    struct tensor * src[10]; struct tensor * view_src; size_t view_offs; void * data;
+    char name[64]; void * extra; char padding[8];
 } tensor;
 typedef struct { size_t mem_size; void * mem_buffer; bool no_alloc; } init_params;
 void * ggml_init(init_params);
@@ -325,7 +328,7 @@ def test_the_graph_does_not_end_before_v_is_in_the_cache(graph, order):
         x = out
     g.allocate()
     assert g.arm(n_layer=3, first=0, last=1, n_rows=n) == lib.SE_OK
-    computed = g.run([sum(layers, [])])
+    computed = g.run([list(itertools.chain.from_iterable(layers))])
     result = g.finish()
     assert (result.error, result.stopped) == (lib.SE_OK, 1)
     assert {"wrote k 1", "wrote v 1", "soft max 1"} <= set(computed)
@@ -401,7 +404,7 @@ def test_cell_bias_acts_once_across_backends(graph, order):
 
     bias = np.array([0, 2, 3], np.float32)
     lib.se_tap_set_cell_bias(g.tap, ffi.cast("float *", bias.ctypes.data), 3)
-    g.values(mask)[:] = [0, 0, -np.inf, 0] + [0, 0, 0, -np.inf]
+    g.values(mask)[:] = [0, 0, -np.inf, 0, 0, 0, 0, -np.inf]
     g.run([[here], to_device, [there], [again]] if order == "original first" else [to_device, [there], [here], [again]])
     for t in (mask, copy):
         assert g.values(t).tolist() == [0, 2, -np.inf, 0, 0, 2, 3, -np.inf]

@@ -142,7 +142,8 @@ def test_the_handler_sends_what_is_asked(family):
     assert response["star_edge"]["n_image_tokens"] > 0
     assert ask(llm, {"role": "user", "content": SECOND}, max_tokens=1)["star_edge"]["n_image_tokens"] == 0
     assert SECOND in seen[1]
-    del handler._postprocess_template_text, keep
+    del handler._postprocess_template_text
+    keep = None
     llm.close()
 
 

@@ -157,7 +157,7 @@ def test_what_stays_is_resumed_in_one_decode(model, decodes, monkeypatch, change
     monkeypatch.setattr(context, "tells_text_apart", change == "layers tell text apart")
     probed = [5, 42, 4, 45, 13]
     prefill(fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [20, 20]), (5, [3, 1])], by_score))
-    assert decodes == probed + sum(resumed, [])
+    assert decodes == probed + [n for chunk in resumed for n in chunk]
     decodes.clear()
     prefill(
         fresh(context), prompt.segments, prompt.next_position, DecoderStage([(2, [0, 0]), (5, [3, 1])], later_by_score)

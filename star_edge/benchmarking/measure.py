@@ -58,6 +58,7 @@ def run_sides(
                     f"left out {spec.name}: this encoder makes {warm.n_image} tokens of the smaller picture too"
                 )
             else:
+                assert warm.cache_bytes is not None  # of one token
                 cache_bytes[spec.name] = warm.cache_bytes
                 samples[spec.name] = []
                 left.append(spec)
@@ -107,11 +108,15 @@ def _decode_token(context: Any, token: int, position: int) -> None:
     """One llama_decode of one row of sequence 0, to its logits."""
     ids, at, one, sequence = (np.array([n], np.int32) for n in (token, position, 1, 0))
     wants = np.ones(1, np.int8)
-    pointer = lambda array, kind=ctypes.c_int32: array.ctypes.data_as(ctypes.POINTER(kind))
-    batch = llama_cpp.llama_batch()
+
+    def pointer(array: np.ndarray, kind: Any = ctypes.c_int32) -> Any:
+        return array.ctypes.data_as(ctypes.POINTER(kind))
+
+    batch: Any = llama_cpp.llama_batch()  # its annotations are arrays where pointers stand
     batch.n_tokens = 1
     batch.token, batch.pos, batch.n_seq_id = pointer(ids), pointer(at), pointer(one)
-    batch.seq_id = ctypes.cast((ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence)), type(batch.seq_id))
+    of_row: Any = (ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence))
+    batch.seq_id = ctypes.cast(of_row, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
     batch.logits = pointer(wants, ctypes.c_int8)
     if llama_cpp.llama_decode(context.ctx, batch):
         raise EngineError("llama_decode failed")

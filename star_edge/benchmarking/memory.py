@@ -44,7 +44,8 @@ def measure(
         raise EngineError(
             f"{spec.name}: its memory could not be measured ({reason[:300]})", "leave it out with --no-memory"
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    used: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    return used
 
 
 def peak_rss() -> int:
@@ -77,7 +78,8 @@ def _main() -> None:
         bench.ask(spec, Request(**job["request"]), 1)
         after = _free_on_devices()
         rss = peak_rss()
-    print(json.dumps({"peak_rss_bytes": rss, "device_bytes": None if before is None else before - after}))
+    device = None if before is None or after is None else before - after
+    print(json.dumps({"peak_rss_bytes": rss, "device_bytes": device}))
 
 
 if __name__ == "__main__":

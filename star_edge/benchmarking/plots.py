@@ -67,7 +67,10 @@ def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tu
         side's."""
     base = next(row for row in sides if row["name"] == reference)
     best = min((row for row in sides if row["kind"] == "star_edge"), key=lambda row: row["first_token_ms"]["median"])
-    of = lambda row, *names: sum(row["stages_ms"][name] for name in names)
+
+    def of(row: dict[str, Any], *names: str) -> float:
+        return float(sum(row["stages_ms"][name] for name in names))
+
     parts = {
         "encoder": ("encode",),
         "decoder": ("prefill", "probe", "resume"),

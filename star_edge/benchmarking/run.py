@@ -17,8 +17,7 @@ import llama_cpp
 import numpy as np
 from PIL import Image
 
-from .. import __version__
-from ..chat import MEDIA_MARKER
+from .. import MEDIA_MARKER, __version__
 from ..errors import ConfigError, StarEdgeError
 from ..evaluation.configs import NamedConfig
 from ..llamacpp.devices import list_devices
@@ -68,17 +67,14 @@ def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer:
         side = math.sqrt(fewer)
         full.append(_data_url(image))
         small.append(_data_url(image.resize((max(1, round(side * image.width)), max(1, round(side * image.height))))))
-    text = lambda value: [{"type": "text", "text": value}] if value else []
-    message = lambda urls: [
-        {
-            "role": "user",
-            "content": [
-                *text(before),
-                *({"type": "image_url", "image_url": {"url": url}} for url in urls),
-                *text(after),
-            ],
-        }
-    ]
+
+    def text(value: str) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": value}] if value else []
+
+    def message(urls: list[str]) -> list[dict[str, Any]]:
+        pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        return [{"role": "user", "content": [*text(before), *pictures, *text(after)]}]
+
     return Request(message(full), message(small))
 
 
@@ -112,8 +108,8 @@ def picture(width: int, height: int) -> np.ndarray:
 
 
 def run(
-    model: str | os.PathLike,
-    mmproj: str | os.PathLike,
+    model: str | os.PathLike[str],
+    mmproj: str | os.PathLike[str],
     options: dict[str, Any],
     configs: Sequence[NamedConfig],
     baselines: Sequence[str],
@@ -219,7 +215,7 @@ def machine(n_threads: int) -> dict[str, Any]:
     }
 
 
-def _describe(bench: Workbench, model: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+def _describe(bench: Workbench, model: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:
     metadata = bench.llama.metadata
     return {
         "file": Path(model).name,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -112,7 +113,7 @@ class _Watched:
         return params
 
     def mtmd_tokenize(self, context: Any, chunks: Any, *rest: Any) -> int:
-        status = mtmd.mtmd_tokenize(context, chunks, *rest)
+        status: int = mtmd.mtmd_tokenize(context, chunks, *rest)
         self.tokenized = time.perf_counter()
         for i in range(mtmd.mtmd_input_chunks_size(chunks)):
             chunk = mtmd.mtmd_input_chunks_get(chunks, i)
@@ -142,15 +143,16 @@ class _Watched:
         """What the helper of that name does with an image, encoder and decoder apart."""
         self.llama_context = llama
         start = time.perf_counter()
-        status = mtmd.mtmd_encode_chunk(context, chunk)
+        status: int = mtmd.mtmd_encode_chunk(context, chunk)
         self.encode += time.perf_counter() - start
         if status:
             return status
         embeddings = mtmd.mtmd_get_output_embd(context)
         no_callback = mtmd.mtmd_helper_post_decode_callback()
-        return mtmd.mtmd_helper_decode_image_chunk(
+        status = mtmd.mtmd_helper_decode_image_chunk(
             context, llama, chunk, embeddings, n_past, seq_id, n_batch, new_n_past, no_callback, None
         )
+        return status
 
     def mtmd_input_chunks_free(self, chunks: Any) -> None:
         """The prompt has been submitted. A GPU may still work on it: the sampler would wait for it now."""
@@ -200,7 +202,7 @@ class Workbench:
         As StarVLM; EngineError: a side's context cannot be made.
     """
 
-    def __init__(self, model: str | PathLike, mmproj: str | PathLike, **options: Any) -> None:
+    def __init__(self, model: str | PathLike[str], mmproj: str | PathLike[str], **options: Any) -> None:
         self._vlm = StarVLM(model, None, **options)  # loads and checks; StarChatHandler adds the encoder
         self.llama = self._vlm.llama
         projector = find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
@@ -242,13 +244,14 @@ class Workbench:
         watch = side.handler._mtmd_cpp if spec.kind == "stock" else None
         if watch is not None:
             watch.begin()
-        llama.chat_handler, llama.sample = side.handler, clock
+        llama.chat_handler = side.handler
+        llama.sample = clock  # type: ignore[assignment, method-assign]  # a clock in its place, for this answer
         messages = request.messages if spec.image_max_tokens is None else request.fewer
-        pruning = self._star.pruning(spec.prune) if watch is None else contextlib.nullcontext()
+        pruning = self._star.pruning(spec.prune) if watch is None and self._star else contextlib.nullcontext()
         try:
             start = time.perf_counter()
             with pruning:
-                answer = llama.create_chat_completion(
+                answer: Any = llama.create_chat_completion(
                     messages, max_tokens=n_generate, temperature=0.0, repeat_penalty=1.0
                 )
         except StarEdgeError:
@@ -261,7 +264,8 @@ class Workbench:
         sample = self._sample(start, clock, watch, answer["choices"][0]["message"]["content"])
         if len(clock.times) < n_generate:
             raise ContextLengthError(
-                f"a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a context of {self.n_ctx}",
+                f"a prompt of {sample.n_text + sample.n_image} tokens leaves no room for {n_generate} more in a "
+                f"context of {self.n_ctx}",
                 "raise n_ctx (-c), or generate fewer tokens (-n)",
             )
         return sample
@@ -287,21 +291,21 @@ class Workbench:
 
     def encoder_problem(self) -> str | None:
         """What its vision stage cannot do with this encoder, once a star_edge side has been asked."""
-        encoder = self._star._reader.encoder if self._star is not None else None
+        reader = self._star._reader if self._star is not None else None
+        encoder = reader.encoder if reader is not None else None
         if encoder is None or encoder.profile.reads_attention:
             return None
         return f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
 
     @property
     def projector(self) -> str | None:
-        return (
-            self._star._reader.encoder.projector if self._star is not None and self._star._reader is not None else None
-        )
+        reader = self._star._reader if self._star is not None else None
+        return None if reader is None or reader.encoder is None else reader.encoder.projector
 
     def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
         times = clock.times
         total = times[0] - start
-        tokens = [after - before for before, after in zip(times, times[1:])]
+        tokens = [after - before for before, after in pairwise(times)]
         if watch is not None:
             stages = {
                 "preprocess": watch.tokenized - start,
@@ -320,6 +324,7 @@ class Workbench:
                 clock.cache_bytes,
                 text,
             )
+        assert self._star is not None and self._star.last_report is not None  # which has answered
         report = self._star.last_report
         average = average_tokens(report.n_vision_kept, report.windows, report.n_layers)
         return Sample(
@@ -364,7 +369,8 @@ class Workbench:
             ) from error
         self.llama._stack.callback(context.close)
         handler = MTMDChatHandler(self._mmproj, verbose=False, use_gpu=self._use_gpu)
-        handler._mtmd_cpp = _Watched(spec.image_max_tokens, self.n_ctx)
+        libmtmd: Any = _Watched(spec.image_max_tokens, self.n_ctx)  # in place of the module
+        handler._mtmd_cpp = libmtmd
         return _Side(spec, context, params, handler)
 
     def _install(self, context: Any, params: Any) -> None:
@@ -378,7 +384,10 @@ def stages_of(report: PruneReport) -> dict[str, float]:
     """Seconds of a report's stages as STAGES has them, each counted once. With several decoder stages, their scores are
     shared equally among the windows in which they are taken."""
     seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
-    get = lambda name: seconds.get(name, 0.0)
+
+    def get(name: str) -> float:
+        return seconds.get(name, 0.0)
+
     scores = get("decoder_scores")
     in_probe = scores / max(1, len(report.windows))
     return {

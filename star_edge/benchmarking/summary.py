@@ -47,7 +47,7 @@ def summarise(
         (s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0]
     )
     base = samples[reference.name][0]  # for its tokens, which are those of every repeat
-    base_time, base_stages = _median_stages(samples[reference.name])
+    base_time, _ = _median_stages(samples[reference.name])
     rows = []
     for spec in present:
         all_of = samples[spec.name]
@@ -108,8 +108,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _decoder(samples: Sequence[Sample]) -> float:
     """Median over the repeats of the decoder's time."""
-    of = lambda sample: sum(sample.stages[name] for name in DECODER_STAGES) - sample.stages["decoder_stage"]
-    return statistics.median([of(sample) for sample in samples])
+    stages = [sample.stages for sample in samples]
+    return statistics.median([sum(s[name] for name in DECODER_STAGES) - s["decoder_stage"] for s in stages])
 
 
 def _token_layers(sample: Sample, n_layers: int) -> float:
@@ -158,7 +158,10 @@ def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str]) -> list[str]:
     time, rate, share = row["first_token_ms"], row["tokens_per_s"], row["selection_share"]
-    mib = lambda n: "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
+
+    def mib(n: int | None) -> str:
+        return "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
+
     texts = [row["name"], f"{row['average_tokens']:.1f}", _ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
     texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
     texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]

@@ -34,7 +34,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f".{name}", __name__), name)
+        command: click.Command = getattr(importlib.import_module(f".{name}", __name__), name)
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -40,6 +40,7 @@ def run_batch(
             raise ConfigError(f"--out {out} is the file of tasks", "write the results to another file")
         tasks = read_tasks(tasks_file, prompt, settings)
     else:
+        assert prompt is not None  # `run` has asked for it
         tasks = each_image(images, prompt, settings)
     files = find_model(**{name: model[name] for name in ("model", "mmproj", "hf_repo", "no_mmproj")})
     results = None
@@ -144,15 +145,16 @@ class _Progress:
             )
         if len(causes) > _CAUSES:
             click.echo(
-                f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the results",
+                f"failed ({sum(map(len, causes[_CAUSES:]))}): for {len(causes) - _CAUSES} other reasons, see the "
+                "results",
                 err=True,
             )
 
 
 def _without_names(result: dict[str, Any]) -> str:
-    error = result["error"]
+    error: str = result["error"]
     for image in result.get("images", [result["image"]] if "image" in result else []):
-        name = os.path.basename(image)
+        name = os.path.basename(str(image))
         if name:
             error = re.sub(rf"\S*{re.escape(name)}", "IMAGE", error)
     return error

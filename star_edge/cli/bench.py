@@ -108,6 +108,7 @@ _QUESTION = "Describe this picture in detail."
 @click.pass_context
 def bench(
     ctx: click.Context,
+    /,
     shape: str | None,
     folder: str | None,
     images: tuple[str, ...],
@@ -138,7 +139,10 @@ def bench(
     in rotated order. Times are medians over the repeats, and stages those of the median repeat (of an even number, the
     mean of the two middle ones). "ideal" is what the token-layers that are saved would allow.
     """
-    given = lambda name: ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+
     if shape is not None:
         for name, flag in (
             ("model", "-m"),
@@ -192,8 +196,8 @@ def bench(
         result["shape"] = shape
         result["notes"] += [note for note in dropped if note not in result["notes"]]
         path = Path(out or "")
-        is_special = (
-            path.is_symlink() or path.exists() and not path.is_file()
+        is_special = path.is_symlink() or (
+            path.exists() and not path.is_file()
         )  # a pipe, /dev/stdout: written once, and not replaced
         if out and (is_final or not is_special):
             try:
@@ -230,6 +234,7 @@ def bench(
                     console.print(f"{next(n_done)} of {total}: {what}", highlight=False)
                 bar.update(task, advance=1, description=what)
 
+            assert mmproj is not None
             with in_cli_words():
                 result = run(
                     text,
@@ -291,14 +296,19 @@ def _print(result: dict[str, Any], written: list[str]) -> None:
     console = Console()
     console.print(table(result))
     hook = result["idle_hook"]
-    say = lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     if hook:
         say(
-            f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio {hook['ratio']:.3f}"
+            f"idle hook: {hook['hook_ms_per_token']:.2f} ms per token, {hook['stock_ms_per_token']:.2f} without, ratio "
+            f"{hook['ratio']:.3f}"
         )
     about, device = result["machine"], ", ".join(result["machine"]["devices"])
     say(
-        f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: {result['reference']}"
+        f"{about['processor']}{', ' + device if device else ''}, {about['threads']} threads; speed-ups are over: "
+        f"{result['reference']}"
     )
     for note in result["notes"] + sorted(
         {f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}

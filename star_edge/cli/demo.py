@@ -76,7 +76,7 @@ def demo(
                         report = answer.report
             rows.append(row)
         if config is None:
-            written = []
+            written: list[str] = []
         else:
             written, problems = save_overlay(report, [refvlm.DEMO_IMAGE], overlay, vlm.image_limits)
             for problem in problems:
@@ -123,12 +123,14 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     n = len(result["questions"])
     console.print(
-        f"Right: stock {result['n_right']['stock']} of {n}, pruned {result['n_right']['pruned']} of {n}. First token (median, image encoding included): "
-        f"{result['first_token_ms']['stock']:.1f} ms stock, {result['first_token_ms']['pruned']:.1f} ms pruned, {result['speed_up']:.2f}x; "
-        f"the decoder alone computes {result['token_layer_ratio']:.1f}x fewer token-layers."
+        f"Right: stock {result['n_right']['stock']} of {n}, pruned {result['n_right']['pruned']} of {n}. First token "
+        f"(median, image encoding included): {result['first_token_ms']['stock']:.1f} ms stock, "
+        f"{result['first_token_ms']['pruned']:.1f} ms pruned, {result['speed_up']:.2f}x; the decoder alone computes "
+        f"{result['token_layer_ratio']:.1f}x fewer token-layers."
     )
     console.print(
-        "This model is tiny, so encoding the image and fixed costs weigh more than in a real one: `make bench` measures a 1.1B decoder."
+        "This model is tiny, so encoding the image and fixed costs weigh more than in a real one: `make bench` "
+        "measures a 1.1B decoder."
     )
     for path in result["overlay"]:
         console.print(f"Kept tokens for the last question: {path}")

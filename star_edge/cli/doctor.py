@@ -81,7 +81,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
     else:
         vision = "yes"
-    problem = decoder.stage_problem or decoder.layer_problems.get(choose_layer(None, decoder.n_layers))
+    problem = decoder.stage_problem or decoder.layer_problems.get((choose_layer(None, decoder.n_layers),))
     return {
         "text_model": vlm.llama.model_path,
         "architecture": vlm.llama.metadata.get("general.architecture"),
@@ -132,9 +132,10 @@ def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     if vlm.encoder is None or vlm.decoder.stage_problem:
         return {"done": False, "reason": "needs a vision encoder and a decoder stage"}
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    ask = lambda prune: vlm.read_prompt("<__media__>What is this?", [picture], prune, chat=False)
-    plain, _ = ask(None)
-    windowed, report = ask(PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers)))
+    asked = "<__media__>What is this?", [picture]
+    plain, _ = vlm.read_prompt(*asked, None, chat=False)
+    keep_all = PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers))
+    windowed, report = vlm.read_prompt(*asked, keep_all, chat=False)
     if report.decoder_layer is None:
         return {"done": False, "reason": "; ".join(report.notes)}
     difference = float(np.abs(plain.logits - windowed.logits).max())
@@ -158,7 +159,8 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(d["name"], d["description"], f"{d['free_bytes'] / 2**30:.1f}", f"{d['total_bytes'] / 2**30:.1f}")
     console.print(table)
     console.print(
-        f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; {result['cpu_features']}",
+        f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; "
+        f"{result['cpu_features']}",
         highlight=False,
     )
     if "reason" in result.get("plan", {}):
@@ -180,7 +182,8 @@ def _print(result: dict[str, Any]) -> None:
     check = result.get("check", {})
     if check.get("done"):
         console.print(
-            f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference {check['max_logit_difference']:.2g}, same token: {check['same_token']}"
+            f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference "
+            f"{check['max_logit_difference']:.2g}, same token: {check['same_token']}"
         )
     elif check:
         console.print(f"check: not done, {check['reason']}")

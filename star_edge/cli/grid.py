@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,10 +10,10 @@ import click
 from ..errors import ConfigError
 from ..evaluation.configs import NamedConfig, choose_configs, parse_values
 from ..pruning.config import PRESETS
-from .options import KEEP_HELP, FilePath, in_cli_words
+from .options import KEEP_HELP, Command, FilePath, in_cli_words
 
 
-def config_options(command: Callable) -> Callable:
+def config_options(command: Command) -> Command:
     """presets, vision_keep, decoder_keep, decoder_layer, sets and config_file: what `grid_configs` takes."""
     options = [
         click.option(

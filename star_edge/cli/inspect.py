@@ -121,6 +121,7 @@ def inspect(
             save_picture(_draw(result, layers[0], images, vlm), picture)
             written.append(picture)
         if overlay:
+            assert report is not None
             drawn, problems = save_overlay(report, list(images), overlay, vlm.image_limits)
             written += drawn
     for problem in problems:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import llama_cpp
@@ -22,8 +22,15 @@ from ..io.hub import fetch
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
 from ..report import PruneReport
 
+if TYPE_CHECKING:
+    _KeepParam = click.ParamType[Keep]
+else:  # click 8.1 has no generic types of parameters
+    _KeepParam = click.ParamType
 
-class KeepType(click.ParamType):
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class KeepType(_KeepParam):
     """0.25 or 1.0 is a fraction, 144 a count."""
 
     name = "fraction|count"
@@ -66,7 +73,8 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int:
     if n_layers and not llama_cpp.llama_supports_gpu_offload():
         raise click.BadParameter(
-            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the GPU.",
+            f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the "
+            "GPU.",
             ctx,
             param,
         )
@@ -99,7 +107,7 @@ def cli_words(text: str) -> str:
     return text
 
 
-def model_options(command: Callable) -> Callable:
+def model_options(command: Command) -> Command:
     """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
     options = [
         click.option(
@@ -163,7 +171,8 @@ def model_options(command: Callable) -> Callable:
             callback=lambda ctx, param, value: (
                 None if value is None else find_template(value)
             ),  # whoever gets it may have another folder
-            help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: the model's own, else its family's.",
+            help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: "
+            "the model's own, else its family's.",
         ),
         click.option(
             "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
@@ -180,7 +189,7 @@ KEEP_HELP = (
 )
 
 
-def prune_options(command: Callable) -> Callable:
+def prune_options(command: Command) -> Command:
     """--preset and the fields that override it; the parameters reach `make_config` as keyword arguments."""
     options = [
         click.option(
@@ -201,7 +210,8 @@ def prune_options(command: Callable) -> Callable:
         click.option(
             "--budget",
             type=click.Choice(["image", "crop", "prompt"]),
-            help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a video.",
+            help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
+            "video.",
         ),
     ]
     for option in reversed(options):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..batch import Settings, names_several
+from ..engine import AnswerStream
 from ..errors import ConfigError, ImageError
 from ..io.json_input import MAX_CHARACTERS
 from ..report import PruneReport
@@ -61,8 +62,9 @@ from .options import (
 @click.option(
     "--cache/--no-cache",
     default=True,
-    help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same beginning) is used again. "
-    "Results say where it was. --no-cache also reads one request to warm up: times of the results can be compared then.",
+    help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same "
+    "beginning) is used again. Results say where it was. --no-cache also reads one request to warm up: times of the "
+    "results can be compared then.",
 )
 @model_options
 @prune_options
@@ -125,6 +127,7 @@ def run(
     if each or tasks_file is not None:
         settings = Settings(config, max_tokens, temperature, seed, raw)
         return run_batch(prompt, images, tasks_file, settings, out, fresh, use_ray, workers, cache, model)
+    assert prompt is not None  # only tasks do without
     with load_engine(**model) as vlm:
         with in_cli_words():
             answer = vlm.generate(
@@ -137,7 +140,7 @@ def run(
                 temperature=temperature,
                 seed=seed,
             )
-        if not as_json:
+        if isinstance(answer, AnswerStream):
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()

@@ -61,8 +61,9 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
     type=int,
     default=256 * 2**20,
     show_default=True,
-    help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive first is refused with status 503. "
-    "Memory for requests, apart from the model's and for reading images, stays under twice this and 4 times --max-body-bytes.",
+    help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive "
+    "first is refused with status 503. Memory for requests, apart from the model's and for reading images, stays "
+    "under twice this and 4 times --max-body-bytes.",
 )
 @click.option(
     "--body-seconds",

@@ -113,9 +113,9 @@ def tune(
         "keep": keep,
         "measured_by": "relative_accuracy" if metric_name is not None else "agreement",
         "n_choosing": len(choosing),
-        "on_choosing": _figures(chosen),
+        "on_choosing": None if chosen is None else _figures(chosen),
         "n_held_out": len(reporting),
-        "on_held_out": _figures(reported),
+        "on_held_out": None if reported is None else _figures(reported),
     }
     try:
         with open(config_out, "w", encoding="utf-8") as file:
@@ -131,7 +131,7 @@ def tune(
         _print(result, rows, config_out)
 
 
-def _figures(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
     names = (
         "accuracy",
         "relative_accuracy",
@@ -143,13 +143,18 @@ def _figures(row: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "speed_up",
         "n_errors",
     )
-    return None if row is None else {name: row[name] for name in names}
+    return {name: row[name] for name in names}
 
 
 def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: str) -> None:
     console = Console()
-    share = lambda value: "" if value is None else f"{100 * value:.1f}"
-    number = lambda value: "" if value is None else f"{value:.1f}"
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
     columns = ("config", "tokens per layer", "relative accuracy, %", "same answer, %", "first token, ms", "errors")
     table = Table(*columns, title=f"asked about {result['n_choosing']} questions", title_justify="left")
     for row in sorted(rows, key=lambda row: -(row["average_tokens"] or 0)):

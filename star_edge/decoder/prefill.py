@@ -25,6 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,7 @@ class _Run:
         with self.timed("probe"):
             end = self.window(rest, 0, ends[0], None, stage.text_rows)
         self.check_cells(end.cells, start)
+        assert end.hidden is not None  # a window that ends below the last layer leaves states
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
         all_scores, all_selections, joined = [], [], False
@@ -191,12 +193,13 @@ class _Run:
             # 4) resume
             joined |= not keep_row.all() and not self.context.tells_text_apart
             with self.timed("resume"):
+                assert end.hidden is not None
                 end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
             # Masses were for cells that the rows did not come back to: what stays then stands for itself alone, and is
             # reported so.
-            mass = lambda s, in_place=in_place: s.mass if in_place else None
-            all_selections.append([Selection(rows, mass(s)) for rows, s in zip(kept_rows, selections) if s is not None])
+            stayed = [(rows, s) for rows, s in zip(kept_rows, selections) if s is not None]
+            all_selections.append([Selection(rows, s.mass if in_place else None) for rows, s in stayed])
             if not in_place:
                 self.context.tap.set_cell_bias(None)
                 with self.timed("fallback"):
@@ -211,7 +214,7 @@ class _Run:
             in_place=in_place,
         )
 
-    def result(self, segments: Sequence[Segment], stem: tuple | None, **fields: object) -> Prefill:
+    def result(self, segments: Sequence[Segment], stem: tuple[Any, ...] | None, **fields: Any) -> Prefill:
         """segments: of the rows that are left. stem: arguments of reuse.keep, or None when nothing can be kept."""
         if self.keep and stem is not None and self.in_order:
             with self.timed("reuse"):
@@ -219,7 +222,7 @@ class _Run:
         elif self.has_parked:
             for parking in range(PARKED, N_SEQUENCES):
                 self.context.remove(parking, 0)
-        tokens = [
+        tokens: list[Any] = [  # arrays: rows of text have tokens
             np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens
             for s, original in zip(segments, self.segments)
         ]
@@ -245,7 +248,8 @@ class _Run:
 
         skip: first rows, in whole decodes, that are in the cache already.
         """
-        cells, at = [], 0
+        cells: list[Any] = []
+        at = 0
         for s, segment in enumerate(segments):
             for rows, is_last in self.chunks(segment):
                 at += len(rows)
@@ -287,11 +291,14 @@ class _Run:
             n, is_final = len(rows), at + len(rows) == n_rows
             plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
             if first > 0:
+                assert inject is not None
                 plan.inject = inject[at : at + n]
             if at < len(known):  # whole decodes, and none that scores: reuse.attach
                 plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
+                assert hidden is not None
                 hidden[at : at + n] = plan.inject
             elif not is_end:
+                assert hidden is not None
                 plan.hidden = hidden[at : at + n]
                 n_taken = int(is_final) if text_rows == "last" else min(n, max(0, at + n - (n_rows - n_scoring)))
                 weight = 1.0 if text_rows == "last" else n_taken / n_scoring
@@ -302,6 +309,7 @@ class _Run:
                         [last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads
                     )
             outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", causal, logits=is_end and is_final)
+            assert outcome.cells is not None  # want_cells
             cells[at : at + n] = outcome.cells
             for attention in outcome.attention:
                 lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
@@ -310,7 +318,11 @@ class _Run:
                 )
             self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
             at += n
-        at_cells = lambda line: np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
+
+        def at_cells(line: np.ndarray) -> np.ndarray:
+            at_rows: np.ndarray = np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
+            return at_rows
+
         return _WindowEnd(
             hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None
         )
@@ -330,16 +342,17 @@ class _Run:
     ) -> list[Selection | None]:
         """What stays of each segment's rows; None for text, which stays."""
         n_text = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
-        by_row = end.row_attention is not None
+        hidden, by_row = end.hidden, end.row_attention
+        assert hidden is not None
         seen = [
             None
-            if place is None
+            if place is None or segment.image is None
             else Seen(
-                end.hidden[place],
+                hidden[place],
                 segment.mass,
                 end.attention[place],
-                end.row_attention[:, place] if by_row else None,
-                end.hidden[-n_text:] if by_row else None,
+                None if by_row is None else by_row[:, place],
+                None if by_row is None else hidden[-n_text:],
                 segment.image,
                 rows,
             )
@@ -357,7 +370,7 @@ class _Run:
         live = []
         for segment, place, selection in zip(segments, self.places(segments), selections):
             rows = segment.rows
-            if selection is not None:
+            if selection is not None and place is not None:
                 keep_row[place] = False
                 keep_row[place.start + selection.kept] = True
                 rows = rows.take(selection.kept)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import llama_cpp
 import numpy as np
 
-from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
+from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, tapped
 from .segments import Segment
 
 
@@ -94,7 +94,7 @@ def keep(
         context.remove(sequence, 0)
     context.copy(MAIN, PARKED, 0, n_live)
     n_rows = sum(len(s.rows) for s in segments)
-    owner = context.llama._ctx
+    owner = tapped(context.llama)
     span, buffer = _span(context, PARKED), context.llama.input_ids
     owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, span, buffer)
     owner.n_parked = n_rows - n_live
@@ -105,7 +105,7 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
 
     n_prefix: rows of the prompt before its first image. layer: K of its first decoder stage, or None.
     """
-    owner = context.llama._ctx
+    owner = tapped(context.llama)
     stem, owner.stem, owner.n_parked = owner.stem, None, 0
     others = [MAIN, *range(PARKED + 1, N_SEQUENCES)]
     if (
@@ -146,7 +146,10 @@ def _equal(one: Segment, other: Segment, first: int, last: int) -> bool:
     if (one.image is None) != (other.image is None) or one.causal != other.causal:
         return False
     a, b = one.rows.slice(first, last), other.rows.slice(first, last)
-    mass = lambda s: None if s.mass is None else s.mass[first:last]
+
+    def mass(s: Segment) -> np.ndarray | None:
+        return None if s.mass is None else s.mass[first:last]
+
     pairs = ((a.tokens, b.tokens), (a.embeddings, b.embeddings), (a.positions, b.positions), (mass(one), mass(other)))
     return all(x is y if x is None or y is None else np.array_equal(x, y) for x, y in pairs)
 

@@ -5,6 +5,7 @@ Knows the fields of `PruneConfig` by their annotations alone, so that a new fiel
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -71,7 +72,8 @@ def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> t
         ConfigError: an unknown preset.
     """
     bases = [(name, resolve_prune(name)) for name in names]
-    configs, notes = [], []
+    configs: list[NamedConfig] = []
+    notes: list[str] = []
     for values in _combinations(sets):
         for name, prune in bases:
             if prune is None:
@@ -82,7 +84,7 @@ def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> t
                 notes,
                 title,
                 " ".join(["presets", *_titles(values)]),
-                lambda p=prune, v=values: replace(p, **v),
+                functools.partial(replace, prune, **values),
             )
     return configs, notes
 
@@ -100,14 +102,15 @@ def grid_configs(
     """
     varied = [name for name in ("decoder_keep", "vision_keep", "decoder_layer") if len(budget.get(name, ())) > 1]
     in_method = {*varied[1:], *sets}
-    configs, notes = [], []
+    configs: list[NamedConfig] = []
+    notes: list[str] = []
     for values in _combinations({**budget, **sets}):
         method = " ".join(["grid", *_titles({k: v for k, v in values.items() if k in in_method})])
-        _try(configs, notes, " ".join(_titles(values)), method, lambda v=values: PruneConfig(**v))
+        _try(configs, notes, " ".join(_titles(values)), method, functools.partial(PruneConfig, **values))
     return configs, notes
 
 
-def file_configs(path: str | os.PathLike) -> list[NamedConfig]:
+def file_configs(path: str | os.PathLike[str]) -> list[NamedConfig]:
     """Configs from a JSON file: a list of {"name": ..., "method": ..., and fields of PruneConfig}; "method" is by
     default the name.
 
@@ -138,7 +141,7 @@ def file_configs(path: str | os.PathLike) -> list[NamedConfig]:
                 f"{name}: {entry['name']!r} has unknown fields: {', '.join(unknown)}", f"use {', '.join(_HINTS)}"
             )
         try:
-            prune = _build(lambda v=values: PruneConfig(**v))
+            prune = _build(functools.partial(PruneConfig, **values))
         except ConfigError as error:
             raise ConfigError(f"{name}: {entry['name']!r}: {error.cause}", error.remedy) from error
         configs.append(NamedConfig(entry["name"], str(entry.get("method", entry["name"])), prune))
@@ -149,7 +152,7 @@ def choose_configs(
     presets: Sequence[str] = (),
     budget: Mapping[str, Sequence[Any]] | None = None,
     sets: Mapping[str, Sequence[Any]] | None = None,
-    file: str | os.PathLike | None = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> tuple[list[NamedConfig], list[str]]:
     """All configs asked for, "off" first, and notes on those that were dropped. Without any, the presets.
 

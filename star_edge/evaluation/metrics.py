@@ -45,11 +45,12 @@ _VQA_ARTICLES = {"a", "an", "the"}
 _VQA_CONTRACTIONS = {
     word.replace("'", ""): word
     for word in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
-    how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
-    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+    not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
     """.split()
 }
@@ -124,7 +125,10 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
     """
     said, true = np.array([says_yes(a) for a in answers], bool), np.array([says_yes(t) for t in labels], bool)
     tp, fp, fn, n = int((said & true).sum()), int((said & ~true).sum()), int((~said & true).sum()), len(said)
-    ratio = lambda a, b: a / b if b else None
+
+    def ratio(a: int, b: int) -> float | None:
+        return a / b if b else None
+
     return PopeScores(
         ratio(n - fp - fn, n),
         ratio(tp, tp + fp),
@@ -147,8 +151,13 @@ def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
         EvaluationError: a metric that does not fit the answers.
     """
     labelled = [task for task in tasks if task.answers]
-    is_vqa = lambda task: len(task.answers) >= VQA_ANSWERS
-    is_pope = lambda task: {normalise(a) for a in task.answers} in ({"yes"}, {"no"})
+
+    def is_vqa(task: Task) -> bool:
+        return len(task.answers) >= VQA_ANSWERS
+
+    def is_pope(task: Task) -> bool:
+        return {normalise(a) for a in task.answers} in ({"yes"}, {"no"})
+
     if name == "auto":
         if not labelled:
             return None
@@ -191,5 +200,6 @@ def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    shifted: np.ndarray = logits.astype(np.float64) - logits.max()
+    log_p: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return log_p

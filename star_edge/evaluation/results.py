@@ -23,7 +23,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 16384
 _START_AGAIN = "use --fresh to start again, or another --out"
 
 
-def fingerprint_file(path: str | os.PathLike) -> str:
+def fingerprint_file(path: str | os.PathLike[str]) -> str:
     """A hash of a file's size and of 64 pieces spread over it, head and tail included: 1 MiB is read of a model of any
     size.
 
@@ -118,6 +118,7 @@ class Results:
             self._append(self.records[task.id, config.name])
 
     def _append(self, record: Record) -> None:
+        assert self._file is not None
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n")
         self._file.flush()
 
@@ -125,6 +126,7 @@ class Results:
         self, path: str, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool
     ) -> int:
         """Fills `records` and returns where the file's whole lines end; 0 for a file to begin."""
+        assert self._file is not None
         self._file.seek(0)
         data = self._file.read()
         end = data.rfind(b"\n") + 1

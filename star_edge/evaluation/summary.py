@@ -72,7 +72,7 @@ def _summarise(
         "n_errors": len(mine) - len(answered),
         "accuracy": _mean(r["score"] for _, r in scored),
         "accuracy_by_category": {category: _mean(scores) for category, scores in by_category.items()},
-        "relative_accuracy": accuracy_of_both / unpruned if unpruned else None,
+        "relative_accuracy": accuracy_of_both / unpruned if accuracy_of_both is not None and unpruned else None,
         "agreement": _mean(same_answer(r["answer"], off["answer"]) for _, r, off in paired),
         "kl": _mean(r["kl"] for _, r in answered if r["kl"] is not None),
         "average_tokens": _mean(r["average_tokens"] for _, r in answered),

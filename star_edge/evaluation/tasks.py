@@ -45,7 +45,7 @@ class Task:
     fingerprint: str
 
 
-def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Task]:
+def read_tasks(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None = None) -> list[Task]:
     """Reads one JSON object for each line; empty lines are skipped.
 
     Fields: image (path, data: or http(s): URL, or a list of them), question, and as far as known answer (a string, or a
@@ -71,7 +71,8 @@ def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = N
     except (OSError, ValueError) as error:  # ValueError: a line without end, or a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"{name} cannot be read ({reason})", "check the path of the questions") from error
-    tasks, line_of_id = [], {}
+    tasks: list[Task] = []
+    line_of_id: dict[str, int] = {}
     for number, line in lines:
         task = _parse_line(line, f"{name}, line {number}", str(number), folder)
         if task.id in line_of_id:
@@ -106,7 +107,8 @@ def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
         )
     fields = {field: next((data[n] for n in names if data.get(n) is not None), None) for field, names in _NAMES.items()}
     images = fields["image"] if isinstance(fields["image"], list) else [fields["image"]]
-    if not images or not all(isinstance(image, str) and image for image in images):
+    paths = [image for image in images if isinstance(image, str) and image]
+    if not paths or len(paths) < len(images):
         raise EvaluationError(f"{where} names no image", 'add "image": a path or URL, or a list of them')
     question = fields["question"]
     if not isinstance(question, str) or not question.strip():
@@ -122,7 +124,7 @@ def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
     content = json.dumps([images, question, answers]).encode()
     return Task(
         str(task_id),
-        tuple(_locate(i, folder) for i in images),
+        tuple(_locate(i, folder) for i in paths),
         question,
         tuple(answers),
         category,

@@ -56,7 +56,10 @@ def split(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
 
     The second part is empty where it would be too small.
     """
-    place = lambda task: int.from_bytes(hashlib.sha256(repr(task.images).encode()).digest()[:4], "big") / 2**32
+
+    def place(task: Task) -> float:
+        return int.from_bytes(hashlib.sha256(repr(task.images).encode()).digest()[:4], "big") / 2**32
+
     choosing = [t for t in tasks if place(t) >= HELD_OUT]
     reporting = [t for t in tasks if place(t) < HELD_OUT]
     return (choosing, reporting) if choosing and len(reporting) >= LEAST_HELD_OUT else (list(tasks), [])

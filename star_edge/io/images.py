@@ -21,14 +21,15 @@ import urllib.parse
 import urllib.request
 import warnings
 from dataclasses import dataclass
-from typing import BinaryIO
+from http.client import HTTPMessage
+from typing import IO, BinaryIO, cast
 
 import numpy as np
 import PIL.Image
 
 from ..errors import ImageError, ImageTooLargeError
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray
 
 # Formats whose header states the size that is decoded. Left out on purpose: EPS, which runs Ghostscript, and containers
 # such as ICO, whose embedded picture may be far larger than their header says. AVIF and HEIF only work where Pillow has
@@ -123,7 +124,7 @@ def _read_bytes(source: object, limits: ImageLimits) -> tuple[bytes, str]:
         path = os.fsdecode(source)
         return _read_file(path, limits), _shown(path)
     if callable(getattr(source, "read", None)):
-        return _read_stream(source, limits), f"what a {type(source).__name__} holds"
+        return _read_stream(cast(BinaryIO, source), limits), f"what a {type(source).__name__} holds"
     raise ImageError(f"an object of type {type(source).__name__} is not an image", _PASS_ONE_OF)
 
 
@@ -219,7 +220,9 @@ def _from_base64(data: bytes, name: str, limits: ImageLimits) -> bytes:
 class _HttpOnlyRedirects(urllib.request.HTTPRedirectHandler):
     """urllib would also follow a redirect to ftp:."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme.lower() not in ("http", "https"):
             fp.close()
             raise urllib.error.URLError(f"redirected to {_shown_url(newurl)}, which is not http or https")
@@ -423,7 +426,8 @@ def _over_white(image: PIL.Image.Image) -> np.ndarray:
 def _orientation(image: PIL.Image.Image) -> int:
     """The EXIF orientation, 1 to 8. Unreadable metadata counts as none: it does not make the pixels unreadable."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
+        orientation: int = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return orientation
     except Exception:
         return 1
 

@@ -35,7 +35,7 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-def read_json(path: str | PathLike) -> Any:
+def read_json(path: str | PathLike[str]) -> Any:
     """The value in a file in UTF-8.
 
     Raises:
@@ -48,7 +48,7 @@ def read_json(path: str | PathLike) -> Any:
     return parse_json(text)
 
 
-def read_lines(path: str | PathLike) -> Iterator[tuple[int, str]]:
+def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank. Lines end at newlines alone: strings of JSON may hold
     U+2028 as it is.
 

@@ -163,7 +163,7 @@ def _dim_dropped(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     share = _over_pixels(kept.astype(np.float32), pixels)[:, :, None]
     half_grey = 0.5 * pixels + 0.5 * (pixels @ _LUMINANCE)[:, :, None]
     dimmed = 0.4 * half_grey + 20
-    panel = (share * pixels + (1 - share) * dimmed + 0.5).astype(np.uint8)
+    panel: np.ndarray = (share * pixels + (1 - share) * dimmed + 0.5).astype(np.uint8)
     panel[_border(share[:, :, 0] > 0, _line_width(kept.shape, pixels.shape))] = _LINE
     return panel
 
@@ -189,7 +189,8 @@ def _border(kept: np.ndarray, width: int) -> np.ndarray:
         padded = np.pad(near, 1)
         rows = padded[:-2] | padded[1:-1] | padded[2:]
         near = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
-    return near & ~kept
+    ring: np.ndarray = near & ~kept
+    return ring
 
 
 def _line_width(grid: tuple[int, ...], panel: tuple[int, ...]) -> int:
@@ -203,7 +204,8 @@ def _over_pixels(grid: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     rows, columns = (
         ((np.arange(size) + 0.5) * cells / size).astype(int) for size, cells in zip(pixels.shape[:2], grid.shape[:2])
     )
-    return grid[rows[:, None], columns]
+    spread: np.ndarray = grid[rows[:, None], columns]
+    return spread
 
 
 def _colours(level: np.ndarray) -> np.ndarray:

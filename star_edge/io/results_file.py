@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from os import PathLike
 from typing import BinaryIO
 
-try:
+if sys.platform != "win32":  # two runs into one file are not told apart there
     import fcntl
-except ImportError:  # not on Windows: two runs into one file are not told apart there
-    fcntl = None
 
 
-def open_alone(path: str | PathLike, buffering: int = -1) -> BinaryIO:
+def open_alone(path: str | PathLike[str], buffering: int = -1) -> BinaryIO:
     """The file, made where there is none, to be read from its start and appended to; locked until it is closed.
 
     Raises:
@@ -27,11 +26,10 @@ def open_alone(path: str | PathLike, buffering: int = -1) -> BinaryIO:
             raise OSError(errno.EINVAL, "it is no regular file")
         file = open(path, "a+b", buffering=buffering)  # noqa: SIM115 (kept open for the run)
         try:
-            if fcntl is not None:
+            if sys.platform != "win32":
                 _lock(file)
-                if not _is_at(
-                    file, path
-                ):  # whoever had the lock has put another file there: results would go into the old one
+                # whoever had the lock may have put another file there: results would go into the old one
+                if not _is_at(file, path):
                     file.close()
                     continue
             file.seek(0)
@@ -42,6 +40,8 @@ def open_alone(path: str | PathLike, buffering: int = -1) -> BinaryIO:
 
 
 def _lock(file: BinaryIO) -> None:
+    if sys.platform == "win32":
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,7 +50,7 @@ def _lock(file: BinaryIO) -> None:
         pass  # a file system without locks
 
 
-def _is_at(file: BinaryIO, path: str | PathLike) -> bool:
+def _is_at(file: BinaryIO, path: str | PathLike[str]) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

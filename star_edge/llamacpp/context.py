@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import llama_cpp
 import numpy as np
@@ -40,11 +41,11 @@ class TappedContext(_internals.LlamaContext):
     clears_to_stem: the next kv_cache_clear is the beginning of a request and leaves the stem.
     """
 
-    def __init__(self, tap: Tap, **kwargs: object) -> None:
+    def __init__(self, tap: Tap, **kwargs: Any) -> None:
         self.tap = tap
         self.request = 0
         self.is_cancelled: Callable[[], bool] | None = None
-        self.stem: object | None = None
+        self.stem: Any = None
         self.n_parked = 0
         self.clears_to_stem = False
         self._n_prompt = 0
@@ -85,7 +86,7 @@ class TappedContext(_internals.LlamaContext):
             return
         self.forget_prompt()
         self.forget_stem()
-        super().kv_cache_clear()
+        super().kv_cache_clear()  # type: ignore[no-untyped-call]  # llama_cpp has no annotations there
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         if p0 < self._n_prompt:
@@ -151,15 +152,24 @@ def attach_tap(llama: Llama, tap: Tap) -> None:
         ) from error
 
 
+def tapped(llama: Llama) -> TappedContext:
+    """The context that attach_tap has put into the Llama."""
+    return cast(TappedContext, llama._ctx)
+
+
 def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._stack.callback(context.close)
     llama._ctx = context
     llama.reset()  # what was in the old cache is gone
     if llama._lora_adapter is not None:
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llama._lora_adapter)
+        adapter: Any = llama._lora_adapter  # a c_void_p, which stands for any pointer
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
         scales = (ctypes.c_float * 1)(llama.lora_scale)
         if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
             raise EngineError("the LoRA adapter could not be applied to the new context")
+
+
+_SomeRows = slice | np.ndarray
 
 
 @dataclass
@@ -177,14 +187,17 @@ class Rows:
     embeddings: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self.positions.shape[-1]
+        return int(self.positions.shape[-1])
 
     def slice(self, start: int, stop: int) -> Rows:
         return self.take(slice(start, stop))
 
-    def take(self, rows: slice | np.ndarray) -> Rows:
+    def take(self, rows: _SomeRows) -> Rows:
         """Some of the rows."""
-        part = lambda array: None if array is None else array[rows]
+
+        def part(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[rows]
+
         return Rows(np.ascontiguousarray(self.positions[..., rows]), part(self.tokens), part(self.embeddings))
 
 
@@ -260,7 +273,7 @@ class DecoderContext:
             EngineError: llama.cpp refused or failed, or the tap did.
             RequestCancelledError: TappedContext.is_cancelled says so.
         """
-        self.llama._ctx.check_cancelled()
+        tapped(self.llama).check_cancelled()
         n = len(rows)
         if n > self.n_ubatch:
             raise EngineError(f"{what}: {n} rows in one decode, n_ubatch is {self.n_ubatch}")
@@ -268,7 +281,7 @@ class DecoderContext:
         wants_logits = np.zeros(n, np.int8)
         wants_logits[0 if self.all_logits else -1 :] = logits
 
-        batch = llama_cpp.llama_batch()
+        batch: Any = llama_cpp.llama_batch()  # its annotations are arrays where pointers stand
         batch.n_tokens = n
         if rows.tokens is not None:
             tokens = np.ascontiguousarray(rows.tokens, np.int32)
@@ -282,7 +295,7 @@ class DecoderContext:
                 dense = np.concatenate([dense, dense, dense, np.zeros(n, np.int32)])
         batch.pos = dense.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
         batch.n_seq_id = self._n_seq_id.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.seq_id = ctypes.cast(self._seq_ids, type(batch.seq_id))
+        batch.seq_id = ctypes.cast(cast(Any, self._seq_ids), type(batch.seq_id))
         batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
         plan.n_rows = n
@@ -324,7 +337,8 @@ class DecoderContext:
 
     def clear(self) -> None:
         """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
-        self.llama._ctx.stem, self.llama._ctx.n_parked = None, 0
+        context = tapped(self.llama)
+        context.stem, context.n_parked = None, 0
         llama_cpp.llama_memory_clear(self.memory, False)
 
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:

@@ -6,11 +6,12 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 
 
-def list_devices() -> list[dict[str, object]]:
+def list_devices() -> list[dict[str, Any]]:
     """Name, description, and free and total memory in bytes of each device, the CPU among them."""
     folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
     name = {"win32": "ggml.dll", "darwin": "libggml.dylib"}.get(sys.platform, "libggml.so")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -120,12 +121,12 @@ class GGUFInfo:
     path: str
     n_bytes: int
     architecture: str
-    values: dict[str, object]
+    values: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Value] = field(default_factory=dict)
 
 
-def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo:
+def read_gguf_info(path: str | PathLike[str], keys: tuple[str, ...] = ()) -> GGUFInfo:
     """Reads the header and checks that every tensor lies inside the file.
 
     Raises:
@@ -166,7 +167,7 @@ def read_gguf_info(path: str | PathLike, keys: tuple[str, ...] = ()) -> GGUFInfo
         GGML.gguf_free(handle)
 
 
-def _path(path: str | bytes | PathLike) -> str:
+def _path(path: str | bytes | PathLike[str]) -> str:
     """As llama_cpp takes it: a str that is UTF-8, with ~ expanded."""
     try:
         name = os.path.expanduser(os.fsdecode(path))
@@ -215,7 +216,7 @@ def count_rows(info: GGUFInfo, name: str, n_columns: int) -> int:
 
 
 def copy_with_metadata(
-    source: str | PathLike, target: str | PathLike, changes: Mapping[str, np.ndarray | bool]
+    source: str | PathLike[str], target: str | PathLike[str], changes: Mapping[str, np.ndarray | bool]
 ) -> None:
     """Copies a GGUF file with some keys added or replaced. Values: (n,) int32, or bool. The tensors' bytes stay as they
     are.
@@ -252,7 +253,8 @@ def copy_with_metadata(
 
 def _open(name: str) -> int | None:
     with quiet_llama_log():
-        return GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+        handle: int | None = GGML.gguf_init_from_file(name.encode(), _InitParams(no_alloc=True, ctx=None))
+    return handle
 
 
 def _tensor(handle: int, index: int) -> tuple[str, Tensor]:

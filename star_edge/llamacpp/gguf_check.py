@@ -14,8 +14,9 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
+from typing import Any, Literal, NoReturn, overload
 
 import llama_cpp
 
@@ -119,10 +120,10 @@ class Header:
     def __init__(self, info: GGUFInfo) -> None:
         self.info = info
 
-    def refuse(self, cause: str) -> None:
+    def refuse(self, cause: str) -> NoReturn:
         raise ModelFileError(f"{self.info.path}: {cause}", REMEDY)
 
-    def get(self, key: str, default: object = None) -> object:
+    def get(self, key: str, default: Any = None) -> Any:
         found = self.info.metadata.get(key)
         return default if found is None or found.value is None else found.value
 
@@ -133,9 +134,7 @@ class Header:
             if found is not None and found.kind != kind:
                 self.refuse(f"{key} is of type {found.kind}, and llama.cpp reads {kind}")
 
-    def whole(
-        self, key: str, least: int, most: int, default: int | None = None, of_layers: int = 0
-    ) -> int | list[int] | None:
+    def whole(self, key: str, least: int, most: int, default: int | list[int] | None = None, of_layers: int = 0) -> Any:
         """A whole number, or `default` without it; where of_layers is given also a list with one for each layer."""
         found = self.info.metadata.get(key)
         if found is None:
@@ -155,6 +154,14 @@ class Header:
         for v in value if isinstance(value, list) else [value]:
             if isinstance(v, float) and (not math.isfinite(v) or (positive and v <= 0)):
                 self.refuse(f"{key} = {v}, and it must be {'more than 0' if positive else 'finite'}")
+
+    @overload
+    def tensor(
+        self, name: str, shape: tuple[int | None, ...], why: str, *, required: Literal[True] = True
+    ) -> Tensor: ...
+
+    @overload
+    def tensor(self, name: str, shape: tuple[int | None, ...], why: str, *, required: bool) -> Tensor | None: ...
 
     def tensor(self, name: str, shape: tuple[int | None, ...], why: str, *, required: bool = True) -> Tensor | None:
         """A tensor of that shape; None stands for any number. `why`: the keys that ask for it."""
@@ -195,7 +202,7 @@ class Header:
                 self.multiplied(name)
 
 
-def read_text_model(path: str | PathLike) -> GGUFInfo:
+def read_text_model(path: str | PathLike[str]) -> GGUFInfo:
     """The header of a text model that llama.cpp can be given.
 
     Raises:
@@ -219,7 +226,10 @@ def check_text_model(info: GGUFInfo) -> None:
     """
     header = Header(info)
     arch = info.architecture
-    key = lambda name: f"{arch}.{name}"
+
+    def key(name: str) -> str:
+        return f"{arch}.{name}"
+
     header.types(exempt=_INDICES)
     n_layers = header.whole(key("block_count"), 1, _MAX_LAYERS)
     if isinstance(n_layers, int):
@@ -249,7 +259,7 @@ def check_text_model(info: GGUFInfo) -> None:
         header.refuse(f"{key('rope.scaling.type')} = {scaling!r}, and llama.cpp knows none, linear, yarn and longrope")
 
 
-def _check_attention(header: Header, key, n_layers: int) -> None:
+def _check_attention(header: Header, key: Callable[[str], str], n_layers: int) -> None:
     """Heads, their sizes, and how much of them RoPE turns."""
     n_embd = header.whole(key("embedding_length"), 1, 2**20)
     heads = header.whole(key("attention.head_count"), 0, 2**16, of_layers=n_layers)
@@ -265,7 +275,7 @@ def _check_attention(header: Header, key, n_layers: int) -> None:
     arch = header.info.architecture
     size = size_v = n_embd // first
     full = header.get(key("attention.key_length"), size)
-    n_rot: object = None
+    n_rot: Any = None
     for suffix in ("", "_swa"):  # what is not said of layers with a sliding window is as in the others
         size = header.whole(key(f"attention.key_length{suffix}"), 1, 2**16, default=size)
         size_v = header.whole(key(f"attention.value_length{suffix}"), 1, 2**16, default=size_v)
@@ -294,7 +304,7 @@ def _each(value: int | list[int] | None, n: int) -> list[int]:
     )
 
 
-def _check_experts(header: Header, key) -> None:
+def _check_experts(header: Header, key: Callable[[str], str]) -> None:
     n = header.whole(key("expert_count"), 0, 2**10, default=0)
     used = header.get(key("expert_used_count"), 0)
     most = max(used) if isinstance(used, list) and used else used
@@ -302,7 +312,7 @@ def _check_experts(header: Header, key) -> None:
         header.refuse(f"{key('expert_used_count')} = {most}, and {key('expert_count')} = {n}")
 
 
-def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
+def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
     """The header of a LoRA file, checked against the text model that it is for (llama_adapter_lora_init_impl).
 
     Raises:
@@ -314,7 +324,8 @@ def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
     header.kinds("f32", ("adapter.lora.alpha",))
     if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
         raise ModelFileError(
-            f"{info.path} is no LoRA adapter (general.type {header.get('general.type')!r}, adapter.type {header.get('adapter.type')!r})",
+            f"{info.path} is no LoRA adapter (general.type {header.get('general.type')!r}, adapter.type "
+            f"{header.get('adapter.type')!r})",
             "convert the adapter with llama.cpp's convert_lora_to_gguf.py",
         )
     header.real("adapter.lora.alpha", positive=False)
@@ -346,7 +357,10 @@ def read_lora(path: str | PathLike, model: GGUFInfo) -> GGUFInfo:
 
 
 def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tensor) -> None:
-    two = lambda tensor: (*tensor.shape, 1)[:2]
+
+    def two(tensor: Tensor) -> tuple[int, ...]:
+        return (*tensor.shape, 1)[:2]
+
     (a_in, a_out), (b_in, b_out), (n_in, n_out) = two(pair["a"]), two(pair["b"]), two(target)
     flipped = base.endswith("token_embd.weight")  # see llm_graph_context::build_inp_embd: A and B change places
     fits = (
@@ -356,13 +370,13 @@ def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tens
     )
     if not fits:
         raise ModelMismatchError(
-            f"{header.info.path}: {base} is {list(target.shape)} in the text model, and the adapter has {list(pair['a'].shape)} and "
-            f"{list(pair['b'].shape)} for it",
+            f"{header.info.path}: {base} is {list(target.shape)} in the text model, and the adapter has "
+            f"{list(pair['a'].shape)} and {list(pair['b'].shape)} for it",
             "use the model that it was made for",
         )
 
 
-def check_shards(path: str | PathLike) -> None:
+def check_shards(path: str | PathLike[str]) -> None:
     """A split model has all of its files beside the first (llama_model_loader: split.count).
 
     Raises:

@@ -112,7 +112,9 @@ class _Parser:
         )
 
     def _skip(self, position: int, newlines: bool) -> int:
-        return (_SPACE_OR_NEWLINE if newlines else _SPACE).match(self._text, position).end()
+        found = (_SPACE_OR_NEWLINE if newlines else _SPACE).match(self._text, position)
+        assert found is not None  # both match nothing too
+        return found.end()
 
     def _new_symbol(self) -> int:
         self._n_symbols += 1
@@ -258,7 +260,7 @@ class _Parser:
         if not found:
             raise self._fail("a repetition is no {m}, {m,} or {m,n}", position)
         numbers = [None if n is None else int(n) if len(n) < 10 else 10**9 for n in found.group(1, 3)]
-        least = numbers[0]
+        least = numbers[0] or 0
         most = numbers[1] if found.group(2) else least
         if max(least, most or 0) > MAX_REPETITIONS:
             raise ConfigError(
@@ -283,10 +285,11 @@ class _Parser:
         self._grow(len(unit) * max(0, least - 1) + n_optional * (len(unit) + 3))
         del sequence[frame.start :]
         sequence += unit * least
-        last = None
-        for i in range(n_optional):
+        last: int | None = None
+        for _ in range(n_optional):
             number = self._new_symbol()
-            self._rules[number] = [unit + [number if most is None else last] * (i > 0 or most is None), []]
+            again = [number] if most is None else [last] if last is not None else []
+            self._rules[number] = [unit + again, []]
             last = number
         if last is not None:
             sequence.append(last)
@@ -361,14 +364,17 @@ def _check_branches(rules: dict[int, Rule]) -> None:
             raise ConfigError(f"a rule of the grammar has {len(rule)} alternatives", f"use {MAX_BRANCHES} at most")
 
 
-def _count_stacks(rules: dict[int, Rule], position: tuple[int, int, int]) -> int:
+_Position = tuple[int, int, int]
+
+
+def _count_stacks(rules: dict[int, Rule], position: _Position) -> int:
     """Stacks that one at the position, with nothing below it, becomes on its way to terminals.
 
     A position is (rule, alternative, element). Positions are shared, as llama.cpp's are addresses: equal ways become
     one.
     """
-    seen: set[tuple] = set()
-    todo: list[tuple] = [(position,)]
+    seen: set[tuple[_Position, ...]] = set()
+    todo: list[tuple[_Position, ...]] = [(position,)]
     while todo:
         stack = todo.pop()
         if stack in seen:
@@ -387,5 +393,5 @@ def _count_stacks(rules: dict[int, Rule], position: tuple[int, int, int]) -> int
         below = stack[:-1]
         if e + 1 < len(rules[number][a]):
             below += ((number, a, e + 1),)
-        todo += [below + ((element, i, 0),) if alternative else below for i, alternative in enumerate(rules[element])]
+        todo += [(*below, (element, i, 0)) if alternative else below for i, alternative in enumerate(rules[element])]
     return len(seen)

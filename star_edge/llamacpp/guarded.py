@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import llama_cpp
 import numpy as np
@@ -20,6 +20,11 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from ..arguments import Range, check, parameters
 from ..errors import ConfigError, ContextLengthError, EngineClosedError, EngineError
 from .grammar import check_grammar
+
+if TYPE_CHECKING:
+    _Mixin = Llama  # what _Guards is mixed into
+else:
+    _Mixin = object
 
 _CREATE_COMPLETION = inspect.signature(Llama.create_completion)
 _INT32 = 2**31 - 1
@@ -59,7 +64,10 @@ def check_options(llama: Llama, options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("stopping_criteria"), (list, tuple)):
         options["stopping_criteria"] = StoppingCriteriaList(options["stopping_criteria"])
     if isinstance(options.get("logit_bias"), Mapping):  # OpenAI's keys are strings, as JSON's are
-        number = lambda key: int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+
+        def number(key: Any) -> Any:
+            return int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+
         options["logit_bias"] = {number(key): value for key, value in options["logit_bias"].items()}
     bias = options.pop("logit_bias", None)
     options = check(Llama.create_completion, options, RANGES)
@@ -85,7 +93,8 @@ def _check_bias(bias: Any, n_vocab: int) -> dict[int, float]:
             raise ConfigError(f"logit_bias has token {token}", f"the model has tokens 0 to {n_vocab - 1}")
         if value not in Range(-np.inf, 1e6, infinite=True) or value == np.inf:
             raise ConfigError(f"logit_bias has {value} for token {token}", "use a number, or -inf to forbid the token")
-    return bias
+    checked: dict[int, float] = bias
+    return checked
 
 
 def _check_stops(stop: str | Sequence[str]) -> list[str]:
@@ -124,12 +133,13 @@ def check_length(llama: Llama, text: str) -> None:
     n_bytes, n_ctx = len(text.encode("utf-8", "replace")), llama.n_ctx()
     if n_bytes <= n_ctx:
         return
+    guards = cast(_Guards, llama)
     if not hasattr(llama, "_longest_token"):
         vocab = llama._model.vocab
         lengths = (len(llama_cpp.llama_vocab_get_text(vocab, token) or b"") for token in range(llama.n_vocab()))
-        llama._longest_token = max(4, *lengths)  # an unknown character has up to 4 bytes
-    if n_bytes > n_ctx * llama._longest_token:
-        most = f"{n_ctx} tokens of {llama._longest_token} bytes"
+        guards._longest_token = max(4, *lengths)  # an unknown character has up to 4 bytes
+    if n_bytes > n_ctx * guards._longest_token:
+        most = f"{n_ctx} tokens of {guards._longest_token} bytes"
         raise ContextLengthError(
             f"the prompt has {n_bytes} bytes, which are more than {most}", "shorten it, or raise n_ctx"
         )
@@ -142,15 +152,16 @@ def request_of(llama: Llama) -> Iterator[None]:
     Raises:
         EngineClosedError: there is one under way.
     """
-    if llama._n_requests or llama._n_steps:
+    guards = cast(_Guards, llama)  # since `guard`
+    if guards._n_requests or guards._n_steps:
         raise EngineClosedError(
             "the engine is busy with a request, which a callback of it cannot interrupt", "wait for its answer"
         )
-    llama._n_requests += 1
+    guards._n_requests += 1
     try:
         yield
     finally:
-        llama._n_requests -= 1
+        guards._n_requests -= 1
 
 
 def guard(llama: Llama) -> None:
@@ -177,7 +188,7 @@ class _Limit(StoppingCriteriaList):
         return self.reached or super().__call__(input_ids, logits)
 
 
-class _Guards:
+class _Guards(_Mixin):
     """Mixed into the class of a Llama.
 
     _n_requests, _n_steps: requests, and steps of an answer, that run at this moment.
@@ -187,6 +198,7 @@ class _Guards:
     grammar_instead: for the completions that are made while it is set, in place of the grammar that they are given.
     """
 
+    _longest_token: int
     _n_requests = _n_steps = 0
     n_generated = n_sampled = 0
     grammar_instead: LlamaGrammar | None = None
@@ -230,16 +242,17 @@ class _Guards:
         if bias:  # Llama._create_completion forgets both when it has a logits_processor as well
             options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), _Bias(bias)])
         limit = options["stopping_criteria"] = _Limit(options.get("stopping_criteria"), options.get("max_tokens", 16))
-        result = super().create_completion(**options)
+        result: Any = super().create_completion(**options)
         return _labelled(result, limit) if isinstance(result, dict) else _labelled_chunks(result, limit)
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         limit = kwargs.get("stopping_criteria")
-        most = None
+        most: int | None = None
         if isinstance(limit, _Limit):
             most = self._n_ctx - len(tokens)
             most = most if limit.max_tokens is None else min(most, limit.max_tokens)
-        inner, n, sent = super().generate(tokens, *args, **kwargs), 0, None
+        inner, n = super().generate(tokens, *args, **kwargs), 0
+        sent: Any = None
         try:
             while True:
                 with self._step():
@@ -248,12 +261,13 @@ class _Guards:
                     except StopIteration:
                         return
                 self.n_sampled += 1
-                if n == most and not llama_cpp.llama_vocab_is_eog(self._model.vocab, token):
+                ends = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                if isinstance(limit, _Limit) and n == most and not ends:
                     # create_completion has had as many, and asks for more all the same
                     limit.reached = True
                     return
                 n += 1
-                self.n_generated += not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                self.n_generated += not ends
                 sent = yield token
         finally:
             inner.close()
@@ -303,12 +317,12 @@ def _labelled(response: dict[str, Any], limit: _Limit) -> dict[str, Any]:
     return response
 
 
-def _labelled_chunks(chunks: Iterator[dict[str, Any]], limit: _Limit) -> Iterator[dict[str, Any]]:
+def _labelled_chunks(chunks: Any, limit: _Limit) -> Iterator[dict[str, Any]]:
     try:
         for chunk in chunks:
             yield _labelled(chunk, limit)
     finally:
-        chunks.close()
+        chunks.close()  # a generator's
 
 
 class _Failure:
@@ -383,7 +397,7 @@ class _GrammarSampler(_internals.CustomSampler):
         self._accept_reference = llama_cpp.llama_sampler_i_accept(self._accept)
         self.sampler.iface.contents.accept = self._accept_reference
 
-    def _apply(self, candidates: llama_cpp.llama_token_data_array_p) -> None:
+    def _apply(self, candidates: Any) -> None:
         if self._failure.error is not None:
             return
         try:

@@ -25,23 +25,27 @@ _REPETITION = re.compile(r"\{([^}]*)\}")
 
 
 class _Converter(SchemaConverter):
-    """llama_cpp's, with a bound on what it writes and on its own steps."""
+    """llama_cpp's, which has no annotations, with a bound on what it writes and on its own steps."""
 
     def __init__(self) -> None:
-        super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+        super().__init__(  # type: ignore[no-untyped-call]
+            prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False
+        )
         self._n_bytes = self._n_visits = 0
 
     def _add_rule(self, name: str, rule: str) -> str:
         self._n_bytes += len(name) + len(rule)
         if self._n_bytes > 2 * MAX_BYTES:  # what is written twice counts twice
             raise ConfigError(f"the JSON schema comes to a grammar of more than {MAX_BYTES} bytes", "make it smaller")
-        return super()._add_rule(name, rule)
+        reference: str = super()._add_rule(name, rule)  # type: ignore[no-untyped-call]
+        return reference
 
     def visit(self, schema: Any, name: str) -> str:
         self._n_visits += 1
         if self._n_visits > MAX_SCHEMA_VALUES:
             raise ConfigError("the JSON schema's references come to too many definitions", "make it smaller")
-        return super().visit(schema, name)
+        reference: str = super().visit(schema, name)  # type: ignore[no-untyped-call]
+        return reference
 
     def _format_literal(self, literal: str) -> str:
         """literal: JSON text, whose backslashes the original leaves to be read as escapes of the grammar."""
@@ -67,7 +71,7 @@ def schema_grammar(schema: Any) -> LlamaGrammar:
         return LlamaGrammar.from_string(JSON_GBNF)
     _check_schema(schema)
     try:
-        converter = _Converter()
+        converter: Any = _Converter()
         converter.visit(converter.resolve_refs(json.loads(json.dumps(schema)), "stdin"), "")
         return LlamaGrammar.from_string(converter.format_grammar())
     except ConfigError:

@@ -160,7 +160,8 @@ class _Check:
         self.merge_key = _V + ("spatial_merge_size" if self.projector in _BY_MERGE_SIZE else "projector.scale_factor")
 
     def merge(self, default: int, least: int = 1) -> int:
-        return self.header.whole(self.merge_key, least, max(least, 64), default)
+        n_merge: int = self.header.whole(self.merge_key, least, max(least, 64), default)
+        return n_merge
 
     # ---- shapes; why: the keys that they follow from ----
 
@@ -286,7 +287,8 @@ def _llava(c: _Check) -> None:
         return
     if c.side != _LDP_SIDE:
         c.header.refuse(
-            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, and {c.projector} has 24"
+            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, and "
+            f"{c.projector} has 24"
         )
     first, second = (
         ("mm.model.mlp.1", "mm.model.mlp.3") if c.projector == "ldp" else ("mm.model.mlp.0", "mm.model.mlp.2")
@@ -310,8 +312,8 @@ def _fixed_grid(c: _Check, n_merge: int, extra: int = 0) -> None:
     """Pictures are always of image_size, and a token is a square of patches."""
     if not c.side or c.side % n_merge:
         c.header.refuse(
-            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, no multiple of "
-            f"{c.merge_key} = {n_merge}"
+            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, no multiple "
+            f"of {c.merge_key} = {n_merge}"
         )
     c.patches()
     c.positions(c.side**2 + extra, exact=True, added=True)

@@ -20,7 +20,8 @@ import llama_cpp.mtmd_cpp
 from ..errors import EngineError, LayerWindowError, VersionMismatchError
 
 try:
-    from .._core import ffi, lib
+    from .._core import ffi as ffi  # for the modules beside this one
+    from .._core import lib as lib
 except ImportError as error:  # pragma: no cover - only in a source tree that was never built
     raise ImportError("the star_edge C extension is not built: install the package with `pip install .`") from error
 
@@ -60,7 +61,8 @@ def check_layout(layouts: Iterable[tuple[str, str | None, int]], *modules: Modul
         if found != expected:
             what = f"{name}.{field} at byte {expected}" if field else f"{name} of {expected} bytes"
             raise VersionMismatchError(
-                f"llama-cpp-python {llama_cpp.__version__} is not the one that star_edge was compiled against: that has {what}, and this "
+                f"llama-cpp-python {llama_cpp.__version__} is not the one that star_edge was compiled against: that "
+                f"has {what}, and this "
                 + ("none" if found is None else f"has it at byte {found}" if field else f"{found} bytes"),
                 "reinstall star-edge to compile it against this one, or install llama-cpp-python from PyPI",
             )

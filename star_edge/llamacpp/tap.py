@@ -120,7 +120,7 @@ class Tap:
             c.first, c.last, c.n_layer = plan.window
         hidden = plan.inject if plan.inject is not None else plan.hidden
         for array in (plan.inject, plan.hidden):
-            if array is not None and array.shape != (plan.n_rows, hidden.shape[1]):
+            if array is not None and hidden is not None and array.shape != (plan.n_rows, hidden.shape[1]):
                 raise EngineError(f"{what}: hidden states have shape {array.shape} for {plan.n_rows} rows")
         c.n_embd = 0 if hidden is None else hidden.shape[1]
         c.inject = pointer(plan.inject, "float", np.float32)
@@ -165,6 +165,7 @@ class Tap:
             outcome.score_seconds = result.score_seconds
         check(outcome.error, what)
         if read is not None:
+            assert buffer is not None
             shape = () if read.reduce & MEAN_ROWS else (result.attn_rows,)
             shape = shape if read.reduce & MEAN_HEADS else (result.attn_heads, *shape)
             outcome.attention = [

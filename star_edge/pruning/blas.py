@@ -6,19 +6,19 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
 _lock = threading.Lock()
 _depth = 0
-_limit = None
+_limit: Any = None
 
 
 @functools.cache
 def _controller() -> ThreadpoolController:
-    return (
-        ThreadpoolController()
-    )  # reads the list of loaded libraries: milliseconds, where setting a limit takes microseconds
+    # reads the list of loaded libraries: milliseconds, where setting a limit takes microseconds
+    return ThreadpoolController()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class JointTokens(Tokens):
         Places are those within an image: what comes again in a later frame at the same place is near, whenever that is.
         """
         row, column = np.nan_to_num(self.places.T)
-        apart = (row[:, None] - row) ** 2
+        apart: np.ndarray = (row[:, None] - row) ** 2
         apart += (column[:, None] - column) ** 2
         np.sqrt(apart, out=apart)
         nowhere = np.isnan(self.places[:, 0])
@@ -72,7 +72,11 @@ def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = No
             rows_columns = np.stack(np.divmod(part.cells[on_grid], part.grid[1]), axis=1)
             where[on_grid] = rows_columns * (side / part.grid)
         places.append(where)
-    joined = lambda arrays: None if any(a is None for a in arrays) else np.concatenate(arrays, axis=-1)
+
+    def joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        there = [array for array in arrays if array is not None]
+        return np.concatenate(there, axis=-1) if len(there) == len(arrays) else None
+
     return JointTokens(
         np.concatenate([part.vectors for part in parts]),
         np.full(sum(sizes), -1),
@@ -142,14 +146,14 @@ def divide(
     if not np.count_nonzero(sizes) <= total <= sizes.sum():
         raise ValueError(f"cannot keep {total} of {sizes.sum()} tokens of {len(parts)} images")
     if not sizes.all():  # a crop of nothing but special tokens
-        some = np.flatnonzero(sizes)
+        some = np.flatnonzero(sizes).tolist()
         counts = np.zeros(len(parts), int)
         counts[some] = divide(
             [parts[i] for i in some], [pictures[i] for i in some], [n_original[i] for i in some], total, count, compares
         )
-        return counts.tolist()
+        return [int(n) for n in counts]
     if total == sizes.sum():
-        return sizes.tolist()
+        return [int(n) for n in sizes]
     tokens = join(parts, pictures, MAX_JOINT if compares else None)
     k = max(1, round(total * len(tokens) / int(sizes.sum())))
     wanted = np.asarray(count(tokens, k), np.float64)
@@ -165,8 +169,8 @@ def in_proportion(total: int, sizes: Sequence[int]) -> list[int]:
 
     total: from the number of sizes other than 0 to their sum.
     """
-    sizes = np.asarray(sizes)
-    return _apportion(total * sizes / max(1, sizes.sum()), np.minimum(sizes, 1), sizes, total)
+    most = np.asarray(sizes)
+    return _apportion(total * most / max(1, most.sum()), np.minimum(most, 1), most, total)
 
 
 def _apportion(wanted: np.ndarray, floors: np.ndarray, most: np.ndarray, total: int) -> list[int]:
@@ -178,4 +182,4 @@ def _apportion(wanted: np.ndarray, floors: np.ndarray, most: np.ndarray, total: 
     whole = np.floor(counts + 1e-9)
     for i in np.argsort(whole - counts, kind="stable")[: total - int(whole.sum())]:
         whole[i] += 1
-    return whole.astype(int).tolist()
+    return [int(n) for n in whole]

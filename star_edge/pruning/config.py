@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal, TypeGuard
 
 from ..errors import ConfigError
 from ..io.json_input import read_json
@@ -22,7 +23,7 @@ Keep = float | int
 MAX_WINDOWS = 6  # each parks what it drops in a sequence of its own (llamacpp.context.N_SEQUENCES)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -32,11 +33,14 @@ def _check_keep(name: str, keep: object) -> Keep:
         raise ConfigError(
             f"{name}={keep!r} is a {type(keep).__name__}", "use a fraction (0.25) or a count of tokens (144)"
         )
-    if not isinstance(keep, numbers.Integral) and not 0.0 < keep <= 1.0:  # NaN fails every comparison
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise ConfigError(f"{name}={keep} keeps nothing", "keep at least one token of each image")
+        return int(keep)
+    number: Any = keep  # numbers.Real has no order in typeshed
+    if not 0.0 < number <= 1.0:  # NaN fails every comparison
         raise ConfigError(f"{name}={keep} is no fraction in (0, 1]", "1.0 keeps all; an int is a count of tokens")
-    if isinstance(keep, numbers.Integral) and keep < 1:
-        raise ConfigError(f"{name}={keep} keeps nothing", "keep at least one token of each image")
-    return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
+    return float(keep)
 
 
 def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> None:
@@ -99,8 +103,9 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         for name in ("vision_share", "decoder_share"):
-            share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share <= 1:
+            share: Any = getattr(self, name)
+            is_real = isinstance(share, numbers.Real) and not isinstance(share, bool)
+            if not is_real or not 0 <= share <= 1:
                 raise ConfigError(
                     f"{name}={share!r} is no share in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
@@ -139,7 +144,7 @@ class PruneConfig:
         last_name, last_keep = "vision_keep", self.vision_keep
         windows = []
         for layer, keep in self.windows:
-            if not (_is_int(layer) and layer >= 1 or isinstance(layer, float) and 0 < layer < 1):
+            if not ((_is_int(layer) and layer >= 1) or (isinstance(layer, float) and 0 < layer < 1)):
                 raise ConfigError(
                     f"windows: {layer!r} is no layer", "use 1 to layers - 1, or a fraction of the layers in (0, 1)"
                 )
@@ -150,7 +155,7 @@ class PruneConfig:
             windows.append((layer, keep))
         return tuple(windows)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, which PruneConfig(**values) takes again."""
         return asdict(self) | {"windows": [list(window) for window in self.windows]}
 
@@ -190,14 +195,14 @@ class PruneConfig:
             choose_layer(layer if _is_int(layer) else max(1, round(layer * n_layers)), n_layers)
             for layer, _ in self.windows
         ]
-        if any(after <= before for before, after in zip(layers, layers[1:])):
+        if any(after <= before for before, after in pairwise(layers)):
             raise ConfigError(
                 f"windows are at layers {layers} of {n_layers}", "use ascending layers, and no more windows than fit"
             )
         return [(layer, keep) for layer, (_, keep) in zip(layers, self.windows)]
 
 
-_PLAIN = {"representatives": "none", "vision_share": 0.0, "decoder_share": 0.0}
+_PLAIN: dict[str, Any] = {"representatives": "none", "vision_share": 0.0, "decoder_share": 0.0}
 PRESETS: dict[str, PruneConfig | None] = {
     "off": None,
     "quality": PruneConfig(vision_keep=0.75, decoder_keep=0.375),
@@ -261,7 +266,7 @@ def load_config(path: str) -> PruneConfig | None:
     return PruneConfig(**values)
 
 
-def override(config: PruneConfig | None, **changes: object) -> PruneConfig | None:
+def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
     """The config with the given fields replaced where they are not None; a config is made when there was none.
 
     A stage of the config that contradicts the changes is left out, since whoever gave those need not know it: a decoder
@@ -278,7 +283,10 @@ def override(config: PruneConfig | None, **changes: object) -> PruneConfig | Non
     PruneConfig(**changes)  # of what is wrong with them nothing is left out
     if "decoder_keep" in changes and config.windows:
         config = replace(config, windows=())
-    exceeds = lambda then, first: type(then) is type(first) and then > first and then != 1.0
+
+    def exceeds(then: Keep, first: Keep) -> bool:
+        return type(then) is type(first) and then > first and then != 1.0
+
     vision, decoder = changes.get("vision_keep", config.vision_keep), changes.get("decoder_keep", config.decoder_keep)
     if "decoder_keep" not in changes:
         if exceeds(decoder, vision):
@@ -288,7 +296,8 @@ def override(config: PruneConfig | None, **changes: object) -> PruneConfig | Non
         changes["vision_keep"] = 1.0
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
-            f"decoder_layer={changes['decoder_layer']} is for one decoder stage, and there are {len(config.windows)} (windows)",
+            f"decoder_layer={changes['decoder_layer']} is for one decoder stage, and there are {len(config.windows)} "
+            "(windows)",
             "give decoder_keep too, to have one in their place",
         )
     return replace(config, **changes)

@@ -125,7 +125,8 @@ def select(kind: str, tokens: Tokens, scores: np.ndarray, k: int, share: float) 
 def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
     """The mean vector of each group, (k, n_embd) float32. vectors: (n, n_embd)."""
     if selection.group is None:
-        return vectors[selection.kept]
+        kept: np.ndarray = vectors[selection.kept]
+        return kept
     order = np.argsort(selection.group, kind="stable")
     sizes = np.bincount(selection.group, minlength=len(selection.kept))
     first = np.cumsum(sizes) - sizes
@@ -142,10 +143,9 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
 
 def _assign(far: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Index into `chosen` of the nearest for each token, (n,) int64; the chosen ones stay with themselves."""
-    group = far[:, chosen].argmin(axis=1)
-    group[chosen] = np.arange(
-        len(chosen)
-    )  # equal tokens have distance 0: each chosen one still keeps a place of its own
+    group: np.ndarray = far[:, chosen].argmin(axis=1)
+    # equal tokens have distance 0: each chosen one still keeps a place of its own
+    group[chosen] = np.arange(len(chosen))
     return group
 
 
@@ -169,10 +169,13 @@ def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selecti
     edges = np.linspace(0, n, n_bands + 1).astype(int)
     shares = np.diff(np.round(edges * k / n).astype(int))
     n_reps = np.minimum(shares, np.diff(np.round(np.cumsum([0, *shares]) * n_rep / k).astype(int)))
-    kept, mass, group = [], [], []
+    kept: list[np.ndarray] = []
+    mass: list[np.ndarray] = []
+    group: list[np.ndarray] = []
     for first, last, share, reps in zip(edges, edges[1:], shares, n_reps):
         part = tokens.part(slice(first, last))
         selection = cluster(part, scores[first:last], int(share), int(share if n_rep == k else reps))
+        assert selection.group is not None and selection.mass is not None  # clusters have both
         group.append(selection.group + sum(len(p) for p in kept))
         kept.append(selection.kept + first)
         mass.append(selection.mass)

@@ -40,7 +40,7 @@ def attention(tokens: Tokens, k: int) -> np.ndarray:
     Decoder, "text": mean over heads and the text rows after the last image (STAR, section 3.3). "last": of the last row
     alone (FastV, arXiv 2403.06764, section 4.1).
     """
-    return tokens.attention
+    return _read(tokens.attention)
 
 
 def text_raters(tokens: Tokens, k: int) -> np.ndarray:
@@ -50,11 +50,16 @@ def text_raters(tokens: Tokens, k: int) -> np.ndarray:
     with at least the mean relevance. The paper takes H_v and H_q as they enter layer 0; here they are the hidden states
     that enter layer K, scaled to RMS 1, because the text's embeddings are not at hand outside llama.cpp.
     """
-    scale = lambda x: x / np.maximum(np.sqrt((x * x).mean(axis=1, keepdims=True)), 1e-12)
-    products = scale(tokens.vectors) @ scale(tokens.text_vectors).T / np.sqrt(tokens.vectors.shape[1])
+
+    def scale(x: np.ndarray) -> np.ndarray:
+        scaled: np.ndarray = x / np.maximum(np.sqrt((x * x).mean(axis=1, keepdims=True)), 1e-12)
+        return scaled
+
+    products = scale(tokens.vectors) @ scale(_read(tokens.text_vectors)).T / np.sqrt(tokens.vectors.shape[1])
     shares = np.exp(products - products.max(axis=1, keepdims=True))
     relevance = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
-    return tokens.row_attention[relevance >= relevance.mean() * (1 - 1e-6)].mean(axis=0)
+    by_raters: np.ndarray = _read(tokens.row_attention)[relevance >= relevance.mean() * (1 - 1e-6)].mean(axis=0)
+    return by_raters
 
 
 def max_min_diversity(tokens: Tokens, k: int) -> np.ndarray:
@@ -106,6 +111,12 @@ def random(tokens: Tokens, k: int) -> np.ndarray:
     2511.02650).
     """
     return np.random.default_rng(tokens.seed).random(len(tokens))
+
+
+def _read(array: np.ndarray | None) -> np.ndarray:
+    """What the stage has read, because `Scorer.reads` asks for it."""
+    assert array is not None
+    return array
 
 
 def _by_order(order: np.ndarray | list[int], n: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -83,7 +84,10 @@ class Tokens:
 
     def part(self, rows: np.ndarray | slice) -> Tokens:
         """Some of them. rows: what indexes an (n,) array."""
-        of = lambda array: None if array is None else array[..., rows]
+
+        def of(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[..., rows]
+
         return replace(
             self,
             vectors=self.vectors[rows],
@@ -104,7 +108,8 @@ class Tokens:
         vectors = np.asarray(self.vectors, np.float32)
         if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
             vectors = vectors @ _projection(vectors.shape[1])
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return unit
 
     def distances(self) -> np.ndarray:
         """Distance of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
@@ -113,7 +118,7 @@ class Tokens:
         a place are at the mean distance from all others.
         """
         unit = self.unit_vectors
-        far = 1.0 - unit @ unit.T
+        far: np.ndarray = 1.0 - unit @ unit.T
         np.maximum(far, 0.0, out=far)
         far /= max(float(far.mean()), 1e-12)
         places = self.place_distances()
@@ -197,4 +202,4 @@ def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: i
     (K n1 + (L - K) n2) / L.
     """
     edges = [(0, n_first), *windows, (n_layers, 0)]
-    return sum(n * (after - layer) for (layer, n), (after, _) in zip(edges, edges[1:])) / n_layers
+    return sum(n * (after - layer) for (layer, n), (after, _) in pairwise(edges)) / n_layers

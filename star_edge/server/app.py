@@ -24,8 +24,8 @@ from .settings import Policy
 
 
 def make_app(
-    model: str | PathLike,
-    mmproj: str | PathLike,
+    model: str | PathLike[str],
+    mmproj: str | PathLike[str],
     policy: Policy = Policy(),
     prune: PruneConfig | str | None = "balanced",
     *,
@@ -38,7 +38,7 @@ def make_app(
     type_v: str = "f16",
     n_threads: int | None = None,
     encoder: str = "repaired",
-    chat_template: str | PathLike | None = None,
+    chat_template: str | PathLike[str] | None = None,
     verbose: bool = False,
 ) -> Starlette:
     """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way.
@@ -98,7 +98,7 @@ def make_app(
     engine = Engine(llama, handler, pictures, alias)
     bodies = Bodies(policy.max_body_bytes, policy.max_held_bytes, policy.body_seconds)
     routes = make_routes(engine, policy, default, bodies)
-    posts = {route.path for route in routes if "POST" in route.methods}
+    posts = {route.path for route in routes if "POST" in (route.methods or ())}
     middleware = [Middleware(Guard, policy=policy, on_post=engine.metrics.request, paths=posts, bodies=bodies)]
     if policy.cors_origins:
         cors = Middleware(
@@ -130,6 +130,6 @@ def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int |
         ("-ngl", n_gpu_layers, -1),
         ("-t", 1 if n_threads is None else n_threads, 1),
     ):
-        if not least <= value < 2**31 or option == "-c" and value == 1:
+        if not least <= value < 2**31 or (option == "-c" and value == 1):
             least = 2 if option == "-c" else least
             raise ConfigError(f"{option} {value} cannot be used", f"use a number of {least} or more, or leave it out")

@@ -25,7 +25,8 @@ class Ticket:
     """A request's place among those that wait, and the room of its body."""
 
     def __init__(self, guard: Guard, body: Body) -> None:
-        self._guard, self._body = guard, body
+        self._guard: Guard | None = guard
+        self._body = body
         guard.n_waiting += 1
 
     def take_body(self) -> bytearray:
@@ -58,7 +59,8 @@ class Guard:
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         status = 499  # the client left before there was one, as nginx writes it
@@ -121,13 +123,13 @@ class Guard:
             # a browser.
             raise Refusal(403, f"this server is localhost, not {host[:100]!r}: use its own address", "wrong_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower():
-            if not {"*", origin.lower()} & set(self.policy.cors_origins):
-                raise Refusal(
-                    403,
-                    f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin",
-                    "wrong_origin",
-                )
+        foreign = origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower()
+        if foreign and not {"*", origin.lower()} & set(self.policy.cors_origins):
+            raise Refusal(
+                403,
+                f"pages of {origin[:100]!r} may not use this server: start it with --cors-origin",
+                "wrong_origin",
+            )
         path = scope["path"]
         if self.policy.api_key is None or path in ("/", "/health") or path.startswith("/page/"):
             return

@@ -16,7 +16,9 @@ from typing import Any
 import anyio
 import llama_cpp
 import numpy as np
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 from llama_cpp import Llama
+from llama_cpp.llama_grammar import LlamaGrammar
 
 from ..chat_handler import StarChatHandler
 from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancelledError
@@ -79,6 +81,7 @@ class Handler(StarChatHandler):
 
     def _read(self, chunks: object) -> None:
         super()._read(chunks)
+        assert self._request is not None  # the prompt of one was read
         self.n_prompt = self._request.n_prompt
 
 
@@ -133,7 +136,9 @@ class Job:
         self._n_chunks = 0
         # Without a bound: the engine never waits for a client that reads slowly, and an answer is never longer than the
         # context.
-        self._send, self._receive = anyio.create_memory_object_stream(math.inf)
+        pieces: tuple[MemoryObjectSendStream[Any], MemoryObjectReceiveStream[Any]]
+        pieces = anyio.create_memory_object_stream(math.inf)
+        self._send, self._receive = pieces
         engine.jobs.add(self)
 
     def start(self) -> None:
@@ -227,12 +232,16 @@ class Job:
             least = llama_cpp.MinTokensLogitsProcessor(body.min_tokens, engine.llama.token_eos())
             kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([least])
         if body.grammar is not None:
-            kwargs["grammar"] = llama_cpp.LlamaGrammar.from_string(body.grammar)
+            kwargs["grammar"] = LlamaGrammar.from_string(body.grammar)
         engine.pictures.sources = self._images
         afresh = _afresh(engine.handler) if body.star_edge.afresh else contextlib.nullcontext()
         try:
             with engine.handler.pruning(self._config), engine.handler.cancellable(self._stopped.is_set), afresh:
-                return engine.llama.create_chat_completion(self._messages, **kwargs), engine.handler.last_report
+                messages: Any = self._messages  # JSON that read_messages has checked
+                result = engine.llama.create_chat_completion(messages, **kwargs)
+                report = engine.handler.last_report
+                assert report is not None  # of this request
+                return result, report
         finally:
             engine.pictures.sources = self._images = {}
 
@@ -243,12 +252,11 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
     Raises:
         ConfigError: a name that is no token, or more than can be looked at in a moment.
     """
-    if sum(len(name) for name in body.logit_bias) > 8 * _MAX_BIASES or len(body.logit_bias) > _MAX_BIASES:
-        raise ConfigError(
-            f"logit_bias has {len(body.logit_bias)} entries or long ones", f"send at most {_MAX_BIASES} short ones"
-        )
+    asked = body.logit_bias or {}
+    if sum(len(name) for name in asked) > 8 * _MAX_BIASES or len(asked) > _MAX_BIASES:
+        raise ConfigError(f"logit_bias has {len(asked)} entries or long ones", f"send at most {_MAX_BIASES} short ones")
     biases: dict[int, float] = {}
-    for name, bias in body.logit_bias.items():
+    for name, bias in asked.items():
         if body.logit_bias_type == "tokens":
             biases.update(dict.fromkeys(llama.tokenize(name.encode(), add_bos=False, special=True), bias))
         elif name.isascii() and name.isdigit() and len(name) < 10:
@@ -262,6 +270,7 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
 def _afresh(handler: Handler) -> Iterator[None]:
     """A prompt that is read inside uses neither encoder outputs nor text of earlier ones, and leaves none."""
     reader = handler._reader
+    assert reader is not None and reader.encoder is not None  # the server starts with both
     before = reader.reuse, reader.encoder.cache
     reader.reuse, reader.encoder.cache = False, None
     try:

@@ -208,10 +208,10 @@ def read_tools(tools: list[Any]) -> list[dict[str, Any]]:
 def _function(function: Any, at: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise FieldError(f"{at}.name", "missing or not a string", 'a function is {"name": "...", "parameters": {...}}')
-    function = {name: value for name, value in function.items() if value is not None}
-    if not isinstance(function.setdefault("parameters", {"type": "object", "properties": {}}), dict):
+    known: dict[str, Any] = {name: value for name, value in function.items() if value is not None}
+    if not isinstance(known.setdefault("parameters", {"type": "object", "properties": {}}), dict):
         raise FieldError(f"{at}.parameters", "no JSON schema", "send an object")
-    return function
+    return known
 
 
 def check_tool_choice(choice: Any, names: list[str]) -> None:

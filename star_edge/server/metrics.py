@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..report import PruneReport
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 
 class Metrics:
@@ -19,7 +22,10 @@ class Metrics:
 
     def __init__(self, queue_length: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
-        make = lambda kind, name, text, *labels, **options: kind(name, text, labels, registry=self._registry, **options)
+
+        def make(kind: type[_Metric], name: str, text: str, *labels: str, **options: Any) -> _Metric:
+            return kind(name, text, labels, registry=self._registry, **options)
+
         self._requests = make(Counter, "star_edge_requests", "POST requests by path and HTTP status", "path", "status")
         self._errors = make(Counter, "star_edge_errors", "Chat completions that failed, by error", "error")
         self._image_tokens = make(

@@ -5,6 +5,7 @@ Knows HTTP and addresses; knows neither image formats nor requests.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import re
@@ -123,10 +124,8 @@ class _Deadline:
         with self._lock:
             self.passed = True
             if self._socket is not None:
-                try:
+                with contextlib.suppress(OSError):  # closed already
                     self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # closed already
 
     def cancel(self) -> None:
         self._timer.cancel()
@@ -184,7 +183,7 @@ def _connect(parts: urllib.parse.SplitResult, deadline: _Deadline) -> socket.soc
     """A connection to an address of the URL's host, none of which may be private."""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not addresses or not all(is_public(address) for address in addresses):
         raise ImageError(f"{_shown(parts.geturl())} is not on a public address", "send the image as a data: URL")
     error: OSError | None = None
@@ -197,6 +196,7 @@ def _connect(parts: urllib.parse.SplitResult, deadline: _Deadline) -> socket.soc
             if deadline.passed:
                 raise
     else:
+        assert error is not None  # there is an address, and none was connected to
         raise error
     try:
         if parts.scheme == "https":

@@ -40,8 +40,8 @@ _PAGE_FILES = {
     "demo.png": (refvlm.DEMO_IMAGE, "image/png"),
 }
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -82,7 +82,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
             watcher.cancel()
             if first is None and job is not None:
                 job.stop()
-        if first is None:
+        if first is None or job is None:
             engine.metrics.error("ClientLeft")
             return Response(status_code=499)  # nginx's, which nobody reads but the metrics
         if not body.stream:
@@ -149,10 +149,12 @@ def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exceptio
     """OpenAI's form for what no route answers, and for what nobody foresaw."""
     served = ", ".join(sorted(route.path for route in routes if route.path.startswith("/v1") and "{" not in route.path))
 
-    async def http_error(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         message = {
             404: f"there is nothing at this path: this server has {served}, /health, /metrics and a page at /",
-            405: f"{request.method[:20]} is not for this path: use {(error.headers or {}).get('Allow', 'another method')}",
+            405: f"{request.method[:20]} is not for this path: use "
+            f"{(error.headers or {}).get('Allow', 'another method')}",
         }.get(error.status_code, error.detail)
         if error.status_code == 404 and error.detail != "Not Found":
             message = error.detail
@@ -220,4 +222,5 @@ async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:
             "image URLs are not fetched by this server",
             "send the image as a data: URL, or start the server with --allow-remote-images",
         )
-    return await fetch(remote.fetch, url, policy.max_image_bytes)
+    source: str | bytes = await fetch(remote.fetch, url, policy.max_image_bytes)
+    return source

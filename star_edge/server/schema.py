@@ -63,12 +63,13 @@ class ChatRequest(CreateChatCompletionRequest):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    # Wider types than the base class has: JSON as it comes, which is checked further on
+    messages: list[dict[str, Any]] = Field(min_length=1)  # type: ignore[assignment]
     tools: list[Any] | None = None
     functions: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    function_call: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None  # type: ignore[assignment]
+    function_call: str | dict[str, Any] | None = None  # type: ignore[assignment]
+    response_format: dict[str, Any] | None = None  # type: ignore[assignment]
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     max_tokens: int | None = Field(
         default=None, ge=-1, le=2**31 - 1, description="-1, like null: as many as fit the context."
@@ -90,12 +91,13 @@ class ChatRequest(CreateChatCompletionRequest):
     service_tier: str | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] = False
-    modalities: list[Literal["text"]] = ["text"]
+    modalities: list[Literal["text"]] = Field(default=["text"])
     parallel_tool_calls: bool = True
 
     prune: Any = Field(
         default=None,
-        description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the server's.",
+        description="A preset's name, an object of PruneConfig's fields, or null for none. Without the field: the "
+        "server's.",
     )
     star_edge: ReportOptions = Field(default_factory=ReportOptions)
 
@@ -120,7 +122,7 @@ class ChatRequest(CreateChatCompletionRequest):
         kind = None if value is None else value.get("type")
         if kind not in ("text", "json_object", "json_schema"):
             raise ValueError("its type is none of text, json_object and json_schema")
-        schema = value.get("json_schema") if kind == "json_schema" else None
+        schema = value.get("json_schema") if value is not None and kind == "json_schema" else None
         if kind == "json_schema" and (
             not isinstance(schema, dict) or not isinstance(schema.get("schema"), (dict, bool))
         ):
@@ -173,7 +175,8 @@ def _invalid(error: ValidationError) -> FieldError:
     field = ".".join(str(step) for step in found["loc"])
     cause = found["msg"].removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
-        known = {"star_edge": ReportOptions, "stream_options": StreamOptions}[found["loc"][0]].model_fields
+        nested: dict[int | str, type[BaseModel]] = {"star_edge": ReportOptions, "stream_options": StreamOptions}
+        known = nested[found["loc"][0]].model_fields
         return FieldError(field[:100], "unknown field", suggestion(str(found["loc"][-1]), known))
     remedies = {"n": "ask again for another answer", "messages": "send one or more"}
     return FieldError(

@@ -58,8 +58,11 @@ class Policy:
         if self.max_queue < 0:
             raise ConfigError(f"{_option('max_queue')} {self.max_queue} is negative", "use 0 or more")
         if self.max_held_bytes < self.max_body_bytes:
-            cause = f"{_option('max_held_bytes')} {self.max_held_bytes} is less than {_option('max_body_bytes')} {self.max_body_bytes}"
-            raise ConfigError(cause, "raise it, or lower the other")
+            held, body = _option("max_held_bytes"), _option("max_body_bytes")
+            raise ConfigError(
+                f"{held} {self.max_held_bytes} is less than {body} {self.max_body_bytes}",
+                "raise it, or lower the other",
+            )
         for origin in self.cors_origins:
             _check_origin(origin)
 

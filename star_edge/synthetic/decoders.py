@@ -15,7 +15,7 @@ from .weights import TensorFile
 
 
 def write_decoder(
-    path: str | PathLike,
+    path: str | PathLike[str],
     shape: DecoderShape,
     dtype: str = "f32",
     seed: int = 0,
@@ -56,7 +56,10 @@ def write_decoder(
     add_tokenizer(w, s.n_vocab, special)
 
     is_gemma = s.arch == "gemma3"
-    norm = lambda name, n, mean=1.0: file.normal(name, n, mean=mean)
+
+    def norm(name: str, n: int, mean: float = 1.0) -> None:
+        file.normal(name, n, mean=mean)
+
     q, kv = s.d_head * s.n_heads, s.d_head * s.n_heads_kv
     # Rows of deviation 1, like an image token in the tests: this llama.cpp reads no RMS norm epsilon for qwen2vl and
     # uses 0. Gemma's graph multiplies the rows of tokens by the root of n_embd itself.

@@ -23,7 +23,7 @@ _SIGLIP_COLORS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 
 
 def write_encoder(
-    path: str | PathLike, shape: EncoderShape, projection_dim: int, dtype: str = "f32", seed: int = 0
+    path: str | PathLike[str], shape: EncoderShape, projection_dim: int, dtype: str = "f32", seed: int = 0
 ) -> None:
     """Writes a random vision encoder with its projector; projection_dim is the text decoder's embedding width.
 
@@ -46,9 +46,9 @@ def write_encoder(
         file.matrix(f"{name}.weight", n_out, n_in)
         file.normal(f"{name}.bias", n_out)
 
-    patch = lambda name, kind="f32": file.normal(
-        name, d, 3, s.patch_size, s.patch_size, std=(3 * s.patch_size**2) ** -0.5, dtype=kind
-    )
+    def patch(name: str, kind: str = "f32") -> None:
+        file.normal(name, d, 3, s.patch_size, s.patch_size, std=(3 * s.patch_size**2) ** -0.5, dtype=kind)
+
     n_patches = (s.image_size // s.patch_size) ** 2
     if s.kind == "clip":
         patch("v.patch_embd.weight", "f16")

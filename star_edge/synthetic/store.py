@@ -21,7 +21,7 @@ _FORMAT = 1  # of the files; to be raised when their content changes for one and
 
 
 @contextlib.contextmanager
-def model_files(shape: ModelShape, folder: str | PathLike | None = None) -> Iterator[tuple[Path, Path]]:
+def model_files(shape: ModelShape, folder: str | PathLike[str] | None = None) -> Iterator[tuple[Path, Path]]:
     """Text model and mmproj of a shape, written unless `folder` holds them.
 
     folder: made if need be, and its files stay. None: a temporary folder, removed at the end.

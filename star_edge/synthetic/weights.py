@@ -38,7 +38,7 @@ class TensorFile:
         ValueError: an unknown dtype, or rows that it cannot hold.
     """
 
-    path: str | PathLike
+    path: str | PathLike[str]
     arch: str
     dtype: str
     rng: np.random.Generator
@@ -68,8 +68,11 @@ class TensorFile:
         elif self.dtype == "q8_0":
             if n_in % 32:
                 raise ValueError(f"{name}: Q8_0 needs rows of a multiple of 32 values, not {n_in}")
-            values = lambda: gguf.quants.quantize(self._tile(n_out, n_in, std), Q.Q8_0)
-            self.tensors.append(_Tensor(name, (n_out, n_in), Q.Q8_0, lambda: _repeat(values(), n_out)))
+
+            def rows() -> np.ndarray:
+                return _repeat(gguf.quants.quantize(self._tile(n_out, n_in, std), Q.Q8_0), n_out)
+
+            self.tensors.append(_Tensor(name, (n_out, n_in), Q.Q8_0, rows))
         else:
             kind, numpy_type = (Q.F16, np.float16) if self.dtype == "f16" else (Q.F32, np.float32)
             self.tensors.append(

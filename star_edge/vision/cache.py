@@ -78,13 +78,13 @@ class ImageCache:
         ConfigError: a size that is none, or a directory that cannot be used.
     """
 
-    def __init__(self, n_bytes: int, directory: str | PathLike | None, fingerprint: bytes) -> None:
+    def __init__(self, n_bytes: int, directory: str | PathLike[str] | None, fingerprint: bytes) -> None:
         check_bytes(n_bytes)
         self.n_bytes, self.fingerprint = n_bytes, fingerprint
         self.used = 0
         self._images: OrderedDict[bytes, CachedImage] = OrderedDict()
         self.directory = check_directory(directory)
-        if self.directory is not None:
+        if directory is not None and self.directory is not None:
             if not os.fspath(directory):
                 raise ConfigError("image_cache_dir is empty", "give a directory, or None for none")
             try:
@@ -138,6 +138,7 @@ class ImageCache:
     # ---- directory ----
 
     def _path(self, key: bytes) -> Path:
+        assert self.directory is not None
         return self.directory / (key.hex() + _SUFFIX)
 
     def _read(self, key: bytes, n_tokens: int, n_embd: int) -> CachedImage | None:
@@ -229,7 +230,7 @@ def check_bytes(n_bytes: int) -> None:
         )
 
 
-def check_directory(directory: str | PathLike | None) -> Path | None:
+def check_directory(directory: str | PathLike[str] | None) -> Path | None:
     """The directory of a cache, `~` expanded. Raises ConfigError for what names none."""
     if directory is None:
         return None
@@ -247,7 +248,7 @@ def check_directory(directory: str | PathLike | None) -> Path | None:
     return Path(os.path.expanduser(name))
 
 
-def file_digest(path: str | PathLike) -> bytes:
+def file_digest(path: str | PathLike[str]) -> bytes:
     """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

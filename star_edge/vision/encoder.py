@@ -11,6 +11,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
+from typing import Any
 
 import llama_cpp
 import llama_cpp.mtmd_cpp as mtmd
@@ -136,7 +137,7 @@ class VisionEncoder:
 
     def __init__(
         self,
-        path: str | PathLike,
+        path: str | PathLike[str],
         llama: Llama,
         *,
         flash_attn: bool,
@@ -145,7 +146,7 @@ class VisionEncoder:
         image_max_tokens: int = -1,
         repaired: bool = True,
         cache_bytes: int = 0,
-        cache_dir: str | PathLike | None = None,
+        cache_dir: str | PathLike[str] | None = None,
     ) -> None:
         info = read_gguf_info(path, METADATA_KEYS + repair.METADATA_KEYS)
         if info.architecture != "clip":
@@ -217,9 +218,12 @@ class VisionEncoder:
                 self.close()
                 raise
 
-    def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> object | None:
+    def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> Any:
         """The mtmd_context, or None; the log says why."""
-        load = lambda path: mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
+
+        def load(path: str) -> Any:
+            return mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
+
         lib.se_log_clear()
         self._changed: list[repair.Change] = []
         changes = repair.metadata_changes(info, self.projector) if repaired else []
@@ -374,10 +378,8 @@ class VisionEncoder:
         txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
         self._check_size(chunk)
         nx, ny = mtmd.mtmd_image_tokens_get_nx(image), mtmd.mtmd_image_tokens_get_ny(image)
-        if self.mrope:
-            positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
-        else:
-            positions = txyz[:, 0].copy()
+        # set_position_mrope_2d: t, y, x, z
+        positions = txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
         grid = (ny, nx) if self.mrope and nx * ny == n else self.profile.grid(n, nx, ny)
         if grid is None and self.profile.sized_grid:
             size = _image_size(chunk)
@@ -396,7 +398,8 @@ class VisionEncoder:
         n_patches = max(size) // POSITION_TABLES[self.projector](self.metadata)
         if n_patches > self._n_positions:
             raise ImageError(
-                f"an image would have {n_patches} patches along a side, and the model has positions for {self._n_positions}",
+                f"an image would have {n_patches} patches along a side, and the model has positions for "
+                f"{self._n_positions}",
                 "crop it, pad it to be less narrow, or lower image_max_tokens",
             )
 
@@ -417,14 +420,13 @@ class VisionEncoder:
         if found is not None:
             scores = None if attention is None else found.scores[attention]
             special = self._special(chunk, found.embeddings)
-            return Encoded(
-                found.embeddings, scores, found.cells if want_cells else _cells(n, special), 0.0, special, cached=True
-            )
+            cells = found.cells if want_cells and found.cells is not None else _cells(n, special)
+            return Encoded(found.embeddings, scores, cells, 0.0, special, cached=True)
         encoded = self.encode(chunk, attention, want_cells=want_cells)
         image = CachedImage(
             encoded.embeddings.copy(),
             encoded.cells if want_cells else None,
-            {} if attention is None else {attention: encoded.scores},
+            {} if attention is None or encoded.scores is None else {attention: encoded.scores},
         )
         self.cache.put(key, image)
         return replace(encoded, embeddings=image.embeddings)
@@ -491,6 +493,7 @@ class VisionEncoder:
         scores = np.zeros(chunk.n_tokens, np.float32)
         ordinary = np.ones(chunk.n_tokens, bool) if special is None else ~special
         n = int(ordinary.sum())
+        assert self.profile.to_tokens is not None  # a profile that reads attention has it
         values = self.profile.to_tokens(rows, Layout(n, chunk.grid, index))
         if len(values) != n:
             raise EngineError(f"{self.projector}: {len(values)} scores for {n} image tokens")
@@ -553,8 +556,8 @@ def _image_size(chunk: object) -> tuple[int, int] | None:
     data = (ctypes.c_char * n.value)()
     if mtmd.mtmd_input_chunk_save(chunk, data, n.value, ctypes.byref(n)) or n.value < 17:
         return None
-    version, ended = int.from_bytes(data[:8], "little"), data[n.value - 1] == b"\0"
-    width, height = (int(v) for v in np.frombuffer(data, "<i4", 2, n.value - 9))
+    version, ended = int.from_bytes(data.raw[:8], "little"), data[n.value - 1] == b"\0"
+    width, height = (int(v) for v in np.frombuffer(data.raw, "<i4", 2, n.value - 9))
     return (height, width) if version == 2 and ended and min(width, height) > 0 else None
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,12 +68,14 @@ def on_raster(rows: np.ndarray, layout: Layout) -> np.ndarray:
     """The raster of rows is as many times as high and wide as layout.grid, the grid of tokens, as there are rows for
     them.
     """
+    assert layout.grid is not None  # VisionEncoder.encode has made sure of it
     height, width = layout.grid
     side = math.isqrt(len(rows) // layout.n_tokens)
-    return rows.reshape(height, side, width, side).mean(axis=(1, 3)).ravel()
+    means: np.ndarray = rows.reshape(height, side, width, side).mean(axis=(1, 3))
+    return means.ravel()
 
 
-def all_layers(metadata: dict[str, object]) -> int:
+def all_layers(metadata: dict[str, Any]) -> int:
     return int(metadata["clip.vision.block_count"] or 1)
 
 
@@ -136,7 +139,7 @@ class EncoderProfile:
 
     to_tokens: ToTokens | None
     n_rows: Callable[[int], int] = lambda n: n
-    n_layers: Callable[[dict[str, object]], int] = all_layers
+    n_layers: Callable[[dict[str, Any]], int] = all_layers
     grid: Callable[[int, int, int], Grid] = square_grid
     sized_grid: Callable[[int, tuple[int, int]], Grid] | None = None
     special: Callable[[int, Grid], np.ndarray] | None = None
@@ -150,7 +153,7 @@ class EncoderProfile:
         return self.to_tokens is not None
 
 
-def _llava_layers(metadata: dict[str, object]) -> int:
+def _llava_layers(metadata: dict[str, Any]) -> int:
     """clip_graph_llava: up to the deepest explicit feature layer, otherwise all but the last."""
     features = metadata.get("clip.vision.feature_layer")
     if isinstance(features, list) and features:
@@ -238,7 +241,7 @@ PROFILES: dict[str, EncoderProfile] = {
 # Encoders that look a patch's row and column up in a table each, which ends somewhere: ggml aborts beyond
 # (clip_graph_gemma4v, clip_graph_gemma4uv). Projector type -> side of a patch in pixels; the second joins patches
 # before it looks.
-POSITION_TABLES: dict[str, Callable[[dict[str, object]], int]] = {
+POSITION_TABLES: dict[str, Callable[[dict[str, Any]], int]] = {
     "gemma4v": lambda metadata: int(metadata["clip.vision.patch_size"] or 1),
     "gemma4uv": lambda metadata: (
         int(metadata["clip.vision.patch_size"] or 1) * int(metadata["clip.vision.projector.scale_factor"] or 3)
@@ -249,7 +252,7 @@ POSITION_TABLES: dict[str, Callable[[dict[str, object]], int]] = {
 GENERIC = EncoderProfile(None, lambda n: 16 * n + 64, grid=given_grid)
 
 
-def find_profile(metadata: dict[str, object]) -> tuple[str, EncoderProfile]:
+def find_profile(metadata: dict[str, Any]) -> tuple[str, EncoderProfile]:
     """Projector type of an mmproj file's vision encoder, and its profile."""
     kind = metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type") or "unknown"
     return str(kind), PROFILES.get(str(kind), GENERIC)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..decoder.prefill import Segment
+from ..decoder.segments import Segment
 from ..llamacpp.context import Rows
 from ..pruning import budget
 from ..pruning.choose import Candidates, choose, divide, vision_policy
@@ -112,19 +112,21 @@ def plan_prompt(
 
 
 def encode_images(
-    images: Sequence[ImageChunk], encoder: VisionEncoder, config: PruneConfig | None, seconds: dict[str, float]
+    images: Sequence[ImageChunk], encoder: VisionEncoder | None, config: PruneConfig | None, seconds: dict[str, float]
 ) -> list[Encoded]:
     """Runs the encoder where its output is not known. seconds gets "encode" and, within it, "vision_stage".
 
     Raises:
         EngineError: the encoder failed.
     """
+    if not images:
+        return []
+    assert encoder is not None  # which made the images
     start = time.perf_counter()
     attention = config.encoder_attention if config is not None else None
     encoded = [encoder.encode_once(image, attention, want_cells=config is not None) for image in images]
-    if images:
-        seconds["encode"] = time.perf_counter() - start
-        seconds["vision_stage"] = sum(e.score_seconds for e in encoded)
+    seconds["encode"] = time.perf_counter() - start
+    seconds["vision_stage"] = sum(e.score_seconds for e in encoded)
     return encoded
 
 
@@ -160,6 +162,7 @@ def run_vision_stage(
         i = len(staged)
         selection, embeddings = Selection(np.arange(chunk.n_tokens)), encoded[i].embeddings
         if n_keep[i] < chunk.n_tokens:
+            assert config is not None  # without one everything stays
             has_attention = encoded[i].scores is not None
             selection = choose(vision_policy(config, has_attention), candidates[i], n_keep[i] - plan.n_special[i])
             embeddings = merge(embeddings, selection)
@@ -185,6 +188,7 @@ def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
     for group in plan.groups:
         images = [candidates[i] for i in group]
         if len(group) > 1 and any(n_keep[i] < len(candidates[i].tokens) for i in group):
+            assert plan.config is not None  # without one everything stays
             policy = vision_policy(plan.config, all(image.tokens.attention is not None for image in images))
             total = sum(n_keep[i] - plan.n_special[i] for i in group)
             for i, n in zip(group, divide(policy, images, total)):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from forking import run  # noqa: E402
-from targets import TARGETS, Case  # noqa: E402
+from forking import run
+from targets import TARGETS, Case
 
 CASE_SECONDS = 30
 SHRINKING_SECONDS = 20  # for one failure
@@ -70,7 +70,7 @@ def fuzz(name: str, first: int, cases: int, seconds: float, save: Path, verbose:
         if counts and sum(counts.values()) % 500 == 0:
             print(f"{name}: {sum(counts.values())} cases so far, {bad} bad", flush=True)
         case = TARGETS[name](seed)
-        result = run(lambda: case.check(case.payload), CASE_SECONDS)
+        result = run(lambda case=case: case.check(case.payload), CASE_SECONDS)
         counts[kind_of(result)] += 1
         failed = is_bad(result)
         if failed or verbose:

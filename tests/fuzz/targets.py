@@ -432,9 +432,11 @@ def configs(seed: int) -> Case:
 # ---- files of tasks and results ----
 
 _LINES = (
-    b'{"id": 1, "image": "a.jpg", "prompt": "what?", "text": "x", "finish_reason": "stop", "model": "m", "task": "t"}\n',
+    b'{"id": 1, "image": "a.jpg", "prompt": "what?", "text": "x", "finish_reason": "stop", "model": "m", '
+    b'"task": "t"}\n',
     b'{"image": "a.jpg", "question": "what?", "answer": "a cat", "id": "q1"}\n',
-    b'{"star_edge_eval": 1, "model": "m"}\n{"task": "q1", "config": "off", "task_fingerprint": "a", "config_fingerprint": "b", "text": "x"}\n',
+    b'{"star_edge_eval": 1, "model": "m"}\n'
+    b'{"task": "q1", "config": "off", "task_fingerprint": "a", "config_fingerprint": "b", "text": "x"}\n',
 )
 
 

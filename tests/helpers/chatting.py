@@ -15,7 +15,8 @@ COLOR = "what color is the triangle?"
 PLATE = "what number is shown?"
 
 TOOL_TEMPLATE = (
-    "{% if tools %}TOOLS: {{ tools | tojson }}\n{% endif %}{% if functions %}FUNCTIONS: {{ functions | tojson }}\n{% endif %}"
+    "{% if tools %}TOOLS: {{ tools | tojson }}\n{% endif %}{% if functions %}FUNCTIONS: {{ functions | tojson }}\n"
+    "{% endif %}"
     "{% for message in messages %}{{ message['role'] }}:"
     "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}\n{% endfor %}assistant:"

@@ -75,7 +75,7 @@ class Reader:
             if self._layer is None:
                 return not asking
             op = op_name(t.op)
-            attends = op == b"FLASH_ATTN_EXT" or op == b"SOFT_MAX" and t.ne[2] > 1
+            attends = op == b"FLASH_ATTN_EXT" or (op == b"SOFT_MAX" and t.ne[2] > 1)
             if asking:
                 self._seen = 0 if t.name == b"result_norm" else self._seen + attends
                 return bool(attends and self._seen == self._layer + 1)

@@ -31,7 +31,9 @@ SHAPES = list(PLURALS)
 DIGITS = [str(i) for i in range(10)]
 PLATE = "plate"
 
-_PROMPT_WORDS = "USER: ASSISTANT: is there a what color is the digit number shown how many where yes no top bottom left right".split()
+_PROMPT_WORDS = (
+    "USER: ASSISTANT: is there a what color is the digit number shown how many where yes no top bottom left right"
+).split()
 WORDS = list(dict.fromkeys(_PROMPT_WORDS)) + COLOR_NAMES + SHAPES + list(PLURALS.values()) + DIGITS
 
 UNKNOWN, BOS, EOS = 0, 1, 2
