@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import stock
 from helpers.families import FOLDER
-from helpers.graphs import N, Recorder, recorded
+from helpers.graphs import N, RecordedEncoder, Recorder, recorded
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +55,22 @@ def decoder_graph(plain, families):
 def fixture_path():
     """(family, file) -> the file of a fixture."""
     return lambda family, name: FOLDER / family / name
+
+
+@pytest.fixture(scope="session")
+def encoders(families):
+    """(name of a fixture, or of `families`) -> a RecordedEncoder."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            text, mmproj = (families[name].text, families[name].mmproj) if name in families else (None, None)
+            folder = FOLDER / name
+            llama = stock.load(text or folder / "text.gguf", False, n_ctx=512, n_threads=1)
+            made[name] = RecordedEncoder(llama, mmproj or folder / "mmproj.gguf"), llama
+        return made[name][0]
+
+    yield get
+    for encoder, llama in made.values():
+        encoder.close()
+        llama.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import llama_cpp
+import llama_cpp.mtmd_cpp as mtmd
 from llama_cpp import _internals
 
 from helpers import ggml_tensors as ggml
@@ -91,3 +92,52 @@ def recorded(llama, recorder, **changes):
         setattr(params, name, value)
     context = _internals.LlamaContext(model=llama._model, params=params, verbose=False)
     return SimpleNamespace(ctx=context.ctx, n_vocab=llama.n_vocab, context=context, close=context.close)
+
+
+class RecordedEncoder:
+    """libmtmd with an mmproj file beside a stock Llama; the graphs of its encoder go to `recorder`."""
+
+    def __init__(self, llama, mmproj):
+        self.recorder = Recorder()
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu, params.print_timings, params.n_threads = False, False, 1
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cb_eval = self.recorder.callback
+        self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
+        assert self.ctx is not None
+        self.handle = None
+
+    def tokenize(self, image, text=None, name=b"name"):
+        """The chunks of a prompt of one image ((h, w, 3) uint8), which hold until the next."""
+        self._free()
+        data = (mtmd.mtmd_default_marker().decode() if text is None else text).encode()
+        self.handle = mtmd.mtmd_input_chunks_init()
+        inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
+        pixels = image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], pixels)
+        mtmd.mtmd_bitmap_set_id(bitmap, name)
+        array = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        assert mtmd.mtmd_tokenize(self.ctx, self.handle, ctypes.byref(inner), array, 1) == 0
+        mtmd.mtmd_bitmap_free(bitmap)
+        n = mtmd.mtmd_input_chunks_size(self.handle)
+        return [mtmd.mtmd_input_chunks_get(self.handle, i) for i in range(n)]
+
+    def images(self, image, **options):
+        image_type = mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
+        return [c for c in self.tokenize(image, **options) if mtmd.mtmd_input_chunk_get_type(c) == image_type]
+
+    def encode(self, image):
+        """The nodes of one run of the encoder."""
+        chunk = self.images(image)[0]
+        self.recorder.nodes.clear()
+        assert mtmd.mtmd_encode_chunk(self.ctx, chunk) == 0
+        return list(self.recorder.nodes)
+
+    def _free(self):
+        if self.handle is not None:
+            mtmd.mtmd_input_chunks_free(self.handle)
+            self.handle = None
+
+    def close(self):
+        self._free()
+        mtmd.mtmd_free(self.ctx)
