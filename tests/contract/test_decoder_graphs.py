@@ -1,6 +1,7 @@
 """Names, order, operands and flags in the graphs of decoders: what csrc/llama_graph.h says of them."""
 
 import ctypes
+import itertools
 
 import llama_cpp
 import numpy as np
@@ -50,7 +51,7 @@ def test_the_last_layer_keeps_only_rows_with_logits(decoder_graph, families, fam
 def test_nodes_that_layer_n_computes_are_named_with_n_at_the_end(decoder_graph, families, family):
     nodes = decoder_graph(family)
     ends = [index_of(nodes, f"l_out-{n}") for n in range(families[family].shape.n_layers)]
-    for n, (first, last) in enumerate(zip(ends, ends[1:])):
+    for n, (first, last) in enumerate(itertools.pairwise(ends)):
         numbers = {name.rpartition("-")[2] for name in names(nodes[first + 1 : last + 1]) if "-" in name}
         assert str(n + 1) in numbers and str(n + 2) not in numbers
 
@@ -88,7 +89,7 @@ def test_each_layer_has_one_attention_operation_in_the_order_of_layers(decoder_g
     places = [i for i, node in enumerate(nodes) if node.op == (FLASH if flash else SOFTMAX)]
     outs = [index_of(nodes, f"l_out-{n}") for n in range(n_layers)]
     assert len(places) == n_layers
-    assert all(first < end for first, end in zip(places, outs)) and all(a > b for a, b in zip(places[1:], outs))
+    assert np.less(places, outs).all() and np.less(outs[:-1], places[1:]).all()
 
 
 @kinds

@@ -1,4 +1,4 @@
-"""What is taken for granted of llama_cpp's Llama: its private parts, how a prompt is handed over, and what it raises."""
+"""What is taken for granted of llama_cpp's Llama: private parts, how a prompt is handed over, what it raises."""
 
 import inspect
 
@@ -68,7 +68,7 @@ def test_closing_a_context_twice_is_harmless_and_its_ctx_is_none_then(llama):
 
 
 def test_a_closed_llama_has_no_model(families):
-    llama = stock.load(families["llama"].text, False)
+    llama = stock.load(families["llama"].text, False, n_threads=1)
     llama.close()
     assert llama._model.model is None
 
@@ -98,7 +98,7 @@ def test_eval_cuts_the_cache_through_the_context_before_it_decodes(llama):
 
 
 def test_embed_clears_the_cache_through_the_context(families):
-    llama = Llama(str(families["llama"].text), embedding=True, n_ctx=256, verbose=False)
+    llama = Llama(str(families["llama"].text), embedding=True, n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
     calls = Calls(llama, "kv_cache_clear", "decode")
     llama.embed("hello")
     llama.close()

@@ -45,7 +45,7 @@ def calls():
     noted = []
     handler = MTMDChatHandler(str(refvlm.MMPROJ), verbose=False, use_gpu=False)
     handler._mtmd_cpp = Watched(noted)
-    llama = stock.load(refvlm.TEXT_MODEL, False, n_ctx=512)
+    llama = stock.load(refvlm.TEXT_MODEL, False, n_ctx=512, n_threads=1)
     llama.metadata["tokenizer.chat_template"] = TOOL_TEMPLATE
     llama.chat_handler = handler
     note = lambda name, function: lambda *a, **k: noted.append(name) or function(*a, **k)

@@ -57,7 +57,7 @@ def test_ggml_tensor_has_the_size_that_ggml_says():
         GGML.ggml_tensor_overhead(),
         32,
     )  # struct ggml_object: two sizes, a pointer, an enum, padding
-    assert overhead - ggml_object == -(-ctypes.sizeof(ggml.Tensor) // 16) * 16
+    assert GGML.ggml_tensor_overhead() - ggml_object == -(-ctypes.sizeof(ggml.Tensor) // 16) * 16
 
 
 def test_type_traits_have_the_layout_that_is_read():
