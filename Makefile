@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-LLAMA  := $(shell sed -n 's/.*"\(llama-cpp-python==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
+# The newest llama-cpp-python of the range that pyproject.toml allows
+LLAMA  := $(shell sed -n 's/.*"llama-cpp-python>=[0-9.]*,<=\([0-9.]*\)".*/llama-cpp-python==\1/p' pyproject.toml | head -n 1)
 # The pinned tools of the `dev` extra, without the package: style needs no compiler
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow test-processors lint format format-check typecheck sanitize fuzz support-table bench bench-all cross clean
+.PHONY: demo test test-slow test-processors lint format format-check typecheck sanitize fuzz check-llama support-table bench bench-all cross clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -49,6 +50,11 @@ fuzz: $(VENV)/installed-tests
 # The tests on ggml kernels built for AVX2, and for AVX-512 where the processor has it: a build of a minute or two for each, then the suite
 test-processors: $(VENV)/installed-tests
 	$(BIN)/python tools/processors.py
+
+# Which assumptions about llama.cpp hold in another version of llama-cpp-python: make check-llama VERSION=0.3.35
+# TESTS: files of the suite to run there too. The environment stays in .check-llama.
+check-llama: $(VENV)/installed-tests
+	$(BIN)/python tools/check_llama.py $(or $(VERSION),here) $(TESTS)
 
 # The README's table of families: what must hold of each; tests/test_families.py shows that it does
 support-table: $(VENV)/installed-tests
