@@ -18,14 +18,14 @@ _limit = None
 def _controller() -> ThreadpoolController:
     return (
         ThreadpoolController()
-    )  # reads the list of loaded libraries: milliseconds, where setting a limit takes microseconds
+    )  # reading the list of loaded libraries takes milliseconds, setting a limit microseconds
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Holds BLAS to one thread, in all threads of the process, until the last that wants it so has left.
+    """Limits BLAS to one thread, process-wide, until the last block is left.
 
-    The matrices of both stages are small, and BLAS threads that spin take the cores from llama.cpp's.
+    The matrices of both stages are small. BLAS threads that spin would take the cores from llama.cpp's threads.
     """
     global _depth, _limit
     with _lock:
