@@ -289,7 +289,7 @@ class _Run:
     ) -> _WindowEnd:
         """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
 
-        Rows that an earlier prompt has left are brought back to their cells instead of computed. joined: see `decodes`.
+        Rows that an earlier prompt left come back to their cells and are not computed. joined: see `decodes`.
         """
         ctx = self.context
         n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
@@ -337,7 +337,7 @@ class _Run:
         )
 
     def places(self, segments: Sequence[Segment]) -> list[slice | None]:
-        """For each segment, where the rows of its image lie among those of all segments; None for text."""
+        """For each image segment, the slice of its rows among those of all segments; None for text."""
         edges = np.cumsum([0] + [len(s.rows) for s in segments])
         return [slice(int(a), int(b)) if s.image is not None else None for s, a, b in zip(segments, edges, edges[1:])]
 
@@ -472,7 +472,7 @@ class _WindowEnd:
     Attributes:
         hidden: Hidden states, (n, n_embd) float32, or None.
         cells: KV cells of the rows, (n,) int64.
-        attention: Attention that each row receives from the text, (n,) float32, or None.
+        attention: Attention that each row receives from the text, (n,) float32.
         row_attention: The same for each text row, (n_text, n) float32, or None.
     """
 

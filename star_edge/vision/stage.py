@@ -125,7 +125,7 @@ def plan_prompt(
 def encode_images(
     images: Sequence[ImageChunk], encoder: VisionEncoder, config: PruneConfig | None, seconds: dict[str, float]
 ) -> list[Encoded]:
-    """Runs the encoder where its output is not known. seconds gets "encode" and, within it, "vision_stage".
+    """Encodes the images whose output is not cached. seconds gets "encode" and, within it, "vision_stage".
 
     Raises:
         EngineError: the encoder failed.
