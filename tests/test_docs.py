@@ -1,8 +1,17 @@
-"""ARCHITECTURE.md against the files: its tree names every module of the package and of the C core, once."""
+"""ARCHITECTURE.md against the files, links between pages, and the docstrings that the reference is made of."""
 
+import dataclasses
+import inspect
 import re
 from collections import Counter
 from pathlib import Path
+
+import pytest
+
+import star_edge
+from star_edge import errors, hub
+from star_edge.io.images import ImageLimits, load_image
+from star_edge.pruning import config
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -77,3 +86,111 @@ def anchors(text):
     """GitHub's names of the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ---- docstrings ----
+
+DATACLASSES = (star_edge.Answer, star_edge.PruneConfig, star_edge.PruneReport, star_edge.ImageReport, ImageLimits)
+CALLABLES = (
+    star_edge.StarVLM,
+    star_edge.StarVLM.generate,
+    star_edge.StarVLM.read_prompt,
+    star_edge.StarVLM.tokenize,
+    star_edge.StarVLM.inspect,
+    star_edge.StarChatHandler,
+    star_edge.StarChatHandler.__call__,
+    star_edge.StarChatHandler.pruning,
+    star_edge.StarChatHandler.cancellable,
+    star_edge.StarChatHandler.load_image,
+    star_edge.PruneReport.picture,
+    config.resolve_prune,
+    config.load_config,
+    config.override,
+    load_image,
+    hub.fetch,
+)
+SECTIONS = ("Args", "Attributes", "Returns", "Raises")
+
+
+def sections(thing):
+    """Sections of a Google docstring: names in order, each with what is said of it. Returns has one text, under ""."""
+    found, names = {}, None
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        indent = len(line) - len(line.lstrip())
+        if not indent and line.rstrip(":") in SECTIONS and line.endswith(":"):
+            names = found.setdefault(line.rstrip(":"), {})
+            name = ""
+        elif names is not None and line and not indent:
+            names = None
+        elif names is not None and line:
+            match = re.match(r" {4}([*\w]+): (.*)", line) if indent == 4 and names is not found.get("Returns") else None
+            name, text = match.groups() if match else (name, line.strip())
+            names[name] = f"{names.get(name, '')} {text}".strip()
+    return found
+
+
+def parameters(function):
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return [
+        stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values() if p.name != "self"
+    ]
+
+
+@pytest.mark.parametrize("function", CALLABLES, ids=lambda f: f.__qualname__)
+def test_arguments_are_those_of_the_signature(function):
+    """Args names every parameter, in order; what it returns and what it raises are said too."""
+    said = sections(function)
+    assert list(said["Args"]) == parameters(function)
+    assert all(said["Args"].values())
+    if not inspect.isclass(function) and inspect.signature(function).return_annotation not in (None, "None"):
+        assert said.get("Returns", {}).get("") or "Iterator" in inspect.signature(function).return_annotation
+
+
+@pytest.mark.parametrize("kind", DATACLASSES, ids=lambda kind: kind.__name__)
+def test_attributes_are_the_fields(kind):
+    said = sections(kind)["Attributes"]
+    assert list(said) == [field.name for field in dataclasses.fields(kind)]
+    assert all(said.values())
+
+
+@pytest.mark.parametrize("thing", (*CALLABLES, *DATACLASSES), ids=lambda thing: thing.__qualname__)
+def test_raised_errors_are_typed(thing):
+    """What Raises names are errors of star_edge."""
+    for name in sections(thing).get("Raises", {}):
+        assert issubclass(getattr(errors, name), errors.StarEdgeError)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(errors) if name.endswith("Error")))
+def test_errors_say_what_they_mean(name):
+    assert vars(errors)[name].__dict__.get("__doc__")
+
+
+@pytest.mark.parametrize("kind", (star_edge.StarVLM, star_edge.StarChatHandler, star_edge.AnswerStream, *DATACLASSES))
+def test_public_members_have_docstrings(kind):
+    own = {
+        name: member
+        for name, member in vars(kind).items()
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
+    }
+    assert not [name for name, member in own.items() if not inspect.getdoc(member)]
+
+
+def test_what_the_docstring_tests_catch():
+    """A parameter that is not described, one that is no more, and a line that belongs to the one before it."""
+
+    def function(first, second):
+        """Does it.
+
+        Args:
+            first: One thing.
+                More of it: and more.
+            third: Another.
+
+        Returns:
+            A number: of things.
+        """
+
+    said = sections(function)
+    assert list(said["Args"]) == ["first", "third"] != parameters(function)
+    assert said["Args"]["first"] == "One thing. More of it: and more."
+    assert said["Returns"] == {"": "A number: of things."}

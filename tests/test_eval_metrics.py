@@ -278,7 +278,7 @@ def test_unreadable_questions(tmp_path):
         ("nope.jsonl", None, "No such file"),
         (".", None, "directory"),
         ("binary.jsonl", None, "UTF-8"),
-        ("binary.jsonl", tmp_path / "no", "no folder"),
+        ("binary.jsonl", tmp_path / "no", "not a folder"),
     ):
         with pytest.raises(EvaluationError, match=words):
             read_tasks(tmp_path / path, root)
