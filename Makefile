@@ -10,7 +10,7 @@ LLAMA  := $(shell sed -n 's/.*"llama-cpp-python>=[0-9.]*,<=\([0-9.]*\)".*/llama-
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow test-processors lint format format-check typecheck sanitize fuzz check-llama support-table bench bench-all cross clean
+.PHONY: demo test test-slow test-processors lint format format-check typecheck sanitize fuzz check-llama support-table bench bench-all cross docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -37,6 +37,15 @@ format-check: $(VENV)/tools
 
 typecheck: $(VENV)/installed-tests $(VENV)/tools
 	$(BIN)/mypy
+
+# The reference of the public interface, from its docstrings (Google style): HTML in docs/reference
+PUBLIC := star_edge star_edge.errors star_edge.io.hub star_edge.io.images star_edge.pruning.config star_edge.pruning.scorers \
+	star_edge.pruning.representatives star_edge.report star_edge.inspection star_edge.batch
+
+docs: $(VENV)/installed-tests $(VENV)/tools
+	rm -rf docs/reference
+	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory docs/reference \
+		$(firstword $(PUBLIC)) '!$(firstword $(PUBLIC))\.' $(wordlist 2,99,$(PUBLIC))
 
 # The C core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (Linux, GCC, CMake)
 sanitize: $(VENV)/installed-tests

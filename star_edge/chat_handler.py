@@ -61,8 +61,8 @@ _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
 
 
 class _Libmtmd:
-    """libmtmd as MTMDChatHandler calls it: when it asks how many chunks it has to evaluate, they are read, and none is
-    left.
+    """Proxy for `mtmd_cpp`. MTMDChatHandler asks for the number of chunks just before it evaluates the prompt. We
+    evaluate the prompt there and report zero chunks.
     """
 
     def __init__(self, read: Callable[[object], None]) -> None:
@@ -85,8 +85,12 @@ class _Libmtmd:
 
 @dataclass
 class _Request:
-    """A request under way. number: PromptReader.request while it is in the cache; n_prompt: its prompt as
-    MTMDChatHandler counts it.
+    """A request under way.
+
+    Attributes:
+        number: PromptReader.request while its prompt is in the cache.
+        n_prompt: Tokens of its prompt, as MTMDChatHandler counts them.
+        images: Sources, in the order of the prompt's markers.
     """
 
     config: PruneConfig | None
@@ -104,29 +108,39 @@ class _Request:
 
 
 class StarChatHandler(MTMDChatHandler):
-    """Chat handler with image-token pruning: `Llama(model_path=...,
-    chat_handler=StarChatHandler(clip_model_path=...))`.
+    """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(...))`.
 
-    clip_model_path: the mmproj file that belongs to the text model. verbose, use_gpu: as in MTMDChatHandler.
-    prune: a PruneConfig, a preset's name, or None for stock behaviour. The attribute `prune` may be set at any time,
-        and `with handler.pruning("fast"):` holds for the requests made inside.
-    encoder_flash_attn: flash attention in the vision encoder; None: as in the Llama.
-    image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    encoder, image_cache_bytes, image_cache_dir, reuse, chat_template: as in StarVLM.
-    image_limits: what an image may be. Sources are data:, http(s): and file: URLs and local paths: for requests of
-        strangers give an image_loader.
-    image_loader: makes (h, w, 3) uint8 of the URL of an image_url part, in place of that.
+    A response has one key more than MTMDChatHandler's, "star_edge", with PruneReport.summary(). In a stream the last
+    chunk has it. `usage` counts the prompt before pruning.
 
-    A response has a key "star_edge" more than MTMDChatHandler's, in a stream the last chunk: PruneReport.summary().
-    `last_report` is the whole report of the last prompt that was read. `usage` counts the prompt before pruning.
-
-    On first use the context of the Llama is made anew: its cache is empty then. A handler serves one Llama. One request
-        runs at a
+    On first use the Llama gets a new context, so its cache is empty. A handler serves one Llama. One request runs at a
     time: other threads wait, and a new request ends an unfinished stream, which then raises EngineClosedError.
 
+    Args:
+        clip_model_path: The mmproj file that belongs to the text model.
+        verbose: As in MTMDChatHandler.
+        use_gpu: As in MTMDChatHandler.
+        prune: A PruneConfig, a preset's name, or None for stock behaviour. It may be changed at any time through the
+            attribute of that name, or for some requests with `pruning`.
+        encoder_flash_attn: Flash attention in the vision encoder. None: as in the Llama.
+        image_min_tokens: As in StarVLM.
+        image_max_tokens: As in StarVLM.
+        encoder: As in StarVLM.
+        image_cache_bytes: As in StarVLM.
+        image_cache_dir: As in StarVLM.
+        reuse: As in StarVLM.
+        chat_template: As in StarVLM.
+        image_limits: What an image may be. Sources are data:, http(s): and file: URLs and local paths. For requests
+            from strangers, give an image_loader.
+        image_loader: Turns the URL of an image_url part into pixels, (h, w, 3) uint8, in place of `load_image`.
+
+    Attributes:
+        last_report: The report of the last prompt that was read, with kept indices and scores.
+
     Raises:
-        ModelFileError: clip_model_path cannot be read. ConfigError: prune is no config, or encoder unknown.
-        UnsupportedModelError: chat_template is none.
+        ModelFileError: clip_model_path cannot be read.
+        ConfigError: `prune` or another argument cannot be used.
+        UnsupportedModelError: `chat_template` cannot be used.
     """
 
     def __init__(
@@ -181,7 +195,7 @@ class StarChatHandler(MTMDChatHandler):
 
     @property
     def prune(self) -> PruneConfig | None:
-        """Config of requests outside `pruning` blocks."""
+        """Config of requests outside `pruning` blocks. A preset's name may be assigned too."""
         return self._prune
 
     @prune.setter
@@ -190,11 +204,13 @@ class StarChatHandler(MTMDChatHandler):
 
     @contextlib.contextmanager
     def pruning(self, prune: PruneConfig | str | None) -> Iterator[None]:
-        """Another config for the requests that this thread or task makes inside the block; streams keep it to their
-        end.
+        """Another config for the requests that this thread or task makes inside the block. Streams keep it to the end.
+
+        Args:
+            prune: As in the constructor.
 
         Raises:
-            ConfigError: prune is no config.
+            ConfigError: `prune` cannot be used.
         """
         token = _overrides.set({**(_overrides.get() or {}), self: resolve_prune(prune)})
         try:
@@ -204,11 +220,13 @@ class StarChatHandler(MTMDChatHandler):
 
     @contextlib.contextmanager
     def cancellable(self, is_cancelled: Callable[[], bool]) -> Iterator[None]:
-        """Requests that this thread makes inside the block raise RequestCancelledError soon after is_cancelled()
-        becomes true.
+        """Requests that this thread makes inside the block can be cancelled.
 
-        It is asked before each decode, so an answer ends within a token. A stream is held to it to its end, wherever it
-        is read.
+        They raise RequestCancelledError within a token after `is_cancelled()` becomes true: it is called before each
+        decode. It holds for a stream to its end, wherever the stream is read.
+
+        Args:
+            is_cancelled: A function without arguments.
         """
         token = _is_cancelled.set(is_cancelled)
         try:
@@ -219,15 +237,29 @@ class StarChatHandler(MTMDChatHandler):
     # ---- a request ----
 
     def __call__(self, *, llama: Llama, messages: list[Any], stream: bool = False, **options: Any) -> Any:
-        """Arguments as in MTMDChatHandler, and all of them hold: response_format may be of OpenAI's type json_schema,
-        tool_choice may be "required" where there is one tool, logprobs needs no top_logprobs. chat_template_kwargs, a
-        dict, and further keyword arguments are variables of the chat template.
+        """Answers a chat request; `Llama.create_chat_completion` calls it. The Llama can be used again after any error.
+
+        Args:
+            llama: The Llama.
+            messages: As in MTMDChatHandler.
+            stream: Return an iterator over chunks.
+            **options: As in MTMDChatHandler, and all of them hold. response_format may be of OpenAI's type json_schema,
+                tool_choice may be "required" if there is one tool, and logprobs needs no top_logprobs. The dict
+                chat_template_kwargs, and further arguments, are variables of the chat template.
+
+        Returns:
+            The response, or with `stream` an iterator over chunks.
 
         Raises:
-            PromptError, ImageError, ConfigError, ContextLengthError: the request cannot be served.
-            UnsupportedModelError, ModelMismatchError: nor can the model.
-            EngineError: llama.cpp failed. EngineClosedError: the Llama is closed. RequestCancelledError: see
-            `cancellable`. The Llama can be used again after any of them.
+            PromptError: The messages cannot be used.
+            ImageError: An image cannot be read, or is over the limits.
+            ConfigError: An option cannot be used.
+            ContextLengthError: The prompt does not fit the context.
+            UnsupportedModelError: The model lacks what the request needs.
+            ModelMismatchError: The mmproj file does not belong to the text model.
+            EngineError: llama.cpp failed.
+            EngineClosedError: The Llama is closed.
+            RequestCancelledError: See `cancellable`.
         """
         with self._lock:
             request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
@@ -371,8 +403,10 @@ class StarChatHandler(MTMDChatHandler):
         self.mtmd_ctx = self._reader.encoder.context
 
     def check_template(self) -> None:
-        """Raises UnsupportedModelError where a Llama that is in use has no chat template, and none was given: every
-        request would fail.
+        """Checks that there is a chat template, once the handler serves a Llama. Without one, every request fails.
+
+        Raises:
+            UnsupportedModelError: The model has no chat template, and none was given.
         """
         if self._chat is not None:
             self._chat.check_exists()
@@ -416,10 +450,16 @@ class StarChatHandler(MTMDChatHandler):
         return text
 
     def load_image(self, image_url: str) -> np.ndarray:  # type: ignore[override]  # pixels in place of a file's bytes
-        """(h, w, 3) uint8, C-contiguous.
+        """The pixels of an image.
+
+        Args:
+            image_url: URL of an image_url part.
+
+        Returns:
+            (h, w, 3) uint8, C-contiguous.
 
         Raises:
-            ImageError: no image, or not one that the limits allow.
+            ImageError: The image cannot be read, or is over the limits.
         """
         image = self.image_loader(image_url)
         if (

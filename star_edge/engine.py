@@ -68,7 +68,13 @@ _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
 
 @dataclass
 class Answer:
-    """text: the answer. finish_reason: "stop" or "length". report: what was pruned and where the time went."""
+    """An answer.
+
+    Attributes:
+        text: The answer's text.
+        finish_reason: "stop" or "length".
+        report: What was pruned, and where the time went.
+    """
 
     text: str
     finish_reason: str
@@ -76,12 +82,15 @@ class Answer:
 
 
 class AnswerStream(Iterator[str]):
-    """Pieces of an answer as they are generated. `report` is there from the start; `text` and `finish_reason` grow with
-    it.
+    """An iterator over the pieces of an answer, as they are generated.
 
-    A stream that is dropped, closed or left by an exception needs no care: the engine starts the next request afresh. A
-    stream of an earlier request raises EngineClosedError. `close` ends a piece that another thread is waiting for,
-    within a token.
+    A stream may be dropped, closed or left by an exception: the engine starts the next request afresh. A stream of an
+    earlier request raises EngineClosedError.
+
+    Attributes:
+        report: What was pruned, and where the time went. Its times and counts of the answer grow with each piece.
+        text: The answer's text so far.
+        finish_reason: "stop" or "length" at the end, before that None.
     """
 
     def __init__(self, engine: StarVLM, chunks: Generator[Any, None, None], report: PruneReport) -> None:
@@ -122,8 +131,10 @@ class AnswerStream(Iterator[str]):
     def close(self) -> None:
         """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked.
 
+        If another thread waits for the next piece, that wait ends within a token.
+
         Raises:
-            EngineClosedError: a callback of the request called it.
+            EngineClosedError: A callback of the request called it.
         """
         self._is_closed = True  # for a thread that is inside __next__, and holds the lock
         with self._engine._lock:
@@ -137,26 +148,40 @@ class AnswerStream(Iterator[str]):
 class StarVLM:
     """A text model and its vision projector, ready to answer questions about images.
 
-    model, mmproj: GGUF files; without mmproj the model takes text only.
-    n_ctx: context in tokens, 0 for the model's own. n_batch, n_ubatch: rows of one decode.
-    n_gpu_layers: layers on the GPU, -1 for all. flash_attn: in the decoder and, unless encoder_flash_attn says
-        otherwise, in
-    the encoder. type_k, type_v: type of the KV cache ("f16", "q8_0", ...); a quantized V needs flash attention.
-    n_threads: default, the physical cores as far as they can be told. chat_template: a file with Jinja source, the
-    source, or a name that llama.cpp knows (vicuna, chatml, ...); default the file's own, or where it has none that of
-    its family.
-    image_limits: what an image may be. image_min_tokens, image_max_tokens: for encoders with dynamic resolution.
-    encoder: "repaired" puts right what this llama.cpp gets wrong with the encoders of LLaVA and InternVL files, and the
-    report says so; "stock" leaves it (star_edge.vision.repair). Models that were trained on the one give worse answers
-    on the other.
-    image_cache_bytes: encoder outputs that are kept in memory, 0 for none. image_cache_dir: a directory to keep them in
-    as well (2 GiB at most), for later processes; only you and those you trust should be able to write there.
-    reuse: what the decoder read of a prompt up to its last image is kept for the next one that begins alike.
-    Further keyword arguments go to llama_cpp.Llama.
+    One request runs at a time; threads may share an engine. It is a context manager, and `close` frees its memory.
+
+    Args:
+        model: GGUF file of the text model.
+        mmproj: GGUF file of the vision projector. Without it the model takes text only.
+        n_ctx: Context in tokens. 0: the model's own.
+        n_batch: Most rows of one llama_decode.
+        n_ubatch: Most rows of one graph.
+        n_gpu_layers: Layers on the GPU, -1 for all.
+        flash_attn: Flash attention in the decoder.
+        encoder_flash_attn: Flash attention in the encoder. None: as in the decoder.
+        type_k: Type of the cached K: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0".
+        type_v: Type of the cached V, the same names. A quantized V needs flash attention.
+        n_threads: CPU threads. None: the physical cores, estimated.
+        chat_template: A file with Jinja source, the source, or a name that llama.cpp knows (vicuna, chatml, ...). None:
+            the model file's own template, or that of its family.
+        image_limits: What an image may be.
+        image_min_tokens: Least tokens of an image, for encoders with dynamic resolution. -1: the model's own.
+        image_max_tokens: Most tokens of an image, in the same way.
+        encoder: "repaired" puts right what this llama.cpp gets wrong with some encoders, and the report says so
+            (star_edge.vision.repair). "stock" leaves it. A model that was trained with one answers worse with the
+            other.
+        image_cache_bytes: Bytes of encoder outputs that are kept in memory, 0 for none.
+        image_cache_dir: A directory to keep them in as well (2 GiB at most), for later processes. Only you and people
+            you trust should be able to write there.
+        reuse: Keep what the decoder read of a prompt, up to its last image, for the next prompt that begins alike.
+        verbose: Show llama.cpp's log.
+        **llama_options: Further arguments of llama_cpp.Llama.
 
     Raises:
-        ModelFileError, ModelMismatchError, UnsupportedModelError: the files cannot be used.
-        ConfigError: an unknown KV type, or a cache that cannot be used.
+        ModelFileError: A file is missing, damaged, or of another kind.
+        ModelMismatchError: The mmproj file does not belong to the text model.
+        UnsupportedModelError: A file cannot be used by this llama.cpp.
+        ConfigError: An argument cannot be used, such as a KV type or a cache directory.
         EngineError: llama.cpp could not create a context.
     """
 
@@ -276,8 +301,10 @@ class StarVLM:
         self.decoder, self.encoder = self._reader.decoder, self._reader.encoder
 
     def close(self) -> None:
-        """Frees the models. Any use after it raises EngineClosedError, as it does itself when a callback of a request
-        calls it.
+        """Frees the models. Any later use raises EngineClosedError.
+
+        Raises:
+            EngineClosedError: A callback of a request called it.
         """
         with self._lock:
             self.llama.close()
@@ -299,11 +326,12 @@ class StarVLM:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether there is a chat template. Without one, `generate` needs chat=False."""
         return self._chat.exists
 
     @property
     def chat_template_origin(self) -> str | None:
-        """Where the chat template comes from, for people; None without one."""
+        """Where the chat template comes from, as text for people. None without one."""
         return self._chat.origin if self._chat.exists else None
 
     # ---- answers ----
@@ -365,21 +393,33 @@ class StarVLM:
     ) -> Answer | AnswerStream:
         """Answers a prompt about images.
 
-        images: paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs. They stand before the text,
-            or where the prompt has markers (star_edge.MEDIA_MARKER), one for each. <image> and other models' names for
-            it are taken for markers if there are as many as images; if not they are text.
-        prune: a PruneConfig, a preset's name, or None for stock behaviour on the same code path.
-        chat: put the prompt into the model's chat template; False: it is the whole prompt as it is.
-        stream: return an AnswerStream at once when the prompt has been read.
-        max_tokens: at most so many tokens of answer; None: until the context is full.
-        sampling: further arguments of llama_cpp.Llama.create_completion: top_p, seed, stop, grammar, logit_bias, ...
+        One request runs at a time: other threads wait, and a new request ends an unfinished stream. The engine can be
+        used again after any error. All errors but EngineError come before anything is computed.
 
-        One request runs at a time: other threads wait, and a new request ends an unfinished stream.
+        Args:
+            prompt: The question. Images stand before it, or where it has markers (star_edge.MEDIA_MARKER), one for each
+                image. `<image>` and other models' placeholders count as markers if there are as many as images, and are
+                text otherwise.
+            images: Paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs (`load_image`).
+            prune: A PruneConfig, a preset's name, the path of a .json file of `star-edge tune`, or None for stock
+                behaviour on the same code path.
+            max_tokens: Most tokens of the answer. None: until the context is full.
+            stream: Return an AnswerStream once the prompt has been read.
+            chat: Put the prompt into the model's chat template. False: the prompt is complete as it is.
+            temperature: Sampling temperature, 0 for greedy.
+            **sampling: Further arguments of llama_cpp.Llama.create_completion: top_p, seed, stop, grammar, ...
+
+        Returns:
+            An Answer, or with `stream` an AnswerStream.
 
         Raises:
-            ConfigError, PromptError, ImageError, ContextLengthError, UnsupportedModelError: before anything is
-            computed.
-            EngineError: llama.cpp failed. The engine can be used again after any of them.
+            ConfigError: An argument cannot be used.
+            PromptError: The prompt cannot be used, or its markers do not match the images.
+            ImageError: An image cannot be read, or is over the limits.
+            ContextLengthError: The prompt does not fit the context.
+            UnsupportedModelError: There are images, and the model was loaded without a vision encoder.
+            EngineError: llama.cpp failed.
+            EngineClosedError: The engine is closed.
         """
         unknown = set(sampling) - _SAMPLING
         if unknown:
@@ -401,9 +441,20 @@ class StarVLM:
         *,
         chat: bool = True,
     ) -> tuple[Prefill, PruneReport]:
-        """Everything before the first answer token: `Prefill.logits` are its logits, (n_vocab,) float32.
+        """Reads a prompt, without generating an answer.
 
-        Arguments and errors as for `generate`.
+        Args:
+            prompt: As for `generate`.
+            images: As for `generate`.
+            prune: As for `generate`.
+            chat: As for `generate`.
+
+        Returns:
+            The state after the prompt, whose `logits`, (n_vocab,) float32, are those of the first answer token; and the
+            report.
+
+        Raises:
+            StarEdgeError: As for `generate`.
         """
         config = resolve_prune(prune)
         with self._request() as start:
@@ -411,7 +462,19 @@ class StarVLM:
             return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
 
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
-        """Chunks of the prompt; pictures are (h, w, 3) uint8. The result must be closed."""
+        """Splits a prompt into chunks.
+
+        Args:
+            prompt: As for `generate`.
+            pictures: Pixels, (h, w, 3) uint8 each.
+            chat: As for `generate`.
+
+        Returns:
+            The chunks. They must be closed.
+
+        Raises:
+            StarEdgeError: As for `generate`.
+        """
         self._check_open()
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
@@ -442,12 +505,22 @@ class StarVLM:
         mean_heads: bool = False,
         chat: bool = True,
     ) -> Inspection:
-        """Attention of any layers, unpruned. encoder_layers are counted over the layers that run.
+        """Reads the attention of any layers, without pruning.
 
-        mean_heads: average over heads inside the C core, which saves memory.
+        Args:
+            prompt: As for `generate`.
+            images: As for `generate`.
+            decoder_layers: Layers of the decoder, from 0.
+            encoder_layers: Layers of the encoder, counted over those that run.
+            mean_heads: Average over heads inside the C core, which saves memory.
+            chat: As for `generate`.
+
+        Returns:
+            The attention of each layer, with the tokens that it is over.
 
         Raises:
-            ConfigError: a layer that the model does not have; otherwise as for `generate`.
+            ConfigError: The model does not have such a layer.
+            StarEdgeError: As for `generate`.
         """
         with self._request():
             self.decoder.clear()
@@ -490,9 +563,9 @@ class StarVLM:
 
     @contextlib.contextmanager
     def _request(self) -> Iterator[float]:
-        """A turn at the Llama: ends whatever was going on, and empties the cache but for what the next prompt may use.
+        """A turn at the Llama: ends an unfinished request, and empties the cache but for the stem.
 
-        Gives the time at which it began.
+        Gives the time at which it began, in seconds of time.perf_counter.
         """
         with self._lock:
             start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Typed errors. Each names the cause and the remedy, and none leaves the engine unusable.
+"""Typed errors. Each names its cause and a remedy, and leaves the engine usable.
 
-Every class also derives from the built-in exception that fits (ValueError for bad input, RuntimeError for a failure
-while running), so that callers who do not know star_edge still catch them sensibly.
+Every class also derives from the built-in exception that fits: ValueError for bad input, RuntimeError for a failure
+while running. Callers who do not know star_edge can catch those.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ class StarEdgeError(Exception):
     """Base class of every error that star_edge raises on purpose.
 
     `str(error)` is one line: what is wrong, then what to do about it.
+
+    Attributes:
+        cause: What is wrong, with the value.
+        remedy: What to do about it, or "".
     """
 
     def __init__(self, cause: str, remedy: str = "") -> None:
@@ -20,15 +24,15 @@ class StarEdgeError(Exception):
 
 
 class VersionMismatchError(StarEdgeError, ImportError):
-    """The C extension was compiled against another llama-cpp-python than the one that is installed."""
+    """The C extension was compiled against another llama-cpp-python than the installed one."""
 
 
 class ConfigError(StarEdgeError, ValueError):
-    """A keep ratio, a count, a layer or a preset that cannot be used."""
+    """An argument or option that cannot be used, such as a keep ratio, a layer or a preset."""
 
 
 class ModelFileError(StarEdgeError, ValueError):
-    """A GGUF file that is missing, truncated, or not what it is given as."""
+    """A GGUF file that is missing, truncated, damaged, or of another kind than expected."""
 
 
 class ModelMismatchError(StarEdgeError, ValueError):
@@ -48,11 +52,11 @@ class ImageTooLargeError(ImageError):
 
 
 class PromptError(StarEdgeError, ValueError):
-    """Images and image markers of a prompt do not match."""
+    """A prompt or message that cannot be used, or whose image markers do not match its images."""
 
 
 class ContextLengthError(StarEdgeError, ValueError):
-    """The prompt does not fit the context, or an image that must be processed at once does not fit one ubatch."""
+    """A prompt does not fit the context, or an image that must be processed at once does not fit one ubatch."""
 
 
 class EngineError(StarEdgeError, RuntimeError):
@@ -60,11 +64,11 @@ class EngineError(StarEdgeError, RuntimeError):
 
 
 class LayerWindowError(EngineError):
-    """A model whose graph cannot be run in layer windows. The engine answers without a decoder stage instead."""
+    """A model's graph cannot run in layer windows. The engine then answers without a decoder stage."""
 
 
 class EvaluationError(StarEdgeError, ValueError):
-    """A file of questions or of results that cannot be used, or a picture of them that cannot be drawn."""
+    """A file of questions or results cannot be used, or a picture of results cannot be drawn."""
 
 
 class EngineClosedError(StarEdgeError, RuntimeError):
@@ -72,20 +76,20 @@ class EngineClosedError(StarEdgeError, RuntimeError):
 
 
 class RequestCancelledError(StarEdgeError, RuntimeError):
-    """Whoever made the request does not want its answer any more."""
+    """The caller cancelled the request."""
 
 
 class HubError(StarEdgeError, RuntimeError):
-    """A model that the Hugging Face hub does not have, does not hand out, or cannot be asked for."""
+    """The Hugging Face hub lacks a model, refuses it, or cannot be reached."""
 
 
 class MissingDependencyError(StarEdgeError, ImportError):
-    """An optional package that is not installed; the remedy names the extra of star-edge that brings it."""
+    """An optional package is not installed. The remedy names the extra of star-edge that brings it."""
 
 
 class OutputError(StarEdgeError, ValueError):
-    """A file of results that belongs to something else, or cannot be written."""
+    """A file of results belongs to something else, or cannot be written."""
 
 
 class WorkerError(StarEdgeError, RuntimeError):
-    """Workers of a batch that do not start."""
+    """Workers of a batch do not start."""

@@ -1,4 +1,4 @@
-"""What a run did: tokens, kept indices, scores, times, cells."""
+"""What a request did: tokens, kept indices, scores, times, KV cells."""
 
 from __future__ import annotations
 
@@ -29,25 +29,27 @@ _TOTALS = (
 
 
 def round_n_ctx(n: int) -> int:
-    """The context that llama.cpp makes for n cells."""
+    """The context that llama.cpp makes for n KV cells: n rounded up to a multiple of 256."""
     return -(-n // 256) * 256
 
 
 @dataclass
 class ImageReport:
-    """One image of a prompt, as its model gets it: a picture, or one crop of a picture (overview or tile).
+    """One image of a prompt, as the model gets it: a picture, or one crop of a picture (overview or tile).
 
-    picture: number of the picture that it is of.
-    n_tokens: image tokens that the encoder makes of it.
-    grid: (rows, columns) of those tokens on the image, or None.
-    cells: place of each token on the grid, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
-    vision_kept, decoder_kept: ascending indices into the image's original tokens that each stage left, (n1,) and (n2,)
-        int64.
-    vision_scores: what the vision stage ranked by, (n_tokens,) float32, or None where it chose by no score.
-    decoder_scores: attention of the question's text at the first layer K, (n1,) float32 over vision_kept, or None.
-    vision_mass, decoder_mass: original tokens that each kept one stands for, (n1,) and (n2,), or None for one each.
-    special: tokens that show no place, such as row ends, and always stay, (n_tokens,) bool; None: none.
-    cached: the encoder's output was known from an earlier request.
+    Attributes:
+        picture: Index of its picture in the prompt.
+        n_tokens: Image tokens that the encoder makes of it.
+        grid: (rows, columns) of those tokens on the image, or None.
+        cells: Grid cell of each token, row by row, (n_tokens,) int64, -1 for a token that shows no place (CLS).
+        vision_kept: Original tokens that the vision stage left, ascending indices, (n1,) int64.
+        decoder_kept: Original tokens that the decoder stages left, ascending indices, (n2,) int64.
+        vision_scores: What the vision stage ranked by, (n_tokens,) float32. None: it chose no token by score.
+        decoder_scores: Attention of the question's text at the first layer K, over vision_kept, (n1,) float32, or None.
+        vision_mass: Original tokens that each of vision_kept stands for, (n1,) float64. None: one each.
+        decoder_mass: The same for decoder_kept, (n2,) float64.
+        special: Special tokens (row ends, tile separators), which always stay, (n_tokens,) bool. None: none.
+        cached: Whether the encoder's output was kept from an earlier request.
     """
 
     picture: int
@@ -65,10 +67,18 @@ class ImageReport:
 
     @property
     def n_special(self) -> int:
+        """Number of special tokens."""
         return 0 if self.special is None else int(self.special.sum())
 
     def kept_on_grid(self, kept: np.ndarray) -> np.ndarray | None:
-        """Where the kept tokens lie: (rows, columns) float32 of 0 and 1, or None without a grid."""
+        """Where kept tokens lie on the grid.
+
+        Args:
+            kept: Indices of tokens, such as vision_kept.
+
+        Returns:
+            (rows, columns) float32 of 0 and 1, or None without a grid.
+        """
         if self.grid is None:
             return None
         cells = self.cells[kept]
@@ -79,24 +89,27 @@ class ImageReport:
 
 @dataclass
 class PruneReport:
-    """What was dropped and where the time went; echoes the config that was used.
+    """What was dropped, and where the time went.
 
-    windows: (layer K, image tokens from there on) of each decoder stage; empty when there was none.
-    n_text_tokens: text tokens of the prompt.
-    n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next request
-        may use stay in theirs until an answer needs the room.
-    milliseconds: preprocess, encode (vision_stage within it), reuse, prefix, probe (decoder_scores within it),
-        decoder_stage, resume or prefill, fallback, first_token (from the call to the logits of the first answer token),
-        generate (the engine's work on the answer after that; what the caller does between two pieces of a stream is not
-        in it).
-    n_generated: tokens of the answer, as `usage` counts them: the token that ends it (EOS) is none.
-    n_sampled: the same with that token.
-    in_place: False when kept rows did not return to their own KV cells and were decoded again (a fallback: slower, same
-        cache).
-    reused_tokens: tokens of the prompt, of those that the vision stage left, which an earlier request had read: with a
-        decoder stage in the layers below it, otherwise in all.
-    repairs: what stock llama.cpp gets wrong with this encoder's file, and was put right.
-    notes: what a user should know, such as a stage that this model cannot have.
+    Attributes:
+        config: The config of the request. None: no pruning.
+        images: The images of the prompt, in order.
+        n_layers: Layers of the decoder.
+        windows: (layer K, image tokens from there on) of each decoder stage. Empty if there was none.
+        n_text_tokens: Text tokens of the prompt.
+        n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next
+            request may use also keep their cells, until an answer needs the room.
+        milliseconds: Time of each step: preprocess, encode (vision_stage within it), reuse, prefix, probe
+            (decoder_scores within it), decoder_stage, resume or prefill, fallback. first_token is the time from the
+            call to the logits of the first answer token. generate is the engine's work after that, without what the
+            caller does between two pieces of a stream.
+        n_generated: Tokens of the answer as `usage` counts them, without the one that ends it (EOS).
+        n_sampled: The same with that token.
+        in_place: False if kept rows did not return to their own KV cells and were decoded again (slower, same cache).
+        reused_tokens: Tokens of the prompt that an earlier request had read, of those that the vision stage left. With
+            a decoder stage they count for the layers below it, otherwise for all layers.
+        repairs: What stock llama.cpp gets wrong with this encoder's file, and was put right.
+        notes: What a user should know, such as a stage that this model cannot have.
     """
 
     config: PruneConfig | None
@@ -115,8 +128,9 @@ class PruneReport:
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
-        """For each picture of the prompt its images (one, or its crops), by their index, and their tokens together, as
-        plain JSON values.
+        """Each picture of the prompt: the indices of its images (one, or its crops), and their tokens together.
+
+        Plain JSON values: images, n_tokens, n_special, n_vision_kept, n_decoder_kept.
         """
         of_picture: dict[int, list[int]] = {}
         for i, image in enumerate(self.images):
@@ -143,64 +157,72 @@ class PruneReport:
 
     @property
     def n_vision_kept(self) -> int:
+        """Image tokens that the vision stage left, over all images."""
         return sum(len(i.vision_kept) for i in self.images)
 
     @property
     def n_decoder_kept(self) -> int:
+        """Image tokens that the decoder stages left, over all images."""
         return sum(len(i.decoder_kept) for i in self.images)
 
     @property
     def decoder_layer(self) -> int | None:
-        """K of the first decoder stage, or None when there was none."""
+        """K of the first decoder stage, or None if there was none."""
         return self.windows[0][0] if self.windows else None
 
     @property
     def average_tokens(self) -> float:
-        """Image tokens for each decoder layer, on average."""
+        """Image tokens per decoder layer, on average."""
         return average_tokens(self.n_vision_kept, self.windows, self.n_layers)
 
     @property
     def n_cached(self) -> int:
-        """Pictures whose encoder output was known from an earlier request, so that their encoding took no time."""
+        """Pictures whose encoder output was kept from an earlier request. Their encoding took no time."""
         return sum(all(self.images[i].cached for i in picture["images"]) for picture in self.pictures)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens after the first for each second of `generate`: the first needs no decode, its logits are the prompt's.
-        EOS needs one.
+        """Tokens after the first per second of `generate`. None: there was no second token.
+
+        The first token needs no decode, because its logits are the prompt's. EOS needs one, and counts.
         """
         seconds = self.milliseconds.get("generate", 0.0) / 1e3
         return (self.n_sampled - 1) / seconds if self.n_sampled > 1 and seconds > 0 else None
 
     @property
     def token_layer_ratio(self) -> float:
-        """Token-layers of the prompt without pruning over those with it: the best speed-up of the prefill that can be
-        had.
-        """
+        """Token-layers of the prompt without pruning over those with it: the ideal speed-up of the prefill."""
         full = self.n_layers * (self.n_text_tokens + self.n_image_tokens)
         return full / (self.n_layers * (self.n_text_tokens + self.average_tokens))
 
     @property
     def n_ctx_needed(self) -> int:
-        """The smallest n_ctx that this request and its answer fit: KV memory is in proportion to it.
+        """The smallest n_ctx that the request and its answer fit. KV memory is in proportion to it.
 
-        llama.cpp rounds it up to a multiple of 256 (llama_context). The first decoder layers see all that the vision
-        stage kept, so their cells are all in use at once; the answer takes those that the decoder stage has freed. EOS
-        takes no cell, but llama_cpp asks for room for it.
+        llama.cpp rounds it up to a multiple of 256 (llama_context). The first decoder layers see everything that the
+        vision stage kept, so all those cells are in use at once. The answer takes cells that the decoder stage has
+        freed. EOS takes no cell, but llama_cpp asks for room for it.
         """
         n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_sampled)
         return round_n_ctx(n)
 
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
-        """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
+        """Draws a picture of the prompt beside what each stage kept of it. Dropped tokens are dimmed.
 
-        Of a picture that the model gets in crops, the crops' grids stand beside it: llama.cpp does not say where in the
-        picture they lie.
-        source: the picture that was asked about, of several number `index`.
+        If the model got the picture in crops, the crops' grids stand beside it, because llama.cpp does not say where in
+        the picture they lie.
+
+        Args:
+            source: The picture that was asked about.
+            index: Its index among the prompt's pictures.
+            limits: What an image may be.
+
+        Returns:
+            An RGB image, which a notebook shows inline.
 
         Raises:
-            ConfigError: there is no such picture in the report, or its tokens have no grid.
-            ImageError: the image cannot be read.
+            ConfigError: The report has no such picture, or its tokens have no grid.
+            ImageError: The image cannot be read.
         """
         pictures = self.pictures
         if not 0 <= index < len(pictures):
@@ -228,7 +250,7 @@ class PruneReport:
         return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
 
     def summary(self) -> dict[str, Any]:
-        """The numbers without the arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
+        """The report without its arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
         return {
             "config": self.config.to_dict() if self.config is not None else None,
             "images": [
@@ -255,7 +277,7 @@ class PruneReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """The whole report as plain JSON values, arrays as lists."""
         data = asdict(self)
         data["config"] = self.config.to_dict() if self.config is not None else None
         data["windows"] = [list(window) for window in self.windows]

@@ -380,7 +380,7 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
     Path("r.jsonl").write_text(json.dumps(other) + "\n" + "".join(rest))
     refused("made with model '0123456789abcdef'", *args)
     Path("r.jsonl").write_text(header + "garbage\n" + "".join(rest))
-    refused("line 2 is no result", *args)
+    refused("line 2 is not a result", *args)
     # A file of another kind is never overwritten, even with --fresh
     for option in ((), ("--fresh",)):
         refused("no results file", "q.jsonl", "--out", "q.jsonl", *option)

@@ -251,7 +251,7 @@ def test_metric_is_chosen_by_the_answers(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["{nope"], "line 1 is no JSON"),
+        (["{nope"], "line 1 is not valid JSON"),
         (["[]"], "line 1 is a list"),
         ([{"image": "a", "question": "b"}, {"question": "b"}], "line 2 names no image"),
         ([{"image": [], "question": "b"}], "names no image"),
@@ -263,7 +263,7 @@ def test_metric_is_chosen_by_the_answers(tmp_path):
             [{"image": "a", "question": "b", "id": 1}, {"image": "a", "question": "b", "id": "1"}],
             "lines 1 and 2 have the same id",
         ),
-        ([""], "holds no question"),
+        ([""], "has no questions"),
     ],
 )
 def test_broken_questions_name_the_line(tmp_path, lines, words):
@@ -278,7 +278,7 @@ def test_unreadable_questions(tmp_path):
         ("nope.jsonl", None, "No such file"),
         (".", None, "directory"),
         ("binary.jsonl", None, "UTF-8"),
-        ("binary.jsonl", tmp_path / "no", "no folder"),
+        ("binary.jsonl", tmp_path / "no", "not a folder"),
     ):
         with pytest.raises(EvaluationError, match=words):
             read_tasks(tmp_path / path, root)

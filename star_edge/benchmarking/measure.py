@@ -1,4 +1,4 @@
-"""Who is asked when: warm-up, interleaved repeats, and single tokens with and without an idle hook."""
+"""The order of measurements: warm-up, interleaved repeats, and single tokens with and without an idle callback."""
 
 from __future__ import annotations
 
@@ -30,13 +30,23 @@ def run_sides(
 ) -> tuple[dict[str, list[Sample]], dict[str, int], list[str]]:
     """Asks each side once to warm up, then `repeats` times in rotated order.
 
-    Returns samples by the side's name, bytes of the KV cache that holds the prompt by name, and a note for each side
-    that had to be left
-    out: it could not be made here, or its smaller picture has as many tokens as the full one. save gets the same after
-        each repeat.
+    A side is left out if it cannot be made here, or if its smaller picture has as many tokens as the full one.
+
+    Args:
+        bench: The model and its sides.
+        specs: The sides.
+        request: What each is asked.
+        repeats: Number of repeats.
+        n_generate: Tokens of each answer.
+        progress: Called after each request.
+        save: Called after each repeat with what is returned.
+
+    Returns:
+        By the side's name its samples, and the bytes of the KV cache that holds the prompt; and a note for each side
+        that was left out.
 
     Raises:
-        StarEdgeError: no star_edge side could be asked, with the cause of the first.
+        StarEdgeError: No star_edge side could be asked. The error is that of the first one.
     """
     samples: dict[str, list[Sample]] = {}
     cache_bytes: dict[str, int] = {}
@@ -74,13 +84,21 @@ def run_sides(
 
 
 def time_idle_hook(bench: Workbench, stock: SideSpec, star: SideSpec, n_tokens: int) -> dict[str, float]:
-    """What a callback that has nothing to do costs a generated token: contexts of one model with and without it, one
-    token each in turn.
+    """The cost of an idle callback per generated token.
 
-    Returns medians in milliseconds, their ratio, and the number of tokens behind each, after a warm-up.
+    Two contexts of one model, with and without the callback, decode one token each in turn.
+
+    Args:
+        bench: The model and its sides.
+        stock: The side without the callback.
+        star: The side with it.
+        n_tokens: Tokens that are timed on each side, after a warm-up.
+
+    Returns:
+        Medians in milliseconds, their ratio, and the number of tokens.
 
     Raises:
-        EngineError: a decode failed.
+        EngineError: A decode failed.
     """
     contexts = {"stock": bench.context(stock), "hook": bench.context(star)}
     times: dict[str, list[float]] = {name: [] for name in contexts}

@@ -1,7 +1,6 @@
-"""Peak memory of each side, in a fresh process that asks it once.
+"""Peak memory of each side, measured in a fresh process that asks it once.
 
-In one process with all sides their memory could not be told apart; times, on the other hand, are compared within one
-process.
+The memory of several sides in one process could not be told apart. Times, in contrast, are compared within one process.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from .sides import Request, SideSpec, Workbench
 def measure(
     model: str, mmproj: str, options: dict[str, Any], spec: SideSpec, request: Request
 ) -> dict[str, int | None]:
-    """{"peak_rss_bytes", "device_bytes"} of a process that loads the model and answers the request with one token.
+    """Memory of a process that loads the model and answers the request with one token.
 
-    Pages of the model file that it has touched are in peak_rss_bytes. device_bytes: what all GPUs have less free
-    afterwards, or None without one; other programs on them are in it too.
+    Returns:
+        peak_rss_bytes, which includes the pages of the model file that were touched; and device_bytes, by how much free
+        memory of all GPUs shrank, other programs included. The latter is None without a GPU.
 
     Raises:
-        EngineError: the process failed; its last line says why.
+        EngineError: The process failed. Its last line says why.
     """
     job = {
         "model": model,
@@ -51,7 +51,7 @@ def measure(
 def peak_rss() -> int:
     """Largest resident set of this process so far, in bytes."""
     try:
-        # Not ru_maxrss, which Linux carries over from the parent through fork and exec (exec_mmap)
+        # Not ru_maxrss: Linux carries it over from the parent through fork and exec (exec_mmap)
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])

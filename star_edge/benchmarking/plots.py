@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: where the time to the first token goes on each side, and how pruning takes it away."""
+"""Pictures of a benchmark: where the time to the first token goes on each side, and how pruning shortens it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .sides import STAGES
 
 __all__ = ["check", "save"]
 
-# Okabe and Ito's colours (2008), which colour-blind readers can tell apart
+# Okabe and Ito's colours (2008): colour-blind readers can tell them apart
 _COLORS = dict(zip(STAGES, ("#999999", "#56B4E9", "#F0E442", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#555555")))
 _NAMES = {name: name.replace("_", " ") for name in STAGES} | {"prefill": "prefill (stock), or text before the image"}
 _GREY = "#555555"
 
 
 def save(result: Mapping[str, Any], path: str) -> None:
-    """Draws stacked bars of the stages of each side (left), and a waterfall from the reference to the fastest star_edge
+    """Draws the stages of each side as stacked bars (left), and a waterfall from the reference to the fastest star_edge
     side (right).
 
     Raises:
-        EvaluationError: see `check`, or the file cannot be written.
+        EvaluationError: See `check`; or the file cannot be written.
     """
     pyplot = pyplot_module()
     sides = result["sides"]
@@ -62,9 +62,12 @@ def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:
 
 
 def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tuple[str, float]]]:
-    """Name of the star_edge side with the shortest time to first token, and the steps in ms that lead there from the
-    reference's time: what each part takes less (negative) or more. The reference's time and the steps add up to the
-        side's."""
+    """How the fastest star_edge side differs from the reference.
+
+    Returns:
+        The side's name, and for each part the change of its time in ms, negative if shorter. The reference's time and
+        the changes add up to the side's time.
+    """
     base = next(row for row in sides if row["name"] == reference)
     best = min((row for row in sides if row["kind"] == "star_edge"), key=lambda row: row["first_token_ms"]["median"])
 

@@ -1,4 +1,4 @@
-"""One benchmark from its model to its result."""
+"""One benchmark, from the model to the result."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from .sides import Request, Sample, SideSpec, Workbench
 from .summary import summarise
 
 BASELINES = {
-    "shipped": "stock as shipped",  # Llama's defaults: no flash attention, in the encoder neither
+    "shipped": "stock as shipped",  # Llama's defaults: no flash attention in decoder and encoder
     "flash": "stock, flash attn",
     "fewer": "stock, fewer tokens",
 }
-# Of a synthetic shape's prompt, BOS and the chat template's own text included
+# Text tokens of a synthetic shape's prompt, BOS and the chat template's own text included
 TEXT_BEFORE, TEXT_AFTER = 35, 40
 _TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len("\u2581ASSISTANT:".encode())  # SentencePiece's space
 
 
 def make_specs(configs: Sequence[NamedConfig], baselines: Sequence[str], max_tokens: int) -> list[SideSpec]:
-    """Stock sides, then star_edge without pruning and with each config. max_tokens: what a picture may have on stock
-    with fewer tokens.
+    """The stock sides, then star_edge without pruning and with each config.
+
+    max_tokens: most image tokens of a picture on the side "stock, fewer tokens".
     """
     specs = []
     for name in baselines:
@@ -53,14 +54,19 @@ def make_specs(configs: Sequence[NamedConfig], baselines: Sequence[str], max_tok
 
 
 def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer: float) -> Request:
-    """One user message: text, the pictures ((h, w, 3) uint8), text. fewer: share of the pixels that the smaller
-    pictures have.
+    """A request of one user message: text, pictures, text.
+
+    Args:
+        pictures: Pixels, (h, w, 3) uint8 each.
+        before: Text before the pictures.
+        after: Text after them.
+        fewer: Share of the pixels that the smaller pictures have.
 
     Raises:
-        ConfigError: a marker for pictures in the text.
+        ConfigError: The text has a media marker.
     """
     if MEDIA_MARKER in before + after:
-        raise ConfigError(f"the prompt holds {MEDIA_MARKER}", "leave it out: the picture stands before the prompt")
+        raise ConfigError(f"the prompt holds {MEDIA_MARKER}", "leave it out: pictures stand before the prompt")
     full, small = [], []
     for pixels in pictures:
         image = Image.fromarray(pixels)
@@ -79,9 +85,9 @@ def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer:
 
 
 def shape_request(shape: ModelShape, fewer: float) -> Request:
-    """TEXT_BEFORE text tokens (one for each byte, with the chat template's), a picture, and TEXT_AFTER text tokens.
+    """A request of TEXT_BEFORE text tokens, a picture, and TEXT_AFTER text tokens, with the chat template's own text.
 
-    Encoders with tokens of their own around images have those in addition.
+    A byte is a token. Encoders that put tokens around images add those.
     """
     width, height = shape.picture
     return make_request(
@@ -90,9 +96,7 @@ def shape_request(shape: ModelShape, fewer: float) -> Request:
 
 
 def shape_context(shape: ModelShape, n_generate: int) -> int:
-    """Context that the shape's request and answer fit: its tokens, room for those around tiles, as llama.cpp rounds
-    it.
-    """
+    """A context that the shape's request and answer fit, with room for tokens around tiles, as llama.cpp rounds it."""
     n = TEXT_BEFORE + TEXT_AFTER + shape.n_image_tokens + 128 + n_generate
     return round_n_ctx(n)
 
@@ -124,15 +128,30 @@ def run(
     progress: Callable[[str], None] = lambda what: None,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """The result as plain JSON values: see `summary.summarise`, and what was run where. progress is called with the
-    kind of each request once it is answered, and save after each repeat with the result so far, so that a run that is
-    ended loses one repeat at most.
+    """Runs a benchmark.
 
-    options: of StarVLM. baselines: of BASELINES. fewer: share of the image tokens that the baseline of that name may
-        have. hook_tokens: tokens for the cost of an idle hook, 0 for none.
+    Args:
+        model: The text model.
+        mmproj: Its mmproj file.
+        options: Arguments of StarVLM.
+        configs: The configs to measure.
+        baselines: Names in BASELINES.
+        request: What each side is asked.
+        fewer: Share of the image tokens that the baseline "fewer" may have.
+        repeats: Number of repeats.
+        n_generate: Tokens of each answer.
+        hook_tokens: Tokens for the cost of an idle callback, 0 for no such measurement.
+        with_memory: Measure memory too, in a process for each side.
+        title: Title of the result.
+        progress: Called with the kind of each request once it is answered.
+        save: Called after each repeat with the result so far, so that a run that is ended loses one repeat at most.
+
+    Returns:
+        The result as plain JSON values: see `summary.summarise`, and what was run where.
 
     Raises:
-        As StarVLM and StarChatHandler; ContextLengthError: prompt and answer do not fit n_ctx.
+        StarEdgeError: As StarVLM and StarChatHandler.
+        ContextLengthError: Prompt and answer do not fit n_ctx.
     """
     start = time.perf_counter()
     notes: list[str] = []
@@ -182,7 +201,7 @@ def run(
             progress("idle hook")
             hook = time_idle_hook(bench, stock, next(s for s in present if s.kind == "star_edge"), hook_tokens)
         elif hook_tokens:
-            notes.append("no cost of an idle hook: it needs a stock side with the same flash attention")
+            notes.append("cost of an idle hook not measured: it needs a stock side with the same flash attention")
         finished = result(samples, cache_bytes, notes)
     if with_memory:
         save(finished)
@@ -198,7 +217,7 @@ def run(
 
 
 def machine(n_threads: int) -> dict[str, Any]:
-    """Processor, cores, threads used and accelerators; nothing that names this very machine."""
+    """Processor, cores, threads and accelerators. Nothing identifies this very machine."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,10 +1,9 @@
 """The sides of a benchmark: stock llama-cpp-python in several settings, and star_edge with several configs.
 
 All sides answer through `Llama.create_chat_completion`, as a user's program does, from an encoded picture to sampled
-tokens, and all
-share one model in memory: two copies of the weights differ in speed by more than an idle hook costs, since llama.cpp
-repacks them. A side has a context and a chat handler of its own. The stock sides run llama_cpp's own MTMDChatHandler in
-a context without a callback; it is watched from outside, through the module of libmtmd functions that it calls.
+tokens. All share one model in memory: llama.cpp repacks weights, and two copies differ in speed by more than an idle
+callback costs. Each side has its own context and chat handler. The stock sides run llama_cpp's MTMDChatHandler in a
+context without a callback. They are watched from outside, through the module of libmtmd functions that it calls.
 """
 
 from __future__ import annotations
@@ -32,17 +31,19 @@ from ..report import PruneReport
 from ..vision.encoder import ImageChunk
 from ..vision.profiles import METADATA_KEYS, find_profile
 
-# In the order in which they are done. prefill is all decoder work that is neither probe nor resume: all of it on stock,
-# and the text before the first image with a decoder stage. first_token is what is left of the time to the first token:
-# sampling it, and Python.
+# In order of time. prefill is all decoder work but probe and resume: everything on stock, and the text before the first
+# image with a decoder stage. first_token is the rest of the time to the first token: sampling, and Python.
 STAGES = ("preprocess", "encode", "vision_stage", "prefill", "probe", "decoder_stage", "resume", "first_token")
 DECODER_STAGES = ("prefill", "probe", "decoder_stage", "resume")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every side is asked. messages: as `Llama.create_chat_completion` takes them. fewer: the same with smaller
-    pictures.
+    """What every side is asked.
+
+    Attributes:
+        messages: As `Llama.create_chat_completion` takes them.
+        fewer: The same with smaller pictures.
     """
 
     messages: list[Any]
@@ -51,10 +52,14 @@ class Request:
 
 @dataclass(frozen=True)
 class SideSpec:
-    """name: unique. kind: "stock" or "star_edge".
+    """A side to measure.
 
-    prune: config of a star_edge side. flash_attn: of a stock side, in decoder and encoder. image_max_tokens: of a stock
-    side that asks with `Request.fewer`, otherwise None.
+    Attributes:
+        name: Unique name.
+        kind: "stock" or "star_edge".
+        prune: Config of a star_edge side.
+        flash_attn: Flash attention of a stock side, in decoder and encoder.
+        image_max_tokens: For a stock side that asks with `Request.fewer`, otherwise None.
     """
 
     name: str
@@ -68,11 +73,18 @@ class SideSpec:
 class Sample:
     """One request. Times are in seconds.
 
-    first_token: from the call to the first sampled token. stages: of STAGES, and they add up to it. tokens: time of
-        each further token.
-    n_text, n_image: tokens of the prompt before pruning. n_cells: KV cells that hold the prompt when generation starts,
-    and cache_bytes: of all layers, as llama.cpp counts them to save the sequence; taken where one token was asked for,
-        so that it costs no time elsewhere. text: the answer.
+    Attributes:
+        first_token: From the call to the first sampled token.
+        stages: Time of each of STAGES; they add up to first_token.
+        tokens: Time of each further token.
+        n_text: Text tokens of the prompt.
+        n_image: Image tokens before pruning.
+        n_cells: KV cells that hold the prompt when generation starts.
+        average_tokens: Image tokens per decoder layer.
+        cache_bytes: Bytes of those cells in all layers, as llama.cpp counts them to save the sequence. Only taken if
+            one token was asked for, so that it costs no time elsewhere.
+        text: The answer.
+        report: The report of a star_edge side.
     """
 
     first_token: float
@@ -88,9 +100,9 @@ class Sample:
 
 
 class _Watched:
-    """libmtmd as MTMDChatHandler calls it, with times and token counts taken on the way. The calls are the same ones.
+    """Proxy for `mtmd_cpp` that takes times and token counts. The calls to libmtmd are unchanged.
 
-    image_max_tokens: MTMDChatHandler has no argument for it.
+    image_max_tokens: set here, because MTMDChatHandler has no argument for it.
     """
 
     def __init__(self, image_max_tokens: int | None, n_ctx: int) -> None:
@@ -122,7 +134,7 @@ class _Watched:
                 self.n_text += n
             else:
                 self.n_image += n
-        if self.n_text + self.n_image >= self.n_ctx:  # the context itself is padded, the Llama's own arrays are not
+        if self.n_text + self.n_image >= self.n_ctx:  # the context is padded, the Llama's own arrays are not
             raise ContextLengthError(
                 f"the prompt takes {self.n_text + self.n_image} tokens of a context of {self.n_ctx}",
                 "raise n_ctx (-c), or use a smaller picture",
@@ -140,7 +152,7 @@ class _Watched:
         logits_last: bool,
         new_n_past: Any,
     ) -> int:
-        """What the helper of that name does with an image, encoder and decoder apart."""
+        """Does what the helper of that name does with an image, with encoder and decoder timed separately."""
         self.llama_context = llama
         start = time.perf_counter()
         status: int = mtmd.mtmd_encode_chunk(context, chunk)
@@ -155,7 +167,7 @@ class _Watched:
         return status
 
     def mtmd_input_chunks_free(self, chunks: Any) -> None:
-        """The prompt has been submitted. A GPU may still work on it: the sampler would wait for it now."""
+        """Ends the prefill. A GPU may still be working, and the sampler would wait for it now."""
         if self.llama_context is not None:
             llama_cpp.llama_synchronize(self.llama_context)
         self.decoded = time.perf_counter()
@@ -172,10 +184,9 @@ class _Side:
 
 @dataclass
 class _Clock:
-    """Stands for Llama.sample: notes when each token is there, and lets no answer end early.
+    """Replaces Llama.sample: records when each token is there, and lets no answer end early.
 
-    cache_of: context of which to take the cache's size at the first token, when the prompt alone is in it; None to lose
-        no time so.
+    cache_of: a context whose cache size to take at the first token, when only the prompt is in it. None: none.
     """
 
     sample: Any
@@ -194,12 +205,16 @@ class _Clock:
 
 
 class Workbench:
-    """One model in memory, and its sides, made when they are first asked.
+    """One model in memory, and its sides, which are made when they are first asked.
 
-    Arguments as in StarVLM; flash_attn is that of the star_edge sides.
+    Args:
+        model: The text model.
+        mmproj: Its mmproj file.
+        **options: Arguments of StarVLM. flash_attn is that of the star_edge sides.
 
     Raises:
-        As StarVLM; EngineError: a side's context cannot be made.
+        StarEdgeError: As StarVLM.
+        EngineError: A side's context cannot be made.
     """
 
     def __init__(self, model: str | PathLike[str], mmproj: str | PathLike[str], **options: Any) -> None:
@@ -231,11 +246,12 @@ class Workbench:
     # ---- requests ----
 
     def ask(self, spec: SideSpec, request: Request, n_generate: int) -> Sample:
-        """One greedy answer of n_generate tokens, read afresh.
+        """Asks for one greedy answer of n_generate tokens. Nothing comes from an earlier request.
 
         Raises:
-            ContextLengthError: it does not fit. EngineError: llama.cpp refused, or could not make the side's context.
-            As StarChatHandler: the model or the pictures cannot be used.
+            ContextLengthError: Prompt and answer do not fit the context.
+            EngineError: llama.cpp failed, or could not make the side's context.
+            StarEdgeError: As StarChatHandler: the model or the pictures cannot be used.
         """
         side = self._side(spec)
         llama = self.llama
@@ -271,10 +287,10 @@ class Workbench:
         return sample
 
     def count_image_tokens(self, request: Request) -> tuple[int, int]:
-        """Image tokens of the request, and its pictures.
+        """Number of the request's image tokens, and of its pictures.
 
         Raises:
-            As StarChatHandler, for the model and the pictures.
+            StarEdgeError: As StarChatHandler, for the model and the pictures.
         """
         handler = self._side(SideSpec("count", "star_edge")).handler
         handler._init_mtmd_context(self.llama)
@@ -290,7 +306,7 @@ class Workbench:
         return self._side(spec).context
 
     def encoder_problem(self) -> str | None:
-        """What its vision stage cannot do with this encoder, once a star_edge side has been asked."""
+        """What the vision stage cannot do with this encoder, once a star_edge side has been asked."""
         reader = self._star._reader if self._star is not None else None
         encoder = reader.encoder if reader is not None else None
         if encoder is None or encoder.profile.reads_attention:
@@ -374,15 +390,17 @@ class Workbench:
         return _Side(spec, context, params, handler)
 
     def _install(self, context: Any, params: Any) -> None:
-        """Makes a context that of the Llama; whatever an earlier request has left in the Llama itself goes."""
+        """Gives the Llama another context. What an earlier request left in the Llama is dropped."""
         llama = self.llama
         llama._ctx, llama.context_params = context, params
         llama.reset()
 
 
 def stages_of(report: PruneReport) -> dict[str, float]:
-    """Seconds of a report's stages as STAGES has them, each counted once. With several decoder stages, their scores are
-    shared equally among the windows in which they are taken."""
+    """Seconds of a report's stages, by the names of STAGES, each counted once.
+
+    With several decoder stages, the time of their scores is divided equally among the windows.
+    """
     seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
 
     def get(name: str) -> float:

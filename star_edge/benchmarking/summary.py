@@ -1,4 +1,4 @@
-"""What the samples of a benchmark say: plain data for JSON, and one table."""
+"""The summary of a benchmark's samples: plain data for JSON, and one table."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ def summarise(
     cache_bytes: Mapping[str, int],
     n_layers: int,
 ) -> dict[str, Any]:
-    """{"reference": name, "sides": [...]} for the sides that have samples, in the order of specs.
+    """{"reference": name, "n_layers": n, "sides": [...]} for the sides that have samples, in the order of specs.
 
-    reference: stock with flash attention, or else the first side; speed-ups are over it.
-    Of each side:
-    first_token_ms: median, min and max over the repeats, and all of them in the order in which they were taken.
-        stages_ms are those of the median repeat, or the mean over the two middle ones of an even number, so that they
-        add up to the median.
-    tokens_per_s: of the tokens after the first; median, min and max over the repeats of 1 / (median time of a token).
-    decoder_ms: the decoder's stages without choosing what stays, median over the repeats. speed_up, decoder_speed_up:
-        the reference's median time over this side's.
-    decoder_ideal: token-layers of the reference's prompt over those of this side's: what the decoder could gain if its
-        time were
-        proportional to the rows that it computes. ideal: the same for the time to the first token, if the rest took as
-            long as on the
-        reference: T / (T - D + D / decoder_ideal), D the decoder's share of the reference's time T. of_ideal:
-            decoder_speed_up / decoder_ideal.
-    selection_share: both stages' scoring and choosing, of the time to the first token; None on stock.
-    kv_cells, kv_bytes: of the prompt when generation starts, in one layer's cells and in all layers' bytes.
-    n_ctx_needed, kv_bytes_needed: the smallest n_ctx that the request and its answer fit, and the cache's size with it.
-    peak_rss_bytes, device_bytes: None, for `memory.measure` to fill in.
+    The reference is stock with flash attention, or else the first side. Speed-ups are over it. For each side:
+
+    - first_token_ms: median, min and max over the repeats, and all values in order of time.
+    - stages_ms: of the median repeat, or the mean of the two middle ones of an even number. They add up to the median.
+    - tokens_per_s: of tokens after the first, 1 / (median time of a token); median, min and max over the repeats.
+    - decoder_ms: the decoder's stages without choosing what stays, median over the repeats.
+    - speed_up, decoder_speed_up: the reference's median time over this side's.
+    - decoder_ideal: token-layers of the reference's prompt over this side's. It is the decoder's speed-up if its time
+      is proportional to the rows that it computes.
+    - ideal: the same for the time to the first token, if the rest takes as long as on the reference:
+      T / (T - D + D / decoder_ideal), where D is the decoder's part of the reference's time T.
+    - of_ideal: decoder_speed_up / decoder_ideal.
+    - selection_share: scoring and choosing in both stages, as a share of the time to the first token. None on stock.
+    - kv_cells, kv_bytes: KV cells of the prompt when generation starts (in one layer), and their bytes (in all layers).
+    - n_ctx_needed, kv_bytes_needed: the smallest n_ctx that request and answer fit, and the cache's size with it.
+    - peak_rss_bytes, device_bytes: None, for `memory.measure` to fill in.
     """
     present = [spec for spec in specs if spec.name in samples]
     reference = next(
@@ -95,7 +93,7 @@ def summarise(
 
 
 def _median_stages(samples: Sequence[Sample]) -> tuple[float, dict[str, float]]:
-    """Seconds to the first token, the median, and the stages of the repeat or the two repeats that it is of."""
+    """The median time to the first token in seconds, and the stages of the one or two repeats behind it."""
     ordered = sorted(samples, key=lambda s: s.first_token)
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
     stages = {name: statistics.mean(s.stages[name] for s in middle) for name in STAGES}
@@ -107,7 +105,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _decoder(samples: Sequence[Sample]) -> float:
-    """Median over the repeats of the decoder's time."""
+    """The decoder's time in seconds, median over the repeats."""
     stages = [sample.stages for sample in samples]
     return statistics.median([sum(s[name] for name in DECODER_STAGES) - s["decoder_stage"] for s in stages])
 
@@ -117,7 +115,7 @@ def _token_layers(sample: Sample, n_layers: int) -> float:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """One column for each side, one row for each quantity: there are few sides, and a terminal is narrow."""
+    """A table with a column for each side and a row for each quantity, since a terminal is narrow."""
     header, rows = text_table(result)
     styled = Table(title=escape(result.get("title", "")), title_justify="left")
     styled.add_column("", no_wrap=True)
@@ -129,7 +127,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row for each side, as texts. Stages that no side has are left out."""
+    """The header, and one row of texts for each side. Stages that no side has are left out."""
     sides = result["sides"]
     stages = [name for name in STAGES if any(row["stages_ms"][name] for row in sides)]
     memory = [key for key in _MEMORY if any(row[key] is not None for row in sides)]

@@ -1,23 +1,25 @@
 """The decoder stage: probe -> scores -> resume.
 
-Everything is a layer window [first, last) over some rows:
+Every decode is a layer window [first, last) over some rows:
 
     text before the first image  -> [0, L)   an ordinary decode
-    PROBE                        -> [0, K)   image rows that the vision stage kept, and the text after them; scores at
-    layer K choose n2 of n1 rows for each image
-    RESUME                       -> [K, L)   kept image rows and text rows
+    PROBE                        -> [0, K)   the image rows that the vision stage kept, and the text after them.
+                                             Scores at layer K choose n2 of n1 rows of each image.
+    RESUME                       -> [K, L)   the kept image rows, and the text
 
-and with several decoder stages, at layers K1 < K2 < ..., each resume ends at the next one and is its probe. With one,
-token-layers are K (n1 + T) + (L - K) (n2 + T), and nothing is computed twice but q, k and v of layer K for the rows
-that stay (the scores need them before it is known which). After the probe, layers < K hold the right K and V in the
-cells of all probed rows, so a kept row must come back to its own cell. All rows are parked in another sequence (one for
-each decoder stage: their dense positions overlap), the cells of the kept ones are freed, and llama.cpp's allocator
-    (llama_kv_cache::find_slot) walks up from the first freed cell: it meets exactly those cells, in order. That is
-    verified, not assumed.
+With several decoder stages, at layers K1 < K2 < ..., each resume ends at the next layer and is its probe.
 
-What an earlier prompt has left of the text before and of the probe is not computed again: see reuse.py.
+Cost with one stage: K (n1 + T) + (L - K) (n2 + T) token-layers. Only q, k and v of layer K are computed twice, for the
+rows that stay: the scores need them before it is known which rows those are.
 
-Knows segments, layers and cells; knows no pixels and no strings.
+Cells: after the probe, the layers below K hold the right K and V in the cells of all probed rows. A kept row must
+therefore come back to its own cell. All rows are parked in another sequence (one per decoder stage, since their dense
+positions overlap), and the cells of the kept rows are freed. llama.cpp's allocator (llama_kv_cache::find_slot) walks up
+from the first freed cell and meets exactly those cells, in order. This is checked after each decode, not assumed.
+
+What an earlier prompt has left is not computed again: see reuse.py.
+
+Knows segments, layers and KV cells. Knows no pixels and no strings.
 """
 
 from __future__ import annotations
@@ -39,12 +41,16 @@ from .segments import Segment
 
 @dataclass
 class Seen:
-    """What a decoder stage knows of the rows of one image when it chooses.
+    """The rows of one image, as a decoder stage sees them when it chooses.
 
-    hidden: (n, n_embd) float32, states that enter layer K. mass: as in Segment. attention: mean over heads and the text
-    rows that score, (n,) float32. row_attention (n_text, n) and text_hidden (n_text, n_embd): for each text row, if
-    DecoderStage asks for them.
-    image: index of the image. rows: which of the rows that the vision stage left these are, (n,) int64.
+    Attributes:
+        hidden: States that enter layer K, (n, n_embd) float32.
+        mass: As in Segment.
+        attention: Mean over heads and the text rows that score, (n,) float32.
+        row_attention: Attention of each text row, (n_text, n) float32, if DecoderStage asks for it.
+        text_hidden: Hidden states of those text rows, (n_text, n_embd) float32, or None.
+        image: Index of the image.
+        rows: Indices of these rows among those that the vision stage left, (n,) int64.
     """
 
     hidden: np.ndarray
@@ -58,12 +64,14 @@ class Seen:
 
 @dataclass
 class DecoderStage:
-    """What to drop: for each window layer K and how many rows of each image stay; choose(seen, n_keep) says which, and
-    what they stand for.
+    """What the decoder stages drop.
 
-    text_rows: the rows of the text after the last image that score: "all" or "last" as a mean, or "each".
-    divide(all that is seen, n_keep): how many rows of each image stay instead, where images share what they keep; None:
-        they do not.
+    Attributes:
+        windows: (layer K, rows of each image that stay) of each stage.
+        choose: choose(seen, n_keep) says which rows of an image stay, and what they stand for.
+        text_rows: Rows of the text after the last image that score: "all" or "last" as a mean, or "each".
+        divide: divide(seen of all images, n_keep) says how many rows of each image stay, if images share a budget.
+            None: they do not.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
@@ -76,14 +84,17 @@ class DecoderStage:
 class Prefill:
     """State after the prompt.
 
-    logits: (n_vocab,) float32 of the last row.
-    n_cells: rows that are in the cache, the dense position of the next token.
-    tokens: what those rows are, (n_cells,) int32: a text token's id, or -1 for a row of an image.
-    next_position: RoPE position of the next token.
-    scores, selections: for each decoder stage a list with, for each image, the attention that its rows got there, (n,)
-        float32, and what stayed, as indices into the rows that the vision stage left.
-    in_place: False when kept rows did not come back to their own cells and were decoded again from the start.
-    n_reused: rows that an earlier prompt had decoded, with a decoder stage in the layers below it.
+    Attributes:
+        logits: Logits of the last row, (n_vocab,) float32.
+        n_cells: Rows in the cache, which is the dense position of the next token.
+        tokens: Those rows, (n_cells,) int32: a text token's id, or -1 for a row of an image.
+        next_position: RoPE position of the next token.
+        scores: For each decoder stage and each image, the attention that its rows got there, (n,) float32.
+        selections: For each decoder stage and each image, what stayed, as indices into the rows that the vision stage
+            left.
+        in_place: False if kept rows did not come back to their own cells and were decoded again from the start.
+        n_reused: Rows that an earlier prompt had decoded; with a decoder stage, in the layers below it.
+        seconds: Time of each step, in seconds.
     """
 
     logits: np.ndarray
@@ -105,11 +116,22 @@ def prefill(
     *,
     keep: bool = False,
 ) -> Prefill:
-    """Runs the prompt from an empty cache. keep: or from what an earlier prompt has left, and leaves what a later one
-    may use.
+    """Decodes a prompt.
+
+    Args:
+        context: The decoder.
+        segments: The prompt, in order.
+        next_position: RoPE position after the prompt.
+        stage: What the decoder stages drop, or None for none.
+        keep: Start from what an earlier prompt left, and leave what a later one may use. Without it the cache must be
+            empty.
+
+    Returns:
+        The state after the prompt.
 
     Raises:
-        ContextLengthError, EngineError: see DecoderContext.decode. The cache must be cleared before the next prompt.
+        ContextLengthError: See DecoderContext.decode.
+        EngineError: See DecoderContext.decode. The cache must be cleared before the next prompt.
     """
     run = _Run(context, segments, next_position, keep)
     try:
@@ -159,7 +181,7 @@ class _Run:
         if not rest:
             return self.result(self.segments, stem=(self.segments, n_prefix, n_prefix))
         if self.has_mass:
-            # An empty cache is filled from its first cell on; checked once the rows are there.
+            # An empty cache is filled from its first cell on. This is checked once the rows are there.
             self.set_masses(rest, np.arange(n_prefix, n_prefix + sum(len(s.rows) for s in rest)))
         start = n_prefix
         stem = self.segments[: self.last_image + 1]
@@ -196,8 +218,8 @@ class _Run:
                 assert end.hidden is not None
                 end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
-            # Masses were for cells that the rows did not come back to: what stays then stands for itself alone, and is
-            # reported so.
+            # Masses belong to cells. Rows that did not come back to theirs stand for themselves alone, and the report
+            # says so.
             stayed = [(rows, s) for rows, s in zip(kept_rows, selections) if s is not None]
             all_selections.append([Selection(rows, s.mass if in_place else None) for rows, s in stayed])
             if not in_place:
@@ -215,7 +237,7 @@ class _Run:
         )
 
     def result(self, segments: Sequence[Segment], stem: tuple[Any, ...] | None, **fields: Any) -> Prefill:
-        """segments: of the rows that are left. stem: arguments of reuse.keep, or None when nothing can be kept."""
+        """segments: the rows that are left. stem: arguments of reuse.keep, or None if nothing can be kept."""
         if self.keep and stem is not None and self.in_order:
             with self.timed("reuse"):
                 reuse.keep(self.context, *stem)
@@ -243,10 +265,9 @@ class _Run:
     # ---- windows ----
 
     def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
-        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, none where nobody asks for
-        them.
+        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, if they are asked for.
 
-        skip: first rows, in whole decodes, that are in the cache already.
+        skip: rows at the beginning, in whole decodes, that are in the cache already.
         """
         cells: list[Any] = []
         at = 0
@@ -272,7 +293,7 @@ class _Run:
     ) -> _WindowEnd:
         """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
 
-        Rows that an earlier prompt has left are brought back to their cells instead of computed. joined: see `decodes`.
+        Rows that an earlier prompt left come back to their cells and are not computed. joined: see `decodes`.
         """
         ctx = self.context
         n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
@@ -328,7 +349,7 @@ class _Run:
         )
 
     def places(self, segments: Sequence[Segment]) -> list[slice | None]:
-        """For each segment, where the rows of its image lie among those of all segments; None for text."""
+        """For each image segment, the slice of its rows among those of all segments; None for text."""
         edges = np.cumsum([0] + [len(s.rows) for s in segments])
         return [slice(int(a), int(b)) if s.image is not None else None for s, a, b in zip(segments, edges, edges[1:])]
 
@@ -340,7 +361,7 @@ class _Run:
         n_keep: Sequence[int],
         stage: DecoderStage,
     ) -> list[Selection | None]:
-        """What stays of each segment's rows; None for text, which stays."""
+        """What stays of each segment's rows; None for text, which always stays."""
         n_text = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
         hidden, by_row = end.hidden, end.row_attention
         assert hidden is not None
@@ -365,7 +386,7 @@ class _Run:
     def thin(
         self, segments: Sequence[Segment], selections: Sequence[Selection | None]
     ) -> tuple[list[Segment], np.ndarray]:
-        """The segments with the rows that go on, and (n,) bool of those rows."""
+        """The segments with the rows that go on, and a mask of those rows, (n,) bool."""
         keep_row = np.ones(sum(len(s.rows) for s in segments), bool)
         live = []
         for segment, place, selection in zip(segments, self.places(segments), selections):
@@ -378,15 +399,13 @@ class _Run:
         return live, keep_row
 
     def set_masses(self, segments: Sequence[Segment], cells: np.ndarray) -> None:
-        """Attention bias log(mass) for the cells of the segments' rows, those of text and of rows without a mass
-        none.
-        """
+        """Sets the attention bias log(mass) of the rows' cells; 0 for text and for rows without a mass."""
         bias = np.zeros(int(cells.max()) + 1, np.float32)
         bias[cells] = np.concatenate([np.zeros(len(s.rows)) if s.mass is None else np.log(s.mass) for s in segments])
         self.context.tap.set_cell_bias(bias)
 
     def check_cells(self, cells: np.ndarray, start: int) -> None:
-        """Row i of a prompt belongs in cell i: for the masses, for what is reused, and for what is kept."""
+        """Checks that row i of the prompt is in cell i. Masses, reuse and `keep` rely on it."""
         if np.array_equal(cells, np.arange(start, start + len(cells))):
             return
         if self.attached.n_rows:
@@ -394,14 +413,12 @@ class _Run:
         self.in_order = False
         if self.has_mass:
             raise EngineError(
-                "rows of an empty cache are not in its first cells, where their attention bias is",
+                "llama.cpp did not fill an empty cache from its first cell on, so masses would be misplaced",
                 'use representatives="none"',
             )
 
     def free_kept(self, start: int, keep_row: np.ndarray, parking: int) -> None:
-        """Parks all rows from dense position `start` on, then frees the cells of those that go on, so that they are
-        found again.
-        """
+        """Parks all rows from dense position `start` on, then frees the cells of the rows that go on."""
         self.has_parked = True
         self.context.park(start, parking)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], keep_row.astype(np.int8), [0]])))
@@ -410,7 +427,7 @@ class _Run:
         self.n_cells = start
 
     def restart(self, segments: Sequence[Segment], kept_rows: Sequence[np.ndarray], start: int) -> None:
-        """Plain prefill of the rows that go on: their layers below K no longer see the dropped ones."""
+        """Decodes the rows that go on again, from layer 0. Below layer K they no longer see the dropped rows."""
         for parking in range(PARKED, N_SEQUENCES):
             self.context.remove(parking, 0)
         self.context.remove(MAIN, start)
@@ -425,13 +442,13 @@ class _Run:
     def decodes(self, segments: Sequence[Segment], joined: bool) -> Iterator[tuple[Rows, bool]]:
         """Rows of each decode of a window, and whether they are causal.
 
-        A segment is a decode of its own, as it is on stock: kernels round differently for another number of rows (the
-            CPU's flash attention changes its
-        accumulator at 64). joined: segments that follow each other are one. Then nothing is bit for bit as on stock,
-            and a decode costs less for
-        each row: the CPU's kernels take 16 rows at a time, and one of the rows that are left over costs nearly as much
-        as two of those (measured, Q4_K on AVX2); a GPU is hardly busy with so few. Images whose rows attend to each
-        other stay apart.
+        A segment is a decode of its own, as on stock llama.cpp: kernels round differently for another number of rows
+        (the CPU's flash attention changes its accumulator at 64).
+
+        joined: consecutive segments share a decode. The result is then not bit-identical to stock, and each row costs
+        less. The CPU's kernels take 16 rows at a time, and a row left over costs nearly as much as two of those
+        (measured, Q4_K on AVX2). A GPU is hardly busy with so few rows. Images whose rows attend to each other are
+        never joined.
         """
         runs: list[list[Segment]] = []
         for segment in segments:
@@ -445,9 +462,7 @@ class _Run:
                 yield rows, run[0].causal
 
     def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
-        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether a piece is the segment's
-        last.
-        """
+        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether each is the last."""
         n = len(segment.rows)
         return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
 
@@ -465,8 +480,13 @@ class _Run:
 
 @dataclass
 class _WindowEnd:
-    """What a window leaves: states (n, n_embd) and attention (n,), for each text row (n_text, n), at its last layer;
-    cells (n,).
+    """What a window leaves at its last layer.
+
+    Attributes:
+        hidden: Hidden states, (n, n_embd) float32, or None.
+        cells: KV cells of the rows, (n,) int64.
+        attention: Attention that each row receives from the text, (n,) float32.
+        row_attention: The same for each text row, (n_text, n) float32, or None.
     """
 
     hidden: np.ndarray | None

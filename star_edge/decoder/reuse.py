@@ -1,28 +1,27 @@
-"""What a prompt leaves behind for the next one that begins alike: a further question about the same image, or the same
-system prompt.
+"""What a prompt leaves for the next one that begins alike: the same image with another question, or the same system
+prompt.
 
-Kept are the rows up to the last image (without one, all rows), called the stem. What they are does not depend on the
-text after
-them: causal attention looks back only, and an image's rows look at each other within one decode.
+The rows up to the last image are kept; without an image, all rows. They are called the stem. They do not depend on the
+text after them: causal attention only looks back, and an image's rows look at each other within one decode.
 
-    text before the first image  all layers are in their cells
-    from the first image on      without a decoder stage as well; with one, layers < K are in their cells, whether the
-                                 question that was asked then kept them or not, and the states that enter layer K in
-                                 `hidden`
+    text before the first image  all layers are in the cells
+    from the first image on      without a decoder stage: all layers are in the cells
+                                 with one: layers < K are in the cells, of dropped rows too, and the states that enter
+                                 layer K are in `hidden`
 
-Invariants, on which `attach` relies and which it checks as far as llama.cpp can tell:
+`attach` relies on these invariants, and checks all that llama.cpp lets it see:
 
-1. Row i of the stem is in cell i. Only such prompts are kept, and rows that come back are compared with it.
-2. Its cells belong to sequence PARKED from the end of one prompt to the beginning of the next, beside whatever else
-   they belong to. llama_kv_cache::find_slot gives out no cell that has a sequence, so nobody overwrites them; whoever
-   clears the cache or cuts it takes them out of PARKED, which is seen in its positions.
+1. Row i of the stem is in cell i. Only such prompts are kept, and the cells of rows that come back are compared.
+2. Between two prompts the stem's cells belong to sequence PARKED, and perhaps to others. llama_kv_cache::find_slot
+   gives out no cell that has a sequence, so nothing overwrites them. Clearing or cutting the cache takes cells out of
+   PARKED, which shows in its positions.
 3. The same rows come from the same decodes: pieces of n_ubatch rows, compared as the decoder got them (token ids or
-   embeddings, positions, masses). Nothing is concluded from names, configs or hashes.
-4. Layer K itself is not kept: resuming has overwritten the kept rows there, from decodes of fewer rows, which round
-   differently. The stem comes back by a decode of the window [K, K), which computes K and V of that layer from `hidden`
-   as the probe did, and gives each cell its position back, all without the layers below.
-5. No cell holds anything else: whatever the last prompt left besides is freed first, so that all that follows goes to
-   the cells, and runs over as many, as in a fresh context. That makes it equal bit for bit.
+   embeddings, positions, masses). Names, configs and hashes prove nothing.
+4. Layer K itself is not kept. Resuming has overwritten it for the kept rows, from decodes of fewer rows, which round
+   differently. A decode of the window [K, K) computes K and V of that layer from `hidden`, as the probe did, and gives
+   each cell its position back. The layers below are not computed.
+5. No cell holds anything else. All other cells are freed first, so later rows get the same cells, and attend over as
+   many, as in a fresh context. The results are therefore bit-identical.
 """
 
 from __future__ import annotations
@@ -41,10 +40,15 @@ from .segments import Segment
 class Stem:
     """Rows that may be used again.
 
-    segments: as they were read. n_prefix: rows of the text before the first image, n_rows: all.
-    layer: K of the first decoder stage, or None. hidden: with a stage, states that enter layer K, (n_rows - n_prefix,
-        n_embd) float32.
-    n_ubatch: rows of one decode. span: first and last position of sequence PARKED. buffer: see `attach`.
+    Attributes:
+        segments: The rows, as they were read.
+        n_prefix: Rows of the text before the first image.
+        n_rows: All rows.
+        layer: K of the first decoder stage, or None.
+        hidden: With a decoder stage, the states that enter layer K, (n_rows - n_prefix, n_embd) float32.
+        n_ubatch: Rows of one decode.
+        span: First and last position of sequence PARKED.
+        buffer: `Llama.input_ids` at that time, see `attach`.
     """
 
     segments: list[Segment]
@@ -59,8 +63,12 @@ class Stem:
 
 @dataclass
 class Attached:
-    """n_main: rows of the new prompt that are in sequence MAIN, ready. hidden: states of the rows after the prefix that
-    are in no sequence, and have to be brought back to theirs by decodes of the window [K, K), (n, n_embd) float32.
+    """What a new prompt gets from the stem.
+
+    Attributes:
+        n_main: Rows of the new prompt that are ready, in sequence MAIN.
+        hidden: States that enter layer K of further rows, (n, n_embd) float32. Decodes of the window [K, K) bring these
+            rows back to their cells.
     """
 
     n_main: int = 0
@@ -72,7 +80,7 @@ class Attached:
 
 
 class RowsMovedError(Exception):
-    """Rows that were kept did not come back to their cells: nothing of this cache may be used."""
+    """Kept rows did not come back to their cells, so nothing in this cache may be used."""
 
 
 def keep(
@@ -85,9 +93,13 @@ def keep(
 ) -> None:
     """Keeps a stem at the end of a prompt.
 
-    segments: of the stem. n_live: how many of its rows are in MAIN, where they come first; dropped ones are in the
-        sequences PARKED and after.
-    layer, hidden: as in Stem.
+    Args:
+        context: The decoder.
+        segments: The stem's segments.
+        n_prefix: Rows of the text before the first image.
+        n_live: The stem's rows in MAIN, where they come first. Dropped rows are in the sequences from PARKED on.
+        layer: K of the first decoder stage, or None.
+        hidden: As in Stem.
     """
     for sequence in range(PARKED + 1, N_SEQUENCES):
         context.copy(sequence, PARKED, 0)
@@ -101,9 +113,13 @@ def keep(
 
 
 def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> Attached:
-    """Puts what the stem and a new prompt have in common into MAIN, and frees all other cells. The stem is gone then.
+    """Moves the rows that the stem and a new prompt share into MAIN, and frees all other cells. The stem is then gone.
 
-    n_prefix: rows of the prompt before its first image. layer: K of its first decoder stage, or None.
+    Args:
+        context: The decoder.
+        segments: The new prompt.
+        n_prefix: Rows of the prompt before its first image.
+        layer: K of its first decoder stage, or None.
     """
     owner = tapped(context.llama)
     stem, owner.stem, owner.n_parked = owner.stem, None, 0
@@ -127,9 +143,7 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
 
 
 def _common_rows(stem: Stem, segments: Sequence[Segment]) -> int:
-    """Rows of the whole decodes that both begin with. The prompt's last one is not among them: its logits are
-    wanted.
-    """
+    """Rows of the whole decodes that both begin with, without the prompt's last decode, whose logits are needed."""
     n = 0
     for s, (old, new) in enumerate(zip(stem.segments, segments)):
         for a, b in zip(old.pieces(stem.n_ubatch), new.pieces(stem.n_ubatch)):
@@ -155,7 +169,7 @@ def _equal(one: Segment, other: Segment, first: int, last: int) -> bool:
 
 
 def _span(context: DecoderContext, sequence: int) -> tuple[int, int]:
-    """First and last position of a sequence, -1 where it is empty."""
+    """First and last position of a sequence, -1 if it is empty."""
     return (
         llama_cpp.llama_memory_seq_pos_min(context.memory, sequence),
         llama_cpp.llama_memory_seq_pos_max(context.memory, sequence),

@@ -1,4 +1,4 @@
-"""What a prompt is made of for the decoder. Knows no pixels and no strings."""
+"""The parts of a prompt, as the decoder sees them. Knows no pixels and no strings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from ..llamacpp.context import Rows
 
 @dataclass
 class Segment:
-    """A run of text tokens or the tokens of one image, in prompt order.
+    """A run of text tokens, or the tokens of one image, in prompt order.
 
-    image: index of the image, or None for text.
-    causal: False for images whose rows attend to each other both ways (Gemma 3).
-    mass: original tokens that each row stands for, (n,), or None for one each. Its cell gets log(mass) added to its
-        attention logits.
+    Attributes:
+        rows: The rows.
+        image: Index of the image, or None for text.
+        causal: False for images whose rows attend to each other both ways (Gemma 3).
+        mass: Original tokens that each row stands for, (n,) float64. None: one each. log(mass) is added to the
+            attention logits of the row's KV cell.
     """
 
     rows: Rows
@@ -26,8 +28,6 @@ class Segment:
     mass: np.ndarray | None = None
 
     def pieces(self, size: int) -> Iterator[tuple[int, int]]:
-        """First row, and the one after the last, of each decode: at most `size` rows (n_ubatch), so that one decode is
-        one graph.
-        """
+        """[first, last) rows of each decode. A decode of at most `size` (n_ubatch) rows is one graph."""
         n = len(self.rows)
         return ((at, min(n, at + size)) for at in range(0, n, size))

@@ -1,6 +1,6 @@
 """Which configs to compare: presets, grids over any field of `PruneConfig`, and files.
 
-Knows the fields of `PruneConfig` by their annotations alone, so that a new field can be varied without a change here.
+Reads the fields of `PruneConfig` from its annotations, so that a new field can be varied without a change here.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from ..io.json_input import parse_json, read_json
 from ..pruning.config import PruneConfig, resolve_prune
 
 _HINTS = typing.get_type_hints(PruneConfig)
-_BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # and how a name shortens them
+_BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # field -> its short name
 
 
 @dataclass(frozen=True)
 class NamedConfig:
-    """name: unique, for tables and result files. method: configs of one method are joined by a line in pictures."""
+    """A config with a name.
+
+    Attributes:
+        name: Unique name, for tables and results files.
+        method: Configs of one method are joined by a line in pictures.
+        prune: The config, or None for no pruning.
+    """
 
     name: str
     method: str
@@ -36,7 +42,7 @@ class NamedConfig:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any field that is not at its default, so that a field added later changes nothing."""
+        """A hash of the fields that are not at their defaults. A field that is added later does not change it."""
         default = asdict(PruneConfig())
         values = {} if self.prune is None else {k: v for k, v in asdict(self.prune).items() if v != default.get(k)}
         content = json.dumps([self.prune is None, values], sort_keys=True, default=repr)
@@ -47,13 +53,12 @@ OFF = NamedConfig("off", "off", None)
 
 
 def parse_values(field: str, text: str) -> list[Any]:
-    """Values of a field from "a,b,c", each of the type that the field's annotation says.
+    """Parses values of a field from "a,b,c". Each gets the type of the field's annotation.
 
-    Commas inside brackets do not separate: values of fields that hold several numbers are JSON,
-        "[[2,0.5],[4,0.25]],[[3,0.25]]".
+    Commas inside brackets do not separate. Values that hold several numbers are JSON: "[[2,0.5],[4,0.25]],[[3,0.25]]".
 
     Raises:
-        ConfigError: no such field, or a value of another type.
+        ConfigError: There is no such field, or a value has another type.
     """
     if field not in _HINTS:
         raise ConfigError(
@@ -69,7 +74,7 @@ def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> t
     """Each preset with each combination of the values in `sets`, and notes on combinations that PruneConfig refuses.
 
     Raises:
-        ConfigError: an unknown preset.
+        ConfigError: A preset is unknown.
     """
     bases = [(name, resolve_prune(name)) for name in names]
     configs: list[NamedConfig] = []
@@ -92,13 +97,13 @@ def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> t
 def grid_configs(
     budget: Mapping[str, Sequence[Any]], sets: Mapping[str, Sequence[Any]]
 ) -> tuple[list[NamedConfig], list[str]]:
-    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer) and of `sets`; other fields at
-    their defaults.
+    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer) and of `sets`.
 
-    One method for each combination of `sets` and of the budget fields but one: the one along which a line makes sense
-    in a picture, the last that has several values, except that layers are left to the end.
+    Other fields have their defaults. In a picture a line runs along one budget field: the first of decoder_keep,
+    vision_keep and decoder_layer that has several values. Each combination of all other fields is a method.
 
-    Returns the configs, and notes on combinations that PruneConfig refuses.
+    Returns:
+        The configs, and notes on combinations that PruneConfig refuses.
     """
     varied = [name for name in ("decoder_keep", "vision_keep", "decoder_layer") if len(budget.get(name, ())) > 1]
     in_method = {*varied[1:], *sets}
@@ -111,11 +116,12 @@ def grid_configs(
 
 
 def file_configs(path: str | os.PathLike[str]) -> list[NamedConfig]:
-    """Configs from a JSON file: a list of {"name": ..., "method": ..., and fields of PruneConfig}; "method" is by
-    default the name.
+    """Reads configs from a JSON file: a list of {"name": ..., "method": ..., and fields of PruneConfig}.
+
+    "method" defaults to the name.
 
     Raises:
-        ConfigError: names the file and the entry.
+        ConfigError: The file cannot be used. The message names the file and the entry.
     """
     name = os.fspath(path)
     try:
@@ -124,13 +130,14 @@ def file_configs(path: str | os.PathLike[str]) -> list[NamedConfig]:
         raise ConfigError(f"{name} cannot be read ({error.strerror})", "check the path of the configs") from error
     except ValueError as error:
         raise ConfigError(
-            f"{name} is no JSON ({error})", 'write a list such as [{"name": "half", "vision_keep": 0.5}]'
+            f"{name} is not valid JSON ({error})", 'write a list such as [{"name": "half", "vision_keep": 0.5}]'
         ) from error
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries
     ):
         raise ConfigError(
-            f"{name} is no list of objects with a name", 'write a list such as [{"name": "half", "vision_keep": 0.5}]'
+            f"{name} is not a list of objects with a name",
+            'write a list such as [{"name": "half", "vision_keep": 0.5}]',
         )
     configs = []
     for entry in entries:
@@ -154,33 +161,34 @@ def choose_configs(
     sets: Mapping[str, Sequence[Any]] | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> tuple[list[NamedConfig], list[str]]:
-    """All configs asked for, "off" first, and notes on those that were dropped. Without any, the presets.
+    """All configs that are asked for, "off" first, and notes on those that were dropped.
 
-    `sets` goes with presets and grid, not with a file, which says all.
+    If none is asked for, the presets quality, balanced and fast are compared. `sets` varies presets and the grid, not a
+    file's configs.
 
     Raises:
-        ConfigError: an unknown preset or field, two configs of one name, or nothing left to run.
+        ConfigError: A preset or field is unknown, two configs have one name, or no config is left.
     """
     budget, sets = budget or {}, sets or {}
     for name in presets:
         resolve_prune(name)
     if sets and file and not (presets or budget):
         raise ConfigError(
-            "--set has nothing to vary: a file of configs says all",
+            "--set has nothing to vary: it does not change configs of a file",
             "put the values into the file, or add --preset or a grid",
         )
     if not (presets or budget or file):
-        presets = ("quality", "balanced", "fast")  # the published methods are there to be named
+        presets = ("quality", "balanced", "fast")  # published methods run only if named
     from_presets, notes = preset_configs(presets, sets) if presets else ([], [])
     from_grid, grid_notes = grid_configs(budget, sets) if budget else ([], [])
-    if sets and bool(from_presets) != bool(from_grid):  # the values say enough where there is one source
+    if sets and bool(from_presets) != bool(from_grid):  # with one source, the values are name enough
         from_presets, from_grid = (
             [replace(c, method=c.method.partition(" ")[2]) for c in cs] for cs in (from_presets, from_grid)
         )
     result = {OFF.name: OFF}
     for config in [*from_presets, *from_grid, *(file_configs(file) if file else [])]:
         if config.name in result and result[config.name].prune != config.prune:
-            raise ConfigError(f"two configs have the name {config.name!r}", "give each a name of its own")
+            raise ConfigError(f"two configs have the name {config.name!r}", "give each its own name")
         result.setdefault(config.name, config)
     notes += grid_notes
     if notes and len(result) == 1:
@@ -198,7 +206,7 @@ def _try(
 
 
 def _build(build: typing.Callable[[], PruneConfig]) -> PruneConfig:
-    """A field's wrong type may surface as any error of a comparison: it is a ConfigError all the same."""
+    """Builds a config. A wrong type may surface as any built-in error, and becomes a ConfigError."""
     try:
         return build()
     except StarEdgeError:
@@ -216,7 +224,7 @@ def _titles(values: Mapping[str, Any]) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets."""
+    """Splits at commas outside brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{(") - (character in "]})")
@@ -234,7 +242,7 @@ def _parse(field: str, hint: Any, text: str) -> Any:
         return None
     if bool in kinds and simple in ("true", "false"):
         return simple == "true"
-    if int in kinds and re.fullmatch(r"[+-]?\d{1,18}", text):  # Python converts no thousands of digits
+    if int in kinds and re.fullmatch(r"[+-]?\d{1,18}", text):  # int() refuses thousands of digits
         return int(text)
     if float in kinds:
         try:
@@ -263,7 +271,7 @@ def _is_container(kind: Any) -> bool:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has lists where a frozen config has tuples."""
+    """Turns JSON's lists into the tuples of a frozen config."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 

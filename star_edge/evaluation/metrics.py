@@ -1,6 +1,6 @@
-"""Was an answer right, and how far is it from the unpruned model's.
+"""Whether an answer is right, and how far it is from the unpruned model's.
 
-Scores are in 0..1. Text comes in as the model wrote it; each metric normalises it in its own way.
+Scores are in 0..1. Answers are the model's raw text; each metric normalises it in its own way.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .tasks import Task
 
 Score = Callable[[str, Sequence[str]], float]
 
-VQA_ANSWERS = 4  # fewer cannot give 1: an answer counts in full when three others gave it
+VQA_ANSWERS = 4  # an answer scores 1 if three others gave it, so fewer than four cannot score 1
 
 
 # ---- exact match ----
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation or space at either end; text that is all punctuation stays as it is."""
+    """Lower case, single spaces, no punctuation or space at either end. Text of punctuation alone stays as it is."""
     text = " ".join(text.lower().split())
     return text.strip(string.punctuation + string.whitespace) or text
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
-    """1 when the normalised answer is one of the normalised truths, otherwise 0."""
+    """1 if the normalised answer is one of the normalised truths, otherwise 0."""
     return float(normalise(answer) in {normalise(t) for t in truths})
 
 
@@ -41,7 +41,7 @@ _VQA_NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _VQA_ARTICLES = {"a", "an", "the"}
-# Written without some or all of their apostrophes they get them back
+# Contractions get back the apostrophes that they lack
 _VQA_CONTRACTIONS = {
     word.replace("'", ""): word
     for word in """
@@ -59,9 +59,9 @@ _VQA_CONTRACTIONS = {
 def normalise_vqa(text: str) -> str:
     """The answer normalisation of the VQA challenge (github.com/GT-Vision-Lab/VQA, vqaEval.py).
 
-    Punctuation goes: for a space, or for nothing where it stands beside a space or the text has a comma between digits.
-    So do full stops that no digit follows. Then lower case, articles dropped, number words to digits, apostrophes put
-    back into contractions.
+    A punctuation mark becomes a space, or nothing if it stands beside a space somewhere or the text has a comma between
+    digits. Full stops without a digit after them are removed. Then the text is lower-cased, articles are removed,
+    number words become digits, and contractions get their apostrophes back.
     """
     text = " ".join(text.split())
     digits_with_comma = re.search(r"\d,\d", text) is not None
@@ -75,11 +75,11 @@ def normalise_vqa(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
-    """Agreement with the people asked, as the VQA challenge counts it (arXiv 1505.00468; visualqa.org/evaluation.html).
+    """Agreement with people's answers, as the VQA challenge counts it (arXiv 1505.00468; visualqa.org/evaluation.html).
 
-    For each person, min(others who gave this answer / 3, 1); the mean over all persons. With ten persons of whom k gave
-    it: 0, 0.3, 0.6, 0.9, 1 for k = 0, 1, 2, 3, 4 and more. Both sides are always normalised, as TextVQA's evaluation
-    does; the code of the VQA challenge leaves people's answers as they are when all ten are the same.
+    The mean over all persons of min(others who gave this answer / 3, 1). If k of ten persons gave it: 0, 0.3, 0.6, 0.9,
+    1 for k = 0, 1, 2, 3, and 4 or more. Both sides are always normalised, as in TextVQA's evaluation. The code of the
+    VQA challenge leaves people's answers as they are if all ten are the same.
     """
     given = [normalise_vqa(t) == normalise_vqa(answer) for t in truths]
     n_given = sum(given)
@@ -90,22 +90,23 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 
 
 def says_yes(answer: str) -> bool:
-    """POPE's reading of an answer (github.com/AoiDragon/POPE, evaluate.py): its first sentence says no when it has one
-    of the words "no" or "not", otherwise yes. Here in any case, and words may be separated by any white space."""
+    """POPE's reading of an answer (github.com/AoiDragon/POPE, evaluate.py).
+
+    The first sentence says no if it has the word "no" or "not", otherwise yes. Here case does not matter, and any white
+    space separates words.
+    """
     words = answer.strip().split(".")[0].replace(",", "").lower().split()
     return "no" not in words and "not" not in words
 
 
 def pope_match(answer: str, truths: Sequence[str]) -> float:
-    """1 when the answer says what the label says."""
+    """1 if the answer says what the label says, otherwise 0."""
     return float(says_yes(answer) == says_yes(truths[0]))
 
 
 @dataclass(frozen=True)
 class PopeScores:
-    """accuracy, precision, recall, f1, yes_ratio: in 0..1 with "yes" as the positive class; None where nothing is
-    divided by.
-    """
+    """The figures of POPE, in 0..1, with "yes" as the positive class. None: the divisor is 0."""
 
     accuracy: float | None
     precision: float | None
@@ -144,11 +145,12 @@ METRICS: dict[str, Score] = {"exact": exact_match, "vqa": vqa_accuracy, "pope": 
 
 
 def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
-    """The metric's name for "auto": vqa when every question has the answers of several people, pope when each answer is
-    yes or no, otherwise exact. None when no question has an answer.
+    """The metric to use. None if no question has an answer and `name` is "auto".
+
+    "auto" is vqa if every question has several people's answers, pope if each answer is yes or no, otherwise exact.
 
     Raises:
-        EvaluationError: a metric that does not fit the answers.
+        EvaluationError: The metric does not fit the answers.
     """
     labelled = [task for task in tasks if task.answers]
 
@@ -187,16 +189,13 @@ def same_answer(answer: str, unpruned: str) -> bool:
 
 
 def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
-    """KL(p || q) = sum p (log p - log q) in nats, with p and q the softmax of the unpruned and the pruned logits, both
-    (n_vocab,).
+    """KL(p || q) = sum p (log p - log q), in nats, of the softmax of unpruned and pruned logits, (n_vocab,) each.
 
-    Kullback and Leibler (1951). Logits must be finite. 0 for the same distribution; float64 inside, so that logits
-    equal to the bit give exactly 0.
+    Kullback and Leibler (1951). Logits must be finite. It is computed in float64, and bit-identical logits give exactly
+    0.
     """
     log_p, log_q = _log_softmax(unpruned), _log_softmax(pruned)
-    return float(
-        np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q)))
-    )  # rounding may leave -1e-17; not-a-number stays
+    return float(np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q))))  # rounding may leave -1e-17; NaN stays NaN
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

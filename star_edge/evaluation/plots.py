@@ -12,18 +12,18 @@ from .configs import OFF
 from .summary import METRIC_TITLES
 
 _ENDINGS = (".png", ".svg")
-# Distinct for colour-blind readers too (Okabe and Ito, 2008), with markers of their own for prints in grey
+# Distinct for colour-blind readers too (Okabe and Ito, 2008), each with its own marker for prints in grey
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_LINES = ("-", ":", "-.")  # after seven methods the colours come again
+_LINES = ("-", ":", "-.")  # after seven methods the colours repeat
 _GREY = "#555555"
 
 
 def check(path: str) -> None:
-    """Fails before anything is computed for it.
+    """Checks that a picture can be written, before anything is computed for it.
 
     Raises:
-        EvaluationError: matplotlib is not installed, the ending is not known, or there is no such folder.
+        EvaluationError: matplotlib is not installed, the ending is unknown, or the folder does not exist.
     """
     pyplot_module()
     if Path(path).suffix.lower() not in _ENDINGS:
@@ -33,12 +33,13 @@ def check(path: str) -> None:
 
 
 def save(summary: Mapping[str, Any], path: str) -> None:
-    """Draws accuracy, or agreement with the unpruned model where there are no answers, against average tokens per layer
-    (left) and against the median time to the first token (right). Configs of one method are joined by a line; the
-    unpruned model is a dashed one.
+    """Draws accuracy against average tokens per layer (left) and the median time to the first token (right).
+
+    Without answers, agreement with the unpruned model takes the place of accuracy. Configs of one method are joined by
+    a line. The unpruned model is a dashed line.
 
     Raises:
-        EvaluationError: see `check`, or the file cannot be written.
+        EvaluationError: See `check`; or the file cannot be written.
     """
     pyplot = pyplot_module()
     key = "agreement" if summary["metric"] is None else "accuracy"
@@ -105,7 +106,7 @@ def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[s
 
 
 def pyplot_module() -> Any:
-    """matplotlib.pyplot without a window system, imported when asked for: it is an optional dependency."""
+    """matplotlib.pyplot without a window system. It is imported here because it is an optional dependency."""
     try:
         import matplotlib
     except ImportError as error:

@@ -1,6 +1,4 @@
-"""The results of a run: one JSON line for each question and config, so that a run that was killed goes on where it
-stopped.
-"""
+"""The results of a run: one JSON line for each question and config. A run that was killed goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -24,14 +22,13 @@ _START_AGAIN = "use --fresh to start again, or another --out"
 
 
 def fingerprint_file(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's size and of 64 pieces spread over it, head and tail included: 1 MiB is read of a model of any
-    size.
+    """A hash of a file's size and of 64 pieces spread over it, head and tail included. It reads 1 MiB at most.
 
-    The time of the file does not count. The metadata is at the head; weights that differ nearly everywhere (another
-    quantization, a fine-tune) differ in the other pieces too.
+    The file's time does not count. The head has the metadata. Weights that differ nearly everywhere (another
+    quantization, a fine-tune) differ in the other pieces.
 
     Raises:
-        EvaluationError: it cannot be read.
+        EvaluationError: The file cannot be read.
     """
     try:
         size = os.path.getsize(path)
@@ -46,16 +43,21 @@ def fingerprint_file(path: str | os.PathLike[str]) -> str:
 
 
 class Results:
-    """Records by (task id, config name), and the file that each is appended to as it comes.
+    """Records by (task id, config name), appended to a file one by one.
 
-    path: JSONL file, or None to keep them in memory. Its first line is a header, `header` given here: what all results
-    must share (files of the model, options). Then one record a line: task, config, fingerprints of both, and what the
-    runner adds; the last of several for one pair holds. A last line that a killed run left unfinished is cut off.
+    The file's first line is a header. Each further line is a record: task, config, fingerprints of both, and what the
+    runner adds. The last record of a pair holds. An unfinished last line, which a killed run may leave, is cut off.
+
+    Args:
+        path: JSONL file, or None to keep records in memory.
+        header: What all results must share (files of the model, options).
+        tasks: The questions.
+        configs: The configs.
+        fresh: Start a results file again that does not fit. Other files are never overwritten.
 
     Raises:
-        EvaluationError: the file is no results file, belongs to another model, other options, or changed questions or
-            configs, is in use by another run, or cannot be written. `fresh` starts such a file again; never one that is
-            no results file.
+        EvaluationError: The file is not a results file, belongs to another model, other options, or changed questions
+            or configs, is in use by another run, or cannot be written.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Results:
             self._file = open_alone(path)
         except BlockingIOError:
             raise EvaluationError(
-                f"{path} is in use by another run", "wait for its end, or use another --out"
+                f"{path} is in use by another run", "wait until that ends, or use another --out"
             ) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -101,12 +103,12 @@ class Results:
             self._file.close()
 
     def done(self, task: Task, config: NamedConfig) -> bool:
-        """Whether there is an answer. What failed is tried again: a server may be back."""
+        """Whether there is an answer. Failed questions are asked again."""
         record = self.records.get((task.id, config.name))
         return record is not None and "error" not in record
 
     def add(self, task: Task, config: NamedConfig, **values: Any) -> None:
-        """Keeps a record, and appends it to the file before it returns."""
+        """Keeps a record. It is in the file when this returns."""
         pair = {
             "task": task.id,
             "config": config.name,
@@ -125,7 +127,7 @@ class Results:
     def _read(
         self, path: str, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool
     ) -> int:
-        """Fills `records` and returns where the file's whole lines end; 0 for a file to begin."""
+        """Fills `records`, and returns where the file's complete lines end; 0 to start the file."""
         assert self._file is not None
         self._file.seek(0)
         data = self._file.read()
@@ -147,7 +149,7 @@ class Results:
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line)
             if not {"task", "config", "task_fingerprint", "config_fingerprint"} <= set(record):
-                raise EvaluationError(f"{path}, line {number} is no result", f"remove the line, or {_START_AGAIN}")
+                raise EvaluationError(f"{path}, line {number} is not a result", f"remove the line, or {_START_AGAIN}")
             for kind in ("task", "config"):
                 if (
                     fingerprints.get((kind, record[kind]), record[f"{kind}_fingerprint"])
@@ -164,11 +166,11 @@ class Results:
 
 
 def _no_results_file(path: str) -> EvaluationError:
-    return EvaluationError(f"{path} is there already and is no results file of star-edge eval", "use another --out")
+    return EvaluationError(f"{path} exists and is not a results file of star-edge eval", "use another --out")
 
 
 def _parse(line: bytes) -> Record:
-    """The object of a line, empty for anything else."""
+    """The object in a line, empty if there is none."""
     try:
         record = parse_json(line)
     except ValueError:

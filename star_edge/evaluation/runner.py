@@ -1,6 +1,4 @@
-"""Asks every question with every config, and records answer, score, tokens, time and distance from the unpruned
-model.
-"""
+"""Asks every question with every config. Records answer, score, tokens, time and distance from the unpruned model."""
 
 from __future__ import annotations
 
@@ -30,19 +28,26 @@ def run_tasks(
     prompt_suffix: str = "",
     progress: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Fills `results` with what is missing. Answers are greedy.
+    """Asks for what is missing in `results`, with greedy answers.
 
-    The unpruned model and the configs have the same chances: each has read the first question once before it is timed,
-    and who is asked when is as `order` says, anew for each question. What comes before the unpruned model waits to be
-    recorded until its logits are there. When that question was answered unpruned in an earlier run, its prompt is read
-    once more: times are compared within one pass only. An image is loaded once, before the clock starts. A question or
-        a config that fails is recorded with its error, and the run goes on.
+    The unpruned model and the configs are treated alike. Each reads the first question once before it is timed. `order`
+    says who is asked when, anew for each question. Answers before the unpruned model's are recorded once its logits are
+    known. If an earlier run has answered the question unpruned, its prompt is read again, because times are compared
+    within one pass only. Images are loaded before the clock starts. A question that fails is recorded with its error,
+    and the run goes on.
 
-    metric: name in `metrics.METRICS`, or None without answers. progress: called with the number of (question, config)
-        pairs done.
+    Args:
+        vlm: The engine.
+        tasks: The questions.
+        configs: The configs.
+        results: Records so far, and where new ones go.
+        metric: A name in `metrics.METRICS`, or None without answers.
+        max_tokens: Most tokens of an answer.
+        prompt_suffix: Text after each question.
+        progress: Called with the number of (question, config) pairs that are done.
 
     Raises:
-        ConfigError: a config names a layer that the model does not have.
+        ConfigError: A config names a layer that the model does not have.
     """
     for config in configs:
         if config.prune is not None and config.prune.decoder_layer is not None:
@@ -77,7 +82,7 @@ def run_tasks(
 
 
 def order(n_sides: int, repeat: int) -> list[int]:
-    """Which side is asked when in a repeat: each begins in turn, and every other repeat goes backwards, so that none
+    """The order of the sides in a repeat. Each begins in turn, and every other repeat runs backwards, so that no side
     always follows the same one.
     """
     step = -1 if repeat % 2 else 1
@@ -85,7 +90,7 @@ def order(n_sides: int, repeat: int) -> list[int]:
 
 
 class _Pass:
-    """One question, and the unpruned model's first logits and time for it once it was asked."""
+    """One question, and the unpruned model's first logits and time for it, once known."""
 
     def __init__(
         self,
@@ -153,11 +158,10 @@ class _Pass:
 def _generate(
     vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None, max_tokens: int
 ) -> tuple[Answer, np.ndarray]:
-    """The greedy answer, and the logits of its first token, (n_vocab,) float32: what the first sampler of the chain
-    sees.
+    """The greedy answer, and the logits of its first token before any sampler, (n_vocab,) float32.
 
     Raises:
-        EngineError: logits that are no numbers, of which neither an answer nor a divergence would mean anything.
+        EngineError: The logits are not all finite. Neither the answer nor the divergence would then mean anything.
     """
     first: list[np.ndarray] = []
 
@@ -175,7 +179,7 @@ def _generate(
 def _try_to_read(
     vlm: StarVLM, prompt: str, pictures: list[np.ndarray], prune: PruneConfig | None
 ) -> tuple[np.ndarray, float] | None:
-    """First logits and milliseconds to them, or None where the prompt cannot be read (`_Pass.ask` records why)."""
+    """First logits, and milliseconds to them. None: the prompt cannot be read (`_Pass.ask` records why)."""
     try:
         state, report = vlm.read_prompt(prompt, pictures, prune)
     except StarEdgeError:

@@ -1,4 +1,4 @@
-"""Is a difference between two configs on the same questions more than chance?"""
+"""Whether a difference between two configs on the same questions is more than chance."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ RESAMPLES = 5000
 
 
 def mcnemar_p(n_lost: int, n_gained: int) -> float:
-    """Two-sided exact McNemar test: probability of a split at least as uneven, were lost and gained equally likely.
+    """Two-sided exact McNemar test: probability of a split at least as uneven if lost and gained are equally likely.
 
-    n_lost: questions that only the first config answers rightly, n_gained: only the second. Questions on which both are
-    right or both are wrong do not count. With n = n_lost + n_gained and k the smaller one, p = min(1, 2 sum_{i <= k}
-    C(n, i) / 2^n).
+    With n = n_lost + n_gained and k the smaller of the two, p = min(1, 2 sum_{i <= k} C(n, i) / 2^n). Questions on
+    which both configs are right, or both wrong, do not count.
 
-    McNemar (1947), Psychometrika 12:153; exact form: Agresti, Categorical Data Analysis, 10.1.4.
+    McNemar (1947), Psychometrika 12:153. Exact form: Agresti, Categorical Data Analysis, 10.1.4.
+
+    Args:
+        n_lost: Questions that only the first config answers correctly.
+        n_gained: Questions that only the second config answers correctly.
     """
     n, k = n_lost + n_gained, min(n_lost, n_gained)
     term = total = 1
@@ -30,14 +33,22 @@ def mcnemar_p(n_lost: int, n_gained: int) -> float:
 def mean_interval(
     values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """Percentile interval of the mean of `values` from a bootstrap of whole clusters, or None with less than two
-    clusters.
+    """Percentile interval of the mean of `values`, from a bootstrap over clusters.
 
-    values: (n,) paired differences, one for each question. clusters: what each belongs to, such as its image: questions
-    about one image are right or wrong together, and resampling them singly would make the interval too narrow.
+    Questions about one image tend to be right or wrong together. Resampling single questions would make the interval
+    too narrow.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13; clusters: Field and Welsh (2007), J. R. Stat.
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13. Clusters: Field and Welsh (2007), J. R. Stat.
     Soc. B 69:369.
+
+    Args:
+        values: Paired differences, one for each question, (n,).
+        clusters: What each question belongs to, such as its image, (n,).
+        seed: Seed of the bootstrap.
+        level: Level of the interval, in 0..1.
+
+    Returns:
+        (low, high), or None with fewer than two clusters.
     """
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     n_clusters = len(index)
@@ -56,9 +67,9 @@ def mean_interval(
 
 
 def sign_counts(first: Sequence[float], second: Sequence[float]) -> tuple[int, int]:
-    """(lost, gained): questions on which the second scores lower, and higher, than the first, for `mcnemar_p`.
+    """(lost, gained) for `mcnemar_p`: questions on which the second config scores lower, and higher, than the first.
 
-    With scores of 0 and 1 these are McNemar's counts; with graded ones (VQA) the test becomes the sign test, of which
+    With scores of 0 and 1 these are McNemar's counts. With graded scores (VQA) the test is the sign test, of which
     McNemar's is a case.
     """
     return sum(b < a for a, b in zip(first, second)), sum(b > a for a, b in zip(first, second))

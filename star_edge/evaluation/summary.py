@@ -1,4 +1,4 @@
-"""What the results of a run say for each config: as plain data for JSON, and as tables."""
+"""The summary of a run for each config: plain data for JSON, and tables."""
 
 from __future__ import annotations
 
@@ -22,20 +22,27 @@ METRIC_TITLES = {"exact": "exact match", "vqa": "VQA accuracy", "pope": "POPE ac
 def summarise(
     tasks: Sequence[Task], configs: Sequence[NamedConfig], records: Mapping[tuple[str, str], Record], metric: str | None
 ) -> dict[str, Any]:
-    """Plain values for each config, over the questions that it answered. Shares are in 0..1, and None is what cannot be
-    said.
+    """Plain values for each config. Shares are in 0..1; None stands for what cannot be computed.
 
-    n, n_errors: questions answered, and failed. n_scored: those with a true answer, over which accuracy and
-    accuracy_by_category are mean scores.
-    The rest is over questions that the unpruned model answered too:
-    relative_accuracy: mean score over the unpruned model's. difference: the one less the other, interval: its 95%
-        bootstrap interval
-    over images, mcnemar_p: see `statistics`. agreement: share of answers that are the unpruned model's. kl: mean KL
-    divergence of the first token in nats. average_tokens: image tokens for each decoder layer, the mean.
-    first_token_ms: median. speed_up: median over questions of the unpruned first-token time over the config's, both
-    from one pass over the
-        question.
-    pope: see `metrics.pope_scores`. notes: what the engine said, with the number of questions.
+    Over the questions that the config answered:
+
+    - n, n_errors: questions answered, and failed.
+    - n_scored: answered questions with a true answer.
+    - accuracy, accuracy_by_category: mean scores over those.
+    - average_tokens: image tokens per decoder layer, mean.
+    - first_token_ms: time to the first token, median.
+    - kl: KL divergence of the first token from the unpruned model's, mean, in nats.
+    - speed_up: the unpruned model's first-token time over the config's, both from one pass, median.
+    - pope: see `metrics.pope_scores`.
+    - notes: notes of the engine, with the number of questions.
+
+    Over the questions that the unpruned model answered too:
+
+    - relative_accuracy: mean score over the unpruned model's.
+    - difference: mean score less the unpruned model's.
+    - interval: 95% bootstrap interval of the difference, over images.
+    - mcnemar_p: see `statistics`.
+    - agreement: share of answers that equal the unpruned model's.
     """
     rows = [_summarise(tasks, config, records, metric) for config in configs]
     errors = [r for t in tasks for c in configs if "error" in (r := records.get((t.id, c.name), {}))]
@@ -110,7 +117,7 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Accuracy, POPE's figures where they apply, and the comparison with the unpruned model."""
+    """Tables of accuracy, of POPE's figures if they apply, and of the comparison with the unpruned model."""
     result = []
     rows = summary["configs"]
     title = f"{summary['n_tasks']} questions, {summary['n_images']} images"

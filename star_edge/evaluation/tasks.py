@@ -1,4 +1,4 @@
-"""Questions about images, read from a JSONL file in this package's form or in those of POPE, LLaVA and VQA."""
+"""Questions about images, read from a JSONL file. Field names of POPE, LLaVA and VQA files work too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..io.json_input import parse_json, read_lines
 
 FORMAT = '{"image": "a.jpg", "question": "what is this?", "answer": "a cat"}'
 
-# The first name that a line has is taken. POPE: text, label. LLaVA: question_id, text. VQA and TextVQA: question_id,
+# The first name that a line has is used. POPE: text, label. LLaVA: question_id, text. VQA and TextVQA: question_id,
 # answers.
 _NAMES = {
     "id": ("id", "question_id"),
@@ -32,9 +32,13 @@ _NAMES = {
 class Task:
     """One question.
 
-    id: unique in its file. images: paths or URLs that `images.load_image` reads. answers: the true one, all that people
-    gave (VQA has ten), or none. category: for a breakdown, or None. fingerprint: changes with images (by name),
-        question and answers.
+    Attributes:
+        id: Unique in its file.
+        images: Paths or URLs, as `load_image` takes them.
+        question: The question.
+        answers: The true answer, or all that people gave (VQA has ten), or none.
+        category: For a breakdown, or None.
+        fingerprint: A hash of the names of the images, the question and the answers.
     """
 
     id: str
@@ -46,29 +50,34 @@ class Task:
 
 
 def read_tasks(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None = None) -> list[Task]:
-    """Reads one JSON object for each line; empty lines are skipped.
+    """Reads questions, one JSON object per line. Empty lines are skipped.
 
-    Fields: image (path, data: or http(s): URL, or a list of them), question, and as far as known answer (a string, or a
-    list of what people answered), category and id (default: the number of the line). Other names of the same:
-    question_id; images; prompt, text; answers, label; family. Paths are relative to image_root, by default the folder
-    of the file.
+    Fields:
+
+    - image (or images): a path, a data: or http(s): URL, or a list of them.
+    - question (or prompt, text).
+    - answer (or answers, label), optional: a string, or a list of people's answers.
+    - category (or family), optional.
+    - id (or question_id), optional: by default the number of the line.
+
+    Args:
+        path: The file.
+        image_root: Folder that image paths are relative to. None: the file's folder.
 
     Raises:
-        EvaluationError: names the file and the line.
+        EvaluationError: The file cannot be used. The message names the file and the line.
     """
     name = os.fspath(path)
     folder = Path(image_root) if image_root is not None else Path(path).parent
     if image_root is not None and not folder.is_dir():
         raise EvaluationError(
-            f"the image root {folder} is no folder", "give the folder that image paths are relative to"
+            f"the image root {folder} is not a folder", "give the folder that image paths are relative to"
         )
     try:
         lines = list(read_lines(path))
     except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"{name} is no text in UTF-8", f"write one JSON object for each line: {FORMAT}"
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a line without end, or a NUL character in the path
+        raise EvaluationError(f"{name} is not UTF-8 text", f"write one JSON object per line: {FORMAT}") from error
+    except (OSError, ValueError) as error:  # ValueError: an endless line, or a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"{name} cannot be read ({reason})", "check the path of the questions") from error
     tasks: list[Task] = []
@@ -83,12 +92,12 @@ def read_tasks(path: str | os.PathLike[str], image_root: str | os.PathLike[str] 
         line_of_id[task.id] = number
         tasks.append(task)
     if not tasks:
-        raise EvaluationError(f"{name} holds no question", f"write one JSON object for each line: {FORMAT}")
+        raise EvaluationError(f"{name} has no questions", f"write one JSON object per line: {FORMAT}")
     return tasks
 
 
 def sample_tasks(tasks: Sequence[Task], limit: int | None, seed: int | None) -> list[Task]:
-    """The first `limit` tasks, or with a seed a random choice of so many, in the order of the file."""
+    """The first `limit` tasks, or with a seed a random sample of them, in the order of the file."""
     if limit is None or limit >= len(tasks):
         return list(tasks)
     if seed is None:
@@ -100,10 +109,10 @@ def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
     try:
         data = parse_json(line)
     except ValueError as error:
-        raise EvaluationError(f"{where} is no JSON ({error})", f"write one object for each line: {FORMAT}") from error
+        raise EvaluationError(f"{where} is not valid JSON ({error})", f"write one object per line: {FORMAT}") from error
     if not isinstance(data, dict):
         raise EvaluationError(
-            f"{where} is a {type(data).__name__}, no object", f"write one object for each line: {FORMAT}"
+            f"{where} is a {type(data).__name__}, not an object", f"write one object per line: {FORMAT}"
         )
     fields = {field: next((data[n] for n in names if data.get(n) is not None), None) for field, names in _NAMES.items()}
     images = fields["image"] if isinstance(fields["image"], list) else [fields["image"]]
@@ -133,7 +142,7 @@ def _parse_line(line: str, where: str, default_id: str, folder: Path) -> Task:
 
 
 def _answer_text(answer: Any, where: str) -> str:
-    """An answer as text, empty for none. VQA has objects with an "answer"; some files have numbers and truth values."""
+    """An answer as text, "" for none. VQA has objects with an "answer"; some files have numbers and booleans."""
     if isinstance(answer, dict):
         answer = answer.get("answer")
     if answer is None:
@@ -148,5 +157,5 @@ def _answer_text(answer: Any, where: str) -> str:
 
 
 def _locate(image: str, folder: Path) -> str:
-    """URLs as they are (as images.load_image tells them), paths relative to the folder."""
+    """A path within the folder; URLs stay as they are."""
     return image if re.match(r"data:|[a-z][a-z0-9+.-]+://", image, re.IGNORECASE) else str(folder / image)

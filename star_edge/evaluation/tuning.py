@@ -1,8 +1,8 @@
-"""The cheapest config that keeps a stated share of the unpruned model's accuracy, on the user's own questions.
+"""Finds the cheapest config that keeps a given share of the unpruned model's accuracy on the user's own questions.
 
-Candidates are ordered by average tokens. Accuracy falls along them but for noise, so the search halves the range each
-time and each question is asked of about log2(candidates) configs. The choice is made on one part of the questions and
-reported on the other: the best of several looks better than it is on the questions that it was chosen by.
+Candidates are ordered by average tokens. Apart from noise, accuracy falls along them. A binary search asks each
+question with about log2(candidates) configs. One part of the questions is for the choice and the other for the report,
+because the best of several configs looks too good on the questions that chose it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ BUDGETS = (
     0.05,
 )  # average tokens over the image's tokens
 HELD_OUT = 1 / 3
-LEAST_HELD_OUT = 20  # questions: fewer say too little to be kept from the choice
+LEAST_HELD_OUT = 20  # questions: with fewer, all are used for the choice
 
 
 def candidates() -> list[list[NamedConfig]]:
-    """Two families, each from expensive to cheap: "both" prunes at both stages, with twice as many tokens before layer
-    K as from it on; "vision" only after the encoder. With K at a third of the layers both have `budget` times the
-    image's tokens for each layer.
+    """Two families of configs, each from expensive to cheap.
+
+    "both" prunes at both stages, with twice as many tokens below layer K as from it on. "vision" prunes after the
+    encoder only. With K at a third of the layers, both leave `budget` times the image's tokens per layer.
     """
     both, vision = [], []
     for budget in BUDGETS:
@@ -52,9 +53,9 @@ def candidates() -> list[list[NamedConfig]]:
 
 
 def split(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
-    """Questions to choose by, and questions to report on: all about one image on one side, the same in every run.
+    """Questions for the choice, and questions for the report; the latter are empty if they would be too few.
 
-    The second part is empty where it would be too small.
+    All questions about one image are on one side. The split is the same in every run.
     """
 
     def place(task: Task) -> float:
@@ -66,9 +67,7 @@ def split(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
 
 
 def retained(row: Mapping[str, Any], metric: str | None) -> float:
-    """Accuracy over the unpruned model's, in 0..; without answers, the share of answers that are the unpruned
-    model's.
-    """
+    """Accuracy over the unpruned model's, >= 0. Without answers, the share of answers that equal the unpruned ones."""
     value = row["relative_accuracy"] if metric is not None else row["agreement"]
     return 0.0 if value is None else value
 
@@ -79,9 +78,16 @@ def tune(
     metric: str | None,
     keep: float,
 ) -> tuple[NamedConfig, list[dict[str, Any]]]:
-    """The cheapest candidate that keeps `keep` (in 0..1), OFF if none does, and a summary row for each that was asked.
+    """Searches the candidates.
 
-    ask(configs): answers what is missing for `tasks` and returns all records.
+    Args:
+        ask: ask(configs) answers what is missing for `tasks`, and returns all records.
+        tasks: Questions for the choice.
+        metric: The metric, or None without answers.
+        keep: Share of the unpruned model's accuracy to keep, in 0..1.
+
+    Returns:
+        The cheapest candidate that keeps it, OFF if none does; and the summary rows of all that were asked.
     """
     rows: dict[str, dict[str, Any]] = {}
     passed: list[NamedConfig] = []
@@ -95,7 +101,7 @@ def tune(
             middle = (low + high) // 2
             config = family[middle]
             unpruned, rows[config.name] = summarise(tasks, [OFF, config], ask([OFF, config]), metric)["configs"]
-            # a question that nobody can answer (a broken image) speaks against no config
+            # a question that fails unpruned too (a broken image) does not count against a config
             if rows[config.name]["n_errors"] <= unpruned["n_errors"] and retained(rows[config.name], metric) >= keep:
                 passed.append(config)
                 low = middle + 1

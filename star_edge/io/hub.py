@@ -19,15 +19,18 @@ DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # llama.cpp's, in this order; after them th
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT = re.compile(r"(?P<prefix>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _QUANT = re.compile(r"[-._]((?:UD-)?I?Q\d\w*|T?Q\d_\d|MXFP4\w*|NVFP4|BF16|F16|F32)$", re.IGNORECASE)
-# GGUF files that are no model: calibration data, and the draft models of speculative decoding
+# GGUF files that are not models of their own: calibration data, and draft models of speculative decoding
 _NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 _MMPROJ_TYPES = ("f16", "bf16", "f32", "q8_0")
 _log = logging.getLogger(__name__)
 
 
 class HubFiles(NamedTuple):
-    """Local paths: `StarVLM(*fetch("owner/repo"))`. model is the first part of a split one; mmproj is None where none
-    was asked for.
+    """Local paths of a model: `StarVLM(*fetch("owner/repo"))`.
+
+    Attributes:
+        model: The text model; of a split model, the first part.
+        mmproj: The mmproj file, or None if not asked for.
     """
 
     model: Path
@@ -37,19 +40,25 @@ class HubFiles(NamedTuple):
 def fetch(spec: str, *, mmproj: bool = True) -> HubFiles:
     """Downloads a text model and its mmproj, or finds them in huggingface_hub's cache.
 
-    spec: "owner/repo" or "owner/repo:quant", the quant in any case. mmproj: False leaves the vision projector out.
-    Progress is shown on a terminal. Without a network, or with HF_HUB_OFFLINE=1, only what is in the cache counts.
+    Progress is shown on a terminal. Without a network, or with HF_HUB_OFFLINE=1, only cached files are used.
+
+    Args:
+        spec: "owner/repo" or "owner/repo:quant". The quant's case does not matter.
+        mmproj: False leaves the vision projector out.
+
+    Returns:
+        The local paths.
 
     Raises:
-        ConfigError: the spec has another form.
+        ConfigError: The spec has another form.
         MissingDependencyError: huggingface_hub is not installed.
-        HubError: no such repository, quant or mmproj; access refused; no network and nothing in the cache; the disk is
-            full.
+        HubError: The repository, quant or mmproj does not exist, access is refused, there is neither a network nor a
+            cached file, or the disk is full.
     """
     repo, _, quant = spec.partition(":")
     if not _REPO.fullmatch(repo) or (":" in spec and not re.fullmatch(r"[\w.-]+", quant)):
         raise ConfigError(
-            f"{spec!r} names no repository of the hub",
+            f"{spec!r} does not name a repository of the hub",
             "write owner/repo or owner/repo:quant, such as owner/repo:Q4_K_M",
         )
     try:

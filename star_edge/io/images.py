@@ -61,11 +61,12 @@ _open_lock = threading.Lock()
 class ImageLimits:
     """What an image may cost before it is refused.
 
-    max_bytes: size of the encoded image, in bytes (files, bytes, data: URLs, downloads).
-    max_pixels: width x height, checked before anything is decoded.
-    timeout_s: seconds for each wait on an HTTP server (connecting, the next packet) and for the body as a whole.
-    allow_http: whether http:// and https:// URLs are fetched at all. Any address the machine can reach is fetched, so a
-        service that takes URLs from strangers should turn this off.
+    Attributes:
+        max_bytes: Size of the encoded image in bytes (files, bytes, data: URLs, downloads).
+        max_pixels: Width x height, checked before anything is decoded.
+        timeout_s: Seconds for each wait on an HTTP server (connecting, the next packet), and for the whole body.
+        allow_http: Whether http:// and https:// URLs are fetched. Any address that the machine can reach is fetched, so
+            a service that takes URLs from strangers should turn this off.
     """
 
     max_bytes: int = 64 * 1024 * 1024
@@ -75,20 +76,28 @@ class ImageLimits:
 
 
 def load_image(source: ImageSource, limits: ImageLimits = ImageLimits()) -> np.ndarray:
-    """Returns the image as (height, width, 3) uint8 RGB: C-contiguous, writable, sharing no memory with the source.
+    """Reads an image.
 
-    source is one of
-    - a path (str or PathLike), the bytes of an image file, or a file opened for reading bytes; animations give their
-      first frame;
-    - a `data:` URL, or an `http://` or `https://` URL; the base64 text of a PNG, JPEG, GIF, WebP, BMP or TIFF file on
-      its own;
-    - a PIL image, in its current frame;
-    - an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) that is uint8, uint16 (full range) or float in 0..1.
+    A source is one of:
 
-    EXIF orientation is applied, transparency is composed over white, 16-bit grey is scaled to 8 bits.
+    - a path (str or PathLike), the bytes of an image file, or a file opened for reading bytes. Of an animation the
+      first frame is taken.
+    - a `data:`, `http://` or `https://` URL, or the base64 text of a PNG, JPEG, GIF, WebP, BMP or TIFF file.
+    - a PIL image, in its current frame.
+    - an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, uint16 (full range) or float in 0..1.
 
-    Raises ImageTooLargeError for more bytes or pixels than `limits` allows, ImageError for anything else that is no
-    image.
+    EXIF orientation is applied. Transparency is composed over white. 16-bit grey is scaled to 8 bits.
+
+    Args:
+        source: The image.
+        limits: What it may cost.
+
+    Returns:
+        (height, width, 3) uint8 RGB, C-contiguous, writable, sharing no memory with the source.
+
+    Raises:
+        ImageTooLargeError: The image has more bytes or pixels than `limits` allows.
+        ImageError: The source is not an image, or cannot be read.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)

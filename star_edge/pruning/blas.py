@@ -23,9 +23,9 @@ def _controller() -> ThreadpoolController:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Holds BLAS to one thread, in all threads of the process, until the last that wants it so has left.
+    """Limits BLAS to one thread, process-wide, until the last block is left.
 
-    The matrices of both stages are small, and BLAS threads that spin take the cores from llama.cpp's.
+    The matrices of both stages are small. BLAS threads that spin would take the cores from llama.cpp's threads.
     """
     global _depth, _limit
     with _lock:

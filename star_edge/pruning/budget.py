@@ -1,7 +1,7 @@
 """How several images share a budget: the crops of one picture, or all images of a prompt (frames of a video).
 
-A budget is divided first, by what each image would contribute to one choice over all of them; each then keeps its own
-tokens with its own part, as an image alone does. Knows nothing of models and prompts.
+The budget is divided first, by what each image would contribute to one choice over all of them. Each image then chooses
+its own tokens with its part, as a single image does. Knows nothing of models and prompts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import numpy as np
 
 from .selection import Tokens, top_k
 
-FLOOR = 0.25  # of an equal share, which an image gets whatever it contributes
-MAX_JOINT = 1024  # tokens that are all compared with each other
+FLOOR = 0.25  # of an equal share: every image gets it
+MAX_JOINT = 1024  # tokens that are compared with each other
 
 
 @dataclass
 class JointTokens(Tokens):
     """Tokens of several images, one image after the other.
 
-    image: which one each token is of, (n,) int64, ascending. picture: (n,) int64; images of one picture are its crops.
-    places: (row, column) of each on the largest grid, (n, 2) float32, NaN for none.
+    Attributes:
+        image: Index of each token's image, ascending, (n,) int64.
+        picture: Index of each token's picture, (n,) int64. Images of one picture are its crops.
+        places: (row, column) of each token on the largest grid, (n, 2) float32, NaN for none.
     """
 
     image: np.ndarray = field(kw_only=True)
@@ -30,10 +32,10 @@ class JointTokens(Tokens):
     places: np.ndarray = field(kw_only=True)
 
     def place_distances(self) -> np.ndarray | None:
-        """Over their mean, (n, n) float32; 1 to and from tokens without a place and between crops of one picture, which
-        show other places.
+        """Distances within the images divided by their mean, (n, n) float32, or None if all are 0.
 
-        Places are those within an image: what comes again in a later frame at the same place is near, whenever that is.
+        A place is a place within its image: what returns at the same place of a later frame is near. The distance is 1
+        to and from tokens without a place, and between crops of one picture, which show different places.
         """
         row, column = np.nan_to_num(self.places.T)
         apart: np.ndarray = (row[:, None] - row) ** 2
@@ -52,8 +54,13 @@ class JointTokens(Tokens):
 
 
 def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = None) -> JointTokens:
-    """parts: the tokens of each image; of more than `most` in all, evenly chosen ones of each, the same ones of images
-    of equal size.
+    """Joins the tokens of several images.
+
+    Args:
+        parts: Tokens of each image.
+        pictures: Index of each image's picture.
+        most: If there are more tokens than this in all, each image is sampled evenly. Images of equal size are sampled
+            at the same places.
     """
     n = sum(len(part) for part in parts)
     if most is not None and n > most:
@@ -93,17 +100,17 @@ def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = No
 
 
 def by_score(tokens: JointTokens, scores: np.ndarray, k: int) -> np.ndarray:
-    """Of the k best by score / sqrt(mass), how many each image has, (n_images,) int64."""
+    """How many of the k best tokens, by score / sqrt(mass), each image has, (n_images,) int64."""
     best = top_k(np.asarray(scores, np.float64) / np.sqrt(tokens.masses), k)
     return np.bincount(tokens.image[best], minlength=tokens.image[-1] + 1)
 
 
 def by_distinctness(tokens: JointTokens, k: int) -> np.ndarray:
-    """Of k tokens that are far from each other, how many each image shows first, (n_images,) int64.
+    """How many of k distant tokens each image shows first, (n_images,) int64.
 
-    The tokens are chosen one by one, each the farthest from all before it, as `representatives.cluster` does. They end
-    up at least a distance r apart. A token within r / 2 of one of them shows the same, and the one that counts for an
-    image is the first to show it: a frame that repeats an earlier one, up to noise, has nothing of its own.
+    The k tokens are picked one by one, each the farthest from all before it, as in `representatives.cluster`. They are
+    at least a distance r apart. A token within r / 2 of a pick shows the same thing, and the pick counts for the first
+    image that shows it. A frame that repeats an earlier one, up to noise, therefore counts nothing.
     """
     far = tokens.distances()
     pick = int(far.sum(axis=1).argmax())
@@ -116,7 +123,7 @@ def by_distinctness(tokens: JointTokens, k: int) -> np.ndarray:
         picks.append(pick)
         np.minimum(nearest, far[pick], out=nearest)
         nearest[pick] = -1.0
-    if np.isinf(radius):  # a single one
+    if np.isinf(radius):  # a single pick
         radius = 0.0
     first = (far[picks] <= radius / 2).argmax(axis=1)  # images come in order
     return np.bincount(tokens.image[first], minlength=tokens.image[-1] + 1)
@@ -130,17 +137,22 @@ def divide(
     count: Callable[[JointTokens, int], np.ndarray],
     compares: bool,
 ) -> list[int]:
-    """Tokens of each image that stay, `total` in all.
+    """Divides a budget of `total` tokens among images.
 
-    parts: the tokens that each has. pictures: which picture each is of. n_original: tokens that each had, by which an
-        equal share is
-    reckoned. count(tokens, k): of k chosen ones, how many each image has; its budget is in proportion to that, with a
-    floor of FLOOR of an equal share and one token. compares: count takes time and memory in the square of the tokens,
-    of which it gets
-        MAX_JOINT at most.
+    Args:
+        parts: Tokens that each image has.
+        pictures: Index of each image's picture.
+        n_original: Tokens that each image had at first. Equal shares are in proportion to them.
+        total: Tokens that stay of all images.
+        count: count(tokens, k) says how many of k chosen tokens each image has. An image's budget is in proportion, and
+            at least FLOOR of an equal share and one token.
+        compares: `count` takes time and memory in the square of the tokens, so it gets at most MAX_JOINT of them.
+
+    Returns:
+        Tokens that stay of each image.
 
     Raises:
-        ValueError: total is not within the number of parts and that of their tokens.
+        ValueError: `total` is less than the number of images with tokens, or more than all tokens.
     """
     sizes = np.array([len(part) for part in parts])
     if not np.count_nonzero(sizes) <= total <= sizes.sum():
@@ -159,22 +171,22 @@ def divide(
     wanted = np.asarray(count(tokens, k), np.float64)
     equal = total * np.asarray(n_original) / sum(n_original)
     floors = np.minimum(sizes, np.maximum(1, np.floor(FLOOR * equal)))
-    if floors.sum() > total:  # few tokens for many images: one each comes first
+    if floors.sum() > total:  # few tokens for many images: one each
         floors = np.ones(len(parts))
     return _apportion(wanted * total / wanted.sum(), floors, sizes, total)
 
 
 def in_proportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` in proportion to `sizes`, of which none is exceeded and none but 0 gets nothing.
+    """Divides `total` in proportion to `sizes`. Each part is at most its size, and at least 1 unless the size is 0.
 
-    total: from the number of sizes other than 0 to their sum.
+    total: between the number of sizes other than 0 and the sum of all.
     """
     most = np.asarray(sizes)
     return _apportion(total * most / max(1, most.sum()), np.minimum(most, 1), most, total)
 
 
 def _apportion(wanted: np.ndarray, floors: np.ndarray, most: np.ndarray, total: int) -> list[int]:
-    """Whole numbers near `wanted` within floors..most, `total` in all; fractions go by the largest remainder."""
+    """Whole numbers near `wanted` within floors..most that add up to `total`, rounded by the largest remainder."""
     counts = np.clip(wanted, floors, most)
     room = most - counts if counts.sum() < total else counts - floors
     if room.sum() > 0:

@@ -1,8 +1,8 @@
-"""What stays at one stage: the same steps for the vision stage and the decoder stages.
+"""How a stage chooses what stays. The vision stage and the decoder stages take the same steps.
 
-A stage has a policy, which follows from the config, and candidates: the tokens of each image, of which some may be
-special. Images that share a budget are divided first (`divide`); then each image's tokens are chosen (`choose`).
-Numbers in, a choice out: knows neither models nor prompts.
+A stage has a policy, which follows from the config, and candidates: the tokens of each image, some of them special.
+`divide` first shares a budget among images; `choose` then picks the tokens of each image. Knows neither models nor
+prompts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from .selection import Selection, Tokens, apart
 class Policy:
     """How one stage chooses.
 
-    scorer: what tokens are ranked by. share: part of the budget that represents the rest instead of being chosen by
-        score.
-    representatives: a name in REPRESENTATIVES. seed: added to that of each image, for scorers that draw lots; None: the
-        scorer draws none.
-    counts_by_score: a budget that images share goes by how many of the best tokens each has; False: by what each shows
-        that none before it does.
-    compares: counting takes time in the square of the tokens (budget.divide). equal_images: before images are compared,
-    each image's attention is divided by its mean, since a token's share of 1 depends on the number of tokens.
+    Attributes:
+        scorer: What tokens are ranked by.
+        share: Part of the budget, 0..1, that represents dropped tokens instead of being chosen by score.
+        representatives: A name in REPRESENTATIVES.
+        seed: Added to each image's own seed, for scorers that draw at random. None: the scorer draws nothing.
+        counts_by_score: True: images share a budget by how many of the best tokens each has. False: by what each shows
+            first.
+        compares: Counting takes time in the square of the tokens (`budget.divide`).
+        equal_images: Each image's attention is divided by its mean before images are compared. Attention adds up to 1
+            in each image, so it is smaller where there are more tokens.
     """
 
     scorer: Scorer
@@ -48,9 +50,11 @@ class Policy:
 class Candidates:
     """The tokens of one image from which a stage chooses.
 
-    special: tokens that stay in any case and are in no budget, (n,) bool, or None. picture: which picture the image is
-        of.
-    n_original: ordinary tokens of the image before any stage; an equal share of a budget is reckoned by it.
+    Attributes:
+        tokens: The tokens, special ones included.
+        special: Tokens that always stay and are in no budget, (n,) bool, or None.
+        picture: Index of the image's picture.
+        n_original: Ordinary tokens of the image before any stage. Equal shares are in proportion to it.
     """
 
     tokens: Tokens
@@ -60,15 +64,17 @@ class Candidates:
 
 
 def vision_scorer(config: PruneConfig, has_attention: bool) -> str:
-    """The config's vision scorer, or where it needs attention that cannot be read, diversity of the embeddings."""
+    """The config's vision scorer, or "maxmin" if it needs attention that cannot be read."""
     needs = VISION_SCORERS[config.vision_scorer].reads is not None
     return config.vision_scorer if has_attention or not needs else "maxmin"
 
 
 def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
-    """The vision stage's. Crops share by score where tokens are chosen by it. Frames share by what is new in each:
-    attention does not tell a repetition from what it repeats. The two baselines that look at nothing give every image
-    the same part.
+    """The policy of the vision stage.
+
+    Crops share a budget by score, if tokens are chosen by score. Frames share it by what is new in each, because
+    attention does not tell a repetition from the original. The baselines "uniform" and "random" give every image the
+    same part.
     """
     name = vision_scorer(config, has_attention)
     by_score = config.chooses_by_score and (config.budget != "prompt" or name in ("uniform", "random"))
@@ -84,7 +90,7 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
 
 
 def decoder_policy(config: PruneConfig) -> Policy:
-    """The decoder stages'. Images share by the question's attention, which is comparable across images."""
+    """The policy of the decoder stages. Images share by the question's attention, which is comparable across images."""
     name = config.decoder_scorer
     return Policy(
         DECODER_SCORERS[name],
@@ -99,7 +105,7 @@ def decoder_policy(config: PruneConfig) -> Policy:
 
 @one_blas_thread()
 def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int]:
-    """How many ordinary tokens of each image stay where images share a budget of `total`."""
+    """How many ordinary tokens of each image stay if the images share a budget of `total`."""
     parts = []
     for image in images:
         tokens = _drawn(policy, image.tokens)
@@ -118,8 +124,9 @@ def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int
 
 @one_blas_thread()
 def choose(policy: Policy, image: Candidates, n_keep: int) -> Selection:
-    """n_keep of an image's ordinary tokens, and all special ones. Selection.scores is None where nothing is chosen by
-    score.
+    """Keeps n_keep of an image's ordinary tokens, and all special ones.
+
+    Selection.scores is None if no token is chosen by score.
     """
     n_by_score = n_keep - round(policy.share * n_keep)
 
@@ -138,6 +145,6 @@ def _share(config: PruneConfig, share: float) -> float:
 
 
 def _drawn(policy: Policy, tokens: Tokens) -> Tokens:
-    """The tokens, which must be finite, with the seed of their draw: the same for the same image and config."""
+    """The checked tokens, with a seed that depends on the image and the config alone."""
     tokens = tokens.checked()
     return tokens if policy.seed is None else replace(tokens, seed=zlib.crc32(tokens.vectors.tobytes()) + policy.seed)

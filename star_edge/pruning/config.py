@@ -1,7 +1,6 @@
 """What to prune: `PruneConfig`, its named presets, and how a keep ratio becomes a number of tokens.
 
-Knows numbers only: no image, no model. What depends on a model (the number of its layers, the tokens of an image) comes
-in as an argument.
+Knows numbers only: no image, no model. The number of a model's layers and of an image's tokens come in as arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .scorers import DECODER_SCORERS, VISION_SCORERS
 Keep = float | int
 
 
-MAX_WINDOWS = 6  # each parks what it drops in a sequence of its own (llamacpp.context.N_SEQUENCES)
+MAX_WINDOWS = 6  # each parks the rows it drops in its own sequence (llamacpp.context.N_SEQUENCES)
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -39,7 +38,7 @@ def _check_keep(name: str, keep: object) -> Keep:
         return int(keep)
     number: Any = keep  # numbers.Real has no order in typeshed
     if not 0.0 < number <= 1.0:  # NaN fails every comparison
-        raise ConfigError(f"{name}={keep} is no fraction in (0, 1]", "1.0 keeps all; an int is a count of tokens")
+        raise ConfigError(f"{name}={keep} is not in (0, 1]", "1.0 keeps all; an int is a count of tokens")
     return float(keep)
 
 
@@ -57,35 +56,38 @@ def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> No
 class PruneConfig:
     """How many image tokens to keep at each stage, and which.
 
-    vision_keep: what stays after the vision encoder (stage 1).
-    decoder_keep: what stays from decoder layer K on (stage 2).
-        For both, a float in (0, 1] is a fraction of the image's original tokens, an int is a count for each image:
-        1.0 means all, 1 means one token. A picture that its model gets in crops is one image: the crops share its
-        tokens by what each contributes, and every crop keeps at least one. Tokens that show no place (row ends, tile
-        separators) always stay, stand for no others, and are not counted, neither in a fraction nor in a count.
-    decoder_layer: K, 1 <= K <= layers - 1; layers 0..K-1 see every token that the vision stage left. None: chosen for
-        the model.
-    vision_scorer, decoder_scorer: what tokens are ranked by, a name in scorers.VISION_SCORERS and
-        scorers.DECODER_SCORERS.
-    representatives: what becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even"
-        keep their weight in every softmax; "none" drops them for good, as the paper does.
-    vision_share, decoder_share: the part of each stage's budget that is chosen to represent the dropped tokens instead
-        of by score.
-    windows: more than one decoder stage (PyramidDrop, arXiv 2410.17247): (layer, keep) pairs with ascending layers in
-        place of decoder_layer and decoder_keep. A layer is an int, or a float in (0, 1), a fraction of the model's
-        layers.
-    budget: "image", each has its own, and if the model cuts it into crops they share it; "crop", each crop has its own;
-        "prompt", all images share what they would have had together, such as the frames of a video: in the vision stage
-        by what each shows that none before it does, in the decoder stage by the question's attention. None gets less
-        than a quarter of an equal share.
-    positions: "original" keeps the RoPE positions of the full image; "renumbered" closes the gaps after the vision
-        stage, which costs accuracy (arXiv 2506.21873) and is here to be measured.
-    seed: for scorers that draw lots.
+    A keep value is a float in (0, 1], a fraction of the image's original tokens, or an int, a count for each image.
+    1.0 keeps all tokens; 1 keeps one token. A picture that the model gets in crops counts as one image. Its crops share
+    the tokens, and every crop keeps at least one. Special tokens (row ends, tile separators) always stay. They stand
+    for no other token and count in neither a fraction nor a count.
 
-    The defaults are the best that was measured (ACCURACY.md); PRESETS["star"] is the paper's method.
+    The defaults are the best that was measured (ACCURACY.md). PRESETS["star"] is the paper's method.
+
+    Attributes:
+        vision_keep: What stays after the vision encoder (stage 1).
+        decoder_keep: What stays from decoder layer K on (stage 2).
+        decoder_layer: K, 1 <= K <= layers - 1. Layers 0..K-1 see every token that the vision stage left. None: chosen
+            for the model (`choose_layer`).
+        vision_scorer: What the vision stage ranks tokens by, a name in scorers.VISION_SCORERS.
+        decoder_scorer: What the decoder stages rank tokens by, a name in scorers.DECODER_SCORERS.
+        representatives: What becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even"
+            keep their weight in every softmax. "none" drops them for good, as the paper does.
+        vision_share: Share of the vision stage's budget, 0..1, that represents dropped tokens. The rest is chosen by
+            score.
+        decoder_share: The same for the decoder stages.
+        windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
+            (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
+            model's layers.
+        budget: "image": each image has its own budget, and its crops share it. "crop": each crop has its own. "prompt":
+            all images share one, such as the frames of a video. The vision stage then divides it by what each image
+            shows first, the decoder stage by the question's attention. No image gets less than a quarter of an equal
+            share.
+        positions: "original" keeps the RoPE positions of the full image. "renumbered" closes the gaps after the vision
+            stage; it costs accuracy (arXiv 2506.21873) and exists to measure that.
+        seed: Seed of scorers that draw at random, >= 0.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range.
+        ConfigError: A value has the wrong type or is out of range.
     """
 
     vision_keep: Keep = 1.0
@@ -107,7 +109,7 @@ class PruneConfig:
             is_real = isinstance(share, numbers.Real) and not isinstance(share, bool)
             if not is_real or not 0 <= share <= 1:
                 raise ConfigError(
-                    f"{name}={share!r} is no share in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
+                    f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
         for name in ("vision_keep", "decoder_keep"):
@@ -115,7 +117,8 @@ class PruneConfig:
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
         if self.decoder_layer is not None and not (_is_int(self.decoder_layer) and self.decoder_layer >= 1):
             raise ConfigError(
-                f"decoder_layer={self.decoder_layer!r} is no layer", "use 1 to layers - 1, or None to have it chosen"
+                f"decoder_layer={self.decoder_layer!r} is not a layer >= 1",
+                "use 1 to layers - 1, or None to have it chosen",
             )
         for name, names in (
             ("vision_scorer", VISION_SCORERS),
@@ -127,7 +130,7 @@ class PruneConfig:
             if getattr(self, name) not in tuple(names):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
         if not _is_int(self.seed) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r} is no seed", "use 0 or a positive whole number")
+            raise ConfigError(f"seed={self.seed!r} is not a whole number >= 0", "use 0, 1, 2, ...")
         object.__setattr__(self, "windows", self._check_windows())
 
     def _check_windows(self) -> tuple[tuple[int | float, Keep], ...]:
@@ -135,10 +138,11 @@ class PruneConfig:
             isinstance(w, (tuple, list)) and len(w) == 2 for w in self.windows
         ):
             raise ConfigError(
-                f"windows={self.windows!r} is no list of (layer, keep) pairs", "for example ((8, 0.5), (16, 0.25))"
+                f"windows={self.windows!r} is not a list of (layer, keep) pairs",
+                "write ((8, 0.5), (16, 0.25)), for example",
             )
         if self.windows and (self.decoder_layer is not None or self.decoder_keep != 1.0):
-            raise ConfigError("windows stand in place of decoder_layer and decoder_keep", "give one or the other")
+            raise ConfigError("windows replace decoder_layer and decoder_keep", "give one or the other")
         if len(self.windows) > MAX_WINDOWS:
             raise ConfigError(f"{len(self.windows)} windows are more than {MAX_WINDOWS}", "use fewer windows")
         last_name, last_keep = "vision_keep", self.vision_keep
@@ -146,7 +150,8 @@ class PruneConfig:
         for layer, keep in self.windows:
             if not ((_is_int(layer) and layer >= 1) or (isinstance(layer, float) and 0 < layer < 1)):
                 raise ConfigError(
-                    f"windows: {layer!r} is no layer", "use 1 to layers - 1, or a fraction of the layers in (0, 1)"
+                    f"windows: layer {layer!r} is neither a whole number >= 1 nor a fraction in (0, 1)",
+                    "use 1 to layers - 1, or a fraction of the layers",
                 )
             name = f"the window at {layer}"
             keep = _check_keep(name, keep)
@@ -156,12 +161,12 @@ class PruneConfig:
         return tuple(windows)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, which PruneConfig(**values) takes again."""
+        """The fields as plain JSON values. PruneConfig(**values) makes the same config."""
         return asdict(self) | {"windows": [list(window) for window in self.windows]}
 
     @property
     def prunes_in_decoder(self) -> bool:
-        """Whether there is a decoder stage. An explicit layer asks for one even when everything is kept."""
+        """Whether there is a decoder stage. An explicit layer asks for one even if it keeps everything."""
         return (
             self.decoder_keep != 1.0
             or isinstance(self.decoder_keep, int)
@@ -171,23 +176,30 @@ class PruneConfig:
 
     @property
     def prunes_in_vision(self) -> bool:
+        """Whether the vision stage may drop tokens."""
         return self.vision_keep != 1.0 or isinstance(self.vision_keep, int)
 
     @property
     def encoder_attention(self) -> str | None:
-        """Which attention the vision stage reads: "received", "cls", or None where nothing is chosen by it."""
+        """Attention that the vision stage reads: "received", "cls", or None if no token is chosen by it."""
         return VISION_SCORERS[self.vision_scorer].reads if self.prunes_in_vision and self.chooses_by_score else None
 
     @property
     def chooses_by_score(self) -> bool:
-        """Whether any token of the vision stage's choice is chosen by its score."""
+        """Whether the vision stage chooses any token by its score."""
         return self.representatives == "none" or self.vision_share < 1
 
     def decoder_windows(self, n_layers: int) -> list[tuple[int, Keep]]:
-        """(layer K, keep) of each decoder stage for a decoder of n_layers.
+        """The decoder stages for a decoder of n_layers.
+
+        Args:
+            n_layers: Layers of the decoder.
+
+        Returns:
+            (layer K, keep) of each stage, with ascending layers.
 
         Raises:
-            ConfigError: layers outside 1..n_layers - 1, or two windows at one layer.
+            ConfigError: A layer is outside 1..n_layers - 1, or two windows are at one layer.
         """
         if not self.windows:
             return [(choose_layer(self.decoder_layer, n_layers), self.decoder_keep)]
@@ -197,7 +209,7 @@ class PruneConfig:
         ]
         if any(after <= before for before, after in pairwise(layers)):
             raise ConfigError(
-                f"windows are at layers {layers} of {n_layers}", "use ascending layers, and no more windows than fit"
+                f"windows are at layers {layers} of {n_layers}", "use ascending layers, and fewer windows if they meet"
             )
         return [(layer, keep) for layer, (_, keep) in zip(layers, self.windows)]
 
@@ -221,11 +233,17 @@ DEFAULT_PRESET = "balanced"
 
 
 def resolve_prune(prune: PruneConfig | str | None) -> PruneConfig | None:
-    """The config behind a preset's name or in a file of `star-edge tune` (a path that ends in .json); None and "off"
-    mean no pruning.
+    """The config that `prune` stands for.
+
+    Args:
+        prune: A PruneConfig, a preset's name, or the path of a .json file of `star-edge tune`. None and "off" mean no
+            pruning.
+
+    Returns:
+        The config, or None for no pruning.
 
     Raises:
-        ConfigError: an unknown name, a file that cannot be read or holds no config, or something that is no config.
+        ConfigError: The name is unknown, the file cannot be read or holds no config, or `prune` has another type.
     """
     if prune is None or isinstance(prune, PruneConfig):
         return prune
@@ -244,11 +262,16 @@ def resolve_prune(prune: PruneConfig | str | None) -> PruneConfig | None:
 
 
 def load_config(path: str) -> PruneConfig | None:
-    """The config under "config" in a JSON file, as `star-edge tune` writes it: an object of PruneConfig's fields, or
-    null for none.
+    """Reads the config of a JSON file, as `star-edge tune` writes it.
+
+    Args:
+        path: The file. Its key "config" holds an object of PruneConfig's fields, or null for no pruning.
+
+    Returns:
+        The config, or None for null.
 
     Raises:
-        ConfigError: names the file and what is wrong.
+        ConfigError: The file cannot be read or holds no config. The message names both.
     """
     remedy = 'use a file that star-edge tune wrote, or {"config": {"vision_keep": 0.5}}'
     try:
@@ -256,7 +279,7 @@ def load_config(path: str) -> PruneConfig | None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the config") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON ({error})", remedy) from error
+        raise ConfigError(f"{path} is not valid JSON ({error})", remedy) from error
     values = data.get("config", {}) if isinstance(data, dict) else {}
     if values is None:
         return None
@@ -267,20 +290,27 @@ def load_config(path: str) -> PruneConfig | None:
 
 
 def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
-    """The config with the given fields replaced where they are not None; a config is made when there was none.
+    """A copy of the config with some fields replaced.
 
-    A stage of the config that contradicts the changes is left out, since whoever gave those need not know it: a decoder
-    stage that would keep more than the vision stage leaves, a vision stage that leaves less than the decoder stage is
-    to keep, and windows where decoder_keep is given.
+    A stage that contradicts the changes is left out, because the caller need not know the config: a decoder stage that
+    would keep more than the vision stage leaves, a vision stage that would leave less than the decoder stage keeps, and
+    windows if decoder_keep is given.
+
+    Args:
+        config: The config, or None for no pruning.
+        **changes: Fields of PruneConfig. None leaves a field as it is.
+
+    Returns:
+        The new config; None if there was none and nothing changes.
 
     Raises:
-        ConfigError: the changes contradict each other, or are no values of their fields.
+        ConfigError: The changes contradict each other, or a value cannot be used.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     if not changes:
         return config
     config = config or PruneConfig()
-    PruneConfig(**changes)  # of what is wrong with them nothing is left out
+    PruneConfig(**changes)  # raises for every fault in the changes alone
     if "decoder_keep" in changes and config.windows:
         config = replace(config, windows=())
 
@@ -296,15 +326,14 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
         changes["vision_keep"] = 1.0
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
-            f"decoder_layer={changes['decoder_layer']} is for one decoder stage, and there are {len(config.windows)} "
-            "(windows)",
-            "give decoder_keep too, to have one in their place",
+            f"decoder_layer={changes['decoder_layer']} needs one decoder stage, and windows has {len(config.windows)}",
+            "give decoder_keep too: it replaces the windows",
         )
     return replace(config, **changes)
 
 
 def one_token_notes(config: PruneConfig | None) -> list[str]:
-    """A note for each stage that keeps a count of 1: JSON of other languages, and people, write 1 for 1.0."""
+    """A note for each stage that keeps a count of 1: people, and JSON writers of other languages, write 1 for 1.0."""
     names = ("vision_keep", "decoder_keep") if config is not None else ()
     keeps = [(name, getattr(config, name)) for name in names]
     return [
@@ -313,35 +342,47 @@ def one_token_notes(config: PruneConfig | None) -> list[str]:
 
 
 def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:
-    """Number of tokens that `keep` leaves of an image that had n_tokens: at least one, halves rounded up.
+    """Number of tokens that `keep` leaves of an image. Halves are rounded up.
 
-    n_special: how many of them stay in any case. They are in the result, and `keep` is of the others.
+    Args:
+        name: Name of the field, for the message.
+        keep: Keep ratio or count, of the ordinary tokens.
+        n_tokens: Original tokens of the image, special ones included.
+        n_special: Special tokens among them, which always stay.
+
+    Returns:
+        Tokens that stay, special ones included; at least one ordinary token is among them.
 
     Raises:
-        ConfigError: a count of more than n_tokens.
+        ConfigError: The count is over n_tokens.
     """
     n = n_tokens - n_special
     if isinstance(keep, float):
         return n_special + min(n, max(1, math.floor(keep * n + 0.5)))
     if keep > n_tokens:
-        raise ConfigError(
-            f"{name}={keep} is over the image's {n_tokens} tokens", f"use a count of 1 to {n}, or a fraction"
-        )
+        raise ConfigError(f"{name}={keep} is over the image's {n_tokens} tokens", f"use 1 to {n}, or a fraction")
     return n_special + min(n, keep)
 
 
 def choose_layer(decoder_layer: int | None, n_layers: int) -> int:
-    """Layer K for a decoder of n_layers: the one asked for, otherwise a third of the way in.
+    """Layer K of a decoder stage: the one asked for, otherwise a third of the way in.
 
-    From 2 of 6 on, K made no difference to the reference model at equal average tokens, and 1 was too early to rank by.
-    A third is past the layers that are known to be unreliable in larger models, and saves two thirds of the decoder
-    (ACCURACY.md, "Layer K").
+    On the reference model every K from 2 of 6 on gave the same accuracy at equal average tokens; K = 1 ranked too
+    early. In larger models a third is past the layers whose attention is known to be unreliable, and two thirds of the
+    decoder are still saved (ACCURACY.md, "Layer K").
+
+    Args:
+        decoder_layer: The layer asked for, or None.
+        n_layers: Layers of the decoder.
+
+    Returns:
+        K, within 1..n_layers - 1.
 
     Raises:
-        ConfigError: not within 1..n_layers - 1.
+        ConfigError: The layer is outside 1..n_layers - 1, or the decoder has a single layer.
     """
     if n_layers < 2:
-        raise ConfigError(f"a decoder of {n_layers} layer has no place for a decoder stage", "use decoder_keep=1.0")
+        raise ConfigError(f"a decoder stage needs 2 layers, and the decoder has {n_layers}", "use decoder_keep=1.0")
     if decoder_layer is None:
         return max(1, min(n_layers - 1, round(n_layers / 3)))
     if decoder_layer > n_layers - 1:

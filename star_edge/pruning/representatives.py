@@ -1,11 +1,11 @@
-"""What becomes of dropped tokens: gone, or represented by some of those that stay.
+"""What becomes of dropped tokens: they are gone, or some of the kept tokens represent them.
 
-Dropping tokens drops their weight in every softmax too, and what the text reads is skewed. A kept token that represents
-others gets log(mass) added to its attention logits, so that it counts for all of them (proportional attention, Token
-Merging, arXiv 2210.09461, section 3.2, carried into a decoder; derived in ACCURACY.md).
+A dropped token's weight is missing in every softmax, which skews what the text reads. A kept token that represents
+others therefore gets log(mass) added to its attention logits. It then counts for all of them (proportional attention,
+Token Merging, arXiv 2210.09461, section 3.2, carried into a decoder; derived in ACCURACY.md).
 
-Each way is a function (tokens, scores (n,), k, n_rep) -> Selection: of k tokens, k - n_rep are chosen by score and
-n_rep to stand for the rest. Knows nothing of models.
+Each way is a function (tokens, scores (n,), k, n_rep) -> Selection. Of k kept tokens, k - n_rep are chosen by score and
+n_rep represent the rest. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 
 from .selection import Selection, Tokens, top_k
 
-MAX_CLUSTERED = 4096  # tokens whose distances are held at once (64 MiB); larger images are clustered band by band
+MAX_CLUSTERED = 4096  # tokens whose distances are held at once (64 MiB); larger images are clustered in bands
 
 
 def drop(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
-    """Keeps the k highest scores for each unit of mass; dropped tokens are gone (STAR, arXiv 2505.12359)."""
+    """Keeps the k highest scores per unit of mass. Dropped tokens are gone (STAR, arXiv 2505.12359)."""
     kept = top_k(scores / tokens.masses, k)
     return Selection(kept, None if tokens.mass is None else tokens.masses[kept])
 
 
 def spread_evenly(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
-    """Representatives lie evenly, in index order, over the tokens that are not among the k - n_rep best, and share
-    their mass equally.
+    """Representatives are spread evenly, in index order, over the tokens outside the k - n_rep best.
 
-    Ranked by score for each unit of mass, since a representative receives attention for all that it stands for.
+    They share the mass of those tokens equally. Tokens are ranked by score per unit of mass, because a representative
+    receives attention for all that it stands for.
     """
     weights = tokens.masses
     best = top_k(scores / weights, k - n_rep)
@@ -44,15 +44,14 @@ def spread_evenly(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Sel
 
 
 def cluster(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
-    """Representatives are far from all that stay and from each other; a dropped token's mass goes to the nearest that
-    stays.
+    """Representatives are far from all kept tokens. A dropped token's mass goes to the nearest kept token.
 
-    1. The k - n_rep best stay, by score / sqrt(mass): between attention received in all and for each unit of mass.
-    2. n_rep more, one by one, each the farthest from all that stay: max-min diversity, as in DivPrune (arXiv
-       2503.02175), by Tokens.distances. Objects that are small and unlike the rest are found first, and large areas get
-       few tokens.
-    3. Every token goes to the nearest that stays. Without tokens chosen by score, the member of each group that is
-       nearest to the others takes its place, and tokens are assigned once more (one step of k-medoids).
+    1. The k - n_rep best tokens stay, by score / sqrt(mass): a middle way between total attention and attention per
+       unit of mass.
+    2. n_rep more are picked one by one, each the farthest from all kept ones: max-min diversity as in DivPrune (arXiv
+       2503.02175), by Tokens.distances. Small objects unlike the rest are found first; large areas get few tokens.
+    3. Every token goes to the nearest kept token. If no token was chosen by score, each group's medoid replaces its
+       representative, and tokens are assigned once more (one step of k-medoids).
     """
     n = len(scores)
     if n > MAX_CLUSTERED:
@@ -82,10 +81,10 @@ def cluster(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection
 
 
 def contextual(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
-    """Evenly spread targets that take in their most similar dropped tokens, without mass (VisionZip, arXiv 2412.04467,
+    """Evenly spread targets absorb their most similar dropped tokens, without mass (VisionZip, arXiv 2412.04467,
     section 3.2).
 
-    The paper compares keys of the encoder; here projected embeddings are compared.
+    The paper compares the encoder's keys; here projected embeddings are compared.
     """
     best = top_k(scores, k - n_rep)
     if n_rep == 0:
@@ -109,13 +108,11 @@ REPRESENTATIVES: dict[str, Callable[[Tokens, np.ndarray, int, int], Selection]] 
 
 
 def select(kind: str, tokens: Tokens, scores: np.ndarray, k: int, share: float) -> Selection:
-    """Keeps k tokens. kind: one of REPRESENTATIVES; share: part of k that is chosen to represent the dropped, not by
-    score.
-    """
+    """Keeps k tokens. kind: a name in REPRESENTATIVES. share: part of k, 0..1, that represents dropped tokens."""
     if k == len(scores):
         return Selection(np.arange(k), tokens.mass, None, np.asarray(scores, np.float32))
     n_rep = round(share * k)
-    if share > 0 and kind != "cluster":  # where mass goes to representatives only, there must be one
+    if share > 0 and kind != "cluster":  # mass goes to representatives only: there must be one
         n_rep = max(1, n_rep)
     selection = REPRESENTATIVES[kind](tokens, np.asarray(scores, np.float64), k, n_rep)
     selection.scores = np.asarray(scores, np.float32)
@@ -123,7 +120,7 @@ def select(kind: str, tokens: Tokens, scores: np.ndarray, k: int, share: float) 
 
 
 def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
-    """The mean vector of each group, (k, n_embd) float32. vectors: (n, n_embd)."""
+    """The mean vector of each group, (k, n_embd) float32. vectors: (n, n_embd) float32."""
     if selection.group is None:
         kept: np.ndarray = vectors[selection.kept]
         return kept
@@ -134,7 +131,7 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
     np.take(vectors, order[first], axis=0, out=sums)
     for member in range(
         1, sizes.max()
-    ):  # few groups are large: cheaper than np.add.reduceat, which goes element by element
+    ):  # few groups are large: cheaper than np.add.reduceat, which adds element by element
         larger = np.flatnonzero(sizes > member)
         sums[larger] += vectors[order[first[larger] + member]]
     sums /= sizes[:, None].astype(np.float32)
@@ -142,7 +139,7 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
 
 
 def _assign(far: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Index into `chosen` of the nearest for each token, (n,) int64; the chosen ones stay with themselves."""
+    """For each token the index into `chosen` of the nearest, (n,) int64. Chosen tokens are their own nearest."""
     group: np.ndarray = far[:, chosen].argmin(axis=1)
     # equal tokens have distance 0: each chosen one still keeps a place of its own
     group[chosen] = np.arange(len(chosen))
@@ -150,7 +147,7 @@ def _assign(far: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray) -> np.ndarray:
-    """The member of each group with the least sum of distances to the group's mass, ascending, (k,) int64."""
+    """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances."""
     order = np.argsort(group, kind="stable")
     edges = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=k))])
     medoids = np.empty(k, np.int64)
@@ -163,7 +160,7 @@ def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray) -> np
 
 
 def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
-    """`cluster` on parts of the image that are small enough, each with its share of k."""
+    """`cluster` on bands of the image that are small enough, each with its share of k."""
     n = len(scores)
     n_bands = -(-n // MAX_CLUSTERED)
     edges = np.linspace(0, n, n_bands + 1).astype(int)

@@ -1,7 +1,7 @@
-"""Scorers: what an image token is ranked by, at each stage. One function each, with its paper.
+"""Scorers: what each stage ranks image tokens by. One function each, with its paper.
 
-A scorer is a function (tokens, k) -> (n,) scores; the k highest stay. Greedy methods give the tokens that they pick, in
-the order of picking, the highest scores, so that every scorer can be combined with every way to represent the dropped
+A scorer is a function (tokens, k) -> (n,) scores; the k highest stay. Greedy methods give the highest scores to the
+tokens that they pick, in the order of picking. So every scorer combines with every way to represent dropped tokens
 (star_edge.pruning.representatives).
 """
 
@@ -20,10 +20,12 @@ Score = Callable[[Tokens, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Scorer:
-    """score: see above.
+    """A scorer and the attention that it reads.
 
-    reads: attention that it needs. Vision stage: "received", "cls" or None. Decoder stage: rows of the text after the
-    last image, "all" or "last" as a mean, "each" row by row.
+    Attributes:
+        score: The function (tokens, k) -> (n,) scores.
+        reads: Vision stage: "received", "cls" or None. Decoder stage: which rows of the text after the last image
+            score, "all" or "last" as a mean, "each" row by row.
     """
 
     score: Score
@@ -31,14 +33,14 @@ class Scorer:
 
 
 def attention(tokens: Tokens, k: int) -> np.ndarray:
-    """The attention that was read, as it is.
+    """The attention that was read, unchanged.
 
-    Vision, "attention": what a patch receives in the encoder's last layer, mean over heads and query rows (STAR, arXiv
-        2505.12359,
-    section 3.2). "cls": what it receives from the CLS row (VisionZip, arXiv 2412.04467, section 3.1; FasterVLM, arXiv
-    2412.01818); an encoder without CLS uses the former, as VisionZip does.
-    Decoder, "text": mean over heads and the text rows after the last image (STAR, section 3.3). "last": of the last row
-    alone (FastV, arXiv 2403.06764, section 4.1).
+    - Vision stage, "attention": what a patch receives in the encoder's last layer, mean over heads and query rows
+      (STAR, arXiv 2505.12359, section 3.2).
+    - Vision stage, "cls": what a patch receives from the CLS row (VisionZip, arXiv 2412.04467, section 3.1; FasterVLM,
+      arXiv 2412.01818). An encoder without CLS gives "attention" instead, as in VisionZip.
+    - Decoder stage, "text": mean over heads and the text rows after the last image (STAR, section 3.3).
+    - Decoder stage, "last": attention of the last row alone (FastV, arXiv 2403.06764, section 4.1).
     """
     return _read(tokens.attention)
 
@@ -46,9 +48,9 @@ def attention(tokens: Tokens, k: int) -> np.ndarray:
 def text_raters(tokens: Tokens, k: int) -> np.ndarray:
     """Attention from the text rows that are about the image (SparseVLM, arXiv 2410.04417, section 3.2).
 
-    A text row's relevance is its mean share in softmax(H_v H_q^T / sqrt(d)) over the image rows; raters are the rows
-    with at least the mean relevance. The paper takes H_v and H_q as they enter layer 0; here they are the hidden states
-    that enter layer K, scaled to RMS 1, because the text's embeddings are not at hand outside llama.cpp.
+    A text row's relevance is its mean share in softmax(H_v H_q^T / sqrt(d)) over the image rows. Raters are the rows
+    with at least the mean relevance. The paper takes H_v and H_q as they enter layer 0. Here they enter layer K and are
+    scaled to RMS 1, because the text's embeddings are not available outside llama.cpp.
     """
 
     def scale(x: np.ndarray) -> np.ndarray:
@@ -63,9 +65,10 @@ def text_raters(tokens: Tokens, k: int) -> np.ndarray:
 
 
 def max_min_diversity(tokens: Tokens, k: int) -> np.ndarray:
-    """Greedy max-min of cosine distances (DivPrune, arXiv 2503.02175, section 3.3): no attention at all.
+    """Greedy max-min of cosine distances (DivPrune, arXiv 2503.02175, section 3.3). Reads no attention.
 
-    The first is the token whose nearest other is farthest; each next one is the farthest from all that were picked.
+    The first pick is the token whose nearest neighbour is farthest. Each further pick is the token that is farthest
+    from all picks before it.
     """
     unit = tokens.unit_vectors
     far = 1.0 - unit @ unit.T
@@ -83,8 +86,10 @@ def max_min_diversity(tokens: Tokens, k: int) -> np.ndarray:
 
 
 def saliency_coverage(tokens: Tokens, k: int) -> np.ndarray:
-    """Greedy saliency x coverage (SCOPE, arXiv 2510.24214): each next token has the largest product of its attention
-    from CLS and the gain sum_u max(0, sim(u, i) - max_picked sim(u, .)) that it brings to the coverage of all tokens.
+    """Greedy saliency x coverage (SCOPE, arXiv 2510.24214).
+
+    Each pick i has the largest product of its attention from CLS and its gain in coverage of all tokens,
+    sum_u max(0, sim(u, i) - max_picked sim(u, .)).
     """
     unit = tokens.unit_vectors
     alike = np.maximum(unit @ unit.T, 0.0)
@@ -102,13 +107,14 @@ def saliency_coverage(tokens: Tokens, k: int) -> np.ndarray:
 
 
 def uniform(tokens: Tokens, k: int) -> np.ndarray:
-    """Every n/k-th token: the baseline that knows nothing."""
+    """Every n/k-th token: the baseline that looks at nothing."""
     return _by_order(((np.arange(k) + 0.5) * len(tokens) / k).astype(int), len(tokens))
 
 
 def random(tokens: Tokens, k: int) -> np.ndarray:
-    """A draw without replacement, the same for the same image and seed. Better than many methods at mild ratios (arXiv
-    2511.02650).
+    """A draw without replacement, equal for the same image and seed.
+
+    At mild ratios it beats many published methods (arXiv 2511.02650).
     """
     return np.random.default_rng(tokens.seed).random(len(tokens))
 
@@ -137,6 +143,6 @@ DECODER_SCORERS: dict[str, Scorer] = {
     "text": Scorer(attention, "all"),
     "last": Scorer(attention, "last"),
     "raters": Scorer(text_raters, "each"),
-    "uniform": Scorer(uniform, "all"),  # these two read it for the report alone
+    "uniform": Scorer(uniform, "all"),  # these two read attention for the report alone
     "random": Scorer(random, "all"),
 }

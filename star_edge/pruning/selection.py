@@ -1,6 +1,6 @@
 """What stays of an image's tokens: top-k, distances between tokens, and the figure that budgets are compared on.
 
-Knows vectors, scores and places on a grid; knows neither where they come from nor what a token shows.
+Knows vectors, scores and grid cells. Does not know where they come from or what a token shows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ MAX_DIMENSIONS = 128  # of long vectors, for their distances
 class Selection:
     """What stays of n tokens.
 
-    kept: ascending indices, (k,) int64. mass: original tokens that each stands for, (k,) float64, or None for one each.
-    group: index into `kept` of the token that each of the n went to, (n,) int64, or None when dropped tokens are gone.
-    scores: what the ranking was by, (n,) float32, or None.
+    Attributes:
+        kept: Ascending indices, (k,) int64.
+        mass: Original tokens that each kept one stands for, (k,) float64. None: one each.
+        group: Index into `kept` of the token that each of the n went to, (n,) int64. None: dropped tokens are gone.
+        scores: What the tokens were ranked by, (n,) float32, or None.
     """
 
     kept: np.ndarray
@@ -37,17 +39,19 @@ class Selection:
 
 @dataclass
 class Tokens:
-    """What is known of the tokens of one image when some of them are chosen.
+    """The tokens of one image, as a stage sees them when it chooses.
 
-    vectors: (n, n_embd) float32: projected embeddings in the vision stage, hidden states entering layer K in the
-        decoder stage.
-    cells: place of each on the grid, row by row, (n,) int64, -1 for none; grid: (rows, columns), or None.
-    mass: original tokens that each stands for, (n,) float64, or None for one each.
-    attention: what each receives, (n,) float32: in the encoder, or from the question's text in the decoder; None if not
-        read.
-    row_attention: the same for each text row, (n_text, n) float32, and text_vectors: (n_text, n_embd), their hidden
-        states: only for a scorer that asks for them.
-    seed: for scorers that draw lots.
+    Attributes:
+        vectors: (n, n_embd) float32: projected embeddings in the vision stage, hidden states that enter layer K in a
+            decoder stage.
+        cells: Grid cell of each token, row by row, (n,) int64, -1 for none.
+        grid: (rows, columns), or None.
+        mass: Original tokens that each stands for, (n,) float64. None: one each.
+        attention: Attention that each token receives, (n,) float32, in the encoder or from the question's text in the
+            decoder. None: not read.
+        row_attention: The same for each text row, (n_text, n) float32, if the scorer asks for it.
+        text_vectors: Hidden states of those text rows, (n_text, n_embd) float32.
+        seed: Seed of scorers that draw at random.
     """
 
     vectors: np.ndarray
@@ -63,18 +67,18 @@ class Tokens:
         return len(self.vectors)
 
     def checked(self) -> Tokens:
-        """Itself.
+        """Returns the tokens themselves, if all their numbers are finite.
 
         Raises:
-            EngineError: the model computed numbers that are none, which nothing can be chosen by.
+            EngineError: The model computed NaN or infinity.
         """
         for array in (self.vectors, self.attention, self.row_attention, self.text_vectors):
             if (
                 array is not None and array.size and not (np.isfinite(array.min()) and np.isfinite(array.max()))
             ):  # NaN passes through both
                 raise EngineError(
-                    "the model computes numbers for an image that are not finite (NaN)",
-                    "check its files: they may be damaged",
+                    "the model computed NaN or infinity for an image",
+                    "check the model's files: they may be damaged",
                 )
         return self
 
@@ -83,7 +87,7 @@ class Tokens:
         return np.ones(len(self)) if self.mass is None else np.asarray(self.mass, np.float64)
 
     def part(self, rows: np.ndarray | slice) -> Tokens:
-        """Some of them. rows: what indexes an (n,) array."""
+        """Some of the tokens. rows: any index of an (n,) array."""
 
         def of(array: np.ndarray | None) -> np.ndarray | None:
             return None if array is None else array[..., rows]
@@ -101,9 +105,9 @@ class Tokens:
     def unit_vectors(self) -> np.ndarray:
         """Vectors of length 1, (n, <= 2 MAX_DIMENSIONS) float32.
 
-        Longer vectors go through a seeded random projection first, which keeps angles up to about
-        1/sqrt(MAX_DIMENSIONS) (Johnson and Lindenstrauss 1984): all distances of 576 tokens of 4096 dimensions would
-          cost more than the rest of the stage.
+        Longer vectors first go through a seeded random projection. It keeps angles up to about 1/sqrt(MAX_DIMENSIONS)
+        (Johnson and Lindenstrauss 1984). Without it, all distances between 576 tokens of 4096 dimensions would cost
+        more than the rest of the stage.
         """
         vectors = np.asarray(self.vectors, np.float32)
         if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
@@ -112,10 +116,10 @@ class Tokens:
         return unit
 
     def distances(self) -> np.ndarray:
-        """Distance of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
+        """Distances of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
 
-        Both are divided by their mean over all pairs, so that the weight means the same for every model. Tokens without
-        a place are at the mean distance from all others.
+        Both parts are divided by their mean over all pairs. The weight then means the same for every model. A token
+        without a grid cell is at the mean distance from all others.
         """
         unit = self.unit_vectors
         far: np.ndarray = 1.0 - unit @ unit.T
@@ -128,7 +132,7 @@ class Tokens:
         return far
 
     def place_distances(self) -> np.ndarray | None:
-        """On the grid, over their mean, (n, n) float32, or None without a grid."""
+        """Distances on the grid divided by their mean, (n, n) float32, or None without a grid."""
         if self.grid is None or self.grid[0] * self.grid[1] == 1:
             return None
         places = _recent_places if len(self) <= 1024 else _places  # 4 MiB each are kept, not more
@@ -142,8 +146,9 @@ def _projection(n_dimensions: int) -> np.ndarray:
 
 
 def _places(grid: tuple[int, int], cells: bytes) -> np.ndarray:
-    """Distances on the grid over their mean, (n, n) float32; 1 to and from a token without a place. cells: int64 of
-    `Tokens.cells`.
+    """Distances on the grid divided by their mean, (n, n) float32; 1 to and from a token without a grid cell.
+
+    cells: the bytes of `Tokens.cells`, int64.
     """
     where = np.frombuffer(cells, np.int64)
     row, column = (part.astype(np.float32) for part in np.divmod(where, grid[1]))
@@ -155,12 +160,12 @@ def _places(grid: tuple[int, int], cells: bytes) -> np.ndarray:
     return apart
 
 
-# A model sees few grids, and the vision stage's cells are the same for each image of a size
+# A model sees few grids, and images of one size have the same cells in the vision stage
 _recent_places = lru_cache(maxsize=8)(_places)
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k highest scores, ascending, (k,) int64. Of equal scores the lower index wins."""
+    """Ascending indices of the k highest scores, (k,) int64. Of equal scores, the lower index wins."""
     if not 0 <= k <= len(scores):
         raise ValueError(f"cannot keep {k} of {len(scores)} tokens")
     best = np.argsort(-np.asarray(scores), kind="stable")[:k]
@@ -168,10 +173,9 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def apart(special: np.ndarray | None, tokens: Tokens, choose: Callable[[Tokens], Selection]) -> Selection:
-    """What `choose` keeps of the tokens that are not special, and all that are. special: (n,) bool, or None.
+    """Keeps all special tokens, and what `choose` keeps of the others. special: (n,) bool, or None.
 
-    Special tokens show no place, such as row ends: nothing is merged into them, and where tokens have masses, theirs is
-    1. Their score is 0.
+    Nothing is merged into a special token (such as a row end). Its mass is 1 if tokens have masses, and its score is 0.
     """
     if special is None or not special.any():
         return choose(tokens)
@@ -196,10 +200,10 @@ def apart(special: np.ndarray | None, tokens: Tokens, choose: Callable[[Tokens],
 
 
 def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: int) -> float:
-    """Image tokens for each decoder layer, on average, the figure that the literature compares on.
+    """Image tokens per decoder layer, on average: the figure that the literature compares budgets by.
 
-    n_first tokens enter layer 0; windows are (layer, tokens from there on), ascending. One window (K, n2) makes
-    (K n1 + (L - K) n2) / L.
+    n_first tokens enter layer 0. windows are (layer, tokens from there on), ascending. With one window (K, n2) the
+    result is (K n1 + (L - K) n2) / L.
     """
     edges = [(0, n_first), *windows, (n_layers, 0)]
     return sum(n * (after - layer) for (layer, n), (after, _) in pairwise(edges)) / n_layers

@@ -1,8 +1,7 @@
-"""Outputs of the vision encoder, kept by what they were made of: in memory and, if wanted, in a directory.
+"""Outputs of the vision encoder, kept in memory and, if wanted, in a directory.
 
-A key stands for the image's pixels, the mmproj file and every setting that changes the result, so a hit equals a miss
-bit for
-bit. Not thread-safe: the encoder that it belongs to is not either. Several processes may share a directory.
+A key stands for the image's pixels, the mmproj file and every setting that changes the result. A hit is therefore
+bit-identical to a miss. Not thread-safe, like the encoder. Several processes may share a directory.
 """
 
 from __future__ import annotations
@@ -24,23 +23,25 @@ import numpy as np
 from ..errors import ConfigError
 
 DEFAULT_BYTES = 256 * 2**20
-DIRECTORY_BYTES = 2 * 2**30  # of all files in a directory
-_KINDS = ("received", "cls")  # of attention, in the order in which a file has them
+DIRECTORY_BYTES = 2 * 2**30  # of all files in a directory together
+_KINDS = ("received", "cls")  # kinds of attention, in the order of a file
 
 # A file: header, embeddings, cells, scores by kind, and the SHA-256 of all before it. Little-endian.
-_HEADER = struct.Struct("<8s32sIIII")  # magic, key, n_tokens, n_embd, 1 if cells are there, bits of the kinds that are
-_MAGIC = b"starimg1"  # another number when a file holds something else, or the scores are computed in another way
+_HEADER = struct.Struct("<8s32sIIII")  # magic, key, n_tokens, n_embd, 1 if there are cells, a bit for each kind
+_MAGIC = b"starimg1"  # to be raised when the format, or how scores are computed, changes
 _SUFFIX, _TEMPORARY = ".starimg", ".starimg-part"
 _CHECKSUM = 32
-_ABANDONED_SECONDS = 3600  # a temporary file of that age belongs to no process that still writes it
+_ABANDONED_SECONDS = 3600  # no process still writes a temporary file of that age
 
 
 @dataclass
 class CachedImage:
-    """What the encoder made of one image. Arrays are read-only.
+    """The encoder's output for one image. Arrays are read-only.
 
-    embeddings: (n_tokens, n_embd_inp) float32. cells: (n_tokens,) int64, or None if they were not asked for. scores:
-    attention that each token receives, (n_tokens,) float32, by the kind that was read.
+    Attributes:
+        embeddings: (n_tokens, n_embd_inp) float32.
+        cells: Grid cell of each token, (n_tokens,) int64, or None if not asked for.
+        scores: Attention that each token receives, (n_tokens,) float32, by kind ("received", "cls").
     """
 
     embeddings: np.ndarray
@@ -63,19 +64,22 @@ class CachedImage:
         return (attention is None or attention in self.scores) and not (cells and self.cells is None)
 
     def joined(self, other: CachedImage) -> CachedImage:
-        """With what an earlier run had read of the same image."""
+        """This image, with what an earlier run had read of it."""
         return CachedImage(
             self.embeddings, other.cells if self.cells is None else self.cells, {**other.scores, **self.scores}
         )
 
 
 class ImageCache:
-    """Least recently used goes first, in memory and in the directory.
+    """A cache that drops the least recently used image first, in memory and in the directory.
 
-    fingerprint: of everything but the image that changes the encoder's output.
+    Args:
+        n_bytes: Bytes in memory at most, 0 for none.
+        directory: A directory to keep images in as well, or None.
+        fingerprint: Stands for everything but the image that changes the encoder's output.
 
     Raises:
-        ConfigError: a size that is none, or a directory that cannot be used.
+        ConfigError: `n_bytes` is not a size, or the directory cannot be used.
     """
 
     def __init__(self, n_bytes: int, directory: str | PathLike[str] | None, fingerprint: bytes) -> None:
@@ -86,7 +90,7 @@ class ImageCache:
         self.directory = check_directory(directory)
         if directory is not None and self.directory is not None:
             if not os.fspath(directory):
-                raise ConfigError("image_cache_dir is empty", "give a directory, or None for none")
+                raise ConfigError("image_cache_dir is empty", "give a directory, or None")
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -96,11 +100,11 @@ class ImageCache:
                 ) from error
 
     def key(self, image: str) -> bytes:
-        """image: what identifies its pixels."""
+        """Key of an image. image: what identifies its pixels (`pixels_id`)."""
         return hashlib.sha256(self.fingerprint + image.encode()).digest()
 
     def get(self, key: bytes, n_tokens: int, n_embd: int, attention: str | None, cells: bool) -> CachedImage | None:
-        """The image, if all that is asked for is there."""
+        """The cached image, or None unless everything that is asked for is there."""
         image = self._images.get(key)
         if image is not None:
             self._images.move_to_end(key)
@@ -118,7 +122,7 @@ class ImageCache:
         image = image if before is None else image.joined(before)
         self._remember(key, image)
         if self.directory is not None:
-            with contextlib.suppress(OSError):  # a full disk costs time at the next request, and this one nothing
+            with contextlib.suppress(OSError):  # a full disk costs the next request time, and this one nothing
                 self._write(key, image)
 
     def clear(self) -> None:
@@ -142,7 +146,7 @@ class ImageCache:
         return self.directory / (key.hex() + _SUFFIX)
 
     def _read(self, key: bytes, n_tokens: int, n_embd: int) -> CachedImage | None:
-        """None for whatever is not a whole file of this image."""
+        """Reads a file. None unless it is a complete file of this image."""
         path = self._path(key)
         largest = _HEADER.size + n_tokens * (4 * n_embd + 8 + 4 * len(_KINDS)) + _CHECKSUM
         try:
@@ -171,7 +175,7 @@ class ImageCache:
             nonlocal at
             array = np.frombuffer(body, dtype, n, at)
             at += array.nbytes
-            return array.astype(dtype[1:])  # in memory of its own, aligned, in this machine's byte order
+            return array.astype(dtype[1:])  # a copy: aligned, in this machine's byte order
 
         embeddings = take("<f4", n_tokens * n_embd).reshape(n_tokens, n_embd)
         cells = take("<i8", n_tokens) if has_cells else None
@@ -191,7 +195,7 @@ class ImageCache:
         parts += [np.ascontiguousarray(image.scores[kind], "<f4").tobytes() for kind in _KINDS if kind in image.scores]
         body = b"".join(parts)
         self._make_room(len(body) + _CHECKSUM)
-        # Renamed into place: another process sees the whole file or none.
+        # Renamed into place, so that another process sees the whole file or none.
         with tempfile.NamedTemporaryFile(dir=self.directory, suffix=_TEMPORARY, delete=False) as file:
             try:
                 file.write(body)
@@ -223,15 +227,15 @@ class ImageCache:
 
 
 def check_bytes(n_bytes: int) -> None:
-    """Raises ConfigError for what is no size of a cache."""
+    """Raises ConfigError unless `n_bytes` is a whole number >= 0."""
     if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
         raise ConfigError(
-            f"image_cache_bytes={n_bytes!r} is no size", "use a number of bytes, or 0 for no cache in memory"
+            f"image_cache_bytes={n_bytes!r} is not a whole number >= 0", "use bytes, or 0 for no cache in memory"
         )
 
 
 def check_directory(directory: str | PathLike[str] | None) -> Path | None:
-    """The directory of a cache, `~` expanded. Raises ConfigError for what names none."""
+    """The directory of a cache, with `~` expanded. Raises ConfigError if it cannot be a path."""
     if directory is None:
         return None
     try:
@@ -239,12 +243,10 @@ def check_directory(directory: str | PathLike[str] | None) -> Path | None:
         name.encode()
     except (TypeError, UnicodeError) as error:
         raise ConfigError(
-            f"image_cache_dir={directory!r} is no path", "give the path of a directory, or None"
+            f"image_cache_dir={directory!r} is not a path", "give the path of a directory, or None"
         ) from error
     if not name.strip() or "\0" in name:
-        raise ConfigError(
-            f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None for none"
-        )
+        raise ConfigError(f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None")
     return Path(os.path.expanduser(name))
 
 
@@ -258,7 +260,7 @@ def file_digest(path: str | PathLike[str]) -> bytes:
 
 
 def pixels_id(pixels: np.ndarray) -> str:
-    """What stands for an image, (h, w, 3) uint8."""
+    """A hash that identifies an image. pixels: (h, w, 3) uint8."""
     digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()

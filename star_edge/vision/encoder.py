@@ -1,6 +1,6 @@
-"""The vision encoder of an mmproj file, run by libmtmd, with attention scores read out on the way.
+"""The vision encoder of an mmproj file, run by libmtmd, with attention read out on the way.
 
-Knows chunks, pixels and encoder rows. Which tokens stay is decided elsewhere.
+Knows chunks, pixels and encoder rows. Does not decide which tokens stay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .cache import CachedImage, ImageCache, file_digest, pixels_id
 from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
 MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
-MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
+MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample is enough
 
 _log_callback = ctypes.cast(lib.se_log_callback_address(), llama_cpp.llama_log_callback)
 mtmd.mtmd_log_set(_log_callback, None)
@@ -44,22 +44,22 @@ mtmd.mtmd_helper_log_set(_log_callback, None)
 
 
 def _logged() -> str:
-    """Warnings and errors of libmtmd since the log was cleared, in one line."""
+    """libmtmd's warnings and errors since the log was cleared, in one line."""
     return " ".join(ffi.string(lib.se_log_text()).decode("utf-8", "replace").split())[:200]
 
 
 def unprepared(status: int) -> ImageError:
-    """Why mtmd_tokenize gave a status other than 0: an image that it cannot scale or cut."""
+    """The error for a status of mtmd_tokenize other than 0: an image that it cannot scale or cut."""
     reason = _logged().removeprefix("mtmd_tokenize: error: ")
     return ImageError(
-        f"an image has a shape that the model cannot have ({reason or f'code {status}'})",
+        f"an image has a shape that the model cannot take ({reason or f'code {status}'})",
         "crop it, or pad it to be less narrow",
     )
 
 
 @dataclass
 class TextChunk:
-    """Token ids, (n,) int32."""
+    """A run of text. tokens: token ids, (n,) int32."""
 
     tokens: np.ndarray
 
@@ -68,14 +68,17 @@ class TextChunk:
 class ImageChunk:
     """One image, preprocessed but not yet encoded.
 
-    positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x,
-        0).
-    n_positions: how far the next token's position is from the chunk's first.
-    grid: (rows, columns) of tokens on the image, or None when tokens are not laid out on a grid.
-    special: rows that show no place and must stay, (n_tokens,) bool, as far as the profile says; None: none.
-    picture: which picture of the prompt it is of; large ones are cut into several chunks (overview and tiles).
-    content: stands for the pixels that the chunk was made of, and for its place among the chunks of one picture; "" if
-        unknown.
+    Attributes:
+        handle: libmtmd's chunk.
+        n_tokens: Image tokens that the encoder makes of it.
+        positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y,
+            x, 0).
+        n_positions: Distance of the next token's position from the chunk's first.
+        grid: (rows, columns) of its tokens, or None if they are not laid out on a grid.
+        causal: False if its rows attend to each other both ways.
+        special: Special tokens that the profile knows, (n_tokens,) bool. None: none.
+        picture: Index of its picture in the prompt. A large picture is cut into several chunks (overview and tiles).
+        content: Identifies the picture's pixels and the chunk's place in it; "" if unknown.
     """
 
     handle: object
@@ -106,12 +109,15 @@ class Prompt:
 class Encoded:
     """Output of the encoder for one image.
 
-    embeddings: (n_tokens, n_embd_inp) float32. What `VisionEncoder.encode` gives is a view of libmtmd's memory: valid
-        until its next run.
-    scores: attention that each token receives, (n_tokens,) float32, or None when it was not asked for.
-    cells: place of each token on the chunk's grid, row by row, (n_tokens,) int64, -1 for none.
-    special: rows that must stay, (n_tokens,) bool, or None. Their scores are 0.
-    cached: it comes from the cache.
+    Attributes:
+        embeddings: (n_tokens, n_embd_inp) float32. From `VisionEncoder.encode` it is a view of libmtmd's memory, valid
+            until the next run.
+        scores: Attention that each token receives, (n_tokens,) float32, or None if not asked for.
+        cells: Grid cell of each token, row by row, (n_tokens,) int64, -1 for none.
+        score_seconds: Time spent on reading attention, in seconds.
+        special: Special tokens, (n_tokens,) bool, or None. Their scores are 0.
+        attention: Arrays of the `read` of `VisionEncoder.encode`.
+        cached: Whether it comes from the cache.
     """
 
     embeddings: np.ndarray
@@ -126,13 +132,21 @@ class Encoded:
 class VisionEncoder:
     """An mmproj file, loaded beside its text model.
 
-    repaired: put right what this llama.cpp gets wrong with the file (vision/repair.py).
-    cache_bytes, cache_dir: what `encode_once` keeps in memory, and where it keeps more.
+    Args:
+        path: The mmproj file.
+        llama: The text model.
+        flash_attn: Flash attention in the encoder.
+        use_gpu: Whether the encoder may use the GPU.
+        image_min_tokens: For encoders with dynamic resolution; -1: the model's own.
+        image_max_tokens: The same.
+        repaired: Put right what this llama.cpp gets wrong with the file (vision/repair.py).
+        cache_bytes: Bytes that `encode_once` keeps in memory.
+        cache_dir: A directory where it keeps more, or None.
 
     Raises:
-        ModelFileError: missing, truncated, or no mmproj file.
-        ModelMismatchError: made for a text model of another embedding width.
-        UnsupportedModelError: without a vision encoder.
+        ModelFileError: The file is missing, truncated, or not an mmproj file.
+        ModelMismatchError: The file was made for a text model of another embedding width.
+        UnsupportedModelError: The file has no vision encoder.
     """
 
     def __init__(
@@ -169,7 +183,7 @@ class VisionEncoder:
                 MAX_QUERY_ROWS,
                 llama_cpp.__version__,
                 platform.machine(),
-                llama_cpp.llama_print_system_info(),  # CPU features, which decide how kernels round
+                llama_cpp.llama_print_system_info(),  # CPU features decide how kernels round
             )
             model = (
                 file_digest(info.path) if cache_dir is not None else b""
@@ -197,7 +211,7 @@ class VisionEncoder:
             raise UnsupportedModelError(
                 f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model"
             )
-        self._n_positions = 0  # of patches along a side, where a table holds them; 0: any
+        self._n_positions = 0  # patches along a side that a position table holds; 0: any number
         if self.projector in POSITION_TABLES:  # (2, n, width): of columns and of rows
             width = int(self.metadata["clip.vision.embedding_length"] or 0)
             self._n_positions = count_rows(info, repair.POSITIONS, width) // 2
@@ -219,7 +233,7 @@ class VisionEncoder:
                 raise
 
     def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> Any:
-        """The mtmd_context, or None; the log says why."""
+        """The mtmd_context, or None; the log then says why."""
 
         def load(path: str) -> Any:
             return mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
@@ -245,21 +259,21 @@ class VisionEncoder:
 
     @property
     def repairs(self) -> list[str]:
-        """What stock llama.cpp would get wrong with this file, and is put right."""
+        """What stock llama.cpp gets wrong with this file, and is put right here."""
         moved = [repair.describe(self._moved)] if self._moved else []
         return moved + [change.done for change in self._changed]
 
     def _move(self, inputs: dict[str, np.ndarray]) -> None:
-        """Replaces inputs of the graph from now on, if it is one that joins CLS last.
+        """Replaces inputs of the graph from now on, if the graph joins CLS last.
 
-        Where CLS is joined is learned beforehand, from a graph that is built for a gray picture and not computed: in a
-        running graph what reads the inputs may come before the CONCAT that tells (csrc/tap_inputs.c).
+        This is learned from a graph that is built for a gray picture and not computed. In a running graph, the
+        consumers of the inputs may come before the CONCAT that tells (csrc/tap_inputs.c).
         """
         if not inputs:
             return
         prompt = self.tokenize(
             MEDIA_MARKER, [np.full((64, 64, 3), 128, np.uint8)]
-        )  # libmtmd makes it as large as the encoder's are
+        )  # libmtmd scales it to the encoder's size
         try:
             chunk = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
             outcome = self._run(chunk, Plan(count_only=True))
@@ -294,11 +308,18 @@ class VisionEncoder:
     # ---- prompt ----
 
     def tokenize(self, text: str, images: Sequence[np.ndarray]) -> Prompt:
-        """Splits a prompt with one media marker for each image, and preprocesses the images ((h, w, 3) uint8).
+        """Splits a prompt into chunks, and preprocesses its images.
+
+        Args:
+            text: The prompt, with one media marker for each image.
+            images: Pixels, (h, w, 3) uint8 each.
+
+        Returns:
+            The chunks. They must be closed.
 
         Raises:
-            PromptError: markers and images differ in number.
-            ImageError: an image of a shape that the encoder cannot have.
+            PromptError: The numbers of markers and images differ.
+            ImageError: An image has a shape that the encoder cannot take.
         """
         self._check_open()
         n_markers = text.count(MEDIA_MARKER)
@@ -333,15 +354,16 @@ class VisionEncoder:
         return prompt
 
     def chunks(self, handle: object) -> list[TextChunk | ImageChunk]:
-        """What is in libmtmd's mtmd_input_chunks, which must outlive the images' encoding.
+        """The chunks of libmtmd's mtmd_input_chunks, which must outlive the encoding of the images.
 
         Raises:
-            PromptError: audio. ImageError: an image with more patches along a side than the encoder has positions for.
+            PromptError: A chunk is audio.
+            ImageError: An image has more patches along a side than the encoder has positions.
         """
         chunks = [
             self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))
         ]
-        # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the
+        # A large picture is cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the
         # same way.
         parts: dict[str, list[ImageChunk]] = {}
         for i, chunk in enumerate(chunks):
@@ -354,9 +376,9 @@ class VisionEncoder:
         return chunks
 
     def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
-        """Lets the chunks of a bitmap be told from others', and found in the cache.
+        """Names a bitmap, so that its chunks can be told from others and found in the cache.
 
-        image: its pixels; number: another one for each bitmap of a prompt.
+        image: its pixels. number: unique among the bitmaps of a prompt.
         """
         content = "" if self.cache is None else pixels_id(image)
         mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{content}".encode())
@@ -398,16 +420,16 @@ class VisionEncoder:
         n_patches = max(size) // POSITION_TABLES[self.projector](self.metadata)
         if n_patches > self._n_positions:
             raise ImageError(
-                f"an image would have {n_patches} patches along a side, and the model has positions for "
-                f"{self._n_positions}",
+                f"an image has {n_patches} patches along a side, and the model has positions for {self._n_positions}",
                 "crop it, pad it to be less narrow, or lower image_max_tokens",
             )
 
     # ---- encode ----
 
     def encode_once(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> Encoded:
-        """As `encode`, which it runs only if the cache does not have all that is asked for. Arrays stay valid, and may
-        be read-only.
+        """Like `encode`, from the cache if it has everything that is asked for.
+
+        Arrays stay valid, and may be read-only.
         """
         if self.cache is None or not chunk.content:
             encoded = self.encode(chunk, attention, want_cells=want_cells)
@@ -441,13 +463,17 @@ class VisionEncoder:
     ) -> Encoded:
         """Runs the encoder and the projector on one image.
 
-        attention: read what each token receives in the last layer without a window mask, if the profile says how rows
-            become tokens.
-            "received": the mean over heads and query rows of the softmax, a column mean (STAR, arXiv 2505.12359,
-            section 3.2, prints a row mean, which is constant because a row of a softmax sums to one). "cls": from the
-            CLS row alone, or as "received" if there is none.
-        want_cells: find out which place of the grid each token shows; otherwise token i is taken to show cell i.
-        read: attention to read instead, for inspection.
+        Args:
+            chunk: The image.
+            attention: Attention to read, if the profile says how rows become tokens; of the last layer without a window
+                mask. "received": the mean over heads and query rows of the softmax, a column mean. (STAR, arXiv
+                2505.12359, section 3.2, prints a row mean, which is constant because a softmax row sums to one.) "cls":
+                from the CLS row alone, or as "received" if there is none.
+            want_cells: Find out which grid cell each token shows. Otherwise token i is taken to show cell i.
+            read: Attention to read instead, for inspection.
+
+        Returns:
+            The output. Its embeddings are a view of libmtmd's memory, valid until the next run.
 
         Raises:
             EngineError: libmtmd failed.
@@ -472,13 +498,11 @@ class VisionEncoder:
         return Encoded(embeddings, scores, cells, outcome.score_seconds, special, outcome.attention)
 
     def reads_attention(self, chunk: ImageChunk) -> bool:
-        """Whether the profile says how rows become tokens, and the chunk how they lie if that is not always the
-        same.
-        """
+        """Whether the profile maps rows to tokens, and the chunk has a grid if that map needs one."""
         return self.profile.reads_attention and (self.profile.sized_grid is None or chunk.grid is not None)
 
     def max_rows(self, chunk: ImageChunk) -> int:
-        """Rows of the encoder's sequence for an image, or an upper bound."""
+        """Rows of the encoder's sequence for an image, as an upper bound."""
         return self.profile.n_rows(chunk.n_tokens)
 
     def _special(self, chunk: ImageChunk, embeddings: np.ndarray) -> np.ndarray | None:
@@ -514,8 +538,7 @@ class VisionEncoder:
             except EngineError:
                 if attempt == 2 or self.last_outcome.error != lib.SE_ERR_NO_ATTENTION:
                     raise
-            # The file's metadata say how many layers run, and the profile where CLS is; the graph itself has the last
-            # word.
+            # The file's metadata say how many layers run, and the profile where CLS is. The graph itself decides.
             if (
                 self.last_outcome.attention
                 and self._layer == self.last_outcome.last_unmasked
@@ -526,7 +549,7 @@ class VisionEncoder:
         return self.last_outcome, index
 
     def _run_watched(self, chunk: ImageChunk, read: AttentionRead | None) -> tuple[Outcome, np.ndarray | None]:
-        """Also brings the graph input that says which rows become tokens, if the profile names one."""
+        """Runs the encoder, and reads the graph input that says which rows become tokens, if the profile names one."""
         if not self.profile.index_input:
             return self._run(chunk, Plan(attention=read)), None
         index = np.empty(self.max_rows(chunk), np.int32)
@@ -546,10 +569,10 @@ class VisionEncoder:
 
 
 def _image_size(chunk: object) -> tuple[int, int] | None:
-    """(height, width) in pixels of what the encoder gets for an image, or None.
+    """(height, width) in pixels of the image that the encoder gets, or None.
 
-    libmtmd tells it only where a chunk is saved without its pixels (mtmd_input_chunk_save, version 2): at the end stand
-    the last image's width and height, int32, and a byte that says that there is no audio.
+    libmtmd tells it only when it saves a chunk without pixels (mtmd_input_chunk_save, version 2). The data end with the
+    last image's width and height, int32, and a byte that says that there is no audio.
     """
     n = ctypes.c_size_t()
     mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))
@@ -562,5 +585,5 @@ def _image_size(chunk: object) -> tuple[int, int] | None:
 
 
 def _cells(n_tokens: int, special: np.ndarray | None) -> np.ndarray:
-    """Token i shows cell i, special rows not counted, which show none."""
+    """Token i shows cell i. Special tokens show none and are not counted."""
     return np.arange(n_tokens) if special is None else np.where(special, -1, np.cumsum(~special) - 1)

@@ -1,14 +1,14 @@
-"""What has to be known of a vision encoder to score its image tokens: one entry for each projector type.
+"""How the rows of each vision encoder become image tokens: one profile for each projector type.
 
-An encoder that has no entry gets GENERIC: its tokens are chosen by their embeddings alone.
+An encoder without a profile gets GENERIC: its tokens are chosen by their embeddings alone.
 
-A profile says which rows of the encoder's sequence a token is made of. The helpers below are the common ways, for
+A profile says which rows of the encoder's sequence a token is made of. These helpers are the common cases of
 `to_tokens`:
 
     by_index         row index[i] (a gather that the graph does itself)
     one_to_one       row i
-    in_turn(n)       rows n i to n i + n - 1: blocks that the encoder has put in order
-    on_raster        a square of rows of the raster: pixel shuffle, average pooling
+    in_turn(n)       rows n i to n i + n - 1: the encoder has put them in this order
+    on_raster        a square of rows on the raster: pixel shuffle, average pooling
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-# What the scores are read from; a GGUF of projector type T stores them under these keys.
+# Metadata of an mmproj file that scoring needs
 METADATA_KEYS = (
     "clip.projector_type",
     "clip.vision.projector_type",
@@ -38,10 +38,12 @@ Grid = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of one image lie, those apart that show no place.
+    """How the ordinary tokens of one image lie.
 
-    n_tokens: their number. grid: (rows, columns) of them on the image, or None. index: the profile's graph input, (n,)
-        int32, or None.
+    Attributes:
+        n_tokens: Their number.
+        grid: (rows, columns) of them on the image, or None.
+        index: The profile's graph input, (n,) int32, or None.
     """
 
     n_tokens: int
@@ -65,9 +67,7 @@ def in_turn(n: int) -> ToTokens:
 
 
 def on_raster(rows: np.ndarray, layout: Layout) -> np.ndarray:
-    """The raster of rows is as many times as high and wide as layout.grid, the grid of tokens, as there are rows for
-    them.
-    """
+    """A token is the mean over a square of rows. The raster of rows is layout.grid, enlarged by the square's side."""
     assert layout.grid is not None  # VisionEncoder.encode has made sure of it
     height, width = layout.grid
     side = math.isqrt(len(rows) // layout.n_tokens)
@@ -80,7 +80,7 @@ def all_layers(metadata: dict[str, Any]) -> int:
 
 
 def square_grid(n_tokens: int, nx: int, ny: int) -> Grid:
-    """Tokens of a square image: libmtmd gives (n, 1) for models without M-RoPE, otherwise columns and rows."""
+    """Grid of a square image. libmtmd gives (n, 1) for models without M-RoPE, otherwise columns and rows."""
     if nx * ny == n_tokens and ny > 1:
         return ny, nx
     side = round(n_tokens**0.5)
@@ -88,12 +88,12 @@ def square_grid(n_tokens: int, nx: int, ny: int) -> Grid:
 
 
 def given_grid(n_tokens: int, nx: int, ny: int) -> Grid:
-    """What libmtmd says, where it says more than the number of tokens."""
+    """Grid that libmtmd gives, if it gives more than the number of tokens."""
     return (ny, nx) if nx * ny == n_tokens and ny > 1 else None
 
 
 def plain_grid(n_tokens: int, size: tuple[int, int]) -> Grid:
-    """Columns / rows as width / height."""
+    """Grid with columns / rows = width / height."""
     height, width = size
     rows = max(1, round(math.sqrt(n_tokens * height / width)))
     columns = n_tokens // rows
@@ -101,7 +101,7 @@ def plain_grid(n_tokens: int, size: tuple[int, int]) -> Grid:
 
 
 def grid_with_row_ends(n_tokens: int, size: tuple[int, int]) -> Grid:
-    """A token after each row but the last: rows (columns + 1) - 1 tokens, columns / rows as width / height."""
+    """Grid with a token after each row but the last: rows (columns + 1) - 1 tokens, columns / rows = width / height."""
     height, width = size
     shape = width / height
     rows = max(1, round((math.sqrt(1 + 4 * shape * (n_tokens + 1)) - 1) / (2 * shape)))
@@ -120,21 +120,23 @@ def row_ends(n_tokens: int, grid: Grid) -> np.ndarray:
 class EncoderProfile:
     """How the rows of an encoder become image tokens.
 
-    to_tokens(row_scores (n_rows,), layout) -> (layout.n_tokens,): the score of a token is the mean over its rows. None:
-        there is no such map, and the encoder's attention is not read.
-    n_rows(n_tokens): rows of the encoder's sequence, or an upper bound; n_tokens counts special rows too.
-    n_layers(metadata): attention layers that the graph is expected to run. The graph itself has the last word: scores
-        are of its last layer without a window mask.
-    grid(n_tokens, nx, ny): (rows, columns) of the tokens that show a place, or None. nx, ny: what libmtmd says.
-    sized_grid(n_tokens, (height, width)) -> Grid: the same from the size of the image in pixels, as the encoder gets
-        it, for encoders of any image size, where libmtmd gives the number of tokens alone.
-    special(n_tokens, grid) -> (n_tokens,) bool: rows that show no place and must stay, such as learned row ends; None:
-        there are none.
-    index_input: graph input that says which rows become tokens, or in which order they come, or None.
-    to_cells(index) -> (n_tokens,): cell of the patch grid that each token shows, -1 for none; None: token i shows cell
-        i, special rows not counted.
-    cls_row(n_tokens): the CLS row among the rows; None: there is none.
-    cls_first: profile of the same encoder in a graph that joins CLS first, for one whose order depends on llama.cpp.
+    Attributes:
+        to_tokens: to_tokens(row_scores (n_rows,), layout) gives the scores of the tokens, (layout.n_tokens,): means
+            over their rows. None: there is no such map, and the encoder's attention is not read.
+        n_rows: n_rows(n_tokens) is an upper bound of the rows of the encoder's sequence. n_tokens includes special
+            tokens.
+        n_layers: n_layers(metadata) is the expected number of attention layers. The graph itself decides: scores are of
+            its last layer without a window mask.
+        grid: grid(n_tokens, nx, ny) is (rows, columns) of the ordinary tokens, or None. nx, ny: what libmtmd says.
+        sized_grid: sized_grid(n_tokens, (height, width)) is the same from the encoder's image size in pixels. For
+            encoders of any image size, where libmtmd gives the number of tokens alone.
+        special: special(n_tokens, grid) marks special tokens such as learned row ends, (n_tokens,) bool. None: there
+            are none.
+        index_input: Graph input that says which rows become tokens, or in which order; or None.
+        to_cells: to_cells(index) is the cell of the patch grid that each token shows, (n_tokens,), -1 for none. None:
+            ordinary token i shows cell i.
+        cls_row: cls_row(n_tokens) is the index of the CLS row. None: there is none.
+        cls_first: Profile of the same encoder in a graph that joins CLS first, if this depends on llama.cpp.
     """
 
     to_tokens: ToTokens | None
@@ -154,7 +156,7 @@ class EncoderProfile:
 
 
 def _llava_layers(metadata: dict[str, Any]) -> int:
-    """clip_graph_llava: up to the deepest explicit feature layer, otherwise all but the last."""
+    """clip_graph_llava runs up to the deepest feature layer that the file names, otherwise all layers but the last."""
     features = metadata.get("clip.vision.feature_layer")
     if isinstance(features, list) and features:
         return max(int(f) for f in features)
@@ -162,9 +164,9 @@ def _llava_layers(metadata: dict[str, Any]) -> int:
 
 
 def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderProfile | None = None) -> EncoderProfile:
-    """CLIP with a two-layer projector: the graph's own `patches` input says which row each token is made of.
+    """CLIP with a two-layer projector. The graph's input `patches` says which row each token is made of.
 
-    Not repaired, this llama.cpp has the CLS row among them, which shows no place.
+    Without the repair, the CLS row is among them; it shows no place.
     """
     to_cells = lambda index: np.where(
         (index >= first_patch) & (index < len(index) + first_patch), index - first_patch, -1
@@ -181,9 +183,7 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
 
 
 def _internvl(cls_first: EncoderProfile | None = None) -> EncoderProfile:
-    """InternVL: 2 x 2 patches of a tile are shuffled into a token. CLS is among the rows, at the end as given, and no
-    token.
-    """
+    """InternVL: 2 x 2 patches of a tile are shuffled into a token. CLS is a row, the last one here, but not a token."""
     patches = slice(None, -1) if cls_first else slice(1, None)
     return EncoderProfile(
         lambda rows, layout: on_raster(rows[patches], layout),
@@ -194,14 +194,12 @@ def _internvl(cls_first: EncoderProfile | None = None) -> EncoderProfile:
 
 
 def _in_windows(rows: np.ndarray, layout: Layout) -> np.ndarray:
-    """Qwen2.5-VL: token i is made of the 2 x 2 patches of group index[i]."""
+    """Qwen2.5-VL: token i is made of the 2 x 2 patches in group index[i]."""
     return in_turn(4)(rows, layout)[layout.index]
 
 
 def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None) -> EncoderProfile:
-    """CLIP with MobileVLM's projector: a token stands for a square of 2 x 2 patches, which `patches` brings in the
-    raster's order.
-    """
+    """CLIP with MobileVLM's projector: a token is made of 2 x 2 patches, which `patches` puts in raster order."""
     to_tokens = lambda rows, layout: on_raster(rows[layout.index], layout)
     return EncoderProfile(
         to_tokens, lambda n: 4 * n + 1, _llava_layers, index_input="patches", cls_row=cls_row, cls_first=cls_first
@@ -210,7 +208,7 @@ def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None)
 
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5, LLaVA-NeXT (each crop is an image), BakLLaVA, Granite-Vision. This llama.cpp joins CLS last
-    # (clip_graph_llava)
+    # (clip_graph_llava).
     "mlp": _llava(lambda n: n, 0, cls_first=_llava(lambda n: 0, 1)),
     # MobileVLM and MobileVLM V2
     "ldp": _ldp(lambda n: 4 * n, cls_first=_ldp(lambda n: 0)),
@@ -218,7 +216,7 @@ PROFILES: dict[str, EncoderProfile] = {
     # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
-    # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
+    # Qwen2.5-VL: the groups are in the order of attention windows; the graph puts the tokens in order at its end
     "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
@@ -238,9 +236,8 @@ PROFILES: dict[str, EncoderProfile] = {
 }
 
 
-# Encoders that look a patch's row and column up in a table each, which ends somewhere: ggml aborts beyond
-# (clip_graph_gemma4v, clip_graph_gemma4uv). Projector type -> side of a patch in pixels; the second joins patches
-# before it looks.
+# Encoders that look up a patch's row and column in tables. Past the end of a table ggml aborts (clip_graph_gemma4v,
+# clip_graph_gemma4uv). Projector type -> side of a patch in pixels. The second merges patches before it looks them up.
 POSITION_TABLES: dict[str, Callable[[dict[str, Any]], int]] = {
     "gemma4v": lambda metadata: int(metadata["clip.vision.patch_size"] or 1),
     "gemma4uv": lambda metadata: (
@@ -248,21 +245,23 @@ POSITION_TABLES: dict[str, Callable[[dict[str, Any]], int]] = {
     ),
 }
 
-# The encoder's attention is not read, and rows that must stay are found by `repeated_rows`
+# The encoder's attention is not read, and special tokens are found by `repeated_rows`
 GENERIC = EncoderProfile(None, lambda n: 16 * n + 64, grid=given_grid)
 
 
 def find_profile(metadata: dict[str, Any]) -> tuple[str, EncoderProfile]:
-    """Projector type of an mmproj file's vision encoder, and its profile."""
+    """The projector type of an mmproj file's vision encoder, and its profile. metadata: values of METADATA_KEYS."""
     kind = metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type") or "unknown"
     return str(kind), PROFILES.get(str(kind), GENERIC)
 
 
 def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
-    """Rows of (n_tokens, n_embd) float32 that are bit-identical to others, and next to none of those, (n_tokens,) bool.
+    """Marks rows that are bit-identical to other rows but adjacent to none of them, (n_tokens,) bool.
 
-    Image content is the same in two places only within an area of one colour, whose tokens are neighbours: what comes
-    back apart is a learned constant, such as a row end.
+    Image content repeats exactly only within an area of one colour, and its tokens are neighbours. A row that repeats
+    elsewhere is a learned constant, such as a row end.
+
+    embeddings: (n_tokens, n_embd) float32.
     """
     rows = np.ascontiguousarray(embeddings, np.float32)
     head = np.ascontiguousarray(rows[:, :8])  # enough to tell most rows apart

@@ -1,52 +1,46 @@
-"""Repair, from outside, of what this llama.cpp gets wrong with the encoders of LLaVA files (projector types mlp, ldp
-and ldpv2), InternVL, Gemma 4 and Pixtral.
+"""Repairs, from outside, what this llama.cpp gets wrong with some encoders: LLaVA files (projector types mlp, ldp and
+ldpv2), InternVL, Gemma 4 and Pixtral.
 
-The first two are known upstream (ggml-org/llama.cpp, issues 25814 and 25817) and are in its graph, clip_graph_llava:
+Faults 1 and 2 are known upstream (ggml-org/llama.cpp, issues 25814 and 25817). They are in clip_graph_llava:
 
-1. Positions. The graph joins CLS to the end of the patches, and the numbers in its inputs `positions` and `patches` are
-   for CLS first: each patch gets its neighbour's position, the row of patch 0 is lost, and CLS is fed to the decoder as
-   an image token. The tap replaces both inputs, and only where the graph does join CLS last: a llama.cpp that joins it
-   first is left alone.
+1. Positions. The graph joins CLS to the end of the patches, but its inputs `positions` and `patches` are numbered for
+   CLS first. Each patch gets its neighbour's position, the row of patch 0 is lost, and CLS reaches the decoder as an
+   image token. The tap replaces both inputs, only if the graph joins CLS last. A llama.cpp that joins it first is left
+   alone.
 
-2. Layers. Without a list of feature layers in the file the graph leaves out the file's last layer, and the legacy
-   converter (tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py) has left it out already: features come from one
-   layer too early. With `clip.vision.feature_layer = [block_count]` all layers run, whatever the graph would leave out
-   by itself.
+2. Layers. If the file lists no feature layers, the graph leaves out the file's last layer. The legacy converter
+   (tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py) has left it out already, so features come from one layer
+   too early. With `clip.vision.feature_layer = [block_count]` all layers run.
 
-3. Activation. Where `clip.use_gelu` is false the graph computes QuickGELU, and the legacy converter writes false for
-   all but "gelu". SigLIP's is "gelu_pytorch_tanh", which is what llama.cpp computes where the key is true; so it is
-   set. (Files of Granite-Vision after docs/multimodal/granitevision.md.) For Gemma 4 convert_hf_to_gguf.py writes no
-   such key at all, which is QuickGELU too, where
-   the model has "gelu_pytorch_tanh": it is set where neither clip.use_gelu nor clip.use_silu is there.
+3. Activation. If `clip.use_gelu` is false, the graph computes QuickGELU. The legacy converter writes false for every
+   activation but "gelu". SigLIP has "gelu_pytorch_tanh", which llama.cpp computes if the key is true, so the key is
+   set. (This concerns Granite-Vision files made after docs/multimodal/granitevision.md.) For Gemma 4
+   convert_hf_to_gguf.py writes no such key, which also gives QuickGELU in place of "gelu_pytorch_tanh". The key is set
+   if the file has neither clip.use_gelu nor clip.use_silu.
 
-What is done to a LLaVA file, first line that fits:
+What is done to a LLaVA file; the first line that fits decides:
 
-    star_edge.encoder_layout = "stock"                            nothing: the model was trained on what stock llama.cpp
-    computes no v.class_embd (SigLIP)                                      no 1: there is no CLS; 3 if it has
-                                                                  clip.has_llava_projector, which that converter writes,
-                                                                  and clip.use_gelu = false
-    clip.vision.feature_layer is there                            no 2: the file says how many layers run
-    v.post_ln.weight is there                                     no 2: features are of the whole encoder; who wrote the
-                                                                  file knew of the layer that does not run (Moondream2
-                                                                  has its last one twice)
-    width of a known encoder, and one layer fewer than it has     2
-    width of a known encoder, and another number of layers        no 2
-    clip.has_llava_projector, which that converter writes         2
-    otherwise                                                     no 2: nothing is known of where its layers end
+    star_edge.encoder_layout = "stock"              nothing: the model was trained on what stock llama.cpp computes
+    no v.class_embd (SigLIP)                        not 1: there is no CLS; 3 if it has clip.has_llava_projector (which
+                                                    the legacy converter writes) and clip.use_gelu = false
+    clip.vision.feature_layer is there              not 2: the file says how many layers run
+    v.post_ln.weight is there                       not 2: features are of the whole encoder, and the file's author knew
+                                                    of the layer that does not run (Moondream2 has its last one twice)
+    width of a known encoder, one layer too few     2
+    width of a known encoder, another number        not 2
+    clip.has_llava_projector                        2
+    otherwise                                       not 2: it is unknown where the encoder's layers end
 
-4. Positions of InternVL. Its graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position
-   embeddings as they are, which have that of CLS first. It drops CLS in the end, so that no row is lost. The tap puts
-   the embeddings into the graph's order,
-   where it does join CLS last (as with 1: what is learned of one graph, when the file is loaded, holds for all). A file
-       with star_edge.encoder_layout = "stock" is left alone.
+4. Positions of InternVL. The graph (clip_graph_internvl) joins CLS to the end too, and adds the file's position
+   embeddings unchanged, which have that of CLS first. It drops CLS at its end, so no row is lost. The tap reorders the
+   embeddings, only if the graph joins CLS last. As with 1, one graph shows this when the file is loaded. A file with
+   star_edge.encoder_layout = "stock" is left alone.
 
-5. [IMG_BREAK] rows (Pixtral, Mistral-Small 3.1). clip_graph_pixtral makes them from memory that nobody has written,
-  "cleared" by a multiplication with 0,
-   where a NaN stays one: stock's logits are NaN after some loads, as its memory happens to be. The tap clears it
-       (csrc/tap_inputs.c), with
-   encoder="stock" too: there is nothing to be equal to.
+5. [IMG_BREAK] rows (Pixtral, Mistral-Small 3.1). clip_graph_pixtral makes them from memory that was never written, and
+   multiplies it by 0, which leaves a NaN as it is. After some loads stock's logits are therefore NaN. The tap clears
+   that memory (csrc/tap_inputs.c), with encoder="stock" too: there is nothing to be equal to.
 
-Of 1 and 2: convert_hf_to_gguf.py writes no such file: of LLaVA models it takes those with Pixtral's encoder.
+convert_hf_to_gguf.py writes no file that 1 or 2 concerns: of LLaVA models it takes only those with Pixtral's encoder.
 """
 
 from __future__ import annotations
@@ -75,17 +69,17 @@ METADATA_KEYS = (
 )
 CLS, POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
-# Layers of CLIP and SigLIP encoders by their width: B, L, so400m, H, bigG
+# Layers of CLIP and SigLIP encoders, by width: B, L, so400m, H, bigG
 _DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
 
 
 def _is_open(info: GGUFInfo, projector: str, projectors: tuple[str, ...] = _PROJECTORS) -> bool:
-    """Whether there may be something to repair in a file."""
+    """Whether a file may need a repair of these projector types."""
     return projector in projectors and info.values[LAYOUT_KEY] != STOCK_LAYOUT
 
 
 def misses_layer(info: GGUFInfo, projector: str) -> bool:
-    """Whether stock llama.cpp would leave out a layer that the file's features are made with."""
+    """Whether stock llama.cpp would leave out a layer that the features need."""
     v = info.values
     if not _is_open(info, projector) or v[_LAYERS] or "v.post_ln.weight" in info.tensors:
         return False
@@ -94,7 +88,7 @@ def misses_layer(info: GGUFInfo, projector: str) -> bool:
 
 
 def takes_quick_gelu(info: GGUFInfo, projector: str) -> bool:
-    """Whether stock llama.cpp would compute QuickGELU in an encoder that has another activation."""
+    """Whether stock llama.cpp would compute QuickGELU, and the encoder has another activation."""
     v = info.values
     if _is_open(info, projector, ("gemma4v",)):
         return v[_GELU] is None and v[_SILU] is None
@@ -108,8 +102,13 @@ def takes_quick_gelu(info: GGUFInfo, projector: str) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """A key of a file's metadata as it should be: (n,) int32 or bool. done, undone: what the encoder does with it and
-    without it.
+    """A key of a file's metadata, as it should be.
+
+    Attributes:
+        key: The key.
+        value: Its value, (n,) int32 or bool.
+        done: What the encoder does with this value.
+        undone: What it does without.
     """
 
     key: str
@@ -134,11 +133,11 @@ def metadata_changes(info: GGUFInfo, projector: str) -> list[Change]:
 
 
 def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
-    """Inputs of a graph that joins CLS last, as they must be, by name. Empty where there is nothing to repair.
+    """The right inputs of a graph that joins CLS last, by name. Empty if there is nothing to repair.
 
-    LLaVA: positions (n + 1) int32: patch i has row i + 1 of the position embeddings and CLS, the last, row 0; patches
-        (n) int32: the
-    rows that become tokens. InternVL: the position embeddings themselves in that order, (n + 1, bytes of a row) uint8.
+    - LLaVA, "positions", (n + 1,) int32: patch i has row i + 1 of the position embeddings; CLS, the last, has row 0.
+    - LLaVA, "patches", (n,) int32: the rows that become tokens.
+    - InternVL, the position embeddings themselves in that order, (n + 1, bytes of a row) uint8.
     """
     if CLS not in info.tensors:
         return {}
@@ -156,7 +155,7 @@ def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
 
 
 def describe(inputs: dict[str, np.ndarray]) -> str:
-    """What the inputs of `graph_inputs` put right."""
+    """What the inputs of `graph_inputs` put right, for the report."""
     if POSITIONS in inputs:
         return "each patch has its own position"
     return "each patch has its own position, and no token is CLS (llama.cpp issue 25814)"
@@ -172,10 +171,10 @@ def check_encoder(encoder: str) -> None:
 
 @contextmanager
 def with_metadata(info: GGUFInfo, changes: Sequence[Change]) -> Iterator[str]:
-    """The path of a temporary copy of the file with other metadata, for one load: libmtmd reads all of it into memory.
+    """Gives the path of a temporary copy of the file with other metadata. libmtmd reads all of it while loading.
 
     Raises:
-        OSError: there is no place for it.
+        OSError: The disk has no room for it.
     """
     with tempfile.TemporaryDirectory(prefix="star_edge-") as folder:
         path = os.path.join(folder, "mmproj.gguf")

@@ -1,4 +1,4 @@
-"""The vision stage: encode each image, keep the tokens that say most about it.
+"""The vision stage: encodes each image, and keeps the tokens that say most about it.
 
 Turns the chunks of a prompt into the segments that the decoder runs.
 """
@@ -23,8 +23,12 @@ from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
 
 @dataclass
 class StagedImage:
-    """An image after the vision stage. chunk, encoded: as they were; of the latter's embeddings only what stayed goes
-    on. selection: what stayed.
+    """An image after the vision stage.
+
+    Attributes:
+        chunk: The image, unchanged.
+        encoded: The encoder's output, unchanged.
+        selection: What stayed of its tokens.
     """
 
     chunk: ImageChunk
@@ -36,13 +40,17 @@ class StagedImage:
 class PromptPlan:
     """What a prompt will take, before any of it is decoded.
 
-    config: what is done, or None for no pruning.
-    groups: images that share their tokens, as indices: the crops of each picture, or all. Of such a group the sums of
-    what follows are fixed; how they are divided is known once the images are seen, and until then by their sizes.
-    n_special: tokens of each image that always stay and are in no budget. What no profile says is known once the image
-        is encoded.
-    n_vision: tokens of each image that the vision stage leaves, special ones among them. windows: (layer K, tokens of
-    each image that stay from there on) for each decoder stage.
+    Within a group only the sums of `n_vision` and of `windows` are fixed. They are divided by size here, and anew once
+    the images are encoded.
+
+    Attributes:
+        chunks: The prompt.
+        config: What is done, or None for no pruning.
+        groups: Indices of images that share a budget: the crops of each picture, or all images.
+        n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
+        n_vision: Tokens of each image that the vision stage leaves, special ones included.
+        windows: (layer K, tokens of each image that stay from there on) of each decoder stage.
+        n_text: Text tokens of the prompt.
     """
 
     chunks: Sequence[TextChunk | ImageChunk]
@@ -59,7 +67,7 @@ class PromptPlan:
 
     @property
     def n_cells(self) -> int:
-        """KV cells that the prompt takes at most: while probing."""
+        """KV cells that the prompt takes at most, which is during the probe."""
         return self.n_text + sum(self.n_vision)
 
 
@@ -69,13 +77,16 @@ def plan_prompt(
     windows: Sequence[tuple[int, Keep]],
     encoded: Sequence[Encoded] | None = None,
 ) -> PromptPlan:
-    """Counts tokens. windows: (layer, keep) of the decoder stages that are possible. encoded: the images, once they
-    are.
+    """Counts what each stage leaves. At least one ordinary token of each image stays, and all special ones.
 
-    Special tokens count, and beside them one at least stays of each image.
+    Args:
+        chunks: The prompt.
+        config: What is done, or None for no pruning.
+        windows: (layer, keep) of the decoder stages that are possible.
+        encoded: The images, if they are encoded already.
 
     Raises:
-        ConfigError: a count over an image's tokens.
+        ConfigError: A count is over an image's tokens.
     """
     images = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
     n_special = [0 if i.special is None else int(i.special.sum()) for i in (images if encoded is None else encoded)]
@@ -114,7 +125,7 @@ def plan_prompt(
 def encode_images(
     images: Sequence[ImageChunk], encoder: VisionEncoder | None, config: PruneConfig | None, seconds: dict[str, float]
 ) -> list[Encoded]:
-    """Runs the encoder where its output is not known. seconds gets "encode" and, within it, "vision_stage".
+    """Encodes the images whose output is not cached. seconds gets "encode" and, within it, "vision_stage".
 
     Raises:
         EngineError: the encoder failed.
@@ -133,9 +144,16 @@ def encode_images(
 def run_vision_stage(
     plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, seconds: dict[str, float]
 ) -> tuple[list[Segment], list[StagedImage], int]:
-    """Prunes. Returns the segments, the images with what stayed of them, and the RoPE position after the prompt.
+    """Prunes each image after the encoder.
 
-    seconds: "encode" and "vision_stage" grow.
+    Args:
+        plan: The prompt's plan.
+        encoded: Its images, encoded.
+        mrope: Whether the decoder takes M-RoPE positions, (4, n).
+        seconds: Times in seconds; "encode" and "vision_stage" grow.
+
+    Returns:
+        The segments for the decoder, the images with what stayed of them, and the RoPE position after the prompt.
     """
     start = time.perf_counter()
     config, images = plan.config, plan.images
@@ -181,9 +199,7 @@ def run_vision_stage(
 
 
 def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
-    """Tokens of each image that stay, special ones among them: the plan's counts, but for images that share theirs and
-    are seen now.
-    """
+    """Tokens of each image that stay, special ones included: the plan's counts, with shared budgets divided anew."""
     n_keep = list(plan.n_vision)
     for group in plan.groups:
         images = [candidates[i] for i in group]
