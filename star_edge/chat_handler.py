@@ -33,13 +33,14 @@ from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .generation import Generation
+from .io.configs import resolve_prune
 from .io.images import ImageLimits, load_image
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import check_length, request_of
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import lib, open_standard_streams
 from .messages import read_messages
-from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
+from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory

@@ -11,10 +11,10 @@ from os import PathLike
 
 import numpy as np
 
-from .decoder.prefill import Segment
 from .errors import ConfigError, EngineError
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
+from .rows import Segment
 from .vision.encoder import ImageChunk, VisionEncoder
 
 

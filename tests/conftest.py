@@ -26,7 +26,7 @@ from helpers.families import MODES  # noqa: E402
 from helpers.models import CLIP, LLAMA, QWEN2VL, QWEN2VL_VISION, Models, random_prompt  # noqa: E402
 from helpers.reference import Decoder  # noqa: E402
 
-from star_edge.engine import KV_TYPES  # noqa: E402
+from star_edge.llamacpp.names import KV_TYPES  # noqa: E402
 from star_edge.synthetic import write_decoder, write_encoder  # noqa: E402
 
 

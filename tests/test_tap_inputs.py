@@ -8,8 +8,9 @@ from helpers.reference import Decoder
 from helpers.tap_helpers import *  # noqa: F403 - fixtures and helpers
 
 from star_edge.errors import EngineError
-from star_edge.llamacpp.context import PARKED, DecoderContext, Rows, attach_tap
+from star_edge.llamacpp.context import PARKED, DecoderContext, attach_tap
 from star_edge.llamacpp.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
+from star_edge.rows import Rows
 from star_edge.synthetic import EncoderShape, write_encoder
 from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
 

@@ -16,10 +16,12 @@ import PIL.Image
 
 from .. import refvlm
 from ..chat import find_template
-from ..engine import KV_TYPES, StarVLM
+from ..engine import StarVLM
 from ..errors import ConfigError, StarEdgeError
+from ..io.configs import resolve_prune
 from ..io.hub import fetch
-from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
+from ..llamacpp.names import KV_TYPES
+from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import PruneReport
 
 

@@ -34,7 +34,7 @@ import llama_cpp
 import numpy as np
 
 from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
-from .segments import Segment
+from ..rows import Segment
 
 
 @dataclass

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import llama_cpp
 import numpy as np
 from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
+from ..rows import Rows
 from .tap import Outcome, Plan, Tap
 
 # Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be
@@ -160,32 +160,6 @@ def _install(llama: Llama, context: _internals.LlamaContext) -> None:
         scales = (ctypes.c_float * 1)(llama.lora_scale)
         if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
             raise EngineError("the LoRA adapter could not be applied to the new context")
-
-
-@dataclass
-class Rows:
-    """Rows of one decode: token ids or embeddings, with the positions that RoPE should see.
-
-    tokens: (n,) int32, or None.
-    embeddings: (n, n_embd_inp) float32, or None. Where a window starts past layer 0 they are read too by models that
-        bring more of them in at later layers (DeepStack, Gemma 4); without both, zeros stand for them.
-    positions: (n,) int32, or (4, n) for M-RoPE.
-    """
-
-    positions: np.ndarray
-    tokens: np.ndarray | None = None
-    embeddings: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return self.positions.shape[-1]
-
-    def slice(self, start: int, stop: int) -> Rows:
-        return self.take(slice(start, stop))
-
-    def take(self, rows: slice | np.ndarray) -> Rows:
-        """Some of the rows."""
-        part = lambda array: None if array is None else array[rows]
-        return Rows(np.ascontiguousarray(self.positions[..., rows]), part(self.tokens), part(self.embeddings))
 
 
 class DecoderContext:

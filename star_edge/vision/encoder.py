@@ -28,6 +28,7 @@ from ..errors import (
 )
 from ..llamacpp.gguf import GGUFInfo, count_rows, read_gguf_info
 from ..llamacpp.mmproj_check import check_mmproj
+from ..llamacpp.names import CLASS_EMBEDDING, POSITION_EMBEDDINGS
 from ..llamacpp.native import ffi, lib
 from ..llamacpp.tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
 from . import repair
@@ -199,10 +200,10 @@ class VisionEncoder:
         self._n_positions = 0  # of patches along a side, where a table holds them; 0: any
         if self.projector in POSITION_TABLES:  # (2, n, width): of columns and of rows
             width = int(self.metadata["clip.vision.embedding_length"] or 0)
-            self._n_positions = count_rows(info, repair.POSITIONS, width) // 2
+            self._n_positions = count_rows(info, POSITION_EMBEDDINGS, width) // 2
         self._layer = self.profile.n_layers(self.metadata) - 1
-        if repair.CLS in info.tensors:
-            self.tap.find_concat(repair.CLS)
+        if CLASS_EMBEDDING in info.tensors:
+            self.tap.find_concat(CLASS_EMBEDDING)
         elif self.profile.cls_row:
             self.profile = replace(self.profile, cls_row=None)
         self.n_heads = int(self.metadata["clip.vision.attention.head_count"] or 1)

@@ -10,7 +10,6 @@ from helpers import ggml_tensors as ggml
 from helpers import stock
 from helpers.graphs import N, Recorder, recorded
 
-
 FLASH, SOFTMAX = "FLASH_ATTN_EXT", "SOFT_MAX"
 COMPUTE = 16  # GGML_TENSOR_FLAG_COMPUTE
 kinds = pytest.mark.parametrize("flash", [False, True], ids=["softmax", "flash"])

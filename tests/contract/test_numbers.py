@@ -8,9 +8,9 @@ import llama_cpp.mtmd_cpp as mtmd
 import pytest
 from helpers import ggml_tensors as ggml
 
-from star_edge.engine import KV_TYPES
 from star_edge.llamacpp import gguf as reader
 from star_edge.llamacpp import gguf_check, native
+from star_edge.llamacpp.names import KV_TYPES
 
 GGML = native.GGML
 GGML.ggml_type_name.restype, GGML.ggml_type_name.argtypes = ctypes.c_char_p, [ctypes.c_int]

@@ -12,7 +12,6 @@ from llama_cpp import _internals
 
 from helpers import ggml_tensors as ggml
 
-
 N = 12  # rows of a recorded decode
 
 
