@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import llama_cpp
 import PIL.Image
 
 from .. import refvlm
@@ -20,6 +19,7 @@ from ..engine import StarVLM
 from ..errors import ConfigError, StarEdgeError
 from ..io.configs import resolve_prune
 from ..io.hub import fetch
+from ..llamacpp.devices import can_offload
 from ..llamacpp.names import KV_TYPES
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import PruneReport
@@ -66,7 +66,7 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int:
-    if n_layers and not llama_cpp.llama_supports_gpu_offload():
+    if n_layers and not can_offload():
         raise click.BadParameter(
             f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the GPU.",
             ctx,

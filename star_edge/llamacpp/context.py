@@ -15,6 +15,7 @@ from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
 from ..rows import Rows
+from .handover import free_with
 from .tap import Outcome, Plan, Tap
 
 # Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be
@@ -151,6 +152,19 @@ def attach_tap(llama: Llama, tap: Tap) -> None:
         ) from error
 
 
+def tapped_context(llama: Llama) -> TappedContext:
+    """The context of a Llama, made anew if it has no tap.
+
+    Raises:
+        EngineError: see `attach_tap`.
+    """
+    if not isinstance(llama._ctx, TappedContext):
+        tap = Tap()
+        free_with(llama, tap.close)  # after the context, which attach_tap puts on the stack
+        attach_tap(llama, tap)
+    return llama._ctx
+
+
 def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._stack.callback(context.close)
     llama._ctx = context
@@ -219,6 +233,16 @@ class DecoderContext:
     @property
     def memory(self) -> object:
         return llama_cpp.llama_get_memory(self.llama.ctx)
+
+    @property
+    def owner(self) -> TappedContext:
+        """The context of the Llama, which knows what of the last prompt is kept."""
+        return self.llama._ctx
+
+    @property
+    def buffer(self) -> np.ndarray:
+        """The Llama's ids of tokens, another array after Llama.load_state: the cache is another's then."""
+        return self.llama.input_ids
 
     # ---- rows ----
 
@@ -304,6 +328,13 @@ class DecoderContext:
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
         """Puts the dense positions [start, stop) of a sequence into another as well."""
         llama_cpp.llama_memory_seq_cp(self.memory, source, sequence, start, stop)
+
+    def span(self, sequence: int) -> tuple[int, int]:
+        """First and last dense position of a sequence, -1 where it is empty."""
+        return (
+            llama_cpp.llama_memory_seq_pos_min(self.memory, sequence),
+            llama_cpp.llama_memory_seq_pos_max(self.memory, sequence),
+        )
 
     def remove(self, sequence: int, start: int, stop: int = -1) -> None:
         """Takes the dense positions [start, stop) out of a sequence; cells of no sequence are free again."""

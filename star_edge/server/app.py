@@ -92,7 +92,7 @@ def make_app(
             f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model"
         ) from error
     try:
-        handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
+        handler.attach(llama)  # now, so that files that do not fit together show before the first request
         handler.check_template()
     except BaseException:
         llama.close()
