@@ -21,10 +21,11 @@ import PIL.Image
 
 from .engine import StarVLM
 from .errors import ConfigError, ImageError, OutputError, StarEdgeError
+from .io.configs import resolve_prune
 from .io.images import FORMATS
 from .io.json_input import parse_json, read_lines
 from .io.results_file import open_alone
-from .pruning.config import PruneConfig, override, resolve_prune
+from .pruning.config import PruneConfig, override
 
 _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "id": (str, int),

@@ -6,7 +6,6 @@ is loaded: many print nothing of what they do not expect. Knows nothing of token
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -16,11 +15,12 @@ from os import PathLike
 from typing import Any
 
 import jinja2
-import llama_cpp
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .errors import PromptError, UnsupportedModelError
+from .llamacpp.mtmd import MEDIA_MARKER
+from .llamacpp.vocabulary import apply_template, template_names, token_text
 from .messages import (
     Message,
     Picture,
@@ -31,7 +31,6 @@ from .messages import (
     system_to_user,
     tools_to_text,
 )
-from .vision.encoder import MEDIA_MARKER
 
 # Templates that llama.cpp knows by name, for files without one, by projector type (tools/mtmd/mtmd-cli.cpp names the
 # first two)
@@ -52,14 +51,6 @@ _OF_FAMILY = {
 }
 _REMEDY = "give one as chat_template (--chat-template): a file, Jinja source, or a name such as vicuna"
 _MOST_BYTES = 1 << 20  # of a template's file
-
-
-def template_names() -> list[str]:
-    """Names of llama.cpp's own templates."""
-    n = llama_cpp.llama_chat_builtin_templates(None, 0)
-    names = (ctypes.c_char_p * n)()
-    llama_cpp.llama_chat_builtin_templates(names, n)
-    return [name.decode() for name in names]
 
 
 def find_template(template: str | PathLike[str]) -> str:
@@ -123,11 +114,10 @@ class ChatFormat:
         if not self.exists:
             return
         if self.source is not None:
-            eos = llama_cpp.llama_vocab_get_text(llama._model.vocab, llama.token_eos())
             try:
                 # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
                 self._formatter = Jinja2ChatFormatter(
-                    template=self.source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token=""
+                    template=self.source, eos_token=token_text(llama, llama.token_eos()), bos_token=""
                 )
             except (jinja2.TemplateError, RecursionError) as error:
                 reason = " ".join(str(error).split())
@@ -177,7 +167,7 @@ class ChatFormat:
                 ]  # Mistral's take ids of 9 characters only
                 caller = {"role": "assistant", "content": no_content, "tool_calls": calls}
                 result = {"role": "tool", "tool_call_id": "abcdefgh1", "name": "qzcall"}
-                forms = self._forms(lambda content: [user, caller, {**result, "content": content}])  # noqa: B023
+                forms = self._forms(lambda content: [user, caller, {**result, "content": content}])
                 self.forms["tool"] = self.forms["tool"] or forms
                 text = self._try([user, caller, user]) or self._try([user, caller, {**result, "content": "qz"}]) or ""
                 if "qzcall" in text and "qzvalue" in text and '\\"qzname' not in text and "None" not in text:
@@ -356,17 +346,7 @@ class ChatFormat:
             given: Any = messages  # templates take more than llama_cpp's types of messages
             return self._formatter(messages=given, **options).prompt
         assert self.name is not None  # of a template in llama.cpp
-        encoded = [(m["role"].encode(), m["content"].encode()) for m in messages]
-        chat = (llama_cpp.llama_chat_message * len(encoded))(*(llama_cpp.llama_chat_message(*pair) for pair in encoded))
-        size = 256 + 4 * sum(len(role) + len(content) + 64 for role, content in encoded)
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_chat_apply_template(self.name.encode(), chat, len(encoded), True, buffer, size)
-            if n < 0:
-                raise ValueError("llama.cpp cannot apply it")
-            if n <= size:
-                return buffer.raw[:n].decode("utf-8", "replace")
-            size = n
+        return apply_template(self.name, [(m["role"], m["content"]) for m in messages])
 
 
 def mark_raw(prompt: str, n_images: int) -> str:

@@ -8,8 +8,6 @@ is added.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import inspect
 import itertools
 import threading
 import time
@@ -23,64 +21,36 @@ from os import PathLike
 from typing import Any, NoReturn, cast
 
 import jinja2
-import llama_cpp
-import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from llama_cpp import Llama
-from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .generation import Generation
+from .io.configs import resolve_prune
 from .io.images import ImageLimits, load_image
+from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import GuardedLlama, check_length, request_of
+from .llamacpp.handover import has_given_format, is_open, uses_flash_attention
 from .llamacpp.mmproj_check import check_mmproj
-from .llamacpp.native import lib, open_standard_streams
+from .llamacpp.native import open_standard_streams
 from .messages import read_messages
-from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
+from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
-from .vision.encoder import Prompt, unprepared
+from .vision.encoder import Prompt, VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
 # Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
-# Arguments of MTMDChatHandler, and those of them that the chat template gets; it gets all others too
-_OPTIONS = set(inspect.signature(MTMDChatHandler.__call__).parameters)
-_TEMPLATE_OPTIONS = {"functions", "function_call", "tools", "tool_choice"}
-# What a Llama without a handler says by itself (guess_chat_format_from_gguf_metadata), before it may get one
-_GUESSED = ("llama-2", "llama-3", "chatml", "mistral-instruct")
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
     "star_edge_is_cancelled", default=None
 )  # of `cancellable` blocks
-
-
-class _Libmtmd:
-    """Proxy for `mtmd_cpp`. MTMDChatHandler asks for the number of chunks just before it evaluates the prompt. We
-    evaluate the prompt there and report zero chunks.
-    """
-
-    def __init__(self, read: Callable[[object], None]) -> None:
-        self._read = read
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mtmd, name)
-
-    def mtmd_tokenize(self, *arguments: Any) -> int:
-        lib.se_log_clear()
-        status: int = mtmd.mtmd_tokenize(*arguments)
-        if status:
-            raise unprepared(status)
-        return status
-
-    def mtmd_input_chunks_size(self, chunks: object) -> int:
-        self._read(chunks)
-        return 0
 
 
 @dataclass
@@ -107,7 +77,7 @@ class _Request:
         return self.generation, self.report
 
 
-class StarChatHandler(MTMDChatHandler):
+class StarChatHandler(ChatHook):
     """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(...))`.
 
     A response has one key more than MTMDChatHandler's, "star_edge", with PruneReport.summary(). In a stream the last
@@ -177,8 +147,6 @@ class StarChatHandler(MTMDChatHandler):
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
         self.last_report: PruneReport | None = None
-        libmtmd: Any = _Libmtmd(self._read)  # in place of the module
-        self._mtmd_cpp = libmtmd
         self._lock = threading.RLock()
         self._llama: Callable[[], Llama | None] = lambda: None
         self._reader: PromptReader | None = None
@@ -263,13 +231,13 @@ class StarChatHandler(MTMDChatHandler):
         """
         with self._lock:
             request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
-            self._init_mtmd_context(llama)
+            self.attach(llama)
             reader = self._reader
             assert reader is not None
             guards = cast(GuardedLlama, llama)  # the reader's work
             with request_of(llama):
                 options, guards.grammar_instead = check_chat_options(
-                    llama, {"stream": stream, **options}, lambda: self._get_chat_template(llama)
+                    llama, {"stream": stream, **options}, self.template_source
                 )
                 self._request = request
                 reader.context.is_cancelled = _is_cancelled.get()
@@ -361,28 +329,33 @@ class StarChatHandler(MTMDChatHandler):
 
     # ---- what MTMDChatHandler calls ----
 
-    def _init_mtmd_context(self, llama_model: Llama) -> None:
-        self.verbose = llama_model.verbose
-        if llama_model._model.model is None:
+    @property
+    def _vision(self) -> VisionEncoder:
+        """The encoder, once the handler serves a Llama."""
+        assert self._reader is not None and self._reader.encoder is not None
+        return self._reader.encoder
+
+    def attach(self, llama_model: Llama) -> Any:
+        """The context of the encoder. On first use of a Llama it is loaded, and the Llama's own context made anew.
+
+        Raises:
+            EngineClosedError: the Llama is closed. ConfigError: the handler serves another. And as PromptReader.
+        """
+        if not is_open(llama_model):
             raise EngineClosedError("the Llama is closed", "make a new one")
         owner = self._llama()
         if owner is llama_model:
-            return
-        if owner is not None and owner._model.model is not None:
+            return self._vision.context
+        if owner is not None and is_open(owner):
             raise ConfigError("this StarChatHandler serves another Llama", "make a StarChatHandler for each Llama")
-        chat_format = str(llama_model.chat_format)
-        if (
-            llama_model.chat_format is not None
-            and chat_format not in _GUESSED
-            and not chat_format.startswith("chat_template.")
-        ):
+        if has_given_format(llama_model):
             raise ConfigError(
-                f"chat_format={chat_format[:60]!r} changes nothing beside a chat handler",
+                f"chat_format={str(llama_model.chat_format)[:60]!r} changes nothing beside a chat handler",
                 "give StarChatHandler a chat_template",
             )
         projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
         chat = ChatFormat(llama_model, self.chat_template, projector)
-        use_flash = llama_model.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        use_flash = uses_flash_attention(llama_model)
         self._reader = PromptReader(
             llama_model,
             self.clip_model_path,
@@ -399,8 +372,7 @@ class StarChatHandler(MTMDChatHandler):
             weakref.ref(llama_model),
             chat,
         )  # a strong reference would keep the model in memory until the next gc
-        assert self._reader.encoder is not None
-        self.mtmd_ctx = self._reader.encoder.context
+        return self._vision.context
 
     def check_template(self) -> None:
         """Checks that there is a chat template, once the handler serves a Llama. Without one, every request fails.
@@ -413,21 +385,15 @@ class StarChatHandler(MTMDChatHandler):
 
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """Messages for the template, and the images' sources."""
-        of_template = {
-            name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS
-        }
-        assert self._chat is not None  # since _init_mtmd_context
-        prepared, images = self._chat.prepare(messages, of_template)
+        assert self._chat is not None  # since `attach`
+        prepared, images = self._chat.prepare(messages, template_options(options))
         if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
 
-    def _get_chat_template(self, llama_model: Llama) -> str:
-        assert self._chat is not None
+    def template_source(self) -> str:
+        assert self._chat is not None  # since `attach`
         return self._chat.source or "{{ messages[0]['content'] }}"
-
-    def _get_template_messages(self, messages: list[Any], media_marker: str) -> list[Any]:
-        return messages  # from `_prepare`
 
     def get_image_urls(self, messages: list[Any]) -> list[Any]:  # type: ignore[override]  # a static method there
         """Of the request under way, or where there is none of messages as they are given."""
@@ -435,19 +401,17 @@ class StarChatHandler(MTMDChatHandler):
             return self._request.images
         return [picture.source for message in read_messages(messages) for picture in message.pictures]
 
-    def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
-        """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""
+    def check_text(self, text: str, n_images: int, marker: str) -> None:
         llama = self._llama()
         assert llama is not None  # whose request this is
         check_length(llama, text)
-        n_markers = text.count(media_marker)
-        if n_markers != len(image_urls):
+        n_markers = text.count(marker)
+        if n_markers != n_images:
             raise PromptError(
-                f"the prompt has {n_markers} image markers for {len(image_urls)} images",
-                f"give images in messages of the user, leave out {media_marker}, and use a model whose chat template "
+                f"the prompt has {n_markers} image markers for {n_images} images",
+                f"give images in messages of the user, leave out {marker}, and use a model whose chat template "
                 "shows every message",
             )
-        return text
 
     def load_image(self, image_url: str) -> np.ndarray:  # type: ignore[override]  # pixels in place of a file's bytes
         """The pixels of an image.
@@ -475,13 +439,8 @@ class StarChatHandler(MTMDChatHandler):
             raise ImageError(f"the image_loader returned a {shape}", "return (h, w, 3) uint8")
         return np.ascontiguousarray(image)
 
-    def _create_bitmap_from_bytes(self, image: np.ndarray) -> Any:  # type: ignore[override]  # what load_image gives
-        bitmap = mtmd.mtmd_bitmap_init(
-            image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        )
-        assert self._reader is not None and self._reader.encoder is not None
-        self._reader.encoder.name_bitmap(bitmap, image, next(self._bitmap_numbers))
-        return bitmap
+    def bitmap_name(self, image: np.ndarray) -> str:
+        return self._vision.bitmap_name(image, next(self._bitmap_numbers))
 
     def _load_source(self, url: str) -> np.ndarray:
         if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads them through urllib
@@ -491,8 +450,7 @@ class StarChatHandler(MTMDChatHandler):
             url = urllib.request.url2pathname(parts.path)
         return load_image(url, self.image_limits)
 
-    def _read(self, chunks: object) -> None:
-        """Reads libmtmd's chunks, which MTMDChatHandler frees, into the cache, which it has emptied."""
+    def read_chunks(self, chunks: object) -> None:
         request, reader = self._request, self._reader
         assert request is not None and reader is not None and reader.encoder is not None
         state, request.report = reader.read(Prompt(reader.encoder.chunks(chunks)), request.config, request.start)

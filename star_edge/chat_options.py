@@ -19,6 +19,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from .arguments import check, parameters
 from .errors import ConfigError
 from .llamacpp.guarded import RANGES, check_llama_grammar, check_options
+from .llamacpp.handover import keeps_logits
 from .llamacpp.json_schema import response_grammar, schema_grammar
 
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -51,7 +52,7 @@ def check_chat_options(
     names: dict[str, Any] = {name: options[name] for name in ("logprobs", "top_logprobs") if name in options}
     options |= check(MTMDChatHandler.__call__, names, RANGES)
     if options.get("logprobs"):
-        if not llama._logits_all:
+        if not keeps_logits(llama):
             raise ConfigError("logprobs were asked for, and the Llama keeps none", "make it with logits_all=True")
         if options.get("top_logprobs") is None:
             options["top_logprobs"] = 0  # MTMDChatHandler passes this number on alone

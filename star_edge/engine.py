@@ -24,13 +24,15 @@ from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
+from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, load_image
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
 from .llamacpp.mmproj_check import check_mmproj
+from .llamacpp.names import KV_TYPES, is_about_context
 from .llamacpp.native import open_standard_streams
-from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
+from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
@@ -38,7 +40,6 @@ from .vision.encoder import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
-KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 _INT32 = 2**31 - 1
 # What the annotations of StarVLM cannot say
 _RANGES = {
@@ -262,7 +263,7 @@ class StarVLM:
                 **llama_options,
             )
         except ValueError as error:
-            if "context" in str(error):
+            if is_about_context(error):
                 raise EngineError(
                     f"llama.cpp could not create a context of {n_ctx} tokens",
                     "lower n_ctx, or quantize the KV cache (type_k, type_v)",

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .decoder.segments import Segment
 from .errors import ConfigError, EngineError
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
+from .rows import Segment
 from .vision.encoder import ImageChunk, VisionEncoder
 
 

@@ -21,9 +21,9 @@ from llama_cpp import Llama
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .generation import Generation
-from .llamacpp.context import DecoderContext, TappedContext, attach_tap, tapped
+from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
-from .llamacpp.tap import Tap
+from .llamacpp.handover import free_with, hand_over
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
@@ -82,18 +82,14 @@ class PromptReader:
                 cache_bytes=image_cache_bytes,
                 cache_dir=image_cache_dir,
             )
-            llama._stack.callback(self.encoder.close)  # before the model that it points to
-        if not isinstance(llama._ctx, TappedContext):
-            tap = Tap()
-            llama._stack.callback(tap.close)  # after the context, which attach_tap puts on the stack
-            try:
-                attach_tap(llama, tap)
-            except EngineError:
-                if self.encoder is not None:
-                    self.encoder.close()
-                raise
+            free_with(llama, self.encoder.close)  # before the model that it points to
+        try:
+            self.context = tapped_context(llama)
+        except EngineError:
+            if self.encoder is not None:
+                self.encoder.close()
+            raise
         guard(llama)
-        self.context = tapped(llama)
         self.decoder = DecoderContext(self.llama, self.context.tap)
 
     @property
@@ -250,15 +246,7 @@ class PromptReader:
         """
         llama, n = self.llama, state.n_cells
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
-        llama.input_ids[:n] = (
-            tokens  # for logits processors, and so that create_completion finds the prompt read already
-        )
-        llama.n_tokens = n
-        if llama._logits_all and n <= len(llama.scores):
-            llama.scores[n - 1] = (
-                state.logits
-            )  # create_completion takes the logprobs of the first answer token from here
-        llama._requires_eval = False  # the logits of the last row are there
+        hand_over(llama, tokens, state.logits)
         self.context.continue_prompt(n, state.next_position)
         self.generation = Generation(llama)
         ids: list[int] = tokens.tolist()

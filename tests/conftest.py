@@ -26,7 +26,7 @@ from helpers.families import MODES
 from helpers.models import CLIP, LLAMA, QWEN2VL, QWEN2VL_VISION, Models, random_prompt
 from helpers.reference import Decoder
 
-from star_edge.engine import KV_TYPES
+from star_edge.llamacpp.names import KV_TYPES
 from star_edge.synthetic import write_decoder, write_encoder
 
 

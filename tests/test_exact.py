@@ -12,9 +12,9 @@ from helpers.models import random_image, random_prompt
 
 from star_edge import PruneConfig, StarVLM, refvlm
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.engine import KV_TYPES
 from star_edge.io.images import load_image
 from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.names import KV_TYPES
 from star_edge.llamacpp.tap import Tap
 
 N_GENERATE = 32

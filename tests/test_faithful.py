@@ -17,9 +17,9 @@ from helpers.reference import ClipEncoder, Decoder
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.engine import KV_TYPES
 from star_edge.io.images import load_image
 from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.names import KV_TYPES
 from star_edge.llamacpp.tap import Tap
 from star_edge.pruning.representatives import select
 from star_edge.pruning.selection import Tokens

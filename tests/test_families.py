@@ -17,7 +17,7 @@ from helpers.families import MODES, N_THREADS, load_fixtures, tokenized
 
 from star_edge import MEDIA_MARKER, PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.engine import KV_TYPES
+from star_edge.llamacpp.names import KV_TYPES
 from star_edge.pruning.selection import Selection
 
 FIXTURES = load_fixtures()

@@ -14,8 +14,8 @@ from star_edge.evaluation import results as eval_results
 from star_edge.evaluation import tasks as eval_tasks
 from star_edge.evaluation.configs import OFF, file_configs
 from star_edge.io import results_file
+from star_edge.io.configs import load_config
 from star_edge.io.json_input import MAX_DEPTH, parse_json
-from star_edge.pruning.config import load_config
 
 SETTINGS = Settings(None)
 DEEP, LONG = "[" * 100_000 + "]" * 100_000, "1" * 5_000

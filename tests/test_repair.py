@@ -183,20 +183,25 @@ W, D, FL = "clip.vision.embedding_length", "clip.vision.block_count", "clip.visi
 @pytest.mark.parametrize(
     ("values", "tensors", "layer", "positions"),
     [
-        ({W: 1024, D: 23, "clip.has_llava_projector": True}, {repair.CLS}, True, True),  # LLaVA-1.5
-        ({W: 1024, D: 23}, {repair.CLS}, True, True),
+        ({W: 1024, D: 23, "clip.has_llava_projector": True}, {repair.CLASS_EMBEDDING}, True, True),  # LLaVA-1.5
+        ({W: 1024, D: 23}, {repair.CLASS_EMBEDDING}, True, True),
         (
             {W: 1024, D: 24, "clip.has_llava_projector": True},
-            {repair.CLS},
+            {repair.CLASS_EMBEDDING},
             False,
             True,
         ),  # with the layer that stock does not run
-        ({W: 1024, D: 23, FL: [23]}, {repair.CLS}, False, True),  # LLaVA-1.6
+        ({W: 1024, D: 23, FL: [23]}, {repair.CLASS_EMBEDDING}, False, True),  # LLaVA-1.6
         ({W: 1152, D: 28, "clip.has_llava_projector": True}, {"v.post_ln.weight"}, False, False),  # Moondream2
         ({W: 1152, D: 26, "clip.has_llava_projector": True}, set(), True, False),  # SigLIP
-        ({W: 64, D: 3, "clip.has_llava_projector": True}, {repair.CLS}, True, True),
-        ({W: 64, D: 3}, {repair.CLS}, False, True),
-        ({W: 1024, D: 23, "clip.has_llava_projector": True, repair.LAYOUT_KEY: "stock"}, {repair.CLS}, False, False),
+        ({W: 64, D: 3, "clip.has_llava_projector": True}, {repair.CLASS_EMBEDDING}, True, True),
+        ({W: 64, D: 3}, {repair.CLASS_EMBEDDING}, False, True),
+        (
+            {W: 1024, D: 23, "clip.has_llava_projector": True, repair.LAYOUT_KEY: "stock"},
+            {repair.CLASS_EMBEDDING},
+            False,
+            False,
+        ),
     ],
 )
 @pytest.mark.parametrize("projector", ["mlp", "ldp", "ldpv2", "qwen2vl_merger"])
@@ -222,14 +227,18 @@ def test_position_embeddings_of_internvl(tmp_path):
     rolled = inputs(fixture.mmproj)[name]
     assert np.array_equal(rolled.view(np.float32), np.concatenate([table[1:], table[:1]]))
     assert inputs(rewrite(fixture.mmproj, tmp_path / "stock.gguf", add=[(repair.LAYOUT_KEY, "stock")])) == {}
-    assert inputs(rewrite(fixture.mmproj, tmp_path / "no-cls.gguf", drop=[repair.CLS])) == {}
+    assert inputs(rewrite(fixture.mmproj, tmp_path / "no-cls.gguf", drop=[repair.CLASS_EMBEDDING])) == {}
 
 
 @pytest.mark.parametrize(
     ("values", "tensors", "wrong"),
     [
         ({"clip.use_gelu": False, "clip.has_llava_projector": True}, set(), True),  # Granite-Vision
-        ({"clip.use_gelu": False, "clip.has_llava_projector": True}, {repair.CLS}, False),  # CLIP's own is QuickGELU
+        (
+            {"clip.use_gelu": False, "clip.has_llava_projector": True},
+            {repair.CLASS_EMBEDDING},
+            False,
+        ),  # CLIP's own is QuickGELU
         ({"clip.use_gelu": True, "clip.has_llava_projector": True}, set(), False),
         ({"clip.has_llava_projector": True}, set(), False),
         ({"clip.use_gelu": False}, set(), False),  # of another converter
@@ -369,7 +378,7 @@ def test_siglip_without_cls(families, tmp_path):
 
 def _without_cls(source, target):
     reader = gguf.GGUFReader(str(source))
-    drop = {repair.CLS, "v.position_embd.weight"}
+    drop = {repair.CLASS_EMBEDDING, "v.position_embd.weight"}
     table = next(t.data for t in reader.tensors if t.name == "v.position_embd.weight")[1:]
     rewrite(source, target, tensors=[("v.position_embd.weight", table)], drop=drop)
 

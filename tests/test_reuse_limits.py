@@ -15,8 +15,9 @@ from helpers.reusing import QUESTIONS, cells, engine, first_tokens, fresh, same
 from llama_cpp import Llama
 
 from star_edge import PruneConfig, StarChatHandler, errors, refvlm
-from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED, Rows
+from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED
 from star_edge.llamacpp.tap import Plan
+from star_edge.rows import Rows
 
 
 @pytest.mark.parametrize(("window", "has_stage"), [(24, False), (400, True)])

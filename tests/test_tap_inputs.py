@@ -25,8 +25,9 @@ from helpers.tap_helpers import rounding as rounding  # a fixture
 from helpers.tap_helpers import tapped as tapped  # a fixture
 
 from star_edge.errors import EngineError
-from star_edge.llamacpp.context import PARKED, DecoderContext, Rows, attach_tap
+from star_edge.llamacpp.context import PARKED, DecoderContext, attach_tap
 from star_edge.llamacpp.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
+from star_edge.rows import Rows
 from star_edge.synthetic import EncoderShape, write_encoder
 from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
 

@@ -12,8 +12,8 @@ from llama_cpp import Llama
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.engine import KV_TYPES
 from star_edge.llamacpp.context import MAIN, N_SEQUENCES, DecoderContext, attach_tap
+from star_edge.llamacpp.names import KV_TYPES
 from star_edge.llamacpp.tap import Tap
 
 PARTS = [5, (6, 7), 4, (9, 5), 13]

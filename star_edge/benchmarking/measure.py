@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import llama_cpp
-import numpy as np
 
 from ..errors import EngineError, StarEdgeError
 from ..evaluation.runner import order
+from ..llamacpp.stock import clear_cache, decode_token
 from .sides import Request, Sample, SideSpec, Workbench
 
 
@@ -104,15 +100,15 @@ def time_idle_hook(bench: Workbench, stock: SideSpec, star: SideSpec, n_tokens: 
     times: dict[str, list[float]] = {name: [] for name in contexts}
     warm_up = max(4, n_tokens // 4)
     for context in contexts.values():
-        context.kv_cache_clear()
+        clear_cache(context)
     for i in range(warm_up + n_tokens):
         for name in sorted(contexts, reverse=bool(i % 2)):
             start = time.perf_counter()
-            _decode_token(contexts[name], 1 + i % 200, i)
+            decode_token(contexts[name], 1 + i % 200, i)
             if i >= warm_up:
                 times[name].append(time.perf_counter() - start)
     for context in contexts.values():
-        context.kv_cache_clear()
+        clear_cache(context)
     stock_ms, hook_ms = (1e3 * statistics.median(times[name]) for name in ("stock", "hook"))
     return {
         "stock_ms_per_token": stock_ms,
@@ -120,22 +116,3 @@ def time_idle_hook(bench: Workbench, stock: SideSpec, star: SideSpec, n_tokens: 
         "ratio": hook_ms / stock_ms,
         "tokens": n_tokens,
     }
-
-
-def _decode_token(context: Any, token: int, position: int) -> None:
-    """One llama_decode of one row of sequence 0, to its logits."""
-    ids, at, one, sequence = (np.array([n], np.int32) for n in (token, position, 1, 0))
-    wants = np.ones(1, np.int8)
-
-    def pointer(array: np.ndarray, kind: Any = ctypes.c_int32) -> Any:
-        return array.ctypes.data_as(ctypes.POINTER(kind))
-
-    batch: Any = llama_cpp.llama_batch()  # its annotations are arrays where pointers stand
-    batch.n_tokens = 1
-    batch.token, batch.pos, batch.n_seq_id = pointer(ids), pointer(at), pointer(one)
-    of_row: Any = (ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence))
-    batch.seq_id = ctypes.cast(of_row, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
-    batch.logits = pointer(wants, ctypes.c_int8)
-    if llama_cpp.llama_decode(context.ctx, batch):
-        raise EngineError("llama_decode failed")
-    llama_cpp.llama_get_logits_ith(context.ctx, -1)  # waits for the result

@@ -15,16 +15,21 @@ from itertools import pairwise
 from os import PathLike
 from typing import Any
 
-import llama_cpp
-import llama_cpp.mtmd_cpp as mtmd
-from llama_cpp import _internals
-from llama_cpp.llama_chat_format import MTMDChatHandler
-
 from ..chat import ChatFormat
 from ..chat_handler import StarChatHandler
 from ..engine import StarVLM
 from ..errors import ContextLengthError, EngineError, StarEdgeError
 from ..llamacpp.gguf import read_gguf_info
+from ..llamacpp.mtmd import MEDIA_MARKER
+from ..llamacpp.stock import (
+    Watched,
+    context_of,
+    install,
+    is_end,
+    sequence_bytes,
+    stock_context,
+    stock_handler,
+)
 from ..pruning.config import PruneConfig
 from ..pruning.selection import average_tokens
 from ..report import PruneReport
@@ -99,87 +104,13 @@ class Sample:
     report: PruneReport | None = None
 
 
-class _Watched:
-    """Proxy for `mtmd_cpp` that takes times and token counts. The calls to libmtmd are unchanged.
-
-    image_max_tokens: set here, because MTMDChatHandler has no argument for it.
-    """
-
-    def __init__(self, image_max_tokens: int | None, n_ctx: int) -> None:
-        self.image_max_tokens, self.n_ctx = image_max_tokens, n_ctx
-        self.llama_context: Any = None
-        self.begin()
-
-    def begin(self) -> None:
-        self.tokenized = self.decoded = 0.0
-        self.encode = 0.0
-        self.n_text = self.n_image = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mtmd, name)
-
-    def mtmd_context_params_default(self) -> Any:
-        params = mtmd.mtmd_context_params_default()
-        if self.image_max_tokens is not None:
-            params.image_max_tokens = self.image_max_tokens
-        return params
-
-    def mtmd_tokenize(self, context: Any, chunks: Any, *rest: Any) -> int:
-        status: int = mtmd.mtmd_tokenize(context, chunks, *rest)
-        self.tokenized = time.perf_counter()
-        for i in range(mtmd.mtmd_input_chunks_size(chunks)):
-            chunk = mtmd.mtmd_input_chunks_get(chunks, i)
-            n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-                self.n_text += n
-            else:
-                self.n_image += n
-        if self.n_text + self.n_image >= self.n_ctx:  # the context is padded, the Llama's own arrays are not
-            raise ContextLengthError(
-                f"the prompt takes {self.n_text + self.n_image} tokens of a context of {self.n_ctx}",
-                "raise n_ctx (-c), or use a smaller picture",
-            )
-        return status
-
-    def mtmd_helper_eval_chunk_single(
-        self,
-        context: Any,
-        llama: Any,
-        chunk: Any,
-        n_past: Any,
-        seq_id: Any,
-        n_batch: int,
-        logits_last: bool,
-        new_n_past: Any,
-    ) -> int:
-        """Does what the helper of that name does with an image, with encoder and decoder timed separately."""
-        self.llama_context = llama
-        start = time.perf_counter()
-        status: int = mtmd.mtmd_encode_chunk(context, chunk)
-        self.encode += time.perf_counter() - start
-        if status:
-            return status
-        embeddings = mtmd.mtmd_get_output_embd(context)
-        no_callback = mtmd.mtmd_helper_post_decode_callback()
-        status = mtmd.mtmd_helper_decode_image_chunk(
-            context, llama, chunk, embeddings, n_past, seq_id, n_batch, new_n_past, no_callback, None
-        )
-        return status
-
-    def mtmd_input_chunks_free(self, chunks: Any) -> None:
-        """Ends the prefill. A GPU may still be working, and the sampler would wait for it now."""
-        if self.llama_context is not None:
-            llama_cpp.llama_synchronize(self.llama_context)
-        self.decoded = time.perf_counter()
-        mtmd.mtmd_input_chunks_free(chunks)
-
-
 @dataclass
 class _Side:
     spec: SideSpec
     context: Any
     context_params: Any
     handler: Any
+    watch: Watched | None = None
 
 
 @dataclass
@@ -190,7 +121,7 @@ class _Clock:
     """
 
     sample: Any
-    vocab: Any
+    llama: Any
     other: int
     cache_of: Any
     times: list[float] = field(default_factory=list)
@@ -200,8 +131,8 @@ class _Clock:
         token = self.sample(**options)
         self.times.append(time.perf_counter())
         if self.cache_of is not None and self.cache_bytes is None:
-            self.cache_bytes = llama_cpp.llama_state_seq_get_size(self.cache_of.ctx, 0)
-        return self.other if llama_cpp.llama_vocab_is_eog(self.vocab, token) else token
+            self.cache_bytes = sequence_bytes(self.cache_of)
+        return self.other if is_end(self.llama, token) else token
 
 
 class Workbench:
@@ -227,7 +158,7 @@ class Workbench:
         self.n_layers = self._vlm.decoder.n_layers
         self.n_ctx = self._vlm.decoder.n_ctx
         self._mmproj, self._use_gpu = str(mmproj), options.get("n_gpu_layers", 0) != 0
-        self._tapped = self.llama._ctx
+        self._tapped = context_of(self.llama)
         self._params = self.llama.context_params
         self._star: StarChatHandler | None = None
         self._sides: dict[SideSpec, _Side] = {}
@@ -240,7 +171,7 @@ class Workbench:
         self.close()
 
     def close(self) -> None:
-        self._install(self._tapped, self._params)
+        install(self.llama, self._tapped, self._params)
         self._vlm.close()
 
     # ---- requests ----
@@ -255,9 +186,9 @@ class Workbench:
         """
         side = self._side(spec)
         llama = self.llama
-        self._install(side.context, side.context_params)
-        clock = _Clock(llama.sample, llama._model.vocab, self._other, side.context if n_generate == 1 else None)
-        watch = side.handler._mtmd_cpp if spec.kind == "stock" else None
+        install(llama, side.context, side.context_params)
+        clock = _Clock(llama.sample, llama, self._other, side.context if n_generate == 1 else None)
+        watch = side.watch
         if watch is not None:
             watch.begin()
         llama.chat_handler = side.handler
@@ -293,9 +224,9 @@ class Workbench:
             StarEdgeError: As StarChatHandler, for the model and the pictures.
         """
         handler = self._side(SideSpec("count", "star_edge")).handler
-        handler._init_mtmd_context(self.llama)
+        handler.attach(self.llama)
         pictures = [handler.load_image(url) for url in handler.get_image_urls(request.messages)]
-        prompt = handler._reader.encoder.tokenize(mtmd.mtmd_default_marker().decode() * len(pictures), pictures)
+        prompt = handler._reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
         try:
             return sum(c.n_tokens for c in prompt.chunks if isinstance(c, ImageChunk)), len(pictures)
         finally:
@@ -318,7 +249,7 @@ class Workbench:
         reader = self._star._reader if self._star is not None else None
         return None if reader is None or reader.encoder is None else reader.encoder.projector
 
-    def _sample(self, start: float, clock: _Clock, watch: _Watched | None, text: str) -> Sample:
+    def _sample(self, start: float, clock: _Clock, watch: Watched | None, text: str) -> Sample:
         times = clock.times
         total = times[0] - start
         tokens = [after - before for before, after in pairwise(times)]
@@ -371,29 +302,9 @@ class Workbench:
         return _Side(spec, self._tapped, self._params, self._star)
 
     def _stock_side(self, spec: SideSpec) -> _Side:
-        params = type(self._params).from_buffer_copy(self._params)
-        params.cb_eval, params.cb_eval_user_data = llama_cpp.ggml_backend_sched_eval_callback(), None
-        params.n_seq_max, params.kv_unified = 1, False
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if spec.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        try:
-            context = _internals.LlamaContext(model=self.llama._model, params=params, verbose=False)
-        except ValueError as error:
-            raise EngineError(
-                "llama.cpp could not create the context", "lower n_ctx (-c), or measure fewer sides (--baseline)"
-            ) from error
-        self.llama._stack.callback(context.close)
-        handler = MTMDChatHandler(self._mmproj, verbose=False, use_gpu=self._use_gpu)
-        libmtmd: Any = _Watched(spec.image_max_tokens, self.n_ctx)  # in place of the module
-        handler._mtmd_cpp = libmtmd
-        return _Side(spec, context, params, handler)
-
-    def _install(self, context: Any, params: Any) -> None:
-        """Gives the Llama another context. What an earlier request left in the Llama is dropped."""
-        llama = self.llama
-        llama._ctx, llama.context_params = context, params
-        llama.reset()
+        context, params = stock_context(self.llama, self._params, spec.flash_attn)
+        watch = Watched(spec.image_max_tokens, self.n_ctx)
+        return _Side(spec, context, params, stock_handler(self._mmproj, self._use_gpu, watch), watch)
 
 
 def stages_of(report: PruneReport) -> dict[str, float]:

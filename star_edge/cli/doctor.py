@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..engine import StarVLM
 from ..errors import StarEdgeError
-from ..llamacpp.devices import list_devices
+from ..llamacpp.devices import can_offload, cpu_features, list_devices
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
@@ -53,8 +53,8 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
             "platform": platform.platform(),
         },
         "devices": list_devices(),
-        "gpu_offload": bool(llama_cpp.llama_supports_gpu_offload()),
-        "cpu_features": llama_cpp.llama_print_system_info().decode().strip(),
+        "gpu_offload": can_offload(),
+        "cpu_features": cpu_features(),
     }
     with load_engine(**model, **AFRESH) as vlm:
         if check:  # first: running may show what the model does not support

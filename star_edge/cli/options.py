@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import llama_cpp
 import PIL.Image
 
 from .. import refvlm
 from ..chat import find_template
-from ..engine import KV_TYPES, StarVLM
+from ..engine import StarVLM
 from ..errors import ConfigError, StarEdgeError
+from ..io.configs import resolve_prune
 from ..io.hub import fetch
-from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override, resolve_prune
+from ..llamacpp.devices import can_offload
+from ..llamacpp.names import KV_TYPES
+from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import PruneReport
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
 def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int:
-    if n_layers and not llama_cpp.llama_supports_gpu_offload():
+    if n_layers and not can_offload():
         raise click.BadParameter(
             f"{n_layers}: this llama-cpp-python sees no GPU to put layers on. Leave it out, or install a build for the "
             "GPU.",

@@ -16,7 +16,8 @@ import click
 
 from .. import refvlm
 from ..errors import ConfigError, MissingDependencyError
-from ..pruning.config import DEFAULT_PRESET, PRESETS, resolve_prune
+from ..io.configs import resolve_prune
+from ..pruning.config import DEFAULT_PRESET, PRESETS
 from .options import find_model, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them

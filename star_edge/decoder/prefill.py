@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineError
-from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows
+from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
 from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
 from ..pruning.selection import Selection
+from ..rows import Rows, Segment
 from . import reuse
-from .segments import Segment
 
 
 @dataclass

@@ -29,11 +29,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import llama_cpp
 import numpy as np
 
-from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, tapped
-from .segments import Segment
+from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
+from ..rows import Segment
 
 
 @dataclass
@@ -106,8 +105,8 @@ def keep(
         context.remove(sequence, 0)
     context.copy(MAIN, PARKED, 0, n_live)
     n_rows = sum(len(s.rows) for s in segments)
-    owner = tapped(context.llama)
-    span, buffer = _span(context, PARKED), context.llama.input_ids
+    owner = context.owner
+    span, buffer = context.span(PARKED), context.buffer
     owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, span, buffer)
     owner.n_parked = n_rows - n_live
 
@@ -121,15 +120,15 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
         n_prefix: Rows of the prompt before its first image.
         layer: K of its first decoder stage, or None.
     """
-    owner = tapped(context.llama)
+    owner = context.owner
     stem, owner.stem, owner.n_parked = owner.stem, None, 0
     others = [MAIN, *range(PARKED + 1, N_SEQUENCES)]
     if (
         stem is None
-        or stem.buffer is not context.llama.input_ids  # Llama.load_state replaces it, and the cache with it
+        or stem.buffer is not context.buffer  # Llama.load_state replaces it, and the cache with it
         or stem.n_ubatch != context.n_ubatch
-        or _span(context, PARKED) != stem.span
-        or any(_span(context, sequence) != (-1, -1) for sequence in others)
+        or context.span(PARKED) != stem.span
+        or any(context.span(sequence) != (-1, -1) for sequence in others)
     ):
         context.clear()
         return Attached()
@@ -166,11 +165,3 @@ def _equal(one: Segment, other: Segment, first: int, last: int) -> bool:
 
     pairs = ((a.tokens, b.tokens), (a.embeddings, b.embeddings), (a.positions, b.positions), (mass(one), mass(other)))
     return all(x is y if x is None or y is None else np.array_equal(x, y) for x, y in pairs)
-
-
-def _span(context: DecoderContext, sequence: int) -> tuple[int, int]:
-    """First and last position of a sequence, -1 if it is empty."""
-    return (
-        llama_cpp.llama_memory_seq_pos_min(context.memory, sequence),
-        llama_cpp.llama_memory_seq_pos_max(context.memory, sequence),
-    )

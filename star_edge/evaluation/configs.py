@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ..errors import ConfigError, StarEdgeError
+from ..io.configs import resolve_prune
 from ..io.json_input import parse_json, read_json
-from ..pruning.config import PruneConfig, resolve_prune
+from ..pruning.config import PruneConfig
 
 _HINTS = typing.get_type_hints(PruneConfig)
 _BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # field -> its short name

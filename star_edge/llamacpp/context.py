@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import llama_cpp
@@ -16,6 +15,8 @@ import numpy as np
 from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
+from ..rows import Rows
+from .handover import free_with
 from .tap import Outcome, Plan, Tap
 
 # Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be
@@ -157,6 +158,19 @@ def tapped(llama: Llama) -> TappedContext:
     return cast(TappedContext, llama._ctx)
 
 
+def tapped_context(llama: Llama) -> TappedContext:
+    """The context of a Llama, made anew if it has no tap.
+
+    Raises:
+        EngineError: see `attach_tap`.
+    """
+    if not isinstance(llama._ctx, TappedContext):
+        tap = Tap()
+        free_with(llama, tap.close)  # after the context, which attach_tap puts on the stack
+        attach_tap(llama, tap)
+    return tapped(llama)
+
+
 def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._stack.callback(context.close)
     llama._ctx = context
@@ -167,38 +181,6 @@ def _install(llama: Llama, context: _internals.LlamaContext) -> None:
         scales = (ctypes.c_float * 1)(llama.lora_scale)
         if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
             raise EngineError("the LoRA adapter could not be applied to the new context")
-
-
-_SomeRows = slice | np.ndarray
-
-
-@dataclass
-class Rows:
-    """Rows of one decode: token ids or embeddings, with the positions that RoPE should see.
-
-    tokens: (n,) int32, or None.
-    embeddings: (n, n_embd_inp) float32, or None. Where a window starts past layer 0 they are read too by models that
-        bring more of them in at later layers (DeepStack, Gemma 4); without both, zeros stand for them.
-    positions: (n,) int32, or (4, n) for M-RoPE.
-    """
-
-    positions: np.ndarray
-    tokens: np.ndarray | None = None
-    embeddings: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return int(self.positions.shape[-1])
-
-    def slice(self, start: int, stop: int) -> Rows:
-        return self.take(slice(start, stop))
-
-    def take(self, rows: _SomeRows) -> Rows:
-        """Some of the rows."""
-
-        def part(array: np.ndarray | None) -> np.ndarray | None:
-            return None if array is None else array[rows]
-
-        return Rows(np.ascontiguousarray(self.positions[..., rows]), part(self.tokens), part(self.embeddings))
 
 
 class DecoderContext:
@@ -258,6 +240,16 @@ class DecoderContext:
     @property
     def memory(self) -> object:
         return llama_cpp.llama_get_memory(self.llama.ctx)
+
+    @property
+    def owner(self) -> TappedContext:
+        """The context of the Llama, which knows what of the last prompt is kept."""
+        return tapped(self.llama)
+
+    @property
+    def buffer(self) -> np.ndarray:
+        """The Llama's ids of tokens, another array after Llama.load_state: the cache is another's then."""
+        return self.llama.input_ids
 
     # ---- rows ----
 
@@ -344,6 +336,13 @@ class DecoderContext:
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
         """Puts the dense positions [start, stop) of a sequence into another as well."""
         llama_cpp.llama_memory_seq_cp(self.memory, source, sequence, start, stop)
+
+    def span(self, sequence: int) -> tuple[int, int]:
+        """First and last dense position of a sequence, -1 where it is empty."""
+        return (
+            llama_cpp.llama_memory_seq_pos_min(self.memory, sequence),
+            llama_cpp.llama_memory_seq_pos_max(self.memory, sequence),
+        )
 
     def remove(self, sequence: int, start: int, stop: int = -1) -> None:
         """Takes the dense positions [start, stop) out of a sequence; cells of no sequence are free again."""

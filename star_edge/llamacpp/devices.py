@@ -40,3 +40,13 @@ def list_devices() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def can_offload() -> bool:
+    """Whether this build computes on a GPU."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def cpu_features() -> str:
+    """Of the processor, as llama.cpp uses them."""
+    return str(llama_cpp.llama_print_system_info().decode().strip())

@@ -134,6 +134,11 @@ for _name in BOUND_FUNCTIONS:
     lib.se_bind(_name.encode(), ctypes.cast(getattr(GGML, _name), ctypes.c_void_p).value)
 
 
+def version_and_features() -> tuple[str, bytes]:
+    """Of llama-cpp-python, and of the processor as llama.cpp uses it."""
+    return llama_cpp.__version__, llama_cpp.llama_print_system_info()
+
+
 def check(error: int, what: str, remedy: str = "") -> None:
     """Turns an error code of the core into an EngineError, or a LayerWindowError when it is about the model's graph."""
     if error:

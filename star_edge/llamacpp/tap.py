@@ -19,6 +19,8 @@ from ..errors import EngineError
 from .native import check, ffi, lib
 
 MEAN_HEADS, MEAN_ROWS, MEAN_ALL = lib.SE_MEAN_HEADS, lib.SE_MEAN_ROWS, lib.SE_MEAN_ALL
+CONCAT_FIRST, CONCAT_LAST = lib.SE_CONCAT_FIRST, lib.SE_CONCAT_LAST  # of Outcome.concat
+NO_ATTENTION = lib.SE_ERR_NO_ATTENTION  # of Outcome.error
 
 
 @dataclass

@@ -12,10 +12,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from ..engine import KV_TYPES, _physical_cores
+from ..engine import _physical_cores
 from ..errors import ConfigError, EngineError, ModelFileError
+from ..io.configs import resolve_prune
 from ..llamacpp.gguf_check import read_text_model
-from ..pruning.config import PruneConfig, resolve_prune
+from ..llamacpp.names import KV_TYPES, is_about_context
+from ..pruning.config import PruneConfig
 from .bodies import Bodies
 from .guard import Guard
 from .jobs import Engine, Handler, Pictures
@@ -82,7 +84,7 @@ def make_app(
             verbose=verbose,
         )
     except ValueError as error:
-        if "context" in str(error):
+        if is_about_context(error):
             raise EngineError(
                 f"llama.cpp could not create a context of {n_ctx} tokens", "lower -c, or quantize the KV cache"
             ) from error
@@ -90,7 +92,7 @@ def make_app(
             f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model"
         ) from error
     try:
-        handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
+        handler.attach(llama)  # now, so that files that do not fit together show before the first request
         handler.check_template()
     except BaseException:
         llama.close()

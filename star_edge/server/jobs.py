@@ -79,8 +79,8 @@ class Handler(StarChatHandler):
 
     n_prompt = 0
 
-    def _read(self, chunks: object) -> None:
-        super()._read(chunks)
+    def read_chunks(self, chunks: object) -> None:
+        super().read_chunks(chunks)
         assert self._request is not None  # the prompt of one was read
         self.n_prompt = self._request.n_prompt
 

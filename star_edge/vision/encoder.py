@@ -5,16 +5,11 @@ Knows chunks, pixels and encoder rows. Does not decide which tokens stay.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any
 
-import llama_cpp
-import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from llama_cpp import Llama
 
@@ -23,38 +18,20 @@ from ..errors import (
     EngineError,
     ImageError,
     ModelFileError,
-    ModelMismatchError,
     PromptError,
     UnsupportedModelError,
 )
 from ..llamacpp.gguf import GGUFInfo, count_rows, read_gguf_info
 from ..llamacpp.mmproj_check import check_mmproj
-from ..llamacpp.native import ffi, lib
-from ..llamacpp.tap import MEAN_ALL, AttentionRead, Outcome, Plan, Tap
+from ..llamacpp.mtmd import MEDIA_MARKER, Mtmd, RawImage, free_chunks, load_error, logged
+from ..llamacpp.names import CLASS_EMBEDDING, POSITION_EMBEDDINGS
+from ..llamacpp.native import version_and_features
+from ..llamacpp.tap import CONCAT_FIRST, CONCAT_LAST, MEAN_ALL, NO_ATTENTION, AttentionRead, Outcome, Plan, Tap
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
 from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
-MEDIA_MARKER = mtmd.mtmd_default_marker().decode()
-MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample is enough
-
-_log_callback = ctypes.cast(lib.se_log_callback_address(), llama_cpp.llama_log_callback)
-mtmd.mtmd_log_set(_log_callback, None)
-mtmd.mtmd_helper_log_set(_log_callback, None)
-
-
-def _logged() -> str:
-    """libmtmd's warnings and errors since the log was cleared, in one line."""
-    return " ".join(ffi.string(lib.se_log_text()).decode("utf-8", "replace").split())[:200]
-
-
-def unprepared(status: int) -> ImageError:
-    """The error for a status of mtmd_tokenize other than 0: an image that it cannot scale or cut."""
-    reason = _logged().removeprefix("mtmd_tokenize: error: ")
-    return ImageError(
-        f"an image has a shape that the model cannot take ({reason or f'code {status}'})",
-        "crop it, or pad it to be less narrow",
-    )
+MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
 
 
 @dataclass
@@ -101,7 +78,7 @@ class Prompt:
 
     def close(self) -> None:
         if self._handle is not None:
-            mtmd.mtmd_input_chunks_free(self._handle)
+            free_chunks(self._handle)
             self._handle = None
 
 
@@ -174,6 +151,7 @@ class VisionEncoder:
         self.n_threads = llama.n_threads_batch
         self.cache: ImageCache | None = None
         if cache_bytes or cache_dir is not None:
+            version, features = version_and_features()  # the processor's decide how kernels round
             settings = (
                 flash_attn,
                 use_gpu,
@@ -181,9 +159,9 @@ class VisionEncoder:
                 image_max_tokens,
                 repaired,
                 MAX_QUERY_ROWS,
-                llama_cpp.__version__,
+                version,
                 platform.machine(),
-                llama_cpp.llama_print_system_info(),  # CPU features decide how kernels round
+                features,
             )
             model = (
                 file_digest(info.path) if cache_dir is not None else b""
@@ -191,22 +169,19 @@ class VisionEncoder:
             self.cache = ImageCache(cache_bytes, cache_dir, model + repr(settings).encode())
         self.tap = Tap()
 
-        params = mtmd.mtmd_context_params_default()
-        params.use_gpu = use_gpu
-        params.print_timings = False
-        params.n_threads = llama.n_threads_batch
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._mtmd = Mtmd(
+            llama,
+            self.tap,
+            flash_attn=flash_attn,
+            use_gpu=use_gpu,
+            min_tokens=image_min_tokens,
+            max_tokens=image_max_tokens,
         )
-        params.image_min_tokens, params.image_max_tokens = image_min_tokens, image_max_tokens
-        params.cb_eval = ctypes.cast(self.tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
-        params.cb_eval_user_data = self.tap.user_data
         self.notes: list[str] = []
-        self.context = self._load(info, llama, params, repaired)
-        if self.context is None:
+        if not self._load(info, repaired):
             self.tap.close()
-            raise self._load_error()
-        if not mtmd.mtmd_support_vision(self.context):
+            raise load_error(self.path)
+        if not self._mtmd.has_vision:
             self.close()
             raise UnsupportedModelError(
                 f"{info.path} has no vision encoder", "give the mmproj file of a vision-language model"
@@ -214,16 +189,15 @@ class VisionEncoder:
         self._n_positions = 0  # patches along a side that a position table holds; 0: any number
         if self.projector in POSITION_TABLES:  # (2, n, width): of columns and of rows
             width = int(self.metadata["clip.vision.embedding_length"] or 0)
-            self._n_positions = count_rows(info, repair.POSITIONS, width) // 2
+            self._n_positions = count_rows(info, POSITION_EMBEDDINGS, width) // 2
         self._layer = self.profile.n_layers(self.metadata) - 1
-        if repair.CLS in info.tensors:
-            self.tap.find_concat(repair.CLS)
+        if CLASS_EMBEDDING in info.tensors:
+            self.tap.find_concat(CLASS_EMBEDDING)
         elif self.profile.cls_row:
             self.profile = replace(self.profile, cls_row=None)
         self.n_heads = int(self.metadata["clip.vision.attention.head_count"] or 1)
         self.last_outcome = Outcome()
-        self.mrope = bool(mtmd.mtmd_decode_use_mrope(self.context))
-        self.n_embd_inp = llama_cpp.llama_model_n_embd_inp(llama.model)
+        self.mrope, self.n_embd_inp = self._mtmd.mrope, self._mtmd.n_embd_inp
         self._moved: dict[str, np.ndarray] = {}
         if repaired:
             try:
@@ -232,30 +206,29 @@ class VisionEncoder:
                 self.close()
                 raise
 
-    def _load(self, info: GGUFInfo, llama: Llama, params: object, repaired: bool) -> Any:
-        """The mtmd_context, or None; the log then says why."""
+    @property
+    def context(self) -> object | None:
+        """The mtmd_context, or None once it is closed."""
+        return self._mtmd.handle
 
-        def load(path: str) -> Any:
-            return mtmd.mtmd_init_from_file(os.fsencode(path), llama.model, params)
-
-        lib.se_log_clear()
+    def _load(self, info: GGUFInfo, repaired: bool) -> bool:
+        """Loads the file, repaired where it can be. False: it cannot be loaded, and the log says why."""
         self._changed: list[repair.Change] = []
         changes = repair.metadata_changes(info, self.projector) if repaired else []
         if changes:
             problem = ""
             try:
                 with repair.with_metadata(info, changes) as path:
-                    context = load(path)
+                    is_loaded = self._mtmd.load(path)
             except OSError as error:
-                context, problem = None, error.strerror or str(error)
-            if context is not None:
+                is_loaded, problem = False, error.strerror or str(error)
+            if is_loaded:
                 self.metadata |= {c.key: c.value if isinstance(c.value, bool) else c.value.tolist() for c in changes}
                 self._changed = changes
-                return context
+                return True
             undone = ", ".join(c.undone for c in changes)
-            self.notes.append(f"encoder not repaired: {undone} ({problem or _logged()})")
-            lib.se_log_clear()
-        return load(info.path)
+            self.notes.append(f"encoder not repaired: {undone} ({problem or logged()})")
+        return self._mtmd.load(info.path)
 
     @property
     def repairs(self) -> list[str]:
@@ -279,7 +252,7 @@ class VisionEncoder:
             outcome = self._run(chunk, Plan(count_only=True))
         finally:
             prompt.close()
-        if outcome.concat == lib.SE_CONCAT_LAST:
+        if outcome.concat == CONCAT_LAST:
             self._moved = inputs
             for name, values in inputs.items():
                 self.tap.set_input(name, values)
@@ -288,21 +261,9 @@ class VisionEncoder:
         if self.context is None:
             raise EngineClosedError("the vision encoder is closed", "make a new StarVLM")
 
-    def _load_error(self) -> Exception:
-        reason = _logged()
-        if "mismatch" in reason or "n_embd" in reason:
-            return ModelMismatchError(
-                f"{self.path} does not belong to this text model ({reason})", "use the mmproj file that was made for it"
-            )
-        return ModelFileError(
-            f"{self.path} cannot be loaded ({reason or 'no reason given'})",
-            "use a llama.cpp that supports the model, or download it again",
-        )
-
     def close(self) -> None:
         if self.context is not None:
-            mtmd.mtmd_free(self.context)
-            self.context = None
+            self._mtmd.close()
             self.tap.close()
 
     # ---- prompt ----
@@ -328,29 +289,13 @@ class VisionEncoder:
                 f"the prompt has {n_markers} image markers for {len(images)} images",
                 f"write {MEDIA_MARKER} once for each image, or none at all",
             )
-        data = text.encode()
-        inner = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
-        handle = mtmd.mtmd_input_chunks_init()
-        bitmaps = [
-            mtmd.mtmd_bitmap_init(i.shape[1], i.shape[0], i.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
-            for i in images
-        ]
-        prompt = Prompt([], handle)
+        names = [self.bitmap_name(image, i) for i, image in enumerate(images)]
+        prompt = Prompt([], self._mtmd.tokenize(text, images, names))
         try:
-            array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-            lib.se_log_clear()
-            for i, (bitmap, image) in enumerate(zip(bitmaps, images)):
-                self.name_bitmap(bitmap, image, i)
-            status = mtmd.mtmd_tokenize(self.context, handle, ctypes.byref(inner), array, len(bitmaps))
-            if status:
-                raise unprepared(status)
-            prompt.chunks = self.chunks(handle)
+            prompt.chunks = self.chunks(prompt._handle)
         except BaseException:
             prompt.close()
             raise
-        finally:
-            for bitmap in bitmaps:
-                mtmd.mtmd_bitmap_free(bitmap)
         return prompt
 
     def chunks(self, handle: object) -> list[TextChunk | ImageChunk]:
@@ -360,10 +305,8 @@ class VisionEncoder:
             PromptError: A chunk is audio.
             ImageError: An image has more patches along a side than the encoder has positions.
         """
-        chunks = [
-            self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(mtmd.mtmd_input_chunks_size(handle))
-        ]
-        # A large picture is cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the
+        chunks = [self._chunk(raw) for raw in self._mtmd.chunks(handle)]
+        # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the
         # same way.
         parts: dict[str, list[ImageChunk]] = {}
         for i, chunk in enumerate(chunks):
@@ -375,46 +318,27 @@ class VisionEncoder:
                 chunk.picture, chunk.content = number, f"{content} {part}" if content else ""
         return chunks
 
-    def name_bitmap(self, bitmap: object, image: np.ndarray, number: int) -> None:
-        """Names a bitmap, so that its chunks can be told from others and found in the cache.
+    def bitmap_name(self, image: np.ndarray, number: int) -> str:
+        """What a bitmap is called, so that its chunks can be told from others', and found in the cache.
 
         image: its pixels. number: unique among the bitmaps of a prompt.
         """
         content = "" if self.cache is None else pixels_id(image)
-        mtmd.mtmd_bitmap_set_id(bitmap, f"{number}:{content}".encode())
+        return f"{number}:{content}"
 
-    def _chunk(self, chunk: object) -> TextChunk | ImageChunk:
-        kind = mtmd.mtmd_input_chunk_get_type(chunk)
-        if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            n = ctypes.c_size_t()
-            tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
-            return TextChunk(
-                np.ctypeslib.as_array(tokens, (n.value,)).astype(np.int32) if n.value else np.empty(0, np.int32)
-            )
-        if kind != mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-            raise PromptError("the prompt has a chunk that is neither text nor image", "audio is not supported")
-        n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-        image = mtmd.mtmd_input_chunk_get_tokens_image(chunk)
-        raw = (mtmd.mtmd_decoder_pos * n)()
-        mtmd.mtmd_helper_image_get_decoder_pos(image, 0, raw)
-        txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
-        self._check_size(chunk)
-        nx, ny = mtmd.mtmd_image_tokens_get_nx(image), mtmd.mtmd_image_tokens_get_ny(image)
-        # set_position_mrope_2d: t, y, x, z
-        positions = txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
-        grid = (ny, nx) if self.mrope and nx * ny == n else self.profile.grid(n, nx, ny)
+    def _chunk(self, raw: np.ndarray | RawImage) -> TextChunk | ImageChunk:
+        if not isinstance(raw, RawImage):
+            return TextChunk(raw)
+        n = raw.n_tokens
+        self._check_size(raw)
+        grid = (raw.ny, raw.nx) if self.mrope and raw.nx * raw.ny == n else self.profile.grid(n, raw.nx, raw.ny)
         if grid is None and self.profile.sized_grid:
-            size = _image_size(chunk)
-            grid = self.profile.sized_grid(n, size) if size else None
+            grid = self.profile.sized_grid(n, raw.size) if raw.size else None
         special = self.profile.special(n, grid) if self.profile.special else None
-        causal = not mtmd.mtmd_decode_use_non_causal(self.context, chunk)
-        name = (mtmd.mtmd_input_chunk_get_id(chunk) or b"").decode()
-        return ImageChunk(
-            chunk, n, positions, mtmd.mtmd_input_chunk_get_n_pos(chunk), grid, causal, special, content=name
-        )
+        return ImageChunk(raw.handle, n, raw.positions, raw.n_positions, grid, raw.causal, special, content=raw.name)
 
-    def _check_size(self, chunk: object) -> None:
-        size = _image_size(chunk) if self._n_positions else None
+    def _check_size(self, raw: RawImage) -> None:
+        size = raw.size if self._n_positions else None
         if size is None:
             return
         n_patches = max(size) // POSITION_TABLES[self.projector](self.metadata)
@@ -488,8 +412,7 @@ class VisionEncoder:
         else:
             outcome, index = self._run_scored(chunk, attention)
             rows = outcome.attention[0]
-        pointer = mtmd.mtmd_get_output_embd(self.context)
-        embeddings = np.ctypeslib.as_array(pointer, (chunk.n_tokens, self.n_embd_inp))
+        embeddings = self._mtmd.output(chunk.n_tokens)
         special = self._special(chunk, embeddings)
         cells = _cells(chunk.n_tokens, special)
         if index is not None and self.profile.to_cells:
@@ -536,7 +459,7 @@ class VisionEncoder:
             try:
                 _, index = self._run_watched(chunk, read)
             except EngineError:
-                if attempt == 2 or self.last_outcome.error != lib.SE_ERR_NO_ATTENTION:
+                if attempt == 2 or self.last_outcome.error != NO_ATTENTION:
                     raise
             # The file's metadata say how many layers run, and the profile where CLS is. The graph itself decides.
             if (
@@ -558,30 +481,13 @@ class VisionEncoder:
         return outcome, index[: self.tap.watched() // 4]
 
     def _run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
-        lib.se_log_clear()
         with self.tap.armed(plan, "vision encoder") as self.last_outcome:
-            status = mtmd.mtmd_encode_chunk(self.context, chunk.handle)
-        if status:
-            raise EngineError(f"the vision encoder failed ({_logged() or f'code {status}'})")
-        if self.last_outcome.concat == lib.SE_CONCAT_FIRST and self.profile.cls_first:
+            problem = self._mtmd.encode(chunk.handle)
+        if problem:
+            raise EngineError(f"the vision encoder failed ({problem})")
+        if self.last_outcome.concat == CONCAT_FIRST and self.profile.cls_first:
             self.profile = self.profile.cls_first
         return self.last_outcome
-
-
-def _image_size(chunk: object) -> tuple[int, int] | None:
-    """(height, width) in pixels of the image that the encoder gets, or None.
-
-    libmtmd tells it only when it saves a chunk without pixels (mtmd_input_chunk_save, version 2). The data end with the
-    last image's width and height, int32, and a byte that says that there is no audio.
-    """
-    n = ctypes.c_size_t()
-    mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))
-    data = (ctypes.c_char * n.value)()
-    if mtmd.mtmd_input_chunk_save(chunk, data, n.value, ctypes.byref(n)) or n.value < 17:
-        return None
-    version, ended = int.from_bytes(data.raw[:8], "little"), data[n.value - 1] == b"\0"
-    width, height = (int(v) for v in np.frombuffer(data.raw, "<i4", 2, n.value - 9))
-    return (height, width) if version == 2 and ended and min(width, height) > 0 else None
 
 
 def _cells(n_tokens: int, special: np.ndarray | None) -> np.ndarray:

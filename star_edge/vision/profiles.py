@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-# Metadata of an mmproj file that scoring needs
+from ..llamacpp.names import PATCHES, WINDOW_INDEX
+
+# What the scores are read from; a GGUF of projector type T stores them under these keys.
 METADATA_KEYS = (
     "clip.projector_type",
     "clip.vision.projector_type",
@@ -175,7 +177,7 @@ def _llava(cls_row: Callable[[int], int], first_patch: int, cls_first: EncoderPr
         by_index,
         lambda n: n + 1,
         _llava_layers,
-        index_input="patches",
+        index_input=PATCHES,
         to_cells=to_cells,
         cls_row=cls_row,
         cls_first=cls_first,
@@ -202,7 +204,7 @@ def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None)
     """CLIP with MobileVLM's projector: a token is made of 2 x 2 patches, which `patches` puts in raster order."""
     to_tokens = lambda rows, layout: on_raster(rows[layout.index], layout)
     return EncoderProfile(
-        to_tokens, lambda n: 4 * n + 1, _llava_layers, index_input="patches", cls_row=cls_row, cls_first=cls_first
+        to_tokens, lambda n: 4 * n + 1, _llava_layers, index_input=PATCHES, cls_row=cls_row, cls_first=cls_first
     )
 
 
@@ -216,9 +218,9 @@ PROFILES: dict[str, EncoderProfile] = {
     # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
-    # Qwen2.5-VL: the groups are in the order of attention windows; the graph puts the tokens in order at its end
-    "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
-    "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input="window_idx"),
+    # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
+    "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
+    "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
     "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
     # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk

@@ -55,6 +55,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..llamacpp.gguf import GGUFInfo, copy_with_metadata, read_tensor
+from ..llamacpp.names import CLASS_EMBEDDING, PATCHES, POSITION_EMBEDDINGS, POSITIONS, POST_NORM
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
 _LAYERS, _GELU, _SILU = "clip.vision.feature_layer", "clip.use_gelu", "clip.use_silu"
@@ -67,7 +68,6 @@ METADATA_KEYS = (
     "clip.vision.image_size",
     "clip.vision.patch_size",
 )
-CLS, POSITIONS = "v.class_embd", "v.position_embd.weight"
 _PROJECTORS = ("mlp", "ldp", "ldpv2")
 # Layers of CLIP and SigLIP encoders, by width: B, L, so400m, H, bigG
 _DEPTHS = {768: 12, 1024: 24, 1152: 27, 1280: 32, 1664: 48}
@@ -81,7 +81,7 @@ def _is_open(info: GGUFInfo, projector: str, projectors: tuple[str, ...] = _PROJ
 def misses_layer(info: GGUFInfo, projector: str) -> bool:
     """Whether stock llama.cpp would leave out a layer that the features need."""
     v = info.values
-    if not _is_open(info, projector) or v[_LAYERS] or "v.post_ln.weight" in info.tensors:
+    if not _is_open(info, projector) or v[_LAYERS] or POST_NORM in info.tensors:
         return False
     depth = _DEPTHS.get(v["clip.vision.embedding_length"])
     return v["clip.vision.block_count"] == depth - 1 if depth else bool(v["clip.has_llava_projector"])
@@ -94,7 +94,7 @@ def takes_quick_gelu(info: GGUFInfo, projector: str) -> bool:
         return v[_GELU] is None and v[_SILU] is None
     return (
         _is_open(info, projector)
-        and CLS not in info.tensors
+        and CLASS_EMBEDDING not in info.tensors
         and bool(v["clip.has_llava_projector"])
         and v[_GELU] is False
     )
@@ -139,24 +139,24 @@ def graph_inputs(info: GGUFInfo, projector: str) -> dict[str, np.ndarray]:
     - LLaVA, "patches", (n,) int32: the rows that become tokens.
     - InternVL, the position embeddings themselves in that order, (n + 1, bytes of a row) uint8.
     """
-    if CLS not in info.tensors:
+    if CLASS_EMBEDDING not in info.tensors:
         return {}
     n = (int(info.values["clip.vision.image_size"] or 0) // int(info.values["clip.vision.patch_size"] or 1)) ** 2
     if _is_open(info, projector):
         return {
-            "positions": np.append(np.arange(1, n + 1), 0).astype(np.int32),
-            "patches": np.arange(n, dtype=np.int32),
+            POSITIONS: np.append(np.arange(1, n + 1), 0).astype(np.int32),
+            PATCHES: np.arange(n, dtype=np.int32),
         }
-    if _is_open(info, projector, ("internvl",)) and POSITIONS in info.tensors:
-        rows = read_tensor(info, POSITIONS)
+    if _is_open(info, projector, ("internvl",)) and POSITION_EMBEDDINGS in info.tensors:
+        rows = read_tensor(info, POSITION_EMBEDDINGS)
         if len(rows) % (n + 1) == 0:  # otherwise stock has no embedding for every row either
-            return {POSITIONS: np.roll(rows.reshape(n + 1, -1), -1, axis=0)}
+            return {POSITION_EMBEDDINGS: np.roll(rows.reshape(n + 1, -1), -1, axis=0)}
     return {}
 
 
 def describe(inputs: dict[str, np.ndarray]) -> str:
-    """What the inputs of `graph_inputs` put right, for the report."""
-    if POSITIONS in inputs:
+    """What the inputs of `graph_inputs` put right."""
+    if POSITION_EMBEDDINGS in inputs:
         return "each patch has its own position"
     return "each patch has its own position, and no token is CLS (llama.cpp issue 25814)"
 

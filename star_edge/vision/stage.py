@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..decoder.segments import Segment
-from ..llamacpp.context import Rows
 from ..pruning import budget
 from ..pruning.choose import Candidates, choose, divide, vision_policy
 from ..pruning.config import Keep, PruneConfig, keep_count
 from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
+from ..rows import Rows, Segment
 from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
 
 

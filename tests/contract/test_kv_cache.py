@@ -8,8 +8,9 @@ import pytest
 from helpers import stock
 from llama_cpp import Llama, _internals
 
-from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, Rows, attach_tap
+from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, attach_tap
 from star_edge.llamacpp.tap import Plan, Tap
+from star_edge.rows import Rows
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2vl"])

@@ -260,14 +260,15 @@ def test_jinja2_chat_formatter_renders_with_the_tokens_that_it_is_given():
 
 
 def test_a_chat_format_that_is_guessed_is_one_of_four():
-    from star_edge.chat_handler import _GUESSED
+    from star_edge.llamacpp.handover import _GUESSED
 
     with_templates = inspect.getsource(guess_chat_format_from_gguf_metadata)
     assert all(f'"{name}"' in with_templates for name in _GUESSED if name != "llama-2")
 
 
 def test_llama_cpp_lists_its_own_templates_by_name():
-    from star_edge.chat import _OF_FAMILY, template_names
+    from star_edge.chat import _OF_FAMILY
+    from star_edge.llamacpp.vocabulary import template_names
 
     assert set(_OF_FAMILY.values()) <= set(template_names())
 

@@ -28,8 +28,8 @@ from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, refvlm
 from star_edge.errors import StarEdgeError
 from star_edge.evaluation import results as evaluation_results
 from star_edge.evaluation import tasks as evaluation_tasks
+from star_edge.io.configs import load_config, resolve_prune
 from star_edge.io.images import ImageLimits, load_image
-from star_edge.pruning.config import load_config, resolve_prune
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FAMILIES = sorted(p.name for p in FIXTURES.iterdir() if (p / "mmproj.gguf").exists())

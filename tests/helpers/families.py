@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from star_edge import StarVLM
-from star_edge.decoder.prefill import Seen, Segment
-from star_edge.llamacpp.context import Rows
+from star_edge.decoder.prefill import Seen
 from star_edge.pruning.selection import Selection, top_k
+from star_edge.rows import Rows, Segment
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
 # mode -> (flash attention, type of the KV cache)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from star_edge.decoder.prefill import Segment
-from star_edge.llamacpp.context import Rows
+from star_edge.rows import Rows, Segment
 from star_edge.synthetic import DecoderShape, EncoderShape
 
 LLAMA = DecoderShape(n_layers=8, n_embd=256, n_heads=8, n_heads_kv=2, n_ff=256)

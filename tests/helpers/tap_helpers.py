@@ -13,9 +13,10 @@ from llama_cpp import Llama
 
 from helpers import bounds
 from helpers.reference import Decoder
-from star_edge.llamacpp.context import DecoderContext, Rows, attach_tap
+from star_edge.llamacpp.context import DecoderContext, attach_tap
 from star_edge.llamacpp.native import ffi, lib
 from star_edge.llamacpp.tap import MEAN_ALL, Plan, Tap
+from star_edge.rows import Rows
 from star_edge.synthetic import DecoderShape, write_decoder
 
 L, D, HEADS = 5, 128, 4

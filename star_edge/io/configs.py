@@ -1,0 +1,66 @@
+"""The config that a user names: a preset, or a JSON file as `star-edge tune` writes it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from ..errors import ConfigError
+from ..pruning.config import PRESETS, PruneConfig
+from .json_input import read_json
+
+
+def resolve_prune(prune: PruneConfig | str | None) -> PruneConfig | None:
+    """The config that `prune` stands for.
+
+    Args:
+        prune: A PruneConfig, a preset's name, or the path of a .json file of `star-edge tune`. None and "off" mean no
+            pruning.
+
+    Returns:
+        The config, or None for no pruning.
+
+    Raises:
+        ConfigError: The name is unknown, the file cannot be read or holds no config, or `prune` has another type.
+    """
+    if prune is None or isinstance(prune, PruneConfig):
+        return prune
+    if isinstance(prune, str):
+        if prune in PRESETS:
+            return PRESETS[prune]
+        if prune.endswith(".json"):
+            return load_config(prune)
+        raise ConfigError(
+            f"there is no preset {prune!r}",
+            f"use one of {', '.join(PRESETS)}, a .json file of star-edge tune, or a PruneConfig",
+        )
+    raise ConfigError(
+        f"prune={prune!r} is a {type(prune).__name__}", "use a PruneConfig, the name of a preset, or None"
+    )
+
+
+def load_config(path: str) -> PruneConfig | None:
+    """Reads the config of a JSON file, as `star-edge tune` writes it.
+
+    Args:
+        path: The file. Its key "config" holds an object of PruneConfig's fields, or null for no pruning.
+
+    Returns:
+        The config, or None for null.
+
+    Raises:
+        ConfigError: The file cannot be read or holds no config. The message names both.
+    """
+    remedy = 'use a file that star-edge tune wrote, or {"config": {"vision_keep": 0.5}}'
+    try:
+        data = read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the config") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error})", remedy) from error
+    values = data.get("config", {}) if isinstance(data, dict) else {}
+    if values is None:
+        return None
+    unknown = sorted(set(values) - {f.name for f in fields(PruneConfig)}) if isinstance(values, dict) else ["config"]
+    if unknown or not values:
+        raise ConfigError(f"{path} has {'unknown fields: ' + ', '.join(unknown) if unknown else 'no config'}", remedy)
+    return PruneConfig(**values)

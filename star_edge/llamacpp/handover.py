@@ -1,0 +1,50 @@
+"""What star_edge asks of a `llama_cpp.Llama`, and puts into one, past its public interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import llama_cpp
+import numpy as np
+from llama_cpp import Llama
+
+# What a Llama without a handler says by itself (guess_chat_format_from_gguf_metadata), before it may get one
+_GUESSED = ("llama-2", "llama-3", "chatml", "mistral-instruct")
+
+
+def is_open(llama: Llama) -> bool:
+    return llama._model.model is not None
+
+
+def keeps_logits(llama: Llama) -> bool:
+    """Whether it was made with logits_all, which logprobs need."""
+    return bool(llama._logits_all)
+
+
+def uses_flash_attention(llama: Llama) -> bool:
+    return bool(llama.context_params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+
+
+def has_given_format(llama: Llama) -> bool:
+    """Whether its chat_format was given, rather than guessed or read from the file."""
+    name = str(llama.chat_format)
+    return llama.chat_format is not None and name not in _GUESSED and not name.startswith("chat_template.")
+
+
+def free_with(llama: Llama, close: Callable[[], None]) -> None:
+    """Has something freed when the Llama is closed, before whatever was there earlier."""
+    llama._stack.callback(close)
+
+
+def hand_over(llama: Llama, tokens: np.ndarray, logits: np.ndarray) -> None:
+    """Tells the Llama that its cache holds a prompt, so that create_completion samples from it.
+
+    tokens: (n,) ids, for logits processors, and what create_completion compares its prompt with. logits: (n_vocab,)
+        float32 of the last row.
+    """
+    n = len(tokens)
+    llama.input_ids[:n] = tokens
+    llama.n_tokens = n
+    if llama._logits_all and n <= len(llama.scores):
+        llama.scores[n - 1] = logits  # create_completion takes the logprobs of the first answer token from here
+    llama._requires_eval = False  # the logits of the last row are there

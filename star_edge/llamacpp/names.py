@@ -1,0 +1,15 @@
+"""Names and numbers of llama.cpp's that the rest of the package speaks of: what they stand for is said here."""
+
+from __future__ import annotations
+
+# enum ggml_type, of what a KV cache may hold
+KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
+
+# Inputs of the graphs of encoders (tools/mtmd/clip.cpp), and tensors of an mmproj file that they join or add
+PATCHES, POSITIONS, WINDOW_INDEX = "patches", "positions", "window_idx"
+CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
+
+
+def is_about_context(error: ValueError) -> bool:
+    """Whether llama_cpp's Llama could not make its context, rather than load the model."""
+    return "context" in str(error)

@@ -1,0 +1,41 @@
+"""What llama.cpp knows of a model's tokens and of chat templates by name."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import llama_cpp
+from llama_cpp import Llama
+
+
+def token_text(llama: Llama, token: int) -> str:
+    """The text of a token as the vocabulary has it, "" for none."""
+    return (llama_cpp.llama_vocab_get_text(llama._model.vocab, token) or b"").decode("utf-8", "replace")
+
+
+def template_names() -> list[str]:
+    """Names of llama.cpp's own templates."""
+    n = llama_cpp.llama_chat_builtin_templates(None, 0)
+    names = (ctypes.c_char_p * n)()
+    llama_cpp.llama_chat_builtin_templates(names, n)
+    return [name.decode() for name in names]
+
+
+def apply_template(name: str, messages: Sequence[tuple[str, str]]) -> str:
+    """The text of (role, content) pairs in one of llama.cpp's own templates.
+
+    Raises:
+        ValueError: llama.cpp cannot apply it.
+    """
+    encoded = [(role.encode(), content.encode()) for role, content in messages]
+    chat = (llama_cpp.llama_chat_message * len(encoded))(*(llama_cpp.llama_chat_message(*pair) for pair in encoded))
+    size = 256 + 4 * sum(len(role) + len(content) + 64 for role, content in encoded)
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_chat_apply_template(name.encode(), chat, len(encoded), True, buffer, size)
+        if n < 0:
+            raise ValueError("llama.cpp cannot apply it")
+        if n <= size:
+            return buffer.raw[:n].decode("utf-8", "replace")
+        size = n
