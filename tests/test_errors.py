@@ -15,6 +15,7 @@ from PIL import Image
 
 from star_edge import PruneConfig, StarVLM, errors, refvlm
 from star_edge.chat import ChatFormat
+from star_edge.cli.doctor import _describe
 from star_edge.io.images import ImageLimits
 from star_edge.llamacpp import native
 from star_edge.synthetic import DecoderShape, write_decoder
@@ -476,6 +477,15 @@ def test_graphs_without_windows_answer_without_a_decoder_stage(vlm, monkeypatch)
     assert answer.text == expected.text
     assert "no decoder stage" in ask(vlm, prune=PruneConfig(0.5, 0.25, 7)).report.notes[0]  # remembered, for this layer
     assert ask(vlm, prune=PruneConfig(0.5, 0.25, 2)).report.decoder_layer == 2
+
+
+def test_doctor_says_what_a_request_has_found(vlm, monkeypatch):
+    """Of the layer that is chosen for the model: 7 of 20, which the graph of 6 does not have."""
+    monkeypatch.setattr(vlm.decoder, "layer_problems", {})
+    assert _describe(vlm)["decoder_stage"] == "yes"
+    monkeypatch.setattr(vlm.decoder, "n_layers", 20)
+    assert ask(vlm, prune=PruneConfig(0.5, 0.25)).report.decoder_layer is None
+    assert _describe(vlm)["decoder_stage"].startswith("no: probe")
 
 
 def test_prompts_past_the_sliding_window(vlm, monkeypatch):
