@@ -35,13 +35,14 @@ def listed(text):
 def on_disk():
     """Modules and packages of star_edge, and the C files of csrc. A package stands for its __init__.py."""
     package = ROOT / "star_edge"
-    modules = {path for path in package.rglob("*.py")}
+    modules = set(package.rglob("*.py"))
     files = {path for path in modules if path.name != "__init__.py"} | {
         path for path in (ROOT / "csrc").iterdir() if path.suffix in (".c", ".h")
     }
     folders = {path.parent for path in modules if path.name == "__init__.py"} | {ROOT / "csrc"}
-    name = lambda path: path.relative_to(ROOT).as_posix()
-    return {name(path) for path in files} | {name(path) + "/" for path in folders}
+    return {path.relative_to(ROOT).as_posix() for path in files} | {
+        path.relative_to(ROOT).as_posix() + "/" for path in folders
+    }
 
 
 def test_tree_lists_every_module_once():
@@ -75,9 +76,7 @@ def test_links():
                 continue
             path, _, section = target.partition("#")
             file = page if not path else page.parent / path
-            if not file.exists():
-                missing.append(f"{page.name}: {target}")
-            elif section and section not in anchors(file.read_text(encoding="utf-8")):
+            if not file.exists() or (section and section not in anchors(file.read_text(encoding="utf-8"))):
                 missing.append(f"{page.name}: {target}")
     assert not missing
 
@@ -86,6 +85,25 @@ def anchors(text):
     """GitHub's names of the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_files_that_pages_name_exist():
+    """Paths of this repository in backticks; `tests/test_tap*.py` stands for several."""
+    missing = []
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:star_edge|csrc|tests|tools|benchmarks|bindings)/[\w./*-]+)`", text)
+        missing += [f"{page.name}: {path}" for path in named if not list(ROOT.glob(path.rstrip("/")))]
+    assert not missing
+
+
+def test_makefile_targets_that_pages_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    missing = []
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for names in re.findall(r"`make ([\w -]+?)(?: \w+=\S+)*`", page.read_text(encoding="utf-8")):
+            missing += [f"{page.name}: make {name}" for name in names.split() if name not in targets]
+    assert not missing
 
 
 # ---- docstrings ----
@@ -131,9 +149,7 @@ def sections(thing):
 
 def parameters(function):
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return [
-        stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values() if p.name != "self"
-    ]
+    return [stars.get(p.kind, "") + p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]
 
 
 @pytest.mark.parametrize("function", CALLABLES, ids=lambda f: f.__qualname__)

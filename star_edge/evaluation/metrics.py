@@ -186,9 +186,7 @@ def kl_divergence(unpruned: np.ndarray, pruned: np.ndarray) -> float:
     0.
     """
     log_p, log_q = _log_softmax(unpruned), _log_softmax(pruned)
-    return float(
-        np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q)))
-    )  # rounding may leave -1e-17; NaN stays NaN
+    return float(np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q))))  # rounding may leave -1e-17; NaN stays NaN
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -76,9 +76,7 @@ def read_tasks(path: str | os.PathLike, image_root: str | os.PathLike | None = N
     try:
         lines = list(read_lines(path))
     except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"{name} is not UTF-8 text", f"write one JSON object per line: {FORMAT}"
-        ) from error
+        raise EvaluationError(f"{name} is not UTF-8 text", f"write one JSON object per line: {FORMAT}") from error
     except (OSError, ValueError) as error:  # ValueError: an endless line, or a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"{name} cannot be read ({reason})", "check the path of the questions") from error

@@ -352,9 +352,7 @@ def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:
     if isinstance(keep, float):
         return n_special + min(n, max(1, math.floor(keep * n + 0.5)))
     if keep > n_tokens:
-        raise ConfigError(
-            f"{name}={keep} is over the image's {n_tokens} tokens", f"use 1 to {n}, or a fraction"
-        )
+        raise ConfigError(f"{name}={keep} is over the image's {n_tokens} tokens", f"use 1 to {n}, or a fraction")
     return n_special + min(n, keep)
 
 

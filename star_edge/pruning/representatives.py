@@ -140,9 +140,7 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
 def _assign(far: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """For each token the index into `chosen` of the nearest, (n,) int64. Chosen tokens are their own nearest."""
     group = far[:, chosen].argmin(axis=1)
-    group[chosen] = np.arange(
-        len(chosen)
-    )  # equal tokens have distance 0: each chosen one still keeps its own group
+    group[chosen] = np.arange(len(chosen))  # equal tokens have distance 0: each chosen one still keeps its own group
     return group
 
 

@@ -245,9 +245,7 @@ def check_directory(directory: str | PathLike | None) -> Path | None:
             f"image_cache_dir={directory!r} is not a path", "give the path of a directory, or None"
         ) from error
     if not name.strip() or "\0" in name:
-        raise ConfigError(
-            f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None"
-        )
+        raise ConfigError(f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None")
     return Path(os.path.expanduser(name))
 
 
