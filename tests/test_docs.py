@@ -121,9 +121,9 @@ CALLABLES = (
     star_edge.StarChatHandler.cancellable,
     star_edge.StarChatHandler.load_image,
     star_edge.PruneReport.picture,
-    config.resolve_prune,
-    config.load_config,
+    config.PruneConfig.decoder_windows,
     config.override,
+    config.keep_count,
     load_image,
     hub.fetch,
 )
