@@ -1,4 +1,4 @@
-"""Puts the server together: a Llama with StarChatHandler, what guards it, and the routes."""
+"""Puts the server together: a Llama with StarChatHandler, its guard, and the routes."""
 
 from __future__ import annotations
 
@@ -41,13 +41,20 @@ def make_app(
     chat_template: str | PathLike | None = None,
     verbose: bool = False,
 ) -> Starlette:
-    """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way.
+    """Loads the model, and returns the app. Its lifespan closes the model; `app.state.engine` ends running requests.
 
-    alias: name of the model for clients. prune: config of requests that name none. The rest as for StarVLM.
+    Args not named here are as for StarVLM.
+
+    Args:
+        policy: What is allowed.
+        prune: Config of requests without `prune`.
+        alias: Name of the model for clients.
 
     Raises:
-        ConfigError: an option that cannot be used. ModelFileError, ModelMismatchError, UnsupportedModelError: nor the
-            files.
+        ConfigError: An option cannot be used.
+        ModelFileError: A file is missing, damaged, or of another kind.
+        ModelMismatchError: The mmproj file does not belong to the text model.
+        UnsupportedModelError: A file cannot be used, or has no chat template.
         EngineError: llama.cpp could not create a context.
     """
     default = resolve_prune(prune)
@@ -90,7 +97,7 @@ def make_app(
             f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model"
         ) from error
     try:
-        handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
+        handler._init_mtmd_context(llama)  # now, so that wrong files show before the first request
         handler.check_template()
     except BaseException:
         llama.close()
@@ -121,9 +128,7 @@ def make_app(
 
 
 def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int | None) -> None:
-    """Raises ConfigError for what llama.cpp would abort on, or take for something else. The options are those of
-    `star-edge serve`.
-    """
+    """Raises ConfigError for numbers that llama.cpp would abort on or misread. It names options of `star-edge serve`."""
     for option, value, least in (
         ("-c", n_ctx, 0),
         ("-ub", n_ubatch, 1),
