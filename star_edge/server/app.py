@@ -128,7 +128,7 @@ def make_app(
 
 
 def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int | None) -> None:
-    """Raises ConfigError for numbers that llama.cpp would abort on or misread. It names options of `star-edge serve`."""
+    """Raises ConfigError for numbers that llama.cpp would abort on or misread. Names are those of the command line."""
     for option, value, least in (
         ("-c", n_ctx, 0),
         ("-ub", n_ubatch, 1),
