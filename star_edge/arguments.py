@@ -1,7 +1,6 @@
-"""Checks arguments against the signature and the annotations of what is called, before anything is computed.
+"""Checks arguments against a function's signature and annotations, before anything is computed.
 
-The annotations say which types a parameter takes; ranges, which they cannot say, are given beside them. Knows no
-function.
+Annotations say which types a parameter takes. Ranges are given beside them. Knows no particular function.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class _NotThisType(Exception):
 
 
 class Range:
-    """Numbers from least to most. above: least itself is not one of them. infinite: infinities may be."""
+    """Numbers from least to most. above: least itself is excluded. infinite: infinities are included."""
 
     def __init__(
         self, least: float = -math.inf, most: float = math.inf, *, above: bool = False, infinite: bool = False
@@ -52,7 +51,7 @@ class Range:
 
 @functools.cache
 def parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
-    """Annotation of each parameter of a function that may be given by name, without self; Any where there is none."""
+    """Annotation of each parameter that may be given by name, without self. Any: there is no annotation."""
     hints = typing.get_type_hints(function)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
@@ -63,13 +62,12 @@ def parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
 
 
 def check(function: Callable[..., Any], values: Mapping[str, Any], ranges: Mapping[str, Range] = {}) -> dict[str, Any]:
-    """The values as the function's annotations have them: NumPy's numbers become Python's, an int where a float belongs
-    a float.
+    """Converts values to the types of the function's annotations: NumPy's numbers to Python's, and int to float.
 
-    Names that the function does not have are left as they are.
+    Values of unknown names stay as they are.
 
     Raises:
-        ConfigError: a value of another type, or outside its range.
+        ConfigError: A value has another type, or is out of range.
     """
     known = parameters(function)
     return {
@@ -99,9 +97,7 @@ def check_value(name: str, value: Any, annotation: Any, allowed: Range | None = 
 
 
 def checked(ranges: Mapping[str, Range] = {}, skip: Container[str] = ()) -> Callable[[F], F]:
-    """Decorator: arguments are checked, and converted, before the function sees them. skip: parameters that it checks
-    itself.
-    """
+    """Decorator: checks and converts arguments. skip: parameters that the function checks itself."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -1,5 +1,4 @@
-"""Many requests to one engine: the tasks, an answer or an error as a JSON line for each, and a file of results that can
-be gone on with.
+"""Many requests to one engine: tasks, a JSON line with an answer or an error for each, and a resumable results file.
 
 Knows the engine's public surface only. `batch_ray` hands the same tasks to several engines.
 """
@@ -42,12 +41,12 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "seed": (int,),
     "raw": (bool,),
 }
-_LINE_START = b'{"id": '  # of every line of a results file
+_LINE_START = b'{"id": '  # every line of a results file begins so
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a request is answered: the arguments of `StarVLM.generate`; raw is its chat=False."""
+    """Arguments of `StarVLM.generate` for a request. raw stands for chat=False."""
 
     prune: PruneConfig | None
     max_tokens: int = 256
@@ -60,8 +59,12 @@ class Settings:
 class Task:
     """One request about any number of images.
 
-    images: paths and URLs as they were given, which is what results show. sources: where they are read, with absolute
-        paths.
+    Attributes:
+        id: Unique in its batch.
+        images: Paths and URLs as they were given. Results show them.
+        sources: The same with absolute paths.
+        prompt: The question.
+        settings: How it is answered.
     """
 
     id: str | int
@@ -72,7 +75,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Hash of all that the answer depends on, other than the model and what the image files hold."""
+        """A hash of everything that the answer depends on, except the model and the content of the image files."""
         return _hash([self.images, self.prompt, asdict(self.settings)])
 
 
@@ -80,20 +83,23 @@ class Task:
 
 
 def each_image(images: Iterable[str], prompt: str, settings: Settings) -> list[Task]:
-    """One task for each image that the paths, URLs, folders and glob patterns name; its id is the image as it is named.
+    """Makes a task of each image. Its id is the image's name as given.
 
-    A folder stands for the image files in it, by their endings and without its subfolders; in a pattern ** stands for
-    any folders.
+    Args:
+        images: Paths, URLs, folders and glob patterns. A folder stands for the image files in it, by their endings,
+            without subfolders. In a pattern ** stands for any folders.
+        prompt: The question.
+        settings: How the requests are answered.
 
     Raises:
-        ImageError: a path that does not exist, or a pattern or folder without images.
+        ImageError: A path does not exist, or a pattern or folder has no images.
     """
     found = dict.fromkeys(path for image in images for path in _expand(image))
     return [Task(path, (path,), (_locate(path, ""),), prompt, settings) for path in found]
 
 
 def names_several(image: str) -> bool:
-    """Whether an image argument is a folder or a pattern: a file whose name looks like a pattern is that file."""
+    """Whether an image argument is a folder or a pattern. A file whose name looks like a pattern is a file."""
     return not _is_url(image) and (os.path.isdir(image) or (not os.path.exists(image) and glob.has_magic(image)))
 
 
@@ -123,14 +129,19 @@ def _expand(image: str) -> list[str]:
 
 
 def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings) -> list[Task]:
-    """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep,
-    decoder_keep, decoder_layer, budget, max_tokens, temperature, seed, raw.
+    """Reads the tasks of a JSON Lines file. Images are not read yet.
 
-    prompt, settings: for tasks that do not say. Paths of images are relative to the file's folder. The id is a hash of
-    the task where it has none.
+    A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
+    budget, max_tokens, temperature, seed, raw. Image paths are relative to the file's folder. The id defaults to a hash
+    of the task.
+
+    Args:
+        path: The file.
+        prompt: The question of tasks without one.
+        settings: The settings of tasks without their own.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is no task; it is named. Images are not looked at yet.
+        ConfigError: The file cannot be read, or a line is not a task. The message names the line.
     """
     name = os.fspath(path)
     try:
@@ -146,7 +157,7 @@ def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings
             data = parse_json(line)
         except ValueError as error:
             raise ConfigError(
-                f"{name}, line {number} is no JSON ({error})", 'write {"image": "a.jpg", "prompt": "..."}'
+                f"{name}, line {number} is not valid JSON ({error})", 'write {"image": "a.jpg", "prompt": "..."}'
             ) from error
         try:
             task = _read_task(data, os.path.dirname(name), prompt, settings)
@@ -154,21 +165,21 @@ def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings
             raise ConfigError(f"{name}, line {number}: {error.cause}", error.remedy) from error
         if str(task.id) in line_of:
             raise ConfigError(
-                f"{name}, line {number} repeats line {line_of[str(task.id)]}", "give each task an id of its own"
+                f"{name}, line {number} repeats line {line_of[str(task.id)]}", "give each task its own id"
             )
         line_of[str(task.id)] = number
         tasks.append(task)
     if not tasks:
-        raise ConfigError(f"{name} holds no tasks", 'write lines such as {"image": "a.jpg", "prompt": "..."}')
+        raise ConfigError(f"{name} has no tasks", 'write lines such as {"image": "a.jpg", "prompt": "..."}')
     return tasks
 
 
 def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -> Task:
     if not isinstance(data, dict):
-        raise ConfigError(f"a {type(data).__name__} is no task", 'write {"image": "a.jpg", "prompt": "..."}')
+        raise ConfigError(f"a {type(data).__name__} is not a task", 'write {"image": "a.jpg", "prompt": "..."}')
     for field, value in data.items():
         if field not in _TASK_FIELDS:
-            raise ConfigError(f"{field!r} is no field of a task", f"use {', '.join(_TASK_FIELDS)}")
+            raise ConfigError(f"{field!r} is not a field of a task", f"use {', '.join(_TASK_FIELDS)}")
         kinds = _TASK_FIELDS[field]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(
@@ -192,7 +203,8 @@ def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -
     )
     if task.settings.max_tokens < 1 or not 0 <= task.settings.temperature < float("inf"):
         raise ConfigError(
-            "max_tokens is below 1, or temperature below 0 or no number", "use 1 or more, and 0 (greedy) or more"
+            "max_tokens is below 1, or temperature is not a finite number >= 0",
+            "use max_tokens of 1 or more, and temperature 0 (greedy) or more",
         )
     return replace(task, id=data.get("id", task.key))
 
@@ -211,7 +223,14 @@ def _locate(image: str, folder: str) -> str:
 def run_tasks(
     tasks: Iterable[Task], load: Callable[[], StarVLM], emit: Callable[[dict[str, Any]], None], *, warm: bool = False
 ) -> None:
-    """Answers the tasks in turn on one engine, and calls emit with the result of each. warm: see `warm_up`."""
+    """Answers tasks one by one on one engine.
+
+    Args:
+        tasks: The tasks.
+        load: Makes the engine.
+        emit: Called with the result of each task, see `answer`.
+        warm: Read the first prompt once before, see `warm_up`.
+    """
     with load() as vlm:
         for i, task in enumerate(tasks):
             if warm and not i:
@@ -220,19 +239,18 @@ def run_tasks(
 
 
 def warm_up(vlm: StarVLM, task: Task) -> None:
-    """Reads a task's prompt for nothing: the first request of an engine allocates and pages in, which is no task's
-    time.
-    """
-    with contextlib.suppress(Exception):  # the result says what is wrong with it
+    """Reads a task's prompt once without using it: an engine's first request allocates and pages in."""
+    with contextlib.suppress(Exception):  # the task's own result says what is wrong
         vlm.read_prompt(task.prompt, list(task.sources), task.settings.prune, chat=not task.settings.raw)
 
 
 def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
-    """One result, as plain JSON values: id, image (images where there is not one), prompt, and then either
-    text, finish_reason, image_tokens (before pruning), average_tokens (for each decoder layer), first_token_ms, what of
-    it an earlier
-    request had done already (cached_images: pictures that were not encoded again; reused_tokens: see PruneReport) and
-        notes, or error.
+    """Answers one task.
+
+    Returns:
+        Plain JSON values: id, image (or images, unless there is one), prompt; and either error, or text, finish_reason,
+        image_tokens (before pruning), average_tokens (per decoder layer), first_token_ms, cached_images (pictures that
+        were not encoded again), reused_tokens (see PruneReport) and notes.
     """
     s = task.settings
     try:
@@ -247,7 +265,7 @@ def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
         )
     except StarEdgeError as error:
         return failure(task, str(error))
-    except Exception as error:  # whatever one task meets, the others are answered
+    except Exception as error:  # one task's failure must not end the others
         return failure(task, f"{type(error).__name__}: {error}")
     report = done.report
     return {
@@ -264,7 +282,7 @@ def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
 
 
 def failure(task: Task, message: str) -> dict[str, Any]:
-    """The result of a task that has no answer."""
+    """The result of a task without an answer."""
     return {**_about(task), "error": " ".join(message.split())}
 
 
@@ -277,11 +295,12 @@ def _about(task: Task) -> dict[str, Any]:
 
 
 def describe_model(model: str | PathLike[str], mmproj: str | PathLike[str] | None, options: dict[str, Any]) -> str:
-    """Names of the files, and a hash over their sizes, their first and last MiB, and the options:
-    "text.gguf+mmproj.gguf#1f2e3d4c".
+    """Identifies a model and its options, as in "text.gguf+mmproj.gguf#1f2e3d4c".
+
+    The hash is over the files' sizes, their first and last MiB, and the options.
 
     Raises:
-        ConfigError: a file cannot be read.
+        ConfigError: A file cannot be read.
     """
     parts: list[Any] = [options]
     paths = [os.fspath(path) for path in (model, mmproj) if path is not None]
@@ -299,19 +318,23 @@ def describe_model(model: str | PathLike[str], mmproj: str | PathLike[str] | Non
 
 
 class Results:
-    """A JSON Lines file with one result for each task, which a later run goes on with.
+    """A JSON Lines file with one result for each task. A later run goes on with it.
 
-    `done` holds the ids (as str) of the tasks that need no further run. A last line that was cut off is dropped, and so
-    are
-    errors of the given tasks: they are tried again. Lines of other tasks stay. Each line also tells the model and the
-        task's key.
+    A last line that was cut off is dropped. So are errors of the given tasks, which are tried again. Lines of other
+    tasks stay. Each line also has the model and the task's key.
 
-    model: see `describe_model`. fresh: whatever the file holds is dropped when the first result comes, so not by a run
-        that fails before.
+    Args:
+        path: The file.
+        tasks: The tasks of this run.
+        model: See `describe_model`.
+        fresh: Drop the file's content when the first result comes. A run that fails before leaves it.
+
+    Attributes:
+        done: Ids, as str, of the tasks that are finished.
 
     Raises:
-        OutputError: the file holds something else, or results of another model, prompt or settings; another run is
-            writing it; or it cannot be written.
+        OutputError: The file has other content, or results of another model, prompt or settings; another run is writing
+            it; or it cannot be written.
     """
 
     def __init__(self, path: str | PathLike[str], tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
@@ -332,7 +355,7 @@ class Results:
             ) from error
 
     def add(self, result: dict[str, Any]) -> None:
-        """Writes one result, in one piece."""
+        """Writes one result, as one write."""
         line = {**result, "model": self._model, "task": self._keys[str(result["id"])]}
         try:
             if self._drop:
@@ -358,11 +381,12 @@ class Results:
                 result = parse_json(line)
                 name, model, key = str(result["id"]), result["model"], result["task"]
             except (ValueError, KeyError, TypeError):
-                # Only the beginning of a result is taken for one that was cut off: this may be a file of someone else
+                # Only a line that begins like a result was cut off: the file may be something else
                 if number == len(lines) and line[: len(_LINE_START)] == _LINE_START[: len(line)]:
                     continue
                 raise OutputError(
-                    f"{self.path}, line {number} is no result of star-edge", "use another --out, or --fresh to drop it"
+                    f"{self.path}, line {number} is not a result of star-edge",
+                    "use another --out, or --fresh to drop it",
                 ) from None
             if name in self._keys and "error" in result:
                 continue
@@ -384,7 +408,7 @@ class Results:
         return b"".join(kept)
 
     def _replace(self, data: bytes) -> None:
-        """The old contents or the new ones, never half of them."""
+        """Replaces the file's content. A reader sees the old content or the new, never a part."""
         beside = f"{self.path}.{os.getpid()}.tmp"
         file = self._open(beside)
         try:
@@ -403,7 +427,9 @@ class Results:
         try:
             return open_alone(path, buffering=0)  # unbuffered: a line is with the system when `add` returns
         except BlockingIOError:
-            raise OutputError(f"{path} is being written by another run", "wait for it, or use another --out") from None
+            raise OutputError(
+                f"{path} is being written by another run", "wait until that ends, or use another --out"
+            ) from None
 
 
 def _hash(data: Any) -> str:

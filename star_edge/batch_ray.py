@@ -1,6 +1,6 @@
-"""The tasks of a batch on Ray: one engine in each worker, a task for each that is free, results in the caller alone.
+"""The tasks of a batch on Ray: one engine per worker, the next task for each free worker, results in the caller.
 
-A worker that dies, whether a process or its machine, is replaced, and what it was at is asked again.
+If a worker or its machine dies, the worker is replaced and its task is asked again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .batch import Task, answer, failure, warm_up
 from .engine import StarVLM
 from .errors import ConfigError, MissingDependencyError, StarEdgeError, WorkerError
 
-MAX_ATTEMPTS = 3  # of a task whose worker dies, and of workers in a row that do not start
+MAX_ATTEMPTS = 3  # for a task whose worker dies, and for workers in a row that do not start
 
 
 class _Worker:
@@ -26,9 +26,7 @@ class _Worker:
         self._load, self._n_threads, self._warm = load, n_threads, warm
 
     def start(self) -> str | None:
-        """Loads the model. What is wrong comes back as text: an error raised in an actor is hard to tell from the
-        actor's death.
-        """
+        """Loads the model. An error comes back as text: one that is raised in an actor looks like the actor's death."""
         try:
             self._vlm = self._load(n_threads=self._n_threads)
         except StarEdgeError as error:
@@ -52,18 +50,25 @@ def run_on_ray(
     use_gpu: bool = False,
     warm: bool = False,
 ) -> None:
-    """Answers the tasks and calls emit here with one result for each, in the order in which they come.
+    """Answers tasks on Ray.
 
-    load: makes an engine, called in each worker with n_threads=; it must be picklable, and its files must lie in the
-        same place on every machine, as must the images.
-    workers, n_threads, use_gpu: see `share_out`. warm: see `batch.warm_up`, for each engine.
-    A task whose worker died MAX_ATTEMPTS times has an error for a result. Ray is the cluster that this process is
-    connected to, or that of RAY_ADDRESS, or is started on this machine for the time being.
+    Ray is the cluster that this process is connected to, or that of RAY_ADDRESS, or is started on this machine for the
+    time of the call. A task whose worker died MAX_ATTEMPTS times gets an error as its result.
+
+    Args:
+        tasks: The tasks.
+        load: Makes an engine; called in each worker with n_threads=. It must be picklable. Its files, and the images,
+            must lie in the same place on every machine.
+        emit: Called in this process with each result, as they come.
+        workers: See `share_out`.
+        n_threads: Threads of each worker. None: its CPUs.
+        use_gpu: See `share_out`.
+        warm: Warm up each engine, see `batch.warm_up`.
 
     Raises:
         MissingDependencyError: Ray is not installed.
-        ConfigError: more workers than the cluster has room for.
-        WorkerError: no cluster, or workers that cannot load the model.
+        ConfigError: There are more workers than the cluster has room for.
+        WorkerError: There is no cluster, or workers cannot load the model.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report home; read at import
     try:
@@ -74,8 +79,7 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         try:
-            # "local" unless an address is given: by itself Ray would join whatever cluster ran last on this machine,
-            # even a dead one
+            # "local" unless an address is given: otherwise Ray joins the last cluster of this machine, even a dead one
             ray.init(
                 os.environ.get("RAY_ADDRESS") or "local",
                 include_dashboard=False,
@@ -98,15 +102,21 @@ def run_on_ray(
 
 
 def share_out(nodes: Sequence[dict[str, float]], workers: int | None, use_gpu: bool) -> tuple[int, int, int]:
-    """Workers, and the CPUs and GPUs that each reserves, for a cluster of nodes with the given resources ("CPU",
-    "GPU").
+    """Shares a cluster among workers.
 
-    Without a number of workers: one for each GPU if GPUs are used, else one for each node. CPUs are shared out as on
-    the smallest node, so that every worker finds a place; they are also the threads of a worker. A GPU belongs to one
-    worker.
+    CPUs are divided as on the smallest node, so that every worker finds a place. They are also a worker's threads. A
+    GPU belongs to one worker.
+
+    Args:
+        nodes: Resources of each node ("CPU", "GPU").
+        workers: Number of workers. None: one per GPU if GPUs are used, otherwise one per node.
+        use_gpu: Whether workers use GPUs.
+
+    Returns:
+        The number of workers, and the CPUs and GPUs that each reserves.
 
     Raises:
-        ConfigError: more workers than GPUs, or than CPUs.
+        ConfigError: There are more workers than GPUs, or than CPUs.
     """
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes) if use_gpu else 0
@@ -126,7 +136,7 @@ def _drive(
     attempts: Counter[str] = Counter()
     failed_starts = 0
     idle: list[Any] = []
-    running: dict[Any, tuple[Any, Task | None]] = {}  # what a worker is at: a task, or None while it loads the model
+    running: dict[Any, tuple[Any, Task | None]] = {}  # a worker's task, or None while it loads the model
 
     def start() -> None:
         worker = hire()
@@ -140,7 +150,7 @@ def _drive(
         try:
             result = ray.get(ended)
         except ray.exceptions.RayError as error:
-            ray.kill(worker)  # where only the connection broke, it must not go on
+            ray.kill(worker)  # if only the connection broke, it must not go on
             if task is None:
                 failed_starts += 1
                 if failed_starts == MAX_ATTEMPTS:

@@ -167,7 +167,7 @@ class ChatFormat:
                 ]  # Mistral's take ids of 9 characters only
                 caller = {"role": "assistant", "content": no_content, "tool_calls": calls}
                 result = {"role": "tool", "tool_call_id": "abcdefgh1", "name": "qzcall"}
-                forms = self._forms(lambda content: [user, caller, {**result, "content": content}])
+                forms = self._forms(lambda content: [user, caller, {**result, "content": content}])  # noqa: B023
                 self.forms["tool"] = self.forms["tool"] or forms
                 text = self._try([user, caller, user]) or self._try([user, caller, {**result, "content": "qz"}]) or ""
                 if "qzcall" in text and "qzvalue" in text and '\\"qzname' not in text and "None" not in text:

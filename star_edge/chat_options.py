@@ -1,6 +1,6 @@
-"""Options of a chat completion: each is honoured by MTMDChatHandler as it comes out of here, or refused.
+"""Options of a chat completion. Each is put into a form that MTMDChatHandler honours, or refused.
 
-Knows OpenAI's names and what llama_cpp makes of them; knows neither images nor the model.
+Knows OpenAI's names and what llama_cpp makes of them. Knows neither images nor the model.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 def check_chat_options(
     llama: Llama, options: Mapping[str, Any], template: Callable[[], str]
 ) -> tuple[dict[str, Any], LlamaGrammar | None]:
-    """Arguments for MTMDChatHandler.__call__ that mean what the given ones ask for, and the grammar that must stand in
-    place of the one that it makes of a chosen tool, if any.
+    """Checks options, and translates them for MTMDChatHandler.
 
-    template: gives the chat template's source, whose variables further options are.
+    Args:
+        llama: The Llama.
+        options: The options.
+        template: Gives the chat template's source. Further options are its variables.
+
+    Returns:
+        Arguments of MTMDChatHandler.__call__; and the grammar to use in place of the one that it makes of a chosen
+        tool, or None.
 
     Raises:
-        ConfigError: an option that is unknown, cannot be used or cannot be honoured.
+        ConfigError: An option is unknown, or cannot be honoured.
     """
     options = dict(options)
     known = parameters(MTMDChatHandler.__call__)
@@ -55,7 +61,7 @@ def check_chat_options(
         if not keeps_logits(llama):
             raise ConfigError("logprobs were asked for, and the Llama keeps none", "make it with logits_all=True")
         if options.get("top_logprobs") is None:
-            options["top_logprobs"] = 0  # MTMDChatHandler passes this number on alone
+            options["top_logprobs"] = 0  # MTMDChatHandler only passes on this number
     elif options.get("top_logprobs"):
         raise ConfigError(
             f"top_logprobs={options['top_logprobs']} without logprobs gives nothing", "set logprobs to True"
@@ -66,9 +72,7 @@ def check_chat_options(
     tool = _choose_tool(options)
     chosen = None if tool is None else schema_grammar(tool.get("parameters", _NO_PARAMETERS))
     if sum(grammar is not None for grammar in (given, response, chosen)) > 1:
-        raise ConfigError(
-            "grammar, response_format and a chosen tool each say what the answer looks like", "give one of them"
-        )
+        raise ConfigError("grammar, response_format and a chosen tool each fix the answer's form", "give one of them")
     for grammar in (response, chosen):
         if grammar is not None:
             check_llama_grammar(llama, grammar)
@@ -78,8 +82,7 @@ def check_chat_options(
 
 
 def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
-    """The function that tools or functions, tool_choice and function_call have the model call; puts tool_choice and
-    tools into the form that MTMDChatHandler knows."""
+    """The function that the model must call, or None. Puts tools and tool_choice into MTMDChatHandler's form."""
     for name in ("tools", "functions"):
         if options.get(name) is not None:
             options[name] = _check_tools(name, options[name])
@@ -104,13 +107,13 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
         choice = options["tool_choice"] = {"type": "function", "function": {"name": tools[0]["function"]["name"]}}
     if isinstance(call, Mapping):
         wanted: Any = call.get("name")
-    elif call is not None or not isinstance(choice, Mapping):  # function_call stands in place of tool_choice
+    elif call is not None or not isinstance(choice, Mapping):  # function_call overrides tool_choice
         return None
     else:
         function = choice.get("function")
         wanted = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(wanted, str):
-        raise ConfigError("the choice of a tool names none", 'use {"type": "function", "function": {"name": ...}}')
+        raise ConfigError("the tool choice names no tool", 'use {"type": "function", "function": {"name": ...}}')
     for tool in tools or ():
         if tool["function"]["name"] == wanted:
             chosen: Mapping[str, Any] = tool["function"]
@@ -119,7 +122,7 @@ def _choose_tool(options: dict[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _check_tools(name: str, tools: Any) -> list[Any]:
-    """The tools, with parameters for those that have none."""
+    """Checks tools. Those without parameters get a schema that takes none."""
     if not isinstance(tools, (list, tuple)):
         raise ConfigError(f"{name} is a {type(tools).__name__}", "give a list")
     checked = []
@@ -127,7 +130,7 @@ def _check_tools(name: str, tools: Any) -> list[Any]:
         function = tool if name == "functions" else tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             remedy = 'use {"type": "function", "function": {"name": ...}}'
-            raise ConfigError(f"{name} holds something that is no function with a name", remedy)
+            raise ConfigError(f"{name} has an entry that is not a function with a name", remedy)
         if function.get("parameters") is None:
             function = {**function, "parameters": _NO_PARAMETERS}
         checked.append(function if name == "functions" else {**tool, "function": function})
@@ -135,10 +138,10 @@ def _check_tools(name: str, tools: Any) -> list[Any]:
 
 
 def check_template_variables(options: Mapping[str, Any], template: Callable[[], str]) -> dict[str, Any]:
-    """The options as variables of the chat template; those in chat_template_kwargs are among them.
+    """The options, and those in chat_template_kwargs, as variables of the chat template.
 
     Raises:
-        ConfigError: one that the template does not read.
+        ConfigError: The template does not read one of them.
     """
     options = dict(options)
     inner = options.pop("chat_template_kwargs", None)
@@ -165,7 +168,7 @@ _RENDERED = {
     "bos_token",
     "raise_exception",
     "strftime_now",
-}  # MTMDChatHandler gives them itself
+}  # MTMDChatHandler sets these itself
 
 
 @functools.lru_cache(maxsize=4)
@@ -175,4 +178,4 @@ def _variables(source: str) -> frozenset[str]:
     try:
         return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
     except jinja2.TemplateError:
-        return frozenset()  # rendering it tells what is wrong
+        return frozenset()  # rendering raises the error

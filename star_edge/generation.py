@@ -1,4 +1,4 @@
-"""What an answer takes: its tokens, and the engine's time without what the caller does between two pieces of it."""
+"""Tokens and time of one answer. The caller's time between two pieces of a stream does not count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _END = object()
 
 
 class Generation:
-    """One answer of a guarded Llama, which counts its tokens: adds up the time in which it is worked on."""
+    """One answer of a guarded Llama, which counts its tokens. Adds up the engine's time on it."""
 
     def __init__(self, llama: Any) -> None:
         self._llama = llama
@@ -27,7 +27,7 @@ class Generation:
         self._since = perf_counter()
 
     def stop(self, report: PruneReport) -> None:
-        """Ends what `start` began, if anything, and writes counts and time into the report."""
+        """Stops the clock if it runs, and writes counts and time into the report."""
         if self._since is not None:
             self._seconds += perf_counter() - self._since
             self._since = None
@@ -43,7 +43,7 @@ class Generation:
             self.stop(report)
 
     def timed(self, chunks: Iterator[Any], report: PruneReport) -> Iterator[Any]:
-        """The chunks, with the clock running only while the next one is waited for."""
+        """The chunks. The clock runs only while the next one is computed."""
         while True:
             with self.running(report):
                 chunk = next(chunks, _END)

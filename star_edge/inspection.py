@@ -1,6 +1,6 @@
-"""Attention of any layer, as arrays: read out of the graph that runs, with flash attention on or off.
+"""Attention of any layer as arrays, read out of the running graph, with flash attention on or off.
 
-For vision-language models and for plain text models. Nothing is pruned here: every row sees every row before it.
+For vision-language models and plain text models. Nothing is pruned here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from .vision.encoder import ImageChunk, VisionEncoder
 
 @dataclass
 class Inspection:
-    """Attention of a prompt.
+    """Attention of a prompt of n tokens.
 
-    tokens: text of each prompt token; an image token is "<image I>", I counted from 0.
-    image_of_token: index of the image that a token belongs to, -1 for text, (n,) int64.
-    grids: (rows, columns) of each image's tokens, or None.
-    decoder: layer -> softmax attention (n_heads, n, n) float32, [head, query row, key row]; heads averaged: (n, n).
-    encoder: for each image, layer -> (n_heads, n_rows, n_rows) float32 over the encoder's own rows; heads averaged:
-        2-D.
+    Attributes:
+        tokens: Text of each token. An image token is "<image I>", with I counted from 0.
+        image_of_token: Index of each token's image, -1 for text, (n,) int64.
+        grids: (rows, columns) of each image's tokens, or None.
+        decoder: Layer -> softmax attention, (n_heads, n, n) float32: [head, query row, key row]. With averaged heads
+            (n, n).
+        encoder: For each image, layer -> attention over the encoder's own rows, (n_heads, n_rows, n_rows) float32. With
+            averaged heads (n_rows, n_rows).
     """
 
     tokens: list[str]
@@ -38,9 +40,19 @@ class Inspection:
     encoder: list[dict[int, np.ndarray]] = field(default_factory=list)
 
     def to_image(self, layer: int, image: int = 0) -> np.ndarray:
-        """Attention that the text after the last image pays to each token of an image in decoder layer `layer`.
+        """Attention that each token of an image receives from the text after the last image.
 
-        The mean over heads and those text rows: what the decoder stage ranks by. (n_tokens,) float32.
+        The decoder stage ranks by this mean over heads and text rows.
+
+        Args:
+            layer: Decoder layer, one of those that were read.
+            image: Index of the image.
+
+        Returns:
+            (n_tokens,) float32.
+
+        Raises:
+            ConfigError: The prompt has no image with text after it.
         """
         attention = self.decoder[layer]
         images = np.flatnonzero(self.image_of_token >= 0)
@@ -51,7 +63,7 @@ class Inspection:
         return np.asarray(rows[self.image_of_token == image])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything under flat names: tokens, image_of_token, decoder_L, encoder_image_I_layer_L."""
+        """All arrays by flat names: tokens, image_of_token, decoder_L, encoder_image_I_layer_L."""
         data: dict[str, np.ndarray] = {"tokens": np.array(self.tokens), "image_of_token": self.image_of_token}
         data.update({f"decoder_{layer}": a for layer, a in self.decoder.items()})
         for i, layers in enumerate(self.encoder):
@@ -67,10 +79,10 @@ class Inspection:
 def read_encoder(
     encoder: VisionEncoder, chunk: ImageChunk, layers: Sequence[int], mean_heads: bool
 ) -> dict[int, np.ndarray]:
-    """Encodes one image and returns the attention of the given encoder layers (counted over the layers that run).
+    """Encodes one image, and returns the attention of encoder layers, counted over those that run.
 
     Raises:
-        ConfigError: a layer that the encoder does not run.
+        ConfigError: The encoder does not run such a layer.
     """
     if min(layers) < 0:
         raise ConfigError(f"encoder layer {min(layers)} is negative", "layers are counted from 0")
@@ -99,10 +111,12 @@ def read_encoder(
 def read_decoder(
     context: DecoderContext, segments: Sequence[Segment], layers: Sequence[int], mean_heads: bool
 ) -> dict[int, np.ndarray]:
-    """Runs the prompt from an empty cache and returns the attention of the given decoder layers.
+    """Decodes a prompt from an empty cache, and returns the attention of decoder layers.
 
     Raises:
-        ConfigError: a layer outside the decoder. ContextLengthError, EngineError: see DecoderContext.decode.
+        ConfigError: The decoder has no such layer.
+        ContextLengthError: See DecoderContext.decode.
+        EngineError: See DecoderContext.decode.
     """
     wanted = sorted(set(layers))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < context.n_layers:

@@ -1,4 +1,4 @@
-"""Messages of a chat request, read into texts and images: the many forms in which clients write the same.
+"""Messages of a chat request, read into texts and images. Clients write the same thing in many forms.
 
 Knows neither chat templates nor pixels.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from .errors import PromptError
 
-# What files of questions and clients write where an image belongs; the first one that is there as often as there are
-# images is taken. <|vision_start|> and <|vision_end|> go with it: libmtmd writes them itself.
+# What question files and clients write where an image belongs. The first that occurs as often as there are images is
+# taken. <|vision_start|> and <|vision_end|> go with it: libmtmd writes them itself.
 _PLACEHOLDERS = (
     "<__media__>",
     "<|vision_start|><|image_pad|><|vision_end|>",
@@ -24,7 +24,7 @@ _PLACEHOLDERS = (
     "<|image|>",
     "[IMG]",
 )
-# Tokens of vocabularies that stand for an image or its borders. In a text they are no such thing.
+# Tokens of vocabularies that stand for an image or its borders. In a text they are made plain text.
 _IMAGE_TOKENS = (
     "<image>",
     "</image>",
@@ -63,7 +63,7 @@ _FORMS = '{"type": "text", "text": ...} and {"type": "image_url", "image_url": {
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a message. source: what was given: a URL or a path, bytes, a PIL image or an array."""
+    """An image of a message. source: a URL or path, bytes, a PIL image or an array, as given."""
 
     source: Any
 
@@ -72,9 +72,12 @@ class Picture:
 class Message:
     """One message.
 
-    parts: its texts and images in order. is_list: its content was a list. has_content: False for none, as assistants
-        that call tools have.
-    rest: its other fields.
+    Attributes:
+        role: Its role.
+        parts: Its texts and images, in order.
+        is_list: Whether its content was a list.
+        has_content: False for a message without content, such as an assistant's that only calls tools.
+        rest: Its other fields.
     """
 
     role: str
@@ -89,10 +92,10 @@ class Message:
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """Messages in OpenAI's form, and in those of transformers and of the Responses API where they are as clear.
+    """Reads messages in OpenAI's form, and in the forms of transformers and of the Responses API.
 
     Raises:
-        PromptError: names the message, the part, and what is wrong with it.
+        PromptError: A message cannot be used. The error names the message and the part.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise PromptError(f"messages is a {type(messages).__name__}", "give a list of messages with role and content")
@@ -145,7 +148,7 @@ def _read_part(part: Any, where: str) -> str | Picture:
 
 
 def _source(value: Any) -> Any:
-    """The URL in what an image part has, or the image itself; None for what is neither."""
+    """The URL in an image part, or the image itself; None for anything else."""
     if isinstance(value, Mapping):
         if value.get("type") == "base64" and isinstance(value.get("data"), str):
             return f"data:{value.get('media_type', 'image/png')};base64,{value['data']}"
@@ -161,7 +164,7 @@ def _checked(text: Any, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the text of {where} holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
+            f"the text of {where} has surrogate characters, which are not text", "decode its bytes as UTF-8 first"
         ) from error
     return text
 
@@ -170,17 +173,17 @@ def _checked(text: Any, where: str) -> str:
 
 
 def find_placeholder(texts: Sequence[str], n_images: int) -> str | None:
-    """What stands in the texts where images belong: there as often as there are images."""
+    """The placeholder of images in the texts: the first that occurs as often as there are images, or None."""
     if not n_images:
         return None
     return next((name for name in _PLACEHOLDERS if sum(text.count(name) for text in texts) == n_images), None)
 
 
 def place_images(message: Message, is_token: Callable[[str], bool]) -> None:
-    """Puts the images where placeholders in the text say, if there are as many, and makes plain text of all others.
+    """Puts images where the placeholders are, if there are as many, and turns all other placeholders into plain text.
 
-    is_token: whether the vocabulary has one token for it. Such a name gets a space, as in `< image>`, and is read as
-        text then.
+    is_token: whether the vocabulary has a single token for a name. Such a name gets a space, as in `< image>`, so that
+        it is read as text.
     """
     texts = [part for part in message.parts if isinstance(part, str)]
     name = find_placeholder(texts, len(message.pictures))
@@ -208,7 +211,7 @@ def _plain(text: str, is_token: Callable[[str], bool]) -> str:
 
 
 def system_to_user(messages: Sequence[Message]) -> list[Message]:
-    """What system messages say, at the beginning of the user's next message, and a blank line."""
+    """Puts system messages at the beginning of the user's next message, with a blank line after them."""
     result: list[Message] = []
     waiting: list[str | Picture] = []
     for message in messages:
@@ -223,7 +226,7 @@ def system_to_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> list[Message]:
-    """Calls of tools, their results, or both, as JSON in messages of the assistant and the user."""
+    """Writes tool calls, their results, or both as JSON into messages of the assistant and the user."""
     result: list[Message] = []
     in_results = False
     for message in messages:
@@ -251,7 +254,7 @@ def tools_to_text(messages: Sequence[Message], calls: bool, results: bool) -> li
 
 
 def parsed(call: Any) -> dict[str, Any]:
-    """A tool call with its arguments as an object, where they are JSON text as OpenAI has it."""
+    """A tool call with its arguments as an object, if they are JSON text, as in OpenAI's form."""
     result: dict[str, Any] = dict(call)
     function = dict(result.get("function") or {})
     if isinstance(function.get("arguments"), str):

@@ -92,7 +92,7 @@ def test_tasks_of_a_file(album):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"image": "a.png"', "no JSON"),
+        ('{"image": "a.png"', "not valid JSON"),
         ("[1]", "list"),
         ('{"image": "a.png"}', "no prompt"),
         ('{"prompt": "x", "picture": "a.png"}', "'picture'"),
@@ -252,7 +252,7 @@ def test_results_of_something_else_are_refused_and_left_alone(out):
         before[:-5] + b"\n" + before,
     ):
         out.write_bytes(foreign)
-        with pytest.raises(OutputError, match=r"out\.jsonl, line 1 is no result"):
+        with pytest.raises(OutputError, match=r"out\.jsonl, line 1 is not a result"):
             Results(out, tasks, "m#1")
         assert out.read_bytes() == foreign
     assert (

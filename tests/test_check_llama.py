@@ -13,7 +13,7 @@ from star_edge.llamacpp import native
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import check_llama
+import check_llama  # noqa: E402
 
 
 def check(*options, **variables):

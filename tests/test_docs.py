@@ -40,8 +40,9 @@ def on_disk():
         path for path in (ROOT / "csrc").iterdir() if path.suffix in (".c", ".h")
     }
     folders = {path.parent for path in modules if path.name == "__init__.py"} | {ROOT / "csrc"}
-    name = lambda path: path.relative_to(ROOT).as_posix()
-    return {name(path) for path in files} | {name(path) + "/" for path in folders}
+    return {path.relative_to(ROOT).as_posix() for path in files} | {
+        path.relative_to(ROOT).as_posix() + "/" for path in folders
+    }
 
 
 def test_tree_lists_every_module_once():
@@ -86,6 +87,25 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_files_that_pages_name_exist():
+    """Paths of this repository in backticks; `tests/test_tap*.py` stands for several."""
+    missing = []
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:star_edge|csrc|tests|tools|benchmarks|bindings)/[\w./*-]+)`", text)
+        missing += [f"{page.name}: {path}" for path in named if not list(ROOT.glob(path.rstrip("/")))]
+    assert not missing
+
+
+def test_makefile_targets_that_pages_name_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    missing = []
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for names in re.findall(r"`make ([\w -]+?)(?: \w+=\S+)*`", page.read_text(encoding="utf-8")):
+            missing += [f"{page.name}: make {name}" for name in names.split() if name not in targets]
+    assert not missing
+
+
 # ---- docstrings ----
 
 DATACLASSES = (star_edge.Answer, star_edge.PruneConfig, star_edge.PruneReport, star_edge.ImageReport, ImageLimits)
@@ -101,9 +121,9 @@ CALLABLES = (
     star_edge.StarChatHandler.cancellable,
     star_edge.StarChatHandler.load_image,
     star_edge.PruneReport.picture,
-    config.resolve_prune,
-    config.load_config,
+    config.PruneConfig.decoder_windows,
     config.override,
+    config.keep_count,
     load_image,
     hub.fetch,
 )

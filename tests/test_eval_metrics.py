@@ -396,8 +396,8 @@ def test_configs_from_a_file(tmp_path):
         ("b", "b", PruneConfig(1.0, 9)),
     ]
     for text, words in (
-        ("nope", "no JSON"),
-        ('{"name": "a"}', "no list"),
+        ("nope", "not valid JSON"),
+        ('{"name": "a"}', "not a list"),
         ('[{"vision_keep": 1}]', "with a name"),
         ('[{"name": "a", "keep": 1}]', "'a' has unknown fields: keep"),
         ('[{"name": "a", "vision_keep": 0}]', "'a': vision_keep=0"),

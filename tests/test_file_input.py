@@ -106,7 +106,7 @@ def test_results_go_into_files_alone(device):
 
 def test_results_do_not_go_into_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OutputError, match="no regular file"):
+    with pytest.raises(OutputError, match="not a regular file"):
         Results(tmp_path / "pipe", [], "model")
 
 

@@ -12,8 +12,8 @@ import pytest
 RUN = Path(__file__).parent / "fuzz" / "run.py"
 sys.path.insert(0, str(RUN.parent))
 
-import forking
-from gguf_mutations import mutate, parse
+import forking  # noqa: E402
+from gguf_mutations import mutate, parse  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "fixtures" / "llava" / "mmproj.gguf"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases run in forked processes")

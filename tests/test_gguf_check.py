@@ -20,7 +20,7 @@ from star_edge.synthetic import DecoderShape, EncoderShape, write_decoder, write
 FUZZ = Path(__file__).parent / "fuzz"
 sys.path.insert(0, str(FUZZ))
 
-from gguf_mutations import parse
+from gguf_mutations import parse  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(p.name for p in FIXTURES.iterdir() if (p / "mmproj.gguf").exists())

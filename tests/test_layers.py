@@ -137,9 +137,13 @@ def breaches(source):
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in INPUT_CALLS:
             if node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value is not None:
                 say(f"{node.func.attr}({node.args[0].value!r})")
-        elif isinstance(node, ast.keyword) and node.arg == "index_input" and isinstance(node.value, ast.Constant):
-            if node.value.value is not None:
-                found.append((node.value.lineno, f"index_input={node.value.value!r}"))
+        elif (
+            isinstance(node, ast.keyword)
+            and node.arg == "index_input"
+            and isinstance(node.value, ast.Constant)
+            and node.value.value is not None
+        ):
+            found.append((node.value.lineno, f"index_input={node.value.value!r}"))
     return found
 
 

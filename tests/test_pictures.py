@@ -80,7 +80,7 @@ def test_a_file_of_such_a_name_is_that_file(tmp_path, monkeypatch):
     ("source", "words"),
     [
         ("Q" * 100_000, "put data:image/png;base64, before it"),
-        ("/tmp/" + "a" * 5000 + ".png", "no path of an image"),
+        ("/tmp/" + "a" * 5000 + ".png", "not the path of an image"),
         ("iVBORw0KGgo" + "A" * 100_000, "base64 text"),
         (f"data:image/png;base64,{TEXT[:-30]}\ud800", "surrogates"),
         ("data:image/png,\udcff", "surrogates"),

@@ -125,7 +125,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(web):
 def test_redirects_are_checked(web, target):
     web.names["private.test"] = ["169.254.169.254"]
     web.pages["/loop"] = (302, {"Location": target}, b"")
-    with pytest.raises(errors.ImageError, match="public address|no URL that is fetched|more than 5 times"):
+    with pytest.raises(errors.ImageError, match="public address|not a URL that is fetched|more than 5 times"):
         remote.fetch("http://name.test/loop", 10)
     assert {address for address, _ in web.connected} == {"93.184.216.34"} and len(web.connected) <= 6
 

@@ -118,7 +118,7 @@ def test_pieces_of_n_ubatch(families, family):
         texts = [vlm.llama.tokenize(r[0].encode(), special=True) for r in requests[3:]]
     n = 16 if family == "qwen2vl" else 49
     assert reused[0] == 0 and reused[1] > len(text) + n and reused[2] % 16 == 0 < reused[2]
-    n_alike = len(os.path.commonprefix(texts))
+    n_alike = len(os.path.commonprefix(texts))  # noqa: RUF071 - lists of tokens, compared token by token
     assert reused[4:] == [n_alike // 16 * 16, (len(texts[2]) - 1) // 16 * 16] and reused[3] > 0
 
 

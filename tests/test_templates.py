@@ -346,7 +346,7 @@ def test_a_given_template_is_used(tmp_path):
         llm = load(handler)
         seen = []
         keep = StarChatHandler._postprocess_template_text
-        handler._postprocess_template_text = lambda text, *rest: seen.append(text) or keep(handler, text, *rest)
+        handler._postprocess_template_text = lambda text, *rest: seen.append(text) or keep(handler, text, *rest)  # noqa: B023
         ask(llm, user(DEMO, "x"), max_tokens=1)
         assert seen == [expected]
         llm.close()

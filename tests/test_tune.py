@@ -133,7 +133,7 @@ def test_command_and_its_file(star_edge, tmp_path):
 def test_config_files(tmp_path):
     path = tmp_path / "c.json"
     for text, words in (
-        ("nope", "no JSON"),
+        ("nope", "not valid JSON"),
         ("[]", "no config"),
         ('{"config": {}}', "no config"),
         ('{"config": {"keep": 1}}', "unknown fields: keep"),

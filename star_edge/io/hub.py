@@ -83,14 +83,16 @@ def fetch(spec: str, *, mmproj: bool = True) -> HubFiles:
 
 
 def choose_model(files: Sequence[str], quant: str, repo: str) -> list[str]:
-    """The text model among a repository's files, in its parts: one name, or all of a split model in order.
+    """The text model among a repository's files.
 
-    As llama.cpp has it: a file whose name has the quant before a "." or "-"; without a quant Q4_K_M, else Q8_0, else
-        the first.
-    Unlike there, a quant must not begin inside a word: F16 does not mean a BF16 file.
+    As in llama.cpp, it is the first file whose name has the quant before a "." or "-". Without a quant it is Q4_K_M,
+    else Q8_0, else the first file. Unlike in llama.cpp, a quant must not begin inside a word: F16 does not match BF16.
+
+    Returns:
+        One name, or the names of all parts of a split model, in order.
 
     Raises:
-        HubError: there is none (those that exist are named), or parts of it are missing.
+        HubError: There is no such model (the message names those that exist), or parts of it are missing.
     """
     firsts = [name for name in sorted(files) if _is_model(name) and _part(name)[1] == 1]
     if not firsts:
@@ -118,16 +120,13 @@ def choose_model(files: Sequence[str], quant: str, repo: str) -> list[str]:
 
 
 def choose_mmproj(files: Sequence[str], model: str, repo: str) -> str:
-    """The mmproj that belongs to a text model: in its folder, or else in the nearest folder above it, as llama.cpp has
-    it.
+    """The mmproj of a text model: in its folder, or in the nearest folder above it, as in llama.cpp.
 
-    Of several there f16 is taken, else bf16, f32, q8_0, or the first. llama.cpp takes the one whose bits are nearest to
-    the text
-    model's instead, so q8_0 beside Q4_K_M: but an encoder is small, and its precision is the quality of all image
-        tokens.
+    Of several, f16 is taken, else bf16, f32, q8_0, or the first. llama.cpp instead takes the one whose bits are nearest
+    to the text model's, such as q8_0 beside Q4_K_M. An encoder is small, and all image tokens depend on its precision.
 
     Raises:
-        HubError: there is none; one that lies elsewhere is named.
+        HubError: There is none. The message names files that lie elsewhere.
     """
     every = [
         name
@@ -155,13 +154,13 @@ def _is_model(name: str) -> bool:
 
 
 def _part(name: str) -> tuple[str, int, int]:
-    """Name without the part's number, the number, and of how many: (name, 1, 1) for a model in one file."""
+    """Name without the part's number, the number, and the number of parts. A single file is (name, 1, 1)."""
     split = _SPLIT.fullmatch(name)
     return (split["prefix"], int(split["index"]), int(split["count"])) if split else (name, 1, 1)
 
 
 def _quant_name(name: str) -> str:
-    """What to write after the colon for a model file, or its name where that has no quant at its end."""
+    """What to write after the colon for a model file, or its whole name if it does not end in a quant."""
     prefix, _, count = _part(name)
     stem = prefix if count > 1 else name[: -len(".gguf")]
     quant = _QUANT.search(stem)
@@ -187,7 +186,7 @@ def _offline() -> bool:
 
 
 def _list_online(repo: str) -> list[str] | None:
-    """Names of all files; None, with a warning, where the hub does not answer."""
+    """Names of all files; None, with a warning, if the hub does not answer."""
     from huggingface_hub import HfApi, constants
 
     try:
@@ -203,7 +202,7 @@ def _list_online(repo: str) -> list[str] | None:
 
 
 def _list_cached(repo: str) -> list[str]:
-    """Names of the files of the branch "main" that were downloaded before."""
+    """Names of the files of branch "main" that are in the cache."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     remedy = "connect to the network, or set HF_HOME to where the model was downloaded"
@@ -236,7 +235,7 @@ def _download(repo: str, name: str, cached: bool) -> Path:
 
 
 def _refusal(repo: str, error: Exception) -> HubError | None:
-    """An answer of the hub that trying again would not change; None for any other error."""
+    """The error for an answer that would not change if asked again; None for any other error."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repo}"
@@ -258,5 +257,5 @@ def _refusal(repo: str, error: Exception) -> HubError | None:
 
 
 def _short(error: Exception) -> str:
-    """The first line of a message: those of HTTP libraries go on for several."""
+    """The first line of a message. HTTP libraries write several."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -160,7 +160,7 @@ def _read_file(path: str, limits: ImageLimits) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             raise ImageError(
-                f"a text of {len(path)} characters is no path of an image",
+                f"a text of {len(path)} characters is not the path of an image",
                 "put data:image/png;base64, before it if it is base64",
             ) from None
         reason = getattr(error, "strerror", None) or error
@@ -179,7 +179,7 @@ def _is_file(path: str) -> bool:
 
 
 def _read_stream(source: BinaryIO, limits: ImageLimits) -> bytes:
-    """From its beginning if it can go there, as Pillow does, so that one object may be given twice."""
+    """Reads from the beginning if the source can seek, as Pillow does, so that one object may be given twice."""
     name = f"a {type(source).__name__}"
     try:
         if callable(getattr(source, "seekable", None)) and source.seekable():
@@ -208,7 +208,7 @@ def _read_data_url(url: str, limits: ImageLimits) -> bytes:
     try:
         data = urllib.parse.unquote_to_bytes(payload)
     except UnicodeEncodeError:
-        raise ImageError("data: URL holds characters that are no text (surrogates)", "encode the image again") from None
+        raise ImageError("data: URL has surrogate characters, which are not text", "encode the image again") from None
     # The parameters come in any order, and some leave ;base64 out
     if "base64" in [word.strip().lower() for word in header.split(";")[1:]] or _BASE64_OF_IMAGE.fullmatch(payload):
         data = _from_base64(data, "data: URL", limits)
@@ -217,7 +217,7 @@ def _read_data_url(url: str, limits: ImageLimits) -> bytes:
 
 
 def _from_base64(data: bytes, name: str, limits: ImageLimits) -> bytes:
-    """Of either alphabet, with or without padding and white space."""
+    """Decodes base64 of either alphabet, with or without padding and white space."""
     text = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     _check_bytes(3 * len(text) // 4, name, limits)
     try:
@@ -227,7 +227,7 @@ def _from_base64(data: bytes, name: str, limits: ImageLimits) -> bytes:
 
 
 class _HttpOnlyRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would also follow a redirect to ftp:."""
+    """Follows redirects to http and https only. urllib itself would follow one to ftp."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -328,8 +328,9 @@ def _decode_bytes(data: bytes, name: str, limits: ImageLimits) -> np.ndarray:
 
 
 def _without_texts(data: bytes) -> bytes | None:
-    """A PNG file without its texts and colour profile, which Pillow unpacks to 1 MiB at most; None if it is none or has
-    none.
+    """A PNG file without its texts and colour profile, of which Pillow unpacks 1 MiB at most.
+
+    None: it is not a PNG file, or has neither.
     """
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         return None
@@ -346,7 +347,7 @@ def _without_texts(data: bytes) -> bytes | None:
 def _check_scans(data: bytes, n_pixels: int, name: str) -> None:
     """Refuses a JPEG file whose scans would take too long."""
     most = max(1, min(_MAX_SCANS, _MAX_SCANNED_PIXELS // max(1, n_pixels)))
-    if data.count(b"\xff\xda") > most:  # a pair that only a header may hold too, in a preview or a profile
+    if data.count(b"\xff\xda") > most:  # the two bytes may also stand in a header's preview or profile
         n_scans = _count_scans(data, most)
         if n_scans > most:
             raise ImageTooLargeError(
@@ -356,10 +357,10 @@ def _check_scans(data: bytes, n_pixels: int, name: str) -> None:
 
 
 def _count_scans(data: bytes, most: int) -> int:
-    """Scans of a JPEG file; counting ends past `most`."""
+    """Number of scans of a JPEG file, or a number over `most`."""
     n_scans, at = 0, 2
     while n_scans <= most:
-        # What is no marker: a stuffed FF, a restart, a filler
+        # Not markers: a stuffed FF, a restart, a filler
         marker = _MARKER.search(data, at)
         if marker is None or data[marker.start() + 1] == 0xD9:
             break
@@ -371,7 +372,7 @@ def _count_scans(data: bytes, most: int) -> int:
 
 
 def _open_header(data: bytes) -> PIL.Image.Image:
-    """Reads the header alone; the caller checks the size before anything is decoded."""
+    """Reads the header only. The caller checks the size before anything is decoded."""
     PIL.Image.init()
     formats = [name for name in FORMATS if name in PIL.Image.OPEN]
     with _open_lock, warnings.catch_warnings():

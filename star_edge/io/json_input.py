@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: whatever is wrong with it, and whatever size it has, is a ValueError of one line."""
+"""JSON from others. Whatever is wrong with it, its size included, is a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is none, is nested deeper than MAX_DEPTH, or has a number of more digits than Python converts.
+        ValueError: The text is not JSON, is nested deeper than MAX_DEPTH, or has a number of more digits than Python
+            converts.
     """
     try:
         value = json.loads(text)
@@ -36,10 +37,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: str | PathLike[str]) -> Any:
-    """The value in a file in UTF-8.
+    """The value in a UTF-8 file.
 
     Raises:
-        OSError: it cannot be read. ValueError: see `parse_json`, or it is no text, or longer than MAX_CHARACTERS.
+        OSError: The file cannot be read.
+        ValueError: See `parse_json`; or it is not UTF-8, or is longer than MAX_CHARACTERS.
     """
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(MAX_CHARACTERS + 1)
@@ -49,11 +51,13 @@ def read_json(path: str | PathLike[str]) -> Any:
 
 
 def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line that is not blank. Lines end at newlines alone: strings of JSON may hold
-    U+2028 as it is.
+    """Number, from 1, and text of each line that is not blank.
+
+    Only a newline ends a line: JSON strings may hold U+2028.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it is no text in UTF-8, or a line is longer than MAX_CHARACTERS.
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, or a line is longer than MAX_CHARACTERS.
     """
     with open(path, encoding="utf-8-sig") as file:
         number = 0

@@ -53,8 +53,10 @@ _HEAT_OPACITY = 0.55
 class Stage:
     """One step of pruning.
 
-    title: shown under the panel.
-    kept: (grid_h, grid_w) float in 0..1: 1 is kept, 0 is dropped, a fraction is a cell of which that share was kept.
+    Attributes:
+        title: Shown under the panel.
+        kept: (grid_h, grid_w) float in 0..1. 1 is kept, 0 is dropped, a fraction is the share of the cell that was
+            kept.
     """
 
     title: str
@@ -62,16 +64,22 @@ class Stage:
 
 
 def draw_overlay(image: np.ndarray, stages: Sequence[Stage]) -> PIL.Image.Image:
-    """Draws the image and, right of it, one panel for each stage; returns an RGB picture.
+    """Draws the image and, right of it, one panel for each stage.
 
-    image: (height, width, 3) uint8. Enlarged by an integer factor (nearest pixel) until its shorter side has
-    MIN_SHORT_SIDE pixels, as far as MAX_LONG_SIDE allows; shrunk if its longer side exceeds MAX_LONG_SIDE.
-
-    Kept cells show their pixels unchanged, dropped ones are dimmed towards grey, fractions lie between. A line runs
+    Kept cells show their pixels unchanged. Dropped cells are dimmed towards grey; fractions lie between. A line runs
     along the border of what was dropped entirely, inside the dropped cells. Grids stretch over the whole image, whether
     or not they divide it.
 
-    Raises ValueError for an image or a grid of another shape or type, or for grid values outside 0..1.
+    Args:
+        image: (height, width, 3) uint8. It is enlarged by an integer factor (nearest pixel) until its shorter side has
+            MIN_SHORT_SIDE pixels, within MAX_LONG_SIDE, and shrunk if its longer side exceeds MAX_LONG_SIDE.
+        stages: The steps.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: An image or a grid has another shape or type, or grid values are outside 0..1.
     """
     pixels = _fit(_checked_image(image))
     panels = [("image", pixels)]
@@ -84,13 +92,20 @@ def draw_overlay(image: np.ndarray, stages: Sequence[Stage]) -> PIL.Image.Image:
 
 
 def draw_crops(image: np.ndarray, stages: Sequence[tuple[str, Sequence[np.ndarray]]]) -> PIL.Image.Image:
-    """As `draw_overlay`, for an image that is taken in crops of which nobody says where they lie: the image, and for
-    each stage the grids of its crops on their own, in their order, row by row. Kept cells are light, dropped ones dark;
-    no pixels are shown in them. RGB.
+    """Like `draw_overlay`, for an image that is taken in crops whose places are unknown.
 
-    image: (height, width, 3) uint8. stages: title and the crops' (grid_h, grid_w) values in 0..1.
+    Each stage shows the grids of the crops on their own, in order, row by row. Kept cells are light and dropped cells
+    dark, without pixels.
 
-    Raises ValueError as `draw_overlay` does.
+    Args:
+        image: (height, width, 3) uint8.
+        stages: Title and the crops' (grid_h, grid_w) values in 0..1.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: As `draw_overlay`.
     """
     pixels = _fit(_checked_image(image))
     panels = [("image", pixels)]
@@ -103,15 +118,18 @@ def draw_crops(image: np.ndarray, stages: Sequence[tuple[str, Sequence[np.ndarra
 
 
 def draw_heatmap(image: np.ndarray, values: np.ndarray, title: str) -> PIL.Image.Image:
-    """Draws the image and, right of it, the values as colours over a grey copy, with a colour scale; returns an RGB
-    picture.
+    """Draws the image and, right of it, values as colours over a grey copy, with a colour scale.
 
-    image: (height, width, 3) uint8, scaled as in `draw_overlay`.
-    values: (grid_h, grid_w) finite floats in any unit; the lowest is drawn darkest, the highest brightest, linearly
-        between.
-    title: shown under the coloured panel.
+    Args:
+        image: (height, width, 3) uint8, scaled as in `draw_overlay`.
+        values: (grid_h, grid_w) finite floats in any unit. The lowest is darkest, the highest brightest, linearly.
+        title: Shown under the coloured panel.
 
-    Raises ValueError for an image or a grid of another shape or type, or for values that are not finite.
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: An image or a grid has another shape or type, or values are not finite.
     """
     pixels = _fit(_checked_image(image))
     grid = _checked_grid(values, "values")
@@ -128,9 +146,14 @@ def draw_heatmap(image: np.ndarray, values: np.ndarray, title: str) -> PIL.Image
 
 
 def fit_to_grid(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Pads the image to the aspect of a token grid, centred, as llama.cpp's preprocessors do before they resize.
+    """Pads an image to the aspect of a token grid, centred, as llama.cpp's preprocessors do before they resize.
 
-    image: (height, width, 3) uint8. grid: (rows, columns). Returns (height', width', 3) uint8 with grey borders.
+    Args:
+        image: (height, width, 3) uint8.
+        grid: (rows, columns).
+
+    Returns:
+        (height', width', 3) uint8 with grey borders.
     """
     height, width = image.shape[:2]
     side = max(height / grid[0], width / grid[1])  # pixels of one cell
@@ -142,11 +165,17 @@ def fit_to_grid(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def draw_matrix(values: np.ndarray, title: str) -> PIL.Image.Image:
-    """Draws a matrix, such as the attention of a text prompt (query rows down, key columns across), as colours.
+    """Draws a matrix as colours, such as the attention of a text prompt (query rows down, key columns across).
 
-    values: (rows, columns) finite floats; each row is scaled to its own maximum, since rows of a softmax sum to one.
+    Args:
+        values: (rows, columns) finite floats. Each row is scaled to its own maximum, since softmax rows sum to one.
+        title: Shown under the matrix.
 
-    Raises ValueError for another shape or values that are not finite.
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: The values have another shape, or are not finite.
     """
     grid = _checked_grid(values, "values")
     if not np.isfinite(grid).all():

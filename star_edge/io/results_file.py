@@ -14,16 +14,17 @@ if sys.platform != "win32":  # two runs into one file are not told apart there
 
 
 def open_alone(path: str | PathLike[str], buffering: int = -1) -> BinaryIO:
-    """The file, made where there is none, to be read from its start and appended to; locked until it is closed.
+    """Opens a file to read it from its start and append to it, and locks it until it is closed.
+
+    The file is created if it does not exist.
 
     Raises:
-        BlockingIOError: another run has it.
-        OSError: it cannot be opened, or is a device or a pipe, whose contents may have no end and which must not be
-            replaced.
+        BlockingIOError: Another run has it open.
+        OSError: It cannot be opened; or it is a device or a pipe, which may be endless and must not be replaced.
     """
     while True:
         if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         file = open(path, "a+b", buffering=buffering)  # noqa: SIM115 (kept open for the run)
         try:
             if sys.platform != "win32":

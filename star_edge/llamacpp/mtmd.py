@@ -167,10 +167,8 @@ class Mtmd:
         raw = (mtmd.mtmd_decoder_pos * n)()
         mtmd.mtmd_helper_image_get_decoder_pos(image, 0, raw)
         txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
-        if self.mrope:
-            positions = np.stack([txyz[:, 0], txyz[:, 2], txyz[:, 1], txyz[:, 3]])  # set_position_mrope_2d: t, y, x, z
-        else:
-            positions = txyz[:, 0].copy()
+        # set_position_mrope_2d: t, y, x, z
+        positions = txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
         return RawImage(
             chunk,
             n,

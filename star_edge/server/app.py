@@ -1,4 +1,4 @@
-"""Puts the server together: a Llama with StarChatHandler, what guards it, and the routes."""
+"""Puts the server together: a Llama with StarChatHandler, its guard, and the routes."""
 
 from __future__ import annotations
 
@@ -43,13 +43,20 @@ def make_app(
     chat_template: str | PathLike[str] | None = None,
     verbose: bool = False,
 ) -> Starlette:
-    """The app, with the model loaded; its lifespan closes it, and `app.state.engine` ends what is under way.
+    """Loads the model, and returns the app. Its lifespan closes the model; `app.state.engine` ends running requests.
 
-    alias: name of the model for clients. prune: config of requests that name none. The rest as for StarVLM.
+    Args not named here are as for StarVLM.
+
+    Args:
+        policy: What is allowed.
+        prune: Config of requests without `prune`.
+        alias: Name of the model for clients.
 
     Raises:
-        ConfigError: an option that cannot be used. ModelFileError, ModelMismatchError, UnsupportedModelError: nor the
-            files.
+        ConfigError: An option cannot be used.
+        ModelFileError: A file is missing, damaged, or of another kind.
+        ModelMismatchError: The mmproj file does not belong to the text model.
+        UnsupportedModelError: A file cannot be used, or has no chat template.
         EngineError: llama.cpp could not create a context.
     """
     default = resolve_prune(prune)
@@ -123,9 +130,7 @@ def make_app(
 
 
 def check_numbers(n_ctx: int, n_ubatch: int, n_gpu_layers: int, n_threads: int | None) -> None:
-    """Raises ConfigError for what llama.cpp would abort on, or take for something else. The options are those of
-    `star-edge serve`.
-    """
+    """Raises ConfigError for numbers that llama.cpp would abort on or misread. Names are those of the command line."""
     for option, value, least in (
         ("-c", n_ctx, 0),
         ("-ub", n_ubatch, 1),

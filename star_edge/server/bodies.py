@@ -1,7 +1,6 @@
-"""Request bodies as they arrive: one bound for the memory of all that are held, and for the time of each.
+"""Request bodies as they arrive, with a bound for the memory of all together, and for the time of each.
 
-A body is held from its first byte until its request needs it no more. Knows neither HTTP's headers nor what bodies
-mean.
+A body counts from its first byte until its request no longer needs it. Knows neither HTTP headers nor what bodies mean.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import anyio
 
 
 class Refusal(Exception):
-    """A request that is not let in. status: of HTTP. code: of OpenAI's error object."""
+    """A request that is refused. status: HTTP status. code: the code in OpenAI's error object."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
         self.status, self.code = status, code
@@ -21,17 +20,17 @@ class Refusal(Exception):
 
 
 class Body:
-    """One body. data: what has come of it; `release` when the request is over."""
+    """One body. data: what has arrived. Call `release` when the request is over."""
 
     def __init__(self, bodies: Bodies) -> None:
-        self.data = bytearray()  # grown in place: parts would be in memory twice when they are joined
+        self.data = bytearray()  # grows in place: parts would be in memory twice when joined
         self.n_bytes = 0
         self._bodies = bodies
         self._scope = anyio.CancelScope()
         self._given_up = False
 
     def release(self) -> None:
-        """Its bytes are counted no more. Calling it again does nothing."""
+        """Stops counting its bytes. Calling it again does nothing."""
         self._bodies.n_held -= self.n_bytes
         self.n_bytes = 0
         self.data = bytearray()
@@ -43,10 +42,10 @@ class Body:
         self._scope.cancel()
 
     async def read(self, receive: Callable[[], Awaitable[dict[str, Any]]]) -> bool:
-        """Reads it whole; False when the client has left.
+        """Reads the whole body. False: the client has left.
 
         Raises:
-            Refusal: it is too large, took too long, or there is no room for it.
+            Refusal: The body is too large or too slow, or there is no room for it.
         """
         bodies = self._bodies
         if len(bodies.arriving) >= bodies.max_arriving:
@@ -86,12 +85,17 @@ class Body:
 class Bodies:
     """All bodies of a server.
 
-    max_bytes: of one body. max_held: of all together. seconds: how long one may take to arrive. max_arriving: how many
-        may arrive at once.
+    If there is no room, the body that began to arrive first is given up. Slow clients therefore cannot keep others out.
 
-    Where there is no room, the body that began to arrive first is given up, so that clients who send slowly cannot keep
-    others out.
-    n_held: bytes that are held. arriving: bodies that are not whole yet, in order of their beginning.
+    Args:
+        max_bytes: Bytes of one body.
+        max_held: Bytes of all bodies together.
+        seconds: Seconds that a body may take to arrive.
+        max_arriving: Bodies that may arrive at once.
+
+    Attributes:
+        n_held: Bytes that are held.
+        arriving: Bodies that are not complete yet, in order of arrival.
     """
 
     def __init__(self, max_bytes: int, max_held: int, seconds: float, max_arriving: int = 256) -> None:
@@ -104,10 +108,10 @@ class Bodies:
         return Refusal(413, f"the request is larger than {self.max_bytes} bytes: {remedy}", "too_large")
 
     def make_room(self, body: Body, n: int) -> None:
-        """For n bytes more of a body that arrives; it may be the one that is given up.
+        """Makes room for n more bytes of an arriving body, which may itself be given up.
 
         Raises:
-            Refusal: whole bodies, whose requests wait, take all the room.
+            Refusal: Complete bodies, whose requests wait, take all the room.
         """
         of_waiting = self.n_held - sum(other.n_bytes for other in self.arriving)
         if of_waiting + body.n_bytes + n > self.max_held:

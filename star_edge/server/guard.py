@@ -1,6 +1,6 @@
 """What every HTTP request passes first: who may call, how much it may send, and how many may wait.
 
-ASGI middleware that knows headers and bytes; knows neither models nor images.
+ASGI middleware that knows headers and bytes. Knows neither models nor images.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .schema import error_body
 from .settings import Policy
 
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
-TICKET = "star_edge.ticket"  # of a request's scope
+TICKET = "star_edge.ticket"  # key in a request's scope
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class Ticket:
-    """A request's place among those that wait, and the room of its body."""
+    """A request's place in the queue, and the memory of its body."""
 
     def __init__(self, guard: Guard, body: Body) -> None:
         self._guard: Guard | None = guard
@@ -30,12 +30,12 @@ class Ticket:
         guard.n_waiting += 1
 
     def take_body(self) -> bytearray:
-        """The whole body; the second time it is empty. Its room stays taken, for what was made of it."""
+        """The whole body; empty the second time. Its memory still counts, for what is made of it."""
         data, self._body.data = self._body.data, bytearray()
         return data
 
     def release(self) -> None:
-        """The request needs neither any more. Calling it again does nothing."""
+        """Gives up place and memory. Calling it again does nothing."""
         if self._guard is not None:
             self._guard.n_waiting -= 1
             self._guard = None
@@ -43,10 +43,17 @@ class Ticket:
 
 
 class Guard:
-    """Refuses what the policy does not allow; reads bodies whole before anything else sees them.
+    """Refuses what the policy does not allow. Reads whole bodies before anything else sees them.
 
-    on_post: called with the path and the status of every POST request that was answered.
-    n_waiting: requests that are here whole and not answered yet.
+    Args:
+        app: The application behind it.
+        policy: What is allowed.
+        on_post: Called with the path and status of every answered POST request.
+        paths: Paths that on_post names; others are "other".
+        bodies: The bodies that arrive.
+
+    Attributes:
+        n_waiting: Requests that have arrived and are not answered yet.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class Guard:
             return
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        status = 499  # the client left before there was one, as nginx writes it
+        status = 499  # nginx's code: the client left before there was a status
 
         async def note_status(message: dict[str, Any]) -> None:
             nonlocal status
@@ -80,7 +87,7 @@ class Guard:
         except Refusal as refusal:
             await _answer(note_status, refusal)
         finally:
-            if scope["method"] == "POST":  # names of other paths are strangers' words, and each would be kept for good
+            if scope["method"] == "POST":  # other paths are a stranger's text, and each would be kept for ever
                 self.on_post(scope["path"] if scope["path"] in self.paths else "other", status)
 
     async def _post(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -116,11 +123,10 @@ class Guard:
             raise Refusal(503, f"{self.policy.max_queue} requests wait already: ask again later", "queue_full")
 
     def _check_caller(self, scope: dict[str, Any]) -> None:
-        headers = dict(scope["headers"])  # of a repeated header the last, here and for all that is checked
+        headers = dict(scope["headers"])  # the last of a repeated header, for every check
         host = headers.get(b"host", b"").decode("latin-1")
         if self.policy.is_local and _name(host) not in self._names:
-            # A foreign site whose name was pointed at this machine would otherwise be the same origin as the server for
-            # a browser.
+            # Otherwise a foreign site whose name points at this machine would have the server's origin for a browser.
             raise Refusal(403, f"this server is localhost, not {host[:100]!r}: use its own address", "wrong_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
         foreign = origin and scope["method"] not in ("GET", "HEAD") and _site(origin) != host.lower()
@@ -141,7 +147,7 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """The name in a Host header, without the port."""
     try:
         return urllib.parse.urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -149,7 +155,7 @@ def _name(host: str) -> str:
 
 
 def _site(origin: str) -> str | None:
-    """What an Origin header has in place of a Host header; None for what is no origin."""
+    """The host and port of an Origin header; None if it is not valid."""
     try:
         return urllib.parse.urlsplit(origin).netloc.lower() or None
     except ValueError:  # "http://["
@@ -164,6 +170,6 @@ async def _answer(send: Send, refusal: Refusal) -> None:
     if refusal.status == 408:
         headers.append(
             (b"connection", b"close")
-        )  # of others the rest is read and dropped: a reset could overtake the answer
+        )  # for others the rest of the body is read and dropped: a reset could overtake the answer
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,6 +1,4 @@
-"""Chat completions as jobs: each waits for its turn at the one Llama, runs in threads, and can be stopped from
-outside.
-"""
+"""Chat completions as jobs: each waits for its turn at the Llama, runs in threads, and can be stopped from outside."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from ..report import PruneReport
 from .metrics import Metrics
 from .schema import ChatRequest
 
-# Fields of a request that are Llama.create_chat_completion's under the same name
+# Fields of a request that Llama.create_chat_completion takes by the same name
 _TO_LLAMA = {
     "functions",
     "function_call",
@@ -55,7 +53,7 @@ _MAX_BIASES = 4096
 
 
 class Pictures:
-    """The image_loader of the handler: images of the request under way, under the names that stand in its messages."""
+    """The handler's image_loader: the images of the request under way, by the names in its messages."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self.sources: dict[str, str | bytes] = {}
@@ -73,8 +71,10 @@ class Pictures:
 
 
 class Handler(StarChatHandler):
-    """n_prompt: tokens of the last prompt that was read, before pruning, as `usage` counts them: the chunks of a stream
-    do not say.
+    """A StarChatHandler that knows `usage` of streams too.
+
+    Attributes:
+        n_prompt: Tokens of the last prompt before pruning, as `usage` counts them. A stream's chunks do not have them.
     """
 
     n_prompt = 0
@@ -86,8 +86,11 @@ class Handler(StarChatHandler):
 
 
 class Engine:
-    """The Llama, for jobs. waiting: jobs whose turn has not come. answering: jobs that have the Llama, 0 or 1, until
-    they let go of it.
+    """The Llama, for jobs.
+
+    Attributes:
+        waiting: Jobs whose turn has not come.
+        answering: Jobs that have the Llama, 0 or 1.
     """
 
     def __init__(self, llama: Llama, handler: Handler, pictures: Pictures, model: str) -> None:
@@ -96,7 +99,7 @@ class Engine:
         self.waiting = self.answering = 0
         self.jobs: set[Job] = set()
         self.metrics = Metrics(lambda: self.waiting)
-        # A thread of its own: slow downloads and other routes may have taken all of the default ones.
+        # Its own thread: slow downloads and other routes may occupy all default ones.
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
 
     def stop_jobs(self) -> None:
@@ -104,7 +107,7 @@ class Engine:
             job.stop()
 
     async def stop(self) -> None:
-        """Ends every job, and returns when none uses the Llama any more."""
+        """Ends every job. Returns when none uses the Llama."""
         self.stop_jobs()
         while self.jobs:
             await anyio.sleep(0.01)
@@ -113,7 +116,7 @@ class Engine:
 class Job:
     """One chat completion, begun by `start`.
 
-    It is a task of its own: the Llama must be given back by the task that took it, whoever waits for the results.
+    It runs in its own task, because the task that takes the Llama must give it back, whoever waits for the results.
     """
 
     def __init__(
@@ -126,7 +129,7 @@ class Job:
         arrived: float,
         on_end: Callable[[], None],
     ) -> None:
-        """messages, images: see `messages` and `Pictures`. on_end: called when the job needs its request no more."""
+        """messages, images: see `messages` and `Pictures`. on_end: called when the job no longer needs its request."""
         self._engine, self._body, self._messages, self._config, self._images = engine, body, messages, config, images
         self._arrived, self._on_end = arrived, on_end
         self._scope = anyio.CancelScope()
@@ -134,7 +137,7 @@ class Job:
         self._is_waiting = False
         self._error: Exception | None = None
         self._n_chunks = 0
-        # Without a bound: the engine never waits for a client that reads slowly, and an answer is never longer than the
+        # No bound: the engine must not wait for a client that reads slowly, and an answer is never longer than the
         # context.
         pieces: tuple[MemoryObjectSendStream[Any], MemoryObjectReceiveStream[Any]]
         pieces = anyio.create_memory_object_stream(math.inf)
@@ -145,12 +148,12 @@ class Job:
         self._task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
-        """Nobody wants the rest: ends within about a token, at once if the turn has not come."""
+        """Ends the job: at once if its turn has not come, otherwise within about a token."""
         self._stopped.set()
         self._scope.cancel()
 
     async def results(self) -> AsyncIterator[dict[str, Any]]:
-        """The response, or the chunks of a stream; raises what went wrong."""
+        """The response, or the chunks of a stream. Raises the job's error."""
         async for result in self._receive:
             yield result
         if self._error is not None:
@@ -221,10 +224,10 @@ class Job:
         self._send.send_nowait(result)
 
     def _begin(self) -> tuple[Any, PruneReport]:
-        """In a thread, with the Llama to itself: reads the prompt, and answers too unless the answer is streamed."""
+        """Reads the prompt, and answers unless the answer is streamed. Runs in a thread that has the Llama."""
         engine, body = self._engine, self._body
         kwargs = body.model_dump(include=_TO_LLAMA)
-        kwargs["model"] = body.model or engine.model  # Llama would tell the path of its file
+        kwargs["model"] = body.model or engine.model  # Llama would reveal the path of its file
         kwargs["max_tokens"] = body.most_tokens
         if body.logit_bias:
             kwargs["logit_bias"] = _biases(engine.llama, body)
@@ -247,10 +250,12 @@ class Job:
 
 
 def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
-    """logit_bias by token; with logit_bias_type "tokens" its names are texts, and all tokens of a text have its bias.
+    """logit_bias by token id.
+
+    With logit_bias_type "tokens" its names are texts, and all tokens of a text get its bias.
 
     Raises:
-        ConfigError: a name that is no token, or more than can be looked at in a moment.
+        ConfigError: A name is not a token, or there are too many.
     """
     asked = body.logit_bias or {}
     if sum(len(name) for name in asked) > 8 * _MAX_BIASES or len(asked) > _MAX_BIASES:
@@ -262,13 +267,13 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
         elif name.isascii() and name.isdigit() and len(name) < 10:
             biases[int(name)] = bias
         else:
-            raise ConfigError(f"logit_bias: {name[:60]!r} is no token", f"use ids of 0 to {llama.n_vocab() - 1}")
+            raise ConfigError(f"logit_bias: {name[:60]!r} is not a token id", f"use ids of 0 to {llama.n_vocab() - 1}")
     return biases
 
 
 @contextlib.contextmanager
 def _afresh(handler: Handler) -> Iterator[None]:
-    """A prompt that is read inside uses neither encoder outputs nor text of earlier ones, and leaves none."""
+    """A prompt that is read inside the block uses nothing of earlier ones, and leaves nothing."""
     reader = handler._reader
     assert reader is not None and reader.encoder is not None  # the server starts with both
     before = reader.reuse, reader.encoder.cache
@@ -280,7 +285,7 @@ def _afresh(handler: Handler) -> Iterator[None]:
 
 
 def _kept(report: PruneReport) -> list[dict[str, Any]]:
-    """For each image, which tokens stayed and where tokens lie; names are those of ImageReport."""
+    """For each image, which tokens stayed and where they lie. Names are those of ImageReport."""
     return [
         {
             "picture": image.picture,

@@ -1,8 +1,7 @@
-"""The messages and tools of a request, as OpenAI's clients send them: checked field by field, and their images taken
-out.
+"""The messages and tools of a request, as OpenAI's clients send them. Checks them field by field, and takes out images.
 
-What is unambiguous is put into OpenAI's form; anything else is refused, and the error names the place. What a chat
-template makes of a role or of a list is the handler's affair. Knows neither models nor pixels.
+What is unambiguous is put into OpenAI's form. Anything else is refused, and the error names the place. The handler
+deals with what a chat template makes of roles and lists. Knows neither models nor pixels.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ _KEYS = {
     "annotations",
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_WITHOUT_EFFECT = {"cache_control", "annotations"}  # of a part: hints, and what an answer came with
+_WITHOUT_EFFECT = {"cache_control", "annotations"}  # in a part: hints, and annotations of an answer
 _IMAGES = {
     "image_url": ("image_url",),
     "input_image": ("image_url",),
     "image": ("url", "image", "image_url", "source"),
-}  # where a part of a type has it
+}  # type of a part -> the fields that may hold its image
 
 
 class FieldError(PromptError):
-    """A field of a request that cannot be used. field: its place, such as messages.0.content.1."""
+    """A field of a request cannot be used. field: its place, such as messages.0.content.1."""
 
     def __init__(self, field: str, cause: str, remedy: str) -> None:
         self.field = field
@@ -47,15 +46,18 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The messages in one form, and the URLs of their images in order: in place of each URL stands `image_name` of its
-    number.
+    """Reads messages.
 
-    Nulls are left out, but for the content of an assistant.
+    Args:
+        messages: As the client sent them.
+        max_parts: Messages and parts at most. Each takes at least one token.
 
-    max_parts: messages and parts together; each takes a token at least.
+    Returns:
+        The messages in one form, with `image_name` in place of each URL and without nulls (but for an assistant's
+        content); and the URLs of the images, in order.
 
     Raises:
-        FieldError: the first thing that cannot be used.
+        FieldError: The first field that cannot be used.
     """
     urls: list[str] = []
     n_parts = len(messages) + sum(len(m["content"]) for m in messages if isinstance(m.get("content"), list))
@@ -78,7 +80,7 @@ def _message(message: dict[str, Any], at: str, urls: list[str]) -> dict[str, Any
     if not isinstance(role, str) or role not in _ROLES:
         raise FieldError(
             f"{at}.role",
-            "missing" if role is None else f"{str(role)[:60]!r} is no role",
+            "missing" if role is None else f"{str(role)[:60]!r} is not a role",
             f"use one of {', '.join(_ROLES)}",
         )
     for name in message:
@@ -130,12 +132,10 @@ def _part(part: Any, at: str, urls: list[str]) -> dict[str, Any]:
 
 
 def _url(part: dict[str, Any], kind: str, at: str) -> str:
-    """OpenAI's `{"type": "image_url", "image_url": {"url": U}}`, with U alone in its place, and what other APIs
-    write.
-    """
+    """The URL of an image part: OpenAI's {"image_url": {"url": U}}, U alone, or the forms of other APIs."""
     key = next((name for name in _IMAGES[kind] if name in part), _IMAGES[kind][0])
     image = part.pop(key, None)
-    part.pop("detail", None)  # of OpenAI's encoder, which cuts pictures up or not
+    part.pop("detail", None)  # whether OpenAI's encoder cuts the picture up
     _refuse_more(part, at)
     if isinstance(image, dict):
         at, key, image = f"{at}.{key}", "url", {name: value for name, value in image.items() if value is not None}
@@ -176,29 +176,31 @@ def _check_calls(message: dict[str, Any], at: str) -> None:
 
 def _check_call(function: Any, at: str) -> None:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FieldError(at, "no function call", 'send {"name": "...", "arguments": "..."}')
+        raise FieldError(at, "not a function call", 'send {"name": "...", "arguments": "..."}')
     if not isinstance(function.setdefault("arguments", "{}"), (str, dict)):
         raise FieldError(f"{at}.arguments", "neither text nor an object", "send JSON as text")
 
 
 def read_functions(functions: list[Any], at: str) -> list[dict[str, Any]]:
-    """Function objects with a name and, where they have no parameters, a schema that takes none.
+    """Checks function objects. A function without parameters gets a schema that takes none.
 
     Raises:
-        FieldError: what is no function.
+        FieldError: An entry is not a function.
     """
     return [_function(function, f"{at}.{i}") for i, function in enumerate(functions)]
 
 
 def read_tools(tools: list[Any]) -> list[dict[str, Any]]:
-    """Tools, all of them functions, as `read_functions` has them.
+    """Checks tools, all of which must be functions, as `read_functions` does.
 
     Raises:
-        FieldError: what is no such tool.
+        FieldError: An entry is not such a tool.
     """
     for i, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type", "function") != "function":
-            raise FieldError(f"tools.{i}", "no function", 'a tool is {"type": "function", "function": {"name": "..."}}')
+            raise FieldError(
+                f"tools.{i}", "not a function", 'a tool is {"type": "function", "function": {"name": "..."}}'
+            )
     return [
         {"type": "function", "function": _function(tool.get("function"), f"tools.{i}.function")}
         for i, tool in enumerate(tools)
@@ -210,12 +212,12 @@ def _function(function: Any, at: str) -> dict[str, Any]:
         raise FieldError(f"{at}.name", "missing or not a string", 'a function is {"name": "...", "parameters": {...}}')
     known: dict[str, Any] = {name: value for name, value in function.items() if value is not None}
     if not isinstance(known.setdefault("parameters", {"type": "object", "properties": {}}), dict):
-        raise FieldError(f"{at}.parameters", "no JSON schema", "send an object")
+        raise FieldError(f"{at}.parameters", "not a JSON schema", "send an object")
     return known
 
 
 def check_tool_choice(choice: Any, names: list[str]) -> None:
-    """Raises FieldError for what is neither none, auto nor required, nor one of the tools."""
+    """Raises FieldError unless the choice is none, auto, required, or one of the tools."""
     if choice in (None, "none", "auto"):
         return
     if not names:
@@ -234,5 +236,5 @@ def check_tool_choice(choice: Any, names: list[str]) -> None:
         )
     if name not in names:
         raise FieldError(
-            "tool_choice", f"{name[:60]!r} is no tool of this request", f"use one of {', '.join(names[:10])}"
+            "tool_choice", f"{name[:60]!r} is not a tool of this request", f"use one of {', '.join(names[:10])}"
         )

@@ -15,9 +15,9 @@ _Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 
 class Metrics:
-    """A registry of its own, so that several servers can live in a process.
+    """Counters in their own registry, so that several servers fit in a process.
 
-    queue_length: tells how many chat completions wait for their turn.
+    queue_length: gives the number of chat completions that wait for their turn.
     """
 
     def __init__(self, queue_length: Callable[[], int]) -> None:

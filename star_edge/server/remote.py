@@ -1,6 +1,6 @@
-"""Fetches images from URLs of strangers: from public addresses only, and never longer or more than allowed.
+"""Fetches images from strangers' URLs: from public addresses only, within limits of time and size.
 
-Knows HTTP and addresses; knows neither image formats nor requests.
+Knows HTTP and addresses. Knows neither image formats nor requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..io.images import USER_AGENT
 MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# IANA's registries of special-purpose addresses: what `ipaddress` knows of them differs between versions of Python
+# IANA's registries of special-purpose addresses. What `ipaddress` knows of them depends on the Python version.
 _SPECIAL = [
     ipaddress.ip_network(network)
     for network in (
@@ -48,21 +48,25 @@ _SPECIAL = [
         "3fff::/20",
     )
 ]
-_GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # all that IANA has ever given out as global unicast
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")  # all that IANA has assigned as global unicast
 _REMEDY = "check the URL, or send the image as a data: URL"
 
 
 def fetch(url: str, max_bytes: int, seconds: float = 20.0) -> bytes:
-    """The body at an http:// or https:// URL.
+    """Fetches the body at an http:// or https:// URL.
 
-    The name is resolved once for each hop, every address of it is checked, and the connection goes to a checked
-    address, so that a name that changes its address in between gains nothing. Proxies of the environment are not used:
-    they resolve names themselves.
+    The name is resolved once per hop, all its addresses are checked, and the connection goes to a checked address. A
+    name that changes its address in between gains nothing. The environment's proxies are not used, because they resolve
+    names themselves.
 
-    seconds: for everything together, redirects included; resolving names has the resolver's own limit.
+    Args:
+        url: The URL.
+        max_bytes: Bytes of the body at most.
+        seconds: Limit for everything, redirects included. Resolving names has the resolver's own limit.
 
     Raises:
-        ImageError: no such URL, an address that is not public, or no answer. ImageTooLargeError: more than max_bytes.
+        ImageError: The URL is not valid, its address is not public, or there is no answer.
+        ImageTooLargeError: The body has more than max_bytes.
     """
     deadline = _Deadline(seconds)
     try:
@@ -85,7 +89,7 @@ def fetch(url: str, max_bytes: int, seconds: float = 20.0) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also as an IPv6 address that stands for an IPv4 one."""
+    """Whether an IP address is on the public internet. IPv6 addresses that stand for IPv4 ones are checked as those."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
@@ -95,15 +99,13 @@ def is_public(address: str) -> bool:
             return False
     if any(
         ip.version == network.version and ip in network for network in _SPECIAL
-    ):  # tunnels of the past, to who knows where, among them
+    ):  # among them old tunnels, whose ends are unknown
         return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private)
 
 
 class _Deadline:
-    """Shuts the socket under way when the time is up: a server that sends a byte now and then would pass any timeout of
-    single reads.
-    """
+    """Shuts the socket when the time is up. A server that sends a byte now and then would pass every read timeout."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -132,7 +134,7 @@ class _Deadline:
 
 
 def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, str]:
-    """The body and the URL, or None and where the answer redirects to."""
+    """The body and the URL; or None and the URL of a redirect."""
     parts = urllib.parse.urlsplit(url)
     if (
         parts.scheme not in ("http", "https")
@@ -142,7 +144,7 @@ def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, s
         or re.search(r"[\s\\]", url)
     ):
         raise ImageError(
-            f"{_shown(url)} is no URL that is fetched", "use http:// or https://, without a user name, percent-encoded"
+            f"{_shown(url)} is not a URL that is fetched", "use http(s)://, without a user name, percent-encoded"
         )
     connection = http.client.HTTPConnection(parts.hostname, 0)
     try:
@@ -170,7 +172,7 @@ def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, s
                     raise ImageTooLargeError(
                         f"{_shown(url)} is larger than the {max_bytes} bytes allowed", "send a smaller image"
                     )
-            if response.length:  # of what Content-Length promised, also when the deadline cut it
+            if response.length:  # missing of Content-Length, perhaps cut by the deadline
                 raise TimeoutError if deadline.passed else http.client.IncompleteRead(b"", response.length)
             if deadline.passed:
                 raise TimeoutError
@@ -180,7 +182,7 @@ def _get(url: str, max_bytes: int, deadline: _Deadline) -> tuple[bytes | None, s
 
 
 def _connect(parts: urllib.parse.SplitResult, deadline: _Deadline) -> socket.socket:
-    """A connection to an address of the URL's host, none of which may be private."""
+    """A connection to the URL's host. All its addresses must be public."""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
@@ -213,6 +215,6 @@ def _connect(parts: urllib.parse.SplitResult, deadline: _Deadline) -> socket.soc
 
 
 def _shown(url: str) -> str:
-    """Without user names and queries, which hold secrets, and short."""
+    """The URL for messages: short, without user names and queries, which may be secret."""
     text = re.sub(r"(?<=://)[^/]*@", "", re.split(r"[?#]", url, maxsplit=1)[0])[:160]
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -49,7 +49,7 @@ _PAGE_HEADERS = {
 
 
 def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bodies: Bodies) -> list[Route]:
-    # Downloads may be slow: they wait for each other, and for nothing else to wait for them.
+    # Downloads may be slow: they have their own threads, so that nothing else waits for them.
     fetch = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(8))
 
     async def chat(request: Request) -> Response:
@@ -63,7 +63,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
                 body = read_request(ticket.take_body())
                 config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
                 messages, urls = read_messages(body.messages, engine.llama.n_ctx())
-                body.messages = []  # the images are in urls alone
+                body.messages = []  # the images are now in urls only
                 if len(urls) > policy.max_images:
                     remedy = f"send at most {policy.max_images}, or start the server with --max-images"
                     raise ImageError(f"the request has {len(urls)} images", remedy)
@@ -73,9 +73,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
                 del images
                 job.start()
                 results = job.results()
-                first = await anext(
-                    results
-                )  # before the status line is sent: what is wrong with a request shows by now
+                first = await anext(results)  # before the status line is sent, so that an error still has a status
         except Exception as error:
             return _failed(error, engine)
         finally:
@@ -98,9 +96,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         return JSONResponse(_model(engine))
 
     async def health(_: Request) -> Response:
-        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while the engine
-        works, for whomever.
-        """
+        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while one runs."""
         counts = {"receiving": len(bodies.arriving), "waiting": engine.waiting, "answering": engine.answering}
         return JSONResponse({"status": "ok", **counts})
 
@@ -111,7 +107,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         return FileResponse(_PAGE / "index.html", media_type="text/html", headers=_PAGE_HEADERS)
 
     async def setup(_: Request) -> Response:
-        """What the page has to know before it has a key, so nothing that a key protects."""
+        """What the page needs before it has a key. Nothing that the key protects is in it."""
         return JSONResponse(
             {
                 "version": __version__,
@@ -146,7 +142,7 @@ def _model(engine: Engine) -> dict[str, Any]:
 
 
 def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
-    """OpenAI's form for what no route answers, and for what nobody foresaw."""
+    """OpenAI's form for paths without a route, and for unexpected errors."""
     served = ", ".join(sorted(route.path for route in routes if route.path.startswith("/v1") and "{" not in route.path))
 
     async def http_error(request: Request, error: Exception) -> Response:
@@ -185,7 +181,7 @@ def _failed(error: Exception, engine: Engine) -> Response:
 async def _events(
     job: Job, first: dict[str, Any], results: AsyncIterator[dict[str, Any]], engine: Engine
 ) -> AsyncIterator[dict[str, str]]:
-    """The chunks as server-sent events; the status line is out, so an error is an event too."""
+    """The chunks as server-sent events. The status line is sent already, so an error is an event too."""
     finished = False
     try:
         yield {"data": json.dumps(first)}
@@ -204,16 +200,15 @@ async def _events(
 
 
 async def _source(url: str, policy: Policy, fetch: Any) -> str | bytes:
-    """What load_image makes pixels of when the turn has come: a data: URL as it is, of base64 alone too, or the bytes
-    behind an http(s) URL.
+    """The source for load_image: a data: URL, also for base64 alone, or the bytes behind an http(s) URL.
 
     Raises:
-        ImageError: any other kind of URL, or one that is not allowed.
+        ImageError: Another kind of URL, or one that is not allowed.
     """
     url = url.strip()
     if re.match(r"data:", url, re.IGNORECASE):
         return url
-    if _BASE64.fullmatch(url):  # no path can be meant: none is read
+    if _BASE64.fullmatch(url):  # not a path: the server reads none
         return f"data:;base64,{url}"
     if not re.match(r"https?:", url, re.IGNORECASE):
         raise ImageError("an image is neither a data: nor an http(s) URL", "send it as data:image/png;base64,...")

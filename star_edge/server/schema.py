@@ -1,4 +1,4 @@
-"""A chat completion request: llama-cpp-python's fields, OpenAI's and star_edge's; and OpenAI's form of an error."""
+"""A chat completion request, with fields of llama-cpp-python, OpenAI and star_edge; and OpenAI's form of an error."""
 
 from __future__ import annotations
 
@@ -55,10 +55,9 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(CreateChatCompletionRequest):
-    """llama-cpp-python's request with what OpenAI's clients send besides, and how to prune for it. Unknown fields are
-    refused.
+    """llama-cpp-python's request, with OpenAI's further fields, and how to prune. Unknown fields are refused.
 
-    The parts of messages, tools and response_format are checked by `messages` and by the handler.
+    `messages` and the handler check the parts of messages, tools and response_format.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -83,7 +82,7 @@ class ChatRequest(CreateChatCompletionRequest):
     repeat_penalty: float = Field(default=1.1, gt=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     n: Literal[1] = 1
-    # What changes nothing here, in any value that is allowed
+    # Fields without effect
     model: str | None = Field(default=None, max_length=1000)
     user: str | None = None
     safety_identifier: str | None = None
@@ -121,7 +120,7 @@ class ChatRequest(CreateChatCompletionRequest):
     def _known_format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         kind = None if value is None else value.get("type")
         if kind not in ("text", "json_object", "json_schema"):
-            raise ValueError("its type is none of text, json_object and json_schema")
+            raise ValueError("its type is not text, json_object or json_schema")
         schema = value.get("json_schema") if value is not None and kind == "json_schema" else None
         if kind == "json_schema" and (
             not isinstance(schema, dict) or not isinstance(schema.get("schema"), (dict, bool))
@@ -131,15 +130,16 @@ class ChatRequest(CreateChatCompletionRequest):
 
     @property
     def most_tokens(self) -> int | None:
-        """Of the answer; None: as many as fit the context."""
+        """Most tokens of the answer; None: as many as fit the context."""
         return min((n for n in (self.max_tokens, self.max_completion_tokens) if n is not None), default=None)
 
 
 def read_request(body: bytes | bytearray) -> ChatRequest:
-    """The request in a body. A null is a field's default, but `prune` is off then, as None is in Python.
+    """The request in a body. A null stands for a field's default, but turns `prune` off, like None in Python.
 
     Raises:
-        FieldError: the first field that cannot be used. PromptError: the body is no JSON object.
+        FieldError: The first field that cannot be used.
+        PromptError: The body is not a JSON object.
     """
     values = _parse(body)
     unknown = sorted(set(values) - set(ChatRequest.model_fields))
@@ -170,7 +170,7 @@ def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _invalid(error: ValidationError) -> FieldError:
-    """The first of what pydantic found."""
+    """The first error that pydantic found."""
     found = error.errors(include_url=False, include_input=False)[0]
     field = ".".join(str(step) for step in found["loc"])
     cause = found["msg"].removeprefix("Value error, ")
@@ -185,9 +185,7 @@ def _invalid(error: ValidationError) -> FieldError:
 
 
 def _parse(body: bytes | bytearray) -> dict[str, Any]:
-    """Raises PromptError for a body that is no JSON object, or whose values are not those of JSON: NaN, infinity, half
-    a surrogate pair.
-    """
+    """The object in a body. Raises PromptError unless it is one, without NaN, infinity and half surrogate pairs."""
     n = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if n > _MAX_VALUES:
         raise PromptError(f"the request has {n} JSON values", f"send at most {_MAX_VALUES}")
@@ -196,7 +194,7 @@ def _parse(body: bytes | bytearray) -> dict[str, Any]:
         _check_text(values)
     except UnicodeError as error:
         raise PromptError(
-            "the request holds characters that are no text", "send UTF-8, and surrogates in pairs"
+            "the request has bytes or characters that are not text", "send UTF-8, and surrogates in pairs"
         ) from error
     except RecursionError as error:
         raise PromptError("the request is nested too deeply", "send fewer lists and objects in each other") from error
@@ -208,19 +206,19 @@ def _parse(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits[:30]} is no number that can be held")
+        raise ValueError(f"{digits[:30]} is not a finite number")
     return value
 
 
 def _check_text(value: Any, depth: int = 0) -> None:
-    """Raises UnicodeEncodeError for text with half of a surrogate pair, which JSON can write as \\ud800; RecursionError
-    below _MAX_DEPTH.
+    """Raises UnicodeEncodeError for half a surrogate pair, which JSON can write as \\ud800, and RecursionError for
+    values deeper than _MAX_DEPTH.
     """
     if depth > _MAX_DEPTH:
         raise RecursionError
@@ -237,11 +235,10 @@ def _check_text(value: Any, depth: int = 0) -> None:
 
 
 def parse_prune(value: Any) -> PruneConfig | None:
-    """The config of a `prune` field that a request has. null is "off", as None is in Python; a name is never that of a
-    file.
+    """The config of a request's `prune` field. null turns pruning off. A name is never that of a file.
 
     Raises:
-        ConfigError: no preset, an unknown field, or a value that PruneConfig refuses.
+        ConfigError: The preset or a field is unknown, or PruneConfig refuses a value.
     """
     if value is None:
         return None
@@ -278,9 +275,7 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body for what went wrong with a request. What is not star_edge's own error is not shown to the
-    client.
-    """
+    """HTTP status and body for an error. The client sees only errors of star_edge."""
     if isinstance(error, ContextLengthError):
         return 400, error_body(str(error), "invalid_request_error", "context_length_exceeded", "messages")
     if isinstance(error, _OF_THE_CLIENT):

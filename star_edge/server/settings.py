@@ -12,18 +12,23 @@ from ..io.images import ImageLimits
 
 @dataclass(frozen=True)
 class Policy:
-    """host: what the server is bound to. api_key: what clients must send as Bearer token, None for nothing.
+    """What the server allows.
 
-    allow_remote_images: fetch http(s) image URLs, from public addresses only.
-    max_image_bytes, max_image_pixels: of each image, encoded and decoded. max_images: of one request.
-    max_body_bytes: of a request's body; an image takes 4/3 of its bytes there.
-    max_held_bytes: of all bodies that arrive or whose requests wait, together. body_seconds: how long one may take to
-        arrive.
-    max_queue: requests that wait while one is answered.
-    cors_origins: other sites whose pages may call, such as https://example.org, "*" for any.
+    Attributes:
+        host: Address that the server is bound to.
+        api_key: Bearer token that clients must send. None: none.
+        allow_remote_images: Fetch http(s) image URLs, from public addresses only.
+        max_image_bytes: Bytes of an encoded image.
+        max_image_pixels: Pixels of a decoded image.
+        max_images: Images of a request.
+        max_body_bytes: Bytes of a request's body. An image takes 4/3 of its bytes there.
+        max_held_bytes: Bytes of all bodies that arrive, or whose requests wait.
+        max_queue: Requests that wait while one is answered.
+        body_seconds: Seconds that a body may take to arrive.
+        cors_origins: Other sites whose pages may call, such as https://example.org; "*" for any.
 
     Raises:
-        ConfigError: an empty key, a number that allows nothing, or a site that is none.
+        ConfigError: The key is empty or cannot be sent, a number allows nothing, or a site is not valid.
     """
 
     host: str = "127.0.0.1"
@@ -78,19 +83,17 @@ class Policy:
 
     @property
     def image_limits(self) -> ImageLimits:
-        """For images that are here already: nothing is fetched while the engine waits."""
+        """Limits of images that have arrived. Nothing is fetched while the engine waits."""
         return ImageLimits(max_bytes=self.max_image_bytes, max_pixels=self.max_image_pixels, allow_http=False)
 
 
 def _option(name: str) -> str:
-    """As the command line has it."""
+    """The name on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def _check_origin(origin: str) -> None:
-    """Raises ConfigError for what no browser sends as Origin: RFC 6454 has scheme://host[:port], in lower case, and no
-    path.
-    """
+    """Raises ConfigError unless a browser could send it as Origin: scheme://host[:port] in lower case (RFC 6454)."""
     if origin in ("*", "null"):
         return
     try:
@@ -102,5 +105,5 @@ def _check_origin(origin: str) -> None:
     host = f"[{host}]" if ":" in host else host
     if not host or not parts.scheme or origin != f"{parts.scheme}://{host}{port}":
         raise ConfigError(
-            f"--cors-origin {origin!r} is no site", "write https://example.org, without a path, or * for any"
+            f"--cors-origin {origin!r} is not a site", "write https://example.org, without a path, or * for any"
         )

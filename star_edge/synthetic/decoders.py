@@ -24,13 +24,16 @@ def write_decoder(
 ) -> None:
     """Writes a random text decoder.
 
-    dtype is "f32", "f16", "q8_0" or "q4_k_m" (llama.cpp's mix of Q4_K and Q6_K, as random blocks). sharpness scales the
-    queries:
-    above 1 the attention is less uniform. special: tokens of the vocabulary besides bytes, see
-        vocabulary.special_tokens.
+    Args:
+        path: The file.
+        shape: Sizes of the decoder.
+        dtype: "f32", "f16", "q8_0" or "q4_k_m" (llama.cpp's mix of Q4_K and Q6_K, as random blocks).
+        seed: Seed of the weights.
+        sharpness: Factor of the queries. Above 1 the attention is less uniform.
+        special: Tokens of the vocabulary besides bytes, see vocabulary.special_tokens.
 
     Raises:
-        ValueError: an unknown dtype, rows that it cannot hold, or a vocabulary that is too small.
+        ValueError: The dtype is unknown or cannot hold the rows, or the vocabulary is too small.
     """
     s = shape
     file = TensorFile(path, s.arch, dtype, np.random.default_rng(seed))

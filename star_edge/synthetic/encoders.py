@@ -25,10 +25,17 @@ _SIGLIP_COLORS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 def write_encoder(
     path: str | PathLike[str], shape: EncoderShape, projection_dim: int, dtype: str = "f32", seed: int = 0
 ) -> None:
-    """Writes a random vision encoder with its projector; projection_dim is the text decoder's embedding width.
+    """Writes a random vision encoder with its projector.
+
+    Args:
+        path: The file.
+        shape: Sizes of the encoder.
+        projection_dim: Embedding width of the text decoder.
+        dtype: As for write_decoder.
+        seed: Seed of the weights.
 
     Raises:
-        ValueError: an unknown kind or dtype, or rows that it cannot hold.
+        ValueError: The kind or dtype is unknown, or the dtype cannot hold the rows.
     """
     s, d = shape, shape.n_embd
     if s.kind not in _PROJECTORS:
@@ -78,7 +85,7 @@ def write_encoder(
         file.matrix("mm.model.fc.weight", projection_dim, d * s.n_merge**2)
     elif s.kind == "gemma3":
         file.normal("mm.soft_emb_norm.weight", d, mean=1.0)
-        # stored transposed, and transposed by the graph, which no quantized type can be
+        # stored transposed, and transposed by the graph: a quantized type cannot be
         file.normal(
             "mm.input_projection.weight", d, projection_dim, std=d**-0.5, dtype="f32" if dtype == "f32" else "f16"
         )

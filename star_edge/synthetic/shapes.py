@@ -1,6 +1,6 @@
-"""Sizes of decoders and vision encoders, and those of models that people run.
+"""Sizes of decoders and vision encoders, and of models that people run.
 
-The numbers of `SHAPES` are those of the models' published configurations.
+The numbers in `SHAPES` are from the models' published configurations.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a text decoder.
+    """Sizes of a text decoder. Others than these are explained by their names.
 
-    `rope_sections` (t, y, x, unused; sums to head size / 2) makes it a Qwen2-VL decoder (Qwen2.5-VL has the same),
-    `sliding_window` (tokens that all but every sixth layer see) a Gemma 3 decoder. head_size: default n_embd / n_heads.
-    tied: the output matrix is that of the token embeddings.
+    Attributes:
+        rope_sections: (t, y, x, unused), which sum to head size / 2: makes it a Qwen2-VL or Qwen2.5-VL decoder.
+        sliding_window: Tokens that all layers but every sixth see: makes it a Gemma 3 decoder.
+        head_size: 0: n_embd / n_heads.
+        tied: The output matrix is that of the token embeddings.
     """
 
     n_layers: int
@@ -41,15 +43,15 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """Sizes of a vision encoder and its projector.
+    """Sizes of a vision encoder and its projector. Others than these are explained by their names.
 
-    kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "idefics3" (SmolVLM) or "gemma3".
-    n_layers: layers in the file; stock llama.cpp runs one fewer for CLIP.
-    n_merge: patches of a side that become one token of a side (idefics3, gemma3; Qwen has 2, CLIP 1).
-    longest_edge: pixels of the longer side that idefics3 scales a picture to before it cuts it into tiles of
-        image_size.
-    full_attention_every: qwen2.5vl: every so manieth layer sees the whole image, the others windows of 112 pixels.
-    pinpoints: (width, height) of the resolutions that LLaVA-NeXT cuts into crops of image_size.
+    Attributes:
+        kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "idefics3" (SmolVLM) or "gemma3".
+        n_layers: Layers in the file. Stock llama.cpp runs one fewer for CLIP.
+        n_merge: Side, in patches, of the square that becomes a token (idefics3, gemma3; Qwen has 2, CLIP 1).
+        longest_edge: Pixels of the longer side that idefics3 scales a picture to before it cuts tiles of image_size.
+        full_attention_every: qwen2.5vl: one layer in so many sees the whole image, the others windows of 112 pixels.
+        pinpoints: (width, height) of the resolutions that LLaVA-NeXT cuts into crops of image_size.
     """
 
     image_size: int
@@ -69,9 +71,13 @@ class EncoderShape:
 class ModelShape:
     """A vision-language model, and the request that it is measured with.
 
-    dtype: of the decoder's file, as in write_decoder; encoders are f16. picture: (width, height) in pixels;
-        n_image_tokens: what
-    llama.cpp makes of it. about: one line on what the shape stands for.
+    Attributes:
+        decoder: Sizes of the decoder.
+        encoder: Sizes of the encoder.
+        dtype: Type of the decoder's file, as for write_decoder. Encoders are f16.
+        picture: (width, height) in pixels.
+        n_image_tokens: Image tokens that llama.cpp makes of the picture.
+        about: One line on what the shape stands for.
     """
 
     decoder: DecoderShape
