@@ -46,7 +46,10 @@ def assumptions(report: str | Path) -> dict[str, list[str]]:
 def show(found: dict[str, list[str]]) -> int:
     """Prints them, and returns how many fail."""
     for assumption, problems in found.items():
-        print(f"{'FAILS' if problems else 'holds'}  {assumption}" + (f"  ({'; '.join(problems)[:400]})" if problems else ""))
+        print(
+            f"{'FAILS' if problems else 'holds'}  {assumption}"
+            + (f"  ({'; '.join(problems)[:400]})" if problems else "")
+        )
     failed = sum(map(bool, found.values()))
     print(f"{len(found) - failed} of {len(found)} assumptions hold")
     return failed

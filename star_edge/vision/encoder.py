@@ -313,9 +313,7 @@ class VisionEncoder:
         if grid is None and self.profile.sized_grid:
             grid = self.profile.sized_grid(n, raw.size) if raw.size else None
         special = self.profile.special(n, grid) if self.profile.special else None
-        return ImageChunk(
-            raw.handle, n, raw.positions, raw.n_positions, grid, raw.causal, special, content=raw.name
-        )
+        return ImageChunk(raw.handle, n, raw.positions, raw.n_positions, grid, raw.causal, special, content=raw.name)
 
     def _check_size(self, raw: RawImage) -> None:
         size = raw.size if self._n_positions else None
