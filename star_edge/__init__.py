@@ -9,9 +9,9 @@ from typing import Any
 from .chat_handler import StarChatHandler
 from .engine import Answer, AnswerStream, StarVLM
 from .errors import StarEdgeError
+from .llamacpp.mtmd import MEDIA_MARKER
 from .pruning.config import PRESETS, PruneConfig
 from .report import ImageReport, PruneReport
-from .vision.encoder import MEDIA_MARKER
 
 __version__ = "0.1.0"
 _MODULES = {

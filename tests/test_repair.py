@@ -20,6 +20,7 @@ from helpers.reference import ClipEncoder
 from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
 from star_edge.errors import ConfigError
+from star_edge.llamacpp import mtmd
 from star_edge.llamacpp.gguf import copy_with_metadata, read_gguf_info
 from star_edge.llamacpp.native import lib
 from star_edge.llamacpp.tap import Tap
@@ -196,7 +197,12 @@ W, D, FL = "clip.vision.embedding_length", "clip.vision.block_count", "clip.visi
         ({W: 1152, D: 26, "clip.has_llava_projector": True}, set(), True, False),  # SigLIP
         ({W: 64, D: 3, "clip.has_llava_projector": True}, {repair.CLASS_EMBEDDING}, True, True),
         ({W: 64, D: 3}, {repair.CLASS_EMBEDDING}, False, True),
-        ({W: 1024, D: 23, "clip.has_llava_projector": True, repair.LAYOUT_KEY: "stock"}, {repair.CLASS_EMBEDDING}, False, False),
+        (
+            {W: 1024, D: 23, "clip.has_llava_projector": True, repair.LAYOUT_KEY: "stock"},
+            {repair.CLASS_EMBEDDING},
+            False,
+            False,
+        ),
     ],
 )
 @pytest.mark.parametrize("projector", ["mlp", "ldp", "ldpv2", "qwen2vl_merger"])
@@ -229,7 +235,11 @@ def test_position_embeddings_of_internvl(tmp_path):
     ("values", "tensors", "wrong"),
     [
         ({"clip.use_gelu": False, "clip.has_llava_projector": True}, set(), True),  # Granite-Vision
-        ({"clip.use_gelu": False, "clip.has_llava_projector": True}, {repair.CLASS_EMBEDDING}, False),  # CLIP's own is QuickGELU
+        (
+            {"clip.use_gelu": False, "clip.has_llava_projector": True},
+            {repair.CLASS_EMBEDDING},
+            False,
+        ),  # CLIP's own is QuickGELU
         ({"clip.use_gelu": True, "clip.has_llava_projector": True}, set(), False),
         ({"clip.has_llava_projector": True}, set(), False),
         ({"clip.use_gelu": False}, set(), False),  # of another converter
@@ -321,7 +331,7 @@ def test_interrupted_load_leaves_nothing(families, legacy, scratch, monkeypatch)
         assert len(list(next(scratch.iterdir()).iterdir())) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoder_module.mtmd, "mtmd_init_from_file", interrupt)
+    monkeypatch.setattr(mtmd.mtmd, "mtmd_init_from_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(families, legacy)
     assert list(scratch.iterdir()) == []
