@@ -127,8 +127,8 @@ def breaches(source):
                 say(f".{node.attr}")
             elif node.attr == "_model" and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
                 say("._model")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
-            if TENSOR.fullmatch(node.value):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docs and TENSOR.fullmatch(node.value):
                 say(repr(node.value))
         elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Constant) and isinstance(node.left.value, str):
             right = node.comparators[0]

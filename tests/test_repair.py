@@ -20,6 +20,7 @@ from helpers.reference import ClipEncoder
 from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
 from star_edge.errors import ConfigError
+from star_edge.llamacpp import mtmd
 from star_edge.llamacpp.gguf import copy_with_metadata, read_gguf_info
 from star_edge.llamacpp.native import lib
 from star_edge.llamacpp.tap import Tap
@@ -330,7 +331,7 @@ def test_interrupted_load_leaves_nothing(families, legacy, scratch, monkeypatch)
         assert len(list(next(scratch.iterdir()).iterdir())) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encoder_module.mtmd, "mtmd_init_from_file", interrupt)
+    monkeypatch.setattr(mtmd.mtmd, "mtmd_init_from_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(families, legacy)
     assert list(scratch.iterdir()) == []

@@ -207,11 +207,16 @@ def free_chunks(handle: object) -> None:
     mtmd.mtmd_input_chunks_free(handle)
 
 
+# MTMD_SERIALIZATION_VERSION of llama-cpp-python 0.3.35 and 0.3.36
+_SAVED_VERSIONS = (1, 2)
+
+
 def _image_size(chunk: object) -> tuple[int, int] | None:
     """(height, width) in pixels of what the encoder gets for an image, or None.
 
-    libmtmd tells it only where a chunk is saved without its pixels (mtmd_input_chunk_save, version 2): at the end stand
-    the last image's width and height, int32, and a byte that says that there is no audio.
+    libmtmd tells it only where a chunk is saved without its pixels (mtmd_input_chunk_save): in both formats that are
+    known here there stand at the end the last image's width and height, int32, and a byte that says that there is no
+    audio.
     """
     n = ctypes.c_size_t()
     mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))
@@ -221,4 +226,4 @@ def _image_size(chunk: object) -> tuple[int, int] | None:
     data = bytes(buffer)
     version, ended = int.from_bytes(data[:8], "little"), data[n.value - 1] == 0
     width, height = (int(v) for v in np.frombuffer(data, "<i4", 2, n.value - 9))
-    return (height, width) if version == 2 and ended and min(width, height) > 0 else None
+    return (height, width) if version in _SAVED_VERSIONS and ended and min(width, height) > 0 else None

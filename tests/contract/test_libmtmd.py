@@ -80,14 +80,14 @@ def test_without_m_rope_a_square_image_has_n_tokens_by_one(encoders):
     assert (mtmd.mtmd_image_tokens_get_nx(image), mtmd.mtmd_image_tokens_get_ny(image)) == (49, 1)
 
 
-def test_a_chunk_saved_without_pixels_has_version_2_and_ends_with_width_height_and_a_zero_byte(encoders):
+def test_a_chunk_saved_without_pixels_has_version_1_or_2_and_ends_with_width_height_and_a_zero_byte(encoders):
     """Where libmtmd tells the size of a preprocessed image."""
     (chunk,) = encoders("pixtral").images(random_image(3, 64, 112))
     n = ctypes.c_size_t()
     mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(n))
     data = (ctypes.c_char * n.value)()
     assert mtmd.mtmd_input_chunk_save(chunk, data, n.value, ctypes.byref(n)) == 0
-    assert int.from_bytes(data[:8], "little") == 2
+    assert int.from_bytes(data[:8], "little") in (1, 2)
     width, height = np.frombuffer(data, "<i4", 2, n.value - 9)
     assert data[n.value - 1] == b"\0" and (width, height) == (112, 64)
 
