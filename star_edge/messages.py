@@ -164,7 +164,7 @@ def _checked(text: Any, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the text of {where} has surrogate characters, which are not text", "decode its bytes as UTF-8 first"
+            f"the text of {where} has characters that are not text (surrogates)", "decode its bytes as UTF-8 first"
         ) from error
     return text
 

@@ -329,7 +329,7 @@ def refused(server):
         ("/etc/passwd.json", "there is no preset"),
         (3, "prune is a int: use"),
         ({"keep": 1}, "prune has no field 'keep': use vision_keep"),
-        ({"vision_keep": 1.5}, "no fraction in (0, 1]"),
+        ({"vision_keep": 1.5}, "not in (0, 1]"),
         ({"vision_keep": []}, "vision_keep=[] is a list"),
         ({"windows": 5}, "windows=5 is not a list of (layer, keep) pairs"),
         ({"decoder_layer": 6}, "outside 1..5"),

@@ -208,7 +208,7 @@ def _read_data_url(url: str, limits: ImageLimits) -> bytes:
     try:
         data = urllib.parse.unquote_to_bytes(payload)
     except UnicodeEncodeError:
-        raise ImageError("data: URL has surrogate characters, which are not text", "encode the image again") from None
+        raise ImageError("data: URL has characters that are not text (surrogates)", "encode the image again") from None
     # The parameters come in any order, and some leave ;base64 out
     if "base64" in [word.strip().lower() for word in header.split(";")[1:]] or _BASE64_OF_IMAGE.fullmatch(payload):
         data = _from_base64(data, "data: URL", limits)
