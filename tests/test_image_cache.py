@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from helpers.models import CLIP, random_image
 from helpers.reusing import engine, fresh, same
-from llama_cpp import mtmd_cpp as mtmd
 
 from star_edge import PruneConfig, errors
 from star_edge.pruning.config import PRESETS
@@ -79,9 +78,7 @@ def test_parts_of_one_picture_are_apart(families, monkeypatch):
         replace(PRESETS["balanced"], budget="crop"),
     )
     want = fresh(families["llama"], request)
-    monkeypatch.setattr(
-        VisionEncoder, "name_bitmap", lambda self, bitmap, image, number: mtmd.mtmd_bitmap_set_id(bitmap, b"0:picture")
-    )
+    monkeypatch.setattr(VisionEncoder, "bitmap_name", lambda self, image, number: "0:picture")
     with engine(families["llama"]) as vlm:
         for cached in (False, True):
             report = same(vlm.read_prompt(*request, chat=False), want)

@@ -43,7 +43,8 @@ def check_version(compiled: str, installed: str) -> None:
     if compiled.partition("+")[0] != installed.partition("+")[0]:
         raise VersionMismatchError(
             f"star_edge was compiled against llama-cpp-python {compiled}, but {installed} is installed",
-            f"run `pip install llama-cpp-python=={compiled}`, or compile star-edge against {installed}: reinstall star-edge with --no-build-isolation",
+            f"run `pip install llama-cpp-python=={compiled}`, or compile star-edge against {installed}: reinstall "
+            "star-edge with --no-build-isolation",
         )
 
 

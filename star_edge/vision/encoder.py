@@ -344,7 +344,7 @@ class VisionEncoder:
         n_patches = max(size) // POSITION_TABLES[self.projector](self.metadata)
         if n_patches > self._n_positions:
             raise ImageError(
-                f"an image would have {n_patches} patches along a side, and the model has positions for {self._n_positions}",
+                f"an image has {n_patches} patches along a side, and the model has positions for {self._n_positions}",
                 "crop it, pad it to be less narrow, or lower image_max_tokens",
             )
 
