@@ -302,7 +302,7 @@ def test_the_position_table_decides(tmp_path):
                 vlm.generate("x", [picture], "off", 1)
                 assert height < 800
             except errors.ImageError as error:
-                n = int(str(error).split("have ")[1].split()[0])
+                n = int(str(error).split("an image has ")[1].split()[0])
                 assert n > table
 
 
