@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
+from .arguments import checked
 from .engine import StarVLM
 from .errors import ConfigError, ImageError, OutputError, StarEdgeError
 from .io.images import FORMATS
@@ -121,6 +122,7 @@ def _expand(image: str) -> list[str]:
     return paths
 
 
+@checked()
 def read_tasks(path: str | PathLike, prompt: str | None, settings: Settings) -> list[Task]:
     """Tasks of a JSON Lines file: {"image": ...} or {"images": [...]}, "prompt", and any of id, preset, vision_keep,
     decoder_keep, decoder_layer, budget, max_tokens, temperature, seed, raw.
@@ -275,6 +277,7 @@ def _about(task: Task) -> dict[str, Any]:
 # ---- results ----
 
 
+@checked()
 def describe_model(model: str | PathLike, mmproj: str | PathLike | None, options: dict[str, Any]) -> str:
     """Names of the files, and a hash over their sizes, their first and last MiB, and the options:
     "text.gguf+mmproj.gguf#1f2e3d4c".
@@ -291,8 +294,9 @@ def describe_model(model: str | PathLike, mmproj: str | PathLike | None, options
                 for start in (0, max(0, size - (1 << 20))):
                     file.seek(start)
                     parts.append(hashlib.sha256(file.read(1 << 20)).hexdigest())
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the model") from error
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path} cannot be read ({reason})", "check the path of the model") from error
         parts.append(size)
     return f"{'+'.join(os.path.basename(path) for path in paths)}#{_hash(parts)[:8]}"
 
@@ -314,21 +318,20 @@ class Results:
     """
 
     def __init__(self, path: str | PathLike, tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
-        self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
         self._model = model
         self._keys = {str(task.id): task.key for task in tasks}
         self.done: set[str] = set()
         self._drop = fresh
         try:
+            self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
             self._file = self._open(self.path)
             data = b"" if fresh else self._file.read()
             kept = self._keep(data)
             if kept != data:
                 self._replace(kept)
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written ({error.strerror})", "use an existing folder with space"
-            ) from error
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{path} cannot be written ({reason})", "use an existing folder with space") from error
 
     def add(self, result: dict[str, Any]) -> None:
         """Writes one result, in one piece."""

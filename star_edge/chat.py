@@ -123,11 +123,12 @@ class ChatFormat:
         if not self.exists:
             return
         if self.source is not None:
-            eos = llama_cpp.llama_vocab_get_text(llama._model.vocab, llama.token_eos())
+            eos = llama.token_eos()  # llama.cpp ends the process where a file names none, or one past the vocabulary
+            text = llama_cpp.llama_vocab_get_text(llama._model.vocab, eos) if 0 <= eos < llama.n_vocab() else None
             try:
                 # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
                 self._formatter = Jinja2ChatFormatter(
-                    template=self.source, eos_token=(eos or b"").decode("utf-8", "replace"), bos_token=""
+                    template=self.source, eos_token=(text or b"").decode("utf-8", "replace"), bos_token=""
                 )
             except (jinja2.TemplateError, RecursionError) as error:
                 reason = " ".join(str(error).split())

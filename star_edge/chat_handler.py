@@ -29,20 +29,21 @@ import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
+from .arguments import checked
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .generation import Generation
-from .io.images import ImageLimits, load_image
+from .io.images import ImageLimits, check_pixels, load_image
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import check_length, request_of
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import lib, open_standard_streams
 from .messages import read_messages
 from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
-from .reader import PromptReader
+from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
-from .vision.cache import DEFAULT_BYTES, check_directory
+from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
 from .vision.encoder import Prompt, unprepared
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
@@ -124,6 +125,7 @@ class StarChatHandler(MTMDChatHandler):
         UnsupportedModelError: chat_template is none.
     """
 
+    @checked(IMAGE_TOKENS, skip=("clip_model_path", "prune", "encoder", "image_cache_bytes", "image_cache_dir"))
     def __init__(
         self,
         clip_model_path: str | PathLike,
@@ -144,6 +146,8 @@ class StarChatHandler(MTMDChatHandler):
     ) -> None:
         open_standard_streams()
         check_directory(image_cache_dir)
+        check_bytes(image_cache_bytes)
+        check_image_tokens(image_min_tokens, image_max_tokens)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
         check_encoder(encoder)
@@ -204,6 +208,8 @@ class StarChatHandler(MTMDChatHandler):
         It is asked before each decode, so an answer ends within a token. A stream is held to it to its end, wherever it
         is read.
         """
+        if not callable(is_cancelled):
+            raise ConfigError(f"is_cancelled is a {type(is_cancelled).__name__}", "give a function")
         token = _is_cancelled.set(is_cancelled)
         try:
             yield
@@ -405,19 +411,7 @@ class StarChatHandler(MTMDChatHandler):
         Raises:
             ImageError: no image, or not one that the limits allow.
         """
-        image = self.image_loader(image_url)
-        if (
-            not isinstance(image, np.ndarray)
-            or image.dtype != np.uint8
-            or image.ndim != 3
-            or image.shape[2] != 3
-            or not image.size
-        ):
-            shape = (
-                f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            )
-            raise ImageError(f"the image_loader returned a {shape}", "return (h, w, 3) uint8")
-        return np.ascontiguousarray(image)
+        return check_pixels(self.image_loader(image_url), "what the image_loader returned")
 
     def _create_bitmap_from_bytes(self, image: np.ndarray) -> object:
         bitmap = mtmd.mtmd_bitmap_init(

@@ -16,22 +16,24 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+import jinja2
 import numpy as np
 from llama_cpp import Llama
 
-from .arguments import Range, check_value, checked, parameters
+from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
-from .io.images import ImageLimits, ImageSource, load_image
+from .io.images import ImageLimits, ImageSource, check_pixels, load_image
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
+from .llamacpp.llama_options import check_llama_options
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .pruning.config import DEFAULT_PRESET, PruneConfig, resolve_prune
-from .reader import PromptReader
+from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt, TextChunk
@@ -47,8 +49,7 @@ _RANGES = {
     "n_ubatch": Range(1, _INT32),
     "n_gpu_layers": Range(-1, _INT32),
     "n_threads": Range(1, 4096),
-    "image_min_tokens": Range(-1, _INT32),
-    "image_max_tokens": Range(-1, _INT32),
+    **IMAGE_TOKENS,
     "max_tokens": Range(1, _INT32),
 }
 # What create_completion takes, less what would change the prompt or the form of the result, and what generate names
@@ -197,14 +198,13 @@ class StarVLM:
                     f"{name} changes nothing in a StarVLM",
                     "give chat_template: a file, Jinja source, or a name such as vicuna",
                 )
-        llama_options = {
-            name: check_value(name, value, parameters(Llama.__init__)[name]) for name, value in llama_options.items()
-        }
+        llama_options = check_llama_options(llama_options, taken=("model_path", "n_threads_batch"))
         if n_ctx == 1:
             raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
         open_standard_streams()
         check_directory(image_cache_dir)
-        info = read_text_model(model)
+        check_image_tokens(image_min_tokens, image_max_tokens)
+        info = read_text_model(model, llama_options.get("kv_overrides"))
         if llama_options.get("lora_path") is not None:
             llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
         if mmproj is not None:
@@ -244,6 +244,11 @@ class StarVLM:
             raise ModelFileError(
                 f"{info.path} cannot be loaded ({error})",
                 "check that this llama.cpp supports the model, or lower n_ctx",
+            ) from error
+        except jinja2.TemplateError as error:  # Llama makes something of every template that the file has
+            reason = " ".join(str(error).split())
+            raise ModelFileError(
+                f"{info.path}: a chat template of it cannot be parsed ({reason})", "convert the model again"
             ) from error
         except MemoryError as error:
             raise EngineError(
@@ -367,9 +372,15 @@ class StarVLM:
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
 
+    @checked(skip=("prompt",))
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
-        """Chunks of the prompt; pictures are (h, w, 3) uint8. The result must be closed."""
+        """Chunks of the prompt; pictures are (h, w, 3) uint8. The result must be closed.
+
+        Raises:
+            PromptError, ImageError, ContextLengthError, UnsupportedModelError.
+        """
         self._check_open()
+        pictures = [check_pixels(picture) for picture in pictures]
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
         try:

@@ -11,8 +11,9 @@ from os import PathLike
 
 import numpy as np
 
+from .arguments import checked
 from .decoder.prefill import Segment
-from .errors import ConfigError, EngineError
+from .errors import ConfigError, EngineError, OutputError
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
 from .vision.encoder import ImageChunk, VisionEncoder
@@ -36,15 +37,23 @@ class Inspection:
     decoder: dict[int, np.ndarray] = field(default_factory=dict)
     encoder: list[dict[int, np.ndarray]] = field(default_factory=list)
 
+    @checked()
     def to_image(self, layer: int, image: int = 0) -> np.ndarray:
         """Attention that the text after the last image pays to each token of an image in decoder layer `layer`.
 
         The mean over heads and those text rows: what the decoder stage ranks by. (n_tokens,) float32.
+
+        Raises:
+            ConfigError: a layer that was not read, or an image that the prompt does not have.
         """
+        if layer not in self.decoder:
+            raise ConfigError(f"decoder layer {layer} was not read", f"name it in decoder_layers (read: {[*self.decoder]})")
         attention = self.decoder[layer]
         images = np.flatnonzero(self.image_of_token >= 0)
         if not len(images) or images[-1] == len(self.tokens) - 1:
             raise ConfigError("the prompt has no image with text after it", "there is no attention from text to image")
+        if not 0 <= image < len(self.grids):
+            raise ConfigError(f"the prompt has no image {image}", f"it has {len(self.grids)}, counted from 0")
         last = int(images[-1])
         rows = attention[..., last + 1 :, :].mean(axis=tuple(range(attention.ndim - 1)))
         return rows[self.image_of_token == image]
@@ -57,9 +66,18 @@ class Inspection:
             data.update({f"encoder_image_{i}_layer_{layer}": a for layer, a in layers.items()})
         return data
 
+    @checked()
     def save(self, path: str | PathLike, **more: np.ndarray) -> None:
-        """Writes `arrays()` and `more` as a compressed .npz."""
-        np.savez_compressed(path, **self.arrays(), **more)
+        """Writes `arrays()` and `more` as a compressed .npz.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            np.savez_compressed(path, **self.arrays(), **more)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{path} cannot be written ({reason})", "use an existing folder with space") from error
 
 
 def read_encoder(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import PIL.Image
 
+from .arguments import checked
 from .errors import ConfigError
 from .io.images import ImageLimits, ImageSource, load_image
 from .io.overlay import Stage, draw_crops, draw_overlay, fit_to_grid
@@ -186,6 +187,7 @@ class PruneReport:
         n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_sampled)
         return round_n_ctx(n)
 
+    @checked(skip=("source",))
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """The image beside what each stage kept of it, dropped tokens dimmed; a notebook shows it as it is. RGB.
 

@@ -23,7 +23,7 @@ MAX_WINDOWS = 6  # each parks what it drops in a sequence of its own (llamacpp.c
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # NumPy's are no int
 
 
 def _check_keep(name: str, keep: object) -> Keep:
@@ -119,10 +119,13 @@ class PruneConfig:
             ("budget", ("image", "crop", "prompt")),
             ("positions", ("original", "renumbered")),
         ):
-            if getattr(self, name) not in tuple(names):
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in tuple(names):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is no seed", "use 0 or a positive whole number")
+        for name in ("decoder_layer", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
         object.__setattr__(self, "windows", self._check_windows())
 
     def _check_windows(self) -> tuple[tuple[int | float, Keep], ...]:
@@ -147,7 +150,7 @@ class PruneConfig:
             keep = _check_keep(name, keep)
             _check_order(last_name, last_keep, name, keep)
             last_name, last_keep = name, keep
-            windows.append((layer, keep))
+            windows.append((int(layer) if _is_int(layer) else layer, keep))
         return tuple(windows)
 
     def to_dict(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import numbers
 import os
 import stat
 import struct
@@ -223,7 +224,7 @@ class ImageCache:
 
 def check_bytes(n_bytes: int) -> None:
     """Raises ConfigError for what is no size of a cache."""
-    if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
+    if isinstance(n_bytes, bool) or not isinstance(n_bytes, numbers.Integral) or n_bytes < 0:
         raise ConfigError(
             f"image_cache_bytes={n_bytes!r} is no size", "use a number of bytes, or 0 for no cache in memory"
         )
