@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
+from .arguments import checked
 from .engine import StarVLM
 from .errors import ConfigError, ImageError, OutputError, StarEdgeError
 from .io.configs import resolve_prune
@@ -128,6 +129,7 @@ def _expand(image: str) -> list[str]:
     return paths
 
 
+@checked()
 def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings) -> list[Task]:
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
@@ -294,6 +296,7 @@ def _about(task: Task) -> dict[str, Any]:
 # ---- results ----
 
 
+@checked()
 def describe_model(model: str | PathLike[str], mmproj: str | PathLike[str] | None, options: dict[str, Any]) -> str:
     """Identifies a model and its options, as in "text.gguf+mmproj.gguf#1f2e3d4c".
 
@@ -311,8 +314,11 @@ def describe_model(model: str | PathLike[str], mmproj: str | PathLike[str] | Non
                 for start in (0, max(0, size - (1 << 20))):
                     file.seek(start)
                     parts.append(hashlib.sha256(file.read(1 << 20)).hexdigest())
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the model") from error
+        except StarEdgeError:
+            raise
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path} cannot be read ({reason})", "check the path of the model") from error
         parts.append(size)
     return f"{'+'.join(os.path.basename(path) for path in paths)}#{_hash(parts)[:8]}"
 
@@ -338,21 +344,22 @@ class Results:
     """
 
     def __init__(self, path: str | PathLike[str], tasks: Sequence[Task], model: str, fresh: bool = False) -> None:
-        self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
         self._model = model
         self._keys = {str(task.id): task.key for task in tasks}
         self.done: set[str] = set()
         self._drop = fresh
         try:
+            self.path = os.path.realpath(path)  # a link stays a link when the file is replaced
             self._file = self._open(self.path)
             data = b"" if fresh else self._file.read()
             kept = self._keep(data)
             if kept != data:
                 self._replace(kept)
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written ({error.strerror})", "use an existing folder with space"
-            ) from error
+        except StarEdgeError:
+            raise
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{path} cannot be written ({reason})", "use an existing folder with space") from error
 
     def add(self, result: dict[str, Any]) -> None:
         """Writes one result, as one write."""

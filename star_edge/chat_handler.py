@@ -24,12 +24,13 @@ import jinja2
 import numpy as np
 from llama_cpp import Llama
 
+from .arguments import checked
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .generation import Generation
 from .io.configs import resolve_prune
-from .io.images import ImageLimits, load_image
+from .io.images import ImageLimits, check_pixels, load_image
 from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import GuardedLlama, check_length, request_of
@@ -38,9 +39,9 @@ from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
 from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import PromptReader
+from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
-from .vision.cache import DEFAULT_BYTES, check_directory
+from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
 from .vision.encoder import Prompt, VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
@@ -113,6 +114,7 @@ class StarChatHandler(ChatHook):
         UnsupportedModelError: `chat_template` cannot be used.
     """
 
+    @checked(IMAGE_TOKENS, skip=("clip_model_path", "prune", "encoder", "image_cache_bytes", "image_cache_dir"))
     def __init__(
         self,
         clip_model_path: str | PathLike[str],
@@ -133,6 +135,8 @@ class StarChatHandler(ChatHook):
     ) -> None:
         open_standard_streams()
         check_directory(image_cache_dir)
+        check_bytes(image_cache_bytes)
+        check_image_tokens(image_min_tokens, image_max_tokens)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
         check_encoder(encoder)
@@ -196,6 +200,8 @@ class StarChatHandler(ChatHook):
         Args:
             is_cancelled: A function without arguments.
         """
+        if not callable(is_cancelled):
+            raise ConfigError(f"is_cancelled is a {type(is_cancelled).__name__}", "give a function")
         token = _is_cancelled.set(is_cancelled)
         try:
             yield
@@ -425,19 +431,7 @@ class StarChatHandler(ChatHook):
         Raises:
             ImageError: The image cannot be read, or is over the limits.
         """
-        image = self.image_loader(image_url)
-        if (
-            not isinstance(image, np.ndarray)
-            or image.dtype != np.uint8
-            or image.ndim != 3
-            or image.shape[2] != 3
-            or not image.size
-        ):
-            shape = (
-                f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            )
-            raise ImageError(f"the image_loader returned a {shape}", "return (h, w, 3) uint8")
-        return np.ascontiguousarray(image)
+        return check_pixels(self.image_loader(image_url), "what the image_loader returned")
 
     def bitmap_name(self, image: np.ndarray) -> str:
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))

@@ -16,24 +16,26 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, NoReturn, cast, overload
 
+import jinja2
 import numpy as np
 from llama_cpp import Llama
 
-from .arguments import Range, check_value, checked, parameters
+from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
-from .io.images import ImageLimits, ImageSource, load_image
+from .io.images import ImageLimits, ImageSource, check_pixels, load_image
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
+from .llamacpp.llama_options import check_llama_options
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.names import KV_TYPES, is_about_context
 from .llamacpp.native import open_standard_streams
 from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import PromptReader
+from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
 from .vision.cache import DEFAULT_BYTES, check_directory
 from .vision.encoder import Prompt, TextChunk
@@ -48,8 +50,7 @@ _RANGES = {
     "n_ubatch": Range(1, _INT32),
     "n_gpu_layers": Range(-1, _INT32),
     "n_threads": Range(1, 4096),
-    "image_min_tokens": Range(-1, _INT32),
-    "image_max_tokens": Range(-1, _INT32),
+    **IMAGE_TOKENS,
     "max_tokens": Range(1, _INT32),
 }
 # What create_completion takes, less what would change the prompt or the form of the result, and what generate names
@@ -224,14 +225,13 @@ class StarVLM:
                     f"{name} changes nothing in a StarVLM",
                     "give chat_template: a file, Jinja source, or a name such as vicuna",
                 )
-        llama_options = {
-            name: check_value(name, value, parameters(Llama.__init__)[name]) for name, value in llama_options.items()
-        }
+        llama_options = check_llama_options(llama_options, taken=("model_path", "n_threads_batch"))
         if n_ctx == 1:
             raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
         open_standard_streams()
         check_directory(image_cache_dir)
-        info = read_text_model(model)
+        check_image_tokens(image_min_tokens, image_max_tokens)
+        info = read_text_model(model, llama_options.get("kv_overrides"))
         if llama_options.get("lora_path") is not None:
             llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
         if mmproj is not None:
@@ -271,6 +271,11 @@ class StarVLM:
             raise ModelFileError(
                 f"{info.path} cannot be loaded ({error})",
                 "check that this llama.cpp supports the model, or lower n_ctx",
+            ) from error
+        except jinja2.TemplateError as error:  # Llama makes something of every template that the file has
+            reason = " ".join(str(error).split())
+            raise ModelFileError(
+                f"{info.path}: a chat template of it cannot be parsed ({reason})", "convert the model again"
             ) from error
         except MemoryError as error:
             raise EngineError(
@@ -462,6 +467,7 @@ class StarVLM:
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
 
+    @checked(skip=("prompt",))
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
         """Splits a prompt into chunks.
 
@@ -477,6 +483,7 @@ class StarVLM:
             StarEdgeError: As for `generate`.
         """
         self._check_open()
+        pictures = [check_pixels(picture) for picture in pictures]
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
         try:

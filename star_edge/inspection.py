@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError, EngineError
+from .arguments import checked
+from .errors import ConfigError, EngineError, OutputError
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
 from .rows import Segment
@@ -39,6 +40,7 @@ class Inspection:
     decoder: dict[int, np.ndarray] = field(default_factory=dict)
     encoder: list[dict[int, np.ndarray]] = field(default_factory=list)
 
+    @checked()
     def to_image(self, layer: int, image: int = 0) -> np.ndarray:
         """Attention that each token of an image receives from the text after the last image.
 
@@ -52,12 +54,18 @@ class Inspection:
             (n_tokens,) float32.
 
         Raises:
-            ConfigError: The prompt has no image with text after it.
+            ConfigError: The layer was not read, or the prompt has no such image with text after it.
         """
+        if layer not in self.decoder:
+            raise ConfigError(
+                f"decoder layer {layer} was not read", f"name it in decoder_layers (read: {[*self.decoder]})"
+            )
         attention = self.decoder[layer]
         images = np.flatnonzero(self.image_of_token >= 0)
         if not len(images) or images[-1] == len(self.tokens) - 1:
             raise ConfigError("the prompt has no image with text after it", "there is no attention from text to image")
+        if not 0 <= image < len(self.grids):
+            raise ConfigError(f"the prompt has no image {image}", f"it has {len(self.grids)}, counted from 0")
         last = int(images[-1])
         rows: np.ndarray = attention[..., last + 1 :, :].mean(axis=tuple(range(attention.ndim - 1)))
         return np.asarray(rows[self.image_of_token == image])
@@ -70,10 +78,19 @@ class Inspection:
             data.update({f"encoder_image_{i}_layer_{layer}": a for layer, a in layers.items()})
         return data
 
+    @checked()
     def save(self, path: str | PathLike[str], **more: np.ndarray) -> None:
-        """Writes `arrays()` and `more` as a compressed .npz."""
+        """Writes `arrays()` and `more` as a compressed .npz.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
         named: dict[str, Any] = {**self.arrays(), **more}  # np.savez_compressed names its own options too
-        np.savez_compressed(path, **named)
+        try:
+            np.savez_compressed(path, **named)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{path} cannot be written ({reason})", "use an existing folder with space") from error
 
 
 def read_encoder(

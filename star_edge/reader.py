@@ -18,6 +18,7 @@ from typing import cast
 import numpy as np
 from llama_cpp import Llama
 
+from .arguments import Range
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .generation import Generation
@@ -33,7 +34,14 @@ from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncode
 from .vision.repair import check_encoder
 from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
 
+IMAGE_TOKENS = {"image_min_tokens": Range(-1, 2**31 - 1), "image_max_tokens": Range(-1, 2**31 - 1)}
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
+
+
+def check_image_tokens(least: int, most: int) -> None:
+    """Raises ConfigError where no image can have as few and as many tokens."""
+    if 0 < most < least:
+        raise ConfigError(f"image_min_tokens={least} is more than image_max_tokens={most}", "lower it")
 
 
 class PromptReader:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from .arguments import checked
 from .errors import ConfigError
 from .io.images import ImageLimits, ImageSource, load_image
 from .io.overlay import Stage, draw_crops, draw_overlay, fit_to_grid
@@ -206,6 +207,7 @@ class PruneReport:
         n = max(self.n_text_tokens + self.n_vision_kept + 1, self.n_kv_cells + self.n_sampled)
         return round_n_ctx(n)
 
+    @checked(skip=("source",))
     def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
         """Draws a picture of the prompt beside what each stage kept of it. Dropped tokens are dimmed.
 

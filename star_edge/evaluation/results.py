@@ -17,6 +17,7 @@ from .tasks import Task
 Record = dict[str, Any]
 
 _MARK = "star_edge_eval"
+_PAIR = ("task", "config", "task_fingerprint", "config_fingerprint")  # of every record, all str
 _SAMPLES, _SAMPLE_BYTES = 64, 16384
 _START_AGAIN = "use --fresh to start again, or another --out"
 
@@ -37,8 +38,9 @@ def fingerprint_file(path: str | os.PathLike[str]) -> str:
             for i in range(_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
-    except OSError as error:
-        raise EvaluationError(f"{path} cannot be read ({error.strerror})", "check the path") from error
+    except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise EvaluationError(f"{path} cannot be read ({reason})", "check the path") from error
     return digest.hexdigest()[:16]
 
 
@@ -121,8 +123,15 @@ class Results:
 
     def _append(self, record: Record) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n")
-        self._file.flush()
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise EvaluationError(
+                f"{self._file.name} cannot be written ({error.strerror})",
+                "make room, and run again: what is done stays done",
+            ) from error
 
     def _read(
         self, path: str, header: dict[str, Any], tasks: Sequence[Task], configs: Sequence[NamedConfig], fresh: bool
@@ -148,7 +157,7 @@ class Results:
         }
         for number, line in enumerate(lines[1:], 2):
             record = _parse(line)
-            if not {"task", "config", "task_fingerprint", "config_fingerprint"} <= set(record):
+            if not all(isinstance(record.get(name), str) for name in _PAIR):
                 raise EvaluationError(f"{path}, line {number} is not a result", f"remove the line, or {_START_AGAIN}")
             for kind in ("task", "config"):
                 if (

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ..arguments import checked
 from ..errors import ConfigError, HubError, MissingDependencyError
 
 DEFAULT_QUANTS = ("Q4_K_M", "Q8_0")  # llama.cpp's, in this order; after them the first file
@@ -37,6 +38,7 @@ class HubFiles(NamedTuple):
     mmproj: Path | None
 
 
+@checked()
 def fetch(spec: str, *, mmproj: bool = True) -> HubFiles:
     """Downloads a text model and its mmproj, or finds them in huggingface_hub's cache.
 

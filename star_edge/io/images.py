@@ -110,6 +110,25 @@ def load_image(source: ImageSource, limits: ImageLimits = ImageLimits()) -> np.n
 # --- where the bytes come from ---
 
 
+def check_pixels(pixels: np.ndarray, name: str = "a picture") -> np.ndarray:
+    """(h, w, 3) uint8, C-contiguous: what libmtmd reads through a pointer.
+
+    Raises:
+        ImageError: an array of another kind, or none.
+    """
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.ndim != 3
+        or pixels.shape[2] != 3
+        or not pixels.size
+    ):
+        is_array = isinstance(pixels, np.ndarray)
+        shape = f"{pixels.dtype} array of shape {pixels.shape}" if is_array else type(pixels).__name__
+        raise ImageError(f"{name} is a {shape}", "give (h, w, 3) uint8")
+    return np.ascontiguousarray(pixels)
+
+
 def _read_bytes(source: object, limits: ImageLimits) -> tuple[bytes, str]:
     """The encoded image and a short name of its source for messages."""
     if isinstance(source, (bytes, bytearray, memoryview)):

@@ -121,7 +121,10 @@ class TappedContext(_internals.LlamaContext):
             if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
                 self.forget_stem()
         self.tap.begin()
-        super().decode(batch)
+        try:
+            super().decode(batch)
+        except RuntimeError as error:
+            raise EngineError(f"llama.cpp failed while answering ({error})", "raise n_ctx, or ask again") from error
         self.tap.check()
 
 

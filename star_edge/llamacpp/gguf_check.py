@@ -14,19 +14,21 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal, NoReturn, overload
 
 import llama_cpp
 
 from ..errors import ModelFileError, ModelMismatchError
-from .gguf import GGUFInfo, Tensor, read_gguf_info
+from .gguf import GGUFInfo, Tensor, Value, read_gguf_info
 from .native import GGML
 
 F32, F16, BF16 = 0, 1, 30
 REMEDY = "convert the model again, or download the file again"
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+_MAX_WINDOW = 2**30  # llama_kv_cache_iswa multiplies it by the number of sequences, as uint32
 # Architectures whose graph asserts that RoPE turns whole heads, and that keys and values are as long
 # (src/models/*.cpp). Others may differ.
 _WHOLE_HEADS = frozenset(
@@ -202,13 +204,21 @@ class Header:
                 self.multiplied(name)
 
 
-def read_text_model(path: str | PathLike[str]) -> GGUFInfo:
+def read_text_model(
+    path: str | PathLike[str], overrides: Mapping[str, bool | int | float | str] | None = None
+) -> GGUFInfo:
     """The header of a text model that llama.cpp can be given.
+
+    overrides: metadata that stand in place of the file's, as in Llama's kv_overrides.
 
     Raises:
         ModelFileError: it cannot, and why.
     """
     info = read_gguf_info(path)
+    if overrides:
+        unknown = Value("", None)
+        changed = {k: replace(info.metadata.get(k, unknown), value=v, n=1) for k, v in overrides.items()}
+        info = replace(info, metadata={**info.metadata, **changed})
     check_shards(info.path)
     if info.architecture == "clip":
         raise ModelFileError(
@@ -236,6 +246,9 @@ def check_text_model(info: GGUFInfo) -> None:
         header.whole(key("nextn_predict_layers"), 0, n_layers)
     _check_attention(header, key, n_layers if isinstance(n_layers, int) else 0)
     _check_experts(header, key)
+    header.whole(
+        key("attention.sliding_window"), 0, _MAX_WINDOW, of_layers=n_layers if isinstance(n_layers, int) else 0
+    )
     for name in ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon"):
         header.real(key(f"attention.{name}"))
     for name in ("rope.freq_base", "rope.freq_base_swa"):

@@ -352,7 +352,13 @@ class _Processors:
     def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         try:
             for processor in self._processors:
-                scores[:] = processor(input_ids, scores)
+                changed = processor(input_ids, scores)
+                try:
+                    scores[:] = changed
+                except (TypeError, ValueError):
+                    raise ConfigError(
+                        f"a logits_processor returned no array of {len(scores)} numbers", "return one for each token"
+                    ) from None
             if np.isnan(scores).any():  # llama.cpp sorts them, and a sort that NaN leads astray reads past its end
                 raise ConfigError("a logits_processor returned NaN", "return a number for each token, or -inf")
             if not (scores > -np.inf).any():

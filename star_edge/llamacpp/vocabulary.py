@@ -10,8 +10,10 @@ from llama_cpp import Llama
 
 
 def token_text(llama: Llama, token: int) -> str:
-    """The text of a token as the vocabulary has it, "" for none."""
-    return (llama_cpp.llama_vocab_get_text(llama._model.vocab, token) or b"").decode("utf-8", "replace")
+    """The text of a token as the vocabulary has it, "" for none. llama.cpp aborts for a token past the end."""
+    known = 0 <= token < llama.n_vocab()
+    text = llama_cpp.llama_vocab_get_text(llama._model.vocab, token) if known else None
+    return (text or b"").decode("utf-8", "replace")
 
 
 def template_names() -> list[str]:

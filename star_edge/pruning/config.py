@@ -22,7 +22,7 @@ MAX_WINDOWS = 6  # each parks the rows it drops in its own sequence (llamacpp.co
 
 
 def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # NumPy's are not int
 
 
 def _check_keep(name: str, keep: object) -> Keep:
@@ -126,10 +126,13 @@ class PruneConfig:
             ("budget", ("image", "crop", "prompt")),
             ("positions", ("original", "renumbered")),
         ):
-            if getattr(self, name) not in tuple(names):
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in tuple(names):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a whole number >= 0", "use 0, 1, 2, ...")
+        for name in ("decoder_layer", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))
         object.__setattr__(self, "windows", self._check_windows())
 
     def _check_windows(self) -> tuple[tuple[int | float, Keep], ...]:
@@ -156,7 +159,7 @@ class PruneConfig:
             keep = _check_keep(name, keep)
             _check_order(last_name, last_keep, name, keep)
             last_name, last_keep = name, keep
-            windows.append((layer, keep))
+            windows.append((int(layer) if _is_int(layer) else layer, keep))
         return tuple(windows)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import numbers
 import os
 import stat
 import struct
@@ -228,7 +229,7 @@ class ImageCache:
 
 def check_bytes(n_bytes: int) -> None:
     """Raises ConfigError unless `n_bytes` is a whole number >= 0."""
-    if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or n_bytes < 0:
+    if isinstance(n_bytes, bool) or not isinstance(n_bytes, numbers.Integral) or n_bytes < 0:
         raise ConfigError(
             f"image_cache_bytes={n_bytes!r} is not a whole number >= 0", "use bytes, or 0 for no cache in memory"
         )

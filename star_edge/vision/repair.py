@@ -163,7 +163,7 @@ def describe(inputs: dict[str, np.ndarray]) -> str:
 
 def check_encoder(encoder: str) -> None:
     """Raises ConfigError unless it is "repaired" or "stock"."""
-    if encoder not in ("repaired", "stock"):
+    if not isinstance(encoder, str) or encoder not in ("repaired", "stock"):
         raise ConfigError(
             f"encoder={encoder!r} is unknown", 'use "repaired", or "stock" for what llama.cpp computes by itself'
         )

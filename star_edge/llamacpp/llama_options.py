@@ -1,0 +1,59 @@
+"""Arguments of `llama_cpp.Llama` that its annotations do not describe: what llama.cpp aborts on, or takes without a
+word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+import llama_cpp
+from llama_cpp import Llama
+
+from ..arguments import Range, check
+from ..errors import ConfigError
+from .devices import list_devices
+
+_INT32 = 2**31 - 1
+_KEY_BYTES = 127  # of struct llama_model_kv_override, and a final NUL
+# Enumerations of llama.h and ggml.h, and numbers that llama.cpp computes with
+_RANGES: Mapping[str, Range] = {
+    "split_mode": Range(llama_cpp.LLAMA_SPLIT_MODE_NONE, llama_cpp.LLAMA_SPLIT_MODE_TENSOR),
+    "main_gpu": Range(0, _INT32),
+    "seed": Range(-(2**63), 2**64 - 1),  # its low 32 bits
+    "rope_scaling_type": Range(
+        llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_ROPE_SCALING_TYPE_LONGROPE
+    ),
+    "pooling_type": Range(llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED, llama_cpp.LLAMA_POOLING_TYPE_RANK),
+    "attention_type": Range(-1, llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL),
+    "numa": Range(0, llama_cpp.GGML_NUMA_STRATEGY_COUNT - 1),
+    "rope_freq_base": Range(0),  # 0: the model's own
+    "rope_freq_scale": Range(0),
+    "yarn_orig_ctx": Range(0, _INT32),
+    "last_n_tokens_size": Range(0, _INT32),
+}
+
+
+def check_llama_options(options: Mapping[str, Any], taken: Container[str] = ()) -> dict[str, Any]:
+    """Arguments for Llama as its annotations have them. taken: those that the caller gives himself.
+
+    Raises:
+        ConfigError: an argument that Llama does not have, that the caller gives, or that cannot be used.
+    """
+    named = sorted(name for name in options if name in taken)
+    if named:
+        raise ConfigError(f"{named[0]} is no option here: it follows from the others", "leave it out")
+    checked = check(Llama.__init__, options, _RANGES)
+    split = checked.get("tensor_split")
+    most = llama_cpp.llama_max_devices()
+    if split is not None and (len(split) > most or any(part not in Range(0) for part in split)):
+        raise ConfigError(f"tensor_split={str(split)[:60]} is no split", f"use {most} numbers of 0 or more at most")
+    if checked.get("main_gpu", 0) >= max(1, len(list_devices())):
+        raise ConfigError(f"main_gpu={checked['main_gpu']} is no device", f"there are {len(list_devices())}")
+    for key, value in (checked.get("kv_overrides") or {}).items():
+        for text in (key, value):
+            if isinstance(text, str) and ("\0" in text or len(text.encode("utf-8", "replace")) > _KEY_BYTES):
+                raise ConfigError(f"kv_overrides has {text[:60]!r}", f"use texts of {_KEY_BYTES} bytes at most")
+        if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"kv_overrides has a number of {value.bit_length()} bits for {key!r}", "use 64 at most")
+    return checked
