@@ -383,7 +383,7 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
     refused("line 2 is not a result", *args)
     # A file of another kind is never overwritten, even with --fresh
     for option in ((), ("--fresh",)):
-        refused("no results file", "q.jsonl", "--out", "q.jsonl", *option)
+        refused("not a results file", "q.jsonl", "--out", "q.jsonl", *option)
     Path("r.jsonl").write_text(begun)
     ask(*args, "--fresh", "--prompt-suffix", r"\nOne word.")
     assert lines_of("r.jsonl")[0]["prompt_suffix"] == "\nOne word." and len(lines_of("r.jsonl")) == 3
