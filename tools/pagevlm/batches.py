@@ -33,10 +33,10 @@ class BatchPlan:
 def make_batch(plan: BatchPlan) -> dict[str, np.ndarray]:
     """Families in turn.
 
-    cells uint8 (B, 4, rows, columns); palette uint8 (B, colours, 3); noise, shade float32 (B,); labels int16 (B, rows, columns / 2, 6);
+    cells uint8 (B, 4, rows, columns); palette uint8 (B, colours, 3); noise, shade float32 (B,); labels int16 (B, rows, columns / 2, N_LABELS);
     ids int16 (B, Q, SLOT); at int16 (B, Q, N_TARGETS): slot positions whose next token is the answer's; targets int16 alike; family int8 (B,).
     """
-    pictures = [draw(plan.split, plan.seed, plan.first + i, FAMILIES[i % len(FAMILIES)], plan.drawn_grid) for i in range(plan.pictures)]
+    pictures = [draw(plan.split, plan.seed, plan.first + i, FAMILIES[(plan.first + i) % len(FAMILIES)], plan.drawn_grid) for i in range(plan.pictures)]
     ids = np.zeros((plan.pictures, plan.questions, SLOT), np.int16)
     at = np.zeros((plan.pictures, plan.questions, N_TARGETS), np.int16)
     targets = np.full((plan.pictures, plan.questions, N_TARGETS), IGNORED, np.int16)
@@ -54,7 +54,7 @@ def make_batch(plan: BatchPlan) -> dict[str, np.ndarray]:
         "ids": ids,
         "at": at,
         "targets": targets,
-        "family": np.array([i % len(FAMILIES) for i in range(plan.pictures)], np.int8),
+        "family": np.array([(plan.first + i) % len(FAMILIES) for i in range(plan.pictures)], np.int8),
     }
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pictures import COLOR, KEY1, KEY2, SYMBOL0, SYMBOL1, WORD
+from pictures import COLOR, KEY1, KEY2, N_PARTS, PART, SYMBOL0, SYMBOL1, WORD
 from torch import Tensor, nn
 from vocabulary import COLORS, PREFIX, SYMBOLS, TERMS, TOKENS
 
@@ -80,8 +80,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        f = x.float()
-        return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -188,6 +187,7 @@ class DecoderBlock(nn.Module):
 
 
 _HEAD_SIZES = {SYMBOL0: len(SYMBOLS), SYMBOL1: len(SYMBOLS), WORD: len(TERMS), COLOR: len(COLORS) + 1, KEY1: len(TERMS), KEY2: len(TERMS)}
+_HEAD_SIZES[PART] = N_PARTS
 
 
 class PageVLM(nn.Module):

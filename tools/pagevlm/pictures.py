@@ -28,8 +28,9 @@ N_TILES = LARGE_SHAPE + 8 * len(SHAPES)
 PAPER, INK, PAPER2, DARK, PALE = range(8, 13)
 N_PALETTE = 13
 # Labels of a patch
-SYMBOL0, SYMBOL1, WORD, COLOR, KEY1, KEY2 = range(6)
-N_LABELS = 6
+SYMBOL0, SYMBOL1, WORD, COLOR, KEY1, KEY2, PART = range(7)
+N_LABELS = 7
+N_PARTS = 5  # how far along its text a patch is: 1 and up, or 0 for none
 
 _COLOR_VALUES = {
     "RED": (205, 40, 40), "GREEN": (40, 150, 60), "BLUE": (45, 75, 205), "GOLD": (225, 190, 40), "PINK": (240, 130, 190),
@@ -96,6 +97,7 @@ class Picture:
             self.ink[row, column:end] = ink
         patches = self.labels[row, column // 2 : (end + 1) // 2]
         patches[:, WORD] = TERM_ID[term]
+        patches[:, PART] = np.arange(1, len(patches) + 1)
         if key1:
             patches[:, KEY1] = TERM_ID[key1]
         if key2:
