@@ -50,8 +50,10 @@ class Plan:
     """Rates are AdamW's; Muon, on the matrices of the blocks, takes twice that. Shares are of the time for training."""
 
     tokens: int = 8192  # image tokens in a step
-    dense_share: float = 0.11  # patch labels alone
-    frozen_until: float = 0.135  # then the encoder waits until the decoder's first gradients are no longer noise
+    dense_share: tuple[float, float] = (0.09, 0.22)  # patch labels alone, between these: until the labels of a text's keys are right
+    dense_accuracy: float = 0.85
+    frozen_share: float = 0.025  # then the encoder waits until the decoder's first gradients are no longer noise
+    rescaled_from: float = 0.25  # pictures at half and double size
     decay_from: float = 0.4
     rate: float = 1.4e-3
     encoder_factor: float = 0.5  # of the rate, in the joint phase
@@ -67,7 +69,7 @@ class Plan:
 
 # Share of the time until which a mixture of grids holds, and weights of (tokens high, tokens wide). Either may stand upright.
 STAGES: list[tuple[float, dict[Grid, float]]] = [
-    (0.11, {(8, 8): 4, (10, 12): 2, (12, 12): 2, (16, 16): 2}),
+    (0.10, {(8, 8): 4, (10, 12): 2, (12, 12): 2, (16, 16): 2}),
     (0.40, {(8, 8): 5, (8, 12): 2, (12, 12): 2, (10, 12): 1, (16, 16): 1.5}),
     (0.70, {(8, 8): 3, (8, 16): 2, (12, 12): 2, (16, 16): 3, (16, 24): 2, (24, 24): 1.5}),
     (9.99, {(8, 8): 2, (8, 16): 1, (12, 12): 1, (10, 12): 1, (16, 16): 2.5, (16, 24): 2, (20, 28): 1.5, (24, 24): 1.5, (16, 32): 1, (32, 32): 3}),
@@ -96,7 +98,7 @@ class Curriculum:
         if rng.random() < 0.5:
             grid = grid[::-1]
         scale, draw = 1.0, rng.random()
-        if share > plan.frozen_until:
+        if share > plan.rescaled_from:
             if draw < plan.halved_share and max(grid) <= 16:
                 scale = 0.5
             elif draw > 1 - plan.doubled_share and min(grid) >= 16:
@@ -220,6 +222,7 @@ class Trainer:
         self.batch_share = 1.0  # less after running out of memory
         self.sums: dict[str, list[Tensor | float]] = defaultdict(list)
         self.begun = self.end = 0.0
+        self.dense_end = 0.0 if self.continued else plan.dense_share[1]
 
     # -- data
 
@@ -287,15 +290,15 @@ class Trainer:
     def phase(self, share: float) -> str:
         if self.continued:
             return "joint"
-        if share < self.plan.dense_share:
+        if share < self.dense_end:
             return "dense"
-        return "frozen" if share < self.plan.frozen_until else "joint"
+        return "frozen" if share < self.dense_end + self.plan.frozen_share else "joint"
 
     def rate(self, share: float) -> float:
         plan = self.plan
         warm = min(1.0, (self.step + 1) / 100)
-        if not self.continued and share >= plan.dense_share:  # the decoder's own start
-            warm = min(1.0, (share - plan.dense_share) / 0.02 + 0.02)
+        if not self.continued and share >= self.dense_end:  # the decoder's own start
+            warm = min(1.0, (share - self.dense_end) / 0.015 + 0.02)
         first = 0.0 if self.continued else plan.decay_from
         decay = 1.0 if share < first else max(0.02, 1 - (share - first) / (1 - first))
         return plan.rate * warm * decay * (0.5 if self.continued else 1.0)
@@ -310,7 +313,7 @@ class Trainer:
             if share >= 1:
                 break
             while self.feeder.wanted > 0:
-                self.feeder.submit(self.curriculum.next(max(share, plan.dense_share + 0.01) if self.continued else share))
+                self.feeder.submit(self.curriculum.next(max(share, 0.5) if self.continued else share))
             batch_plan, arrays = self.feeder.take()
             phase = self.phase(share)
             try:
@@ -353,6 +356,9 @@ class Trainer:
             row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.sums.clear()
         self.write(row)
+        keys = [row.get(f"patch_{k}", 0.0) for k in (KEY1, KEY2)]
+        if phase == "dense" and share > self.plan.dense_share[0] and min(keys) > self.plan.dense_accuracy:
+            self.dense_end = min(self.dense_end, share)
 
     def write(self, row: dict) -> None:
         line = json.dumps(row)
