@@ -36,7 +36,7 @@ import torch.nn.functional as F  # noqa: E402
 from batches import IGNORED, BatchPlan, make_batch  # noqa: E402
 from model import SIZES, PageVLM, whitened_cosines  # noqa: E402
 from muon import Muon  # noqa: E402
-from pictures import FAMILIES  # noqa: E402
+from pictures import FAMILIES, KEY1, KEY2  # noqa: E402
 from render import Renderer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from vocabulary import IM_END  # noqa: E402
