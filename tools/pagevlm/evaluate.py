@@ -17,7 +17,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from export import mmproj_file, text_file
+from files import mmproj_file, text_file
 from llama_cpp import Llama, mtmd_cpp
 from llama_cpp._logger import llama_log_callback
 from PIL import Image
@@ -38,6 +38,7 @@ class Stock:
         params.use_gpu, params.print_timings, params.n_threads = False, False, threads
         self.mtmd = mtmd_cpp.mtmd_init_from_file(str(folder / mmproj_file(kind)).encode(), self.llama.model, params)
         self.memory = llama_cpp.llama_get_memory(self.llama.ctx)
+        self.batch = llama_cpp.llama_batch_init(64, 0, 1)
         self.past = 0
 
     def read(self, image: np.ndarray) -> None:
@@ -61,16 +62,25 @@ class Stock:
     def answer(self, question: str) -> str:
         """Greedy."""
         llama_cpp.llama_memory_seq_rm(self.memory, 0, self.past, -1)
-        tokens, given = list(encode_prompt(question)[1:]), []  # <|vision_end|> came with the picture
+        tokens, position, given = list(encode_prompt(question)[1:]), self.past, []  # <|vision_end|> came with the picture
         while True:
-            batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
-            if llama_cpp.llama_decode(self.llama.ctx, batch):
-                raise SystemExit("llama.cpp could not decode a question")
+            self._decode(tokens, position)
+            position += len(tokens)
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.llama.ctx, -1), (self.llama.n_vocab(),))
             tokens = [int(logits.argmax())]
             if tokens[0] == IM_END or len(given) == MAX_ANSWER + 1:
                 return decode(given)
             given += tokens
+
+    def _decode(self, tokens: list[int], position: int) -> None:
+        """Text behind the picture; positions are given, as an image takes fewer of them than it has tokens."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position + i, 1, i == len(tokens) - 1
+            batch.seq_id[i][0] = 0
+        if llama_cpp.llama_decode(self.llama.ctx, batch):
+            raise SystemExit("llama.cpp could not decode a question")
 
 
 class Torch:
@@ -96,9 +106,10 @@ class Torch:
             ids[0, q, : len(prompt)] = torch.tensor(prompt)
         given: list[list[int]] = [[] for _ in prompts]
         with torch.no_grad():
-            encoded = self.model.vision(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float(), torch.float32)
+            pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+            tokens = self.model.image_tokens(self.model.vision(pixels, torch.float32))
             for n in range(MAX_ANSWER + 1):
-                best = self.model.decode(encoded, grid, ids, (ends + n - 1)[None, :, None]).argmax(-1)[0, :, 0]
+                best = self.model.decode(tokens, grid, ids, (ends + n - 1)[None, :, None]).argmax(-1)[0, :, 0]
                 for q, token in enumerate(best.tolist()):
                     given[q].append(token)
                     ids[0, q, ends[q] + n] = token

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from files import KINDS, NAME, mmproj_file, text_file
 from model import PATCH, PIXEL_MEAN, PIXEL_STD, ModelConfig, PageVLM
 from vocabulary import END_OF_TEXT, IM_END, MERGES, SPECIAL, TOKENS
 from weights import load
-
-NAME = "pagevlm"
-KINDS = ("f16", "q8_0")
 
 # ChatML as in Qwen2-VL, pictures before the text; libmtmd itself puts <|vision_start|> and <|vision_end|> around a picture
 CHAT_TEMPLATE = (
@@ -35,14 +33,6 @@ CHAT_TEMPLATE = (
 _CONTEXT = 4096
 
 Weights = dict[str, np.ndarray]
-
-
-def text_file(kind: str) -> str:
-    return f"{NAME}-text-{kind}.gguf"
-
-
-def mmproj_file(kind: str) -> str:
-    return f"{NAME}-mmproj-{kind}.gguf"
 
 
 class Writer:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from pictures import COLOR, KEY1, KEY2, N_PARTS, PART, SYMBOL0, SYMBOL1, WORD
 from torch import Tensor, nn
-from vocabulary import COLORS, PREFIX, SYMBOLS, TERMS, TOKENS
+from vocabulary import COLORS, LEXICON, PREFIX, SHAPES, SYMBOLS, TERMS, TOKENS, encode
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which Qwen2-VL files carry
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,7 +40,7 @@ class ModelConfig:
     layers: int = 12
     ff: int = 768
     rope_sections: tuple[int, int, int] = (4, 12, 16)
-    rope_base: float = 50.0  # contexts span tens of positions here: an image advances them by its longer side only
+    rope_base: float = 10000.0  # low frequencies stay: heads that find a place by what stands there need pairs that hardly turn
     norm_eps: float = 1e-6
 
     @property
@@ -191,7 +191,7 @@ _HEAD_SIZES[PART] = N_PARTS
 
 
 class PageVLM(nn.Module):
-    """Encoder, merger, decoder, and a head on the encoder that exists for training only (`patch_head`)."""
+    """Encoder, merger, decoder, and what exists for training only: `patch_head`, `term_maps`, `numbers`."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -204,6 +204,11 @@ class PageVLM(nn.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
         self.head = Linear(c.width, len(TOKENS), False)
         self.patch_head = Linear(c.v_width, sum(_HEAD_SIZES.values()), True)
+        self.term_maps = Linear(c.width, 12 * c.width, False, parts=12)
+        words = [*LEXICON, *COLORS, *SHAPES]
+        self.numbers = nn.Embedding(len(TERMS) - 1 - len(words), c.width)
+        nn.init.normal_(self.numbers.weight, std=0.5)
+        self.register_buffer("term_ids", torch.tensor([encode(f" {w}")[0] for w in words]), persistent=False)
         self.register_buffer("prefix", torch.tensor(PREFIX), persistent=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -220,23 +225,81 @@ class PageVLM(nn.Module):
         hidden = self.merge_in(encoded.reshape(batch, patches // 4, 4 * width))
         return self.merge_out(F.gelu(hidden, approximate="tanh"))
 
-    def decode(self, encoded: Tensor, grid: tuple[int, int], ids: Tensor, at: Tensor) -> Tensor:
+    def decode(self, image: Tensor, grid: tuple[int, int], ids: Tensor, at: Tensor) -> Tensor:
         """Logits (B, Q, T, vocabulary) after the slot positions `at` (B, Q, T).
 
-        encoded: (B, patches, v_width); grid: tokens (high, wide); ids: (B, Q, slot). Each slot sees the prefix, the image and itself.
+        image: image tokens (B, n, width); grid: tokens (high, wide); ids: (B, Q, slot). Each slot sees the prefix, the image and itself.
         """
-        image = self.image_tokens(encoded)
+        return self.decode_and_point(image, grid, ids, at, None)[0]
+
+    def decode_and_point(
+        self, image: Tensor, grid: tuple[int, int], ids: Tensor, at: Tensor, place: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `decode`, with the loss of heads in mid-depth that do not look where the answer is read, and their mass there.
+
+        place: (B, Q, T, 3), see batches.py.
+        """
         batch, n_slots, length = ids.shape
         n_prefix = len(PREFIX) + image.shape[1]
         start = self.embedding(self.prefix).to(image.dtype).expand(batch, -1, -1)
         x = torch.cat([start, image, self.embedding(ids.reshape(batch, -1)).to(image.dtype)], 1)
         cos, sin = self.rope(grid, n_slots, length, x.device)
         mask = slot_mask(n_prefix, n_slots, length, x.dtype, x.device)
+        where = (at + torch.arange(n_slots, device=x.device)[None, :, None] * length).reshape(batch, -1, 1).expand(-1, -1, x.shape[2])
+        losses, masses = [], []
+        hits = None if place is None else patch_hits(place.flatten(1, 2), grid)
         for i, block in enumerate(self.blocks):
+            if hits is not None and i in self.pointing_layers:
+                line = self.pointing_layers.index(i)  # one layer for the upper two patches of a token, one for the lower two
+                loss, mass = self._pointing(block, x, cos, sin, n_prefix, where, hits[..., 2 * line : 2 * line + 2])
+                losses.append(loss)
+                masses.append(mass)
             x = block(x, cos, sin, mask, n_prefix, i == len(self.blocks) - 1)
-        where = at + torch.arange(n_slots, device=x.device)[None, :, None] * length
-        rows = x.gather(1, where.reshape(batch, -1, 1).expand(-1, -1, x.shape[2]))
-        return self.head(self.norm(rows)).view(*at.shape, -1)
+        rows = x.gather(1, where)
+        logits = self.head(self.norm(rows)).view(*at.shape, -1)
+        if not losses:
+            return logits, None, None
+        return logits, torch.stack(losses).mean(), torch.stack(masses).mean()
+
+    @property
+    def pointing_layers(self) -> tuple[int, int]:
+        middle = len(self.blocks) // 2
+        return middle - 1, middle
+
+    def _pointing(self, block: DecoderBlock, x: Tensor, cos: Tensor, sin: Tensor, n_prefix: int, where: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """-log of the mass of two heads on the patches that answer, one head for each of two patches of a token; and that mass.
+
+        where: (B, Q * T, width), rows after the prefix; hits: bool (B, Q * T, tokens, 2).
+        """
+        c, first = self.c, len(PREFIX)
+        q_rows, k_rows = block.norm1(x[:, n_prefix:].gather(1, where)), block.norm1(x[:, first:n_prefix])
+        group = c.heads // c.kv_heads
+        q = block.q(q_rows).unflatten(-1, (c.heads, c.head_size))[:, :, [0, group]].transpose(1, 2)  # heads of different keys
+        k = block.kv(k_rows)[..., : 2 * c.head_size].unflatten(-1, (2, c.head_size)).transpose(1, 2)
+        at = where[:, None, :, 0]
+        q = rotate(q, cos[n_prefix:][at], sin[n_prefix:][at])
+        k = rotate(k, cos[first:n_prefix], sin[first:n_prefix])
+        scores = (q @ k.mT).float().permute(0, 2, 3, 1) / math.sqrt(c.head_size)  # (B, Q * T, tokens, 2)
+        log_mass = scores.flatten(2).log_softmax(-1).masked_fill(~hits.flatten(2), float("-inf"))
+        known = hits.flatten(2).any(-1)
+        mass = log_mass.masked_fill(~known[..., None], 0.0).logsumexp(-1).masked_fill(~known, 0.0)
+        n_known = known.sum().clamp(min=1)
+        return -mass.sum() / n_known, ((mass.exp() * known).sum() / n_known).detach()
+
+    def token_loss(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of telling the terms of each patch from its image token, by the embeddings that the same terms have in text; share right.
+
+        So what a question names and what an image token holds are alike from the start. image: (B, n, width); labels: (B, rows, columns, N_LABELS).
+        """
+        wanted = merged_order(labels)[..., [WORD, KEY1, KEY2]].long()  # (B, 4 n, 3)
+        wanted = wanted.unflatten(1, (-1, 4)).flatten(2)  # (B, n, 12)
+        table = torch.cat([self.embedding.weight[self.term_ids], self.numbers.weight])  # of terms 1 and up
+        seen = self.term_maps(image).unflatten(-1, (12, self.c.width))
+        scores = (seen @ table.to(seen.dtype).T).float() * self.c.width**-0.5
+        shown = wanted > 0
+        target = wanted[shown] - 1
+        loss = F.cross_entropy(scores[shown], target)
+        return loss, (scores[shown].argmax(-1) == target).float().mean().detach()
 
     def rope(self, grid: tuple[int, int], n_slots: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """M-RoPE: text has one position for all three axes; an image stands at one time, its tokens at their row and column after it."""
@@ -272,6 +335,14 @@ class PageVLM(nn.Module):
             loss = loss + (each * weight).sum() / weight.sum().clamp(min=1)
             right[f"patch_{kind}"] = ((scores.argmax(-1) == target) & shown).sum() / shown.sum().clamp(min=1)
         return loss, {k: v.detach() for k, v in right.items()}
+
+
+def patch_hits(place: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which patches are meant: (B, n, 3) of row, first and last column to bool (B, n, tokens, 4)."""
+    y, x = torch.meshgrid(torch.arange(2 * grid[0], device=place.device), torch.arange(2 * grid[1], device=place.device), indexing="ij")
+    y, x = merged_order(torch.stack([y, x], -1)[None])[0].unbind(-1)
+    row, first, last = place[..., None].unbind(2)
+    return ((y == row) & (x >= first) & (x <= last)).unflatten(-1, (-1, 4))
 
 
 def slot_mask(n_prefix: int, n_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:

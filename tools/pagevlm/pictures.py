@@ -41,9 +41,13 @@ _BRIGHT = {"GOLD", "PINK", "CYAN"}  # dark text on these
 
 @dataclass(frozen=True)
 class Fact:
+    """place: row, column and number of the cells that answer, spelled: letter by letter. Training points the decoder at them."""
+
     kind: str
     question: str
     answer: str
+    place: tuple[int, int, int]
+    spelled: bool
 
 
 class Picture:
@@ -110,8 +114,9 @@ class Picture:
         """Labels patches with a colour (an index of COLORS)."""
         self.labels[row : row + height, column // 2 : (column + width) // 2, COLOR] = color + 1
 
-    def fact(self, kind: str, question: str, answer: str) -> None:
-        self.facts.append(Fact(kind, question, answer))
+    def fact(self, kind: str, question: str, answer: str, row: int, column: int, length: int = 0) -> None:
+        """What can be asked; the answer stands at row, column (length: of what stands there, where it is not the answer itself)."""
+        self.facts.append(Fact(kind, question, answer, (row, column, length or len(answer)), not length))
 
     def finish(self) -> None:
         """Labels of letters."""
@@ -147,9 +152,9 @@ def _page(p: Picture, row: int, column: int, height: int, width: int) -> None:
             shown = word or _code(rng)
             p.text(r, c, shown, term=word or "", key1=before, key2=number if first and number else "")
             if before:
-                p.fact("follows", f"what follows {before}?", shown)
+                p.fact("follows", f"what follows {before}?", shown, r, c)
             if first and number:
-                p.fact("line", f"what starts line {number}?", shown)
+                p.fact("line", f"what starts line {number}?", shown, r, c)
             c += _even(len(shown) + 1) + 2 * (rng.random() < 0.15)
             before, first = word or "", False
 
@@ -189,7 +194,7 @@ def _table(p: Picture, row: int, column: int, height: int, width: int) -> None:
                 continue
             value = _code(rng) if codes else str(rng.randint(1, 999))
             p.text(r, column + 8 + pitch * i, value, key1=name, key2=head)
-            p.fact("cell", f"what is the {head} of {name}?", value)
+            p.fact("cell", f"what is the {head} of {name}?", value, r, column + 8 + pitch * i)
 
 
 def _receipt(p: Picture, row: int, column: int, height: int, width: int) -> None:
@@ -214,13 +219,13 @@ def _receipt(p: Picture, row: int, column: int, height: int, width: int) -> None
         if quantities and rng.random() < 0.85:
             quantity = str(rng.randint(1, 9)) if rng.random() < 0.5 else str(rng.randint(10, 99))
             p.text(r, column, quantity, key2=label)
-            p.fact("quantity", f"how many {label}?", quantity)
+            p.fact("quantity", f"how many {label}?", quantity, r, column)
         p.text(r, left, label, term=label)
         if dotted:
             for c in range(left + _even(len(label) + 1), right - 1):
                 p.tile[r, c] = SYMBOL_ID["."]
         p.text(r, right, price, key1=label)
-        p.fact("price", f"how much is {label}?", price)
+        p.fact("price", f"how much is {label}?", price, r, right)
 
 
 def _chart(p: Picture, row: int, column: int, height: int, width: int) -> None:
@@ -255,11 +260,11 @@ def _chart(p: Picture, row: int, column: int, height: int, width: int) -> None:
         highest = i == winner
         p.text(bottom, c, name, term=name, key1=title if highest else "")
         p.color(bottom, c, 1, 4, color)
-        p.fact("height", f"how high is {name}?", str(value))
-        p.fact("bar color", f"what color is bar {name}?", COLORS[color])
+        p.fact("height", f"how high is {name}?", str(value), bottom - full - 1 - (rest > 0), c)
+        p.fact("bar color", f"what color is bar {name}?", COLORS[color], bottom, c, 4)
         if highest:
             for _ in range(2):
-                p.fact("highest", f"what is highest in {title}?", name)
+                p.fact("highest", f"what is highest in {title}?", name, bottom, c)
 
 
 def _screen(p: Picture, row: int, column: int, height: int, width: int) -> None:
@@ -286,7 +291,7 @@ def _screen(p: Picture, row: int, column: int, height: int, width: int) -> None:
         if boxed:
             p.fill(r, start, 1, 6, PAPER)
         p.text(r, start, value, key1=label)
-        p.fact("field", f"what is in field {label}?", value)
+        p.fact("field", f"what is in field {label}?", value, r, start)
     colors = rng.sample(range(len(COLORS)), min(len(COLORS), per_row * button_rows))
     for i, color in enumerate(colors):
         r, c = row + tall - 1 - i // per_row, column + 8 * (i % per_row)
@@ -298,8 +303,8 @@ def _screen(p: Picture, row: int, column: int, height: int, width: int) -> None:
         p.fill(r, c, 1, 6, color)
         p.text(r, c, text, ink=DARK if COLORS[color] in _BRIGHT else PALE, term=text, key1=title)
         p.color(r, c, 1, 6, color)
-        p.fact("button", f"which button is {COLORS[color]} in {title}?", text)
-        p.fact("button color", f"what color is button {text}?", COLORS[color])
+        p.fact("button", f"which button is {COLORS[color]} in {title}?", text, r, c)
+        p.fact("button color", f"what color is button {text}?", COLORS[color], r, c, 6)
 
 
 def _scene(p: Picture, row: int, column: int, height: int, width: int) -> None:
@@ -332,13 +337,13 @@ def _scene(p: Picture, row: int, column: int, height: int, width: int) -> None:
         if number:
             patches[..., KEY1] = TERM_ID[number]
             p.text(r, c + wide, number, term=number, key1=name, key2=tint)
-            p.fact("number", f"what number is at the {tint} {name}?", number)
-            p.fact("number", f"what number is at the {tint} {name}?", number)
-            p.fact("shape at", f"what shape is at {number}?", name)
-            p.fact("color at", f"what color is at {number}?", tint)
+            p.fact("number", f"what number is at the {tint} {name}?", number, r, c + wide)
+            p.fact("number", f"what number is at the {tint} {name}?", number, r, c + wide)
+            p.fact("shape at", f"what shape is at {number}?", name, r, c, wide)
+            p.fact("color at", f"what color is at {number}?", tint, r, c, wide)
         if shapes.count(s) == 1:
             for _ in range(3):
-                p.fact("color", f"what color is the {name}?", tint)
+                p.fact("color", f"what color is the {name}?", tint, r, c, wide)
 
 
 _PAINT: dict[str, Callable[[Picture, int, int, int, int], None]] = {

@@ -39,6 +39,7 @@ from muon import Muon  # noqa: E402
 from pictures import FAMILIES, KEY1, KEY2  # noqa: E402
 from render import Renderer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch import _dynamo as dynamo  # noqa: E402
 from vocabulary import IM_END  # noqa: E402
 from weights import load, save  # noqa: E402
 
@@ -58,6 +59,9 @@ class Plan:
     rate: float = 1.4e-3
     encoder_factor: float = 0.5  # of the rate, in the joint phase
     dense_weight: float = 0.3  # of the patch loss in the joint phase
+    pointing_weight: float = 0.5  # of the loss of heads that do not look where the answer is
+    pointing_until: float = 0.5
+    pointing_gone: float = 0.8
     end_weight: float = 0.2  # of the end of an answer, which is learnt at once
     halved_share: float = 0.06  # of the batches: pictures at half size, so that a smaller picture is no stranger to the model
     doubled_share: float = 0.04
@@ -216,7 +220,9 @@ class Trainer:
         m = self.model
         self.encoder_group = Group([m.vision, m.patch_head], [m.vision.blocks], self.cuda)
         self.decoder_group = Group(
-            [m.merge_in, m.merge_out, m.embedding, m.blocks, m.norm, m.head], [m.merge_in, m.merge_out, m.blocks], self.cuda
+            [m.merge_in, m.merge_out, m.embedding, m.blocks, m.norm, m.head, m.term_maps, m.numbers],
+            [m.merge_in, m.merge_out, m.blocks, m.term_maps],
+            self.cuda,
         )
         self.step = 0
         self.batch_share = 1.0  # less after running out of memory
@@ -232,7 +238,7 @@ class Trainer:
         for name, array in batch.items():
             t = torch.from_numpy(array[:n])
             out[name] = (t.pin_memory() if self.cuda else t).to(self.device, non_blocking=True)
-        for name in ("ids", "at", "targets"):
+        for name in ("ids", "at", "targets", "place"):
             out[name] = out[name].long()
         return out
 
@@ -242,7 +248,7 @@ class Trainer:
 
     # -- steps
 
-    def train_step(self, plan: BatchPlan, arrays: dict[str, np.ndarray], phase: str, rate: float) -> None:
+    def train_step(self, plan: BatchPlan, arrays: dict[str, np.ndarray], phase: str, share: float) -> None:
         batch = self.tensors(arrays)
         pixels = self.pixels(batch, plan.scale)
         labelled = plan.scale == 1.0
@@ -254,9 +260,20 @@ class Trainer:
             loss = patch_loss * (1.0 if phase == "dense" else self.plan.dense_weight)
             self.note({"patch_loss": patch_loss.detach(), **right})
         if phase != "dense":
-            logits = self.model.decode(encoded, plan.grid, batch["ids"], batch["at"]).float()
+            image = self.model.image_tokens(encoded)
+            pointing = labelled and self.pointing_weight(share) > 0
+            logits, pointing_loss, mass = self.model.decode_and_point(
+                image, plan.grid, batch["ids"], batch["at"], batch["place"] if pointing else None
+            )
+            logits = logits.float()
             answer_loss = self.answer_loss(logits, batch["targets"])
             loss = answer_loss if loss is None else loss + answer_loss
+            if pointing_loss is not None and mass is not None:
+                token_loss, token_right = self.model.token_loss(image, batch["labels"])
+                loss = loss + self.pointing_weight(share) * token_loss
+                self.note({"token_loss": token_loss.detach(), "token_right": token_right})
+                loss = loss + self.pointing_weight(share) * pointing_loss
+                self.note({"pointing_loss": pointing_loss.detach(), "pointing": mass})
             with torch.no_grad():
                 right = exact(logits, batch["targets"])
                 self.note({"loss" if labelled else f"loss_x{plan.scale}": answer_loss.detach()})
@@ -267,6 +284,7 @@ class Trainer:
                 self.note({f"right_{plan.grid[0] * plan.grid[1]}{suffix}": right.mean()})
         assert loss is not None
         loss.backward()
+        rate = self.rate(share)
         if phase != "dense":
             self.note({"norm": self.decoder_group.step(rate)})
         if phase != "frozen":
@@ -294,6 +312,11 @@ class Trainer:
             return "dense"
         return "frozen" if share < self.dense_end + self.plan.frozen_share else "joint"
 
+    def pointing_weight(self, share: float) -> float:
+        """Level, then down to nothing: at the end answers alone decide where heads look."""
+        until, gone = self.plan.pointing_until, self.plan.pointing_gone
+        return self.plan.pointing_weight * min(1.0, max(0.0, (gone - share) / (gone - until)))
+
     def rate(self, share: float) -> float:
         plan = self.plan
         warm = min(1.0, (self.step + 1) / 100)
@@ -317,7 +340,7 @@ class Trainer:
             batch_plan, arrays = self.feeder.take()
             phase = self.phase(share)
             try:
-                self.train_step(batch_plan, arrays, phase, self.rate(share))
+                self.train_step(batch_plan, arrays, phase, share)
             except torch.OutOfMemoryError:
                 self.recover(batch_plan)
                 continue
@@ -387,7 +410,7 @@ class Trainer:
             plan, arrays = self.feeder.take()
             batch = self.tensors(arrays)
             encoded = self.model.vision(self.pixels(batch, plan.scale), self.compute)
-            right = exact(self.model.decode(encoded, plan.grid, batch["ids"], batch["at"]).float(), batch["targets"])
+            right = exact(self.model.decode(self.model.image_tokens(encoded), plan.grid, batch["ids"], batch["at"]).float(), batch["targets"])
             name = f"{plan.drawn_grid[0]}x{plan.drawn_grid[1]}" + ("" if plan.scale == 1 else " halved")
             for i, family in enumerate(FAMILIES):
                 own = right[batch["family"] == i]
@@ -432,7 +455,7 @@ def compile_blocks(trainer: Trainer, seconds: float) -> None:
         batch = trainer.tensors(arrays)
         with torch.set_grad_enabled(not frozen):
             encoded = trainer.model.vision(trainer.pixels(batch, 1.0), trainer.compute)
-        logits = trainer.model.decode(encoded, grid, batch["ids"], batch["at"]).float()
+        logits = trainer.model.decode(trainer.model.image_tokens(encoded), grid, batch["ids"], batch["at"]).float()
         trainer.answer_loss(logits, batch["targets"]).backward()
         for p in trainer.model.parameters():
             p.grad = None
@@ -450,16 +473,13 @@ def compile_blocks(trainer: Trainer, seconds: float) -> None:
     def too_long(signum: int, frame: object) -> None:
         raise _TooLong
 
-    begun = time.time()
-    eager = speed()
-    trainer.write({"eager_step": round(eager, 4), "seconds": round(time.time() - STARTED, 1)})
-    kept = False
+    begun, eager, kept = time.time(), 0.0, False
     previous = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(max(1, int(seconds)))
     try:
-        import torch._dynamo
-
-        torch._dynamo.config.recompile_limit = 32
+        eager = speed()
+        trainer.write({"eager_step": round(eager, 4), "seconds": round(time.time() - STARTED, 1)})
+        dynamo.config.recompile_limit = 32
         for block in blocks:
             block.compile(dynamic=True)
         for grid, arrays in samples:
@@ -481,7 +501,7 @@ def compile_blocks(trainer: Trainer, seconds: float) -> None:
     if not kept:
         for block in blocks:
             block._compiled_call_impl = None
-        torch._dynamo.reset()
+        dynamo.reset()
     for p in trainer.model.parameters():
         p.grad = None
     torch.cuda.empty_cache()
