@@ -10,10 +10,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from config import PATCH, PIXEL_MEAN, PIXEL_STD, ModelConfig
 from files import KINDS, NAME, mmproj_file, text_file
-from model import PATCH, PIXEL_MEAN, PIXEL_STD, ModelConfig, PageVLM
 from vocabulary import END_OF_TEXT, IM_END, MERGES, SPECIAL, TOKENS
-from weights import load
+from weights import read
 
 # ChatML as in Qwen2-VL, pictures before the text; libmtmd itself puts <|vision_start|> and <|vision_end|> around a picture
 CHAT_TEMPLATE = (
@@ -156,12 +156,12 @@ def _under(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
 
 
-def export(model: PageVLM, out: Path) -> None:
+def export(config: ModelConfig, weights: Weights, out: Path) -> None:
+    """weights: float32, by their names in model.py."""
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     for kind in KINDS:
-        write_text(out / text_file(kind), model.c, weights, kind)
-        write_mmproj(out / mmproj_file(kind), model.c, weights, kind)
+        write_text(out / text_file(kind), config, weights, kind)
+        write_mmproj(out / mmproj_file(kind), config, weights, kind)
 
 
 def main() -> None:
@@ -169,8 +169,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder with part-*.npz")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    model, about = load(args.run)
-    export(model, args.out)
+    config, weights, about = read(args.run)
+    export(config, weights, args.out)
     print(f"step {about.get('step')}")
     for file in sorted(args.out.glob(f"{NAME}-*.gguf")):
         print(f"{file}: {file.stat().st_size:,} bytes")

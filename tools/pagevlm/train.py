@@ -34,14 +34,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from batches import IGNORED, BatchPlan, make_batch  # noqa: E402
-from model import SIZES, PageVLM, whitened_cosines  # noqa: E402
+from config import SIZES  # noqa: E402
+from model import PageVLM, whitened_cosines  # noqa: E402
 from muon import Muon  # noqa: E402
 from pictures import FAMILIES, KEY1, KEY2  # noqa: E402
 from render import Renderer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch import _dynamo as dynamo  # noqa: E402
 from vocabulary import IM_END  # noqa: E402
-from weights import load, save  # noqa: E402
+from weights import load, load_encoder, save  # noqa: E402
 
 Grid = tuple[int, int]
 
@@ -53,10 +54,10 @@ class Plan:
     tokens: int = 8192  # image tokens in a step
     dense_share: tuple[float, float] = (0.09, 0.22)  # patch labels alone, between these: until the labels of a text's keys are right
     dense_accuracy: float = 0.85
-    frozen_share: float = 0.025  # then the encoder waits until the decoder's first gradients are no longer noise
+    frozen_share: float = 0.25  # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
     rescaled_from: float = 0.25  # pictures at half and double size
     decay_from: float = 0.4
-    rate: float = 1.4e-3
+    rate: float = 1.1e-3
     encoder_factor: float = 0.5  # of the rate, in the joint phase
     dense_weight: float = 0.3  # of the patch loss in the joint phase
     pointing_weight: float = 0.5  # of the loss of heads that do not look where the answer is
@@ -214,6 +215,8 @@ class Trainer:
             self.model.to(self.device)
         else:
             self.model = PageVLM(SIZES[args.size]).to(self.device)
+            if args.encoder:
+                load_encoder(self.model, args.encoder)
         self.continued = bool(args.init)
         self.render = Renderer(self.device)
         self.curriculum = Curriculum(plan, args.seed, SMOKE_STAGES if args.smoke else STAGES)
@@ -228,7 +231,8 @@ class Trainer:
         self.batch_share = 1.0  # less after running out of memory
         self.sums: dict[str, list[Tensor | float]] = defaultdict(list)
         self.begun = self.end = 0.0
-        self.dense_end = 0.0 if self.continued else plan.dense_share[1]
+        # where the decoder's own training begins
+        self.dense_end = 0.0 if self.continued or args.encoder else plan.dense_share[1]
 
     # -- data
 
@@ -564,6 +568,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="image tokens in a step")
     parser.add_argument("--compile-seconds", type=float, default=75, help="0: do without torch.compile")
     parser.add_argument("--init", type=Path, help="go on from another run's weights")
+    parser.add_argument("--encoder", type=Path, help="take the encoder from another run's weights, and train the decoder at once")
     parser.add_argument("--smoke", action="store_true", help="the smallest pictures only")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--unsupervised", action="store_true", help="in this process, without a second try")
@@ -584,7 +589,7 @@ def main() -> None:
     trainer = Trainer(args, plan, feeder)
     name = torch.cuda.get_device_name() if trainer.cuda else "cpu"
     trainer.write({"device": name, "torch": torch.__version__, "workers": args.workers, "seconds": round(time.time() - STARTED, 1)})
-    if not args.init:
+    if not args.init and not args.encoder:
         batch = trainer.tensors(arrays)
         with torch.no_grad():
             filters = whitened_cosines(trainer.model.c.v_width, trainer.pixels(batch, 1.0)[:64], trainer.model.vision)
