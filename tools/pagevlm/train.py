@@ -57,6 +57,8 @@ class Plan:
     frozen_share: float = 0.25  # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
     rescaled_from: float = 0.25  # pictures at half and double size
     decay_from: float = 0.4
+    passed_at: float = 0.5  # of the answers right: until then pictures stay small and rates level, but no longer than
+    passed_by: float = 0.65
     rate: float = 1.1e-3
     encoder_factor: float = 0.5  # of the rate, in the joint phase
     dense_weight: float = 0.3  # of the patch loss in the joint phase
@@ -231,6 +233,7 @@ class Trainer:
         self.batch_share = 1.0  # less after running out of memory
         self.sums: dict[str, list[Tensor | float]] = defaultdict(list)
         self.begun = self.end = 0.0
+        self.passed = self.continued
         # where the decoder's own training begins
         self.dense_end = 0.0 if self.continued or args.encoder else plan.dense_share[1]
 
@@ -285,6 +288,8 @@ class Trainer:
                 for i, family in enumerate(FAMILIES):
                     own = batch["family"] == i
                     self.note({family + suffix: (right * own[:, None]).sum(), f"n_{family}{suffix}": own.sum() * right.shape[1]})
+                if labelled:
+                    self.note({"right": right.mean()})
                 self.note({f"right_{plan.grid[0] * plan.grid[1]}{suffix}": right.mean()})
         assert loss is not None
         loss.backward()
@@ -309,6 +314,11 @@ class Trainer:
         """Of the time for training that is gone."""
         return (time.time() - self.begun) / max(1e-6, self.end - self.begun)
 
+    def progress(self, share: float) -> float:
+        """Where the schedules are: they wait for the decoder, which learns to find places all at once and after an unknown number of steps."""
+        plan = self.plan
+        return share if self.passed or share > plan.passed_by else min(share, plan.decay_from - 0.01)
+
     def phase(self, share: float) -> str:
         if self.continued:
             return "joint"
@@ -319,7 +329,7 @@ class Trainer:
     def pointing_weight(self, share: float) -> float:
         """Level, then down to nothing: at the end answers alone decide where heads look."""
         until, gone = self.plan.pointing_until, self.plan.pointing_gone
-        return self.plan.pointing_weight * min(1.0, max(0.0, (gone - share) / (gone - until)))
+        return self.plan.pointing_weight * min(1.0, max(0.0, (gone - self.progress(share)) / (gone - until)))
 
     def rate(self, share: float) -> float:
         plan = self.plan
@@ -327,7 +337,7 @@ class Trainer:
         if not self.continued and share >= self.dense_end:  # the decoder's own start
             warm = min(1.0, (share - self.dense_end) / 0.015 + 0.02)
         first = 0.0 if self.continued else plan.decay_from
-        decay = 1.0 if share < first else max(0.02, 1 - (share - first) / (1 - first))
+        decay = 1.0 if self.progress(share) < first else max(0.02, 1 - (share - first) / (1 - first))
         return plan.rate * warm * decay * (0.5 if self.continued else 1.0)
 
     def run(self) -> None:
@@ -340,7 +350,7 @@ class Trainer:
             if share >= 1:
                 break
             while self.feeder.wanted > 0:
-                self.feeder.submit(self.curriculum.next(max(share, 0.5) if self.continued else share))
+                self.feeder.submit(self.curriculum.next(max(share, 0.5) if self.continued else self.progress(share)))
             batch_plan, arrays = self.feeder.take()
             phase = self.phase(share)
             try:
@@ -383,6 +393,7 @@ class Trainer:
             row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.sums.clear()
         self.write(row)
+        self.passed = self.passed or row.get("right", 0.0) > self.plan.passed_at
         keys = [row.get(f"patch_{k}", 0.0) for k in (KEY1, KEY2)]
         if phase == "dense" and share > self.plan.dense_share[0] and min(keys) > self.plan.dense_accuracy:
             self.dense_end = min(self.dense_end, share)
