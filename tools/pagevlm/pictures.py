@@ -16,6 +16,7 @@ import numpy as np
 from vocabulary import CODE_SYMBOLS, COLORS, LEXICON, SHAPES, SYMBOL_ID, SYMBOLS, TERM_ID
 
 FAMILIES = ("page", "table", "receipt", "chart", "screen", "scene")
+NUMBERS = range(100)
 N_FACES = 20
 N_JITTER = 6  # places of a letter in its cell
 # Tiles after the symbols: bar tops of 1 to 13 pixels, a line, shapes of one patch, shapes of 2 x 2 patches
@@ -62,7 +63,7 @@ class Picture:
         self.facts: list[Fact] = []
         self.rng = rng
         self.words = rng.sample(LEXICON, len(LEXICON))
-        self.numbers = rng.sample(range(100), 100)
+        self.numbers = rng.sample(NUMBERS, len(NUMBERS))
         self.palette = self._palette()
         self.noise = rng.uniform(0, 4)
         self.shade = rng.uniform(0, 12)
