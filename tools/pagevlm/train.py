@@ -1,0 +1,621 @@
+"""Train the page model in a given time: first the encoder on patch labels, then everything on questions.
+
+python3 tools/pagevlm/train.py --seconds 420 --out DIR
+
+Needs torch, numpy and nothing else. The run keeps to its clock, counted from the start of the process: schedules follow the share of the
+time that is gone, so that a slow machine ends with a trained model too, of fewer steps. DIR gets log.jsonl (a line every few seconds) and
+part-*.npz (weights in float16, saved every minute and at the end; export.py reads them). With --init another run's weights are the start.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.time()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import multiprocessing  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from collections import defaultdict, deque  # noqa: E402
+from concurrent.futures import Future, ProcessPoolExecutor  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+from random import Random  # noqa: E402
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches differ in shape
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from batches import IGNORED, BatchPlan, make_batch  # noqa: E402
+from config import SIZES  # noqa: E402
+from model import PageVLM, whitened_cosines  # noqa: E402
+from muon import Muon  # noqa: E402
+from pictures import FAMILIES, KEY1, KEY2  # noqa: E402
+from render import Renderer  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch import _dynamo as dynamo  # noqa: E402
+from vocabulary import IM_END  # noqa: E402
+from weights import load, load_encoder, save  # noqa: E402
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rates are AdamW's; Muon, on the matrices of the blocks, takes twice that. Shares are of the time for training."""
+
+    tokens: int = 8192  # image tokens in a step
+    dense_share: tuple[float, float] = (0.09, 0.22)  # patch labels alone, between these: until the labels of a text's keys are right
+    dense_accuracy: float = 0.85
+    frozen_share: float = 0.25  # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
+    rescaled_from: float = 0.25  # pictures at half and double size
+    decay_from: float = 0.4
+    passed_at: float = 0.5  # of the answers right: until then pictures stay small and rates level, but no longer than
+    passed_by: float = 0.65
+    rate: float = 1.1e-3
+    encoder_factor: float = 0.5  # of the rate, in the joint phase
+    dense_weight: float = 0.3  # of the patch loss in the joint phase
+    pointing_weight: float = 0.5  # of the loss of heads that do not look where the answer is
+    pointing_until: float = 0.5
+    pointing_gone: float = 0.8
+    end_weight: float = 0.2  # of the end of an answer, which is learnt at once
+    halved_share: float = 0.06  # of the batches: pictures at half size, so that a smaller picture is no stranger to the model
+    doubled_share: float = 0.04
+    log_every: int = 20
+    save_seconds: float = 60.0
+    evaluation_seconds: float = 16.0
+    evaluation_pictures: int = 2  # of each family and grid, times a batch's size
+
+
+# Share of the time until which a mixture of grids holds, and weights of (tokens high, tokens wide). Either may stand upright.
+STAGES: list[tuple[float, dict[Grid, float]]] = [
+    (0.10, {(8, 8): 4, (10, 12): 2, (12, 12): 2, (16, 16): 2}),
+    (0.40, {(8, 8): 5, (8, 12): 2, (12, 12): 2, (10, 12): 1, (16, 16): 1.5}),
+    (0.70, {(8, 8): 3, (8, 16): 2, (12, 12): 2, (16, 16): 3, (16, 24): 2, (24, 24): 1.5}),
+    (9.99, {(8, 8): 2, (8, 16): 1, (12, 12): 1, (10, 12): 1, (16, 16): 2.5, (16, 24): 2, (20, 28): 1.5, (24, 24): 1.5, (16, 32): 1, (32, 32): 3}),
+]
+EVALUATION_GRIDS: tuple[Grid, ...] = ((8, 8), (16, 16), (24, 24), (32, 32))
+SMOKE_STAGES: list[tuple[float, dict[Grid, float]]] = [(9.99, {(8, 8): 1})]
+
+
+def questions_for(tokens: int) -> int:
+    """Questions behind a picture: more where there is more to ask about. Odd, so that rows of the mask are multiples of 8."""
+    return 2 * round((3 + 0.055 * tokens) / 2) + 1
+
+
+class Curriculum:
+    """Which batch comes at a step."""
+
+    def __init__(self, plan: Plan, seed: int, stages: list[tuple[float, dict[Grid, float]]]):
+        self.plan, self.seed, self.stages = plan, seed, stages
+        self.rng = Random(f"curriculum/{seed}")
+        self.pictures = 0
+
+    def next(self, share: float) -> BatchPlan:
+        plan, rng = self.plan, self.rng
+        mixture = next(m for until, m in self.stages if share < until)
+        grid = rng.choices(list(mixture), list(mixture.values()))[0]
+        if rng.random() < 0.5:
+            grid = grid[::-1]
+        scale, draw = 1.0, rng.random()
+        if share > plan.rescaled_from:
+            if draw < plan.halved_share and max(grid) <= 16:
+                scale = 0.5
+            elif draw > 1 - plan.doubled_share and min(grid) >= 16:
+                scale = 2.0
+        tokens = grid[0] * grid[1]
+        batch = BatchPlan("train", self.seed, self.pictures, grid, max(4, round(plan.tokens / tokens)), questions_for(tokens), scale)
+        self.pictures += batch.pictures
+        return batch
+
+
+class Feeder:
+    """Batches made ahead by other processes, or here if those fail."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.waiting: deque[tuple[BatchPlan, Future | None]] = deque()
+        self.pool = self._pool()
+        self.misses = 0
+
+    def _pool(self) -> ProcessPoolExecutor | None:
+        if not self.workers:
+            return None
+        return ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("fork"))
+
+    def submit(self, plan: BatchPlan) -> None:
+        future = None
+        if self.pool is not None:
+            try:
+                future = self.pool.submit(make_batch, plan)
+            except Exception:
+                traceback.print_exc()
+                self.pool = None
+        self.waiting.append((plan, future))
+
+    @property
+    def wanted(self) -> int:
+        return max(1, 3 * self.workers) - len(self.waiting)
+
+    def take(self) -> tuple[BatchPlan, dict[str, np.ndarray]]:
+        plan, future = self.waiting.popleft()
+        if future is not None:
+            self.misses += not future.done()
+            try:
+                return plan, future.result(timeout=60)
+            except Exception:
+                traceback.print_exc()
+        return plan, make_batch(plan)
+
+    def close(self) -> None:
+        """Ends the processes: one that lives on would keep the caller's pipe open."""
+        if self.pool is not None:
+            processes = list((getattr(self.pool, "_processes", None) or {}).values())
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+            self.pool = None
+
+
+class Group:
+    """Parameters that are clipped and stepped together: Muon on matrices of blocks and merger, AdamW on the rest."""
+
+    def __init__(self, modules: list[nn.Module], matrices_of: list[nn.Module], cuda: bool):
+        chosen = {}
+        for module in matrices_of:
+            for m in module.modules():
+                if isinstance(m, nn.Linear):
+                    chosen[id(m.weight)] = (m.weight, getattr(m, "parts", 1))
+        everything = {id(p): p for module in modules for p in module.parameters()}
+        self.parameters = list(everything.values())
+        self.muon = Muon(list(chosen.values()))
+        rest = [p for i, p in everything.items() if i not in chosen]
+        decay = [p for p in rest if p.ndim > 1]
+        plain = [p for p in rest if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=cuda)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> Tensor:
+        """Returns the norm of the gradients. Gradients that are not finite change nothing."""
+        own = [p for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in own]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        factor = torch.where(torch.isfinite(norm), (1.0 / norm.clamp(min=1e-6)).clamp(max=1.0), torch.zeros_like(norm))
+        torch._foreach_mul_(gradients, factor)
+        for g in gradients:
+            g.nan_to_num_(0.0, 0.0, 0.0)
+        if rate > 0:
+            self.muon.step(2 * rate)
+            for group in self.adamw.param_groups:
+                group["lr"] = rate
+            self.adamw.step()
+        for p in own:
+            p.grad = None
+        return norm
+
+
+class Trainer:
+    def __init__(self, args: argparse.Namespace, plan: Plan, feeder: Feeder):
+        self.plan, self.feeder, self.out = plan, feeder, args.out
+        self.deadline = STARTED + args.seconds
+        self.device = torch.device(args.device)
+        self.cuda = self.device.type == "cuda"
+        self.compute = torch.bfloat16 if self.cuda else torch.float32
+        torch.manual_seed(args.seed)
+        self.about = {"size": args.size, "seed": args.seed, "step": 0}
+        if args.init:
+            self.model, about = load(args.init)
+            self.about["init_step"] = about.get("step")
+            self.model.to(self.device)
+        else:
+            self.model = PageVLM(SIZES[args.size]).to(self.device)
+            if args.encoder:
+                load_encoder(self.model, args.encoder)
+        self.continued = bool(args.init)
+        self.render = Renderer(self.device)
+        self.curriculum = Curriculum(plan, args.seed, SMOKE_STAGES if args.smoke else STAGES)
+        m = self.model
+        self.encoder_group = Group([m.vision, m.patch_head], [m.vision.blocks], self.cuda)
+        self.decoder_group = Group(
+            [m.merge_in, m.merge_out, m.embedding, m.blocks, m.norm, m.head, m.term_maps, m.numbers],
+            [m.merge_in, m.merge_out, m.blocks, m.term_maps],
+            self.cuda,
+        )
+        self.step = 0
+        self.batch_share = 1.0  # less after running out of memory
+        self.sums: dict[str, list[Tensor | float]] = defaultdict(list)
+        self.begun = self.end = 0.0
+        self.passed = self.continued
+        # where the decoder's own training begins
+        self.dense_end = 0.0 if self.continued or args.encoder else plan.dense_share[1]
+
+    # -- data
+
+    def tensors(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        n = max(1, round(len(batch["ids"]) * self.batch_share))
+        out = {}
+        for name, array in batch.items():
+            t = torch.from_numpy(array[:n])
+            out[name] = (t.pin_memory() if self.cuda else t).to(self.device, non_blocking=True)
+        for name in ("ids", "at", "targets", "place"):
+            out[name] = out[name].long()
+        return out
+
+    def pixels(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+        pixels = self.render(batch["cells"], batch["palette"], batch["noise"], batch["shade"])
+        return resize(pixels, scale)
+
+    # -- steps
+
+    def train_step(self, plan: BatchPlan, arrays: dict[str, np.ndarray], phase: str, share: float) -> None:
+        batch = self.tensors(arrays)
+        pixels = self.pixels(batch, plan.scale)
+        labelled = plan.scale == 1.0
+        with torch.set_grad_enabled(phase != "frozen"):
+            encoded = self.model.vision(pixels, self.compute)
+        loss: Tensor | None = None
+        if phase != "frozen" and labelled:
+            patch_loss, right = self.model.patch_loss(encoded, batch["labels"])
+            loss = patch_loss * (1.0 if phase == "dense" else self.plan.dense_weight)
+            self.note({"patch_loss": patch_loss.detach(), **right})
+        if phase != "dense":
+            image = self.model.image_tokens(encoded)
+            pointing = labelled and self.pointing_weight(share) > 0
+            logits, pointing_loss, mass = self.model.decode_and_point(
+                image, plan.grid, batch["ids"], batch["at"], batch["place"] if pointing else None
+            )
+            logits = logits.float()
+            answer_loss = self.answer_loss(logits, batch["targets"])
+            loss = answer_loss if loss is None else loss + answer_loss
+            if pointing_loss is not None and mass is not None:
+                token_loss, token_right = self.model.token_loss(image, batch["labels"])
+                loss = loss + self.pointing_weight(share) * token_loss
+                self.note({"token_loss": token_loss.detach(), "token_right": token_right})
+                loss = loss + self.pointing_weight(share) * pointing_loss
+                self.note({"pointing_loss": pointing_loss.detach(), "pointing": mass})
+            with torch.no_grad():
+                right = exact(logits, batch["targets"])
+                self.note({"loss" if labelled else f"loss_x{plan.scale}": answer_loss.detach()})
+                suffix = "" if labelled else f"_x{plan.scale}"
+                for i, family in enumerate(FAMILIES):
+                    own = batch["family"] == i
+                    self.note({family + suffix: (right * own[:, None]).sum(), f"n_{family}{suffix}": own.sum() * right.shape[1]})
+                if labelled:
+                    self.note({"right": right.mean()})
+                self.note({f"right_{plan.grid[0] * plan.grid[1]}{suffix}": right.mean()})
+        assert loss is not None
+        loss.backward()
+        rate = self.rate(share)
+        if phase != "dense":
+            self.note({"norm": self.decoder_group.step(rate)})
+        if phase != "frozen":
+            self.note({"v_norm": self.encoder_group.step(rate * (1.0 if phase == "dense" else self.plan.encoder_factor))})
+
+    def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        each = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        weight = (targets != IGNORED).float() * torch.where(targets == IM_END, self.plan.end_weight, 1.0)
+        return (each * weight.flatten()).sum() / weight.sum().clamp(min=1)
+
+    def note(self, values: dict[str, Tensor | float]) -> None:
+        for name, value in values.items():
+            self.sums[name].append(value)
+
+    # -- the run
+
+    def share(self) -> float:
+        """Of the time for training that is gone."""
+        return (time.time() - self.begun) / max(1e-6, self.end - self.begun)
+
+    def progress(self, share: float) -> float:
+        """Where the schedules are: they wait for the decoder, which learns to find places all at once and after an unknown number of steps."""
+        plan = self.plan
+        return share if self.passed or share > plan.passed_by else min(share, plan.decay_from - 0.01)
+
+    def phase(self, share: float) -> str:
+        if self.continued:
+            return "joint"
+        if share < self.dense_end:
+            return "dense"
+        return "frozen" if share < self.dense_end + self.plan.frozen_share else "joint"
+
+    def pointing_weight(self, share: float) -> float:
+        """Level, then down to nothing: at the end answers alone decide where heads look."""
+        until, gone = self.plan.pointing_until, self.plan.pointing_gone
+        return self.plan.pointing_weight * min(1.0, max(0.0, (gone - self.progress(share)) / (gone - until)))
+
+    def rate(self, share: float) -> float:
+        plan = self.plan
+        warm = min(1.0, (self.step + 1) / 100)
+        if not self.continued and share >= self.dense_end:  # the decoder's own start
+            warm = min(1.0, (share - self.dense_end) / 0.015 + 0.02)
+        first = 0.0 if self.continued else plan.decay_from
+        decay = 1.0 if self.progress(share) < first else max(0.02, 1 - (share - first) / (1 - first))
+        return plan.rate * warm * decay * (0.5 if self.continued else 1.0)
+
+    def run(self) -> None:
+        plan = self.plan
+        self.begun = time.time()
+        self.end = self.deadline - plan.evaluation_seconds - 8
+        last_saved, last_logged = time.time(), time.time()
+        while True:
+            share = self.share()
+            if share >= 1:
+                break
+            while self.feeder.wanted > 0:
+                self.feeder.submit(self.curriculum.next(max(share, 0.5) if self.continued else self.progress(share)))
+            batch_plan, arrays = self.feeder.take()
+            phase = self.phase(share)
+            try:
+                self.train_step(batch_plan, arrays, phase, share)
+            except torch.OutOfMemoryError:
+                self.recover(batch_plan)
+                continue
+            self.step += 1
+            if self.step % plan.log_every == 0 or (self.step < 10 and self.step % 3 == 1):
+                self.log(phase, share, (time.time() - last_logged))
+                last_logged = time.time()
+            if time.time() - last_saved > plan.save_seconds:
+                self.save()
+                last_saved = time.time()
+        self.log("end", 1.0, 1.0)
+        self.save()
+
+    def recover(self, batch_plan: BatchPlan) -> None:
+        for p in self.model.parameters():
+            p.grad = None
+        torch.cuda.empty_cache()
+        self.batch_share /= 2
+        self.write({"out_of_memory": list(batch_plan.grid), "batch_share": self.batch_share})
+        if self.batch_share < 0.02:
+            raise SystemExit("no batch fits into memory")
+
+    def save(self) -> None:
+        save(self.model, self.out, {**self.about, "step": self.step})
+
+    def log(self, phase: str, share: float, seconds: float) -> None:
+        values = {name: float(torch.stack([torch.as_tensor(v).float() for v in vs]).sum()) for name, vs in self.sums.items()}
+        row: dict[str, object] = {"seconds": round(time.time() - STARTED, 1), "step": self.step, "phase": phase, "share": round(share, 4)}
+        for name, value in values.items():
+            if f"n_{name}" in values:
+                row[name] = round(value / max(1, values[f"n_{name}"]), 4)
+            elif not name.startswith("n_"):
+                row[name] = round(value / len(self.sums[name]), 4)
+        row |= {"rate": round(self.rate(share), 7), "pictures": self.curriculum.pictures, "waited": self.feeder.misses, "took": round(seconds, 2)}
+        if self.cuda:
+            row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.sums.clear()
+        self.write(row)
+        self.passed = self.passed or row.get("right", 0.0) > self.plan.passed_at
+        keys = [row.get(f"patch_{k}", 0.0) for k in (KEY1, KEY2)]
+        if phase == "dense" and share > self.plan.dense_share[0] and min(keys) > self.plan.dense_accuracy:
+            self.dense_end = min(self.dense_end, share)
+
+    def write(self, row: dict) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        with open(self.out / "log.jsonl", "a") as file:
+            print(line, file=file)
+
+    @torch.no_grad()
+    def evaluate(self, smoke: bool) -> None:
+        """Held-out pictures, true letters given: the share of answers right by family and grid, and at half the size."""
+        plans = []
+        for grid in EVALUATION_GRIDS[: 1 if smoke else None]:
+            tokens = grid[0] * grid[1]
+            n = max(12, min(48, 6 * round(self.plan.tokens / tokens / 6)))
+            for part in range(1 if smoke else self.plan.evaluation_pictures):
+                plans.append(BatchPlan("dev", 0, 100000 * tokens + part * n, grid, n, questions_for(tokens)))
+                half = (grid[0] // 2, grid[1] // 2)
+                if min(half) >= 4:
+                    plans.append(BatchPlan("dev", 0, 100000 * tokens + part * n, half, n, questions_for(tokens), 0.5))
+        for plan in plans:
+            self.feeder.submit(plan)
+        results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        kept = deque(entry for entry in self.feeder.waiting if entry[0].split == "dev")
+        self.feeder.waiting = kept
+        while kept and time.time() < self.deadline - 4:
+            plan, arrays = self.feeder.take()
+            batch = self.tensors(arrays)
+            encoded = self.model.vision(self.pixels(batch, plan.scale), self.compute)
+            right = exact(self.model.decode(self.model.image_tokens(encoded), plan.grid, batch["ids"], batch["at"]).float(), batch["targets"])
+            name = f"{plan.drawn_grid[0]}x{plan.drawn_grid[1]}" + ("" if plan.scale == 1 else " halved")
+            for i, family in enumerate(FAMILIES):
+                own = right[batch["family"] == i]
+                if own.numel():
+                    results[name][family].append(float(own.mean()))
+        for name, by_family in results.items():
+            self.write({"held_out": name, **{f: round(float(np.mean(v)), 4) for f, v in by_family.items()}})
+
+
+def resize(pixels: Tensor, scale: float) -> Tensor:
+    """Half size by averages, double size by interpolation; whole grey levels."""
+    if scale == 0.5:
+        return F.avg_pool2d(pixels, 2).round()
+    if scale == 2.0:
+        return F.interpolate(pixels, scale_factor=2, mode="bilinear").clamp(0, 255).round()
+    return pixels
+
+
+def exact(logits: Tensor, targets: Tensor) -> Tensor:
+    """Which answers are right in every token, the true ones before it given: (B, Q) of 0 and 1."""
+    return ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(-1).float()
+
+
+# -- torch.compile, if it works here and pays
+
+
+class _TooLong(Exception):
+    pass
+
+
+def compile_blocks(trainer: Trainer, seconds: float) -> None:
+    """Compiles the blocks within a time, and keeps them so only if steps are then faster."""
+    if not trainer.cuda:
+        return
+    grids: list[tuple[Grid, int]] = [((8, 8), 12), ((12, 12), 12), ((16, 24), 6), ((32, 32), 4)]
+    samples = [(g, make_batch(BatchPlan("train", 99, 0, g, n, questions_for(g[0] * g[1])))) for g, n in grids]
+    full = trainer.plan.tokens // 144
+    timed = make_batch(BatchPlan("train", 99, 0, (12, 12), full, questions_for(144)))
+    blocks = [*trainer.model.vision.blocks, *trainer.model.blocks]
+
+    def passes(grid: Grid, arrays: dict[str, np.ndarray], frozen: bool = False) -> None:
+        batch = trainer.tensors(arrays)
+        with torch.set_grad_enabled(not frozen):
+            encoded = trainer.model.vision(trainer.pixels(batch, 1.0), trainer.compute)
+        logits = trainer.model.decode(trainer.model.image_tokens(encoded), grid, batch["ids"], batch["at"]).float()
+        trainer.answer_loss(logits, batch["targets"]).backward()
+        for p in trainer.model.parameters():
+            p.grad = None
+
+    def speed() -> float:
+        for _ in range(2):
+            passes((12, 12), timed)
+        torch.cuda.synchronize()
+        start = time.time()
+        for _ in range(5):
+            passes((12, 12), timed)
+        torch.cuda.synchronize()
+        return (time.time() - start) / 5
+
+    def too_long(signum: int, frame: object) -> None:
+        raise _TooLong
+
+    begun, eager, kept = time.time(), 0.0, False
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(max(1, int(seconds)))
+    try:
+        eager = speed()
+        trainer.write({"eager_step": round(eager, 4), "seconds": round(time.time() - STARTED, 1)})
+        dynamo.config.recompile_limit = 32
+        for block in blocks:
+            block.compile(dynamic=True)
+        for grid, arrays in samples:
+            passes(grid, arrays)
+            trainer.write({"compiled": list(grid), "seconds": round(time.time() - STARTED, 1)})
+        passes(*samples[0], frozen=True)
+        passes(*samples[2], frozen=True)
+        compiled = speed()
+        left = trainer.deadline - time.time()
+        kept = compiled < 0.93 * eager
+        trainer.write({"compiled_step": round(compiled, 4), "kept": kept, "took": round(time.time() - begun, 1), "left": round(left, 1)})
+    except BaseException as error:  # whatever a compiler throws: the run goes on without it
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        trainer.write({"compile_failed": f"{type(error).__name__}: {str(error)[:300]}", "took": round(time.time() - begun, 1)})
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    if not kept:
+        for block in blocks:
+            block._compiled_call_impl = None
+        dynamo.reset()
+    for p in trainer.model.parameters():
+        p.grad = None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+_FIRST_STEP_SECONDS = 150  # a compiler that hangs in another thread is not stopped by an alarm
+
+
+def wait(child: subprocess.Popen, log: Path, until: float, first_step_until: float) -> int | str:
+    """The child's exit status, or why it is not waited for any longer."""
+    seen = log.read_text().count('"step": ') if log.exists() else 0
+    while child.poll() is None:
+        if time.time() > until:
+            return "out of time"
+        if time.time() > first_step_until:
+            if (log.read_text().count('"step": ') if log.exists() else 0) > seen:
+                first_step_until = math.inf
+            else:
+                return "no first step"
+        time.sleep(0.5)
+    return child.returncode
+
+
+def supervise(seconds: float, out: Path) -> None:
+    """Runs the training in a process of its own. If that fails, again in the time that is left, more carefully, from what it has saved."""
+    deadline = STARTED + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    careful = [[], ["--compile-seconds", "0"], ["--compile-seconds", "0", "--tokens", "4096"]]
+    for attempt, extra in enumerate(careful):
+        left = deadline - time.time() - attempt
+        if attempt and left < 40:
+            break
+        command = [sys.executable, "-u", __file__, *sys.argv[1:], "--unsupervised", "--seconds", f"{left:.0f}", *extra]
+        if attempt and sorted(out.glob("part-*.npz")):
+            command += ["--init", str(out)]
+        child = subprocess.Popen(command, start_new_session=True)
+        status = wait(child, out / "log.jsonl", time.time() + left + 8, math.inf if extra else time.time() + _FIRST_STEP_SECONDS)
+        try:
+            os.killpg(child.pid, signal.SIGKILL)  # its processes that draw, and itself where it hangs
+        except ProcessLookupError:
+            pass
+        if status == 0:
+            return
+        with open(out / "log.jsonl", "a") as file:
+            print(json.dumps({"attempt": attempt, "status": status, "seconds": round(time.time() - STARTED, 1)}), file=file)
+        if status == "out of time":
+            break
+    raise SystemExit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=420, help="from the start of the process to its end (%(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="processes that make pictures")
+    parser.add_argument("--tokens", type=int, help="image tokens in a step")
+    parser.add_argument("--compile-seconds", type=float, default=75, help="0: do without torch.compile")
+    parser.add_argument("--init", type=Path, help="go on from another run's weights")
+    parser.add_argument("--encoder", type=Path, help="take the encoder from another run's weights, and train the decoder at once")
+    parser.add_argument("--smoke", action="store_true", help="the smallest pictures only")
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--unsupervised", action="store_true", help="in this process, without a second try")
+    args = parser.parse_args()
+    if not args.unsupervised:
+        supervise(args.seconds, args.out)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    plan = replace(Plan(), **{k: v for k, v in {"tokens": args.tokens, "rate": args.rate}.items() if v is not None})
+    feeder = Feeder(args.workers)
+    curriculum = Curriculum(plan, args.seed + 1000, SMOKE_STAGES)
+    feeder.submit(curriculum.next(0.0))
+    _, arrays = feeder.take()  # starts the processes before CUDA does
+    if torch.device(args.device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles for each shape
+    trainer = Trainer(args, plan, feeder)
+    name = torch.cuda.get_device_name() if trainer.cuda else "cpu"
+    trainer.write({"device": name, "torch": torch.__version__, "workers": args.workers, "seconds": round(time.time() - STARTED, 1)})
+    if not args.init and not args.encoder:
+        batch = trainer.tensors(arrays)
+        with torch.no_grad():
+            filters = whitened_cosines(trainer.model.c.v_width, trainer.pixels(batch, 1.0)[:64], trainer.model.vision)
+            trainer.model.vision.patch.weight.copy_(filters)
+    if args.compile_seconds > 0:
+        compile_blocks(trainer, min(args.compile_seconds, args.seconds / 4))
+    try:
+        trainer.run()
+        trainer.evaluate(args.smoke)
+    finally:
+        feeder.close()
+    trainer.write({"done": trainer.step, "seconds": round(time.time() - STARTED, 1)})
+    sys.stdout.flush()
+    os._exit(0)  # processes that still draw are not waited for
+
+
+if __name__ == "__main__":
+    main()
