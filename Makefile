@@ -79,7 +79,7 @@ bench-all: $(VENV)/installed-tests
 
 # Whether the C core compiles for Windows, macOS and Linux on ARM, with the compilers that are there
 cross: $(VENV)/installed
-	PYTHON=$(BIN)/python tools/cross_compile.sh $$($(BIN)/python bindings/build_core.py include)
+	PYTHON=$(CURDIR)/$(BIN)/python tools/cross_compile.sh $$($(BIN)/python bindings/build_core.py include)
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

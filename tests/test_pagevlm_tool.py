@@ -1,8 +1,10 @@
-"""The generator of tools/pagevlm: seeded, and its answers stand in the picture; its files: stock llama.cpp reads them as they are meant.
+"""The generator of tools/pagevlm: seeded, and its answers stand in the picture; its files: stock llama.cpp reads them
+as they are meant.
 
 Needs no torch. Where torch is there, a random model's answers are compared too.
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -18,7 +20,9 @@ GRIDS = ((8, 8), (12, 16), (24, 24))
 
 
 def load_tool(names):
-    """The tool's modules: it is a folder of scripts, which import each other by bare names that tools/refvlm uses as well."""
+    """The tool's modules: it is a folder of scripts, which import each other by bare names that tools/refvlm uses as
+    well.
+    """
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if (TOOL / f"{name}.py").exists()}
     sys.path.insert(0, str(TOOL))
     try:
@@ -37,7 +41,9 @@ def tool():
 
 def every_picture(tool, n=3):
     pictures = tool["pictures"]
-    return [(f, grid, pictures.draw("test", 0, i, f, grid)) for f in pictures.FAMILIES for grid in GRIDS for i in range(n)]
+    return [
+        (f, grid, pictures.draw("test", 0, i, f, grid)) for f in pictures.FAMILIES for grid in GRIDS for i in range(n)
+    ]
 
 
 def test_a_picture_depends_on_its_number_alone(tool):
@@ -46,7 +52,11 @@ def test_a_picture_depends_on_its_number_alone(tool):
         first = draw("test", 0, 5, family, (8, 8))
         draw("test", 0, 6, family, (12, 12))
         again = draw("test", 0, 5, family, (8, 8))
-        assert np.array_equal(first.tile, again.tile) and np.array_equal(first.palette, again.palette) and first.facts == again.facts
+        assert (
+            np.array_equal(first.tile, again.tile)
+            and np.array_equal(first.palette, again.palette)
+            and first.facts == again.facts
+        )
         others = [draw(split, seed, 5, family, (8, 8)).facts for split, seed in (("train", 0), ("dev", 0), ("test", 1))]
         assert all(first.facts != other for other in others)
 
@@ -112,15 +122,19 @@ def test_the_highest_bar_is_the_one_of_the_largest_value(tool):
             for fact in (f for f in p.facts if f.kind == "highest"):
                 row = fact.place[0]
                 title_row = [f for f in p.facts if f.kind == "bar color" and f.place[0] == row]
-                assert values[fact.answer] >= max(values[bars[f.place[:2]]] for f in title_row if same_chart(p, fact, f, values))
+                assert values[fact.answer] >= max(
+                    values[bars[f.place[:2]]] for f in title_row if same_chart(p, fact, f, values)
+                )
 
 
 def same_chart(picture, fact, other, values):
-    """Charts stand beside each other on one row; only bars up to the next title's chart belong together: bars are 8 or 10 cells apart."""
+    """Charts stand beside each other on one row; only bars up to the next title's chart belong together: bars are 8 or
+    10 cells apart.
+    """
     columns = sorted(f.place[1] for f in picture.facts if f.kind == "bar color" and f.place[0] == fact.place[0])
     low, high = sorted((fact.place[1], other.place[1]))
     between = [c for c in columns if low <= c <= high]
-    return all(b - a <= 10 for a, b in zip(between, between[1:]))
+    return all(b - a <= 10 for a, b in itertools.pairwise(between))
 
 
 def test_batches_hold_what_is_asked(tool):
@@ -128,12 +142,16 @@ def test_batches_hold_what_is_asked(tool):
     plan = batches.BatchPlan("test", 0, 0, (12, 16), 6, 9)
     batch = batches.make_batch(plan)
     for b in range(6):
-        facts = {f.question: f for f in tool["pictures"].draw("test", 0, b, tool["pictures"].FAMILIES[b], (12, 16)).facts}
+        facts = {
+            f.question: f for f in tool["pictures"].draw("test", 0, b, tool["pictures"].FAMILIES[b], (12, 16)).facts
+        }
         for q in range(9):
             at, target = batch["at"][b, q], batch["targets"][b, q]
             n = int((target != batches.IGNORED).sum())
-            answer = vocabulary.decode([t for t in target[: n - 1]])
-            question = vocabulary.decode([t for t in batch["ids"][b, q, 1 : at[0] - 4] if t < vocabulary.N_SPECIAL_FROM])
+            answer = vocabulary.decode(list(target[: n - 1]))
+            question = vocabulary.decode(
+                [t for t in batch["ids"][b, q, 1 : at[0] - 4] if t < vocabulary.N_SPECIAL_FROM]
+            )
             assert facts[question].answer == answer
             assert list(batch["ids"][b, q, at[0] + 1 : at[0] + n]) == list(target[: n - 1])
             assert target[n - 1] == vocabulary.IM_END
@@ -152,7 +170,13 @@ def random_weights(config, n_tokens, seed=0):
 
     weights = {"embedding.weight": matrix(n_tokens, w), "head.weight": matrix(n_tokens, w), "norm.weight": vector(w, 1)}
     for i in range(config.layers):
-        for name, shape in {"q": (w, w), "kv": (2 * kv, w), "out": (w, w), "gate_up": (2 * config.ff, w), "down": (w, config.ff)}.items():
+        for name, shape in {
+            "q": (w, w),
+            "kv": (2 * kv, w),
+            "out": (w, w),
+            "gate_up": (2 * config.ff, w),
+            "down": (w, config.ff),
+        }.items():
             weights[f"blocks.{i}.{name}.weight"] = matrix(*shape)
         weights |= {f"blocks.{i}.q.bias": vector(w), f"blocks.{i}.kv.bias": vector(2 * kv)}
         weights |= {f"blocks.{i}.norm{j}.weight": vector(w, 1) for j in (1, 2)}
@@ -160,10 +184,17 @@ def random_weights(config, n_tokens, seed=0):
     weights |= {"vision.post_norm.weight": vector(v, 1), "vision.post_norm.bias": vector(v)}
     for i in range(config.v_layers):
         for name, shape in {"qkv": (3 * v, v), "out": (v, v), "up": (config.v_ff, v), "down": (v, config.v_ff)}.items():
-            weights |= {f"vision.blocks.{i}.{name}.weight": matrix(*shape), f"vision.blocks.{i}.{name}.bias": vector(shape[0])}
+            weights |= {
+                f"vision.blocks.{i}.{name}.weight": matrix(*shape),
+                f"vision.blocks.{i}.{name}.bias": vector(shape[0]),
+            }
         for j in (1, 2):
             weights |= {f"vision.blocks.{i}.norm{j}.weight": vector(v, 1), f"vision.blocks.{i}.norm{j}.bias": vector(v)}
-    weights |= {"merge_in.weight": matrix(4 * v, 4 * v), "merge_in.bias": vector(4 * v), "merge_out.weight": matrix(w, 4 * v)}
+    weights |= {
+        "merge_in.weight": matrix(4 * v, 4 * v),
+        "merge_in.bias": vector(4 * v),
+        "merge_out.weight": matrix(w, 4 * v),
+    }
     weights["merge_out.bias"] = vector(w)
     return weights
 
@@ -191,7 +222,9 @@ def test_llama_cpp_splits_every_question_and_answer_as_the_tool_does(tool, files
 
 
 def test_the_mmproj_has_qwen2_vls_graph(tool, files):
-    """The file is complete for the float64 reference of that graph, and its weights are where the graph looks for them."""
+    """The file is complete for the float64 reference of that graph, and its weights are where the graph looks for
+    them.
+    """
     folder, config, weights = files
     reference = QwenVisionEncoder(folder / tool["files"].mmproj_file("f16"))
     assert (reference.n_layer, reference.n_embd, reference.n_head) == (config.v_layers, config.v_width, config.v_heads)

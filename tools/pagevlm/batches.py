@@ -1,4 +1,6 @@
-"""Training batches as NumPy arrays: pictures of one size, with questions packed behind each. A batch depends on its plan alone."""
+"""Training batches as NumPy arrays: pictures of one size, with questions packed behind each. A batch depends on its
+plan alone.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from pictures import FAMILIES, Picture, choose_facts, draw
-from vocabulary import IM_END, MAX_ANSWER, encode_prompt, encode
+from vocabulary import IM_END, MAX_ANSWER, encode, encode_prompt
 
 IGNORED = -100  # target of a position without loss
-SLOT = 20  # tokens of the longest question and answer; the answer's end is predicted from its last token, so it takes none
+SLOT = (
+    20  # tokens of the longest question and answer; the answer's end is predicted from its last token, so it takes none
+)
 N_TARGETS = MAX_ANSWER + 1
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """grid: tokens (high, wide) that the model sees. scale: 0.5 and 2 for pictures drawn twice or half as large and resized."""
+    """grid: tokens (high, wide) that the model sees. scale: 0.5 and 2 for pictures drawn twice or half as large and
+    resized.
+    """
 
     split: str
     seed: int
@@ -33,11 +39,15 @@ class BatchPlan:
 def make_batch(plan: BatchPlan) -> dict[str, np.ndarray]:
     """Families in turn.
 
-    cells uint8 (B, 4, rows, columns); palette uint8 (B, colours, 3); noise, shade float32 (B,); labels int16 (B, rows, columns / 2, N_LABELS);
-    ids int16 (B, Q, SLOT); at int16 (B, Q, N_TARGETS): slot positions whose next token is the answer's; targets int16 alike; place int16 (B, Q, N_TARGETS, 3):
-    row, first and last column of the patches that a token of the answer is read from, -1 for none; family int8 (B,).
+    cells uint8 (B, 4, rows, columns); palette uint8 (B, colours, 3); noise, shade float32 (B,); labels int16 (B, rows,
+    columns / 2, N_LABELS); ids int16 (B, Q, SLOT); at int16 (B, Q, N_TARGETS): slot positions whose next token is the
+    answer's; targets int16 alike; place int16 (B, Q, N_TARGETS, 3): row, first and last column of the patches that a
+    token of the answer is read from, -1 for none; family int8 (B,).
     """
-    pictures = [draw(plan.split, plan.seed, plan.first + i, FAMILIES[(plan.first + i) % len(FAMILIES)], plan.drawn_grid) for i in range(plan.pictures)]
+    pictures = [
+        draw(plan.split, plan.seed, plan.first + i, FAMILIES[(plan.first + i) % len(FAMILIES)], plan.drawn_grid)
+        for i in range(plan.pictures)
+    ]
     ids = np.zeros((plan.pictures, plan.questions, SLOT), np.int16)
     at = np.zeros((plan.pictures, plan.questions, N_TARGETS), np.int16)
     targets = np.full((plan.pictures, plan.questions, N_TARGETS), IGNORED, np.int16)

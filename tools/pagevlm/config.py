@@ -23,7 +23,9 @@ class ModelConfig:
     layers: int = 12
     ff: int = 768
     rope_sections: tuple[int, int, int] = (4, 12, 16)
-    rope_base: float = 10000.0  # low frequencies stay: heads that find a place by what stands there need pairs that hardly turn
+    rope_base: float = (
+        10000.0  # low frequencies stay: heads that find a place by what stands there need pairs that hardly turn
+    )
     norm_eps: float = 1e-6
 
     @property
@@ -33,5 +35,16 @@ class ModelConfig:
 
 SIZES = {
     "full": ModelConfig(),
-    "tiny": ModelConfig(v_width=96, v_heads=3, v_layers=2, v_ff=192, width=128, heads=4, kv_heads=2, layers=3, ff=256, rope_sections=(2, 6, 8)),
+    "tiny": ModelConfig(
+        v_width=96,
+        v_heads=3,
+        v_layers=2,
+        v_ff=192,
+        width=128,
+        heads=4,
+        kv_heads=2,
+        layers=3,
+        ff=256,
+        rope_sections=(2, 6, 8),
+    ),
 }

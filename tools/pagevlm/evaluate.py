@@ -1,9 +1,10 @@
-"""Answers of llama.cpp (as llama-cpp-python ships it; nothing of star_edge) to held-out questions, at full size and at half.
+"""Answers of llama.cpp (as llama-cpp-python ships it; nothing of star_edge) to held-out questions, at full size and at
+half.
 
 python tools/pagevlm/evaluate.py --gguf DIR --questions DIR [--kind q8_0] [--half] [--torch RUN] [--answers FILE]
 
-A picture is encoded once and read once, then each question is decoded behind it. --half halves the pictures first, by averages of 2 x 2
-pixels. --torch has the trained weights answer too, and counts how often both say the same.
+A picture is encoded once and read once, then each question is decoded behind it. --half halves the pictures first, by
+averages of 2 x 2 pixels. --torch has the trained weights answer too, and counts how often both say the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Stock:
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         mtmd_cpp.mtmd_log_set(llama_log_callback, None)
         mtmd_cpp.mtmd_helper_log_set(llama_log_callback, None)
-        self.llama = Llama(str(folder / text_file(kind)), n_ctx=2048, n_batch=1100, n_ubatch=1100, n_threads=threads, verbose=False)
+        self.llama = Llama(
+            str(folder / text_file(kind)), n_ctx=2048, n_batch=1100, n_ubatch=1100, n_threads=threads, verbose=False
+        )
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.n_threads = False, False, threads
         self.mtmd = mtmd_cpp.mtmd_init_from_file(str(folder / mmproj_file(kind)).encode(), self.llama.model, params)
@@ -46,7 +49,9 @@ class Stock:
         image = np.ascontiguousarray(image)
         prompt = b"<|im_start|>user\n<__media__>"
         text = mtmd_cpp.mtmd_input_text(text=prompt, text_len=len(prompt), add_special=True, parse_special=True)
-        bitmap = mtmd_cpp.mtmd_bitmap_init(image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        bitmap = mtmd_cpp.mtmd_bitmap_init(
+            image.shape[1], image.shape[0], image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        )
         chunks = mtmd_cpp.mtmd_input_chunks_init()
         bitmaps = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(bitmap)
         llama_cpp.llama_memory_clear(self.memory, True)
@@ -62,7 +67,11 @@ class Stock:
     def answer(self, question: str) -> str:
         """Greedy."""
         llama_cpp.llama_memory_seq_rm(self.memory, 0, self.past, -1)
-        tokens, position, given = list(encode_prompt(question)[1:]), self.past, []  # <|vision_end|> came with the picture
+        tokens, position, given = (
+            list(encode_prompt(question)[1:]),
+            self.past,
+            [],
+        )  # <|vision_end|> came with the picture
         while True:
             self._decode(tokens, position)
             position += len(tokens)
@@ -77,7 +86,12 @@ class Stock:
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position + i, 1, i == len(tokens) - 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = (
+                token,
+                position + i,
+                1,
+                i == len(tokens) - 1,
+            )
             batch.seq_id[i][0] = 0
         if llama_cpp.llama_decode(self.llama.ctx, batch):
             raise SystemExit("llama.cpp could not decode a question")
@@ -117,7 +131,9 @@ class Torch:
 
 
 def halved(image: np.ndarray) -> np.ndarray:
-    """Averages of 2 x 2 pixels. The sides stay multiples of 28, so that llama.cpp resizes nothing: 56 divides the sides of what is drawn."""
+    """Averages of 2 x 2 pixels. The sides stay multiples of 28, so that llama.cpp resizes nothing: 56 divides the sides
+    of what is drawn.
+    """
     height, width, _ = image.shape
     if height % 56 or width % 56:
         raise ValueError(f"a picture of {width}x{height} has no half of whole image tokens")

@@ -15,7 +15,8 @@ from files import KINDS, NAME, mmproj_file, text_file
 from vocabulary import END_OF_TEXT, IM_END, MERGES, SPECIAL, TOKENS
 from weights import read
 
-# ChatML as in Qwen2-VL, pictures before the text; libmtmd itself puts <|vision_start|> and <|vision_end|> around a picture
+# ChatML as in Qwen2-VL, pictures before the text; libmtmd itself puts <|vision_start|> and <|vision_end|> around a
+# picture
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n"
@@ -36,7 +37,9 @@ Weights = dict[str, np.ndarray]
 
 
 class Writer:
-    """A GGUF file under construction: matrices in f16 or q8_0; norms and biases in f32; patch filters, which are convolved, in f16."""
+    """A GGUF file under construction: matrices in f16 or q8_0; norms and biases in f32; patch filters, which are
+    convolved, in f16.
+    """
 
     def __init__(self, path: Path, architecture: str, kind: str):
         self.kind = kind
@@ -88,7 +91,10 @@ def write_text(path: Path, c: ModelConfig, weights: Weights, kind: str) -> None:
     g.add_token_list([token.encode() for token in TOKENS])
     g.add_token_merges([" ".join(pair) for pair in MERGES])
     unused = [token.startswith("<|unused_") for token in TOKENS]
-    kinds = [gguf.TokenType.CONTROL if t in SPECIAL else gguf.TokenType.UNUSED if u else gguf.TokenType.NORMAL for t, u in zip(TOKENS, unused)]
+    kinds = [
+        gguf.TokenType.CONTROL if t in SPECIAL else gguf.TokenType.UNUSED if u else gguf.TokenType.NORMAL
+        for t, u in zip(TOKENS, unused)
+    ]
     g.add_token_types(kinds)
     g.add_bos_token_id(END_OF_TEXT)
     g.add_eos_token_id(IM_END)
@@ -106,7 +112,12 @@ def write_text(path: Path, c: ModelConfig, weights: Weights, kind: str) -> None:
         w.linear(f"blk.{i}.attn_q", block["q.weight"], block["q.bias"])
         w.linear(f"blk.{i}.attn_k", k, k_bias)
         w.linear(f"blk.{i}.attn_v", v, v_bias)
-        matrices = {"attn_output": block["out.weight"], "ffn_gate": gate, "ffn_up": up, "ffn_down": block["down.weight"]}
+        matrices = {
+            "attn_output": block["out.weight"],
+            "ffn_gate": gate,
+            "ffn_up": up,
+            "ffn_down": block["down.weight"],
+        }
         for name, matrix in matrices.items():
             w.matrix(f"blk.{i}.{name}.weight", matrix)
     w.single("output_norm.weight", weights["norm.weight"])

@@ -2,8 +2,8 @@
 
 python tools/pagevlm/glyphs.py [--fonts DIRECTORY OF DEJAVU FONTS]
 
-The file is in the repository: it is drawn again only to change the glyphs. A cell is 7 x 14 pixels, so that a patch of 14 x 14 is two
-cells. Letters are 5 to 7 pixels wide and 7 to 11 high.
+The file is in the repository: it is drawn again only to change the glyphs. A cell is 7 x 14 pixels, so that a patch of
+14 x 14 is two cells. Letters are 5 to 7 pixels wide and 7 to 11 high.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _FINE = 16  # a glyph is drawn so many times larger, then averaged
 
 
 def letter(font: ImageFont.FreeTypeFont, symbol: str, size: tuple[int, int]) -> np.ndarray:
-    """One symbol, (14, 7) uint8 of ink, at the top left of the cell with a free pixel above. Wide letters are squeezed."""
+    """One symbol, (14, 7) uint8 of ink, at the top left of the cell with a free pixel above. Wide letters are
+    squeezed.
+    """
     width, height = size
     cell = np.zeros((CELL_HEIGHT, CELL_WIDTH), np.uint8)
     if symbol == " ":

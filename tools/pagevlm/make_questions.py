@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from batches import cells
-from PIL import Image
 from pictures import FAMILIES, choose_facts, draw
+from PIL import Image
 from render import Renderer
 
 # Grids in turn: of ten pictures three have 64 tokens and one has 1,024
@@ -33,7 +33,14 @@ def pictures(split: str, n: int, renderer: Renderer, questions: int):
             name = f"{family}/{i:04d}.png"
             facts = list(dict.fromkeys(choose_facts(p, questions)))
             rows = [
-                {"image": name, "category": family, "kind": f.kind, "tokens": grid[0] * grid[1], "question": f.question, "answer": f.answer}
+                {
+                    "image": name,
+                    "category": family,
+                    "kind": f.kind,
+                    "tokens": grid[0] * grid[1],
+                    "question": f.question,
+                    "answer": f.answer,
+                }
                 for f in facts
             ]
             yield name, pixels.permute(1, 2, 0).byte().numpy(), rows

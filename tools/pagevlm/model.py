@@ -24,7 +24,9 @@ _BLANK_WEIGHT = 0.1  # most patches are empty
 
 
 class Linear(nn.Linear):
-    """Float32 weights, products in the type of the input. `parts`: matrices that stand above each other in the weight (for Muon)."""
+    """Float32 weights, products in the type of the input. `parts`: matrices that stand above each other in the weight
+    (for Muon).
+    """
 
     def __init__(self, n_in: int, n_out: int, bias: bool, parts: int = 1):
         super().__init__(n_in, n_out, bias)
@@ -99,7 +101,9 @@ class VisionEncoder(nn.Module):
         return self.post_norm(x)
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Normalized patches (B, patches, 3 * 14 * 14) in the merger's order, each in the order of a convolution's kernel: channel, y, x."""
+        """Normalized patches (B, patches, 3 * 14 * 14) in the merger's order, each in the order of a convolution's
+        kernel: channel, y, x.
+        """
         x = (pixels - self.mean) / self.std
         batch, high, wide = x.shape[0], x.shape[2] // (2 * PATCH), x.shape[3] // (2 * PATCH)
         x = x.view(batch, 3, high, 2, PATCH, wide, 2, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
@@ -148,14 +152,23 @@ class DecoderBlock(nn.Module):
         k, v = k.repeat_interleave(c.heads // c.kv_heads, 1), v.repeat_interleave(c.heads // c.kv_heads, 1)
         attended = F.scaled_dot_product_attention(q[:, :, n_prefix - first :], k, v, attn_mask=mask)
         if not last:
-            seen = F.scaled_dot_product_attention(q[:, :, :n_prefix], k[:, :, :n_prefix], v[:, :, :n_prefix], is_causal=True)
+            seen = F.scaled_dot_product_attention(
+                q[:, :, :n_prefix], k[:, :, :n_prefix], v[:, :, :n_prefix], is_causal=True
+            )
             attended = torch.cat([seen, attended], 2)
         x = x[:, first:] + self.out(attended.transpose(1, 2).reshape(batch, rows - first, width))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
-_HEAD_SIZES = {SYMBOL0: len(SYMBOLS), SYMBOL1: len(SYMBOLS), WORD: len(TERMS), COLOR: len(COLORS) + 1, KEY1: len(TERMS), KEY2: len(TERMS)}
+_HEAD_SIZES = {
+    SYMBOL0: len(SYMBOLS),
+    SYMBOL1: len(SYMBOLS),
+    WORD: len(TERMS),
+    COLOR: len(COLORS) + 1,
+    KEY1: len(TERMS),
+    KEY2: len(TERMS),
+}
 _HEAD_SIZES[PART] = N_PARTS
 
 
@@ -197,14 +210,16 @@ class PageVLM(nn.Module):
     def decode(self, image: Tensor, grid: tuple[int, int], ids: Tensor, at: Tensor) -> Tensor:
         """Logits (B, Q, T, vocabulary) after the slot positions `at` (B, Q, T).
 
-        image: image tokens (B, n, width); grid: tokens (high, wide); ids: (B, Q, slot). Each slot sees the prefix, the image and itself.
+        image: image tokens (B, n, width); grid: tokens (high, wide); ids: (B, Q, slot). Each slot sees the prefix, the
+            image and itself.
         """
         return self.decode_and_point(image, grid, ids, at, None)[0]
 
     def decode_and_point(
         self, image: Tensor, grid: tuple[int, int], ids: Tensor, at: Tensor, place: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As `decode`, with the loss of heads in mid-depth that do not look where the answer is read, and their mass there.
+        """As `decode`, with the loss of heads in mid-depth that do not look where the answer is read, and their mass
+        there.
 
         place: (B, Q, T, 3), see batches.py.
         """
@@ -214,12 +229,18 @@ class PageVLM(nn.Module):
         x = torch.cat([start, image, self.embedding(ids.reshape(batch, -1)).to(image.dtype)], 1)
         cos, sin = self.rope(grid, n_slots, length, x.device)
         mask = slot_mask(n_prefix, n_slots, length, x.dtype, x.device)
-        where = (at + torch.arange(n_slots, device=x.device)[None, :, None] * length).reshape(batch, -1, 1).expand(-1, -1, x.shape[2])
+        where = (
+            (at + torch.arange(n_slots, device=x.device)[None, :, None] * length)
+            .reshape(batch, -1, 1)
+            .expand(-1, -1, x.shape[2])
+        )
         losses, masses = [], []
         hits = None if place is None else patch_hits(place.flatten(1, 2), grid)
         for i, block in enumerate(self.blocks):
             if hits is not None and i in self.pointing_layers:
-                line = self.pointing_layers.index(i)  # one layer for the upper two patches of a token, one for the lower two
+                line = self.pointing_layers.index(
+                    i
+                )  # one layer for the upper two patches of a token, one for the lower two
                 loss, mass = self._pointing(block, x, cos, sin, n_prefix, where, hits[..., 2 * line : 2 * line + 2])
                 losses.append(loss)
                 masses.append(mass)
@@ -235,15 +256,20 @@ class PageVLM(nn.Module):
         middle = len(self.blocks) // 2
         return middle - 1, middle
 
-    def _pointing(self, block: DecoderBlock, x: Tensor, cos: Tensor, sin: Tensor, n_prefix: int, where: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
-        """-log of the mass of two heads on the patches that answer, one head for each of two patches of a token; and that mass.
+    def _pointing(
+        self, block: DecoderBlock, x: Tensor, cos: Tensor, sin: Tensor, n_prefix: int, where: Tensor, hits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-log of the mass of two heads on the patches that answer, one head for each of two patches of a token; and
+        that mass.
 
         where: (B, Q * T, width), rows after the prefix; hits: bool (B, Q * T, tokens, 2).
         """
         c, first = self.c, len(PREFIX)
         q_rows, k_rows = block.norm1(x[:, n_prefix:].gather(1, where)), block.norm1(x[:, first:n_prefix])
         group = c.heads // c.kv_heads
-        q = block.q(q_rows).unflatten(-1, (c.heads, c.head_size))[:, :, [0, group]].transpose(1, 2)  # heads of different keys
+        q = (
+            block.q(q_rows).unflatten(-1, (c.heads, c.head_size))[:, :, [0, group]].transpose(1, 2)
+        )  # heads of different keys
         k = block.kv(k_rows)[..., : 2 * c.head_size].unflatten(-1, (2, c.head_size)).transpose(1, 2)
         at = where[:, None, :, 0]
         q = rotate(q, cos[n_prefix:][at], sin[n_prefix:][at])
@@ -256,9 +282,11 @@ class PageVLM(nn.Module):
         return -mass.sum() / n_known, ((mass.exp() * known).sum() / n_known).detach()
 
     def token_loss(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of telling the terms of each patch from its image token, by the embeddings that the same terms have in text; share right.
+        """Loss of telling the terms of each patch from its image token, by the embeddings that the same terms have in
+        text; share right.
 
-        So what a question names and what an image token holds are alike from the start. image: (B, n, width); labels: (B, rows, columns, N_LABELS).
+        So what a question names and what an image token holds are alike from the start. image: (B, n, width); labels:
+        (B, rows, columns, N_LABELS).
         """
         wanted = merged_order(labels)[..., [WORD, KEY1, KEY2]].long()  # (B, 4 n, 3)
         wanted = wanted.unflatten(1, (-1, 4)).flatten(2)  # (B, n, 12)
@@ -271,7 +299,9 @@ class PageVLM(nn.Module):
         return loss, (scores[shown].argmax(-1) == target).float().mean().detach()
 
     def rope(self, grid: tuple[int, int], n_slots: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """M-RoPE: text has one position for all three axes; an image stands at one time, its tokens at their row and column after it."""
+        """M-RoPE: text has one position for all three axes; an image stands at one time, its tokens at their row and
+        column after it.
+        """
         c = self.c
         high, wide = grid
         begin = len(PREFIX)
@@ -279,11 +309,14 @@ class PageVLM(nn.Module):
         y, x = torch.meshgrid(torch.arange(high, device=device), torch.arange(wide, device=device), indexing="ij")
         slots = (begin + max(high, wide) + torch.arange(length, device=device)).repeat(n_slots)
         axes = [
-            torch.cat([text, image + begin, slots]) for image in (torch.zeros(high * wide, device=device, dtype=torch.long), y.flatten(), x.flatten())
+            torch.cat([text, image + begin, slots])
+            for image in (torch.zeros(high * wide, device=device, dtype=torch.long), y.flatten(), x.flatten())
         ]
         half = c.head_size // 2
         frequency = c.rope_base ** (-torch.arange(half, device=device) / half)
-        of_pair = torch.repeat_interleave(torch.arange(3, device=device), torch.tensor(c.rope_sections, device=device), output_size=half)
+        of_pair = torch.repeat_interleave(
+            torch.arange(3, device=device), torch.tensor(c.rope_sections, device=device), output_size=half
+        )
         angle = torch.stack(axes, -1)[:, of_pair].float() * frequency
         return angle.cos(), angle.sin()
 
@@ -308,7 +341,9 @@ class PageVLM(nn.Module):
 
 def patch_hits(place: Tensor, grid: tuple[int, int]) -> Tensor:
     """Which patches are meant: (B, n, 3) of row, first and last column to bool (B, n, tokens, 4)."""
-    y, x = torch.meshgrid(torch.arange(2 * grid[0], device=place.device), torch.arange(2 * grid[1], device=place.device), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(2 * grid[0], device=place.device), torch.arange(2 * grid[1], device=place.device), indexing="ij"
+    )
     y, x = merged_order(torch.stack([y, x], -1)[None])[0].unbind(-1)
     row, first, last = place[..., None].unbind(2)
     return ((y == row) & (x >= first) & (x <= last)).unflatten(-1, (-1, 4))
@@ -323,7 +358,9 @@ def slot_mask(n_prefix: int, n_slots: int, length: int, dtype: torch.dtype, devi
 
 
 def whitened_cosines(width: int, pixels: Tensor, encoder: VisionEncoder) -> Tensor:
-    """First patch filters (width, 588): cosines of low frequencies on opponent colours, each scaled to unit variance over real patches."""
+    """First patch filters (width, 588): cosines of low frequencies on opponent colours, each scaled to unit variance
+    over real patches.
+    """
     index = np.arange(PATCH)
     waves = np.cos(np.pi * (2 * index + 1)[None] * index[:, None] / (2 * PATCH))
     waves /= np.linalg.norm(waves, axis=1, keepdims=True)
@@ -333,7 +370,13 @@ def whitened_cosines(width: int, pixels: Tensor, encoder: VisionEncoder) -> Tens
     n_light = min(len(lowest), width * 5 // 8)  # letters are brightness
     n_red = (width - n_light) // 2
     shares = (n_light, n_red, width - n_light - n_red)
-    filters = np.stack([(o[:, None, None] * np.outer(waves[u], waves[v])).ravel() for o, n in zip(opponents, shares) for u, v in lowest[:n]])
+    filters = np.stack(
+        [
+            (o[:, None, None] * np.outer(waves[u], waves[v])).ravel()
+            for o, n in zip(opponents, shares)
+            for u, v in lowest[:n]
+        ]
+    )
     filters = torch.from_numpy(filters).float()
     spread = (encoder.patches(pixels).flatten(0, 1) @ filters.to(pixels.device).T).std(0) + 0.1
     return filters.to(pixels.device) / spread[:, None]

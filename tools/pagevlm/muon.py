@@ -1,4 +1,5 @@
-"""Muon: momentum whose matrix updates are made orthogonal, so that every direction of a weight matrix learns at the same pace.
+"""Muon: momentum whose matrix updates are made orthogonal, so that every direction of a weight matrix learns at the
+same pace.
 
 Matrices of one shape are done together, in bf16 on a GPU; a weight that holds several matrices is taken apart first.
 """
@@ -11,7 +12,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-# An odd quintic that lifts every singular value from (0, 1] to about 1 in five rounds. It overshoots near 1, which does no harm here.
+# An odd quintic that lifts every singular value from (0, 1] to about 1 in five rounds. It overshoots near 1, which does
+# no harm here.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
 _RMS = 0.2  # of an AdamW update, roughly: rates mean the same for both optimizers

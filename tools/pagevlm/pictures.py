@@ -1,13 +1,15 @@
 """Seeded pictures as grids of cells: what stands in each cell, what each patch shows, and what can be asked.
 
-A cell is 7 x 14 pixels, a patch two cells, an image token 2 x 2 patches: 4 columns and 2 rows of cells. Text starts at even columns, so
-that a patch belongs to one word at most. Pixels are made from cells in render.py.
+A cell is 7 x 14 pixels, a patch two cells, an image token 2 x 2 patches: 4 columns and 2 rows of cells. Text starts at
+even columns, so that a patch belongs to one word at most. Pixels are made from cells in render.py.
 
-Picture i of a split depends on (split, seed, i, family, grid) alone. Six families: page, table, receipt, chart, screen, scene.
+Picture i of a split depends on (split, seed, i, family, grid) alone. Six families: page, table, receipt, chart, screen,
+scene.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -34,15 +36,23 @@ N_LABELS = 7
 N_PARTS = 5  # how far along its text a patch is: 1 and up, or 0 for none
 
 _COLOR_VALUES = {
-    "RED": (205, 40, 40), "GREEN": (40, 150, 60), "BLUE": (45, 75, 205), "GOLD": (225, 190, 40), "PINK": (240, 130, 190),
-    "CYAN": (70, 205, 215), "BROWN": (125, 80, 40), "GRAY": (135, 135, 135),
-}  # fmt: skip
+    "RED": (205, 40, 40),
+    "GREEN": (40, 150, 60),
+    "BLUE": (45, 75, 205),
+    "GOLD": (225, 190, 40),
+    "PINK": (240, 130, 190),
+    "CYAN": (70, 205, 215),
+    "BROWN": (125, 80, 40),
+    "GRAY": (135, 135, 135),
+}
 _BRIGHT = {"GOLD", "PINK", "CYAN"}  # dark text on these
 
 
 @dataclass(frozen=True)
 class Fact:
-    """place: row, column and number of the cells that answer, spelled: letter by letter. Training points the decoder at them."""
+    """place: row, column and number of the cells that answer, spelled: letter by letter. Training points the decoder at
+    them.
+    """
 
     kind: str
     question: str
@@ -93,7 +103,9 @@ class Picture:
         face = self.base_face if self.rng.random() < 0.7 else self.rng.randrange(N_FACES)
         return face * N_JITTER + self.rng.randrange(N_JITTER)
 
-    def text(self, row: int, column: int, text: str, ink: int | None = None, term: str = "", key1: str = "", key2: str = "") -> None:
+    def text(
+        self, row: int, column: int, text: str, ink: int | None = None, term: str = "", key1: str = "", key2: str = ""
+    ) -> None:
         """Text at an even column; its patches are labelled with the term that it is and the terms it belongs to."""
         end = column + len(text)
         self.tile[row, column:end] = [SYMBOL_ID[c] for c in text]
@@ -116,7 +128,9 @@ class Picture:
         self.labels[row : row + height, column // 2 : (column + width) // 2, COLOR] = color + 1
 
     def fact(self, kind: str, question: str, answer: str, row: int, column: int, length: int = 0) -> None:
-        """What can be asked; the answer stands at row, column (length: of what stands there, where it is not the answer itself)."""
+        """What can be asked; the answer stands at row, column (length: of what stands there, where it is not the answer
+        itself).
+        """
         self.facts.append(Fact(kind, question, answer, (row, column, length or len(answer)), not length))
 
     def finish(self) -> None:
@@ -173,7 +187,10 @@ def _table(p: Picture, row: int, column: int, height: int, width: int) -> None:
     table_width = 8 + pitch * n_columns
     heads = [h[: pitch - 1] if len(h) >= pitch else h for h in heads]
     if any(h not in TERM_ID for h in heads):  # a name that a narrow column has no place for
-        heads = [h if h in TERM_ID else next((p.words.pop(i) for i, w in enumerate(p.words) if len(w) < pitch), None) for h in heads]
+        heads = [
+            h if h in TERM_ID else next((p.words.pop(i) for i, w in enumerate(p.words) if len(w) < pitch), None)
+            for h in heads
+        ]
         if None in heads:
             return
     if rng.random() < 0.5:
@@ -348,10 +365,22 @@ def _scene(p: Picture, row: int, column: int, height: int, width: int) -> None:
 
 
 _PAINT: dict[str, Callable[[Picture, int, int, int, int], None]] = {
-    "page": _page, "table": _table, "receipt": _receipt, "chart": _chart, "screen": _screen, "scene": _scene,
-}  # fmt: skip
+    "page": _page,
+    "table": _table,
+    "receipt": _receipt,
+    "chart": _chart,
+    "screen": _screen,
+    "scene": _scene,
+}
 # Largest panel of a family in cells (rows, columns); larger pictures hold several
-_PANELS = {"page": (64, 64), "table": (28, 64), "receipt": (40, 28), "chart": (16, 64), "screen": (12, 28), "scene": (64, 128)}
+_PANELS = {
+    "page": (64, 64),
+    "table": (28, 64),
+    "receipt": (40, 28),
+    "chart": (16, 64),
+    "screen": (12, 28),
+    "scene": (64, 128),
+}
 
 
 def _spans(total: int, largest: int, smallest: int, rng: Random) -> list[tuple[int, int]]:
@@ -362,10 +391,17 @@ def _spans(total: int, largest: int, smallest: int, rng: Random) -> list[tuple[i
     if n == 1 and total >= 2 * smallest + 4 and rng.random() < 0.25:
         n = 2
     cuts = [_even(total * i // n) for i in range(n)] + [total]
-    return [(a, b - a) for a, b in zip(cuts, cuts[1:])]
+    return [(a, b - a) for a, b in itertools.pairwise(cuts)]
 
 
-_SMALLEST = {"page": (8, 20), "table": (6, 24), "receipt": (6, 22), "chart": (8, 24), "screen": (6, 20), "scene": (999, 999)}
+_SMALLEST = {
+    "page": (8, 20),
+    "table": (6, 24),
+    "receipt": (6, 22),
+    "chart": (8, 24),
+    "screen": (6, 20),
+    "scene": (999, 999),
+}
 
 
 def draw(split: str, seed: int, index: int, family: str, grid: tuple[int, int]) -> Picture:

@@ -1,10 +1,12 @@
-"""Does the decoder learn to find places? A small decoder alone, on features that hold the patch labels as the trained encoder's do.
+"""Does the decoder learn to find places? A small decoder alone, on features that hold the patch labels as the trained
+encoder's do.
 
 python tools/pagevlm/probe.py [--words 36] [--pointing 1] [--terms 0.5] [--rope-base 10000] [--seconds 900]
 
-Needs no GPU. Features are sums of a random vector for each label of a patch, so letters, words and keys are there to be read linearly; every
-step has new pictures. Prints means over 20 steps: loss of answers, loss and mass of the pointing heads, terms told from image tokens, and
-answers right by family.
+Needs no GPU. Features are sums of a random vector for each label of a patch, so letters, words and keys are there to be
+read linearly; every
+step has new pictures. Prints means over 20 steps: loss of answers, loss and mass of the pointing heads, terms told from
+image tokens, and answers right by family.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _FEATURES = 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--words", type=int, default=36, help="short words in all pictures; 0: the whole vocabulary (%(default)s)")
+    parser.add_argument(
+        "--words", type=int, default=36, help="short words in all pictures; 0: the whole vocabulary (%(default)s)"
+    )
     parser.add_argument("--grid", type=int, nargs=2, default=(4, 6), help="tokens high and wide")
     parser.add_argument("--pictures", type=int, default=12)
     parser.add_argument("--questions", type=int, default=7)
@@ -38,7 +42,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rope-base", type=float, default=10000)
     parser.add_argument("--pointing", type=float, default=1.0, help="weight of the loss of heads that look elsewhere")
-    parser.add_argument("--terms", type=float, default=0.5, help="weight of the loss of telling terms from image tokens")
+    parser.add_argument(
+        "--terms", type=float, default=0.5, help="weight of the loss of telling terms from image tokens"
+    )
     parser.add_argument("--rate", type=float, default=0.003, help="Muon's; AdamW takes half")
     parser.add_argument("--seconds", type=float, default=900)
     args = parser.parse_args()
@@ -49,12 +55,34 @@ def main() -> None:
         pictures.LEXICON = short[:: len(short) // args.words][: args.words]
         pictures.NUMBERS = range(10, 30)
     heads = args.width // 64
-    config = ModelConfig(v_width=_FEATURES, v_layers=1, width=args.width, heads=heads, kv_heads=heads, layers=args.layers, ff=2 * args.width)
+    config = ModelConfig(
+        v_width=_FEATURES,
+        v_layers=1,
+        width=args.width,
+        heads=heads,
+        kv_heads=heads,
+        layers=args.layers,
+        ff=2 * args.width,
+    )
     model = PageVLM(ModelConfig(**{**vars(config), "rope_base": args.rope_base}))
     vectors = torch.randn(N_LABELS, 400, _FEATURES)
     vectors[:, 0] = 0
-    own = [model.merge_in, model.merge_out, model.embedding, model.blocks, model.norm, model.head, model.term_maps, model.numbers]
-    matrices = [(m.weight, m.parts) for part in (model.merge_in, model.merge_out, model.blocks, model.term_maps) for m in part.modules() if isinstance(m, Linear)]
+    own = [
+        model.merge_in,
+        model.merge_out,
+        model.embedding,
+        model.blocks,
+        model.norm,
+        model.head,
+        model.term_maps,
+        model.numbers,
+    ]
+    matrices = [
+        (m.weight, m.parts)
+        for part in (model.merge_in, model.merge_out, model.blocks, model.term_maps)
+        for m in part.modules()
+        if isinstance(m, Linear)
+    ]
     parameters = [p for part in own for p in part.parameters()]
     of_muon = {id(p) for p, _ in matrices}
     muon = Muon(matrices)
@@ -64,7 +92,10 @@ def main() -> None:
     begun, step = time.time(), 0
     while time.time() - begun < args.seconds:
         arrays = make_batch(BatchPlan("train", 0, step * args.pictures, grid, args.pictures, args.questions))
-        batch = {name: torch.from_numpy(arrays[name]).long() for name in ("labels", "ids", "at", "targets", "place", "family")}
+        batch = {
+            name: torch.from_numpy(arrays[name]).long()
+            for name in ("labels", "ids", "at", "targets", "place", "family")
+        }
         features = sum(vectors[kind][batch["labels"][..., kind]] for kind in range(N_LABELS))
         image = model.image_tokens(merged_order(F.layer_norm(features, (_FEATURES,))))
         logits, pointing_loss, mass = model.decode_and_point(image, grid, batch["ids"], batch["at"], batch["place"])
@@ -89,7 +120,11 @@ def main() -> None:
             sums[name].append(float(value.detach()))
         step += 1
         if step % 20 == 0:
-            row = {"step": step, "seconds": round(time.time() - begun), **{name: round(float(np.nanmean(v)), 3) for name, v in sums.items()}}
+            row = {
+                "step": step,
+                "seconds": round(time.time() - begun),
+                **{name: round(float(np.nanmean(v)), 3) for name, v in sums.items()},
+            }
             print(json.dumps(row), flush=True)
             sums.clear()
 

@@ -41,8 +41,11 @@ class Renderer:
         self.atlas = torch.from_numpy(atlas()).to(device)
 
     @torch.no_grad()
-    def __call__(self, cells: Tensor, palette: Tensor, noise: Tensor, shade: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """cells: uint8 (B, 4, rows, columns): tile, style, ink, paper. palette: uint8 (B, colours, 3). noise, shade: (B,) in grey levels.
+    def __call__(
+        self, cells: Tensor, palette: Tensor, noise: Tensor, shade: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """cells: uint8 (B, 4, rows, columns): tile, style, ink, paper. palette: uint8 (B, colours, 3). noise, shade:
+        (B,) in grey levels.
 
         Returns (B, 3, 14 * rows, 7 * columns), whole grey levels 0 to 255 as float32.
         """
@@ -54,7 +57,8 @@ class Renderer:
         colors = palette.float()
         which = torch.arange(batch, device=device)[:, None, None]
         front, back = (
-            colors[which, index].permute(0, 3, 1, 2).repeat_interleave(CELL_HEIGHT, 2).repeat_interleave(CELL_WIDTH, 3) for index in (ink, paper)
+            colors[which, index].permute(0, 3, 1, 2).repeat_interleave(CELL_HEIGHT, 2).repeat_interleave(CELL_WIDTH, 3)
+            for index in (ink, paper)
         )
         pixels = back + (front - back) * alpha
         field = torch.rand(batch, 3, 5, 5, device=device, generator=generator) - 0.5

@@ -2,9 +2,10 @@
 
 python3 tools/pagevlm/train.py --seconds 420 --out DIR
 
-Needs torch, numpy and nothing else. The run keeps to its clock, counted from the start of the process: schedules follow the share of the
-time that is gone, so that a slow machine ends with a trained model too, of fewer steps. DIR gets log.jsonl (a line every few seconds) and
-part-*.npz (weights in float16, saved every minute and at the end; export.py reads them). With --init another run's weights are the start.
+Needs torch, numpy and nothing else. The run keeps to its clock, counted from the start of the process: schedules follow
+the share of the time that is gone, so that a slow machine ends with a trained model too, of fewer steps. DIR gets
+log.jsonl (a line every few seconds) and part-*.npz (weights in float16, saved every minute and at the end; export.py
+reads them). With --init another run's weights are the start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 STARTED = time.time()
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import multiprocessing  # noqa: E402
@@ -52,9 +54,13 @@ class Plan:
     """Rates are AdamW's; Muon, on the matrices of the blocks, takes twice that. Shares are of the time for training."""
 
     tokens: int = 8192  # image tokens in a step
-    dense_share: tuple[float, float] = (0.09, 0.22)  # patch labels alone, between these: until the labels of a text's keys are right
+    dense_share: tuple[float, float] = (
+        0.09,
+        0.22,
+    )  # patch labels alone, between these: until the labels of a text's keys are right
     dense_accuracy: float = 0.85
-    frozen_share: float = 0.25  # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
+    # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
+    frozen_share: float = 0.25
     rescaled_from: float = 0.25  # pictures at half and double size
     decay_from: float = 0.4
     passed_at: float = 0.5  # of the answers right: until then pictures stay small and rates level, but no longer than
@@ -66,7 +72,9 @@ class Plan:
     pointing_until: float = 0.5
     pointing_gone: float = 0.8
     end_weight: float = 0.2  # of the end of an answer, which is learnt at once
-    halved_share: float = 0.06  # of the batches: pictures at half size, so that a smaller picture is no stranger to the model
+    halved_share: float = (
+        0.06  # of the batches: pictures at half size, so that a smaller picture is no stranger to the model
+    )
     doubled_share: float = 0.04
     log_every: int = 20
     save_seconds: float = 60.0
@@ -74,19 +82,36 @@ class Plan:
     evaluation_pictures: int = 2  # of each family and grid, times a batch's size
 
 
-# Share of the time until which a mixture of grids holds, and weights of (tokens high, tokens wide). Either may stand upright.
+# Share of the time until which a mixture of grids holds, and weights of (tokens high, tokens wide). Either may stand
+# upright.
 STAGES: list[tuple[float, dict[Grid, float]]] = [
     (0.10, {(8, 8): 4, (10, 12): 2, (12, 12): 2, (16, 16): 2}),
     (0.40, {(8, 8): 5, (8, 12): 2, (12, 12): 2, (10, 12): 1, (16, 16): 1.5}),
     (0.70, {(8, 8): 3, (8, 16): 2, (12, 12): 2, (16, 16): 3, (16, 24): 2, (24, 24): 1.5}),
-    (9.99, {(8, 8): 2, (8, 16): 1, (12, 12): 1, (10, 12): 1, (16, 16): 2.5, (16, 24): 2, (20, 28): 1.5, (24, 24): 1.5, (16, 32): 1, (32, 32): 3}),
+    (
+        9.99,
+        {
+            (8, 8): 2,
+            (8, 16): 1,
+            (12, 12): 1,
+            (10, 12): 1,
+            (16, 16): 2.5,
+            (16, 24): 2,
+            (20, 28): 1.5,
+            (24, 24): 1.5,
+            (16, 32): 1,
+            (32, 32): 3,
+        },
+    ),
 ]
 EVALUATION_GRIDS: tuple[Grid, ...] = ((8, 8), (16, 16), (24, 24), (32, 32))
 SMOKE_STAGES: list[tuple[float, dict[Grid, float]]] = [(9.99, {(8, 8): 1})]
 
 
 def questions_for(tokens: int) -> int:
-    """Questions behind a picture: more where there is more to ask about. Odd, so that rows of the mask are multiples of 8."""
+    """Questions behind a picture: more where there is more to ask about. Odd, so that rows of the mask are multiples of
+    8.
+    """
     return 2 * round((3 + 0.055 * tokens) / 2) + 1
 
 
@@ -111,7 +136,9 @@ class Curriculum:
             elif draw > 1 - plan.doubled_share and min(grid) >= 16:
                 scale = 2.0
         tokens = grid[0] * grid[1]
-        batch = BatchPlan("train", self.seed, self.pictures, grid, max(4, round(plan.tokens / tokens)), questions_for(tokens), scale)
+        batch = BatchPlan(
+            "train", self.seed, self.pictures, grid, max(4, round(plan.tokens / tokens)), questions_for(tokens), scale
+        )
         self.pictures += batch.pictures
         return batch
 
@@ -287,7 +314,12 @@ class Trainer:
                 suffix = "" if labelled else f"_x{plan.scale}"
                 for i, family in enumerate(FAMILIES):
                     own = batch["family"] == i
-                    self.note({family + suffix: (right * own[:, None]).sum(), f"n_{family}{suffix}": own.sum() * right.shape[1]})
+                    self.note(
+                        {
+                            family + suffix: (right * own[:, None]).sum(),
+                            f"n_{family}{suffix}": own.sum() * right.shape[1],
+                        }
+                    )
                 if labelled:
                     self.note({"right": right.mean()})
                 self.note({f"right_{plan.grid[0] * plan.grid[1]}{suffix}": right.mean()})
@@ -297,7 +329,9 @@ class Trainer:
         if phase != "dense":
             self.note({"norm": self.decoder_group.step(rate)})
         if phase != "frozen":
-            self.note({"v_norm": self.encoder_group.step(rate * (1.0 if phase == "dense" else self.plan.encoder_factor))})
+            self.note(
+                {"v_norm": self.encoder_group.step(rate * (1.0 if phase == "dense" else self.plan.encoder_factor))}
+            )
 
     def answer_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         each = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -315,7 +349,9 @@ class Trainer:
         return (time.time() - self.begun) / max(1e-6, self.end - self.begun)
 
     def progress(self, share: float) -> float:
-        """Where the schedules are: they wait for the decoder, which learns to find places all at once and after an unknown number of steps."""
+        """Where the schedules are: they wait for the decoder, which learns to find places all at once and after an
+        unknown number of steps.
+        """
         plan = self.plan
         return share if self.passed or share > plan.passed_by else min(share, plan.decay_from - 0.01)
 
@@ -381,14 +417,26 @@ class Trainer:
         save(self.model, self.out, {**self.about, "step": self.step})
 
     def log(self, phase: str, share: float, seconds: float) -> None:
-        values = {name: float(torch.stack([torch.as_tensor(v).float() for v in vs]).sum()) for name, vs in self.sums.items()}
-        row: dict[str, object] = {"seconds": round(time.time() - STARTED, 1), "step": self.step, "phase": phase, "share": round(share, 4)}
+        values = {
+            name: float(torch.stack([torch.as_tensor(v).float() for v in vs]).sum()) for name, vs in self.sums.items()
+        }
+        row: dict[str, object] = {
+            "seconds": round(time.time() - STARTED, 1),
+            "step": self.step,
+            "phase": phase,
+            "share": round(share, 4),
+        }
         for name, value in values.items():
             if f"n_{name}" in values:
                 row[name] = round(value / max(1, values[f"n_{name}"]), 4)
             elif not name.startswith("n_"):
                 row[name] = round(value / len(self.sums[name]), 4)
-        row |= {"rate": round(self.rate(share), 7), "pictures": self.curriculum.pictures, "waited": self.feeder.misses, "took": round(seconds, 2)}
+        row |= {
+            "rate": round(self.rate(share), 7),
+            "pictures": self.curriculum.pictures,
+            "waited": self.feeder.misses,
+            "took": round(seconds, 2),
+        }
         if self.cuda:
             row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.sums.clear()
@@ -406,7 +454,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, smoke: bool) -> None:
-        """Held-out pictures, true letters given: the share of answers right by family and grid, and at half the size."""
+        """Held-out pictures, true letters given: the share of answers right by family and grid, and at half the
+        size.
+        """
         plans = []
         for grid in EVALUATION_GRIDS[: 1 if smoke else None]:
             tokens = grid[0] * grid[1]
@@ -425,7 +475,10 @@ class Trainer:
             plan, arrays = self.feeder.take()
             batch = self.tensors(arrays)
             encoded = self.model.vision(self.pixels(batch, plan.scale), self.compute)
-            right = exact(self.model.decode(self.model.image_tokens(encoded), plan.grid, batch["ids"], batch["at"]).float(), batch["targets"])
+            right = exact(
+                self.model.decode(self.model.image_tokens(encoded), plan.grid, batch["ids"], batch["at"]).float(),
+                batch["targets"],
+            )
             name = f"{plan.drawn_grid[0]}x{plan.drawn_grid[1]}" + ("" if plan.scale == 1 else " halved")
             for i, family in enumerate(FAMILIES):
                 own = right[batch["family"] == i]
@@ -505,11 +558,20 @@ def compile_blocks(trainer: Trainer, seconds: float) -> None:
         compiled = speed()
         left = trainer.deadline - time.time()
         kept = compiled < 0.93 * eager
-        trainer.write({"compiled_step": round(compiled, 4), "kept": kept, "took": round(time.time() - begun, 1), "left": round(left, 1)})
+        trainer.write(
+            {
+                "compiled_step": round(compiled, 4),
+                "kept": kept,
+                "took": round(time.time() - begun, 1),
+                "left": round(left, 1),
+            }
+        )
     except BaseException as error:  # whatever a compiler throws: the run goes on without it
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        trainer.write({"compile_failed": f"{type(error).__name__}: {str(error)[:300]}", "took": round(time.time() - begun, 1)})
+        trainer.write(
+            {"compile_failed": f"{type(error).__name__}: {str(error)[:300]}", "took": round(time.time() - begun, 1)}
+        )
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
@@ -542,7 +604,9 @@ def wait(child: subprocess.Popen, log: Path, until: float, first_step_until: flo
 
 
 def supervise(seconds: float, out: Path) -> None:
-    """Runs the training in a process of its own. If that fails, again in the time that is left, more carefully, from what it has saved."""
+    """Runs the training in a process of its own. If that fails, again in the time that is left, more carefully, from
+    what it has saved.
+    """
     deadline = STARTED + seconds
     out.mkdir(parents=True, exist_ok=True)
     careful = [[], ["--compile-seconds", "0"], ["--compile-seconds", "0", "--tokens", "4096"]]
@@ -554,15 +618,18 @@ def supervise(seconds: float, out: Path) -> None:
         if attempt and sorted(out.glob("part-*.npz")):
             command += ["--init", str(out)]
         child = subprocess.Popen(command, start_new_session=True)
-        status = wait(child, out / "log.jsonl", time.time() + left + 8, math.inf if extra else time.time() + _FIRST_STEP_SECONDS)
-        try:
+        status = wait(
+            child, out / "log.jsonl", time.time() + left + 8, math.inf if extra else time.time() + _FIRST_STEP_SECONDS
+        )
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # its processes that draw, and itself where it hangs
-        except ProcessLookupError:
-            pass
         if status == 0:
             return
         with open(out / "log.jsonl", "a") as file:
-            print(json.dumps({"attempt": attempt, "status": status, "seconds": round(time.time() - STARTED, 1)}), file=file)
+            print(
+                json.dumps({"attempt": attempt, "status": status, "seconds": round(time.time() - STARTED, 1)}),
+                file=file,
+            )
         if status == "out of time":
             break
     raise SystemExit(1)
@@ -571,15 +638,21 @@ def supervise(seconds: float, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=420, help="from the start of the process to its end (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="from the start of the process to its end (%(default)s)"
+    )
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="processes that make pictures")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="processes that make pictures"
+    )
     parser.add_argument("--tokens", type=int, help="image tokens in a step")
     parser.add_argument("--compile-seconds", type=float, default=75, help="0: do without torch.compile")
     parser.add_argument("--init", type=Path, help="go on from another run's weights")
-    parser.add_argument("--encoder", type=Path, help="take the encoder from another run's weights, and train the decoder at once")
+    parser.add_argument(
+        "--encoder", type=Path, help="take the encoder from another run's weights, and train the decoder at once"
+    )
     parser.add_argument("--smoke", action="store_true", help="the smallest pictures only")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--unsupervised", action="store_true", help="in this process, without a second try")
@@ -599,7 +672,14 @@ def main() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it compiles for each shape
     trainer = Trainer(args, plan, feeder)
     name = torch.cuda.get_device_name() if trainer.cuda else "cpu"
-    trainer.write({"device": name, "torch": torch.__version__, "workers": args.workers, "seconds": round(time.time() - STARTED, 1)})
+    trainer.write(
+        {
+            "device": name,
+            "torch": torch.__version__,
+            "workers": args.workers,
+            "seconds": round(time.time() - STARTED, 1),
+        }
+    )
     if not args.init and not args.encoder:
         batch = trainer.tensors(arrays)
         with torch.no_grad():

@@ -1,28 +1,51 @@
-"""Words that pictures show and questions use, and the byte-level BPE tokenizer of the exported file ("gpt2" with Qwen2's pre-tokenizer).
+"""Words that pictures show and questions use, and the byte-level BPE tokenizer of the exported file ("gpt2" with
+Qwen2's pre-tokenizer).
 
-Grammar is lower case, what a picture shows is upper case. A word after a space is one token (a chain of merges that starts at the
-space), the same word without a space is spelled letter by letter: so questions are short, and answers are read off letter by letter.
+Grammar is lower case, what a picture shows is upper case. A word after a space is one token (a chain of merges that
+starts at the space), the same word without a space is spelled letter by letter: so questions are short, and answers are
+read off letter by letter.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from functools import lru_cache
 
 LEXICON = """
-ACID ACORN AGENT ALBUM AMBER ANGLE ANKLE APPLE APRON ARENA ATLAS AWARD BACON BADGE BAKER BASIL BATCH BEACH BEAN BEEF BELL BENCH BERRY BIRD
-BLADE BLOCK BOAT BONE BOOK BOOT BOWL BRAIN BREAD BRICK BRUSH CABIN CABLE CAKE CAMEL CANAL CANDY CARD CARGO CEDAR CHAIN CHALK CHESS CHINA
-CIDER CITY CLAY CLOCK CLOTH CLOUD COACH COAL COAT COCOA COIN CORAL CORN COTTON CRANE CREAM CROWN DAIRY DANCE DEPOT DESK DINER DOLL DOOR
-DRAFT DRUM DUCK EAGLE EARTH ELBOW ENGINE FABRIC FARM FENCE FERRY FIBER FILM FLAG FLASH FLOUR FOREST FRAME FROST FRUIT FUEL GATE GHOST
-GIANT GLASS GLOVE GOAT GRAIN GRAPE GUARD GUEST HAMMER HARBOR HONEY HORSE HOTEL INDEX IRON ISLAND IVORY JACKET JELLY JEWEL JUDGE JUICE
-KETTLE KNIFE LABEL LADDER LAMP LASER LEMON LIGHT LINEN LIVER LOCK LOTUS MAPLE MARKET METAL MILK MIRROR MONEY MOTOR MOUSE MUSIC NIGHT
-NURSE OCEAN OLIVE ONION ORDER OTTER PAINT PANEL PAPER PARK PEACH PEARL PENCIL PEPPER PIANO PILOT PLATE POET POWER PRICE PRINT QUEEN QUILT
-RADIO RANCH RICE RIVER ROBOT ROPE ROSE SALAD SALT SAUCE SCALE SCHOOL SHEEP SHIRT SILK SILVER SMOKE SOAP SPOON STAMP STEAM STONE SUGAR
-SWORD TABLE TAX TEMPLE THREAD TIGER TOAST TOTAL TOWER TRAIN TULIP TUNA UNCLE VALLEY VALVE VIOLIN WAGON WATER WHEAT WINTER WOOD ZEBRA
-""".split()  # fmt: skip
+    ACID ACORN AGENT ALBUM AMBER ANGLE ANKLE APPLE APRON ARENA ATLAS AWARD BACON BADGE BAKER BASIL BATCH BEACH BEAN
+    BEEF BELL BENCH BERRY BIRD BLADE BLOCK BOAT BONE BOOK BOOT BOWL BRAIN BREAD BRICK BRUSH CABIN CABLE CAKE CAMEL
+    CANAL CANDY CARD CARGO CEDAR CHAIN CHALK CHESS CHINA CIDER CITY CLAY CLOCK CLOTH CLOUD COACH COAL COAT COCOA
+    COIN CORAL CORN COTTON CRANE CREAM CROWN DAIRY DANCE DEPOT DESK DINER DOLL DOOR DRAFT DRUM DUCK EAGLE EARTH
+    ELBOW ENGINE FABRIC FARM FENCE FERRY FIBER FILM FLAG FLASH FLOUR FOREST FRAME FROST FRUIT FUEL GATE GHOST GIANT
+    GLASS GLOVE GOAT GRAIN GRAPE GUARD GUEST HAMMER HARBOR HONEY HORSE HOTEL INDEX IRON ISLAND IVORY JACKET JELLY
+    JEWEL JUDGE JUICE KETTLE KNIFE LABEL LADDER LAMP LASER LEMON LIGHT LINEN LIVER LOCK LOTUS MAPLE MARKET METAL
+    MILK MIRROR MONEY MOTOR MOUSE MUSIC NIGHT NURSE OCEAN OLIVE ONION ORDER OTTER PAINT PANEL PAPER PARK PEACH PEARL
+    PENCIL PEPPER PIANO PILOT PLATE POET POWER PRICE PRINT QUEEN QUILT RADIO RANCH RICE RIVER ROBOT ROPE ROSE SALAD
+    SALT SAUCE SCALE SCHOOL SHEEP SHIRT SILK SILVER SMOKE SOAP SPOON STAMP STEAM STONE SUGAR SWORD TABLE TAX TEMPLE
+    THREAD TIGER TOAST TOTAL TOWER TRAIN TULIP TUNA UNCLE VALLEY VALVE VIOLIN WAGON WATER WHEAT WINTER WOOD ZEBRA
+""".split()  # noqa: SIM905 - a page of words, not a list of one word a line
 COLORS = ("RED", "GREEN", "BLUE", "GOLD", "PINK", "CYAN", "BROWN", "GRAY")
 SHAPES = ("DISK", "BOX", "STAR", "CROSS", "RING", "ARROW", "HEART", "MOON")
-_GRAMMAR = ("what", "which", "how", "is", "the", "of", "at", "in", "line", "follows", "starts", "much", "many", "high", "color", "shape", "number")
+_GRAMMAR = (
+    "what",
+    "which",
+    "how",
+    "is",
+    "the",
+    "of",
+    "at",
+    "in",
+    "line",
+    "follows",
+    "starts",
+    "much",
+    "many",
+    "high",
+    "color",
+    "shape",
+    "number",
+)
 _GRAMMAR += ("bar", "button", "field", "highest", "item")
 _SPELLED_WITHOUT_SPACE = ("user", "assistant", "what", "which", "how")
 
@@ -41,7 +64,9 @@ _SPACE = _BYTES[32]
 
 
 def _chains() -> tuple[list[tuple[str, str]], list[str]]:
-    """Merges, the chains that start at a space first (so that nothing inside a word merges before them), and the tokens they make."""
+    """Merges, the chains that start at a space first (so that nothing inside a word merges before them), and the tokens
+    they make.
+    """
     merges: dict[tuple[str, str], None] = {}
     spaced = [_SPACE + word for word in (*_GRAMMAR, *LEXICON, *COLORS, *SHAPES)]
     for word in (*spaced, *_SPELLED_WITHOUT_SPACE):
@@ -56,7 +81,9 @@ TOKENS += [f"<|unused_{i}|>" for i in range(-len(TOKENS) % 64)]
 assert len(set(TOKENS)) == len(TOKENS)
 _ID = {token: i for i, token in enumerate(TOKENS)}
 _RANK = {pair: i for i, pair in enumerate(MERGES)}
-IM_START, IM_END, VISION_START, VISION_END = (_ID[t] for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"))
+IM_START, IM_END, VISION_START, VISION_END = (
+    _ID[t] for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+)
 END_OF_TEXT = _ID["<|endoftext|>"]
 N_SPECIAL_FROM = _ID[SPECIAL[0]]
 
@@ -68,7 +95,7 @@ _PIECES = re.compile(r"'[sS]|'[tT]|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z
 def _bpe(piece: str) -> tuple[int, ...]:
     parts = [_BYTES[b] for b in piece.encode()]
     while len(parts) > 1:
-        ranks = [_RANK.get(pair, len(_RANK)) for pair in zip(parts, parts[1:])]
+        ranks = [_RANK.get(pair, len(_RANK)) for pair in itertools.pairwise(parts)]
         best = min(ranks)
         if best == len(_RANK):
             break

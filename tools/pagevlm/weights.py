@@ -1,4 +1,6 @@
-"""Weights as float16 .npz parts of at most 15 MiB: small enough to be copied off a lent machine, and free of pickles."""
+"""Weights as float16 .npz parts of at most 15 MiB: small enough to be copied off a lent machine, and free of
+pickles.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def save(model: PageVLM, folder: Path, about: dict) -> None:
 
 
 def read(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict]:
-    """Sizes, weights in float32 and what was said about them. Raises ValueError where parts are missing or of different saves."""
+    """Sizes, weights in float32 and what was said about them. Raises ValueError where parts are missing or of different
+    saves.
+    """
     files = sorted(folder.glob("part-*.npz"))
     if not files:
         raise ValueError(f"{folder} holds no part-*.npz")
