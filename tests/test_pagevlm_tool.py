@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stock
-from reference_qwen2vl_vision import QwenVisionEncoder
+from helpers import stock
+from helpers.reference_qwen2vl_vision import QwenVisionEncoder
 
 TOOL = Path(__file__).parent.parent / "tools" / "pagevlm"
 NAMES = ("batches", "config", "export", "files", "pictures", "vocabulary", "weights")
