@@ -15,6 +15,7 @@ from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, errors, hub,
 from star_edge.arguments import parameters
 from star_edge.evaluation import results as eval_results
 from star_edge.llamacpp.gguf_check import read_text_model
+from star_edge.server.app import make_app
 
 QUESTION = "what color is the star?"
 REF = {"n_ctx": 512, "n_threads": 1}
@@ -255,6 +256,8 @@ def test_a_chat_template_that_cannot_be_parsed(tmp_path):
     rewrite(FOLDER / "qwen3-vl" / "text.gguf", path, remove=[name], add=[(name, "{% for x in %}")])
     with pytest.raises(errors.ModelFileError, match="chat template"):
         StarVLM(path, **REF)
+    with pytest.raises(errors.ModelFileError, match="chat template"):  # and the server's
+        make_app(path, FOLDER / "qwen3-vl" / "mmproj.gguf", alias="m", n_ctx=512)
 
 
 def test_a_window_that_llama_cpp_cannot_multiply(tmp_path):

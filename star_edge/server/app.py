@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 from os import PathLike
 from typing import Any
 
-from llama_cpp import Llama
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from ..engine import KV_TYPES, _physical_cores
-from ..errors import ConfigError, EngineError, ModelFileError
+from ..errors import ConfigError
 from ..llamacpp.gguf_check import read_text_model
+from ..llamacpp.llama_options import load_llama
 from ..pruning.config import PruneConfig, resolve_prune
 from .bodies import Bodies
 from .guard import Guard
@@ -66,29 +66,20 @@ def make_app(
         image_loader=pictures,
     )
     n_threads = n_threads or _physical_cores()
-    try:
-        llama = Llama(
-            str(path),
-            n_ctx=n_ctx,
-            n_batch=2048,
-            n_ubatch=n_ubatch,
-            n_gpu_layers=n_gpu_layers,
-            flash_attn=flash_attn,
-            type_k=KV_TYPES[type_k],
-            type_v=KV_TYPES[type_v],
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            chat_handler=handler,
-            verbose=verbose,
-        )
-    except ValueError as error:
-        if "context" in str(error):
-            raise EngineError(
-                f"llama.cpp could not create a context of {n_ctx} tokens", "lower -c, or quantize the KV cache"
-            ) from error
-        raise ModelFileError(
-            f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model"
-        ) from error
+    llama = load_llama(
+        str(path),
+        n_ctx=n_ctx,
+        n_batch=2048,
+        n_ubatch=n_ubatch,
+        n_gpu_layers=n_gpu_layers,
+        flash_attn=flash_attn,
+        type_k=KV_TYPES[type_k],
+        type_v=KV_TYPES[type_v],
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        chat_handler=handler,
+        verbose=verbose,
+    )
     try:
         handler._init_mtmd_context(llama)  # now, so that files that do not fit together show before the first request
         handler.check_template()
