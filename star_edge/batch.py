@@ -329,6 +329,8 @@ class Results:
             kept = self._keep(data)
             if kept != data:
                 self._replace(kept)
+        except OutputError:
+            raise
         except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"{path} cannot be written ({reason})", "use an existing folder with space") from error
