@@ -16,23 +16,22 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, NoReturn, cast, overload
 
-import jinja2
 import numpy as np
 from llama_cpp import Llama
 
 from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
-from .errors import ConfigError, EngineClosedError, EngineError, ModelFileError, PromptError, UnsupportedModelError
+from .errors import ConfigError, EngineClosedError, EngineError, PromptError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, check_pixels, load_image
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
-from .llamacpp.llama_options import check_llama_options
+from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
-from .llamacpp.names import KV_TYPES, is_about_context
+from .llamacpp.names import KV_TYPES
 from .llamacpp.native import open_standard_streams
 from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
@@ -247,40 +246,20 @@ class StarVLM:
         self._lock = threading.RLock()  # one request at a time; other threads wait
         self._closed = False
         self.image_limits = image_limits
-        try:
-            self.llama = Llama(
-                info.path,
-                n_ctx=n_ctx,
-                n_batch=n_batch,
-                n_ubatch=n_ubatch,
-                n_gpu_layers=n_gpu_layers,
-                flash_attn=flash_attn,
-                type_k=KV_TYPES[type_k],
-                type_v=KV_TYPES[type_v],
-                n_threads=n_threads,
-                n_threads_batch=n_threads,
-                verbose=verbose,
-                **llama_options,
-            )
-        except ValueError as error:
-            if is_about_context(error):
-                raise EngineError(
-                    f"llama.cpp could not create a context of {n_ctx} tokens",
-                    "lower n_ctx, or quantize the KV cache (type_k, type_v)",
-                ) from error
-            raise ModelFileError(
-                f"{info.path} cannot be loaded ({error})",
-                "check that this llama.cpp supports the model, or lower n_ctx",
-            ) from error
-        except jinja2.TemplateError as error:  # Llama makes something of every template that the file has
-            reason = " ".join(str(error).split())
-            raise ModelFileError(
-                f"{info.path}: a chat template of it cannot be parsed ({reason})", "convert the model again"
-            ) from error
-        except MemoryError as error:
-            raise EngineError(
-                f"there is not enough memory for {info.path} with a context of {n_ctx} tokens", "lower n_ctx"
-            ) from error
+        self.llama = load_llama(
+            info.path,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_gpu_layers=n_gpu_layers,
+            flash_attn=flash_attn,
+            type_k=KV_TYPES[type_k],
+            type_v=KV_TYPES[type_v],
+            n_threads=n_threads,
+            n_threads_batch=n_threads,
+            verbose=verbose,
+            **llama_options,
+        )
         try:
             projector = None if mmproj is None else find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
             self._chat = ChatFormat(self.llama, chat_template, projector)

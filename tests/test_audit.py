@@ -15,6 +15,7 @@ from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, errors, hub,
 from star_edge.arguments import parameters
 from star_edge.evaluation import results as eval_results
 from star_edge.llamacpp.gguf_check import read_text_model
+from star_edge.server.app import make_app
 
 QUESTION = "what color is the star?"
 REF = {"n_ctx": 512, "n_threads": 1}
@@ -176,10 +177,8 @@ def test_an_answer_fills_the_context_beside_a_narrow_picture():
     it."""
     folder = FOLDER / "qwen3-vl"
     with StarVLM(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=2048, n_threads=1) as vlm:
-        for prune in (None, "balanced", None):
-            answer = vlm.generate("a", [np.zeros((1, 60000, 3), np.uint8)], prune, None)
-            report = answer.report
-            assert answer.finish_reason == "length" and report.n_kv_cells + report.n_generated == 2048
+        answer = vlm.generate("a", [np.zeros((1, 60000, 3), np.uint8)], None, None)
+        assert answer.finish_reason == "length" and answer.report.n_kv_cells + answer.report.n_generated == 2048
 
 
 def test_a_decode_that_fails_while_answering_is_typed(vlm, monkeypatch):
@@ -260,6 +259,8 @@ def test_a_chat_template_that_cannot_be_parsed(tmp_path):
     rewrite(FOLDER / "qwen3-vl" / "text.gguf", path, remove=[name], add=[(name, "{% for x in %}")])
     with pytest.raises(errors.ModelFileError, match="chat template"):
         StarVLM(path, **REF)
+    with pytest.raises(errors.ModelFileError, match="chat template"):  # and the server's
+        make_app(path, FOLDER / "qwen3-vl" / "mmproj.gguf", alias="m", n_ctx=512)
 
 
 def test_a_window_that_llama_cpp_cannot_multiply(tmp_path):

@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
+import jinja2
 import llama_cpp
 from llama_cpp import Llama
 
 from ..arguments import Range, check
-from ..errors import ConfigError
+from ..errors import ConfigError, EngineError, ModelFileError
 from .devices import list_devices
+from .names import is_about_context
 
 _INT32 = 2**31 - 1
 _KEY_BYTES = 127  # of struct llama_model_kv_override, and a final NUL
@@ -57,3 +59,32 @@ def check_llama_options(options: Mapping[str, Any], taken: Container[str] = ()) 
         if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
             raise ConfigError(f"kv_overrides has a number of {value.bit_length()} bits for {key!r}", "use 64 at most")
     return checked
+
+
+def load_llama(path: str, *, n_ctx: int, **options: Any) -> Llama:
+    """A Llama of a file whose header was checked (star_edge.llamacpp.gguf_check).
+
+    Raises:
+        ModelFileError: llama.cpp cannot load the file.
+        EngineError: it could not create a context, or there is not enough memory.
+    """
+    try:
+        return Llama(path, n_ctx=n_ctx, **options)
+    except ValueError as error:
+        if is_about_context(error):
+            raise EngineError(
+                f"llama.cpp could not create a context of {n_ctx} tokens",
+                "lower n_ctx, or quantize the KV cache (type_k, type_v)",
+            ) from error
+        raise ModelFileError(
+            f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
+        ) from error
+    except jinja2.TemplateError as error:  # Llama makes something of every template that the file has
+        reason = " ".join(str(error).split())
+        raise ModelFileError(
+            f"{path}: a chat template of it cannot be parsed ({reason})", "convert the model again"
+        ) from error
+    except MemoryError as error:
+        raise EngineError(
+            f"there is not enough memory for {path} with a context of {n_ctx} tokens", "lower n_ctx"
+        ) from error

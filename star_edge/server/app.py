@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator
 from os import PathLike
 from typing import Any
 
-from llama_cpp import Llama
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from ..engine import _physical_cores
-from ..errors import ConfigError, EngineError, ModelFileError
+from ..errors import ConfigError
 from ..io.configs import resolve_prune
 from ..llamacpp.gguf_check import read_text_model
-from ..llamacpp.names import KV_TYPES, is_about_context
+from ..llamacpp.llama_options import load_llama
+from ..llamacpp.names import KV_TYPES
 from ..pruning.config import PruneConfig
 from .bodies import Bodies
 from .guard import Guard
@@ -75,29 +75,20 @@ def make_app(
         image_loader=pictures,
     )
     n_threads = n_threads or _physical_cores()
-    try:
-        llama = Llama(
-            str(path),
-            n_ctx=n_ctx,
-            n_batch=2048,
-            n_ubatch=n_ubatch,
-            n_gpu_layers=n_gpu_layers,
-            flash_attn=flash_attn,
-            type_k=KV_TYPES[type_k],
-            type_v=KV_TYPES[type_v],
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            chat_handler=handler,
-            verbose=verbose,
-        )
-    except ValueError as error:
-        if is_about_context(error):
-            raise EngineError(
-                f"llama.cpp could not create a context of {n_ctx} tokens", "lower -c, or quantize the KV cache"
-            ) from error
-        raise ModelFileError(
-            f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model"
-        ) from error
+    llama = load_llama(
+        str(path),
+        n_ctx=n_ctx,
+        n_batch=2048,
+        n_ubatch=n_ubatch,
+        n_gpu_layers=n_gpu_layers,
+        flash_attn=flash_attn,
+        type_k=KV_TYPES[type_k],
+        type_v=KV_TYPES[type_v],
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
+        chat_handler=handler,
+        verbose=verbose,
+    )
     try:
         handler.attach(llama)  # now, so that files that do not fit together show before the first request
         handler.check_template()
