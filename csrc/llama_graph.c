@@ -80,10 +80,29 @@ int se_attended_layer(const struct ggml_tensor * node) {
     return -1;
 }
 
+/* A leaf without a name, or a copy of one. */
+static bool is_unnamed(const struct ggml_tensor * leaf) {
+    size_t length;
+    const char * copied = se_copied_name(leaf, &length);
+    return se_is_leaf(leaf) && strncmp(copied ? copied : leaf->name, "leaf_", 5) == 0;
+}
+
+/* Whether K as it is in the cache is turned: the graph that shifts it. */
+static bool turns_cache(const struct ggml_tensor * rope) {
+    for (const struct ggml_tensor * t = rope->src[0]; t; t = t->src[0]) {
+        if (cache_layer(t, 'k') >= 0) return true;
+    }
+    return false;
+}
+
 struct ggml_tensor * se_rope_positions(const struct ggml_tensor * node, int64_t * n_used) {
     struct ggml_tensor * positions = node->op == GGML_OP_ROPE ? node->src[1] : NULL;
-    if (!positions || positions->type != GGML_TYPE_I32 || !se_is_input(positions, "inp_pos")) return NULL;
+    if (!positions || positions->type != GGML_TYPE_I32) return NULL;
     const int64_t n = positions->ne[0], n_tokens = node->src[0]->ne[2];
+    if (!se_is_input(positions, "inp_pos")) {
+        const bool fits = n == n_tokens || n == 4 * n_tokens;
+        if (!fits || !is_unnamed(positions) || turns_cache(node)) return NULL;
+    }
     *n_used = n == 4 * n_tokens ? 3 * n_tokens : n;
     return positions;
 }

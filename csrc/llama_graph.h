@@ -75,7 +75,9 @@ int se_attended_layer(const struct ggml_tensor * node);
 
 /* The positions of a decoder's ROPE, otherwise NULL: "inp_pos", int32, (n_tokens), or for M-RoPE (4 n_tokens),
  * section by section: t, y, x, unused (llm_graph_context::build_inp_pos, ggml_rope_impl). *n_used: how many of them
- * are used, the first ones. The K-shift graph and clip name theirs otherwise. */
+ * are used, the first ones. Before llama-cpp-python 0.3.36 they have no name, which ggml_build_forward_impl makes
+ * "leaf_i". So have those of the graph that shifts K, but it turns what is in the cache
+ * (llama_kv_cache::build_graph_shift). clip names its own otherwise. */
 struct ggml_tensor * se_rope_positions(const struct ggml_tensor * node, int64_t * n_used);
 
 /* The attention mask as operand i of `node`, otherwise NULL: "attn_inp_kq_mask", (n_kv, n_tokens, 1, n_stream), f16

@@ -36,7 +36,7 @@ def test_a_tensor_with_another_name_is_a_named_failure(tmp_path):
     (tmp_path / "renamed.py").write_text(
         'from helpers import graphs\ngraphs.rename = lambda name: name.replace("l_out-", "layer_out-")\n'
     )
-    done = check("-prenamed", "-klayer_n_hands or inp_pos", path=str(tmp_path))
+    done = check("-prenamed", "-klayer_n_hands or attn_inp_kq_mask", path=str(tmp_path))
     assert done.returncode == 1, done.stderr
     (failure,) = lines(done, "FAILS")
     assert failure.startswith("FAILS  decoder graphs: layer n hands its state on as l out n")

@@ -15,7 +15,7 @@ import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
-from .mtmd import clear_log, make_bitmap, unprepared
+from .mtmd import clear_log, make_bitmap, name_joined, unprepared
 
 # Arguments of MTMDChatHandler, and those of them that the chat template gets; it gets all others too
 _OPTIONS = set(inspect.signature(MTMDChatHandler.__call__).parameters)
@@ -38,9 +38,10 @@ class _Libmtmd:
     def __getattr__(self, name: str) -> Any:
         return getattr(mtmd, name)
 
-    def mtmd_tokenize(self, *arguments: Any) -> int:
+    def mtmd_tokenize(self, context: object, chunks: object, text: object, bitmaps: Any, n_bitmaps: int) -> int:
         clear_log()
-        status: int = mtmd.mtmd_tokenize(*arguments)
+        name_joined(list(bitmaps))
+        status: int = mtmd.mtmd_tokenize(context, chunks, text, bitmaps, n_bitmaps)
         if status:
             raise unprepared(status)
         return status

@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import llama_cpp
@@ -133,6 +134,7 @@ class Mtmd:
         try:
             array = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
             clear_log()
+            name_joined(bitmaps)
             status = mtmd.mtmd_tokenize(self.handle, handle, ctypes.byref(inner), array, len(bitmaps))
             if status:
                 raise unprepared(status)
@@ -201,6 +203,24 @@ def make_bitmap(image: np.ndarray, name: str) -> object:
     bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], pixels)
     mtmd.mtmd_bitmap_set_id(bitmap, name.encode())
     return bitmap
+
+
+def name_joined(bitmaps: Sequence[object]) -> None:
+    """Puts the names of two bitmaps into the first's where libmtmd may join them, to be called before mtmd_tokenize.
+
+    Before llama-cpp-python 0.3.36 it takes adjacent bitmaps of one size for frames of a video, if the encoder has such
+    (mtmd_bitmap::can_merge_with), and their chunk has the name of the first alone.
+    """
+    if hasattr(mtmd, "mtmd_bitmap_set_mergeable"):  # they stay apart unless that is called
+        return
+
+    def size(bitmap: Any) -> tuple[int, int]:
+        return mtmd.mtmd_bitmap_get_nx(bitmap), mtmd.mtmd_bitmap_get_ny(bitmap)
+
+    for bitmap, following in pairwise(bitmaps):
+        if size(bitmap) == size(following):
+            names = [mtmd.mtmd_bitmap_get_id(b) or b"" for b in (bitmap, following)]
+            mtmd.mtmd_bitmap_set_id(bitmap, names[0] + b"+" + names[1].partition(b":")[2])
 
 
 def free_chunks(handle: object) -> None:

@@ -65,10 +65,30 @@ def test_the_batch_enters_as_inp_tokens_or_inp_embd_and_goes_on_as_embd(decoder_
 
 @kinds
 @archs
-def test_positions_are_the_input_inp_pos_and_operand_1_of_every_rope(decoder_graph, families, family, flash):
+def test_positions_are_operand_1_of_every_rope_the_input_inp_pos_or_one_without_a_name(
+    decoder_graph, families, family, flash
+):
     ropes = [node for node in decoder_graph(family, flash) if node.op == "ROPE"]
     assert len(ropes) == 2 * families[family].shape.n_layers
-    assert {node.sources[1].name for node in ropes} == {"inp_pos"}
+    (name,) = {node.sources[1].name for node in ropes}
+    assert name == "inp_pos" or name.startswith("leaf_")
+
+
+@kinds
+def test_the_graph_that_shifts_k_turns_views_of_the_cache_by_positions_without_a_name(plain, families, flash):
+    recorder = Recorder()
+    context = recorded(plain(flash=flash), recorder)
+    memory = llama_cpp.llama_get_memory(context.ctx)
+    stock.decode(context, tokens=np.arange(N) + 260, positions=np.arange(N))
+    llama_cpp.llama_memory_seq_add(memory, 0, 4, -1, 2)
+    recorder.nodes.clear()
+    stock.decode(context, tokens=[260], positions=[N + 2])
+    context.close()
+    n_layers = families["llama"].shape.n_layers
+    shifts = [node for node in recorder.nodes if node.op == "ROPE" and node.sources[0].name.startswith("cache_k_l")]
+    assert len(shifts) == n_layers and not any(node.sources[1].name == "inp_pos" for node in shifts)
+    ropes = [node for node in recorder.nodes if node.op == "ROPE" and node not in shifts]
+    assert len(ropes) == 2 * n_layers
 
 
 @kinds
