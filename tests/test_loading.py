@@ -84,12 +84,13 @@ def test_memory_that_runs_out_in_python(monkeypatch):
     """llama_cpp's own arrays are NumPy's, and the encoder's are ours. (Where llama.cpp itself gets none it ends the
     process.)
     """
-    import star_edge.engine as module
+    from star_edge import engine
+    from star_edge.llamacpp import llama_options
 
     def fail(*args, **kwargs):
         raise MemoryError
 
-    for name in ("Llama", "PromptReader"):
+    for module, name in ((llama_options, "Llama"), (engine, "PromptReader")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             with pytest.raises(errors.EngineError, match="not enough memory.*lower n_ctx"):
