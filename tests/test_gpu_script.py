@@ -1,0 +1,23 @@
+"""benchmarks/gpu.sh, as far as it can be run without a GPU and a compiler for it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_takes_the_newest_version_that_is_allowed():
+    """An empty version would ask the registry for anything."""
+    lines = (ROOT / "benchmarks/gpu.sh").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VERSION="))
+    done = subprocess.run(
+        ["bash", "-c", f"{line}; echo $VERSION"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    allowed = re.search(r'"llama-cpp-python>=[0-9.]+,<=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert done.stdout.strip() == allowed[1]
+
+
+def test_it_says_how_it_is_used():
+    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "gpu.sh pack" in done.stdout
