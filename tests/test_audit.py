@@ -5,11 +5,12 @@ refused with a typed error before anything is computed.
 import contextlib
 import json
 
+import gguf
 import numpy as np
 import pytest
 from helpers.families import FOLDER
 from helpers.gguf_files import rewrite
-from test_guards import VALUES
+from helpers.odd_values import VALUES
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, errors, hub, refvlm
 from star_edge.arguments import parameters
@@ -269,3 +270,18 @@ def test_a_window_that_llama_cpp_cannot_multiply(tmp_path):
     rewrite(FOLDER / "gemma4" / "text.gguf", path, remove=[name], add=[(name, 2**31)])
     with pytest.raises(errors.ModelFileError, match="sliding_window"):
         StarVLM(path, **REF)
+
+
+def test_a_token_that_is_there_twice(tmp_path):
+    """llama.cpp asserts that all tokens differ. It gives empty ones names of their own."""
+    key = "tokenizer.ggml.tokens"
+    tokens = list(gguf.GGUFReader(str(refvlm.TEXT_MODEL)).fields[key].contents())
+    twice, empty = [*tokens], [*tokens]
+    twice[-1] = tokens[-2]
+    empty[-1] = empty[-2] = ""
+    rewrite(refvlm.TEXT_MODEL, tmp_path / "twice.gguf", remove=[key], add=[(key, twice)])
+    with pytest.raises(errors.ModelFileError, match="twice in its vocabulary"):
+        StarVLM(tmp_path / "twice.gguf")
+    rewrite(refvlm.TEXT_MODEL, tmp_path / "empty.gguf", remove=[key], add=[(key, empty)])
+    with StarVLM(tmp_path / "empty.gguf", n_ctx=256) as vlm:
+        assert vlm.generate("x", max_tokens=1)

@@ -19,6 +19,7 @@ from helpers.chatting import COLOR, DEMO, TOOL, TOOL_TEMPLATE, load, streamed, t
 from helpers.chatting import ask as chat
 from helpers.gguf_files import rewrite
 from helpers.models import random_image
+from helpers.odd_values import VALUES
 from llama_cpp import Llama, LlamaGrammar
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
@@ -67,32 +68,6 @@ def refuses(llm):
 
 
 # ---- every argument of every public call ----
-
-VALUES = {
-    "None": None,
-    "True": True,
-    "1": 1,
-    "-7": -7,
-    "1.5": 1.5,
-    "nan": float("nan"),
-    "inf": float("inf"),
-    "1e30": 1e30,
-    "10**400": 10**400,
-    "str": "x",
-    "surrogate": "\ud800",
-    "bytes": b"x",
-    "list": [],
-    "list of str": ["x"],
-    "list of None": [None],
-    "dict": {},
-    "dict of str": {"x": 1},
-    "dict of ids": {10**9: 1.0},
-    "nan bias": {1: float("nan")},
-    "object": object(),
-    "function": len,
-    "array": np.zeros(3),
-    "type": int,
-}
 
 
 @pytest.mark.parametrize(

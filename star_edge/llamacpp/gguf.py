@@ -41,6 +41,7 @@ _declare("gguf_get_key", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_get_arr_type", ctypes.c_int, _P, ctypes.c_int64)
 _declare("gguf_get_arr_n", ctypes.c_size_t, _P, ctypes.c_int64)
 _declare("gguf_get_arr_data", _P, _P, ctypes.c_int64)
+_declare("gguf_get_arr_str", ctypes.c_char_p, _P, ctypes.c_int64, ctypes.c_size_t)
 _declare("gguf_get_val_str", ctypes.c_char_p, _P, ctypes.c_int64)
 _declare("gguf_get_data_offset", ctypes.c_size_t, _P)
 _declare("gguf_get_n_tensors", ctypes.c_int64, _P)
@@ -249,6 +250,33 @@ def copy_with_metadata(
     with open(source, "rb") as original, open(target, "ab") as copy:
         original.seek(data)
         shutil.copyfileobj(original, copy, 2**20)
+
+
+def repeated_text(info: GGUFInfo, key: str) -> str | None:
+    """The first text that an array of strings has twice, empty ones aside; None if all differ or there is no such
+    array.
+    """
+    handle = _open(info.path)
+    if not handle:
+        return None
+    try:
+        index = GGML.gguf_find_key(handle, key.encode())
+        if (
+            index < 0
+            or GGML.gguf_get_kv_type(handle, index) != _ARRAY
+            or GGML.gguf_get_arr_type(handle, index) != _STRING
+        ):
+            return None
+        seen: set[bytes] = set()
+        for i in range(GGML.gguf_get_arr_n(handle, index)):
+            text: bytes = GGML.gguf_get_arr_str(handle, index, i)
+            if text in seen:
+                return text.decode("utf-8", "replace")
+            if text:
+                seen.add(text)
+        return None
+    finally:
+        GGML.gguf_free(handle)
 
 
 def _open(name: str) -> int | None:

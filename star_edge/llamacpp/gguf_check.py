@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, overload
 import llama_cpp
 
 from ..errors import ModelFileError, ModelMismatchError
-from .gguf import GGUFInfo, Tensor, Value, read_gguf_info
+from .gguf import GGUFInfo, Tensor, Value, read_gguf_info, repeated_text
 from .native import GGML
 
 F32, F16, BF16 = 0, 1, 30
@@ -225,6 +225,12 @@ def read_text_model(
             f"{info.path} is an mmproj file, not a text model", "give it as mmproj, and the text model first"
         )
     check_text_model(info)
+    twice = repeated_text(info, "tokenizer.ggml.tokens")
+    if twice is not None:  # llama_vocab::impl::load ends the process then. It gives empty tokens names of their own.
+        raise ModelFileError(
+            f"{info.path} has the token {twice[:60]!r} twice in its vocabulary",
+            "download it again, or convert it again",
+        )
     return info
 
 
