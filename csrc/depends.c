@@ -84,12 +84,12 @@ bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * nod
     return false;
 }
 
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first) {
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first, int64_t n_embd, int64_t n_rows) {
     if (se_depends_on_layers(set, node)) return insert(&set->layers, node) ? SE_LAYERS : -1;
     bool found = false;
     for (int i = 0; i < SE_MAX_OPERANDS && !found; i++) {
         const struct ggml_tensor * t = se_operand(node, i);
-        found = t && (se_is_embedding_input(t) || contains(&set->prelude, t));
+        found = t && (se_is_batch_input(t, n_embd, n_rows) || contains(&set->prelude, t));
     }
     if (!found) return SE_INDEPENDENT;
     const int layer = se_layer_of(node);

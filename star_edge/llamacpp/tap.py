@@ -27,7 +27,7 @@ NO_ATTENTION = lib.SE_ERR_NO_ATTENTION  # of Outcome.error
 class AttentionRead:
     """Which attention to read out of a running graph.
 
-    layers: ascending indices over the graph's attention operations.
+    layers: ascending. Of an encoder, whose graph names no layer outputs, indices over its attention operations.
     rows: query rows as (first, count, step) within the rows of the decode; count -1 runs to the end.
     reduce: 0 keeps (n_heads, n_rows, n_columns); MEAN_HEADS, MEAN_ROWS or MEAN_ALL average over those axes.
     max_columns: upper bound on the attended positions (KV cells, or encoder rows).
@@ -65,6 +65,8 @@ class Outcome:
     attention: list[np.ndarray] = field(default_factory=list)  # one array for each layer of the read
     n_attention: int = 0
     last_unmasked: int = -1
+    attention_layers: list[int] = field(default_factory=list)  # layers whose attention was seen
+    has_rope: bool = False  # a ROPE of the batch's positions was seen
     concat: int = lib.SE_CONCAT_NONE  # where the leaf of `find_concat` stands
     n_skipped: int = 0
     stopped: bool = False
@@ -158,7 +160,9 @@ class Tap:
         finally:
             outcome.error = lib.se_tap_finish(self._tap, result)
             outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
-            outcome.concat = result.concat
+            outcome.concat, outcome.has_rope = result.concat, bool(result.rope)
+            bits = [int(word) for word in result.attention_layers]
+            outcome.attention_layers = [64 * w + b for w, word in enumerate(bits) for b in range(64) if word >> b & 1]
             outcome.n_skipped, outcome.stopped, outcome.flash = (
                 result.n_skipped,
                 bool(result.stopped),
@@ -189,6 +193,10 @@ class Tap:
     def set_position_shift(self, start: int, offset: int) -> None:
         """RoPE positions >= start get `offset` added in plain decodes; 0 turns it off."""
         check(lib.se_tap_set_position_shift(self._tap, start, offset), "position shift")
+
+    def set_layer_out(self, name: str | None) -> None:
+        """What the graph calls the output of a layer; None: as most graphs do."""
+        check(lib.se_tap_set_layer_out(self._tap, ffi.NULL if name is None else name.encode()), "layer output")
 
     def set_cell_bias(self, bias: np.ndarray | None) -> None:
         """Adds bias (n_cells,) float32 to the attention mask in every decode: exp(bias) is how much a KV cell counts.
