@@ -16,7 +16,8 @@ from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
 from ..rows import Rows
-from .handover import free_with
+from .handover import free_with, keep_memory_on_reset
+from .names import HYBRIDS, LAYER_OUTPUTS
 from .tap import Outcome, Plan, Tap
 
 # Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be
@@ -38,7 +39,8 @@ class TappedContext(_internals.LlamaContext):
     is_cancelled: asked before every decode, of a prompt's too; when it says so, RequestCancelledError is raised
         instead.
     stem: rows of the last prompt that a later one may use (decoder.reuse.Stem), or None; n_parked: how many of them are
-        in no sequence but PARKED.
+        in no sequence but PARKED, or in MAIN though no row may see them (hybrid decoders).
+    dropped: dense positions [start, stop) of such rows in MAIN, or None. They are hidden by the tap's cell bias.
     clears_to_stem: the next kv_cache_clear is the beginning of a request and leaves the stem.
     """
 
@@ -48,19 +50,27 @@ class TappedContext(_internals.LlamaContext):
         self.is_cancelled: Callable[[], bool] | None = None
         self.stem: Any = None
         self.n_parked = 0
+        self.dropped: tuple[int, int] | None = None
         self.clears_to_stem = False
+        self.attention_layers: list[int] = []
+        self.has_rope = True
         self._n_prompt = 0
+        self._gap = 0
         super().__init__(**kwargs)
+        self.is_hybrid = bool(llama_cpp.llama_model_is_hybrid(self.model.model))
 
-    def continue_prompt(self, n_cells: int, next_position: int) -> None:
-        """What is decoded after the n_cells rows of the prompt goes on at next_position, until forget_prompt."""
-        self._n_prompt = n_cells
-        self.tap.set_position_shift(n_cells, next_position - n_cells)
+    def continue_prompt(self, n_cells: int, next_position: int, gap: int = 0) -> None:
+        """What is decoded after the n_cells rows of the prompt goes on at next_position, until forget_prompt.
+
+        gap: what dense positions are past the number of rows, see decoder.hybrid.
+        """
+        self._n_prompt, self._gap = n_cells, gap
+        self.tap.set_position_shift(n_cells + gap, next_position - n_cells - gap)
 
     def forget_prompt(self) -> None:
         """Plain decodes are plain again: no position shift, no attention bias."""
         self.request += 1
-        self._n_prompt = 0
+        self._n_prompt = self._gap = 0
         self.tap.set_position_shift(0, 0)
         self.tap.set_cell_bias(None)
 
@@ -69,13 +79,23 @@ class TappedContext(_internals.LlamaContext):
         self.forget_prompt()
         if self.stem is None:
             llama_cpp.llama_memory_clear(self.memory, False)
-        else:
+        elif not self.is_hybrid:  # a hybrid's stem is in MAIN: what follows it goes when the next prompt is read
             llama_cpp.llama_memory_seq_rm(self.memory, MAIN, 0, -1)
 
-    def forget_stem(self) -> None:
-        self.stem, self.n_parked = None, 0
-        if self.memory is not None and llama_cpp.llama_memory_seq_pos_max(self.memory, PARKED) >= 0:
+    def forget_stem(self) -> bool:
+        """Frees what only the stem needs. Returns whether the cache is empty now."""
+        stem, self.stem, self.n_parked = self.stem, None, 0
+        if self.is_hybrid:
+            dropped, self.dropped = self.dropped, None
+            if stem is not None and not self._n_prompt:
+                llama_cpp.llama_memory_clear(self.memory, False)
+                return True
+            if dropped is not None:  # an answer goes on and needs the cells
+                llama_cpp.llama_memory_seq_rm(self.memory, MAIN, *dropped)
+                self.tap.unhide_cells()
+        elif self.memory is not None and llama_cpp.llama_memory_seq_pos_max(self.memory, PARKED) >= 0:
             llama_cpp.llama_memory_seq_rm(self.memory, PARKED, 0, -1)
+        return False
 
     # Whoever uses the Llama for something else cuts the cache through one of these first: Llama.eval does, and
     # Llama.embed.
@@ -92,9 +112,10 @@ class TappedContext(_internals.LlamaContext):
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         if p0 < self._n_prompt:
             self.forget_prompt()
-        if not self._n_prompt:
-            self.forget_stem()
-        return super().kv_cache_seq_rm(seq_id, p0, p1)
+        if not self._n_prompt and self.forget_stem() and p0 > 0:
+            return False  # as from a memory that cannot go back: the rows before p0 are to be read again
+        gap = self._gap
+        return super().kv_cache_seq_rm(seq_id, p0 + gap, p1 + gap if p1 >= 0 else p1)
 
     def check_cancelled(self) -> None:
         if self.is_cancelled is not None and self.is_cancelled():
@@ -117,9 +138,11 @@ class TappedContext(_internals.LlamaContext):
         if not self._n_prompt:
             self.forget_stem()
         elif self.n_parked:
-            n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 + self.n_parked
+            n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 - self._gap + self.n_parked
             if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
                 self.forget_stem()
+        for i in range(batch.batch.n_tokens if self._gap else 0):  # set_batch writes them anew before every decode
+            batch.batch.pos[i] += self._gap
         self.tap.begin()
         try:
             super().decode(batch)
@@ -139,10 +162,12 @@ def attach_tap(llama: Llama, tap: Tap) -> None:
             tap then.
     """
     params = llama.context_params
+    tap.set_layer_out(LAYER_OUTPUTS.get(llama.metadata.get("general.architecture", "")))
     untapped = type(params).from_buffer_copy(params)
     params.cb_eval = ctypes.cast(tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
     params.cb_eval_user_data = tap.user_data
-    params.n_seq_max = max(2, params.n_seq_max)
+    if not llama_cpp.llama_model_is_hybrid(llama._model.model):  # parks nothing, and has a state for each sequence
+        params.n_seq_max = max(2, params.n_seq_max)
     params.kv_unified = True
     llama._ctx.close()
     try:
@@ -178,6 +203,8 @@ def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._stack.callback(context.close)
     llama._ctx = context
     llama.reset()  # what was in the old cache is gone
+    if isinstance(context, TappedContext):
+        keep_memory_on_reset(llama)
     if llama._lora_adapter is not None:
         adapter: Any = llama._lora_adapter  # a c_void_p, which stands for any pointer
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
@@ -212,7 +239,7 @@ class DecoderContext:
         )
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
-        self.stage_problem = self._find_stage_problem()
+        self.is_hybrid = self.owner.is_hybrid
         self.tells_text_apart = llama.metadata.get("general.architecture") in TELLS_TEXT_APART
         self.layer_problems: dict[
             tuple[int, ...], str
@@ -226,19 +253,48 @@ class DecoderContext:
         self._seq_ids = (ctypes.POINTER(ctypes.c_int32) * n)(*[self._seq_id] * n)
         self._n_seq_id = np.ones(n, np.int32)
         self._no_input = np.zeros((n, self.n_embd_inp), np.float32)
+        self.stage_problem = self._find_stage_problem()
 
     def _find_stage_problem(self) -> str | None:
         """Why this model cannot have a decoder stage, or None."""
-        model = self.llama._model.model
-        if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
-            return "a recurrent or hybrid decoder has no cache of single tokens"
         metadata = self.llama.metadata
-        n_experts = int(metadata.get(f"{metadata.get('general.architecture')}.expert_count", 0))
+        arch = metadata.get("general.architecture")
+        if not self.has_cells:
+            return "a recurrent decoder has no cache of single tokens"
+        n_experts = int(metadata.get(f"{arch}.expert_count", 0))
         if n_experts and 0 < self.llama.model_params.n_gpu_layers <= self.n_layers:
             # Before a split runs, ggml_backend_sched_compute_splits reads the expert ids that a skipped router never
             # made.
             return "a mixture of experts that is partly on the GPU: put all layers there (n_gpu_layers=-1), or none"
+        if self.is_hybrid:
+            self._look_at_graph()
+            if arch not in HYBRIDS:
+                return f"hybrid decoders of architecture {arch!r} are not tested"
+            if self.n_swa:
+                return "a hybrid decoder with a sliding window"
+            if not any(layer > 0 for layer in self.attention_layers):
+                return "the decoder has no attention after its first layer"
         return None
+
+    def _look_at_graph(self) -> None:
+        """Learns from the graph of one token, of which nothing is computed, what a hybrid decoder has in which layer.
+        Once, in a context that is still empty.
+        """
+        owner = self.owner
+        if not owner.attention_layers:
+            row = Rows(np.zeros(1, np.int32), tokens=np.zeros(1, np.int32))
+            outcome = self.decode(row, 0, Plan(count_only=True), "look at the graph")
+            self.clear()
+            owner.attention_layers, owner.has_rope = outcome.attention_layers, outcome.has_rope
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Layers with attention, ascending: where a decoder stage can be."""
+        return self.owner.attention_layers if self.is_hybrid else list(range(self.n_layers))
+
+    def nearest_attention(self, layer: int) -> int:
+        """The layer with attention, 1 or later, that is nearest to `layer`; the earlier of two."""
+        return min((k for k in self.attention_layers if k > 0), key=lambda k: (abs(k - layer), k))
 
     @property
     def memory(self) -> object:
@@ -294,7 +350,8 @@ class DecoderContext:
         batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
         plan.n_rows = n
-        if self.has_cells and not np.array_equal(rows.positions, dense):  # a recurrent decoder knows no positions
+        # A recurrent decoder knows no positions, and the attention of some hybrids (Granite 4, Nemotron-H) neither.
+        if self.has_cells and self.owner.has_rope and not np.array_equal(rows.positions, dense):
             plan.positions = np.ascontiguousarray(rows.positions, np.int32)
         with self.tap.armed(plan, what) as outcome:
             status = llama_cpp.llama_decode(self.llama.ctx, batch)
@@ -331,10 +388,19 @@ class DecoderContext:
     # ---- cells ----
 
     def clear(self) -> None:
-        """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
+        """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence, and the first
+        decode of a recurrent layer clears its state.
+        """
+        self._clear(False)
+
+    def clear_data(self) -> None:
+        """Empties the cache and its data, for a prompt whose first decode does not reach all recurrent layers."""
+        self._clear(True)
+
+    def _clear(self, data: bool) -> None:
         context = tapped(self.llama)
-        context.stem, context.n_parked = None, 0
-        llama_cpp.llama_memory_clear(self.memory, False)
+        context.stem, context.n_parked, context.dropped = None, 0, None
+        llama_cpp.llama_memory_clear(self.memory, data)
 
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
         """Puts the dense positions [start, stop) of a sequence into another as well."""
@@ -359,5 +425,44 @@ class DecoderContext:
         self.copy(MAIN, parking, start)
         self.remove(MAIN, start)
 
+    # ---- recurrent state ----
+
+    def save_state(self) -> np.ndarray:
+        """The recurrent state of MAIN in all layers, (n,) uint8.
+
+        Raises:
+            EngineError: llama.cpp did not give it, or lays it out otherwise than `restore_state` expects.
+        """
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        data = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.llama.ctx, MAIN, flags), np.uint8)
+        n = llama_cpp.llama_state_seq_get_data_ext(self.llama.ctx, _bytes_of(data), len(data), MAIN, flags)
+        if n != len(data) or n < 20:
+            raise EngineError("llama.cpp did not give the recurrent state", "use reuse=False")
+        n_cells, _, n_seq_id = data[8:20].view(np.int32)
+        if (n_cells, n_seq_id) != (1, 0):
+            raise EngineError("llama.cpp lays out a recurrent state in an unknown way", "use reuse=False")
+        return data
+
+    def restore_state(self, data: np.ndarray, position: int) -> None:
+        """Puts a saved state back, as that of the row at a dense position. KV cells of attention stay as they are.
+
+        data: from `save_state`; not changed. Layout (llama_context::state_seq_write_data,
+            llama_memory_recurrent::state_write, state_write_meta), int32: a magic number, the sequence, the number of
+            cells; then for each cell its position and a number of sequences, 0.
+
+        Raises:
+            EngineError: llama.cpp did not take it.
+        """
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        moved = data.copy()
+        moved[12:16].view(np.int32)[0] = position
+        n = llama_cpp.llama_state_seq_set_data_ext(self.llama.ctx, _bytes_of(moved), len(moved), MAIN, flags)
+        if n != len(moved):
+            raise EngineError("llama.cpp did not take the recurrent state back", "ask again")
+
     def set_causal(self, causal: bool) -> None:
         llama_cpp.llama_set_causal_attn(self.llama.ctx, causal)
+
+
+def _bytes_of(data: np.ndarray) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

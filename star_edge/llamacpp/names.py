@@ -9,6 +9,24 @@ KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4
 PATCHES, POSITIONS, WINDOW_INDEX = "patches", "positions", "window_idx"
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
 
+# What decoders call the output of a layer, by architecture, where it is not what the C core takes for granted
+LAYER_OUTPUTS = {"nemotron_h": "nemotron_h_block_out", "nemotron_h_moe": "nemotron_h_block_out"}
+
+# Decoders with recurrent layers beside attention whose layer windows are tested (tests/test_hybrid.py). Others that
+# llama_model_is_hybrid names have no decoder stage: a graph with another order or other names can be wrong without a
+# sign of it.
+HYBRIDS = (
+    "falcon-h1",
+    "granitehybrid",
+    "lfm2",
+    "lfm2moe",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "qwen35",
+    "qwen35moe",
+    "qwen3next",
+)
+
 
 def is_about_context(error: ValueError) -> bool:
     """Whether llama_cpp's Llama could not make its context, rather than load the model."""

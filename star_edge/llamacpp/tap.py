@@ -82,6 +82,7 @@ class Tap:
         self._tap = lib.se_tap_new()
         if self._tap == ffi.NULL:
             raise MemoryError("no memory for the tap")
+        self._bias: np.ndarray | None = None
 
     @property
     def user_data(self) -> int:
@@ -201,8 +202,9 @@ class Tap:
     def set_cell_bias(self, bias: np.ndarray | None) -> None:
         """Adds bias (n_cells,) float32 to the attention mask in every decode: exp(bias) is how much a KV cell counts.
 
-        None turns it off.
+        -inf hides a cell from all rows. None turns it off.
         """
+        self._bias = bias
         if bias is None:
             check(lib.se_tap_set_cell_bias(self._tap, ffi.NULL, 0), "cell bias")
         else:
@@ -210,6 +212,12 @@ class Tap:
             check(
                 lib.se_tap_set_cell_bias(self._tap, ffi.cast("float *", values.ctypes.data), len(values)), "cell bias"
             )
+
+    def unhide_cells(self) -> None:
+        """Cells that the bias hides have been freed: others may come there."""
+        if self._bias is not None and np.isneginf(self._bias).any():
+            bias = np.where(np.isneginf(self._bias), 0, self._bias).astype(np.float32)
+            self.set_cell_bias(bias if bias.any() else None)
 
     def set_input(self, name: str, data: np.ndarray | None) -> None:
         """Replaces the graph input `name` by the bytes of `data` before its first consumer runs; None turns it off."""
