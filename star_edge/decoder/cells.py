@@ -57,15 +57,19 @@ class Cells(ABC):
     def attach(self, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> reuse.Attached:
         """What the last prompt has left for this one; everything else is taken out of the cache."""
 
+    @abstractmethod
     def begin(self, n_prefix: int, layer: int | None) -> None:
         """The prompt is about to be read, after `attach`."""
 
+    @abstractmethod
     def read_prefix(self) -> None:
         """The text before the first image is read."""
 
+    @abstractmethod
     def read_images(self) -> None:
         """The last image is read, in all layers below the first layer K."""
 
+    @abstractmethod
     def decoded(self) -> None:
         """A decode of a window is over."""
 
@@ -104,6 +108,18 @@ class ParkingCells(Cells):
 
     def attach(self, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> reuse.Attached:
         return reuse.attach(self.context, segments, n_prefix, layer)
+
+    def begin(self, n_prefix: int, layer: int | None) -> None:
+        pass
+
+    def read_prefix(self) -> None:
+        pass
+
+    def read_images(self) -> None:
+        pass
+
+    def decoded(self) -> None:
+        pass
 
     def free(self, start: int, keep_row: np.ndarray, cells: np.ndarray) -> None:
         parking = PARKED + self.n_parkings

@@ -1,4 +1,4 @@
-"""KV cells and recurrent states of hybrid decoders, which have attention in some layers and a recurrent state in others.
+"""KV cells and recurrent states of hybrid decoders: attention in some layers, a recurrent state in the others.
 
 A state is one for the whole sequence and cannot go back. That fits layer windows: the probe [0, K) moves on the states
 of layers below K alone, and the resume [K, L) those of the others, each over exactly the rows that the layer sees.
@@ -15,8 +15,9 @@ hidden from all rows by a cell bias of -inf, and what goes on gets new dense pos
 For a further question the state is saved at two places, and only those can be gone back to: at the end of the text
 before the first image, and after the last image. Each copy is as large as the state itself (19 MiB for a Qwen3.5 of
 0.8B, 50 MiB for one of 4B), and the first one lives while a stem of the same prefix does. Invariants 1, 3, 4 and 5 of
-reuse.py hold here too. In place of 2: between two prompts the stem's cells belong to MAIN, and whatever else clears or
-cuts the cache forgets the stem (TappedContext).
+reuse.py hold here too. In place of 2: between two prompts the stem's cells belong to MAIN. Whatever else clears or cuts
+the cache forgets the stem (TappedContext), and what is done past that shows in MAIN's last position, unless it left as
+many rows.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ class HybridStem:
         state: Recurrent state after the last image; with a decoder stage, of layers from K on that after the prefix.
         prefix_state: Recurrent state after the prefix, or None.
         n_ubatch: Rows of one decode.
-        position: Dense position after the prompt.
         buffer: `Llama.input_ids` at that time, see reuse.attach.
     """
 
@@ -58,7 +58,6 @@ class HybridStem:
     state: np.ndarray
     prefix_state: np.ndarray | None
     n_ubatch: int
-    position: int
     buffer: np.ndarray
 
 
@@ -85,7 +84,7 @@ class HybridCells(Cells):
             stem is None
             or stem.buffer is not context.buffer  # Llama.load_state replaces it, and the memory with it
             or stem.n_ubatch != context.n_ubatch
-            or context.span(MAIN)[1] < stem.position - 1
+            or context.span(MAIN)[1] != owner.stem_end - 1
         ):
             context.clear()
             return reuse.Attached()
@@ -178,10 +177,10 @@ class HybridCells(Cells):
                 self.state,
                 self.prefix_state,
                 context.n_ubatch,
-                self.n_cells + self.gap,
                 context.buffer,
             )
             owner.n_parked, owner.dropped = int(self.hidden.sum()), self.dropped
+            owner.stem_end = self.n_cells + self.gap
         elif self.dropped is not None:
             self.context.remove(MAIN, *self.dropped)
             self.hidden[:] = False
@@ -192,7 +191,9 @@ def _up_to_last_image(segments: Sequence[Segment]) -> Sequence[Segment]:
     return segments[: max(i for i, s in enumerate(segments) if s.image is not None) + 1]
 
 
-def at_attention(context: DecoderContext, windows: Sequence[tuple[int, Keep]]) -> tuple[list[tuple[int, Keep]], list[str]]:
+def at_attention(
+    context: DecoderContext, windows: Sequence[tuple[int, Keep]]
+) -> tuple[list[tuple[int, Keep]], list[str]]:
     """The decoder stages, each at the layer with attention that is nearest to the one asked for, and notes on those
     that are elsewhere. Of two stages that meet in a layer the later one stays, which keeps fewer.
     """

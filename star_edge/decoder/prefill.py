@@ -343,9 +343,7 @@ class _Run:
                 'use representatives="none"',
             )
 
-    def restart(
-        self, prefix: Sequence[Segment], segments: Sequence[Segment], kept_rows: Sequence[np.ndarray]
-    ) -> None:
+    def restart(self, prefix: Sequence[Segment], segments: Sequence[Segment], kept_rows: Sequence[np.ndarray]) -> None:
         """Decodes the rows that go on again, from layer 0. Below layer K they no longer see the dropped rows."""
         has_prefix = self.cells.restart(sum(len(s.rows) for s in prefix))
         kept = [] if has_prefix else list(prefix)

@@ -41,6 +41,7 @@ class TappedContext(_internals.LlamaContext):
     stem: rows of the last prompt that a later one may use (decoder.reuse.Stem), or None; n_parked: how many of them are
         in no sequence but PARKED, or in MAIN though no row may see them (hybrid decoders).
     dropped: dense positions [start, stop) of such rows in MAIN, or None. They are hidden by the tap's cell bias.
+    stem_end: of a hybrid decoder with a stem, the dense position after the last row.
     clears_to_stem: the next kv_cache_clear is the beginning of a request and leaves the stem.
     """
 
@@ -51,6 +52,7 @@ class TappedContext(_internals.LlamaContext):
         self.stem: Any = None
         self.n_parked = 0
         self.dropped: tuple[int, int] | None = None
+        self.stem_end = 0
         self.clears_to_stem = False
         self.attention_layers: list[int] = []
         self.has_rope = True
@@ -148,6 +150,7 @@ class TappedContext(_internals.LlamaContext):
             super().decode(batch)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp failed while answering ({error})", "raise n_ctx, or ask again") from error
+        self.stem_end += int(batch.n_tokens())
         self.tap.check()
 
 
@@ -290,7 +293,7 @@ class DecoderContext:
     @property
     def attention_layers(self) -> list[int]:
         """Layers with attention, ascending: where a decoder stage can be."""
-        return self.owner.attention_layers if self.is_hybrid else list(range(self.n_layers))
+        return self.owner.attention_layers or list(range(self.n_layers))
 
     def nearest_attention(self, layer: int) -> int:
         """The layer with attention, 1 or later, that is nearest to `layer`; the earlier of two."""
