@@ -218,6 +218,8 @@ PROFILES: dict[str, EncoderProfile] = {
     # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    # GLM-4.1V, GLM-4.5V, GLM-OCR: the same groups, one kernel of a convolution each (clip_graph_glm4v)
+    "glm4v": EncoderProfile(in_turn(4), lambda n: 4 * n),
     # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
     "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
@@ -233,6 +235,8 @@ PROFILES: dict[str, EncoderProfile] = {
     "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
     # Gemma 4: any image size, 3 x 3 patches averaged into a token
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
+    # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
+    "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
     # LFM2-VL: any image size, 2 x 2 patches of the raster for a token
     "lfm2": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
 }
