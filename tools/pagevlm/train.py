@@ -656,10 +656,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="the smallest pictures only")
     parser.add_argument("--rate", type=float)
     parser.add_argument(
-        "--halved-share", type=float, help="of the batches: pictures at half size (%s)" % Plan.halved_share
+        "--halved-share", type=float, help=f"of the batches: pictures at half size ({Plan.halved_share})"
     )
     parser.add_argument(
-        "--doubled-share", type=float, help="of the batches: pictures at double size (%s)" % Plan.doubled_share
+        "--doubled-share", type=float, help=f"of the batches: pictures at double size ({Plan.doubled_share})"
     )
     parser.add_argument("--unsupervised", action="store_true", help="in this process, without a second try")
     args = parser.parse_args()
