@@ -16,7 +16,7 @@ LAYERS = (
     ("arguments", "messages", "rows", "refvlm", "synthetic", "pruning"),
     ("llamacpp", "io"),
     ("vision", "decoder"),
-    ("report", "chat", "chat_options", "inspection"),
+    ("report", "chat", "chat_options", "inspection", "options"),
     ("generation",),
     ("reader",),
     ("request",),
