@@ -36,6 +36,7 @@ from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
+from .stopwatch import Stopwatch
 from .vision.encoder import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
@@ -404,10 +405,10 @@ class StarVLM:
                     if encoder_layers and self.encoder is not None
                     else []
                 )
-                encoded = encode_images(plan.images, self.encoder, None, {})
+                encoded = encode_images(plan.images, self.encoder, None, Stopwatch())
             finally:
                 tokenized.close()
-            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, {})
+            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, Stopwatch())
             decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
             tokens, owner = [], []
             for segment in segments:

@@ -28,6 +28,7 @@ from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_s
 from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
+from .stopwatch import Stopwatch
 from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
 from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
 
@@ -106,14 +107,15 @@ class PromptReader:
             EngineError: llama.cpp failed; `begin` makes the Llama usable again.
         """
         try:
-            seconds = {"preprocess": time.perf_counter() - start}
+            watch = Stopwatch()
+            watch.seconds["preprocess"] = time.perf_counter() - start
             plan, notes = self.plan(prompt, config)
-            encoded = encode_images(plan.images, self.encoder, plan.config, seconds)
+            encoded = encode_images(plan.images, self.encoder, plan.config, watch)
         finally:
             prompt.close()
         if any(image.special is not chunk.special for image, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
-        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
+        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
         stage = _decoder_stage(plan, images) if windows else None
@@ -133,8 +135,7 @@ class PromptReader:
             state = prefill(self.decoder, segments, next_position, keep=keep)
         if not state.in_place:
             notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
-        seconds.update(state.seconds)
-        seconds["first_token"] = time.perf_counter() - start
+        seconds = {**watch.seconds, **state.seconds, "first_token": time.perf_counter() - start}
         milliseconds = {name: 1e3 * value for name, value in seconds.items()}
         report = PruneReport(
             config,

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share a layer know nothing of each other. ARCHITECTURE.md draws this.
 LAYERS = (
     ("errors",),
-    ("arguments", "messages", "rows", "refvlm", "synthetic", "pruning"),
+    ("arguments", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning"),
     ("llamacpp", "io"),
     ("vision", "decoder"),
     ("report", "chat", "chat_options", "inspection", "options"),

@@ -309,27 +309,21 @@ class Workbench:
         return _Side(spec, context, params, stock_handler(self._mmproj, self._use_gpu, watch), watch)
 
 
+# Steps of a report in each of STAGES
+_STEPS = {
+    "preprocess": ("preprocess",),
+    "encode": ("encode",),
+    "vision_stage": ("vision_stage",),
+    "prefill": ("prefix", "prefill", "fallback"),
+    "probe": ("probe",),
+    "decoder_stage": ("decoder_scores", "decoder_stage"),
+    "resume": ("resume",),
+}
+
+
 def stages_of(report: PruneReport) -> dict[str, float]:
-    """Seconds of a report's stages, by the names of STAGES, each counted once.
-
-    With several decoder stages, the time of their scores is divided equally among the windows.
-    """
-    seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
-
-    def get(name: str) -> float:
-        return seconds.get(name, 0.0)
-
-    scores = get("decoder_scores")
-    in_probe = scores / max(1, len(report.windows))
-    return {
-        "preprocess": get("preprocess"),
-        "encode": get("encode") - get("vision_stage"),
-        "vision_stage": get("vision_stage"),
-        "prefill": get("prefix") + get("prefill") + get("fallback"),
-        "probe": get("probe") - in_probe,
-        "decoder_stage": get("decoder_stage") + scores,
-        "resume": get("resume") - (scores - in_probe),
-    }
+    """Seconds of a report's steps, by the names of STAGES."""
+    return {stage: sum(report.milliseconds.get(s, 0.0) for s in steps) / 1e3 for stage, steps in _STEPS.items()}
 
 
 def _with_rest(stages: dict[str, float], total: float) -> dict[str, float]:
