@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llama_cpp import LogitsProcessorList
 
-from ..engine import Answer, StarVLM
+from ..answers import Answer
+from ..engine import StarVLM
 from ..errors import EngineError, StarEdgeError
 from ..io.images import load_image
 from ..io.questions import Question
