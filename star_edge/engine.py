@@ -21,7 +21,7 @@ from .answers import Answer, AnswerStream
 from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
-from .errors import ConfigError, EngineClosedError, EngineError, PromptError, UnsupportedModelError
+from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, check_pixels, load_image
@@ -31,6 +31,7 @@ from .llamacpp.guarded import check_length, check_options, request_of
 from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
+from .messages import check_text
 from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
@@ -345,14 +346,7 @@ class StarVLM:
         """
         self._check_open()
         pictures = [check_pixels(picture) for picture in pictures]
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                "the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
-            ) from error
+        check_text(prompt, "the prompt")
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from ..errors import ConfigError, MissingDependencyError
 from ..io.configs import resolve_prune
 from ..pruning.config import DEFAULT_PRESET, PRESETS
+from ..server.settings import Policy
 from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
@@ -25,7 +27,7 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 
 @click.command()
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than localhost: use --api-key."
+    "--host", default=Policy.host, show_default=True, help="Address to listen on. Others than localhost: use --api-key."
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @model_options
@@ -40,26 +42,26 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
     "--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY."
 )
 @click.option("--allow-remote-images", is_flag=True, help="Fetch http(s) image URLs, from public addresses only.")
-@click.option("--max-image-bytes", type=int, default=16 * 2**20, show_default=True)
+@click.option("--max-image-bytes", type=int, default=Policy.max_image_bytes, show_default=True)
 @click.option(
     "--max-image-pixels",
     type=int,
-    default=32_000_000,
+    default=Policy.max_image_pixels,
     show_default=True,
     help="Of one image; to read it takes about 15 bytes a pixel.",
 )
-@click.option("--max-images", type=int, default=8, show_default=True, help="Images of one request.")
+@click.option("--max-images", type=int, default=Policy.max_images, show_default=True, help="Images of one request.")
 @click.option(
     "--max-body-bytes",
     type=int,
-    default=32 * 2**20,
+    default=Policy.max_body_bytes,
     show_default=True,
     help="Size of a request; an image takes 4/3 of its bytes.",
 )
 @click.option(
     "--max-held-bytes",
     type=int,
-    default=256 * 2**20,
+    default=Policy.max_held_bytes,
     show_default=True,
     help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive "
     "first is refused with status 503. Memory for requests, apart from the model's and for reading images, stays "
@@ -68,12 +70,16 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
 @click.option(
     "--body-seconds",
     type=float,
-    default=60.0,
+    default=Policy.body_seconds,
     show_default=True,
     help="Time for one request to arrive, or for a client to take what is sent.",
 )
 @click.option(
-    "--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503."
+    "--max-queue",
+    type=int,
+    default=Policy.max_queue,
+    show_default=True,
+    help="Requests that wait; more are refused with status 503.",
 )
 @click.option(
     "--cors-origin",
@@ -103,23 +109,11 @@ def serve(
         from sse_starlette.sse import AppStatus
 
         from ..server.app import make_app
-        from ..server.settings import Policy
     except ImportError as error:
         raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
-    names = (
-        "api_key",
-        "allow_remote_images",
-        "max_image_bytes",
-        "max_image_pixels",
-        "max_images",
-        "max_body_bytes",
-        "max_held_bytes",
-        "body_seconds",
-        "max_queue",
-        "cors_origins",
-    )
     _refuse_empty_key(options["api_key"])
-    policy = Policy(host=host, **{name: options.pop(name) for name in names})
+    limits = {field.name: options.pop(field.name) for field in fields(Policy) if field.name in options}
+    policy = Policy(host=host, **limits)
     with in_cli_words():
         check_load_options(options)
     resolve_prune(preset)  # a wrong one shows before a model is downloaded
