@@ -258,7 +258,7 @@ class Composer:
             pixels: Of each unit in that order, as in `Picture`. None: whatever; the layers that see them do not run.
         """
         side = self.geometry.pixels
-        composed = self.grid_of(len(units), self._rows_needed(chunk))
+        composed = grid if len(units) == grid[0] * grid[1] else self.grid_of(len(units), self._rows_needed(chunk))
         if composed is None:
             raise EngineError(f"no picture can be composed of {len(units)} units")
         r, c = composed
@@ -289,12 +289,22 @@ class Composer:
         order = self.geometry.ordered(units, picture.grid)
         plan = Plan()
         if picture.places is not None:
-            plan = Plan(source=PLACED, source_in=np.ascontiguousarray(picture.places[order]))
+            self.place(plan, picture.places[order])
         with self.composed(order, picture.grid, picture.chunk, picture.pixels[order]) as small:
             encoded = self.encoder.encode(small, attention, want_cells=False, plan=plan)
             return self.collect(
                 picture.chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds
             )
+
+    @staticmethod
+    def place(plan: Plan, places: np.ndarray) -> None:
+        """Gives a composed picture's graph its position embeddings. places: (n_units, patches, n_embd) float32."""
+        plan.source, plan.source_in = PLACED, np.ascontiguousarray(places)
+
+    @staticmethod
+    def ordinary(chunk: ImageChunk, tokens: np.ndarray) -> np.ndarray:
+        """Which of these tokens of an image are not special, (n,) bool."""
+        return np.ones(len(tokens), bool) if chunk.special is None else ~chunk.special[tokens]
 
     def collect(
         self,
