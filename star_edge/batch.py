@@ -208,9 +208,7 @@ def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -
     if not text:
         raise ConfigError("it has no prompt", "give one in the line, or one for all tasks as PROMPT")
     base = resolve_prune(data["preset"]) if "preset" in data else settings.prune
-    prune = override(
-        base, **{name: data.get(name) for name in _OVERRIDES}
-    )
+    prune = override(base, **{name: data.get(name) for name in _OVERRIDES})
     changes = {name: data[name] for name in ("max_tokens", "temperature", "seed", "raw") if name in data}
     task = Task(
         "", images, tuple(_locate(image, folder) for image in images), text, replace(settings, prune=prune, **changes)

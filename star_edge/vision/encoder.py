@@ -56,6 +56,7 @@ class ImageChunk:
         special: Special tokens that the profile knows, (n_tokens,) bool. None: none.
         picture: Index of its picture in the prompt. A large picture is cut into several chunks (overview and tiles).
         content: Identifies the picture's pixels and the chunk's place in it; "" if unknown.
+        size: (height, width) in pixels of what the encoder gets, or None if that is not known.
     """
 
     handle: object
@@ -67,6 +68,7 @@ class ImageChunk:
     special: np.ndarray | None = None
     picture: int = 0
     content: str = ""
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -84,17 +86,22 @@ class Prompt:
 
 @dataclass
 class Encoded:
-    """Output of the encoder for one image.
+    """Output of the encoder for one image of n_tokens tokens, of which it has n.
 
     Attributes:
-        embeddings: (n_tokens, n_embd_inp) float32. From `VisionEncoder.encode` it is a view of libmtmd's memory, valid
-            until the next run.
-        scores: Attention that each token receives, (n_tokens,) float32, or None if not asked for.
+        embeddings: (n, n_embd_inp) float32. From `VisionEncoder.encode` it is a view of libmtmd's memory, valid until
+            the next run.
+        scores: Attention that each of them receives, (n,) float32, or None if not asked for.
         cells: Grid cell of each token, row by row, (n_tokens,) int64, -1 for none.
         score_seconds: Time spent on reading attention, in seconds.
         special: Special tokens, (n_tokens,) bool, or None. Their scores are 0.
         attention: Arrays of the `read` of `VisionEncoder.encode`.
         cached: Whether it comes from the cache.
+        kept: The tokens that it has, ascending indices, (n,) int64. None: all.
+        mass: Original tokens that each of them stands for, (n,) float64. None: one each.
+        redundant: Tokens that were left out before the encoder, ascending indices.
+        layer: M of the encoder stage. None: there was none.
+        same_as: Index of an earlier image of the prompt that has the same pixels, and whose output this is; or None.
     """
 
     embeddings: np.ndarray
@@ -104,6 +111,16 @@ class Encoded:
     special: np.ndarray | None = None
     attention: list[np.ndarray] = field(default_factory=list)
     cached: bool = False
+    kept: np.ndarray | None = None
+    mass: np.ndarray | None = None
+    redundant: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    layer: int | None = None
+    same_as: int | None = None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Original index of each of the n tokens, (n,) int64."""
+        return np.arange(len(self.embeddings)) if self.kept is None else self.kept
 
 
 class VisionEncoder:
@@ -336,7 +353,9 @@ class VisionEncoder:
         if grid is None and self.profile.sized_grid:
             grid = self.profile.sized_grid(n, raw.size) if raw.size else None
         special = self.profile.special(n, grid) if self.profile.special else None
-        return ImageChunk(raw.handle, n, raw.positions, raw.n_positions, grid, raw.causal, special, content=raw.name)
+        return ImageChunk(
+            raw.handle, n, raw.positions, raw.n_positions, grid, raw.causal, special, content=raw.name, size=raw.size
+        )
 
     def _check_size(self, raw: RawImage) -> None:
         size = raw.size if self._n_positions else None
@@ -367,16 +386,35 @@ class VisionEncoder:
         if found is not None:
             scores = None if attention is None else found.scores[attention]
             special = self._special(chunk, found.embeddings)
-            cells = found.cells if want_cells and found.cells is not None else _cells(n, special)
+            cells = found.cells if want_cells and found.cells is not None else cells_of(n, special)
             return Encoded(found.embeddings, scores, cells, 0.0, special, cached=True)
         encoded = self.encode(chunk, attention, want_cells=want_cells)
+        encoded = replace(encoded, embeddings=encoded.embeddings.copy())
+        self.remember(chunk, encoded, attention, want_cells=want_cells)
+        return encoded
+
+    def remember(self, chunk: ImageChunk, encoded: Encoded, attention: str | None, *, want_cells: bool) -> None:
+        """Keeps an image's output in the cache. Its arrays become read-only.
+
+        Arguments are those of `encode_once`, which gave the output of this image or of one that equals it.
+        """
+        if self.cache is None or not chunk.content:
+            return
         image = CachedImage(
-            encoded.embeddings.copy(),
-            encoded.cells if want_cells else None,
+            encoded.embeddings,
+            encoded.cells if want_cells and self.profile.to_cells else None,
             {} if attention is None or encoded.scores is None else {attention: encoded.scores},
         )
-        self.cache.put(key, image)
-        return replace(encoded, embeddings=image.embeddings)
+        self.cache.put(self.cache.key(chunk.content), image, chunk.n_tokens)
+
+    def is_cached(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> bool:
+        """Whether `encode_once` would find the image in the cache."""
+        if self.cache is None or not chunk.content:
+            return False
+        attention = attention if self.reads_attention(chunk) else None
+        cells = bool(want_cells and self.profile.to_cells)
+        found = self.cache.get(self.cache.key(chunk.content), chunk.n_tokens, self.n_embd_inp, attention, cells)
+        return found is not None
 
     def encode(
         self,
@@ -418,7 +456,7 @@ class VisionEncoder:
             rows = outcome.attention[0]
         embeddings = self._mtmd.output(chunk.n_tokens)
         special = self._special(chunk, embeddings)
-        cells = _cells(chunk.n_tokens, special)
+        cells = cells_of(chunk.n_tokens, special)
         if index is not None and self.profile.to_cells:
             cells = self.profile.to_cells(index).astype(np.int64)
         scores = None if rows is None else self._token_scores(rows, chunk, index, special)
@@ -496,6 +534,6 @@ class VisionEncoder:
         return self.last_outcome
 
 
-def _cells(n_tokens: int, special: np.ndarray | None) -> np.ndarray:
+def cells_of(n_tokens: int, special: np.ndarray | None) -> np.ndarray:
     """Token i shows cell i. Special tokens show none and are not counted."""
     return np.arange(n_tokens) if special is None else np.where(special, -1, np.cumsum(~special) - 1)

@@ -37,6 +37,7 @@ METADATA_KEYS = (
     "clip.vision.window_size",
     "clip.vision.is_deepstack_layers",
     "clip.vision.embedding_length",
+    "clip.vision.image_std",
 )
 
 
