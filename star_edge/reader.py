@@ -21,7 +21,6 @@ from llama_cpp import Llama
 from .arguments import Range
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
-from .generation import Generation
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over
@@ -77,7 +76,6 @@ class PromptReader:
         check_encoder(encoder)
         self.reuse = reuse
         self.llama = cast(Llama, weakref.proxy(llama))  # acts as the Llama
-        self.generation: Generation | None = None  # of the last prompt that was handed over
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
             self.encoder = VisionEncoder(
@@ -263,7 +261,6 @@ class PromptReader:
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
         hand_over(llama, tokens, state.logits)
         self.context.continue_prompt(n, state.next_position)
-        self.generation = Generation(llama)
         ids: list[int] = tokens.tolist()
         return ids
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ..answers import AnswerStream
 from ..batch import Settings, names_several
-from ..engine import AnswerStream
 from ..errors import ConfigError, ImageError
 from ..io.json_input import MAX_CHARACTERS
 from ..report import PruneReport

@@ -48,8 +48,10 @@ class ImageChunk:
     Attributes:
         handle: libmtmd's chunk.
         n_tokens: Image tokens that the encoder makes of it.
-        positions: RoPE positions relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y,
-            x, 0).
+        positions: RoPE positions if the chunk's first is 0, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x,
+            image or 0).
+        moves: What is added to them for each position that the chunk starts later: 1, or 0 where a position counts from
+            elsewhere (HunyuanOCR's rows and columns count from the image's corner).
         n_positions: Distance of the next token's position from the chunk's first.
         grid: (rows, columns) of its tokens, or None if they are not laid out on a grid.
         causal: False if its rows attend to each other both ways.
@@ -62,6 +64,7 @@ class ImageChunk:
     handle: object
     n_tokens: int
     positions: np.ndarray
+    moves: np.ndarray
     n_positions: int
     grid: tuple[int, int] | None
     causal: bool
@@ -69,6 +72,10 @@ class ImageChunk:
     picture: int = 0
     content: str = ""
     size: tuple[int, int] | None = None
+
+    def positions_at(self, start: int) -> np.ndarray:
+        """RoPE positions of its tokens if the first is at `start`."""
+        return self.positions + start * self.moves
 
 
 @dataclass
@@ -354,7 +361,16 @@ class VisionEncoder:
             grid = self.profile.sized_grid(n, raw.size) if raw.size else None
         special = self.profile.special(n, grid) if self.profile.special else None
         return ImageChunk(
-            raw.handle, n, raw.positions, raw.n_positions, grid, raw.causal, special, content=raw.name, size=raw.size
+            raw.handle,
+            n,
+            raw.positions,
+            raw.moves,
+            raw.n_positions,
+            grid,
+            raw.causal,
+            special,
+            content=raw.name,
+            size=raw.size,
         )
 
     def _check_size(self, raw: RawImage) -> None:

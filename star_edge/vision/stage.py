@@ -192,11 +192,10 @@ def run_vision_stage(
             embeddings = merge(embeddings, selection)
         selection = _of_image(selection, tokens, chunk.n_tokens)
         kept = selection.kept
-        positions, n_positions = chunk.positions[..., kept], chunk.n_positions
+        positions, n_positions = chunk.positions_at(position)[..., kept], chunk.n_positions
         if config is not None and config.positions == "renumbered" and len(kept) < chunk.n_tokens:
-            positions, n_positions = _text_positions(0, len(kept), mrope), len(kept)
-        offset = np.array([[position]] * 3 + [[0]], np.int32) if mrope else position
-        segments.append(Segment(Rows(positions + offset, embeddings=embeddings), i, chunk.causal, selection.mass))
+            positions, n_positions = _text_positions(position, len(kept), mrope), len(kept)
+        segments.append(Segment(Rows(positions, embeddings=embeddings), i, chunk.causal, selection.mass))
         staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
     for name in ("encode", "vision_stage"):
