@@ -41,7 +41,8 @@ from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
 from .request import Request
 from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
-from .vision.encoder import Prompt, VisionEncoder
+from .vision.chunks import Prompt
+from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
 

@@ -29,8 +29,9 @@ from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .vision.cache import DEFAULT_BYTES, check_bytes
+from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
 from .vision.encode import ImageEncoding
-from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
+from .vision.encoder import VisionEncoder
 from .vision.repair import check_encoder
 from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 

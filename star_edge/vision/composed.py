@@ -30,7 +30,8 @@ from ..llamacpp.names import (
     WINDOW_MASK,
 )
 from ..llamacpp.tap import Plan
-from .encoder import ImageChunk, VisionEncoder
+from .chunks import ImageChunk
+from .encoder import VisionEncoder
 
 MAX_SIDE = 46000  # pixels: clip_image_size::area multiplies two sides as int
 MIN_TOKENS = (

@@ -23,8 +23,9 @@ from ..pruning.config import PruneConfig
 from ..pruning.scorers import VISION_SCORERS
 from ..pruning.selection import Selection, Tokens
 from .cache import CachedImage
+from .chunks import Encoded, ImageChunk, cells_of
 from .composed import Composer, Picture, UnitFeatures, find_geometry
-from .encoder import Encoded, ImageChunk, VisionEncoder, cells_of
+from .encoder import VisionEncoder
 from .profiles import PROFILES
 from .redundancy import masses, representatives, with_more
 from .stage import PromptPlan

@@ -17,7 +17,8 @@ from ..pruning.config import Keep, PruneConfig, keep_count
 from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
 from ..rows import Rows, Segment
-from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
+from .chunks import Encoded, ImageChunk, TextChunk
+from .encoder import VisionEncoder
 
 
 @dataclass

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..llamacpp.tap import MEAN_ALL, AttentionRead, Outcome, Plan
+from .chunks import ImageChunk
 from .composed import Composer, Grid, Picture, UnitFeatures, find_geometry
-from .encoder import MAX_QUERY_ROWS, ImageChunk, VisionEncoder
+from .encoder import MAX_QUERY_ROWS, VisionEncoder
 
 
 @dataclass
