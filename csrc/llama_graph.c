@@ -3,12 +3,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-int se_layer_out_index(const struct ggml_tensor * node) {
-    if (strncmp(node->name, "l_out-", 6) != 0) return -1;
+/* N of a name that is `prefix` and the number N, otherwise -1. */
+static int numbered(const char * name, const char * prefix) {
+    const size_t length = strlen(prefix);
+    if (strncmp(name, prefix, length) != 0) return -1;
     char * end;
-    const long n = strtol(node->name + 6, &end, 10);
-    return end != node->name + 6 && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
+    const long n = strtol(name + length, &end, 10);
+    return end != name + length && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
 }
+
+int se_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "l_out-"); }
+
+int se_encoder_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "layer_out-"); }
 
 int se_layer_of(const struct ggml_tensor * node) {
     const char * dash = strrchr(node->name, '-');
@@ -39,7 +45,8 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name) {
 }
 
 bool se_is_embedding_input(const struct ggml_tensor * tensor) {
-    return se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_embd") || se_is_input(tensor, "embd");
+    return se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_embd") || se_is_input(tensor, "embd") ||
+           se_is_input(tensor, "inp_raw");
 }
 
 bool se_ends_layers(const struct ggml_tensor * node) { return strcmp(node->name, "result_norm") == 0; }
@@ -53,6 +60,12 @@ void se_set_computed(struct ggml_tensor * node, bool computed) {
 
 const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i) {
     return i < GGML_MAX_SRC ? node->src[i] : node->view_src;
+}
+
+struct ggml_tensor * se_computed_source(const struct ggml_tensor * node, int i) {
+    struct ggml_tensor * source = i < GGML_MAX_SRC ? node->src[i] : NULL;
+    size_t length;
+    return source && (!se_is_leaf(source) || se_copied_name(source, &length)) ? source : NULL;
 }
 
 const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int64_t n_tokens) {
@@ -148,7 +161,7 @@ bool se_enters_layer(const struct ggml_tensor * node, int layer) {
     if (layer == 0) {
         return strcmp(node->name, "pos_embed") == 0 || strcmp(node->name, "pos_embd") == 0 || strcmp(node->name, "pre_ln") == 0;
     }
-    return strncmp(node->name, "layer_out-", 10) == 0 && se_layer_of(node) == layer - 1;
+    return se_encoder_layer_out_index(node) == layer - 1;
 }
 
 bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node) {

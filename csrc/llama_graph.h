@@ -20,6 +20,10 @@
  * (llm_graph_context::build_inp_out_ids). */
 int se_layer_out_index(const struct ggml_tensor * node);
 
+/* The same of a vision encoder, whose layers end in `layer_out-N` (clip_graph::build_vit, clip_graph_qwen2vl::build,
+ * clip_graph_qwen3vl::build). */
+int se_encoder_layer_out_index(const struct ggml_tensor * node);
+
 /* N of a name that ends in "-N": layer N computes the node. Otherwise -1. */
 int se_layer_of(const struct ggml_tensor * node);
 
@@ -40,7 +44,7 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name);
 
 /* The inputs that carry the batch: "inp_tokens" and "inp_embd", both in every graph, of which one is used, and
  * "embd", the name of what is chosen from them (llm_graph_context::build_inp_embd). It is a leaf where that is
- * "inp_embd" itself, renamed. */
+ * "inp_embd" itself, renamed. In a vision encoder it is "inp_raw", the pixels (clip_graph::build_inp_raw). */
 bool se_is_embedding_input(const struct ggml_tensor * tensor);
 
 /* "result_norm", the output norm of a decoder (src/models/): neither RoPE nor attention comes after it in its graph. */
@@ -60,6 +64,10 @@ void se_set_computed(struct ggml_tensor * node, bool computed);
  * sources. */
 enum { SE_MAX_OPERANDS = GGML_MAX_SRC + 1 };
 const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i);
+
+/* Source i of `node`, if a node of the graph has computed it; NULL for none, a weight or an input. A backend's copy of
+ * such a node counts. */
+struct ggml_tensor * se_computed_source(const struct ggml_tensor * node, int i);
 
 /* The indices of a SET_ROWS that writes one row for each token, otherwise NULL: int64, (n_tokens), the KV cells of
  * the batch (llama_kv_cache::cpy_k, build_input_k_idxs). A transposed V has an index for every element instead

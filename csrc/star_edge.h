@@ -24,7 +24,7 @@ enum se_error {
     SE_ERR_ARGUMENT = 1,      /* a null pointer, a size or an index out of range */
     SE_ERR_MEMORY = 2,        /* out of memory */
     SE_ERR_UNBOUND = 3,       /* se_bind has not been called for every function */
-    SE_ERR_NO_LAYER_OUT = 4,  /* the graph has no `l_out-N` where the window begins or ends */
+    SE_ERR_NO_LAYER_OUT = 4,  /* the graph has no `l_out-N` where the window begins or ends, or not the plan's source_node */
     SE_ERR_NO_ATTENTION = 5,  /* fewer attention operations than the plan names */
     SE_ERR_NO_ROPE = 6,       /* positions were given, and no ROPE node was seen */
     SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
@@ -82,6 +82,7 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
 /* ---- the tap ---- */
 typedef struct se_tap se_tap;
 
+enum { SE_MAX_EXTRA = 8 };
 enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
@@ -99,6 +100,22 @@ typedef struct {
     float * hidden;              /* out: (n_rows, n_embd), rows of `l_out-(last-1)`, or NULL */
     const int32_t * positions;   /* (n_pos_per_row, n_rows) RoPE positions to run with, or NULL */
     int32_t n_pos_per_row;       /* 1, or 4 for M-RoPE */
+    /* 1: the graph is a vision encoder's. A window with last < n_layer ends with its `hidden`, which must be given, instead of at an
+     * attention. What a later layer or the graph's end reads of layers before `first` besides the hidden state (DeepStack) is
+     * given or taken as the hidden states of further layers, ascending and below first - 1 (in) or last - 1 (out). */
+    int32_t encoder;
+    const int32_t * extra_layers;
+    int32_t n_extra;             /* at most SE_MAX_EXTRA */
+    const float * extra_inject;  /* (n_extra, n_rows, n_embd), or NULL */
+    float * extra_hidden;        /* out: the same, or NULL */
+    /* Source `source` of the node `source_node`, which another node has computed: replaced by source_in before the node runs, or taken as
+     * source_out; then the graph ends there, and of what comes before nothing that depends on the input embeddings is computed. Nodes
+     * up to it run one by one. */
+    const char * source_node;    /* NULL: none */
+    int32_t source;
+    const void * source_in;
+    void * source_out;
+    size_t source_bytes;
     int64_t * cells;             /* out: (n_rows) KV cells that the rows were written to, or NULL */
     /* Attention: these layers (ascending, counted over attention operations), these query rows. */
     const int32_t * attn_layers;

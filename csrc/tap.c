@@ -15,6 +15,7 @@
  *    se_tap_finish, while the graph still exists.
  */
 #include <stdlib.h>
+#include <string.h>
 
 #include "attention.h"
 #include "llama_graph.h"
@@ -77,6 +78,29 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
     tap->result.score_seconds += se_seconds() - start;
 }
 
+static int layer_out_of(const se_tap * tap, const struct ggml_tensor * node) {
+    return tap->plan.encoder ? se_encoder_layer_out_index(node) : se_layer_out_index(node);
+}
+
+/* Which of the plan's further layers this one is, or -1. */
+static int extra_of(const se_tap * tap, int layer) {
+    for (int32_t i = 0; layer >= 0 && i < tap->plan.n_extra; i++) {
+        if (tap->plan.extra_layers[i] == layer) return i;
+    }
+    return -1;
+}
+
+/* The plan's source node is asked about: all before it has run. Returns whether it ends the graph. */
+static bool meet_source(se_tap * tap, const struct ggml_tensor * node) {
+    const se_plan * p = &tap->plan;
+    struct ggml_tensor * source = se_computed_source(node, p->source);
+    tap->source_seen = true;
+    if (!source || se_ggml.nbytes(source) != p->source_bytes) se_tap_fail(tap, SE_ERR_SHAPE);
+    else if (p->source_in) se_tap_fail(tap, se_write(source, p->source_in, 0, p->source_bytes));
+    else se_tap_fail(tap, se_read(source, p->source_out, 0, p->source_bytes));
+    return p->source_out != NULL;
+}
+
 /* Whether V of the layer that `attention` reads is in the cache, where V has one. A SOFT_MAX does not need it: a backend that orders nodes by
  * itself may write it later, and the graph must not end before. */
 static bool has_v(const se_tap * tap, const struct ggml_tensor * attention) {
@@ -127,17 +151,35 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     }
     const bool ends_rows = p->keep && (tap->result.n_nodes == p->keep_node || tap->result.n_nodes == p->n_nodes);
 
-    const int layer_out = se_layer_out_index(node);
+    const int layer_out = layer_out_of(tap, node);
     const bool has_window = p->n_layer > 0;
     if (p->count_only) {
         skip(tap, node);
         return false;
+    }
+    const bool waits = p->source_node && !tap->source_seen; /* nodes that are gathered have not run: one by one */
+    if (waits && se_has_name(node, p->source_node, strlen(p->source_node))) {
+        if (meet_source(tap, node)) {
+            tap->result.stopped = 1;
+            skip(tap, node);
+            return true;
+        }
+    } else if (waits && p->source_out) {
+        const int found = se_depends_visit(tap->depends, node, 0);
+        if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
+        if (found > 0) skip(tap, node);
+        return true;
     }
     const int v_layer = se_v_written(node);
     if (v_layer > tap->last_v) tap->last_v = v_layer;
     if (has_window && p->first > 0 && !tap->past_window_start) {
         if (layer_out == p->first - 1) { /* not remembered: it is what the layers of the window may read */
             tap->past_window_start = true;
+            skip(tap, node);
+            return true;
+        }
+        if (p->extra_inject && extra_of(tap, layer_out) >= 0) {
+            if (se_depends_give(tap->depends, node, layer_out) < 0) se_tap_fail(tap, SE_ERR_MEMORY);
             skip(tap, node);
             return true;
         }
@@ -149,19 +191,21 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
     if (ends_rows) return true;
+    if (has_window && p->extra_hidden && extra_of(tap, layer_out) >= 0) return true;
     if (p->cells && !tap->cells_taken) take_cells(tap, node);
 
     if (se_is_attention(node)) {
         const int32_t index = tap->result.n_attention++;
         tap->result.flash = se_is_flash_attention(node);
         if (!se_attention_mask(node)) tap->result.last_unmasked = index;
-        if (has_window && p->last < p->n_layer && index == p->last) {
+        if (has_window && !p->encoder && p->last < p->n_layer && index == p->last) {
             /* Its operands are there and its result is not needed. SOFT_MAX is: the scores are its result. */
             if (tap->result.flash) skip(tap, node);
             return true;
         }
-        return wants_attention(tap, index);
+        return wants_attention(tap, index) || waits;
     }
+    if (waits) return true;
     return v_layer >= 0 && tap->at_last && has_v(tap, tap->at_last);
 }
 
@@ -171,7 +215,15 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     const se_plan * p = &tap->plan;
     if (tap->result.stopped) return false;
 
-    const int layer_out = se_layer_out_index(node);
+    const int layer_out = layer_out_of(tap, node);
+    const int extra = p->n_layer ? extra_of(tap, layer_out) : -1;
+    if (extra >= 0) {
+        const size_t at = (size_t) extra * (hidden_bytes(tap) / sizeof(float));
+        const bool fits = hidden_fits(tap, node), gives = p->extra_inject && layer_out < p->first - 1;
+        if ((gives || p->extra_hidden) && !fits) se_tap_fail(tap, SE_ERR_SHAPE);
+        else if (gives) se_tap_fail(tap, se_write(node, p->extra_inject + at, 0, hidden_bytes(tap)));
+        else if (p->extra_hidden) se_tap_fail(tap, se_read(node, p->extra_hidden + at, 0, hidden_bytes(tap)));
+    }
     if (p->n_layer && p->first > 0 && layer_out == p->first - 1) {
         se_tap_fail(tap, hidden_fits(tap, node) ? se_write(node, p->inject, 0, hidden_bytes(tap)) : SE_ERR_SHAPE);
     }
@@ -187,11 +239,15 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     if (p->n_layer && p->hidden && layer_out == p->last - 1) {
         se_tap_fail(tap, hidden_fits(tap, node) ? se_read(node, p->hidden, 0, hidden_bytes(tap)) : SE_ERR_SHAPE);
         tap->hidden_taken = true;
+        if (p->encoder) {
+            tap->result.stopped = 1;
+            return false;
+        }
     }
     if (se_is_attention(node)) {
         const int32_t index = tap->result.n_attention - 1;
         if (wants_attention(tap, index)) take_attention(tap, node);
-        if (p->n_layer && p->last < p->n_layer && index == p->last) tap->at_last = node;
+        if (p->n_layer && !p->encoder && p->last < p->n_layer && index == p->last) tap->at_last = node;
     }
     if (tap->at_last && has_v(tap, tap->at_last)) {
         tap->result.stopped = 1;
@@ -243,6 +299,17 @@ static int check(const se_plan * p) {
         if ((p->first > 0 || p->hidden) && p->n_embd < 1) return SE_ERR_ARGUMENT;
         if (p->first > 0 && !p->inject) return SE_ERR_ARGUMENT;
         if (p->hidden && p->last == p->n_layer) return SE_ERR_ARGUMENT; /* its rows without logits end early */
+        if (p->encoder && p->last < p->n_layer && !p->hidden) return SE_ERR_ARGUMENT;
+    }
+    if (p->n_extra < 0 || p->n_extra > SE_MAX_EXTRA || (p->n_extra > 0 && (p->n_layer < 1 || !p->extra_layers))) return SE_ERR_ARGUMENT;
+    for (int32_t i = 0; i < p->n_extra; i++) {
+        if (p->extra_layers[i] < 0 || (i && p->extra_layers[i] <= p->extra_layers[i - 1])) return SE_ERR_ARGUMENT;
+        if (p->extra_inject && p->extra_layers[i] >= p->first - 1) return SE_ERR_ARGUMENT;
+        if (p->extra_hidden && p->extra_layers[i] >= p->last - 1) return SE_ERR_ARGUMENT;
+    }
+    if (p->source_node) {
+        if (!*p->source_node || p->source < 0 || p->source_bytes < 1 || !p->source_in == !p->source_out) return SE_ERR_ARGUMENT;
+        if (p->source_out && p->n_layer > 0) return SE_ERR_ARGUMENT; /* the graph ends before its layers */
     }
     if (p->keep) {
         if (p->n_keep < 1 || p->keep_layer < 0) return SE_ERR_ARGUMENT;
@@ -272,7 +339,7 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->plan = *plan;
     tap->result = (se_result) { .last_unmasked = -1 };
     tap->first_node = NULL;
-    tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = false;
+    tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = tap->source_seen = false;
     tap->next_layer = 0;
     tap->at_last = NULL;
     tap->last_v = -1;
@@ -296,6 +363,7 @@ int se_tap_finish(se_tap * tap, se_result * result) {
         if (p->n_layer && p->hidden && !tap->hidden_taken) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->n_layer && p->last < p->n_layer && !tap->result.stopped) se_tap_fail(tap, SE_ERR_NO_ATTENTION);
         if (tap->next_layer < p->n_attn_layers) se_tap_fail(tap, SE_ERR_NO_ATTENTION);
+        if (p->source_node && !tap->source_seen) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->positions && !tap->rope_seen) se_tap_fail(tap, SE_ERR_NO_ROPE);
         if (p->cells && !tap->cells_taken) se_tap_fail(tap, SE_ERR_SHAPE);
     }

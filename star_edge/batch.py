@@ -37,11 +37,23 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "decoder_keep": (int, float),
     "decoder_layer": (int,),
     "budget": (str,),
+    "redundancy": (str, int, float),
+    "encoder_keep": (int, float),
+    "encoder_layer": (int,),
     "max_tokens": (int,),
     "temperature": (int, float),
     "seed": (int,),
     "raw": (bool,),
 }
+_OVERRIDES = (
+    "vision_keep",
+    "decoder_keep",
+    "decoder_layer",
+    "budget",
+    "redundancy",
+    "encoder_keep",
+    "encoder_layer",
+)
 _LINE_START = b'{"id": '  # every line of a results file begins so
 
 
@@ -134,8 +146,8 @@ def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
     A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
-    budget, max_tokens, temperature, seed, raw. Image paths are relative to the file's folder. The id defaults to a hash
-    of the task.
+    budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. Image paths are relative to the
+    file's folder. The id defaults to a hash of the task.
 
     Args:
         path: The file.
@@ -197,7 +209,7 @@ def _read_task(data: Any, folder: str, prompt: str | None, settings: Settings) -
         raise ConfigError("it has no prompt", "give one in the line, or one for all tasks as PROMPT")
     base = resolve_prune(data["preset"]) if "preset" in data else settings.prune
     prune = override(
-        base, **{name: data.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer", "budget")}
+        base, **{name: data.get(name) for name in _OVERRIDES}
     )
     changes = {name: data[name] for name in ("max_tokens", "temperature", "seed", "raw") if name in data}
     task = Task(

@@ -26,8 +26,9 @@ from ..report import PruneReport
 
 if TYPE_CHECKING:
     _KeepParam = click.ParamType[Keep]
+    _RedundancyParam = click.ParamType[str | float]
 else:  # click 8.1 has no generic types of parameters
-    _KeepParam = click.ParamType
+    _KeepParam = _RedundancyParam = click.ParamType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -81,6 +82,20 @@ def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int
             param,
         )
     return n_layers
+
+
+class RedundancyType(_RedundancyParam):
+    """off, exact, or a number."""
+
+    name = "off|exact|number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        if value in ("off", "exact"):
+            return str(value)
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither off nor exact nor a number.", param, ctx)
 
 
 @contextmanager
@@ -215,6 +230,18 @@ def prune_options(command: Command) -> Command:
             help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
             "video.",
         ),
+        click.option(
+            "--redundancy",
+            type=RedundancyType(),
+            help="Tokens left out before the encoder because a neighbour shows the same: off (default), exact, or the "
+            "largest difference of pixels, such as 0.03.",
+        ),
+        click.option(
+            "--encoder-keep", type=KeepType(), help="Image tokens to keep within the encoder from its layer M on."
+        ),
+        click.option(
+            "--encoder-layer", type=int, help="Layer M, 1 to layers of the encoder - 1. Default: a quarter of them."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -266,12 +293,23 @@ def find_model(
 
 
 def make_config(
-    preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
+    preset: str,
+    vision_keep: Keep | None,
+    decoder_keep: Keep | None,
+    decoder_layer: int | None,
+    budget: str | None,
+    **more: Any,
 ) -> PruneConfig | None:
+    """The config of `prune_options`. more: redundancy, encoder_keep and encoder_layer."""
     config = resolve_prune(preset)  # a file's words are its own
     with in_cli_words():
         return override(
-            config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget
+            config,
+            vision_keep=vision_keep,
+            decoder_keep=decoder_keep,
+            decoder_layer=decoder_layer,
+            budget=budget,
+            **more,
         )
 
 

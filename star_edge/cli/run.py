@@ -91,6 +91,9 @@ def run(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    redundancy: str | float | None,
+    encoder_keep: Any,
+    encoder_layer: int | None,
     max_tokens: int,
     temperature: float,
     seed: int | None,
@@ -107,7 +110,16 @@ def run(
     With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
     when the answer is there and an overlay could not be drawn.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
+    config = make_config(
+        preset,
+        vision_keep,
+        decoder_keep,
+        decoder_layer,
+        budget,
+        redundancy=redundancy,
+        encoder_keep=encoder_keep,
+        encoder_layer=encoder_layer,
+    )
     _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, cache, overlay)
     if each and budget == "prompt":
         raise ConfigError(

@@ -9,7 +9,7 @@ the graph whatever happened. No Python runs inside the callback, so no exception
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -70,6 +70,13 @@ class Plan:
     attention: AttentionRead | None = None
     count_only: bool = False  # nothing is computed: what the graph is like is learned from it
     keep: KeepRows | None = None
+    encoder: bool = False  # the graph is a vision encoder's
+    extra_layers: Sequence[int] = ()  # further layers whose hidden states are given or taken
+    extra_inject: np.ndarray | None = None  # (len(extra_layers), n_rows, n_embd) float32
+    extra_hidden: np.ndarray | None = None  # out: the same
+    source: tuple[str, int] | None = None  # name of a node, and which of its sources is replaced or taken
+    source_in: np.ndarray | None = None
+    source_out: np.ndarray | None = None
 
 
 @dataclass
@@ -159,6 +166,23 @@ class Tap:
             c.keep_layer = plan.keep.layer
             if plan.keep.rehearsal is not None:
                 c.keep_node, c.n_nodes = plan.keep.rehearsal.keep_node, plan.keep.rehearsal.n_nodes
+        c.encoder = plan.encoder
+        if plan.extra_layers:
+            extra = np.asarray(plan.extra_layers, np.int32)
+            c.extra_layers, c.n_extra = pointer(extra, "int32_t", np.int32), len(extra)
+            for array in (plan.extra_inject, plan.extra_hidden):
+                if array is not None and (hidden is None or array.shape != (len(extra), *hidden.shape)):
+                    raise EngineError(f"{what}: hidden states of further layers have shape {array.shape}")
+            c.extra_inject = pointer(plan.extra_inject, "float", np.float32)
+            c.extra_hidden = pointer(plan.extra_hidden, "float", np.float32)
+        if plan.source is not None:
+            node = ffi.new("char[]", plan.source[0].encode())
+            keep.append(node)
+            c.source_node, c.source = node, plan.source[1]
+            c.source_in = pointer(plan.source_in, "float", np.float32)
+            c.source_out = pointer(plan.source_out, "float", np.float32)
+            array = plan.source_in if plan.source_in is not None else plan.source_out
+            c.source_bytes = 0 if array is None else array.nbytes
         read = plan.attention
         buffer = None
         if read is not None:

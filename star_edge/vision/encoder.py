@@ -149,6 +149,7 @@ class VisionEncoder:
         self.path, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
         self.n_threads = llama.n_threads_batch
+        self.image_min_tokens = image_min_tokens
         self.cache: ImageCache | None = None
         if cache_bytes or cache_dir is not None:
             version, features = version_and_features()  # the processor's decide how kernels round
@@ -249,7 +250,7 @@ class VisionEncoder:
         )  # libmtmd scales it to the encoder's size
         try:
             chunk = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
-            outcome = self._run(chunk, Plan(count_only=True))
+            outcome = self.run(chunk, Plan(count_only=True))
         finally:
             prompt.close()
         if outcome.concat == CONCAT_LAST:
@@ -384,6 +385,7 @@ class VisionEncoder:
         *,
         want_cells: bool = True,
         read: AttentionRead | None = None,
+        plan: Plan | None = None,
     ) -> Encoded:
         """Runs the encoder and the projector on one image.
 
@@ -395,6 +397,7 @@ class VisionEncoder:
                 from the CLS row alone, or as "received" if there is none.
             want_cells: Find out which grid cell each token shows. Otherwise token i is taken to show cell i.
             read: Attention to read instead, for inspection.
+            plan: What the tap does besides.
 
         Returns:
             The output. Its embeddings are a view of libmtmd's memory, valid until the next run.
@@ -405,12 +408,13 @@ class VisionEncoder:
         self._check_open()
         attention = attention if self.reads_attention(chunk) else None
         index = rows = None
+        plan = plan or Plan()
         if read is not None or (attention is None and not (want_cells and self.profile.to_cells)):
-            outcome = self._run(chunk, Plan(attention=read))
+            outcome = self.run(chunk, replace(plan, attention=read))
         elif attention is None:
-            outcome, index = self._run_watched(chunk, None)
+            outcome, index = self._run_watched(chunk, None, plan)
         else:
-            outcome, index = self._run_scored(chunk, attention)
+            outcome, index = self._run_scored(chunk, attention, plan)
             rows = outcome.attention[0]
         embeddings = self._mtmd.output(chunk.n_tokens)
         special = self._special(chunk, embeddings)
@@ -447,7 +451,7 @@ class VisionEncoder:
         scores[ordinary] = values
         return scores
 
-    def _run_scored(self, chunk: ImageChunk, attention: str) -> tuple[Outcome, np.ndarray | None]:
+    def _run_scored(self, chunk: ImageChunk, attention: str, plan: Plan) -> tuple[Outcome, np.ndarray | None]:
         max_rows = self.max_rows(chunk)
         for attempt in (1, 2):
             rows = (0, -1, -(-max_rows // MAX_QUERY_ROWS))
@@ -457,7 +461,7 @@ class VisionEncoder:
             read = AttentionRead([self._layer], max_rows, rows, MEAN_ALL, n_threads=self.n_threads)
             index = None
             try:
-                _, index = self._run_watched(chunk, read)
+                _, index = self._run_watched(chunk, read, plan)
             except EngineError:
                 if attempt == 2 or self.last_outcome.error != NO_ATTENTION:
                     raise
@@ -471,16 +475,18 @@ class VisionEncoder:
             self._layer = self.last_outcome.last_unmasked
         return self.last_outcome, index
 
-    def _run_watched(self, chunk: ImageChunk, read: AttentionRead | None) -> tuple[Outcome, np.ndarray | None]:
+    def _run_watched(
+        self, chunk: ImageChunk, read: AttentionRead | None, plan: Plan
+    ) -> tuple[Outcome, np.ndarray | None]:
         """Runs the encoder, and reads the graph input that says which rows become tokens, if the profile names one."""
         if not self.profile.index_input:
-            return self._run(chunk, Plan(attention=read)), None
+            return self.run(chunk, replace(plan, attention=read)), None
         index = np.empty(self.max_rows(chunk), np.int32)
         with self.tap.watching(self.profile.index_input, index):
-            outcome = self._run(chunk, Plan(attention=read))
+            outcome = self.run(chunk, replace(plan, attention=read))
         return outcome, index[: self.tap.watched() // 4]
 
-    def _run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
+    def run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
         with self.tap.armed(plan, "vision encoder") as self.last_outcome:
             problem = self._mtmd.encode(chunk.handle)
         if problem:
