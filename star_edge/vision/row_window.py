@@ -17,6 +17,7 @@ from ..llamacpp.names import PATCHES
 from ..llamacpp.tap import MEAN_ALL, AttentionRead, KeepRows, Outcome, Plan
 from .composed import Grid, Picture, UnitFeatures
 from .encoder import MAX_QUERY_ROWS, ImageChunk, VisionEncoder
+from .profiles import Layout
 from .window import FirstPass
 
 # Projector types whose tokens are squares of the raster of patches, in its order, and those whose tokens are single
@@ -183,7 +184,7 @@ class RowWindow:
             rows = (0, -1, -(-n_rows // MAX_QUERY_ROWS))
             plan.attention = AttentionRead([layer - 1], n_rows, rows, MEAN_ALL, n_threads=self.encoder.n_threads)
         outcome = self.encoder.run(chunk, plan)
-        attention = outcome.attention[0][rows_of].mean(axis=1) if outcome.attention else None
+        attention = self._scores(outcome, layout)
         hidden = states[rows_of]
         others = states[[layout.cls_row] if layout.cls else []]
         return FirstPass(
@@ -220,9 +221,17 @@ class RowWindow:
                 rows = (after.cls_row, 1, 1)
             plan.attention = AttentionRead([self.n_layers - 1], n_rows, rows, MEAN_ALL, n_threads=self.encoder.n_threads)
         outcome = self.encoder.run(chunk, plan)
-        scores = outcome.attention[0][after.of_tokens()].mean(axis=1) if outcome.attention else None
         embeddings = self.encoder.output(len(kept)).copy()
-        return UnitFeatures(first.units[kept], embeddings, scores, outcome.score_seconds)
+        return UnitFeatures(first.units[kept], embeddings, self._scores(outcome, after), outcome.score_seconds)
+
+    def _scores(self, outcome: Outcome, layout: RowLayout) -> np.ndarray | None:
+        """Attention that each token receives, (n_tokens,) float32, as `VisionEncoder.encode` makes it of rows."""
+        if not outcome.attention:
+            return None
+        to_tokens = self.encoder.profile.to_tokens
+        assert to_tokens is not None  # every projector type above has it
+        of_tokens = layout.of_tokens()
+        return to_tokens(outcome.attention[0], Layout(len(of_tokens), layout.grid, of_tokens.ravel()))
 
 
 def find_row_window(encoder: VisionEncoder) -> RowWindow | None:
