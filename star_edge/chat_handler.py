@@ -16,7 +16,6 @@ import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NoReturn, cast
 
@@ -28,7 +27,6 @@ from .arguments import checked
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
-from .generation import Generation
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, check_pixels, load_image
 from .llamacpp.chat_hook import ChatHook, template_options
@@ -41,8 +39,10 @@ from .messages import read_messages
 from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
+from .request import Request
 from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
-from .vision.encoder import Prompt, VisionEncoder
+from .vision.chunks import Prompt
+from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.repair import check_encoder
 
@@ -52,30 +52,6 @@ _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = Conte
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
     "star_edge_is_cancelled", default=None
 )  # of `cancellable` blocks
-
-
-@dataclass
-class _Request:
-    """A request under way.
-
-    Attributes:
-        number: PromptReader.request while its prompt is in the cache.
-        n_prompt: Tokens of its prompt, as MTMDChatHandler counts them.
-        images: Sources, in the order of the prompt's markers.
-    """
-
-    config: PruneConfig | None
-    start: float
-    report: PruneReport | None = None
-    number: int = -1
-    n_prompt: int = 0
-    generation: Generation | None = None
-    images: list[Any] = field(default_factory=list)  # sources, in the order of the prompt's markers
-
-    def answered(self) -> tuple[Generation, PruneReport]:
-        """What is there once the prompt has been read."""
-        assert self.generation is not None and self.report is not None
-        return self.generation, self.report
 
 
 class StarChatHandler(ChatHook):
@@ -155,7 +131,9 @@ class StarChatHandler(ChatHook):
         self._llama: Callable[[], Llama | None] = lambda: None
         self._reader: PromptReader | None = None
         self._chat: ChatFormat | None = None
-        self._request: _Request | None = None
+        self.last_request: Request | None = None  # whose prompt was read
+        self._request: Request | None = None  # under way in __call__
+        self._images: list[Any] = []  # its images' sources, in the order of the prompt's markers
         self._bitmap_numbers = itertools.count()
 
     def __reduce__(self) -> NoReturn:
@@ -236,27 +214,28 @@ class StarChatHandler(ChatHook):
             RequestCancelledError: See `cancellable`.
         """
         with self._lock:
-            request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
+            start = time.perf_counter()
             self.attach(llama)
             reader = self._reader
             assert reader is not None
+            config = (_overrides.get() or {}).get(self, self.prune)
+            request = Request(reader, self._lock, config, start, _is_cancelled.get())
             guards = cast(GuardedLlama, llama)  # the reader's work
             with request_of(llama):
                 options, guards.grammar_instead = check_chat_options(
                     llama, {"stream": stream, **options}, self.template_source
                 )
                 self._request = request
-                reader.context.is_cancelled = _is_cancelled.get()
                 reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
                 try:
-                    with self._typed_errors(request):
-                        messages, request.images = self._prepare(messages, options)
+                    with request.running(), self._typed_errors(request):
+                        messages, self._images = self._prepare(messages, options)
                         result: Any = super().__call__(llama=llama, messages=messages, **options)
-                    generation, report = request.answered()
+                    generation, report = request.answered
                     generation.stop(report)
                     if options["stream"]:
-                        return self._stream(result, reader, request, _is_cancelled.get())
-                    self._finish(result, request)
+                        return self._stream(result, request)
+                    self._add_report(result, request)
                     usage = result["usage"]
                     usage["prompt_tokens"] = request.n_prompt
                     usage["total_tokens"] = request.n_prompt + usage["completion_tokens"]
@@ -264,58 +243,28 @@ class StarChatHandler(ChatHook):
                     reader.begin()
                     raise
                 finally:
-                    self._request = reader.context.is_cancelled = guards.grammar_instead = None
-                reader.begin()
+                    self._request, self._images, guards.grammar_instead = None, [], None
+                request.finish()
                 return result
 
-    def _stream(
-        self,
-        chunks: Iterator[dict[str, Any]],
-        reader: PromptReader,
-        request: _Request,
-        is_cancelled: Callable[[], bool] | None,
-    ) -> Iterator[dict[str, Any]]:
-        finished = False
+    def _stream(self, chunks: Iterator[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
         try:
             while True:
-                with self._lock, self._typed_errors(request):
-                    if reader.context.ctx is None or reader.request != request.number:
-                        if finished:
-                            return
-                        cause = (
-                            "the Llama is closed"
-                            if reader.context.ctx is None
-                            else "a newer request has ended this stream"
-                        )
-                        raise EngineClosedError(cause, "read a stream to its end first")
-                    reader.context.is_cancelled = is_cancelled
-                    try:
-                        generation, report = request.answered()
-                        with generation.running(report):
-                            chunk = next(chunks, None)
-                    finally:
-                        reader.context.is_cancelled = None
-                    if chunk is None:
-                        return
-                    if chunk["choices"][0]["finish_reason"] is not None:
-                        finished = True
-                        self._finish(chunk, request)
+                with self._typed_errors(request):
+                    chunk = request.next_chunk(chunks)
+                if chunk is None:
+                    return
+                if request.finish_reason is not None:
+                    self._add_report(chunk, request)
                 yield chunk
         finally:
-            # A stream that was dropped may be cleared away while another thread answers: that request begins afresh
-            # anyway.
-            if self._lock.acquire(blocking=False):
-                try:
-                    if reader.context.ctx is not None and reader.request == request.number:
-                        reader.begin()
-                finally:
-                    self._lock.release()
+            request.drop()
 
-    def _finish(self, response: dict[str, Any], request: _Request) -> None:
-        response[_REPORT_KEY] = request.answered()[1].summary()
+    def _add_report(self, response: dict[str, Any], request: Request) -> None:
+        response[_REPORT_KEY] = request.answered[1].summary()
 
     @contextlib.contextmanager
-    def _typed_errors(self, request: _Request) -> Iterator[None]:
+    def _typed_errors(self, request: Request) -> Iterator[None]:
         """MTMDChatHandler and Llama raise built-in errors, for bad messages also whatever a template runs into."""
         try:
             yield
@@ -404,7 +353,7 @@ class StarChatHandler(ChatHook):
     def get_image_urls(self, messages: list[Any]) -> list[Any]:  # type: ignore[override]  # a static method there
         """Of the request under way, or where there is none of messages as they are given."""
         if self._request is not None:
-            return self._request.images
+            return self._images
         return [picture.source for message in read_messages(messages) for picture in message.pictures]
 
     def check_text(self, text: str, n_images: int, marker: str) -> None:
@@ -445,10 +394,9 @@ class StarChatHandler(ChatHook):
         return load_image(url, self.image_limits)
 
     def read_chunks(self, chunks: object) -> None:
-        request, reader = self._request, self._reader
-        assert request is not None and reader is not None and reader.encoder is not None
-        state, request.report = reader.read(Prompt(reader.encoder.chunks(chunks)), request.config, request.start)
-        reader.hand_over(state)
-        self.last_report = request.report
-        request.number, request.n_prompt, request.generation = reader.request, state.next_position, reader.generation
-        request.answered()[0].start()
+        request = self._request
+        assert request is not None
+        state = request.read(Prompt(self._vision.chunks(chunks)))
+        request.hand_over(state)
+        self.last_request, self.last_report = request, request.report
+        request.answered[0].start()

@@ -12,13 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 from llama_cpp import Llama
 
+from .answers import Answer, AnswerStream
 from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
@@ -36,8 +36,9 @@ from .llamacpp.native import open_standard_streams
 from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
 from .report import PruneReport
+from .request import Request
 from .vision.cache import DEFAULT_BYTES, check_directory
-from .vision.encoder import Prompt, TextChunk
+from .vision.chunks import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
@@ -65,85 +66,6 @@ _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
     "max_tokens",
     "temperature",
 }
-
-
-@dataclass
-class Answer:
-    """An answer.
-
-    Attributes:
-        text: The answer's text.
-        finish_reason: "stop" or "length".
-        report: What was pruned, and where the time went.
-    """
-
-    text: str
-    finish_reason: str
-    report: PruneReport = field(repr=False)
-
-
-class AnswerStream(Iterator[str]):
-    """An iterator over the pieces of an answer, as they are generated.
-
-    A stream may be dropped, closed or left by an exception: the engine starts the next request afresh. A stream of an
-    earlier request raises EngineClosedError.
-
-    Attributes:
-        report: What was pruned, and where the time went. Its times and counts of the answer grow with each piece.
-        text: The answer's text so far.
-        finish_reason: "stop" or "length" at the end, before that None.
-    """
-
-    def __init__(self, engine: StarVLM, chunks: Generator[Any, None, None], report: PruneReport) -> None:
-        self._engine, self._chunks = engine, chunks
-        self._request = engine._reader.request
-        self._generation = engine._reader.generation
-        self._is_closed = False
-        self.report = report
-        self.text = ""
-        self.finish_reason: str | None = None
-
-    def __next__(self) -> str:
-        with self._engine._lock:
-            if self._engine._closed:
-                raise EngineClosedError("the engine is closed", "make a new StarVLM")
-            if self._engine._reader.request != self._request and self.finish_reason is None:
-                raise EngineClosedError(
-                    "a newer request has ended this stream", "read a stream to its end before the next request"
-                )
-            context = self._engine._reader.context
-            try:
-                context.is_cancelled = lambda: self._is_closed
-                assert self._generation is not None
-                for chunk in self._generation.timed(self._chunks, self.report):
-                    choice = chunk["choices"][0]
-                    self.finish_reason = choice["finish_reason"] or self.finish_reason
-                    if choice["text"]:
-                        self.text += choice["text"]
-                        return str(choice["text"])
-            except BaseException:
-                self.close()
-                raise
-            finally:
-                context.is_cancelled = None
-            self.close()
-            raise StopIteration
-
-    def close(self) -> None:
-        """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked.
-
-        If another thread waits for the next piece, that wait ends within a token.
-
-        Raises:
-            EngineClosedError: A callback of the request called it.
-        """
-        self._is_closed = True  # for a thread that is inside __next__, and holds the lock
-        with self._engine._lock:
-            if getattr(self._chunks, "gi_running", False):
-                raise EngineClosedError("a callback of a request cannot end it", "raise an exception in it")
-            self._chunks.close()
-            if not self._engine._closed and self._engine._reader.request == self._request:
-                self._engine._reader.begin()
 
 
 class StarVLM:
@@ -414,8 +336,15 @@ class StarVLM:
         with self._lock:
             self._check_open()
             options = check_options(self.llama, {"max_tokens": max_tokens, "temperature": temperature, **sampling})
-            state, report = self.read_prompt(prompt, images, prune, chat=chat)
-            return self._answer(state, report, stream, **options)
+            request, state = self._read(prompt, images, prune, chat)
+            ids = request.hand_over(state)
+            chunks = self.llama.create_completion(prompt=ids, stream=True, **options)
+            answer = AnswerStream(request, cast(Generator[Any, None, None], chunks), self._check_open)
+            if stream:
+                return answer
+            for _ in answer:
+                pass
+            return Answer(answer.text, answer.finish_reason or "length", answer.report)
 
     @checked(skip=("prompt", "images", "prune"))
     def read_prompt(
@@ -441,10 +370,9 @@ class StarVLM:
         Raises:
             StarEdgeError: As for `generate`.
         """
-        config = resolve_prune(prune)
-        with self._request() as start:
-            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
-            return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
+        request, state = self._read(prompt, images, prune, chat)
+        assert request.report is not None  # of a prompt that was read
+        return state, request.report
 
     @checked(skip=("prompt",))
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
@@ -509,7 +437,7 @@ class StarVLM:
             ConfigError: The model does not have such a layer.
             StarEdgeError: As for `generate`.
         """
-        with self._request():
+        with self._turn():
             self.decoder.clear()
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
@@ -549,7 +477,7 @@ class StarVLM:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
 
     @contextlib.contextmanager
-    def _request(self) -> Iterator[float]:
+    def _turn(self) -> Iterator[float]:
         """A turn at the Llama: ends an unfinished request, and empties the cache but for the stem.
 
         Gives the time at which it began, in seconds of time.perf_counter.
@@ -561,15 +489,15 @@ class StarVLM:
                 self._reader.begin()
                 yield start
 
-    def _answer(self, state: Prefill, report: PruneReport, stream: bool, **options: Any) -> Answer | AnswerStream:
-        """Lets `llama_cpp.Llama` go on from the prompt's state."""
-        chunks = self.llama.create_completion(prompt=self._reader.hand_over(state), stream=True, **options)
-        answer = AnswerStream(self, cast(Generator[Any, None, None], chunks), report)
-        if stream:
-            return answer
-        for _ in answer:
-            pass
-        return Answer(answer.text, answer.finish_reason or "length", report)
+    def _read(
+        self, prompt: str, images: Sequence[ImageSource] | ImageSource, prune: PruneConfig | str | None, chat: bool
+    ) -> tuple[Request, Prefill]:
+        """Reads a prompt, as a request of its own."""
+        config = resolve_prune(prune)
+        with self._turn() as start:
+            request = Request(self._reader, self._lock, config, start)
+            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            return request, request.read(self.tokenize(prompt, pictures, chat=chat))
 
     @staticmethod
     def _image_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:

@@ -9,8 +9,6 @@ from typing import Any
 
 from .report import PruneReport
 
-_END = object()
-
 
 class Generation:
     """One answer of a guarded Llama, which counts its tokens. Adds up the engine's time on it."""
@@ -41,12 +39,3 @@ class Generation:
             yield
         finally:
             self.stop(report)
-
-    def timed(self, chunks: Iterator[Any], report: PruneReport) -> Iterator[Any]:
-        """The chunks. The clock runs only while the next one is computed."""
-        while True:
-            with self.running(report):
-                chunk = next(chunks, _END)
-            if chunk is _END:
-                return
-            yield chunk

@@ -21,7 +21,6 @@ from llama_cpp import Llama
 from .arguments import Range
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
-from .generation import Generation
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over
@@ -30,9 +29,11 @@ from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .vision.cache import DEFAULT_BYTES, check_bytes
-from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
+from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
+from .vision.encode import ImageEncoding
+from .vision.encoder import VisionEncoder
 from .vision.repair import check_encoder
-from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
+from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 
 IMAGE_TOKENS = {"image_min_tokens": Range(-1, 2**31 - 1), "image_max_tokens": Range(-1, 2**31 - 1)}
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
@@ -76,7 +77,6 @@ class PromptReader:
         check_encoder(encoder)
         self.reuse = reuse
         self.llama = cast(Llama, weakref.proxy(llama))  # acts as the Llama
-        self.generation: Generation | None = None  # of the last prompt that was handed over
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
             self.encoder = VisionEncoder(
@@ -91,6 +91,7 @@ class PromptReader:
                 cache_dir=image_cache_dir,
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
+            self.encoding = ImageEncoding(self.encoder)
         try:
             self.context = tapped_context(llama)
         except EngineError:
@@ -125,11 +126,13 @@ class PromptReader:
         try:
             seconds = {"preprocess": time.perf_counter() - start}
             plan, notes = self.plan(prompt, config)
-            encoded = encode_images(plan.images, self.encoder, plan.config, seconds)
+            undone: list[str] = []
+            encoded = self.encoding.encode(plan, seconds, undone) if plan.images else []
         finally:
             prompt.close()
-        if any(image.special is not chunk.special for image, chunk in zip(encoded, plan.images)):
+        if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
+        notes += undone
         segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
@@ -186,6 +189,9 @@ class PromptReader:
             notes += self.encoder.notes
             notes += one_token_notes(config)
         encoder = self.encoder
+        if prune is not None:
+            prune, impossible = self.encoding.possible(prune, [c for c in prompt.chunks if isinstance(c, ImageChunk)])
+            notes += impossible
         if prune is not None and prune.prunes_in_vision and encoder is not None and not encoder.profile.reads_attention:
             scorer = vision_scorer(prune, has_attention=False)
             instead = (
@@ -256,7 +262,6 @@ class PromptReader:
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
         hand_over(llama, tokens, state.logits)
         self.context.continue_prompt(n, state.next_position)
-        self.generation = Generation(llama)
         ids: list[int] = tokens.tolist()
         return ids
 
@@ -325,6 +330,10 @@ def _image_reports(images: Sequence[StagedImage], state: Prefill) -> list[ImageR
                 vision.mass if last is None else last.mass,
                 encoded.special,
                 encoded.cached,
+                encoded.redundant,
+                encoded.kept,
+                encoded.layer,
+                encoded.same_as,
             )
         )
     return reports

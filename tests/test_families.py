@@ -113,8 +113,7 @@ def test_tokens_and_positions(fixture, engines):
                 rows = slice(at, at + n)
                 at += n
                 if is_image:
-                    offset = base if prompt.row_positions.ndim == 1 else np.array([[base]] * 3 + [[0]])
-                    assert np.array_equal(chunk.positions + offset, prompt.row_positions[..., rows])
+                    assert np.array_equal(chunk.positions_at(base), prompt.row_positions[..., rows])
                     assert (prompt.tokens[rows] == -1).all()
                     base += chunk.n_positions
                 else:

@@ -19,6 +19,8 @@ LAYERS = (
     ("report", "chat", "chat_options", "inspection"),
     ("generation",),
     ("reader",),
+    ("request",),
+    ("answers",),
     ("engine", "chat_handler"),
     ("batch", "evaluation", "server"),
     ("batch_ray", "benchmarking"),

@@ -33,7 +33,7 @@ from ..llamacpp.stock import (
 from ..pruning.config import PruneConfig
 from ..pruning.selection import average_tokens
 from ..report import PruneReport
-from ..vision.encoder import ImageChunk
+from ..vision.chunks import ImageChunk
 from ..vision.profiles import METADATA_KEYS, find_profile
 
 # In order of time. prefill is all decoder work but probe and resume: everything on stock, and the text before the first

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..batch import Results, Settings, Task, describe_model, each_image, read_tasks, run_tasks
+from ..batch import Settings, Task, describe_model, each_image, open_results, read_tasks, run_tasks
 from ..errors import ConfigError
 from .options import AFRESH, find_model, load_engine
 
@@ -45,7 +45,7 @@ def run_batch(
     files = find_model(**{name: model[name] for name in ("model", "mmproj", "hf_repo", "no_mmproj")})
     results = None
     if out is not None:
-        results = Results(
+        results = open_results(
             out,
             tasks,
             describe_model(
@@ -53,7 +53,7 @@ def run_batch(
             ),
             fresh,
         )
-    waiting = [task for task in tasks if results is None or str(task.id) not in results.done]
+    waiting = [task for task in tasks if results is None or (str(task.id),) not in results.done]
     progress = _Progress(
         len(tasks),
         len(tasks) - len(waiting),

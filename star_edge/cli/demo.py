@@ -15,6 +15,7 @@ from .options import (
     AFRESH,
     FilePath,
     check_picture_path,
+    encoder_prune_options,
     in_cli_words,
     load_engine,
     make_config,
@@ -26,6 +27,7 @@ from .options import (
 
 @click.command()
 @prune_options
+@encoder_prune_options
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),

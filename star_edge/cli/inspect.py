@@ -73,9 +73,6 @@ def inspect(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
-    redundancy: str | float | None,
-    encoder_keep: Any,
-    encoder_layer: int | None,
     **model: Any,
 ) -> None:
     """Write the attention of any layer, and the kept tokens, to an .npz file and a picture.
@@ -83,16 +80,7 @@ def inspect(
     Arrays: tokens, image_of_token, decoder_L (heads, query, key), encoder_image_I_layer_L, and for each image
     kept_vision_I and kept_decoder_I (indices of kept image tokens) with scores_vision_I and scores_decoder_I.
     """
-    config = make_config(
-        preset,
-        vision_keep,
-        decoder_keep,
-        decoder_layer,
-        budget,
-        redundancy=redundancy,
-        encoder_keep=encoder_keep,
-        encoder_layer=encoder_layer,
-    )
+    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
     if not out.endswith(".npz"):
         raise ConfigError(f"{out} does not end in .npz", "arrays are written in NumPy's format")
     for path in filter(None, (picture, overlay)):

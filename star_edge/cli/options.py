@@ -230,6 +230,15 @@ def prune_options(command: Command) -> Command:
             help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
             "video.",
         ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def encoder_prune_options(command: Command) -> Command:
+    """--redundancy, --encoder-keep and --encoder-layer, for `make_config` too."""
+    options = [
         click.option(
             "--redundancy",
             type=RedundancyType(),

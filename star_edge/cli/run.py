@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from ..answers import AnswerStream
 from ..batch import Settings, names_several
-from ..engine import AnswerStream
 from ..errors import ConfigError, ImageError
 from ..io.json_input import MAX_CHARACTERS
 from ..report import PruneReport
@@ -19,6 +19,7 @@ from .options import (
     Number,
     check_picture_path,
     cli_words,
+    encoder_prune_options,
     in_cli_words,
     load_engine,
     make_config,
@@ -68,6 +69,7 @@ from .options import (
 )
 @model_options
 @prune_options
+@encoder_prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED)
@@ -231,6 +233,10 @@ def summary(report: PruneReport) -> str:
     if report.images:
         tokens = f"image tokens {report.n_image_tokens}"
         if report.config is not None:
+            if report.n_redundant:
+                tokens += f" -> {report.n_image_tokens - report.n_redundant} into the encoder"
+            if report.encoder_layer is not None:
+                tokens += f" -> {report.n_encoder_kept} from its layer {report.encoder_layer}"
             tokens += f" -> {report.n_vision_kept}"
             if report.decoder_layer is not None:
                 tokens += f" -> {report.n_decoder_kept} from layer {report.decoder_layer}"

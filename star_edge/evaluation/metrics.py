@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ..errors import EvaluationError
-from .tasks import Task
+from ..io.questions import Question
 
 Score = Callable[[str, Sequence[str]], float]
 
@@ -232,7 +232,7 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
 METRICS: dict[str, Score] = {"exact": exact_match, "vqa": vqa_accuracy, "pope": pope_match}
 
 
-def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
+def choose_metric(name: str, questions: Sequence[Question]) -> str | None:
     """The metric to use. None if no question has an answer and `name` is "auto".
 
     "auto" is vqa if every question has several people's answers, pope if each answer is yes or no, otherwise exact.
@@ -240,13 +240,13 @@ def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
     Raises:
         EvaluationError: The metric does not fit the answers.
     """
-    labelled = [task for task in tasks if task.answers]
+    labelled = [question for question in questions if question.answers]
 
-    def is_vqa(task: Task) -> bool:
-        return len(task.answers) >= VQA_ANSWERS
+    def is_vqa(question: Question) -> bool:
+        return len(question.answers) >= VQA_ANSWERS
 
-    def is_pope(task: Task) -> bool:
-        return {normalise(a) for a in task.answers} in ({"yes"}, {"no"})
+    def is_pope(question: Question) -> bool:
+        return {normalise(a) for a in question.answers} in ({"yes"}, {"no"})
 
     if name == "auto":
         if not labelled:
@@ -257,7 +257,7 @@ def choose_metric(name: str, tasks: Sequence[Task]) -> str | None:
             f"metric {name} needs answers, and no question has one", 'add "answer" to the questions, or use auto'
         )
     for fits, wanted in ((is_vqa, "vqa"), (is_pope, "pope")):
-        odd = next((task for task in labelled if name == wanted and not fits(task)), None)
+        odd = next((question for question in labelled if name == wanted and not fits(question)), None)
         if odd is not None:
             needs = (
                 f"{VQA_ANSWERS} or more people's answers (usually 10)" if name == "vqa" else "yes or no as the answer"

@@ -64,13 +64,14 @@ class RawImage:
     """An image chunk as libmtmd has it.
 
     handle: for `Mtmd.encode`. positions: relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE
-        (t, y, x, 0). nx, ny: columns and rows of tokens, where libmtmd says them. size: (height, width) in pixels of
+        (t, y, x, 0). moves: what is added to them for each position that the chunk starts later, of their shape. nx, ny: columns and rows of tokens, where libmtmd says them. size: (height, width) in pixels of
         what the encoder gets, or None. name: of its bitmap.
     """
 
     handle: object
     n_tokens: int
     positions: np.ndarray
+    moves: np.ndarray
     n_positions: int
     nx: int
     ny: int
@@ -155,6 +156,14 @@ class Mtmd:
         n = mtmd.mtmd_input_chunks_size(handle)
         return [self._chunk(mtmd.mtmd_input_chunks_get(handle, i)) for i in range(n)]
 
+    def _positions(self, image: object, n: int, start: int) -> np.ndarray:
+        """RoPE positions of an image's n tokens, if the first is at `start`."""
+        raw = (mtmd.mtmd_decoder_pos * n)()
+        mtmd.mtmd_helper_image_get_decoder_pos(image, start, raw)
+        txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
+        # set_position_mrope_2d: t, y, x, z
+        return txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
+
     def _chunk(self, chunk: object) -> np.ndarray | RawImage:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)
         if kind == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
@@ -166,15 +175,12 @@ class Mtmd:
             raise PromptError("the prompt has a chunk that is neither text nor image", "audio is not supported")
         n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         image = mtmd.mtmd_input_chunk_get_tokens_image(chunk)
-        raw = (mtmd.mtmd_decoder_pos * n)()
-        mtmd.mtmd_helper_image_get_decoder_pos(image, 0, raw)
-        txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
-        # set_position_mrope_2d: t, y, x, z
-        positions = txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
+        positions = self._positions(image, n, 0)
         return RawImage(
             chunk,
             n,
             positions,
+            self._positions(image, n, 1) - positions,
             mtmd.mtmd_input_chunk_get_n_pos(chunk),
             mtmd.mtmd_image_tokens_get_nx(image),
             mtmd.mtmd_image_tokens_get_ny(image),

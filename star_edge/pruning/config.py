@@ -219,6 +219,11 @@ class PruneConfig:
         return VISION_SCORERS[self.vision_scorer].reads if self.prunes_in_vision and self.chooses_by_score else None
 
     @property
+    def has_masses(self) -> bool:
+        """Whether a kept token may stand for others."""
+        return self.representatives in ("cluster", "even")
+
+    @property
     def chooses_by_score(self) -> bool:
         """Whether the vision stage chooses any token by its score."""
         return self.representatives == "none" or self.vision_share < 1

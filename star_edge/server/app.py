@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from ..chat_handler import StarChatHandler
 from ..engine import _physical_cores
 from ..errors import ConfigError
 from ..io.configs import resolve_prune
@@ -20,7 +21,7 @@ from ..llamacpp.names import KV_TYPES
 from ..pruning.config import PruneConfig
 from .bodies import Bodies
 from .guard import Guard
-from .jobs import Engine, Handler, Pictures
+from .jobs import Engine, Pictures
 from .routes import error_handlers, make_routes
 from .settings import Policy
 
@@ -65,7 +66,7 @@ def make_app(
         raise ConfigError(f"type_v={type_v!r} needs flash attention", "use it, or an unquantized type_v")
     path = read_text_model(model).path
     pictures = Pictures(policy.image_limits)
-    handler = Handler(
+    handler = StarChatHandler(
         mmproj,
         verbose=verbose,
         use_gpu=n_gpu_layers != 0,

@@ -30,10 +30,13 @@ from ..llamacpp.names import (
     WINDOW_MASK,
 )
 from ..llamacpp.tap import Plan
-from .encoder import ImageChunk, VisionEncoder
+from .chunks import ImageChunk
+from .encoder import VisionEncoder
 
 MAX_SIDE = 46000  # pixels: clip_image_size::area multiplies two sides as int
-MIN_TOKENS = 8  # libmtmd enlarges smaller pictures (set_limit_image_tokens in clip.cpp), unless image_min_tokens says more
+MIN_TOKENS = (
+    8  # libmtmd enlarges smaller pictures (set_limit_image_tokens in clip.cpp), unless image_min_tokens says more
+)
 _LOWEST = np.finfo(np.float32).min  # what clip_encode masks with
 
 Grid = tuple[int, int]
@@ -292,9 +295,7 @@ class Composer:
             self.place(plan, picture.places[order])
         with self.composed(order, picture.grid, picture.chunk, picture.pixels[order]) as small:
             encoded = self.encoder.encode(small, attention, want_cells=False, plan=plan)
-            return self.collect(
-                picture.chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds
-            )
+            return self.collect(picture.chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds)
 
     @staticmethod
     def place(plan: Plan, places: np.ndarray) -> None:

@@ -11,9 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
+from ..errors import ConfigError
 from ..llamacpp.tap import MEAN_ALL, AttentionRead, Outcome, Plan
+from .chunks import ImageChunk
 from .composed import Composer, Grid, Picture, UnitFeatures, find_geometry
-from .encoder import MAX_QUERY_ROWS, ImageChunk, VisionEncoder
+from .encoder import MAX_QUERY_ROWS, VisionEncoder
 
 
 @dataclass
@@ -180,6 +182,19 @@ class ComposedWindow:
             features.scores = np.zeros(len(features.tokens), np.float32)
             features.scores[self.composer.ordinary(chunk, features.tokens)] = first.attention[kept]
         return features
+
+
+def window_layer(window: EncoderWindow, layer: int | None) -> int:
+    """Layer M of the encoder stage: the one asked for, otherwise the window's own.
+
+    Raises:
+        ConfigError: The layer is outside 1..n_layers - 1.
+    """
+    if layer is not None and layer > window.n_layers - 1:
+        raise ConfigError(
+            f"encoder_layer={layer} is outside 1..{window.n_layers - 1}", f"the encoder has {window.n_layers} layers"
+        )
+    return window.default_layer() if layer is None else layer
 
 
 def find_window(encoder: VisionEncoder) -> EncoderWindow | None:

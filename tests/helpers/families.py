@@ -105,9 +105,9 @@ class Prompt:
 
     @cached_property
     def row_positions(self) -> np.ndarray:
-        """As the engine counts them: (n,), or (4, n) with a last section of zeros for M-RoPE."""
+        """As the engine counts them: (n,), or (4, n) for M-RoPE, where a fourth section is zero if there is none."""
         p = self.positions
-        return p if p.ndim == 1 else np.concatenate([p, np.zeros_like(p[:1])])
+        return p if p.ndim == 1 or len(p) == 4 else np.concatenate([p, np.zeros_like(p[:1])])
 
 
 class Fixture:
