@@ -41,7 +41,8 @@ from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
-from .vision.encoder import Prompt, VisionEncoder
+from .vision.chunks import Prompt
+from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
 
 _REPORT_KEY = "star_edge"  # of a response

@@ -38,7 +38,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
 from .stopwatch import Stopwatch
-from .vision.encoder import Prompt, TextChunk
+from .vision.chunks import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 

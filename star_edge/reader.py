@@ -29,8 +29,10 @@ from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
-from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
-from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
+from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
+from .vision.encode import ImageEncoding
+from .vision.encoder import VisionEncoder
+from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
@@ -75,6 +77,7 @@ class PromptReader:
                 cache_dir=cache.image_cache_dir,
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
+            self.encoding = ImageEncoding(self.encoder)
         try:
             self.context = tapped_context(llama)
         except EngineError:
@@ -110,11 +113,13 @@ class PromptReader:
             watch = Stopwatch()
             watch.seconds["preprocess"] = time.perf_counter() - start
             plan, notes = self.plan(prompt, config)
-            encoded = encode_images(plan.images, self.encoder, plan.config, watch)
+            undone: list[str] = []
+            encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
         finally:
             prompt.close()
-        if any(image.special is not chunk.special for image, chunk in zip(encoded, plan.images)):
+        if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
+        notes += undone
         segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
@@ -170,6 +175,9 @@ class PromptReader:
             notes += self.encoder.notes
             notes += one_token_notes(config)
         encoder = self.encoder
+        if prune is not None:
+            prune, impossible = self.encoding.possible(prune, [c for c in prompt.chunks if isinstance(c, ImageChunk)])
+            notes += impossible
         if prune is not None and prune.prunes_in_vision and encoder is not None and not encoder.profile.reads_attention:
             scorer = vision_scorer(prune, has_attention=False)
             instead = (
@@ -308,6 +316,10 @@ def _image_reports(images: Sequence[StagedImage], state: Prefill) -> list[ImageR
                 vision.mass if last is None else last.mass,
                 encoded.special,
                 encoded.cached,
+                encoded.redundant,
+                encoded.kept,
+                encoded.layer,
+                encoded.same_as,
             )
         )
     return reports

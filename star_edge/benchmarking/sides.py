@@ -34,7 +34,7 @@ from ..options import AFRESH, EncoderOptions, LoadOptions
 from ..pruning.config import PruneConfig
 from ..pruning.selection import average_tokens
 from ..report import PruneReport
-from ..vision.encoder import ImageChunk
+from ..vision.chunks import ImageChunk
 from ..vision.profiles import METADATA_KEYS, find_profile
 
 # In order of time. prefill is all decoder work but probe and resume: everything on stock, and the text before the first
@@ -313,7 +313,7 @@ class Workbench:
 _STEPS = {
     "preprocess": ("preprocess",),
     "encode": ("encode",),
-    "vision_stage": ("vision_stage",),
+    "vision_stage": ("redundancy", "encoder_stage", "vision_stage"),
     "prefill": ("prefix", "prefill", "fallback"),
     "probe": ("probe",),
     "decoder_stage": ("decoder_scores", "decoder_stage"),

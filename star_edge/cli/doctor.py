@@ -19,7 +19,7 @@ from ..llamacpp.devices import can_offload, cpu_features, list_devices
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
-from ..vision.encoder import ImageChunk
+from ..vision.chunks import ImageChunk
 from .options import AFRESH, load_engine, model_options, print_json
 
 

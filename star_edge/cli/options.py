@@ -28,8 +28,9 @@ from ..report import PruneReport
 
 if TYPE_CHECKING:
     _KeepParam = click.ParamType[Keep]
+    _RedundancyParam = click.ParamType[str | float]
 else:  # click 8.1 has no generic types of parameters
-    _KeepParam = click.ParamType
+    _KeepParam = _RedundancyParam = click.ParamType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -83,6 +84,20 @@ def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int
             param,
         )
     return n_layers
+
+
+class RedundancyType(_RedundancyParam):
+    """off, exact, or a number."""
+
+    name = "off|exact|number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        if value in ("off", "exact"):
+            return str(value)
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither off nor exact nor a number.", param, ctx)
 
 
 @contextmanager
@@ -239,6 +254,27 @@ def prune_options(command: Command) -> Command:
     return command
 
 
+def encoder_prune_options(command: Command) -> Command:
+    """--redundancy, --encoder-keep and --encoder-layer, for `make_config` too."""
+    options = [
+        click.option(
+            "--redundancy",
+            type=RedundancyType(),
+            help="Tokens left out before the encoder because a neighbour shows the same: off (default), exact, or the "
+            "largest difference of pixels, such as 0.03.",
+        ),
+        click.option(
+            "--encoder-keep", type=KeepType(), help="Image tokens to keep within the encoder from its layer M on."
+        ),
+        click.option(
+            "--encoder-layer", type=int, help="Layer M, 1 to layers of the encoder - 1. Default: a quarter of them."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def load_engine(
     model: str | None = None,
     mmproj: str | None = None,
@@ -292,12 +328,23 @@ def find_model(
 
 
 def make_config(
-    preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
+    preset: str,
+    vision_keep: Keep | None,
+    decoder_keep: Keep | None,
+    decoder_layer: int | None,
+    budget: str | None,
+    **more: Any,
 ) -> PruneConfig | None:
+    """The config of `prune_options`. more: redundancy, encoder_keep and encoder_layer."""
     config = resolve_prune(preset)  # a file's words are its own
     with in_cli_words():
         return override(
-            config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget
+            config,
+            vision_keep=vision_keep,
+            decoder_keep=decoder_keep,
+            decoder_layer=decoder_layer,
+            budget=budget,
+            **more,
         )
 
 

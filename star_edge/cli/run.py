@@ -19,6 +19,7 @@ from .options import (
     Number,
     check_picture_path,
     cli_words,
+    encoder_prune_options,
     in_cli_words,
     load_engine,
     make_config,
@@ -40,6 +41,7 @@ from .options import (
 @batch_options
 @model_options
 @prune_options
+@encoder_prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED)
@@ -57,6 +59,9 @@ def run(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    redundancy: str | float | None,
+    encoder_keep: Any,
+    encoder_layer: int | None,
     max_tokens: int,
     temperature: float,
     seed: int | None,
@@ -73,7 +78,16 @@ def run(
     With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
     when the answer is there and an overlay could not be drawn.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
+    config = make_config(
+        preset,
+        vision_keep,
+        decoder_keep,
+        decoder_layer,
+        budget,
+        redundancy=redundancy,
+        encoder_keep=encoder_keep,
+        encoder_layer=encoder_layer,
+    )
     batch.check(images, overlay)
     if batch.each and budget == "prompt":
         raise ConfigError(
@@ -148,6 +162,10 @@ def summary(report: PruneReport) -> str:
     if report.images:
         tokens = f"image tokens {report.n_image_tokens}"
         if report.config is not None:
+            if report.n_redundant:
+                tokens += f" -> {report.n_image_tokens - report.n_redundant} into the encoder"
+            if report.encoder_layer is not None:
+                tokens += f" -> {report.n_encoder_kept} from its layer {report.encoder_layer}"
             tokens += f" -> {report.n_vision_kept}"
             if report.decoder_layer is not None:
                 tokens += f" -> {report.n_decoder_kept} from layer {report.decoder_layer}"

@@ -7,6 +7,10 @@ KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4
 
 # Inputs of the graphs of encoders (tools/mtmd/clip.cpp), and tensors of an mmproj file that they join or add
 PATCHES, POSITIONS, WINDOW_INDEX = "patches", "positions", "window_idx"
+PIXELS = "inp_raw"  # (width, height, 3) float32, normalized: rows of a channel one after the other
+WINDOW_MASK, TO_WINDOWS = "window_mask", "inv_window_idx"  # Qwen2.5-VL: of rows, and which unit comes into which place
+ROW_POSITIONS, COLUMN_POSITIONS = "pos_h", "pos_w"  # Pixtral
+PLACED = ("inp_pos_emb", 1)  # Qwen3-VL: the node that adds position embeddings to patches, and which source they are
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
 
 
