@@ -22,7 +22,7 @@ from ..server.settings import Policy
 from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
-_GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
+_GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llama.cpp
 
 
 @click.command()
@@ -63,7 +63,7 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
     type=int,
     default=Policy.max_held_bytes,
     show_default=True,
-    help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive "
+    help="Size of all requests that arrive or wait, together. If there is no room, the one that began to arrive "
     "first is refused with status 503. Memory for requests, apart from the model's and for reading images, stays "
     "under twice this and 4 times --max-body-bytes.",
 )
@@ -125,8 +125,8 @@ def serve(
 
     listener = _bind(host, port)
     app = make_app(text, projector, policy, preset, alias=alias, **options)
-    # uvicorn ends in good order on either signal, and then sends it to whoever had it before. Until here they end the
-    # process at once.
+    # uvicorn shuts down on either signal, and then calls the previous handler, which must do nothing. Until here the
+    # signals end the process at once.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
     config = uvicorn.Config(
@@ -137,7 +137,7 @@ def serve(
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
 
-    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them in good order
+    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them properly
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
@@ -154,14 +154,14 @@ def serve(
             else:
                 click.echo(f"{alias} is served at {url}: the page there, OpenAI's API under {url}/v1. Ctrl-C ends it.")
             if not policy.is_local and policy.api_key is None:
-                click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
+                click.echo("warning: anyone who can reach this address can use it: add --api-key", err=True)
 
     Server(config).run([listener])
     return 0
 
 
 def _refuse_empty_key(key: str | None) -> None:
-    """Click takes an empty environment variable for none: the server would be open where somebody meant to close it.
+    """Refuses an empty environment variable. Click takes it for none, and the server would be open by mistake.
 
     Raises:
         ConfigError: STAR_EDGE_API_KEY is set and empty, and there is no --api-key.
@@ -171,7 +171,7 @@ def _refuse_empty_key(key: str | None) -> None:
 
 
 def end_after(seconds: float) -> None:
-    """Ends the process unless it has ended by then: a thread inside llama.cpp cannot be stopped, only left."""
+    """Ends the process after a time, because a thread inside llama.cpp cannot be stopped."""
 
     def end() -> None:
         with contextlib.suppress(Exception):
@@ -188,10 +188,10 @@ def end_after(seconds: float) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and does not listen before there is somebody to answer.
+    """A bound socket. It does not listen before the server can answer.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: The address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

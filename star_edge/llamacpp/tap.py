@@ -1,10 +1,9 @@
-"""Python's hold on one tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
+"""One tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
 
-Life of a tap: it is created before the context, since llama.cpp takes `cb_eval` only at creation, and must outlive it.
-While nothing is armed the callback answers "no" to every node and the graph runs as if it were not there. `armed(plan)`
-covers one
-`llama_decode` or one encode: the plan says what to observe, skip, inject and where to stop; leaving the block restores
-the graph whatever happened. No Python runs inside the callback, so no exception can cross C.
+A tap is created before its context, because llama.cpp takes `cb_eval` only at creation. It must outlive the context.
+While nothing is armed, the callback answers "no" to every node, and the graph runs as if there were no callback.
+`armed(plan)` covers one `llama_decode` or one encode. The plan says what to observe, skip and inject, and where to
+stop. Leaving the block always restores the graph. No Python runs inside the callback, so no exception can cross C.
 """
 
 from __future__ import annotations
@@ -274,7 +273,7 @@ class Tap:
 
     @contextmanager
     def watching(self, name: str, out: np.ndarray) -> Iterator[None]:
-        """Copies the graph input `name` into `out` while a graph runs; `watched()` says how many bytes came."""
+        """Copies the graph input `name` into `out` while a graph runs. `watched()` tells how many bytes came."""
         check(
             lib.se_tap_watch_input(self._tap, name.encode(), ffi.cast("void *", out.ctypes.data), out.nbytes),
             f"input {name}",
