@@ -32,19 +32,18 @@ from .io.images import ImageLimits, check_pixels, load_image
 from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import GuardedLlama, check_length, request_of
-from .llamacpp.handover import has_given_format, is_open, uses_flash_attention
+from .llamacpp.handover import has_given_format, is_open
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
+from .options import CacheOptions, EncoderOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
+from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
-from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
 from .vision.chunks import Prompt
 from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
-from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
 # Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
@@ -54,6 +53,7 @@ _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
 )  # of `cancellable` blocks
 
 
+@describe_options(EncoderOptions, CacheOptions)
 class StarChatHandler(ChatHook):
     """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(...))`.
 
@@ -69,13 +69,13 @@ class StarChatHandler(ChatHook):
         use_gpu: As in MTMDChatHandler.
         prune: A PruneConfig, a preset's name, or None for stock behaviour. It may be changed at any time through the
             attribute of that name, or for some requests with `pruning`.
-        encoder_flash_attn: Flash attention in the vision encoder. None: as in the Llama.
-        image_min_tokens: As in StarVLM.
-        image_max_tokens: As in StarVLM.
-        encoder: As in StarVLM.
-        image_cache_bytes: As in StarVLM.
-        image_cache_dir: As in StarVLM.
-        reuse: As in StarVLM.
+        encoder_flash_attn: As in EncoderOptions.
+        image_min_tokens: As in EncoderOptions.
+        image_max_tokens: As in EncoderOptions.
+        encoder: As in EncoderOptions.
+        image_cache_bytes: As in CacheOptions.
+        image_cache_dir: As in CacheOptions.
+        reuse: As in CacheOptions.
         chat_template: As in StarVLM.
         image_limits: What an image may be. Sources are data:, http(s): and file: URLs and local paths. For requests
             from strangers, give an image_loader.
@@ -90,7 +90,7 @@ class StarChatHandler(ChatHook):
         UnsupportedModelError: `chat_template` cannot be used.
     """
 
-    @checked(IMAGE_TOKENS, skip=("clip_model_path", "prune", "encoder", "image_cache_bytes", "image_cache_dir"))
+    @checked(skip=("clip_model_path", "prune", *names_of(EncoderOptions, CacheOptions)))
     def __init__(
         self,
         clip_model_path: str | PathLike[str],
@@ -98,31 +98,24 @@ class StarChatHandler(ChatHook):
         use_gpu: bool = True,
         *,
         prune: PruneConfig | str | None = DEFAULT_PRESET,
-        encoder_flash_attn: bool | None = None,
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
+        encoder_flash_attn: bool | None = EncoderOptions.encoder_flash_attn,
+        image_min_tokens: int = EncoderOptions.image_min_tokens,
+        image_max_tokens: int = EncoderOptions.image_max_tokens,
+        encoder: str = EncoderOptions.encoder,
+        image_cache_bytes: int = CacheOptions.image_cache_bytes,
+        image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
+        reuse: bool = CacheOptions.reuse,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         open_standard_streams()
-        check_directory(image_cache_dir)
-        check_bytes(image_cache_bytes)
-        check_image_tokens(image_min_tokens, image_max_tokens)
+        self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
-        check_encoder(encoder)
         super().__init__(info.path, verbose, use_gpu)
         self.prune = prune
-        self.encoder_flash_attn = encoder_flash_attn
-        self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
-        self.encoder = encoder
-        self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
-        self.reuse = reuse
         self.chat_template = None if chat_template is None else find_template(chat_template)
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
@@ -310,18 +303,8 @@ class StarChatHandler(ChatHook):
             )
         projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
         chat = ChatFormat(llama_model, self.chat_template, projector)
-        use_flash = uses_flash_attention(llama_model)
         self._reader = PromptReader(
-            llama_model,
-            self.clip_model_path,
-            encoder_flash_attn=use_flash if self.encoder_flash_attn is None else self.encoder_flash_attn,
-            encoder_on_gpu=self.use_gpu,
-            image_min_tokens=self.image_min_tokens,
-            image_max_tokens=self.image_max_tokens,
-            encoder=self.encoder,
-            image_cache_bytes=self.image_cache_bytes,
-            image_cache_dir=self.image_cache_dir,
-            reuse=self.reuse,
+            llama_model, self.clip_model_path, self._of_encoder, self._cache, on_gpu=self.use_gpu
         )
         self._llama, self._chat = (
             weakref.ref(llama_model),

@@ -18,31 +18,23 @@ from typing import cast
 import numpy as np
 from llama_cpp import Llama
 
-from .arguments import Range
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
-from .llamacpp.handover import free_with, hand_over
+from .llamacpp.handover import free_with, hand_over, uses_flash_attention
+from .options import CacheOptions, EncoderOptions
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
-from .vision.cache import DEFAULT_BYTES, check_bytes
+from .stopwatch import Stopwatch
 from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
 from .vision.encode import ImageEncoding
 from .vision.encoder import VisionEncoder
-from .vision.repair import check_encoder
 from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 
-IMAGE_TOKENS = {"image_min_tokens": Range(-1, 2**31 - 1), "image_max_tokens": Range(-1, 2**31 - 1)}
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
-
-
-def check_image_tokens(least: int, most: int) -> None:
-    """Raises ConfigError where no image can have as few and as many tokens."""
-    if 0 < most < least:
-        raise ConfigError(f"image_min_tokens={least} is more than image_max_tokens={most}", "lower it")
 
 
 class PromptReader:
@@ -55,7 +47,7 @@ class PromptReader:
 
     Raises:
         ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
-        ConfigError: the cache's size or directory cannot be used, or encoder is neither "repaired" nor "stock".
+        ConfigError: the cache's directory cannot be used.
         EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
     """
 
@@ -63,32 +55,26 @@ class PromptReader:
         self,
         llama: Llama,
         mmproj: str | PathLike[str] | None,
+        encoder: EncoderOptions = EncoderOptions(),
+        cache: CacheOptions = CacheOptions(),
         *,
-        encoder_flash_attn: bool,
-        encoder_on_gpu: bool,
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
+        on_gpu: bool = False,
     ) -> None:
-        check_bytes(image_cache_bytes)
-        check_encoder(encoder)
-        self.reuse = reuse
+        self.reuse = cache.reuse
         self.llama = cast(Llama, weakref.proxy(llama))  # acts as the Llama
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
+            flash_attn = encoder.encoder_flash_attn
             self.encoder = VisionEncoder(
                 mmproj,
                 self.llama,
-                flash_attn=encoder_flash_attn,
-                use_gpu=encoder_on_gpu,
-                image_min_tokens=image_min_tokens,
-                image_max_tokens=image_max_tokens,
-                repaired=encoder == "repaired",
-                cache_bytes=image_cache_bytes,
-                cache_dir=image_cache_dir,
+                flash_attn=uses_flash_attention(llama) if flash_attn is None else flash_attn,
+                use_gpu=on_gpu,
+                image_min_tokens=encoder.image_min_tokens,
+                image_max_tokens=encoder.image_max_tokens,
+                repaired=encoder.encoder == "repaired",
+                cache_bytes=cache.image_cache_bytes,
+                cache_dir=cache.image_cache_dir,
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
             self.encoding = ImageEncoding(self.encoder)
@@ -124,16 +110,17 @@ class PromptReader:
             EngineError: llama.cpp failed; `begin` makes the Llama usable again.
         """
         try:
-            seconds = {"preprocess": time.perf_counter() - start}
+            watch = Stopwatch()
+            watch.seconds["preprocess"] = time.perf_counter() - start
             plan, notes = self.plan(prompt, config)
             undone: list[str] = []
-            encoded = self.encoding.encode(plan, seconds, undone) if plan.images else []
+            encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
         finally:
             prompt.close()
         if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
         notes += undone
-        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
+        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
         stage = _decoder_stage(plan, images) if windows else None
@@ -153,8 +140,7 @@ class PromptReader:
             state = prefill(self.decoder, segments, next_position, keep=keep)
         if not state.in_place:
             notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
-        seconds.update(state.seconds)
-        seconds["first_token"] = time.perf_counter() - start
+        seconds = {**watch.seconds, **state.seconds, "first_token": time.perf_counter() - start}
         milliseconds = {name: 1e3 * value for name, value in seconds.items()}
         report = PruneReport(
             config,

@@ -31,7 +31,7 @@ from ..errors import ConfigError, OutputError
 from ..io.images import load_image
 from ..synthetic import SHAPES, model_files
 from .grid import config_options, grid_configs
-from .options import FilePath, Number, find_model, in_cli_words, model_options, print_json
+from .options import FilePath, Number, find_model, fit_reference_model, in_cli_words, model_options, print_json
 
 _QUESTION = "Describe this picture in detail."
 
@@ -185,8 +185,7 @@ def bench(
         text, mmproj = find_model(model["model"], model["mmproj"], model["hf_repo"], model["no_mmproj"])
         if mmproj is None:
             raise ConfigError("a benchmark asks about a picture, and no mmproj was given", "add --mmproj FILE")
-        if text == refvlm.TEXT_MODEL:
-            options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+        if fit_reference_model(text, options):
             images = images or (() if given("image_size") else (str(refvlm.DEMO_IMAGE),))
         pictures = [load_image(source) for source in images] or [picture(*size)]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name

@@ -21,6 +21,8 @@ from ..io.configs import resolve_prune
 from ..io.hub import fetch
 from ..llamacpp.devices import can_offload
 from ..llamacpp.names import KV_TYPES
+from ..options import AFRESH as AFRESH  # for the commands
+from ..options import EncoderOptions, LoadOptions
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import PruneReport
 
@@ -145,7 +147,7 @@ def model_options(command: Command) -> Command:
             "--ctx-size",
             "n_ctx",
             type=click.IntRange(0, _INT32),
-            default=4096,
+            default=LoadOptions.n_ctx,
             show_default=True,
             help="Context in tokens, 0 for the model's own.",
         ),
@@ -154,7 +156,7 @@ def model_options(command: Command) -> Command:
             "--ubatch-size",
             "n_ubatch",
             type=click.IntRange(1, _INT32),
-            default=512,
+            default=LoadOptions.n_ubatch,
             show_default=True,
             help="Rows of one compute batch.",
         ),
@@ -163,22 +165,38 @@ def model_options(command: Command) -> Command:
             "--gpu-layers",
             "n_gpu_layers",
             type=click.IntRange(-1, _INT32),
-            default=0,
+            default=LoadOptions.n_gpu_layers,
             show_default=True,
             callback=_check_gpu,
             help="Layers on the GPU, -1 for all.",
         ),
-        click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),
         click.option(
-            "-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True
+            "-fa/-no-fa",
+            "--flash-attn/--no-flash-attn",
+            "flash_attn",
+            default=LoadOptions.flash_attn,
+            show_default=True,
         ),
         click.option(
-            "-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True
+            "-ctk",
+            "--cache-type-k",
+            "type_k",
+            type=click.Choice(list(KV_TYPES)),
+            default=LoadOptions.type_k,
+            show_default=True,
+        ),
+        click.option(
+            "-ctv",
+            "--cache-type-v",
+            "type_v",
+            type=click.Choice(list(KV_TYPES)),
+            default=LoadOptions.type_v,
+            show_default=True,
         ),
         click.option(
             "--encoder",
             type=click.Choice(["repaired", "stock"]),
-            default="repaired",
+            default=EncoderOptions.encoder,
             show_default=True,
             help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
         ),
@@ -257,10 +275,6 @@ def encoder_prune_options(command: Command) -> Command:
     return command
 
 
-# Where times are compared, or two ways of reading a prompt, nothing may come from an earlier request.
-AFRESH: dict[str, Any] = {"image_cache_bytes": 0, "reuse": False}
-
-
 def load_engine(
     model: str | None = None,
     mmproj: str | None = None,
@@ -272,10 +286,22 @@ def load_engine(
     given.
     """
     files = find_model(model, mmproj, hf_repo, no_mmproj)
-    if files[0] == refvlm.TEXT_MODEL:
-        options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
+    fit_reference_model(files[0], options)
     with in_cli_words():
         return StarVLM(*files, **options)
+
+
+def fit_reference_model(text: str | Path, options: dict[str, Any]) -> bool:
+    """Whether the text model is the reference model. Its context, of 1024 tokens, is n_ctx at most then."""
+    is_reference = text == refvlm.TEXT_MODEL
+    if is_reference:
+        options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
+    return is_reference
+
+
+def check_load_options(options: dict[str, Any]) -> None:
+    """Raises ConfigError where those of LoadOptions cannot be used, before a model is downloaded."""
+    LoadOptions.take(dict(options))
 
 
 def find_model(

@@ -14,11 +14,10 @@ from typing import Any
 
 import click
 
-from .. import refvlm
 from ..errors import ConfigError, MissingDependencyError
 from ..io.configs import resolve_prune
 from ..pruning.config import DEFAULT_PRESET, PRESETS
-from .options import find_model, model_options
+from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
 _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
@@ -103,7 +102,7 @@ def serve(
         import uvicorn
         from sse_starlette.sse import AppStatus
 
-        from ..server.app import check_numbers, make_app
+        from ..server.app import make_app
         from ..server.settings import Policy
     except ImportError as error:
         raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
@@ -121,13 +120,13 @@ def serve(
     )
     _refuse_empty_key(options["api_key"])
     policy = Policy(host=host, **{name: options.pop(name) for name in names})
-    check_numbers(*(options[name] for name in ("n_ctx", "n_ubatch", "n_gpu_layers", "n_threads")))
+    with in_cli_words():
+        check_load_options(options)
     resolve_prune(preset)  # a wrong one shows before a model is downloaded
     text, projector = find_model(model, mmproj, hf_repo, no_mmproj)
     if projector is None:
         raise ConfigError("the model has no mmproj", "add --mmproj FILE; for text alone use python -m llama_cpp.server")
-    if text == refvlm.TEXT_MODEL:
-        options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+    fit_reference_model(text, options)
     alias = hf_repo or Path(text).stem
 
     listener = _bind(host, port)

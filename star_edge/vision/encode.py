@@ -9,7 +9,6 @@ that stay have the mass of those that do not.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from ..pruning.choose import Candidates, choose, divide, vision_policy
 from ..pruning.config import PruneConfig
 from ..pruning.scorers import VISION_SCORERS
 from ..pruning.selection import Selection, Tokens
+from ..stopwatch import Stopwatch
 from .cache import CachedImage
 from .chunks import Encoded, ImageChunk, cells_of
 from .composed import Composer, Picture, UnitFeatures, find_geometry
@@ -82,32 +82,33 @@ class ImageEncoding:
     def _reason(self, what: str) -> str:
         return f"the encoder of projector type {self.encoder.projector!r} {what}"
 
-    def encode(self, plan: PromptPlan, seconds: dict[str, float], notes: list[str]) -> list[Encoded]:
+    def encode(self, plan: PromptPlan, watch: Stopwatch, notes: list[str]) -> list[Encoded]:
         """Encodes the images whose output is not cached.
 
         Args:
             plan: The prompt's plan, with a config that `possible` has passed.
-            seconds: Gets "encode" and, within it, "vision_stage", "redundancy" and "encoder_stage", where there are
-                any.
+            watch: Steps "encode", "redundancy" and "encoder_stage", and "vision_stage" as far as attention is read.
             notes: Gets what could not be done.
 
         Raises:
             EngineError: The encoder failed.
         """
-        start = time.perf_counter()
+        with watch.step("encode"):
+            return self._encode(plan, watch, notes)
+
+    def _encode(self, plan: PromptPlan, watch: Stopwatch, notes: list[str]) -> list[Encoded]:
         done: dict[int, Encoded] = {}
         config = plan.config
         if config is not None and (config.redundancy != "off" or config.prunes_in_encoder):
             for group in plan.groups:
-                done |= self._encode_group(plan, config, group, seconds, notes)
+                done |= self._encode_group(plan, config, group, watch, notes)
         attention = config.encoder_attention if config is not None else None
         seen: dict[bytes, int] = {}
         for i in range(len(plan.images)):
             if i not in done:
                 done[i] = self._encode_whole(plan.images, i, attention, config is not None, seen, done)
         encoded = [done[i] for i in range(len(done))]
-        seconds["encode"] = time.perf_counter() - start
-        seconds["vision_stage"] = sum(e.score_seconds for e in encoded)
+        watch.take("vision_stage", sum(e.score_seconds for e in encoded))
         return encoded
 
     # ---- whole images ----
@@ -156,7 +157,7 @@ class ImageEncoding:
     # ---- parts of images ----
 
     def _encode_group(
-        self, plan: PromptPlan, config: PruneConfig, group: Sequence[int], seconds: dict[str, float], notes: list[str]
+        self, plan: PromptPlan, config: PruneConfig, group: Sequence[int], watch: Stopwatch, notes: list[str]
     ) -> dict[int, Encoded]:
         """Images that share a budget. Those that have to be encoded whole are left out."""
         layer = None
@@ -171,14 +172,15 @@ class ImageEncoding:
         works = []
         for i in group:
             if i not in done:
-                work = self._units(i, plan.images[i], config, seconds, notes)
+                with watch.step("redundancy"):
+                    work = self._units(i, plan.images[i], config, notes)
                 if work is not None and (layer is not None or work.picture is not None):
                     works.append(work)
         if layer is None:
             features = {w.number: self._encode_units(w, attention, notes) for w in works}
             selections: dict[int, Selection] = {}
         else:
-            features, selections = self._encode_in_windows(plan, config, works, layer, seconds, notes)
+            features, selections = self._encode_in_windows(plan, config, works, layer, watch, notes)
         for work in works:
             i, made = work.number, features[work.number]
             if made is not None:
@@ -186,9 +188,7 @@ class ImageEncoding:
                 self._remember(keys[i], done[i], attention)
         return done
 
-    def _units(
-        self, i: int, image: ImageChunk, config: PruneConfig, seconds: dict[str, float], notes: list[str]
-    ) -> _Work | None:
+    def _units(self, i: int, image: ImageChunk, config: PruneConfig, notes: list[str]) -> _Work | None:
         """The units of an image that enter the encoder. None: it has no grid."""
         if image.grid is None:
             return None
@@ -196,7 +196,6 @@ class ImageEncoding:
         whole = _Work(i, np.arange(n), np.ones(n))
         if config.redundancy == "off" or self.composer is None:
             return whole
-        start = time.perf_counter()
         picture = self.composer.look(image)
         if picture is None:
             notes.append("no tokens are left out before the encoder: an image has other pixels than its tokens say")
@@ -207,7 +206,6 @@ class ImageEncoding:
             pixels, tolerance = pixels * deviation[:, None, None], config.redundancy
         stands = representatives(pixels, picture.grid, tolerance)
         n_kept = self.composer.fitting(int((stands == np.arange(n)).sum()), image)
-        seconds["redundancy"] = seconds.get("redundancy", 0.0) + time.perf_counter() - start
         if n_kept >= n:
             return whole
         return _Work(i, *masses(with_more(stands, n_kept)), picture)
@@ -226,7 +224,7 @@ class ImageEncoding:
         config: PruneConfig,
         works: Sequence[_Work],
         layer: int,
-        seconds: dict[str, float],
+        watch: Stopwatch,
         notes: list[str],
     ) -> tuple[dict[int, UnitFeatures | None], dict[int, Selection]]:
         """Features of the images, and what stayed of the units that entered the encoder."""
@@ -234,26 +232,12 @@ class ImageEncoding:
         images = plan.images
         try:
             firsts = [self._first(images[w.number], w, layer, config) for w in works]
-            start = time.perf_counter()
-            candidates = [
-                Candidates(
-                    Tokens(first.vectors, first.units, first.chunk.grid, self._mass(config, w.mass), first.attention),
-                    None,
-                    first.chunk.picture,
-                    plan.images[w.number].n_tokens - plan.n_special[w.number],
-                )
-                for w, first in zip(works, firsts)
-            ]
-            n_keep = self._shares(plan, config, works, candidates)
-            selections = {}
-            for w, first, image, n in zip(works, firsts, candidates, n_keep):
-                n = min(len(w.units), self.window.fitting(n, first.chunk))
-                selections[w.number] = choose(vision_policy(config, first.attention is not None), image, n)
-            seconds["encoder_stage"] = seconds.get("encoder_stage", 0.0) + time.perf_counter() - start
+            watch.take("encoder_stage", sum(first.score_seconds for first in firsts))
+            with watch.step("encoder_stage"):
+                selections = self._choose(plan, config, works, firsts)
             features: dict[int, UnitFeatures | None] = {}
             for w, first in zip(works, firsts):
-                made = self.window.rest(first, selections[w.number].kept, config.encoder_attention)
-                features[w.number] = replace(made, score_seconds=made.score_seconds + first.score_seconds)
+                features[w.number] = self.window.rest(first, selections[w.number].kept, config.encoder_attention)
             return features, selections
         except EngineError as error:
             notes.append(f"no encoder stage: {error.cause}")
@@ -263,6 +247,26 @@ class ImageEncoding:
         assert self.window is not None  # `possible` has made sure of it
         wants = VISION_SCORERS[config.vision_scorer].reads is not None and config.chooses_by_score
         return self.window.first(image, layer, wants, work.picture, None if work.picture is None else work.units)
+
+    def _choose(
+        self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], firsts: Sequence[FirstPass]
+    ) -> dict[int, Selection]:
+        """What stays of the units that entered the encoder, by the image's number."""
+        assert self.window is not None  # which has made the first passes
+        candidates = [
+            Candidates(
+                Tokens(first.vectors, first.units, first.chunk.grid, self._mass(config, w.mass), first.attention),
+                None,
+                first.chunk.picture,
+                first.chunk.n_tokens - plan.n_special[w.number],
+            )
+            for w, first in zip(works, firsts)
+        ]
+        selections = {}
+        for w, first, image, n in zip(works, firsts, candidates, self._shares(plan, config, works, candidates)):
+            n = min(len(w.units), self.window.fitting(n, first.chunk))
+            selections[w.number] = choose(vision_policy(config, first.attention is not None), image, n)
+        return selections
 
     def _shares(
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], candidates: Sequence[Candidates]

@@ -5,8 +5,8 @@ Turns the chunks of a prompt into the segments that the decoder runs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..pruning.config import Keep, PruneConfig, keep_count
 from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
 from ..rows import Rows, Segment
+from ..stopwatch import Stopwatch
 from .chunks import Encoded, ImageChunk, TextChunk
 from .encoder import VisionEncoder
 
@@ -129,9 +130,9 @@ def plan_prompt(
 
 
 def encode_images(
-    images: Sequence[ImageChunk], encoder: VisionEncoder | None, config: PruneConfig | None, seconds: dict[str, float]
+    images: Sequence[ImageChunk], encoder: VisionEncoder | None, config: PruneConfig | None, watch: Stopwatch
 ) -> list[Encoded]:
-    """Encodes the images whose output is not cached. seconds gets "encode" and, within it, "vision_stage".
+    """Encodes the images whose output is not cached. Steps: "encode"; "vision_stage", as far as attention is read.
 
     Raises:
         EngineError: the encoder failed.
@@ -139,16 +140,15 @@ def encode_images(
     if not images:
         return []
     assert encoder is not None  # which made the images
-    start = time.perf_counter()
     attention = config.encoder_attention if config is not None else None
-    encoded = [encoder.encode_once(image, attention, want_cells=config is not None) for image in images]
-    seconds["encode"] = time.perf_counter() - start
-    seconds["vision_stage"] = sum(e.score_seconds for e in encoded)
+    with watch.step("encode"):
+        encoded = [encoder.encode_once(image, attention, want_cells=config is not None) for image in images]
+        watch.take("vision_stage", sum(e.score_seconds for e in encoded))
     return encoded
 
 
 def run_vision_stage(
-    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, seconds: dict[str, float]
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, watch: Stopwatch
 ) -> tuple[list[Segment], list[StagedImage], int]:
     """Prunes each image after the encoder.
 
@@ -156,12 +156,18 @@ def run_vision_stage(
         plan: The prompt's plan.
         encoded: Its images, encoded.
         mrope: Whether the decoder takes M-RoPE positions, (4, n).
-        seconds: Times in seconds; "encode" and "vision_stage" grow.
+        watch: Counts the time as "vision_stage" if there are images.
 
     Returns:
         The segments for the decoder, the images with what stayed of them, and the RoPE position after the prompt.
     """
-    start = time.perf_counter()
+    with watch.step("vision_stage") if encoded else nullcontext():
+        return _run_vision_stage(plan, encoded, mrope)
+
+
+def _run_vision_stage(
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool
+) -> tuple[list[Segment], list[StagedImage], int]:
     config, images = plan.config, plan.images
     candidates = [
         Candidates(
@@ -199,9 +205,6 @@ def run_vision_stage(
         segments.append(Segment(Rows(positions, embeddings=embeddings), i, chunk.causal, selection.mass))
         staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
-    for name in ("encode", "vision_stage"):
-        if staged:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
     return segments, staged, position
 
 
