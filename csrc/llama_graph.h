@@ -128,4 +128,42 @@ const struct ggml_tensor * se_joined_part(const struct ggml_tensor * node, int s
  * before all nodes. */
 struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node);
 
+/* ---- rows that leave a running encoder ---- */
+
+/* Whether this is the hidden state that enters encoder layer `layer`: (n_embd, n_rows) float32. Above 0 it is the `layer_out-N` of the
+ * layer before (clip_graph::build_vit, clip_graph_llava::build). Layer 0 gets "pos_embed" (build_vit with learned positions), "pos_embd"
+ * (clip_graph_gemma4v::build) or "pre_ln" (clip_graph_llava::build); where build_vit has two of them, the second is a norm of the first. */
+bool se_enters_layer(const struct ggml_tensor * node, int layer);
+
+/* Whether the leaf is another backend's copy of `node`, by its name (se_copied_name). A name that was cut counts as far as it goes. */
+bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node);
+
+/* How the shape of a node follows from its operands', as the functions in ggml.c make it. */
+enum se_shape_kind {
+    SE_SHAPE_UNKNOWN,   /* nothing is known of it */
+    SE_SHAPE_EACH,      /* that of operand 0, element by element; operand 1, where there is one, is repeated (ggml_add_impl, ggml_unary) */
+    SE_SHAPE_ROWS,      /* that of operand 0, whose dimension 0 is worked on as a whole (ggml_norm_impl, ggml_rms_norm_impl) */
+    SE_SHAPE_SOFT_MAX,  /* that of operand 0, whose dimension 0 may be of any length; operand 1 is a mask (ggml_soft_max_impl) */
+    SE_SHAPE_ROPE,      /* that of operand 0; operand 1 has the positions of its dimension 2, int32, n or 4 n (ggml_rope_impl) */
+    SE_SHAPE_GLU,       /* that of operand 0, of which dimension 0 is half as long without an operand 1 (ggml_glu_impl) */
+    SE_SHAPE_PRODUCT,   /* (0.ne[1], 1.ne[1], 1.ne[2], 1.ne[3]) (ggml_mul_mat) */
+    SE_SHAPE_ATTENTION, /* q, k, v: (v.ne[0], q.ne[2], q.ne[1], q.ne[3]); operand 3 is a mask (ggml_flash_attn_ext) */
+    SE_SHAPE_GATHER,    /* rows of operand 0 by operand 1, int32: (0.ne[0], 1.ne[0], 1.ne[1], 1.ne[2]) (ggml_get_rows) */
+    SE_SHAPE_POOL,      /* dimensions 0 and 1 in windows of `window`, `step` apart; the others as they are (ggml_pool_2d) */
+    SE_SHAPE_JOIN,      /* operands 0 and 1 one after the other along axes[0] (ggml_concat) */
+    SE_SHAPE_IN_ORDER,  /* elements of operand 0 in their order, in memory without gaps (ggml_reshape, ggml_cont, ggml_cast) */
+    SE_SHAPE_VIEW,      /* a window into operand 0, or into what that looks into (ggml_view_impl) */
+    SE_SHAPE_PERMUTED   /* dimension i of operand 0 becomes axes[i] (ggml_permute, ggml_transpose) */
+};
+typedef struct {
+    enum se_shape_kind kind;
+    int32_t axes[GGML_MAX_DIMS];
+    int32_t window[2], step[2];
+} se_shape_rule;
+se_shape_rule se_shape_rule_of(const struct ggml_tensor * node);
+
+/* Positions or row numbers that a node reads as operand i, otherwise NULL: an input of the graph (ggml_set_input), or a backend's copy of
+ * one, int32, (n). Never a weight, which would not be written anew for the next graph. */
+struct ggml_tensor * se_index_leaf(const struct ggml_tensor * node, int i);
+
 #endif

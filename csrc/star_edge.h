@@ -30,7 +30,8 @@ enum se_error {
     SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
     SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
     SE_ERR_SEVERAL_GRAPHS = 9, /* the decode was split into more than one graph while a window was armed */
-    SE_ERR_LATE_INPUT = 10    /* a layer of the window reads more of the layers before it than their hidden state */
+    SE_ERR_LATE_INPUT = 10,   /* a layer of the window reads more of the layers before it than their hidden state */
+    SE_ERR_ROWS = 11          /* rows cannot leave this graph, or not so many: what it does with them is not known, or needs all */
 };
 const char * se_error_text(int error);
 
@@ -125,6 +126,14 @@ typedef struct {
     float * attn;                /* out: one block of attn_block floats for each layer */
     int64_t attn_block;
     int32_t * attn_n_kv;         /* out: columns of each layer's scores, or NULL */
+    /* Rows that leave a vision encoder's running graph (shrink.h): of the hidden state that enters encoder layer keep_layer, the rows
+     * `keep` (n_keep, each once) go on, in that order. A window may begin there: the rows are then those of `inject`. Attention of this
+     * layer and later ones is that of the rows that stay. NULL: none leave.
+     * With count_only this is a rehearsal: nothing is computed, and the result says whether it can be done, and with what:
+     * keep_node and n_nodes are the result's, of a rehearsal with as many rows. */
+    const int32_t * keep;
+    int32_t n_keep, keep_layer;
+    int32_t keep_node, n_nodes;
 } se_plan;
 
 typedef struct {
@@ -137,6 +146,10 @@ typedef struct {
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
     int32_t concat;              /* enum se_concat: where the leaf of se_tap_find_concat stands */
+    int32_t n_nodes;             /* nodes of the graph that were seen */
+    int32_t keep_node;           /* which of them, from 1 on, rows left at; 0: none */
+    int32_t n_rows;              /* rows of the hidden state there, before */
+    int32_t n_out;               /* rows of the last node, with the rows that stay */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;
 

@@ -107,6 +107,31 @@ static bool has_v(const se_tap * tap, const struct ggml_tensor * attention) {
     return tap->last_v < 0 || se_attended_layer(attention) <= tap->last_v;
 }
 
+/* Rows leave the graph at this node, or it comes later and has fewer of them. false: that cannot be, and the graph ends before it. A
+ * rehearsal goes on, with its first error. */
+static bool follow_rows(se_tap * tap, struct ggml_tensor * node) {
+    const se_plan * p = &tap->plan;
+    const bool enters = se_enters_layer(node, p->keep_layer);
+    int error = SE_OK;
+    if (tap->result.keep_node) {
+        error = se_shrink_visit(tap->shrink, node);
+        if (!error && enters && se_shrink_active(tap->shrink) && !se_shrink_has(tap->shrink, node)) error = SE_ERR_SEVERAL_GRAPHS;
+    } else if (enters) {
+        tap->result.keep_node = tap->result.n_nodes;
+        tap->result.n_rows = (int32_t) se_shrink_length(tap->shrink, node);
+        if (p->count_only) error = se_shrink_begin(tap->shrink, node, p->keep, p->n_keep, true);
+        else if (tap->result.n_nodes != p->keep_node) error = SE_ERR_ROWS; /* not the graph that was rehearsed */
+    }
+    tap->result.n_out = (int32_t) se_shrink_length(tap->shrink, node);
+    if (!error) return true;
+    se_tap_fail(tap, error);
+    /* What was gathered before it runs as the graph was built: that is harmless, and nobody reads it. */
+    se_shrink_restore_all(tap->shrink);
+    se_shrink_clear(tap->shrink);
+    tap->result.stopped = !p->count_only;
+    return p->count_only;
+}
+
 static bool ask(se_tap * tap, struct ggml_tensor * node) {
     if (!tap->armed) return false;
     const se_plan * p = &tap->plan;
@@ -118,6 +143,13 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         tap->next_layer = 0;
         if (p->n_layer) se_tap_fail(tap, SE_ERR_SEVERAL_GRAPHS);
     }
+
+    tap->result.n_nodes++;
+    if (p->keep && !follow_rows(tap, node)) {
+        skip(tap, node);
+        return true;
+    }
+    const bool ends_rows = p->keep && (tap->result.n_nodes == p->keep_node || tap->result.n_nodes == p->n_nodes);
 
     const int layer_out = layer_out_of(tap, node);
     const bool has_window = p->n_layer > 0;
@@ -158,6 +190,7 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         se_tap_fail(tap, SE_ERR_LATE_INPUT);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
+    if (ends_rows) return true;
     if (has_window && p->extra_hidden && extra_of(tap, layer_out) >= 0) return true;
     if (p->cells && !tap->cells_taken) take_cells(tap, node);
 
@@ -194,6 +227,15 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     if (p->n_layer && p->first > 0 && layer_out == p->first - 1) {
         se_tap_fail(tap, hidden_fits(tap, node) ? se_write(node, p->inject, 0, hidden_bytes(tap)) : SE_ERR_SHAPE);
     }
+    if (p->keep && tap->result.n_nodes == p->keep_node) {
+        const int error = se_shrink_begin(tap->shrink, node, p->keep, p->n_keep, false);
+        se_tap_fail(tap, error);
+        if (error) {
+            tap->result.stopped = 1;
+            return false;
+        }
+    }
+    if (p->keep && tap->result.n_nodes == p->n_nodes) se_shrink_restore(tap->shrink, node);
     if (p->n_layer && p->hidden && layer_out == p->last - 1) {
         se_tap_fail(tap, hidden_fits(tap, node) ? se_read(node, p->hidden, 0, hidden_bytes(tap)) : SE_ERR_SHAPE);
         tap->hidden_taken = true;
@@ -229,7 +271,8 @@ uintptr_t se_tap_callback_address(void) { return (uintptr_t) &se_tap_callback; }
 
 se_tap * se_tap_new(void) {
     se_tap * tap = calloc(1, sizeof *tap);
-    if (tap && !(tap->depends = se_depends_new())) {
+    if (tap && (!(tap->depends = se_depends_new()) || !(tap->shrink = se_shrink_new()))) {
+        se_depends_free(tap->depends);
         free(tap);
         return NULL;
     }
@@ -240,6 +283,7 @@ void se_tap_free(se_tap * tap) {
     if (!tap) return;
     for (int i = 0; i < MAX_INPUTS; i++) free(tap->inputs[i].data);
     se_depends_free(tap->depends);
+    se_shrink_free(tap->shrink);
     free(tap->skipped);
     free(tap->scratch);
     free(tap->positions);
@@ -266,6 +310,11 @@ static int check(const se_plan * p) {
     if (p->source_node) {
         if (!*p->source_node || p->source < 0 || p->source_bytes < 1 || !p->source_in == !p->source_out) return SE_ERR_ARGUMENT;
         if (p->source_out && p->n_layer > 0) return SE_ERR_ARGUMENT; /* the graph ends before its layers */
+    }
+    if (p->keep) {
+        if (p->n_keep < 1 || p->keep_layer < 0) return SE_ERR_ARGUMENT;
+        if (p->n_layer > 0 && (p->first != p->keep_layer || p->last != p->n_layer)) return SE_ERR_ARGUMENT;
+        if (!p->count_only && (p->keep_node < 1 || p->n_nodes < p->keep_node)) return SE_ERR_ARGUMENT; /* not rehearsed */
     }
     if ((p->positions || p->cells) && p->n_rows < 1) return SE_ERR_ARGUMENT;
     if (p->positions && p->n_pos_per_row != 1 && p->n_pos_per_row != 4) return SE_ERR_ARGUMENT;
@@ -296,6 +345,7 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->last_v = -1;
     tap->watch_size = 0;
     se_depends_clear(tap->depends);
+    se_shrink_clear(tap->shrink);
     se_tap_inputs_begin(tap);
     tap->armed = true;
     return SE_OK;
@@ -306,6 +356,8 @@ int se_tap_finish(se_tap * tap, se_result * result) {
     const se_plan * p = &tap->plan;
     for (int32_t i = 0; i < tap->result.n_skipped; i++) se_set_computed(tap->skipped[i], true);
     tap->armed = false;
+    se_shrink_clear(tap->shrink); /* the graph may be gone, and its memory another's */
+    if (tap->first_node && p->keep && !tap->result.keep_node) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
     if (tap->first_node && !p->count_only) { /* a decode that failed before its graph ran has nothing to answer for */
         if (p->n_layer && p->first > 0 && !tap->past_window_start) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->n_layer && p->hidden && !tap->hidden_taken) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);

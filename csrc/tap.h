@@ -4,6 +4,7 @@
 
 #include "depends.h"
 #include "ggml_api.h"
+#include "shrink.h"
 #include "star_edge.h"
 
 enum { MAX_INPUTS = 8, MAX_MASKS = 8, MAX_COPIES = 4 };
@@ -40,6 +41,7 @@ struct se_tap {
     struct ggml_tensor ** skipped;
     size_t skipped_capacity;
     se_depends * depends;
+    se_shrink * shrink;
 
     /* one graph */
     const struct ggml_tensor * graph_start; /* first node since se_tap_begin: seen again, another graph (ubatch) runs */

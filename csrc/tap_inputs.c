@@ -34,7 +34,7 @@ static void look_for_concat(se_tap * tap, const struct ggml_tensor * node) {
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * src = node->src[s];
-        if (!src || !se_is_leaf(src)) continue;
+        if (!src || !se_is_leaf(src) || se_shrink_has(tap->shrink, src)) continue; /* it has the rows that stay already */
         for (int i = 0; i < MAX_INPUTS; i++) {
             input_override * in = &tap->inputs[i];
             if (!in->data || !se_is_input(src, in->name)) continue;

@@ -64,8 +64,9 @@ class RawImage:
     """An image chunk as libmtmd has it.
 
     handle: for `Mtmd.encode`. positions: relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE
-        (t, y, x, 0). moves: what is added to them for each position that the chunk starts later, of their shape. nx, ny: columns and rows of tokens, where libmtmd says them. size: (height, width) in pixels of
-        what the encoder gets, or None. name: of its bitmap.
+        (t, y, x, 0). moves: what is added to them for each position that the chunk starts later, of their shape.
+        nx, ny: columns and rows of tokens, where libmtmd says them. size: (height, width) in pixels of what the encoder
+        gets, or None. name: of its bitmap.
     """
 
     handle: object
@@ -160,9 +161,10 @@ class Mtmd:
         """RoPE positions of an image's n tokens, if the first is at `start`."""
         raw = (mtmd.mtmd_decoder_pos * n)()
         mtmd.mtmd_helper_image_get_decoder_pos(image, start, raw)
-        txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
+        txyz: np.ndarray = np.frombuffer(memoryview(raw), np.uint32).reshape(n, 4).astype(np.int32)
         # set_position_mrope_2d: t, y, x, z
-        return txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
+        positions: np.ndarray = txyz[:, [0, 2, 1, 3]].T if self.mrope else txyz[:, 0]
+        return positions.copy()
 
     def _chunk(self, chunk: object) -> np.ndarray | RawImage:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)

@@ -31,6 +31,9 @@ BOUND_FUNCTIONS = (
     "ggml_backend_buffer_is_host",
     "ggml_nbytes",
     "ggml_get_type_traits",
+    "ggml_backend_buffer_get_type",
+    "ggml_backend_buft_get_device",
+    "ggml_backend_dev_supports_op",
 )
 
 

@@ -20,7 +20,7 @@ from .native import check, ffi, lib
 
 MEAN_HEADS, MEAN_ROWS, MEAN_ALL = lib.SE_MEAN_HEADS, lib.SE_MEAN_ROWS, lib.SE_MEAN_ALL
 CONCAT_FIRST, CONCAT_LAST = lib.SE_CONCAT_FIRST, lib.SE_CONCAT_LAST  # of Outcome.concat
-NO_ATTENTION = lib.SE_ERR_NO_ATTENTION  # of Outcome.error
+NO_ATTENTION, NO_ROWS_LEAVE = lib.SE_ERR_NO_ATTENTION, lib.SE_ERR_ROWS  # of Outcome.error
 
 
 @dataclass
@@ -44,6 +44,20 @@ class AttentionRead:
 
 
 @dataclass
+class KeepRows:
+    """Rows that stay in a running vision encoder from one of its layers on; the others leave the graph.
+
+    layer: rows leave the hidden state that enters it.
+    rows: (n,) int32, rows of the encoder's sequence, each at most once, in the order that they get.
+    rehearsal: what `Plan(count_only=True, keep=...)` with as many rows brought back. None: this is that plan.
+    """
+
+    layer: int
+    rows: np.ndarray
+    rehearsal: Outcome | None = None
+
+
+@dataclass
 class Plan:
     """One decode or encode; see `se_plan` in csrc/star_edge.h. Arrays are C-contiguous and of the dtype given there."""
 
@@ -55,6 +69,7 @@ class Plan:
     want_cells: bool = False
     attention: AttentionRead | None = None
     count_only: bool = False  # nothing is computed: what the graph is like is learned from it
+    keep: KeepRows | None = None
     encoder: bool = False  # the graph is a vision encoder's
     extra_layers: Sequence[int] = ()  # further layers whose hidden states are given or taken
     extra_inject: np.ndarray | None = None  # (len(extra_layers), n_rows, n_embd) float32
@@ -77,6 +92,10 @@ class Outcome:
     stopped: bool = False
     flash: bool = False
     score_seconds: float = 0.0
+    n_nodes: int = 0  # nodes of the graph that were seen
+    keep_node: int = 0  # which of them rows left at, from 1 on
+    n_rows: int = 0  # rows of the hidden state there, before they left
+    n_out: int = 0  # rows of the last node, with the rows that stay: image tokens that the encoder has made
     error: int = 0
 
 
@@ -142,6 +161,11 @@ class Tap:
         if plan.want_cells:
             outcome.cells = np.full(plan.n_rows, -1, np.int64)
             c.cells = pointer(outcome.cells, "int64_t", np.int64)
+        if plan.keep is not None:
+            c.keep, c.n_keep = pointer(plan.keep.rows, "int32_t", np.int32), len(plan.keep.rows)
+            c.keep_layer = plan.keep.layer
+            if plan.keep.rehearsal is not None:
+                c.keep_node, c.n_nodes = plan.keep.rehearsal.keep_node, plan.keep.rehearsal.n_nodes
         c.encoder = plan.encoder
         if plan.extra_layers:
             extra = np.asarray(plan.extra_layers, np.int32)
@@ -189,6 +213,8 @@ class Tap:
                 bool(result.flash),
             )
             outcome.score_seconds = result.score_seconds
+            outcome.n_nodes, outcome.keep_node = result.n_nodes, result.keep_node
+            outcome.n_rows, outcome.n_out = result.n_rows, result.n_out
         check(outcome.error, what)
         if read is not None:
             assert buffer is not None

@@ -383,6 +383,10 @@ class VisionEncoder:
         scores = None if rows is None else self._token_scores(rows, chunk, index, special)
         return Encoded(embeddings, scores, cells, outcome.score_seconds, special, outcome.attention)
 
+    def output(self, n_tokens: int) -> np.ndarray:
+        """The first rows of what the last run has made, (n_tokens, n_embd_inp) float32: libmtmd's memory."""
+        return self._mtmd.output(n_tokens)
+
     def reads_attention(self, chunk: ImageChunk) -> bool:
         """Whether the profile maps rows to tokens, and the chunk has a grid if that map needs one."""
         return self.profile.reads_attention and (self.profile.sized_grid is None or chunk.grid is not None)

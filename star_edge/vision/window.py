@@ -6,7 +6,7 @@ second pass runs on a picture that is composed of the kept units, whose hidden s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ class FirstPass:
         score_seconds: Time spent on reading attention.
         hidden: Hidden states entering layer M, (n, rows of a unit, n_embd) float32.
         planes: The same of earlier layers that the encoder's output also has, (n_planes, n, rows of a unit, n_embd).
+        others: Hidden states entering layer M of rows that no unit has (CLS), (n_others, n_embd).
     """
 
     chunk: ImageChunk
@@ -42,6 +43,7 @@ class FirstPass:
     score_seconds: float
     hidden: np.ndarray
     planes: np.ndarray
+    others: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
 
 class EncoderWindow(Protocol):
