@@ -81,6 +81,9 @@ class PruneConfig:
             all images share one, such as the frames of a video. The vision stage then divides it by what each image
             shows first, the decoder stage by the question's attention. No image gets less than a quarter of an equal
             share.
+        seen_below: Tokens of the answer see a dropped token in the layers below the stage that dropped it. Its KV cells
+            stay taken until the answer ends. False: it leaves the cache of all layers, and the cells are free for the
+            answer.
         positions: "original" keeps the RoPE positions of the full image. "renumbered" closes the gaps after the vision
             stage; it costs accuracy (arXiv 2506.21873) and exists to measure that.
         seed: Seed of scorers that draw at random, >= 0.
@@ -98,6 +101,7 @@ class PruneConfig:
     vision_share: float = 1.0
     decoder_share: float = 0.5
     windows: tuple[tuple[int | float, Keep], ...] = ()
+    seen_below: bool = False
     budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
@@ -128,6 +132,8 @@ class PruneConfig:
         ):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in tuple(names):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
+        if not isinstance(self.seen_below, bool):
+            raise ConfigError(f"seen_below={self.seen_below!r} is neither True nor False", "use one of them")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a whole number >= 0", "use 0, 1, 2, ...")
         for name in ("decoder_layer", "seed"):
