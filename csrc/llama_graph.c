@@ -7,14 +7,19 @@
 
 const char * const se_usual_layer_out = "l_out";
 
-int se_layer_out_index(const struct ggml_tensor * node, const char * output) {
-    const size_t length = strlen(output);
-    if (strncmp(node->name, output, length) != 0 || node->name[length] != '-') return -1;
-    const char * digits = node->name + length + 1;
+/* N of a name `prefix`-N, otherwise -1. */
+static int numbered(const char * name, const char * prefix) {
+    const size_t length = strlen(prefix);
+    if (strncmp(name, prefix, length) != 0 || name[length] != '-') return -1;
+    const char * digits = name + length + 1;
     char * end;
     const long n = strtol(digits, &end, 10);
     return end != digits && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
 }
+
+int se_layer_out_index(const struct ggml_tensor * node, const char * output) { return numbered(node->name, output); }
+
+int se_encoder_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "layer_out"); }
 
 int se_layer_of(const struct ggml_tensor * node) {
     const char * dash = strrchr(node->name, '-');
@@ -45,7 +50,7 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name) {
 }
 
 bool se_is_batch_input(const struct ggml_tensor * tensor, int64_t n_embd, int64_t n_rows) {
-    if (se_is_input(tensor, "inp_tokens")) return true;
+    if (se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_raw")) return true;
     if (!se_is_leaf(tensor) || tensor->type != GGML_TYPE_F32 || se_is_input(tensor, MASK)) return false;
     if (tensor->ne[0] < n_embd || tensor->ne[1] != n_rows || tensor->ne[2] * tensor->ne[3] != 1) return false;
     size_t length;
@@ -66,6 +71,12 @@ void se_set_computed(struct ggml_tensor * node, bool computed) {
 
 const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i) {
     return i < GGML_MAX_SRC ? node->src[i] : node->view_src;
+}
+
+struct ggml_tensor * se_computed_source(const struct ggml_tensor * node, int i) {
+    struct ggml_tensor * source = i < GGML_MAX_SRC ? node->src[i] : NULL;
+    size_t length;
+    return source && (!se_is_leaf(source) || se_copied_name(source, &length)) ? source : NULL;
 }
 
 const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int64_t n_tokens) {
@@ -161,4 +172,77 @@ struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node) {
     float factor;
     memcpy(&factor, node->op_params, sizeof factor);
     return factor == 0.0f ? node->src[0] : NULL;
+}
+
+bool se_enters_layer(const struct ggml_tensor * node, int layer) {
+    if (layer == 0) {
+        return strcmp(node->name, "pos_embed") == 0 || strcmp(node->name, "pos_embd") == 0 || strcmp(node->name, "pre_ln") == 0;
+    }
+    return se_encoder_layer_out_index(node) == layer - 1;
+}
+
+bool se_may_be_copy(const struct ggml_tensor * tensor) { return se_is_leaf(tensor) && strchr(tensor->name, '#'); }
+
+bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node) {
+    if (!se_may_be_copy(leaf)) return false;
+    const char * copied = strchr(leaf->name, '#') + 1;
+    const size_t length = strlen(node->name), there = strlen(copied);
+    if (there <= length) return strncmp(copied, node->name, there) == 0;
+    return strncmp(copied, node->name, length) == 0 && copied[length] == '#';
+}
+
+/* With padding, a window at the edge of fewer rows would not be one of those at the edge of all. */
+static se_shape_rule pool_rule(const struct ggml_tensor * node) {
+    const int32_t * p = node->op_params; /* op, k0, k1, s0, s1, p0, p1 */
+    if (p[5] != 0 || p[6] != 0) return (se_shape_rule) { .kind = SE_SHAPE_UNKNOWN };
+    return (se_shape_rule) { .kind = SE_SHAPE_POOL, .window = { p[1], p[2] }, .step = { p[3], p[4] } };
+}
+
+se_shape_rule se_shape_rule_of(const struct ggml_tensor * node) {
+    se_shape_rule rule = { .kind = SE_SHAPE_UNKNOWN };
+    switch (node->op) {
+        case GGML_OP_ADD:
+        case GGML_OP_SUB:
+        case GGML_OP_MUL:
+        case GGML_OP_DIV:
+        case GGML_OP_UNARY:
+        case GGML_OP_SCALE:
+        case GGML_OP_CLAMP:
+        case GGML_OP_SQR:
+        case GGML_OP_SQRT: rule.kind = SE_SHAPE_EACH; break;
+        case GGML_OP_NORM:
+        case GGML_OP_RMS_NORM: rule.kind = SE_SHAPE_ROWS; break;
+        case GGML_OP_SOFT_MAX: rule.kind = SE_SHAPE_SOFT_MAX; break;
+        case GGML_OP_ROPE: rule.kind = SE_SHAPE_ROPE; break;
+        case GGML_OP_GLU: rule.kind = SE_SHAPE_GLU; break;
+        case GGML_OP_MUL_MAT: rule.kind = SE_SHAPE_PRODUCT; break;
+        case GGML_OP_FLASH_ATTN_EXT: rule.kind = SE_SHAPE_ATTENTION; break;
+        case GGML_OP_GET_ROWS: rule.kind = SE_SHAPE_GATHER; break;
+        case GGML_OP_POOL_2D: return pool_rule(node);
+        case GGML_OP_CONCAT:
+            rule.kind = SE_SHAPE_JOIN;
+            rule.axes[0] = node->op_params[0];
+            break;
+        case GGML_OP_CPY: /* into a tensor of its own, not into another */
+            if (node->src[1] == node) rule.kind = SE_SHAPE_IN_ORDER;
+            break;
+        case GGML_OP_RESHAPE:
+        case GGML_OP_CONT: rule.kind = SE_SHAPE_IN_ORDER; break;
+        case GGML_OP_VIEW: rule.kind = SE_SHAPE_VIEW; break;
+        case GGML_OP_PERMUTE:
+            rule.kind = SE_SHAPE_PERMUTED;
+            memcpy(rule.axes, node->op_params, sizeof rule.axes);
+            break;
+        case GGML_OP_TRANSPOSE: return (se_shape_rule) { .kind = SE_SHAPE_PERMUTED, .axes = { 1, 0, 2, 3 } };
+        default: break;
+    }
+    return rule;
+}
+
+struct ggml_tensor * se_index_leaf(const struct ggml_tensor * node, int i) {
+    struct ggml_tensor * leaf = i < GGML_MAX_SRC ? node->src[i] : NULL;
+    size_t length;
+    if (!leaf || !se_is_leaf(leaf) || leaf->type != GGML_TYPE_I32) return NULL;
+    if (!(leaf->flags & GGML_TENSOR_FLAG_INPUT) && !se_copied_name(leaf, &length)) return NULL;
+    return leaf->ne[1] == 1 && leaf->ne[2] == 1 && leaf->ne[3] == 1 ? leaf : NULL;
 }

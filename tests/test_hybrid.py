@@ -23,6 +23,7 @@ from star_edge.llamacpp.tap import Tap
 
 FILES = {path.stem: path for path in (FOLDER / "hybrids").glob("*.gguf")} | {
     "qwen35": FOLDER / "qwen3.5" / "text.gguf",
+    "qwen35moe": FOLDER / "qwen3.5-moe" / "text.gguf",
     "lfm2": FOLDER / "lfm2-vl" / "text.gguf",
 }
 ATTENTION = {
@@ -32,8 +33,8 @@ ATTENTION = {
     "lfm2moe": [2, 4],
     "nemotron_h": [3, 6],
     "nemotron_h_moe": [3, 6],
-    "qwen35": [3, 7],
-    "qwen35moe": [3, 7],
+    "qwen35": [1, 3],
+    "qwen35moe": [1, 3],
     "qwen3next": [3, 7],
 }
 THREE, IMAGE_FIRST, ONE_ROW = [5, (6, 7), 4, (9, 5), 3, (4, 4), 11], [(8, 8), 9], [1, (5, 6), 1]
@@ -120,10 +121,8 @@ def test_layers_with_attention(tapped, arch):
     assert context.stage_problem is None and context.is_hybrid
     assert context.attention_layers == ATTENTION[arch]
     assert context.owner.has_rope == (arch not in ("granitehybrid", "nemotron_h", "nemotron_h_moe"))
-    assert [context.nearest_attention(k) for k in (1, context.n_layers - 1)] == {
-        "falcon-h1": [1, 3],
-        "lfm2": [1, 3],
-    }.get(arch, [next(k for k in ATTENTION[arch] if k), ATTENTION[arch][-1]])
+    usable = [k for k in ATTENTION[arch] if k]
+    assert [context.nearest_attention(k) for k in (1, context.n_layers - 1)] == [usable[0], usable[-1]]
     assert llama_cpp.llama_n_seq_max(context.llama.ctx) == 1  # another one would take memory for its state
 
 

@@ -24,7 +24,7 @@ def rounding(model, families, decoder_rounding):
     return decoder_rounding(next(name for name, models in families.items() if models is model[0]))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2vl"])
+@pytest.fixture(scope="module", params=["llama", "qwen2vl", "qwen35", "lfm2"])
 def model(request, families):
     """(models, context, reference): f32 cache, flash attention off."""
     models, tap = families[request.param], Tap()

@@ -92,6 +92,10 @@ class Cells(ABC):
         """Gives up the rows from `start` on. Returns whether those before it are still there."""
 
     @abstractmethod
+    def leave_dropped(self) -> None:
+        """What is dropped is needed where it is, until the cache is emptied or an answer needs its cells."""
+
+    @abstractmethod
     def finish(self, stem: StemRows | None) -> None:
         """The prompt is read. Keeps the stem, or without one frees all that is set aside."""
 
@@ -134,6 +138,9 @@ class ParkingCells(Cells):
         self.context.remove(MAIN, start)
         self.n_cells = start
         return True
+
+    def leave_dropped(self) -> None:
+        self.n_parkings = 0
 
     def finish(self, stem: StemRows | None) -> None:
         if stem is not None:

@@ -164,6 +164,10 @@ class HybridCells(Cells):
         self._apply()
         return False
 
+    def leave_dropped(self) -> None:
+        self.context.owner.dropped = self.dropped
+        self.dropped = None
+
     def finish(self, stem: StemRows | None) -> None:
         if stem is not None and self.state is not None:
             context, owner = self.context, self.context.owner
@@ -179,7 +183,9 @@ class HybridCells(Cells):
                 context.n_ubatch,
                 context.buffer,
             )
-            owner.n_parked, owner.dropped = int(self.hidden.sum()), self.dropped
+            owner.n_parked = int(self.hidden.sum())
+            if self.dropped is not None:
+                owner.dropped = self.dropped
             owner.stem_end = self.n_cells + self.gap
         elif self.dropped is not None:
             self.context.remove(MAIN, *self.dropped)

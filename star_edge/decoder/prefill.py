@@ -23,7 +23,6 @@ Knows segments, layers and KV cells. Knows no pixels and no strings.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,9 +33,11 @@ from ..errors import EngineError
 from ..llamacpp.context import DecoderContext
 from ..pruning.selection import Selection
 from ..rows import Segment
+from ..stopwatch import Stopwatch
 from . import reuse
 from .cells import ParkingCells, StemRows
 from .hybrid import HybridCells
+from .levels import Levels
 from .windows import WindowEnd, Windows
 
 
@@ -73,12 +74,14 @@ class DecoderStage:
         text_rows: Rows of the text after the last image that score: "all" or "last" as a mean, or "each".
         divide: divide(seen of all images, n_keep) says how many rows of each image stay, if images share a budget.
             None: they do not.
+        seen_below: Rows after the prompt see a dropped row in the layers below the stage that dropped it.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
     choose: Callable[[Seen, int], Selection]
     text_rows: str = "all"
     divide: Callable[[Sequence[Seen], Sequence[int]], Sequence[int]] | None = None
+    seen_below: bool = False
 
 
 @dataclass
@@ -143,7 +146,7 @@ def prefill(
         context.clear()
         context.tap.set_cell_bias(None)
         again = _Run(context, segments, next_position, keep)
-        again.seconds["fallback"] = sum(run.seconds.values())
+        again.watch.seconds["fallback"] = sum(run.watch.seconds.values())
         return again.run(stage)
 
 
@@ -157,14 +160,14 @@ class _Run:
         self.segments = list(segments)
         self.next_position = next_position
         self.in_order = True
-        self.seconds: dict[str, float] = {}
+        self.watch = Stopwatch()
         images = [i for i, s in enumerate(self.segments) if s.image is not None]
         self.first_image = images[0] if images else len(self.segments)
         self.last_image = images[-1] if images else -1
         self.has_mass = any(s.mass is not None for s in self.segments)
         self.cells = HybridCells(context, keep) if context.is_hybrid else ParkingCells(context)
         n_scoring = sum(len(s.rows) for s in self.segments[self.last_image + 1 :])
-        self.windows = Windows(context, self.cells, n_scoring, keep or self.has_mass)
+        self.windows = Windows(context, self.cells, n_scoring, keep or self.has_mass, self.watch)
 
     def run(self, stage: DecoderStage | None) -> Prefill:
         prefix, rest = self.segments[: self.first_image], self.segments[self.first_image :]
@@ -173,19 +176,19 @@ class _Run:
         n_prefix = sum(len(s.rows) for s in prefix)
         layer = stage.windows[0][0] if stage is not None else None
         if self.keep:
-            with self.timed("reuse"):
+            with self.watch.step("reuse"):
                 self.attached = self.cells.attach(self.segments, n_prefix, layer)
                 self.cells.n_cells = self.attached.n_main
         self.cells.begin(n_prefix, layer)
         n_reused = self.attached.n_main
         # 1) text before the first image
-        with self.timed("prefix"):
+        with self.watch.step("prefix"):
             cells = self.windows.plain(prefix, last_has_logits=not rest, skip=n_reused)
         self.check_cells(cells, self.cells.n_cells - len(cells))
         if not rest:
             return self.result(self.segments, stem=StemRows(self.segments, n_prefix, n_prefix))
         if self.keep and n_reused <= n_prefix:
-            with self.timed("reuse"):
+            with self.watch.step("reuse"):
                 self.cells.read_prefix()
         if self.has_mass:
             # An empty cache is filled from its first cell on. This is checked once the rows are there.
@@ -195,7 +198,7 @@ class _Run:
         n_stem = sum(len(s.rows) for s in stem)
         if stage is None:
             images, text = self.segments[self.first_image : self.last_image + 1], self.segments[self.last_image + 1 :]
-            with self.timed("prefill"):
+            with self.watch.step("prefill"):
                 cells = self.windows.plain(images, last_has_logits=not text, skip=max(0, n_reused - n_prefix))
                 self.cells.read_images()
                 cells = np.concatenate([cells, self.windows.plain(text, last_has_logits=True)])
@@ -204,16 +207,17 @@ class _Run:
 
         # 2) probe
         ends = [layer for layer, _ in stage.windows] + [self.context.n_layers]
-        with self.timed("probe"):
+        with self.watch.step("probe"):
             end = self.windows.run(rest, 0, ends[0], None, stage.text_rows, known=self.attached.hidden)
         self.check_cells(end.cells, start)
         assert end.hidden is not None  # a window that ends below the last layer leaves states
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
+        levels = Levels(rest, end.cells)
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
         all_scores, all_selections, joined = [], [], False
         for w, (first, n_keep) in enumerate(stage.windows):
             # 3) choose
-            with self.timed("decoder_stage"):
+            with self.watch.step("decoder_stage"):
                 selections = self.choose(live, kept_rows, end, n_keep, stage)
                 all_scores.append([end.attention[p] for p in self.places(live) if p is not None])
                 live, keep_row = self.thin(live, selections)
@@ -221,10 +225,11 @@ class _Run:
                 if any(s.mass is not None for s in live):
                     self.set_masses(live, end.cells[keep_row])
                 own_cells = end.cells[keep_row]
+                levels.add(first, live, own_cells)
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
             # 4) resume
             joined |= not keep_row.all() and not self.context.tells_text_apart
-            with self.timed("resume"):
+            with self.watch.step("resume"):
                 assert end.hidden is not None
                 end = self.windows.run(live, first, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
@@ -234,9 +239,12 @@ class _Run:
             all_selections.append([Selection(rows, s.mass if in_place else None) for rows, s in stayed])
             if not in_place:
                 self.context.tap.set_cell_bias(None)
-                with self.timed("fallback"):
+                with self.watch.step("fallback"):
                     self.restart(prefix, rest, kept_rows)
                 break
+        if stage.seen_below and in_place and len(levels.dropped):
+            self.cells.leave_dropped()
+            self.context.owner.see_below(*levels.arrays(), n_hidden=len(levels.dropped))
         n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
         return self.result(
             prefix + live,
@@ -249,12 +257,10 @@ class _Run:
     def result(self, segments: Sequence[Segment], stem: StemRows | None, **fields: Any) -> Prefill:
         """segments: the rows that are left. stem: None if nothing can be kept."""
         if self.keep and self.in_order and stem is not None:
-            with self.timed("reuse"):
+            with self.watch.step("reuse"):
                 self.cells.finish(stem)
         else:
             self.cells.finish(None)
-        if self.windows.score_seconds:
-            self.seconds["decoder_scores"] = self.windows.score_seconds
         tokens: list[Any] = [  # arrays: rows of text have tokens
             np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens
             for s, original in zip(segments, self.segments)
@@ -267,12 +273,9 @@ class _Run:
             self.next_position,
             n_reused=self.attached.n_rows,
             gap=self.cells.gap,
-            seconds=self.seconds,
+            seconds=self.watch.seconds,
             **fields,
         )
-
-    def timed(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name)
 
     def places(self, segments: Sequence[Segment]) -> list[slice | None]:
         """For each image segment, the slice of its rows among those of all segments; None for text."""
@@ -350,14 +353,3 @@ class _Run:
         for segment, keep in zip(segments, kept_rows):
             kept.append(Segment(segment.rows.take(keep), segment.image, segment.causal))
         self.windows.plain(kept, last_has_logits=True)
-
-
-class _Timer:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start

@@ -14,6 +14,7 @@ import numpy as np
 from ..llamacpp.context import DecoderContext
 from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
 from ..rows import Rows, Segment
+from ..stopwatch import Stopwatch
 from .cells import Cells
 
 
@@ -42,17 +43,17 @@ class Windows:
         cells: The prompt's KV cells.
         n_scoring: Rows of text after the last image, whose attention scores.
         wants_cells: `plain` returns the rows' cells. A recurrent decoder has none.
-
-    Attributes:
-        score_seconds: Time spent on scores.
+        watch: Takes the time of scores.
     """
 
-    def __init__(self, context: DecoderContext, cells: Cells, n_scoring: int, wants_cells: bool) -> None:
+    def __init__(
+        self, context: DecoderContext, cells: Cells, n_scoring: int, wants_cells: bool, watch: Stopwatch
+    ) -> None:
         self.context = context
         self.cells = cells
         self.n_scoring = n_scoring
         self.wants_cells = wants_cells
-        self.score_seconds = 0.0
+        self.watch = watch
 
     def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
         """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, if they are asked for.
@@ -124,7 +125,7 @@ class Windows:
                 columns[: attention.shape[-1]] += weight * (
                     attention if attention.ndim == 1 else attention.mean(axis=0)
                 )
-            self.score_seconds += outcome.score_seconds
+            self.watch.take("decoder_scores", outcome.score_seconds)
             at += n
             if first == 0 and at == n_rows - n_scoring:
                 self.cells.read_images()
