@@ -340,6 +340,7 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
         lambda seen, n: choose(policy, candidates(seen), n - plan.n_special[seen.image]),
         policy.scorer.reads or "all",
         share if any(len(group) > 1 for group in plan.groups) else None,
+        plan.config.seen_below,
     )
 
 

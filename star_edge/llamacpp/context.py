@@ -57,10 +57,18 @@ class TappedContext(_internals.LlamaContext):
         self._n_prompt = n_cells
         self.tap.set_position_shift(n_cells, next_position - n_cells)
 
+    def see_below(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray, n_hidden: int) -> None:
+        """What is decoded after the prompt sees, by layer, rows that are in no sequence but parking ones
+        (`Tap.set_levels`), until forget_prompt. n_hidden: how many of them.
+        """
+        self.n_parked = n_hidden
+        self.tap.set_levels(layers, bias, witness)
+
     def forget_prompt(self) -> None:
         """Ends the position shift and the attention bias of plain decodes."""
         self.request += 1
         self._n_prompt = 0
+        self.tap.forget_levels()
         self.tap.set_position_shift(0, 0)
         self.tap.set_cell_bias(None)
 
@@ -73,9 +81,14 @@ class TappedContext(_internals.LlamaContext):
             llama_cpp.llama_memory_seq_rm(self.memory, MAIN, 0, -1)
 
     def forget_stem(self) -> None:
+        """Frees the cells of rows that are in no sequence but parking ones. What is decoded from then on does not see
+        them in any layer.
+        """
         self.stem, self.n_parked = None, 0
-        if self.memory is not None and llama_cpp.llama_memory_seq_pos_max(self.memory, PARKED) >= 0:
-            llama_cpp.llama_memory_seq_rm(self.memory, PARKED, 0, -1)
+        self.tap.forget_levels()
+        for parking in range(PARKED, N_SEQUENCES) if self.memory is not None else ():
+            if llama_cpp.llama_memory_seq_pos_max(self.memory, parking) >= 0:
+                llama_cpp.llama_memory_seq_rm(self.memory, parking, 0, -1)
 
     # Any other use of the Llama (Llama.eval, Llama.embed) first cuts the cache through one of these.
 
@@ -333,6 +346,7 @@ class DecoderContext:
         """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
         context = tapped(self.llama)
         context.stem, context.n_parked = None, 0
+        self.tap.forget_levels()
         llama_cpp.llama_memory_clear(self.memory, False)
 
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:

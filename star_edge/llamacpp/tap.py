@@ -252,6 +252,34 @@ class Tap:
                 lib.se_tap_set_cell_bias(self._tap, ffi.cast("float *", values.ctypes.data), len(values)), "cell bias"
             )
 
+    def set_levels(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray) -> None:
+        """What rows of plain decodes see of a prompt's cells, by layer, in place of the cell bias.
+
+        Args:
+            layers: First layer of each level, ascending, the first 0.
+            bias: (n_levels, n_cells) float32, added to the attention mask in the layers of each level; -inf hides.
+            witness: (n_cells,) int32. A cell is seen where the cell `witness` is: one that llama.cpp itself hides,
+                because it is in no sequence of the rows. -1: where llama.cpp's mask lets it.
+        """
+        firsts = np.ascontiguousarray(layers, np.int32)
+        values, seen_with = np.ascontiguousarray(bias, np.float32), np.ascontiguousarray(witness, np.int32)
+        pointers = [ffi.cast("int32_t *", a.ctypes.data) for a in (firsts, seen_with)]
+        check(
+            lib.se_tap_set_levels(
+                self._tap,
+                pointers[0],
+                len(firsts),
+                ffi.cast("float *", values.ctypes.data),
+                pointers[1],
+                len(seen_with),
+            ),
+            "levels",
+        )
+
+    def forget_levels(self) -> None:
+        """The cell bias holds again."""
+        check(lib.se_tap_set_levels(self._tap, ffi.NULL, 0, ffi.NULL, ffi.NULL, 0), "levels")
+
     def set_input(self, name: str, data: np.ndarray | None) -> None:
         """Replaces the graph input `name` by the bytes of `data` before its first consumer runs; None turns it off."""
         if data is None:
