@@ -364,7 +364,7 @@ class _Processors:
                     scores[:] = changed
                 except (TypeError, ValueError):
                     raise ConfigError(
-                        f"a logits_processor returned a {type(changed).__name__}, not an array of {len(scores)} numbers",
+                        f"a logits_processor returned a {type(changed).__name__}, not {len(scores)} numbers",
                         "return one number for each token",
                     ) from None
             if np.isnan(scores).any():  # llama.cpp sorts them, and NaN can make its sort read out of bounds
