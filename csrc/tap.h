@@ -4,14 +4,17 @@
 
 #include "depends.h"
 #include "ggml_api.h"
+#include "shrink.h"
 #include "star_edge.h"
 
-enum { MAX_INPUTS = 4, MAX_MASKS = 8 };
+enum { MAX_INPUTS = 8, MAX_MASKS = 8, MAX_COPIES = 4 };
 
 typedef struct {
     char name[GGML_MAX_NAME];
     void * data;
     size_t size;
+    const struct ggml_tensor * written[MAX_COPIES]; /* in this graph: the input itself, and backends' copies of it */
+    int n_written;
 } input_override;
 
 struct se_tap {
@@ -35,13 +38,14 @@ struct se_tap {
     se_result result;
     const struct ggml_tensor * first_node;
     bool past_window_start; /* the layer that the hidden state is injected at has gone by */
-    bool rope_seen, hidden_taken, cells_taken;
+    bool rope_seen, hidden_taken, cells_taken, source_seen;
     const struct ggml_tensor * at_last; /* the attention that ends the window, once it has run */
     int32_t last_v;         /* highest layer whose V the graph has written; -1: none */
     int32_t next_layer;     /* index into plan.attn_layers */
     struct ggml_tensor ** skipped;
     size_t skipped_capacity;
     se_depends * depends;
+    se_shrink * shrink;
 
     /* one graph */
     const struct ggml_tensor * graph_start; /* first node since se_tap_begin: seen again, another graph (ubatch) runs */

@@ -35,11 +35,16 @@ static void look_for_concat(se_tap * tap, const struct ggml_tensor * node) {
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * src = node->src[s];
-        if (!src || !se_is_leaf(src)) continue;
+        if (!src || !se_is_leaf(src) || se_shrink_has(tap->shrink, src)) continue; /* it has the rows that stay already */
         for (int i = 0; i < MAX_INPUTS; i++) {
-            const input_override * in = &tap->inputs[i];
+            input_override * in = &tap->inputs[i];
             if (!in->data || !se_is_input(src, in->name)) continue;
-            /* Once for each consumer: writing the same bytes again is harmless, and no state has to say when a graph ends. */
+            /* Once in an armed graph: the mask of windows has megabytes and a consumer in each layer. Otherwise once for each consumer:
+             * writing the same bytes again is harmless, and nothing says for sure when a graph ends. */
+            bool written = false;
+            for (int k = 0; tap->armed && k < in->n_written; k++) written = written || in->written[k] == src;
+            if (written) continue;
+            if (in->n_written < MAX_COPIES) in->written[in->n_written++] = src;
             se_tap_fail(tap, in->size == se_ggml.nbytes(src) ? se_write(src, in->data, 0, in->size) : SE_ERR_SHAPE);
         }
         if (tap->watch_out && se_is_input(src, tap->watch_name)) {
@@ -187,6 +192,7 @@ static void begin_graph(se_tap * tap) {
     tap->n_positions = 0;
     tap->n_biased = 0;
     tap->level = 0;
+    for (int i = 0; i < MAX_INPUTS; i++) tap->inputs[i].n_written = 0;
     tap->result.concat = SE_CONCAT_NONE;
 }
 

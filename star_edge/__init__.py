@@ -6,8 +6,9 @@ Two-stage pruning (STAR, arXiv 2505.12359) on stock llama.cpp, through llama-cpp
 import importlib
 from typing import Any
 
+from .answers import Answer, AnswerStream
 from .chat_handler import StarChatHandler
-from .engine import Answer, AnswerStream, StarVLM
+from .engine import StarVLM
 from .errors import StarEdgeError
 from .llamacpp.mtmd import MEDIA_MARKER
 from .pruning.config import PRESETS, PruneConfig

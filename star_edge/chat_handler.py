@@ -1,8 +1,8 @@
 """StarChatHandler: image-token pruning for a `llama_cpp.Llama` that the user builds.
 
-It stands where llama_cpp's MTMDChatHandler stands, and is one: chat template, tools, grammars, sampling options and the
-form of the answer are that class's. Replaced are where pixels come from and how the prompt is evaluated, and the report
-is added.
+It is a subclass of llama_cpp's MTMDChatHandler, and takes its place. Chat template, tools, grammars, sampling options
+and the form of the answer come from that class. Pixels are loaded and the prompt is evaluated here, and the response
+gets a report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NoReturn, cast
 
@@ -28,56 +27,33 @@ from .arguments import checked
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
-from .generation import Generation
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, check_pixels, load_image
 from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import GuardedLlama, check_length, request_of
-from .llamacpp.handover import has_given_format, is_open, uses_flash_attention
+from .llamacpp.handover import has_given_format, is_open
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
+from .options import CacheOptions, EncoderOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
+from .reader import PromptReader
 from .report import PruneReport
-from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
-from .vision.encoder import Prompt, VisionEncoder
+from .request import Request
+from .vision.chunks import Prompt
+from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
-from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
-# Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
+# Configs of `pruning` blocks, by handler. Other threads and tasks do not see them: it is a context variable.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
     "star_edge_is_cancelled", default=None
 )  # of `cancellable` blocks
 
 
-@dataclass
-class _Request:
-    """A request under way.
-
-    Attributes:
-        number: PromptReader.request while its prompt is in the cache.
-        n_prompt: Tokens of its prompt, as MTMDChatHandler counts them.
-        images: Sources, in the order of the prompt's markers.
-    """
-
-    config: PruneConfig | None
-    start: float
-    report: PruneReport | None = None
-    number: int = -1
-    n_prompt: int = 0
-    generation: Generation | None = None
-    images: list[Any] = field(default_factory=list)  # sources, in the order of the prompt's markers
-
-    def answered(self) -> tuple[Generation, PruneReport]:
-        """What is there once the prompt has been read."""
-        assert self.generation is not None and self.report is not None
-        return self.generation, self.report
-
-
+@describe_options(EncoderOptions, CacheOptions)
 class StarChatHandler(ChatHook):
     """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(...))`.
 
@@ -93,13 +69,13 @@ class StarChatHandler(ChatHook):
         use_gpu: As in MTMDChatHandler.
         prune: A PruneConfig, a preset's name, or None for stock behaviour. It may be changed at any time through the
             attribute of that name, or for some requests with `pruning`.
-        encoder_flash_attn: Flash attention in the vision encoder. None: as in the Llama.
-        image_min_tokens: As in StarVLM.
-        image_max_tokens: As in StarVLM.
-        encoder: As in StarVLM.
-        image_cache_bytes: As in StarVLM.
-        image_cache_dir: As in StarVLM.
-        reuse: As in StarVLM.
+        encoder_flash_attn: As in EncoderOptions.
+        image_min_tokens: As in EncoderOptions.
+        image_max_tokens: As in EncoderOptions.
+        encoder: As in EncoderOptions.
+        image_cache_bytes: As in CacheOptions.
+        image_cache_dir: As in CacheOptions.
+        reuse: As in CacheOptions.
         chat_template: As in StarVLM.
         image_limits: What an image may be. Sources are data:, http(s): and file: URLs and local paths. For requests
             from strangers, give an image_loader.
@@ -114,7 +90,7 @@ class StarChatHandler(ChatHook):
         UnsupportedModelError: `chat_template` cannot be used.
     """
 
-    @checked(IMAGE_TOKENS, skip=("clip_model_path", "prune", "encoder", "image_cache_bytes", "image_cache_dir"))
+    @checked(skip=("clip_model_path", "prune", *names_of(EncoderOptions, CacheOptions)))
     def __init__(
         self,
         clip_model_path: str | PathLike[str],
@@ -122,31 +98,24 @@ class StarChatHandler(ChatHook):
         use_gpu: bool = True,
         *,
         prune: PruneConfig | str | None = DEFAULT_PRESET,
-        encoder_flash_attn: bool | None = None,
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
+        encoder_flash_attn: bool | None = EncoderOptions.encoder_flash_attn,
+        image_min_tokens: int = EncoderOptions.image_min_tokens,
+        image_max_tokens: int = EncoderOptions.image_max_tokens,
+        encoder: str = EncoderOptions.encoder,
+        image_cache_bytes: int = CacheOptions.image_cache_bytes,
+        image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
+        reuse: bool = CacheOptions.reuse,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         open_standard_streams()
-        check_directory(image_cache_dir)
-        check_bytes(image_cache_bytes)
-        check_image_tokens(image_min_tokens, image_max_tokens)
+        self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
-        check_encoder(encoder)
         super().__init__(info.path, verbose, use_gpu)
         self.prune = prune
-        self.encoder_flash_attn = encoder_flash_attn
-        self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
-        self.encoder = encoder
-        self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
-        self.reuse = reuse
         self.chat_template = None if chat_template is None else find_template(chat_template)
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
@@ -155,7 +124,9 @@ class StarChatHandler(ChatHook):
         self._llama: Callable[[], Llama | None] = lambda: None
         self._reader: PromptReader | None = None
         self._chat: ChatFormat | None = None
-        self._request: _Request | None = None
+        self.last_request: Request | None = None  # whose prompt was read
+        self._request: Request | None = None  # under way in __call__
+        self._images: list[Any] = []  # its images' sources, in the order of the prompt's markers
         self._bitmap_numbers = itertools.count()
 
     def __reduce__(self) -> NoReturn:
@@ -236,27 +207,28 @@ class StarChatHandler(ChatHook):
             RequestCancelledError: See `cancellable`.
         """
         with self._lock:
-            request = _Request((_overrides.get() or {}).get(self, self.prune), time.perf_counter())
+            start = time.perf_counter()
             self.attach(llama)
             reader = self._reader
             assert reader is not None
-            guards = cast(GuardedLlama, llama)  # the reader's work
+            config = (_overrides.get() or {}).get(self, self.prune)
+            request = Request(reader, self._lock, config, start, _is_cancelled.get())
+            guards = cast(GuardedLlama, llama)  # the reader has made it one
             with request_of(llama):
                 options, guards.grammar_instead = check_chat_options(
                     llama, {"stream": stream, **options}, self.template_source
                 )
                 self._request = request
-                reader.context.is_cancelled = _is_cancelled.get()
-                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
+                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before the prompt is read
                 try:
-                    with self._typed_errors(request):
-                        messages, request.images = self._prepare(messages, options)
+                    with request.running(), self._typed_errors(request):
+                        messages, self._images = self._prepare(messages, options)
                         result: Any = super().__call__(llama=llama, messages=messages, **options)
-                    generation, report = request.answered()
+                    generation, report = request.answered
                     generation.stop(report)
                     if options["stream"]:
-                        return self._stream(result, reader, request, _is_cancelled.get())
-                    self._finish(result, request)
+                        return self._stream(result, request)
+                    self._add_report(result, request)
                     usage = result["usage"]
                     usage["prompt_tokens"] = request.n_prompt
                     usage["total_tokens"] = request.n_prompt + usage["completion_tokens"]
@@ -264,59 +236,29 @@ class StarChatHandler(ChatHook):
                     reader.begin()
                     raise
                 finally:
-                    self._request = reader.context.is_cancelled = guards.grammar_instead = None
-                reader.begin()
+                    self._request, self._images, guards.grammar_instead = None, [], None
+                request.finish()
                 return result
 
-    def _stream(
-        self,
-        chunks: Iterator[dict[str, Any]],
-        reader: PromptReader,
-        request: _Request,
-        is_cancelled: Callable[[], bool] | None,
-    ) -> Iterator[dict[str, Any]]:
-        finished = False
+    def _stream(self, chunks: Iterator[dict[str, Any]], request: Request) -> Iterator[dict[str, Any]]:
         try:
             while True:
-                with self._lock, self._typed_errors(request):
-                    if reader.context.ctx is None or reader.request != request.number:
-                        if finished:
-                            return
-                        cause = (
-                            "the Llama is closed"
-                            if reader.context.ctx is None
-                            else "a newer request has ended this stream"
-                        )
-                        raise EngineClosedError(cause, "read a stream to its end first")
-                    reader.context.is_cancelled = is_cancelled
-                    try:
-                        generation, report = request.answered()
-                        with generation.running(report):
-                            chunk = next(chunks, None)
-                    finally:
-                        reader.context.is_cancelled = None
-                    if chunk is None:
-                        return
-                    if chunk["choices"][0]["finish_reason"] is not None:
-                        finished = True
-                        self._finish(chunk, request)
+                with self._typed_errors(request):
+                    chunk = request.next_chunk(chunks)
+                if chunk is None:
+                    return
+                if request.finish_reason is not None:
+                    self._add_report(chunk, request)
                 yield chunk
         finally:
-            # A stream that was dropped may be cleared away while another thread answers: that request begins afresh
-            # anyway.
-            if self._lock.acquire(blocking=False):
-                try:
-                    if reader.context.ctx is not None and reader.request == request.number:
-                        reader.begin()
-                finally:
-                    self._lock.release()
+            request.drop()
 
-    def _finish(self, response: dict[str, Any], request: _Request) -> None:
-        response[_REPORT_KEY] = request.answered()[1].summary()
+    def _add_report(self, response: dict[str, Any], request: Request) -> None:
+        response[_REPORT_KEY] = request.answered[1].summary()
 
     @contextlib.contextmanager
-    def _typed_errors(self, request: _Request) -> Iterator[None]:
-        """MTMDChatHandler and Llama raise built-in errors, for bad messages also whatever a template runs into."""
+    def _typed_errors(self, request: Request) -> Iterator[None]:
+        """Turns built-in errors of MTMDChatHandler, Llama and chat templates into typed ones."""
         try:
             yield
         except StarEdgeError:
@@ -342,10 +284,12 @@ class StarChatHandler(ChatHook):
         return self._reader.encoder
 
     def attach(self, llama_model: Llama) -> Any:
-        """The context of the encoder. On first use of a Llama it is loaded, and the Llama's own context made anew.
+        """The context of the encoder. On first use of a Llama it is loaded, and the Llama gets a new context.
 
         Raises:
-            EngineClosedError: the Llama is closed. ConfigError: the handler serves another. And as PromptReader.
+            EngineClosedError: The Llama is closed.
+            ConfigError: The handler serves another Llama.
+            StarEdgeError: As PromptReader.
         """
         if not is_open(llama_model):
             raise EngineClosedError("the Llama is closed", "make a new one")
@@ -361,23 +305,13 @@ class StarChatHandler(ChatHook):
             )
         projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
         chat = ChatFormat(llama_model, self.chat_template, projector)
-        use_flash = uses_flash_attention(llama_model)
         self._reader = PromptReader(
-            llama_model,
-            self.clip_model_path,
-            encoder_flash_attn=use_flash if self.encoder_flash_attn is None else self.encoder_flash_attn,
-            encoder_on_gpu=self.use_gpu,
-            image_min_tokens=self.image_min_tokens,
-            image_max_tokens=self.image_max_tokens,
-            encoder=self.encoder,
-            image_cache_bytes=self.image_cache_bytes,
-            image_cache_dir=self.image_cache_dir,
-            reuse=self.reuse,
+            llama_model, self.clip_model_path, self._of_encoder, self._cache, on_gpu=self.use_gpu
         )
         self._llama, self._chat = (
             weakref.ref(llama_model),
             chat,
-        )  # a strong reference would keep the model in memory until the next gc
+        )  # a strong reference would keep the model in memory until the next collection
         return self._vision.context
 
     def check_template(self) -> None:
@@ -390,10 +324,10 @@ class StarChatHandler(ChatHook):
             self._chat.check_exists()
 
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        """Messages for the template, and the images' sources."""
+        """Messages for the template, and the sources of the images."""
         assert self._chat is not None  # since `attach`
         prepared, images = self._chat.prepare(messages, template_options(options))
-        if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
+        if self._chat.source is None:  # llama.cpp renders it: MTMDChatHandler's template prints the result as it is
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
 
@@ -402,14 +336,14 @@ class StarChatHandler(ChatHook):
         return self._chat.source or "{{ messages[0]['content'] }}"
 
     def get_image_urls(self, messages: list[Any]) -> list[Any]:  # type: ignore[override]  # a static method there
-        """Of the request under way, or where there is none of messages as they are given."""
+        """Sources of the images: of the request under way, otherwise of the messages as they are given."""
         if self._request is not None:
-            return self._request.images
+            return self._images
         return [picture.source for message in read_messages(messages) for picture in message.pictures]
 
     def check_text(self, text: str, n_images: int, marker: str) -> None:
         llama = self._llama()
-        assert llama is not None  # whose request this is
+        assert llama is not None  # a request of it is under way
         check_length(llama, text)
         n_markers = text.count(marker)
         if n_markers != n_images:
@@ -437,7 +371,7 @@ class StarChatHandler(ChatHook):
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))
 
     def _load_source(self, url: str) -> np.ndarray:
-        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads them through urllib
+        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads such URLs through urllib
             parts = urllib.parse.urlsplit(url)
             if parts.netloc not in ("", "localhost"):
                 raise ImageError(f"{url[:200]} is on another host", "write file:///path, or give the path itself")
@@ -445,10 +379,9 @@ class StarChatHandler(ChatHook):
         return load_image(url, self.image_limits)
 
     def read_chunks(self, chunks: object) -> None:
-        request, reader = self._request, self._reader
-        assert request is not None and reader is not None and reader.encoder is not None
-        state, request.report = reader.read(Prompt(reader.encoder.chunks(chunks)), request.config, request.start)
-        reader.hand_over(state)
-        self.last_report = request.report
-        request.number, request.n_prompt, request.generation = reader.request, state.next_position, reader.generation
-        request.answered()[0].start()
+        request = self._request
+        assert request is not None
+        state = request.read(Prompt(self._vision.chunks(chunks)))
+        request.hand_over(state)
+        self.last_request, self.last_report = request, request.report
+        request.answered[0].start()

@@ -1,28 +1,26 @@
 """StarVLM: a vision-language GGUF model with image-token pruning.
 
-Loads the files, checks what a caller gives, and lets `llama_cpp.Llama` sample from the prompt that `PromptReader` has
-read.
+Loads the files and checks arguments. `PromptReader` reads a prompt; `llama_cpp.Llama` samples the answer from there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 from llama_cpp import Llama
 
+from .answers import Answer, AnswerStream
 from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
-from .errors import ConfigError, EngineClosedError, EngineError, PromptError, UnsupportedModelError
+from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, check_pixels, load_image
@@ -31,29 +29,21 @@ from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
 from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
-from .llamacpp.names import KV_TYPES
 from .llamacpp.native import open_standard_streams
+from .messages import check_text
+from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
+from .reader import PromptReader
 from .report import PruneReport
-from .vision.cache import DEFAULT_BYTES, check_directory
-from .vision.encoder import Prompt, TextChunk
+from .request import Request
+from .stopwatch import Stopwatch
+from .vision.chunks import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
-_INT32 = 2**31 - 1
-# What the annotations of StarVLM cannot say
-_RANGES = {
-    "n_ctx": Range(0, _INT32),
-    "n_batch": Range(2, _INT32),
-    "n_ubatch": Range(1, _INT32),
-    "n_gpu_layers": Range(-1, _INT32),
-    "n_threads": Range(1, 4096),
-    **IMAGE_TOKENS,
-    "max_tokens": Range(1, _INT32),
-}
-# What create_completion takes, less what would change the prompt or the form of the result, and what generate names
-# itself
+_RANGES = {"max_tokens": Range(1, 2**31 - 1)}
+# Arguments of create_completion, without those that change the prompt or the form of the result, and those that
+# `generate` names itself
 _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
     "self",
     "prompt",
@@ -67,85 +57,7 @@ _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
 }
 
 
-@dataclass
-class Answer:
-    """An answer.
-
-    Attributes:
-        text: The answer's text.
-        finish_reason: "stop" or "length".
-        report: What was pruned, and where the time went.
-    """
-
-    text: str
-    finish_reason: str
-    report: PruneReport = field(repr=False)
-
-
-class AnswerStream(Iterator[str]):
-    """An iterator over the pieces of an answer, as they are generated.
-
-    A stream may be dropped, closed or left by an exception: the engine starts the next request afresh. A stream of an
-    earlier request raises EngineClosedError.
-
-    Attributes:
-        report: What was pruned, and where the time went. Its times and counts of the answer grow with each piece.
-        text: The answer's text so far.
-        finish_reason: "stop" or "length" at the end, before that None.
-    """
-
-    def __init__(self, engine: StarVLM, chunks: Generator[Any, None, None], report: PruneReport) -> None:
-        self._engine, self._chunks = engine, chunks
-        self._request = engine._reader.request
-        self._generation = engine._reader.generation
-        self._is_closed = False
-        self.report = report
-        self.text = ""
-        self.finish_reason: str | None = None
-
-    def __next__(self) -> str:
-        with self._engine._lock:
-            if self._engine._closed:
-                raise EngineClosedError("the engine is closed", "make a new StarVLM")
-            if self._engine._reader.request != self._request and self.finish_reason is None:
-                raise EngineClosedError(
-                    "a newer request has ended this stream", "read a stream to its end before the next request"
-                )
-            context = self._engine._reader.context
-            try:
-                context.is_cancelled = lambda: self._is_closed
-                assert self._generation is not None
-                for chunk in self._generation.timed(self._chunks, self.report):
-                    choice = chunk["choices"][0]
-                    self.finish_reason = choice["finish_reason"] or self.finish_reason
-                    if choice["text"]:
-                        self.text += choice["text"]
-                        return str(choice["text"])
-            except BaseException:
-                self.close()
-                raise
-            finally:
-                context.is_cancelled = None
-            self.close()
-            raise StopIteration
-
-    def close(self) -> None:
-        """Ends the answer here, and leaves `llama_cpp.Llama` as if nothing had been asked.
-
-        If another thread waits for the next piece, that wait ends within a token.
-
-        Raises:
-            EngineClosedError: A callback of the request called it.
-        """
-        self._is_closed = True  # for a thread that is inside __next__, and holds the lock
-        with self._engine._lock:
-            if getattr(self._chunks, "gi_running", False):
-                raise EngineClosedError("a callback of a request cannot end it", "raise an exception in it")
-            self._chunks.close()
-            if not self._engine._closed and self._engine._reader.request == self._request:
-                self._engine._reader.begin()
-
-
+@describe_options(LoadOptions, EncoderOptions, CacheOptions)
 class StarVLM:
     """A text model and its vision projector, ready to answer questions about images.
 
@@ -154,28 +66,25 @@ class StarVLM:
     Args:
         model: GGUF file of the text model.
         mmproj: GGUF file of the vision projector. Without it the model takes text only.
-        n_ctx: Context in tokens. 0: the model's own.
-        n_batch: Most rows of one llama_decode.
-        n_ubatch: Most rows of one graph.
-        n_gpu_layers: Layers on the GPU, -1 for all.
-        flash_attn: Flash attention in the decoder.
-        encoder_flash_attn: Flash attention in the encoder. None: as in the decoder.
-        type_k: Type of the cached K: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0".
-        type_v: Type of the cached V, the same names. A quantized V needs flash attention.
-        n_threads: CPU threads. None: the physical cores, estimated.
+        n_ctx: As in LoadOptions.
+        n_batch: As in LoadOptions.
+        n_ubatch: As in LoadOptions.
+        n_gpu_layers: As in LoadOptions.
+        flash_attn: As in LoadOptions.
+        type_k: As in LoadOptions.
+        type_v: As in LoadOptions.
+        n_threads: As in LoadOptions.
+        verbose: As in LoadOptions.
+        encoder_flash_attn: As in EncoderOptions.
+        image_min_tokens: As in EncoderOptions.
+        image_max_tokens: As in EncoderOptions.
+        encoder: As in EncoderOptions.
+        image_cache_bytes: As in CacheOptions.
+        image_cache_dir: As in CacheOptions.
+        reuse: As in CacheOptions.
         chat_template: A file with Jinja source, the source, or a name that llama.cpp knows (vicuna, chatml, ...). None:
             the model file's own template, or that of its family.
         image_limits: What an image may be.
-        image_min_tokens: Least tokens of an image, for encoders with dynamic resolution. -1: the model's own.
-        image_max_tokens: Most tokens of an image, in the same way.
-        encoder: "repaired" puts right what this llama.cpp gets wrong with some encoders, and the report says so
-            (star_edge.vision.repair). "stock" leaves it. A model that was trained with one answers worse with the
-            other.
-        image_cache_bytes: Bytes of encoder outputs that are kept in memory, 0 for none.
-        image_cache_dir: A directory to keep them in as well (2 GiB at most), for later processes. Only you and people
-            you trust should be able to write there.
-        reuse: Keep what the decoder read of a prompt, up to its last image, for the next prompt that begins alike.
-        verbose: Show llama.cpp's log.
         **llama_options: Further arguments of llama_cpp.Llama.
 
     Raises:
@@ -186,95 +95,62 @@ class StarVLM:
         EngineError: llama.cpp could not create a context.
     """
 
-    @checked(_RANGES, skip=("model", "mmproj", "type_k", "type_v", "encoder", "image_cache_bytes"))
+    @checked(skip=("model", "mmproj", *names_of(LoadOptions, EncoderOptions, CacheOptions)))
     def __init__(
         self,
         model: str | PathLike[str],
         mmproj: str | PathLike[str] | None = None,
         *,
-        n_ctx: int = 4096,
-        n_batch: int = 2048,
-        n_ubatch: int = 512,
-        n_gpu_layers: int = 0,
-        flash_attn: bool = True,
-        encoder_flash_attn: bool | None = None,
-        type_k: str = "f16",
-        type_v: str = "f16",
-        n_threads: int | None = None,
+        n_ctx: int = LoadOptions.n_ctx,
+        n_batch: int = LoadOptions.n_batch,
+        n_ubatch: int = LoadOptions.n_ubatch,
+        n_gpu_layers: int = LoadOptions.n_gpu_layers,
+        flash_attn: bool = LoadOptions.flash_attn,
+        type_k: str = LoadOptions.type_k,
+        type_v: str = LoadOptions.type_v,
+        n_threads: int | None = LoadOptions.n_threads,
+        verbose: bool = LoadOptions.verbose,
+        encoder_flash_attn: bool | None = EncoderOptions.encoder_flash_attn,
+        image_min_tokens: int = EncoderOptions.image_min_tokens,
+        image_max_tokens: int = EncoderOptions.image_max_tokens,
+        encoder: str = EncoderOptions.encoder,
+        image_cache_bytes: int = CacheOptions.image_cache_bytes,
+        image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
+        reuse: bool = CacheOptions.reuse,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
-        verbose: bool = False,
         **llama_options: Any,
     ) -> None:
+        load = LoadOptions(n_ctx, n_batch, n_ubatch, n_gpu_layers, flash_attn, type_k, type_v, n_threads, verbose)
+        of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
         if unknown or llama_options.get("vocab_only"):
             raise ConfigError(
-                f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM",
+                f"{', '.join(sorted(unknown)) or 'vocab_only'} is not an option of StarVLM",
                 "see help(StarVLM) and llama_cpp.Llama",
             )
-        for name in ("chat_format", "chat_handler"):  # of Llama.create_chat_completion, which nothing here calls
+        for name in ("chat_format", "chat_handler"):  # for Llama.create_chat_completion, which nothing here calls
             if llama_options.get(name) is not None:
                 raise ConfigError(
                     f"{name} changes nothing in a StarVLM",
                     "give chat_template: a file, Jinja source, or a name such as vicuna",
                 )
         llama_options = check_llama_options(llama_options, taken=("model_path", "n_threads_batch"))
-        if n_ctx == 1:
-            raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
         open_standard_streams()
-        check_directory(image_cache_dir)
-        check_image_tokens(image_min_tokens, image_max_tokens)
         info = read_text_model(model, llama_options.get("kv_overrides"))
         if llama_options.get("lora_path") is not None:
             llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
         if mmproj is not None:
-            check_mmproj(read_gguf_info(mmproj))  # before the text model is loaded, which takes longer
-        for name, kind in (("type_k", type_k), ("type_v", type_v)):
-            if not isinstance(kind, str) or kind not in KV_TYPES:
-                raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
-        if type_v not in ("f32", "f16", "bf16") and not flash_attn:
-            raise ConfigError(
-                f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v"
-            )
-        n_threads = n_threads if n_threads and n_threads > 0 else _physical_cores()
+            check_mmproj(read_gguf_info(mmproj))  # first: to load the text model takes longer
         self._lock = threading.RLock()  # one request at a time; other threads wait
         self._closed = False
         self.image_limits = image_limits
-        self.llama = load_llama(
-            info.path,
-            n_ctx=n_ctx,
-            n_batch=n_batch,
-            n_ubatch=n_ubatch,
-            n_gpu_layers=n_gpu_layers,
-            flash_attn=flash_attn,
-            type_k=KV_TYPES[type_k],
-            type_v=KV_TYPES[type_v],
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            verbose=verbose,
-            **llama_options,
-        )
+        self.llama = load_llama(info.path, **load.for_llama(), **llama_options)
         try:
             projector = None if mmproj is None else find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
             self._chat = ChatFormat(self.llama, chat_template, projector)
-            self._reader = PromptReader(
-                self.llama,
-                mmproj,
-                encoder_flash_attn=flash_attn if encoder_flash_attn is None else encoder_flash_attn,
-                encoder_on_gpu=n_gpu_layers != 0,
-                image_min_tokens=image_min_tokens,
-                image_max_tokens=image_max_tokens,
-                encoder=encoder,
-                image_cache_bytes=image_cache_bytes,
-                image_cache_dir=image_cache_dir,
-                reuse=reuse,
-            )
+            self._reader = PromptReader(self.llama, mmproj, of_encoder, cache, on_gpu=load.uses_gpu)
         except MemoryError as error:
             self.close()
             raise EngineError(
@@ -409,13 +285,20 @@ class StarVLM:
         unknown = set(sampling) - _SAMPLING
         if unknown:
             raise ConfigError(
-                f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
+                f"{', '.join(sorted(unknown))} is not a sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
             )
         with self._lock:
             self._check_open()
             options = check_options(self.llama, {"max_tokens": max_tokens, "temperature": temperature, **sampling})
-            state, report = self.read_prompt(prompt, images, prune, chat=chat)
-            return self._answer(state, report, stream, **options)
+            request, state = self._read(prompt, images, prune, chat)
+            ids = request.hand_over(state)
+            chunks = self.llama.create_completion(prompt=ids, stream=True, **options)
+            answer = AnswerStream(request, cast(Generator[Any, None, None], chunks), self._check_open)
+            if stream:
+                return answer
+            for _ in answer:
+                pass
+            return Answer(answer.text, answer.finish_reason or "length", answer.report)
 
     @checked(skip=("prompt", "images", "prune"))
     def read_prompt(
@@ -441,10 +324,9 @@ class StarVLM:
         Raises:
             StarEdgeError: As for `generate`.
         """
-        config = resolve_prune(prune)
-        with self._request() as start:
-            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
-            return self._reader.read(self.tokenize(prompt, pictures, chat=chat), config, start)
+        request, state = self._read(prompt, images, prune, chat)
+        assert request.report is not None  # of a prompt that was read
+        return state, request.report
 
     @checked(skip=("prompt",))
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
@@ -463,14 +345,7 @@ class StarVLM:
         """
         self._check_open()
         pictures = [check_pixels(picture) for picture in pictures]
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                "the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
-            ) from error
+        check_text(prompt, "the prompt")
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)
@@ -509,7 +384,7 @@ class StarVLM:
             ConfigError: The model does not have such a layer.
             StarEdgeError: As for `generate`.
         """
-        with self._request():
+        with self._turn():
             self.decoder.clear()
             pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
@@ -523,10 +398,10 @@ class StarVLM:
                     if encoder_layers and self.encoder is not None
                     else []
                 )
-                encoded = encode_images(plan.images, self.encoder, None, {})
+                encoded = encode_images(plan.images, self.encoder, None, Stopwatch())
             finally:
                 tokenized.close()
-            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, {})
+            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, Stopwatch())
             decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
             tokens, owner = [], []
             for segment in segments:
@@ -549,10 +424,11 @@ class StarVLM:
             raise EngineClosedError("the engine is closed", "make a new StarVLM")
 
     @contextlib.contextmanager
-    def _request(self) -> Iterator[float]:
-        """A turn at the Llama: ends an unfinished request, and empties the cache but for the stem.
+    def _turn(self) -> Iterator[float]:
+        """A turn at the Llama. Ends an unfinished request, and empties the cache except for the stem.
 
-        Gives the time at which it began, in seconds of time.perf_counter.
+        Yields:
+            When the turn began, in seconds of time.perf_counter.
         """
         with self._lock:
             start = time.perf_counter()
@@ -561,15 +437,15 @@ class StarVLM:
                 self._reader.begin()
                 yield start
 
-    def _answer(self, state: Prefill, report: PruneReport, stream: bool, **options: Any) -> Answer | AnswerStream:
-        """Lets `llama_cpp.Llama` go on from the prompt's state."""
-        chunks = self.llama.create_completion(prompt=self._reader.hand_over(state), stream=True, **options)
-        answer = AnswerStream(self, cast(Generator[Any, None, None], chunks), report)
-        if stream:
-            return answer
-        for _ in answer:
-            pass
-        return Answer(answer.text, answer.finish_reason or "length", report)
+    def _read(
+        self, prompt: str, images: Sequence[ImageSource] | ImageSource, prune: PruneConfig | str | None, chat: bool
+    ) -> tuple[Request, Prefill]:
+        """Reads a prompt, as a request of its own."""
+        config = resolve_prune(prune)
+        with self._turn() as start:
+            request = Request(self._reader, self._lock, config, start)
+            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            return request, request.read(self.tokenize(prompt, pictures, chat=chat))
 
     @staticmethod
     def _image_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
@@ -581,9 +457,3 @@ class StarVLM:
         if is_one or not isinstance(images, Iterable):
             return [cast(ImageSource, images)]  # one image needs no list
         return list(cast(Iterable[ImageSource], images))
-
-
-def _physical_cores() -> int:
-    """llama.cpp is fastest with one thread for each physical core; small machines rarely have two threads on one."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return usable if usable <= 4 else max(4, usable // 2)

@@ -71,6 +71,10 @@ class EvaluationError(StarEdgeError, ValueError):
     """A file of questions or results cannot be used, or a picture of results cannot be drawn."""
 
 
+class InputFileError(ConfigError, EvaluationError):
+    """A file of questions cannot be used, or a file that a run depends on cannot be read."""
+
+
 class EngineClosedError(StarEdgeError, RuntimeError):
     """The engine was closed, or is busy with an unfinished streamed answer."""
 
@@ -89,6 +93,10 @@ class MissingDependencyError(StarEdgeError, ImportError):
 
 class OutputError(StarEdgeError, ValueError):
     """A file of results belongs to something else, or cannot be written."""
+
+
+class ResultsFileError(OutputError, EvaluationError):
+    """A file of results cannot be gone on with: it belongs to something else, is in use, or cannot be written."""
 
 
 class WorkerError(StarEdgeError, RuntimeError):

@@ -14,7 +14,8 @@ from helpers.odd_values import VALUES
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, errors, hub, refvlm
 from star_edge.arguments import parameters
-from star_edge.evaluation import results as eval_results
+from star_edge.evaluation.results import Records
+from star_edge.io.fingerprints import fingerprint_file
 from star_edge.llamacpp.gguf_check import read_text_model
 from star_edge.server.app import make_app
 
@@ -174,7 +175,7 @@ def test_what_logits_processors_return(vlm, returned):
 
 
 def test_an_answer_fills_the_context_beside_a_narrow_picture():
-    """M-RoPE, 1,875 image tokens: the answer that is no text in UTF-8 ends with the context, and no decode goes past
+    """M-RoPE, 1,875 image tokens: the answer that is not UTF-8 text ends with the context, and no decode goes past
     it."""
     folder = FOLDER / "qwen3-vl"
     with StarVLM(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=2048, n_threads=1) as vlm:
@@ -225,9 +226,9 @@ def test_paths_of_batches_and_evaluations():
         with pytest.raises(errors.ConfigError):
             batch.read_tasks(path, "x", settings)
     with pytest.raises(errors.OutputError):
-        batch.Results("\0", [], "m")
+        batch.open_results("\0", [], "m")
     with pytest.raises(errors.EvaluationError):
-        eval_results.fingerprint_file("\0")
+        fingerprint_file("\0")
 
 
 @pytest.mark.parametrize("field", ["task", "config", "task_fingerprint", "config_fingerprint"])
@@ -237,7 +238,7 @@ def test_records_of_wrong_types(tmp_path, field, value):
     record = {"task": "a", "config": "b", "task_fingerprint": "c", "config_fingerprint": "d", field: value}
     path.write_text(json.dumps({"star_edge_eval": 1}) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(errors.EvaluationError, match="line 2 is not a result"):
-        eval_results.Results(str(path), {}, [], [])
+        Records(str(path), {}, [], [])
 
 
 # ---- model files ----

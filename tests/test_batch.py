@@ -18,7 +18,16 @@ from helpers.presets import kept
 from PIL import Image
 
 from star_edge import PRESETS, PruneConfig, batch_ray, refvlm
-from star_edge.batch import Results, Settings, Task, describe_model, each_image, names_several, read_tasks, run_tasks
+from star_edge.batch import (
+    Settings,
+    Task,
+    describe_model,
+    each_image,
+    names_several,
+    open_results,
+    read_tasks,
+    run_tasks,
+)
 from star_edge.cli import cli
 from star_edge.cli.options import load_engine
 from star_edge.errors import ConfigError, ImageError, MissingDependencyError, OutputError, WorkerError
@@ -204,8 +213,8 @@ def write(out, tasks, *results, model="m#1", **options):
     """Opens the file, adds the results given as (index, text or None for an error) and returns the ids that were done
     before.
     """
-    results_file = Results(out, tasks, model, **options)
-    done = set(results_file.done)
+    results_file = open_results(out, tasks, model, **options)
+    done = {name for (name,) in results_file.done}
     for i, text in results:
         results_file.add({"id": tasks[i].id, **({"text": text} if text is not None else {"error": "e"})})
     results_file.close()
@@ -241,9 +250,9 @@ def test_results_of_something_else_are_refused_and_left_alone(out):
     write(out, tasks, (0, "A"))
     before = out.read_bytes()
     with pytest.raises(OutputError, match=r"made with m#1, .* are m#2: .*--fresh"):
-        Results(out, tasks, "m#2")
+        open_results(out, tasks, "m#2")
     with pytest.raises(OutputError, match="task 0 with another image, prompt or settings: .*--fresh"):
-        Results(out, make_tasks("other"), "m#1")
+        open_results(out, make_tasks("other"), "m#1")
     assert out.read_bytes() == before
     for foreign in (
         b"\x89PNG\r\n\x1a\n\0\0",
@@ -253,7 +262,7 @@ def test_results_of_something_else_are_refused_and_left_alone(out):
     ):
         out.write_bytes(foreign)
         with pytest.raises(OutputError, match=r"out\.jsonl, line 1 is not a result"):
-            Results(out, tasks, "m#1")
+            open_results(out, tasks, "m#1")
         assert out.read_bytes() == foreign
     assert (
         write(out, tasks, model="m#2", fresh=True) == set() and out.read_bytes() == foreign
@@ -265,13 +274,13 @@ def test_results_of_something_else_are_refused_and_left_alone(out):
 def test_two_runs_do_not_write_one_file(out):
     tasks = make_tasks("a")
     write(out, tasks, (0, None))
-    first = Results(out, tasks, "m#1")  # replaces the file, since it drops the error
+    first = open_results(out, tasks, "m#1")  # replaces the file, since it drops the error
     with pytest.raises(OutputError, match="another run"):
-        Results(out, tasks, "m#1")
+        open_results(out, tasks, "m#1")
     first.close()
     assert write(out, tasks, (0, "A")) == set()
     with pytest.raises(OutputError, match="cannot be written"):
-        Results(out.parent / "no" / "out.jsonl", tasks, "m#1")
+        open_results(out.parent / "no" / "out.jsonl", tasks, "m#1")
 
 
 def test_a_model_is_told_by_its_contents(tmp_path):

@@ -634,7 +634,7 @@ def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
 
 def test_the_reader_does_not_keep_a_llama(families):
     llm = load(None, families["llama"].text)
-    reader = PromptReader(llm, None, encoder_flash_attn=False, encoder_on_gpu=False)
+    reader = PromptReader(llm, None)
     gone = weakref.ref(llm)
     del llm
     assert gone() is None and reader.encoder is None

@@ -15,9 +15,9 @@ from star_edge import PruneConfig, StarVLM, cli, refvlm
 from star_edge.errors import ConfigError
 from star_edge.evaluation.configs import OFF, NamedConfig
 from star_edge.evaluation.metrics import kl_divergence
-from star_edge.evaluation.results import Results
-from star_edge.evaluation.runner import run_tasks
-from star_edge.evaluation.tasks import read_tasks
+from star_edge.evaluation.results import Records
+from star_edge.evaluation.runner import ask_questions
+from star_edge.io.questions import read_questions
 
 FOLDER = Path(__file__).parent / "refvlm_questions"
 COMMON = ("-n", "4", "-t", "1", "--image-root", str(FOLDER))
@@ -80,14 +80,14 @@ def vlm():
 
 def test_records_are_what_the_engine_says(vlm, tmp_path):
     write(tmp_path / "q.jsonl", [QUESTIONS[i] for i in (2, 3, 9)])
-    tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
+    tasks = read_questions(tmp_path / "q.jsonl", FOLDER)
     keep_all = NamedConfig("all", "m", PruneConfig(decoder_layer=2))
     hard = NamedConfig("hard", "m", PruneConfig(0.25, 0.0625, 2, representatives="none"))
-    results = Results(None, {}, tasks, [OFF, keep_all, hard])
-    run_tasks(vlm, tasks, [OFF, keep_all, hard], results, metric="exact", max_tokens=4)
+    results = Records(None, {}, tasks, [OFF, keep_all, hard])
+    ask_questions(vlm, tasks, [OFF, keep_all, hard], results, metric="exact", max_tokens=4)
     for task in tasks:
         off, same, other = (results.records[task.id, name] for name in ("off", "all", "hard"))
-        logits = {c.name: vlm.read_prompt(task.question, task.images, c.prune)[0].logits.copy() for c in (OFF, hard)}
+        logits = {c.name: vlm.read_prompt(task.prompt, task.sources, c.prune)[0].logits.copy() for c in (OFF, hard)}
         assert off["kl"] == same["kl"] == 0
         assert (
             other["kl"] == pytest.approx(kl_divergence(logits["off"], logits["hard"]), rel=1e-6) and other["kl"] > 1e-5
@@ -95,7 +95,7 @@ def test_records_are_what_the_engine_says(vlm, tmp_path):
         assert (off["average_tokens"], same["average_tokens"]) == (144, 144)
         assert other["average_tokens"] == (2 * 36 + 4 * 9) / 6 and other["image_tokens"] == 144
         for record, prune in ((off, None), (other, hard.prune)):
-            answer = vlm.generate(task.question, task.images, prune, 4)
+            answer = vlm.generate(task.prompt, task.sources, prune, 4)
             assert record["answer"] == answer.text and record["finish_reason"] == answer.finish_reason
             assert record["score"] == float(answer.text.strip() == task.answers[0])
         assert other["first_token_ms"] > 0 and other["unpruned_first_token_ms"] == off["first_token_ms"]
@@ -119,13 +119,13 @@ class Recorder:
 
 def test_order_is_rotated_and_what_is_done_is_not_asked_again(vlm, tmp_path):
     write(tmp_path / "q.jsonl", QUESTIONS[:3])
-    tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
+    tasks = read_questions(tmp_path / "q.jsonl", FOLDER)
     configs = [OFF, *(NamedConfig(str(i), "m", PruneConfig(decoder_keep=i, decoder_layer=2)) for i in (10, 11))]
     off, a, b = (c.prune for c in configs)
-    results = Results(None, {}, tasks, configs)
+    results = Records(None, {}, tasks, configs)
     done = []
     recorder = Recorder(vlm)
-    run = lambda: run_tasks(
+    run = lambda: ask_questions(
         recorder, tasks, configs, results, metric="exact", max_tokens=1, prompt_suffix="!", progress=done.append
     )
     run()
@@ -150,7 +150,7 @@ def test_order_is_rotated_and_what_is_done_is_not_asked_again(vlm, tmp_path):
 
 def test_a_layer_that_the_model_lacks_ends_the_run_before_it_begins(vlm):
     with pytest.raises(ConfigError, match="1..5"):
-        run_tasks(vlm, [], [NamedConfig("k", "m", PruneConfig(decoder_layer=6))], None, metric=None, max_tokens=1)
+        ask_questions(vlm, [], [NamedConfig("k", "m", PruneConfig(decoder_layer=6))], None, metric=None, max_tokens=1)
 
 
 # ---- the command ----
@@ -272,12 +272,12 @@ def test_a_broken_image_is_counted_and_the_run_goes_on(ask, tmp_path):
 def test_a_config_that_fails_on_one_image_is_counted(vlm, tmp_path):
     """More tokens than a small context holds, unpruned only; and a count that is over the image's tokens."""
     write(tmp_path / "q.jsonl", [QUESTIONS[0], {**QUESTIONS[1], "image": "nope.png"}])
-    tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
+    tasks = read_questions(tmp_path / "q.jsonl", FOLDER)
     done = []
     configs = [OFF, NamedConfig("many", "m", PruneConfig(500)), NamedConfig("few", "m", PruneConfig(10))]
-    results = Results(None, {}, tasks, configs)
+    results = Records(None, {}, tasks, configs)
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=100, n_threads=1) as small:
-        run_tasks(small, tasks, configs, results, metric="exact", max_tokens=2, progress=done.append)
+        ask_questions(small, tasks, configs, results, metric="exact", max_tokens=2, progress=done.append)
     assert sum(done) == 6 and all("nope.png" in results.records["1", c.name]["error"] for c in configs)
     off, many, few = (results.records["0", name] for name in ("off", "many", "few"))
     assert "context" in off["error"] and "144 tokens" in many["error"]
@@ -286,15 +286,15 @@ def test_a_config_that_fails_on_one_image_is_counted(vlm, tmp_path):
 
 def test_logits_that_are_no_numbers_are_an_error(vlm, tmp_path, monkeypatch):
     write(tmp_path / "q.jsonl", QUESTIONS[:1])
-    tasks = read_tasks(tmp_path / "q.jsonl", FOLDER)
-    results = Results(None, {}, tasks, [OFF])
+    tasks = read_questions(tmp_path / "q.jsonl", FOLDER)
+    results = Records(None, {}, tasks, [OFF])
 
     def generate(prompt, images, prune, max_tokens, logits_processor):
         for processor in logits_processor:
             processor(None, np.float32([0, np.nan]))
 
     monkeypatch.setattr(vlm, "generate", generate)
-    run_tasks(vlm, tasks, [OFF], results, metric="exact", max_tokens=1)
+    ask_questions(vlm, tasks, [OFF], results, metric="exact", max_tokens=1)
     assert "not all finite" in results.records["0", "off"]["error"]
 
 
@@ -392,27 +392,27 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
 def test_two_runs_do_not_share_a_file(ask, tmp_path):
     pytest.importorskip("fcntl")
     write(tmp_path / "q.jsonl", QUESTIONS[:1])
-    with Results("r.jsonl", {"a": 1}, [], []):
+    with Records("r.jsonl", {"a": 1}, [], []):
         _, err = ask("q.jsonl", "--out", "r.jsonl", status=2)
         assert "in use by another run" in err
 
 
 def test_a_record_is_in_the_file_before_add_returns(tmp_path):
-    task = read_tasks(write(tmp_path / "q.jsonl", QUESTIONS[:1]))[0]
+    task = read_questions(write(tmp_path / "q.jsonl", QUESTIONS[:1]))[0]
     path = str(tmp_path / "r.jsonl")
-    with Results(path, {"a": 1}, [task], [OFF]) as results:
+    with Records(path, {"a": 1}, [task], [OFF]) as results:
         results.add(task, OFF, answer="\u00e4\u2028")
         assert lines_of(path)[1]["answer"] == "\u00e4\u2028" and not results.done(task, NamedConfig("other", "m", None))
-    with Results(path, {"a": 1}, [task], [OFF]) as results:
+    with Records(path, {"a": 1}, [task], [OFF]) as results:
         assert results.done(task, OFF)
 
 
 def test_a_header_cut_short_is_written_again(tmp_path):
     path = str(tmp_path / "r.jsonl")
-    Results(path, {"a": 1}, [], []).close()
+    Records(path, {"a": 1}, [], []).close()
     whole = Path(path).read_bytes()
     Path(path).write_bytes(whole[:12])
-    Results(path, {"a": 1}, [], []).close()
+    Records(path, {"a": 1}, [], []).close()
     assert Path(path).read_bytes() == whole
 
 

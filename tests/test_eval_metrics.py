@@ -24,10 +24,10 @@ from star_edge.evaluation.metrics import (
     says_yes,
     vqa_accuracy,
 )
-from star_edge.evaluation.results import fingerprint_file
 from star_edge.evaluation.statistics import mcnemar_p, mean_interval, sign_counts
 from star_edge.evaluation.summary import summarise
-from star_edge.evaluation.tasks import read_tasks, sample_tasks
+from star_edge.io.fingerprints import fingerprint_file
+from star_edge.io.questions import read_questions, sample_questions
 
 # ---- metrics ----
 
@@ -158,7 +158,7 @@ def test_summary(tmp_path):
     lines = [{"image": "a.png", "question": str(i), "answer": "x", "category": "ab"[i % 2]} for i in range(3)]
     lines.append({"image": "b.png", "question": "3"})
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    tasks = read_tasks(tmp_path / "t.jsonl")
+    tasks = read_questions(tmp_path / "t.jsonl")
     configs, _ = choose_configs(["fast"])
     common = {"kl": 0.5, "average_tokens": 10.0, "notes": ["n"]}
     answers = {"off": ["x", "x", None, "z"], "fast": ["x", "y", "x", "Z."]}
@@ -209,28 +209,31 @@ def test_read_tasks_of_each_kind(tmp_path):
             "answer": 3,
         },
     )
-    own, pope, llava, vqa, several = read_tasks(path)
+    own, pope, llava, vqa, several = read_questions(path)
     assert (
-        own.id == "own" and own.answers == ("cat",) and own.category == "f" and own.images == (str(tmp_path / "a.png"),)
+        own.id == "own"
+        and own.answers == ("cat",)
+        and own.category == "f"
+        and own.sources == (str(tmp_path / "a.png"),)
     )
-    assert (pope.id, pope.question, pope.answers) == ("7", "Is there a dog?", ("yes",))
-    assert (llava.question, llava.answers, llava.category) == ("Describe it.", (), "detail")
+    assert (pope.id, pope.prompt, pope.answers) == ("7", "Is there a dog?", ("yes",))
+    assert (llava.prompt, llava.answers, llava.category) == ("Describe it.", (), "detail")
     assert vqa.answers == ("2",) * 6 + ("two",) * 4
     assert several.images == ("https://x.org/a.png", "/abs/b.png", "data:image/png;base64,AA")
-    assert several.id == "6" and several.question == "line\u2028two" and several.answers == ("3",)
+    assert several.id == "6" and several.prompt == "line\u2028two" and several.answers == ("3",)
     (tmp_path / "root").mkdir()
-    assert read_tasks(path, tmp_path / "root")[0].images == (str(tmp_path / "root" / "a.png"),)
-    assert read_tasks(path, tmp_path / "root")[0].fingerprint == own.fingerprint
+    assert read_questions(path, tmp_path / "root")[0].sources == (str(tmp_path / "root" / "a.png"),)
+    assert read_questions(path, tmp_path / "root")[0].fingerprint == own.fingerprint
     q = {"image": "a", "question": "b", "answer": "c"}
     changed = [q, {**q, "image": "x"}, {**q, "question": "x"}, {**q, "answer": "x"}, {**q, "category": "x"}]
-    prints = [t.fingerprint for t in read_tasks(write(tmp_path, *changed))]
+    prints = [t.fingerprint for t in read_questions(write(tmp_path, *changed))]
     assert len(set(prints)) == 4 and prints[0] == prints[4]  # a category changes no answer
 
 
 def test_metric_is_chosen_by_the_answers(tmp_path):
     q = {"image": "a.png", "question": "?"}
     vqa, yes, no = {**q, "answers": ["a"] * 10}, {**q, "answer": "Yes."}, {**q, "answer": "no"}
-    choose = lambda *lines, metric="auto": choose_metric(metric, read_tasks(write(tmp_path, *lines)))
+    choose = lambda *lines, metric="auto": choose_metric(metric, read_questions(write(tmp_path, *lines)))
     assert choose(vqa) == "vqa" and choose(vqa, q) == "vqa" and choose(yes, no) == "pope" and choose(q) is None
     assert (
         choose(yes, vqa) == "exact"
@@ -268,7 +271,7 @@ def test_metric_is_chosen_by_the_answers(tmp_path):
 )
 def test_broken_questions_name_the_line(tmp_path, lines, words):
     with pytest.raises(EvaluationError, match="q.jsonl") as caught:
-        read_tasks(write(tmp_path, *lines))
+        read_questions(write(tmp_path, *lines))
     assert words in str(caught.value) and caught.value.remedy
 
 
@@ -281,16 +284,16 @@ def test_unreadable_questions(tmp_path):
         ("binary.jsonl", tmp_path / "no", "not a folder"),
     ):
         with pytest.raises(EvaluationError, match=words):
-            read_tasks(tmp_path / path, root)
+            read_questions(tmp_path / path, root)
 
 
 def test_sampling(tmp_path):
-    tasks = read_tasks(write(tmp_path, *({"image": "a", "question": str(i)} for i in range(20))))
-    assert sample_tasks(tasks, None, None) == sample_tasks(tasks, 99, 1) == tasks
-    assert sample_tasks(tasks, 5, None) == tasks[:5]
-    chosen = sample_tasks(tasks, 5, 1)
-    assert chosen == sample_tasks(tasks, 5, 1) != sample_tasks(tasks, 5, 2)
-    assert [int(t.question) for t in chosen] == sorted({int(t.question) for t in chosen}) != [0, 1, 2, 3, 4]
+    tasks = read_questions(write(tmp_path, *({"image": "a", "question": str(i)} for i in range(20))))
+    assert sample_questions(tasks, None, None) == sample_questions(tasks, 99, 1) == tasks
+    assert sample_questions(tasks, 5, None) == tasks[:5]
+    chosen = sample_questions(tasks, 5, 1)
+    assert chosen == sample_questions(tasks, 5, 1) != sample_questions(tasks, 5, 2)
+    assert [int(t.prompt) for t in chosen] == sorted({int(t.prompt) for t in chosen}) != [0, 1, 2, 3, 4]
 
 
 def test_fingerprint_of_a_file(tmp_path):

@@ -8,14 +8,14 @@ import os
 import pytest
 
 from star_edge import batch
-from star_edge.batch import Results, Settings, Task, read_tasks
+from star_edge.batch import Settings, Task, open_results, read_tasks
 from star_edge.errors import ConfigError, EvaluationError, OutputError
-from star_edge.evaluation import results as eval_results
-from star_edge.evaluation import tasks as eval_tasks
 from star_edge.evaluation.configs import OFF, file_configs
+from star_edge.evaluation.results import Records
 from star_edge.io import results_file
 from star_edge.io.configs import load_config
 from star_edge.io.json_input import MAX_DEPTH, parse_json
+from star_edge.io.questions import Question, read_questions
 
 SETTINGS = Settings(None)
 DEEP, LONG = "[" * 100_000 + "]" * 100_000, "1" * 5_000
@@ -36,8 +36,8 @@ def test_only_newlines_end_a_line_of_json(tmp_path, character):
     )
     assert [t.prompt for t in read_tasks(path, None, SETTINGS)] == [f"one{character}line", "two"]
     path.write_text(text, encoding="utf-8")
-    [question] = eval_tasks.read_tasks(path)
-    assert question.question == f"one{character}line"
+    [question] = read_questions(path)
+    assert question.prompt == f"one{character}line"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
@@ -60,11 +60,11 @@ def test_json_that_python_cannot_take_is_an_error_of_one_line(tmp_path, value):
     paths["results.jsonl"].write_text(f"{header}\n{text}\n")
     reads = [
         (ConfigError, "line 1", lambda: read_tasks(paths["tasks.jsonl"], None, SETTINGS)),
-        (EvaluationError, "line 1", lambda: eval_tasks.read_tasks(paths["eval.jsonl"])),
+        (EvaluationError, "line 1", lambda: read_questions(paths["eval.jsonl"])),
         (ConfigError, "config.json", lambda: load_config(str(paths["config.json"]))),
         (ConfigError, "configs.json", lambda: file_configs(paths["configs.json"])),
-        (OutputError, "line 1", lambda: Results(paths["out.jsonl"], [], "model")),
-        (EvaluationError, "line 2", lambda: eval_results.Results(str(paths["results.jsonl"]), {}, [], [OFF])),
+        (OutputError, "line 1", lambda: open_results(paths["out.jsonl"], [], "model")),
+        (EvaluationError, "line 2", lambda: Records(str(paths["results.jsonl"]), {}, [], [OFF])),
     ]
     for kind, where, read in reads:
         with pytest.raises(kind, match=where) as caught:
@@ -86,7 +86,7 @@ def test_reading_has_a_bound(monkeypatch):
     monkeypatch.setattr("star_edge.io.json_input.MAX_CHARACTERS", 1000)
     for kind, read in (
         (ConfigError, lambda: read_tasks("/dev/zero", None, SETTINGS)),
-        (EvaluationError, lambda: eval_tasks.read_tasks("/dev/zero")),
+        (EvaluationError, lambda: read_questions("/dev/zero")),
         (ConfigError, lambda: load_config("/dev/zero")),
         (ConfigError, lambda: file_configs("/dev/zero")),
     ):
@@ -99,15 +99,15 @@ def test_reading_has_a_bound(monkeypatch):
 def test_results_go_into_files_alone(device):
     """Devices are neither read, which may have no end, nor replaced."""
     with pytest.raises(OutputError, match=f"{device} cannot be written"):
-        Results(device, [], "model", fresh=device == "/dev/null")
+        open_results(device, [], "model", fresh=device == "/dev/null")
     with pytest.raises(EvaluationError, match=f"{device} cannot be written"):
-        eval_results.Results(device, {}, [], [])
+        Records(device, {}, [], [])
 
 
 def test_results_do_not_go_into_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputError, match="not a regular file"):
-        Results(tmp_path / "pipe", [], "model")
+        open_results(tmp_path / "pipe", [], "model")
 
 
 # ---- a file that is replaced ----
@@ -136,12 +136,12 @@ def task(name):
 def test_a_file_that_was_replaced_is_opened_again(tmp_path, monkeypatch):
     """What the other process wrote is seen and stays, and new lines are where everybody looks."""
     path = tmp_path / "out.jsonl"
-    first = Results(path, [task("a")], "model")
+    first = open_results(path, [task("a")], "model")
     first.add({"id": "a", "text": "1"})
     first.close()
     replace_between(monkeypatch, path, path.read_text())
-    second = Results(path, [task("a"), task("b")], "model")
-    assert second.done == {"a"}
+    second = open_results(path, [task("a"), task("b")], "model")
+    assert second.done == {("a",)}
     second.add({"id": "b", "text": "2"})
     second.close()
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b"]
@@ -149,22 +149,22 @@ def test_a_file_that_was_replaced_is_opened_again(tmp_path, monkeypatch):
 
 def test_so_are_results_of_eval(tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
-    eval_results.Results(str(path), {"x": 1}, [], [OFF]).close()
+    Records(str(path), {"x": 1}, [], [OFF]).close()
     replace_between(monkeypatch, path, path.read_text())
-    question = eval_tasks.Task("q", (), "?", (), None, "f")
-    with eval_results.Results(str(path), {"x": 1}, [question], [OFF]) as results:
+    question = Question("q", (), (), "?")
+    with Records(str(path), {"x": 1}, [question], [OFF]) as results:
         results.add(question, OFF, answer="half a pair: \ud800")
-    with eval_results.Results(str(path), {"x": 1}, [question], [OFF]) as results:
+    with Records(str(path), {"x": 1}, [question], [OFF]) as results:
         assert results.done(question, OFF)
 
 
 def test_two_at_once_are_told_apart(tmp_path):
     path = tmp_path / "out.jsonl"
-    first = Results(path, [], "model")
+    first = open_results(path, [], "model")
     with pytest.raises(OutputError, match="another run"):
-        Results(path, [], "model")
+        open_results(path, [], "model")
     first.close()
-    Results(path, [], "model").close()
+    open_results(path, [], "model").close()
 
 
 def test_a_batch_warms_up_with_its_first_task_alone():

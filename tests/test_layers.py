@@ -13,12 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share a layer know nothing of each other. ARCHITECTURE.md draws this.
 LAYERS = (
     ("errors",),
-    ("arguments", "messages", "rows", "refvlm", "synthetic", "pruning"),
+    ("arguments", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning"),
     ("llamacpp", "io"),
     ("vision", "decoder"),
-    ("report", "chat", "chat_options", "inspection"),
+    ("report", "chat", "chat_options", "inspection", "options"),
     ("generation",),
     ("reader",),
+    ("request",),
+    ("answers",),
     ("engine", "chat_handler"),
     ("batch", "evaluation", "server"),
     ("batch_ray", "benchmarking"),

@@ -203,7 +203,7 @@ def test_jpeg_with_thousands_of_scans():
 
 
 def test_scans_are_bounded_with_the_pixels(monkeypatch):
-    monkeypatch.setattr("star_edge.io.images._MAX_SCANNED_PIXELS", 30 * 64 * 64)
+    monkeypatch.setattr("star_edge.io.pixels._MAX_SCANNED_PIXELS", 30 * 64 * 64)
     assert load_image(progressive(64, 10)).shape == (64, 64, 3)
     with pytest.raises(errors.ImageTooLargeError, match="30 scans"):
         load_image(progressive(64, 60))

@@ -423,16 +423,16 @@ def test_serve_says_at_its_start_that_there_is_no_template(monkeypatch):
 
 def test_eval_takes_placeholders_of_question_files(tmp_path):
     """A line as LLaVA's question files have it, and the same without."""
-    from star_edge.evaluation.tasks import read_tasks
+    from star_edge.io.questions import read_questions
 
     lines = [
         {"image": str(refvlm.DEMO_IMAGE), "text": text, "question_id": i}
         for i, text in enumerate(("<image>\nwhat number is shown?", "what number is shown?"))
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tasks = read_tasks(tmp_path / "q.jsonl")
+    questions = read_questions(tmp_path / "q.jsonl")
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
-        with_name, without = (vlm.generate(task.question, task.images, max_tokens=6).text for task in tasks)
+        with_name, without = (vlm.generate(q.prompt, q.sources, max_tokens=6).text for q in questions)
     assert with_name == without
 
 

@@ -7,13 +7,13 @@ import pytest
 
 from star_edge import PRESETS, PruneConfig, StarVLM, errors, refvlm
 from star_edge.evaluation.configs import OFF
-from star_edge.evaluation.tasks import read_tasks
 from star_edge.evaluation.tuning import BUDGETS, LEAST_HELD_OUT, candidates, split, tune
 from star_edge.io.configs import load_config, resolve_prune
+from star_edge.io.questions import read_questions
 
 IMAGE = str(refvlm.DEMO_IMAGE)
 FOLDER = Path(__file__).parent / "refvlm_questions"
-TASKS = read_tasks(FOLDER / "questions.jsonl", None)
+TASKS = read_questions(FOLDER / "questions.jsonl", None)
 
 
 def test_candidates_fall_in_average_tokens():

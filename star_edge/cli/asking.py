@@ -4,63 +4,155 @@ questions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
+import click
 import llama_cpp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import NamedConfig
-from ..evaluation.results import Record, Results, fingerprint_file
-from ..evaluation.runner import run_tasks
-from ..evaluation.tasks import Task
-from .options import AFRESH, load_engine
+from ..evaluation.metrics import METRICS, choose_metric
+from ..evaluation.published import read_question_set
+from ..evaluation.results import Records
+from ..evaluation.runner import ask_questions
+from ..io.fingerprints import fingerprint_file
+from ..io.questions import FORMAT, Question, sample_questions
+from ..io.results_file import Record
+from .options import AFRESH, FilePath, load_engine, model_options
 
-Ask = Callable[[Sequence[Task], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
+Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """What is asked and where answers go, as it was typed."""
+
+    tasks: str
+    image_root: str | None
+    metric: str
+    max_tokens: int
+    prompt_suffix: str | None
+    limit: int | None
+    seed: int | None
+    out: str | None
+    fresh: bool
+    as_json: bool
+
+    def read(self) -> Asked:
+        """The questions, with what the options and the file say of how they are asked and scored.
+
+        Raises:
+            EvaluationError: The file cannot be used, or the metric does not fit its answers.
+        """
+        found = read_question_set(self.tasks, self.image_root)
+        labelled = any(question.answers for question in found.questions)
+        name = found.metric if self.metric == "auto" and labelled else self.metric
+        suffix = found.prompt_suffix if self.prompt_suffix is None else self.prompt_suffix.replace("\\n", "\n")
+        return Asked(
+            sample_questions(found.questions, self.limit, self.seed), choose_metric(name, found.questions), suffix
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked.
+
+    metric: Its name; None without answers.
+    prompt_suffix: Text after each question.
+    """
+
+    questions: list[Question]
+    metric: str | None
+    prompt_suffix: str
+
+
+def question_options(
+    limit_help: str, seed: int | None, seed_help: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """TASKS, the options of a model, and how its questions are asked. The latter reach the command as `options`, a
+    QuestionOptions.
+    """
+    parameters = [
+        click.argument("tasks", required=False, type=FilePath()),
+        model_options,
+        click.option(
+            "--image-root", type=FilePath(), help="Folder that image paths are relative to. Default: that of TASKS."
+        ),
+        click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True),
+        click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True),
+        click.option(
+            "--prompt-suffix",
+            help=r"Put after each question; \n is a new line. Default: nothing, or for a benchmark's file what "
+            "LLaVA-1.5 was asked with.",
+        ),
+        click.option("--limit", type=click.IntRange(min=1), help=limit_help),
+        click.option("--seed", type=int, default=seed, show_default=True, help=seed_help),
+        click.option(
+            "--out",
+            type=FilePath(dir_okay=False),
+            help="Append results here as they come; the same command goes on where it stopped.",
+        ),
+        click.option("--fresh", is_flag=True, help="Start --out again."),
+        click.option("--json", "as_json", is_flag=True),
+    ]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_options(**given: Any) -> Any:
+            options = QuestionOptions(**{field.name: given.pop(field.name) for field in fields(QuestionOptions)})
+            if options.tasks is None:
+                raise EvaluationError(
+                    "there are no questions", f"give a JSONL file with one object for each line, such as {FORMAT}"
+                )
+            if options.fresh and options.out is None:
+                raise ConfigError("--fresh has no results to start again", "add --out FILE")
+            return command(options=options, **given)
+
+        for parameter in reversed(parameters):
+            with_options = parameter(with_options)
+        return with_options
+
+    return decorate
 
 
 @contextmanager
 def asking(
+    options: QuestionOptions,
+    asked: Asked,
     model: dict[str, Any],
-    questions: Sequence[Task],
     configs: Sequence[NamedConfig],
-    *,
-    out: str | None,
-    fresh: bool,
-    metric: str | None,
-    max_tokens: int,
-    prompt_suffix: str,
-    quiet: bool,
 ) -> Iterator[Ask]:
-    """Yields ask(tasks, configs): answers what is missing, with a progress bar unless quiet or no terminal, and returns
-    all records.
+    """Yields ask(questions, configs): answers what is missing, with a progress bar unless the output is JSON or no
+    terminal, and returns all records.
 
-    model: the parameters of `options.model_options`. questions, configs: all that may be asked. out: results file, or
-        None.
+    asked: what `options.read` gave. model: the parameters of `options.model_options`. configs: all that may be asked.
 
     Raises:
-        EvaluationError: see `Results`. Errors of the model files as `load_engine` has them.
+        EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
     """
-    prompt_suffix = prompt_suffix.replace("\\n", "\n")
-    options = {name: value for name, value in model.items() if name not in _FILES}
-    if options["chat_template"] is None:  # as in files of results from before it could be given
-        del options["chat_template"]
+    settings = {name: value for name, value in model.items() if name not in _FILES}
+    if settings["chat_template"] is None:  # as in files of results from before it could be given
+        del settings["chat_template"]
     header = {
         "star_edge": __version__,
         "llama_cpp_python": llama_cpp.__version__,
-        "metric": metric,
-        "max_tokens": max_tokens,
+        "metric": asked.metric,
+        "max_tokens": options.max_tokens,
     }
-    header |= {"prompt_suffix": prompt_suffix, **options}
+    header |= {"prompt_suffix": asked.prompt_suffix, **settings}
     console = Console(stderr=True)
     with load_engine(**model, **AFRESH) as vlm:
         text_model = vlm.llama.model_path
         mmproj = vlm.encoder.path if vlm.encoder is not None else None
         files = {"model": fingerprint_file(text_model), "mmproj": fingerprint_file(mmproj) if mmproj else None}
-        with Results(out, {**files, **header}, questions, configs, fresh) as results:
+        with Records(options.out, {**files, **header}, asked.questions, configs, options.fresh) as results:
             progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -68,19 +160,19 @@ def asking(
                 TimeRemainingColumn(),
                 console=console,
                 transient=True,
-                disable=quiet or not console.is_terminal,
+                disable=options.as_json or not console.is_terminal,
             )
 
-            def ask(tasks: Sequence[Task], configs: Sequence[NamedConfig]) -> Mapping[tuple[str, str], Record]:
-                bar = progress.add_task("asking", total=len(tasks) * len(configs))
-                run_tasks(
+            def ask(questions: Sequence[Question], configs: Sequence[NamedConfig]) -> Mapping[tuple[str, str], Record]:
+                bar = progress.add_task("asking", total=len(questions) * len(configs))
+                ask_questions(
                     vlm,
-                    tasks,
+                    questions,
                     configs,
                     results,
-                    metric=metric,
-                    max_tokens=max_tokens,
-                    prompt_suffix=prompt_suffix,
+                    metric=asked.metric,
+                    max_tokens=options.max_tokens,
+                    prompt_suffix=asked.prompt_suffix,
                     progress=lambda n: progress.advance(bar, n),
                 )
                 progress.remove_task(bar)

@@ -13,18 +13,15 @@ from rich.table import Table
 from .. import __version__
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import OFF
-from ..evaluation.metrics import METRICS, choose_metric
 from ..evaluation.summary import summarise
-from ..evaluation.tasks import FORMAT, read_tasks, sample_tasks
 from ..evaluation.tuning import candidates, split
 from ..evaluation.tuning import tune as search
-from .asking import asking
-from .options import FilePath, Number, model_options, print_json
+from .asking import QuestionOptions, asking, question_options
+from .options import FilePath, Number, print_json
 
 
 @click.command()
-@click.argument("tasks", required=False, type=FilePath())
-@model_options
+@question_options("Only so many questions, chosen at random.", 0, "For --limit.")
 @click.option(
     "--keep", type=Number(0, 1, min_open=True), default=0.99, show_default=True, help="Share of the unpruned accuracy."
 )
@@ -36,32 +33,10 @@ from .options import FilePath, Number, model_options, print_json
     show_default=True,
     help="The config found.",
 )
-@click.option("--image-root", type=FilePath(), help="Folder that image paths are relative to. Default: that of TASKS.")
-@click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True)
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many questions, chosen at random.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For --limit.")
-@click.option(
-    "--out",
-    type=FilePath(dir_okay=False),
-    help="Append results here as they come; the same command goes on where it stopped.",
-)
-@click.option("--fresh", is_flag=True, help="Start --out again.")
-@click.option("--json", "as_json", is_flag=True)
 def tune(
-    tasks: str | None,
+    options: QuestionOptions,
     keep: float,
     config_out: str,
-    image_root: str | None,
-    metric: str,
-    max_tokens: int,
-    prompt_suffix: str,
-    limit: int | None,
-    seed: int,
-    out: str | None,
-    fresh: bool,
-    as_json: bool,
     **model: Any,
 ) -> None:
     """Find the cheapest config that keeps --keep of the unpruned model's accuracy on the questions of TASKS, and write
@@ -73,35 +48,18 @@ def tune(
     A third of the images is held out where there are enough questions: the choice is made on the others and reported on
     those.
     """
-    if tasks is None:
-        raise EvaluationError(
-            "there are no questions", f"give a JSONL file with one object for each line, such as {FORMAT}"
-        )
-    if fresh and out is None:
-        raise ConfigError("--fresh has no results to start again", "add --out FILE")
     if not config_out.endswith(".json"):
         raise ConfigError(
             f"--config-out {config_out} does not end in .json", "name it so: --preset tells files from presets by it"
         )
-    questions = read_tasks(tasks, image_root)
-    metric_name = choose_metric(metric, questions)
-    questions = sample_tasks(questions, limit, seed) if limit else questions
-    choosing, reporting = split(questions)
+    asked = options.read()
+    metric = asked.metric
+    choosing, reporting = split(asked.questions)
     everything = [OFF, *(config for family in candidates() for config in family)]
-    with asking(
-        model,
-        questions,
-        everything,
-        out=out,
-        fresh=fresh,
-        metric=metric_name,
-        max_tokens=max_tokens,
-        prompt_suffix=prompt_suffix,
-        quiet=as_json,
-    ) as ask:
-        best, rows = search(lambda configs: ask(choosing, configs), choosing, metric_name, keep)
+    with asking(options, asked, model, everything) as ask:
+        best, rows = search(lambda configs: ask(choosing, configs), choosing, metric, keep)
         reported = (
-            summarise(reporting, [best], ask(reporting, [OFF, best]), metric_name)["configs"][0] if reporting else None
+            summarise(reporting, [best], ask(reporting, [OFF, best]), metric)["configs"][0] if reporting else None
         )
     if not any(row["n"] for row in rows):
         raise EvaluationError("no question could be answered", "see star-edge eval with the same file for the errors")
@@ -111,7 +69,7 @@ def tune(
         "config": None if best.prune is None else best.prune.to_dict(),
         "name": best.name,
         "keep": keep,
-        "measured_by": "relative_accuracy" if metric_name is not None else "agreement",
+        "measured_by": "relative_accuracy" if metric is not None else "agreement",
         "n_choosing": len(choosing),
         "on_choosing": None if chosen is None else _figures(chosen),
         "n_held_out": len(reporting),
@@ -125,7 +83,7 @@ def tune(
         raise ConfigError(
             f"{config_out} cannot be written ({error.strerror})", "use an existing folder that can be written"
         ) from error
-    if as_json:
+    if options.as_json:
         print_json({**result, "asked": [{"name": row["name"], **_figures(row)} for row in rows], "written": config_out})
     else:
         _print(result, rows, config_out)

@@ -6,20 +6,19 @@ Reads the fields of `PruneConfig` from its annotations, so that a new field can 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import ConfigError, StarEdgeError
 from ..io.configs import resolve_prune
+from ..io.fingerprints import changed_fields, fingerprint
 from ..io.json_input import parse_json, read_json
 from ..pruning.config import PruneConfig
 
@@ -44,10 +43,7 @@ class NamedConfig:
     @property
     def fingerprint(self) -> str:
         """A hash of the fields that are not at their defaults. A field that is added later does not change it."""
-        default = asdict(PruneConfig())
-        values = {} if self.prune is None else {k: v for k, v in asdict(self.prune).items() if v != default.get(k)}
-        content = json.dumps([self.prune is None, values], sort_keys=True, default=repr)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return fingerprint([self.prune is None, {} if self.prune is None else changed_fields(self.prune)])
 
 
 OFF = NamedConfig("off", "off", None)

@@ -7,21 +7,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llama_cpp import LogitsProcessorList
 
-from ..engine import Answer, StarVLM
+from ..answers import Answer
+from ..engine import StarVLM
 from ..errors import EngineError, StarEdgeError
 from ..io.images import load_image
+from ..io.questions import Question
 from ..pruning.config import PruneConfig, choose_layer
 from .configs import OFF, NamedConfig
 from .metrics import METRICS, kl_divergence
-from .results import Results
-from .tasks import Task
+from .results import Records
 
 
-def run_tasks(
+def ask_questions(
     vlm: StarVLM,
-    tasks: Sequence[Task],
+    questions: Sequence[Question],
     configs: Sequence[NamedConfig],
-    results: Results,
+    results: Records,
     *,
     metric: str | None,
     max_tokens: int,
@@ -38,7 +39,7 @@ def run_tasks(
 
     Args:
         vlm: The engine.
-        tasks: The questions.
+        questions: The questions.
         configs: The configs.
         results: Records so far, and where new ones go.
         metric: A name in `metrics.METRICS`, or None without answers.
@@ -54,24 +55,24 @@ def run_tasks(
             choose_layer(config.prune.decoder_layer, vlm.decoder.n_layers)
     pruned = [c for c in configs if c.prune is not None]
     warm = False
-    for i, task in enumerate(tasks):
-        pending = [c for c in configs if not results.done(task, c)]
+    for i, question in enumerate(questions):
+        pending = [c for c in configs if not results.done(question, c)]
         progress(len(configs) - len(pending))
         if not pending:
             continue
         try:
-            pictures = [load_image(image, vlm.image_limits) for image in task.images]
+            pictures = [load_image(image, vlm.image_limits) for image in question.sources]
         except StarEdgeError as error:
             for config in pending:
-                results.add(task, config, error=str(error))
+                results.add(question, config, error=str(error))
             progress(len(pending))
             continue
-        prompt = task.question + prompt_suffix
+        prompt = question.prompt + prompt_suffix
         if not warm:  # the first requests allocate and page in
             for config in (OFF, *pruned):
                 _try_to_read(vlm, prompt, pictures, config.prune)
             warm = True
-        pass_ = _Pass(vlm, task, prompt, pictures, results, metric, max_tokens)
+        pass_ = _Pass(vlm, question, prompt, pictures, results, metric, max_tokens)
         everyone = [OFF, *pruned]
         for config in (everyone[place] for place in order(len(everyone), i)):
             if config in pending:
@@ -95,14 +96,14 @@ class _Pass:
     def __init__(
         self,
         vlm: StarVLM,
-        task: Task,
+        question: Question,
         prompt: str,
         pictures: list[np.ndarray],
-        results: Results,
+        results: Records,
         metric: str | None,
         max_tokens: int,
     ) -> None:
-        self.vlm, self.task, self.prompt, self.pictures, self.results = vlm, task, prompt, pictures, results
+        self.vlm, self.question, self.prompt, self.pictures, self.results = vlm, question, prompt, pictures, results
         self.metric, self.max_tokens = metric, max_tokens
         self.logits: np.ndarray | None = None
         self.milliseconds: float | None = None
@@ -120,7 +121,7 @@ class _Pass:
         try:
             answer, logits = _generate(self.vlm, self.prompt, self.pictures, config.prune, self.max_tokens)
         except StarEdgeError as error:
-            self.results.add(self.task, config, error=str(error))
+            self.results.add(self.question, config, error=str(error))
             if config == OFF:
                 self._record_before()
             return
@@ -139,9 +140,9 @@ class _Pass:
 
     def _record(self, config: NamedConfig, answer: Answer, logits: np.ndarray) -> None:
         report = answer.report
-        score = METRICS[self.metric](answer.text, self.task.answers) if self.metric and self.task.answers else None
+        score = METRICS[self.metric](answer.text, self.question) if self.metric and self.question.answers else None
         self.results.add(
-            self.task,
+            self.question,
             config,
             answer=answer.text,
             finish_reason=answer.finish_reason,

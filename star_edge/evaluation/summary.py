@@ -10,17 +10,29 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from ..io.questions import Question
+from ..io.results_file import Record
 from .configs import OFF, NamedConfig
 from .metrics import pope_scores, same_answer
-from .results import Record
 from .statistics import mcnemar_p, mean_interval, sign_counts
-from .tasks import Task
 
-METRIC_TITLES = {"exact": "exact match", "vqa": "VQA accuracy", "pope": "POPE accuracy", None: "no answers"}
+METRIC_TITLES = {
+    "exact": "exact match",
+    "vqa": "VQA accuracy",
+    "pope": "POPE accuracy",
+    "anls": "ANLS",
+    "relaxed": "relaxed accuracy",
+    "ocrbench": "OCRBench accuracy",
+    "choice": "accuracy of choices",
+    None: "no answers",
+}
 
 
 def summarise(
-    tasks: Sequence[Task], configs: Sequence[NamedConfig], records: Mapping[tuple[str, str], Record], metric: str | None
+    questions: Sequence[Question],
+    configs: Sequence[NamedConfig],
+    records: Mapping[tuple[str, str], Record],
+    metric: str | None,
 ) -> dict[str, Any]:
     """Plain values for each config. Shares are in 0..1; None stands for what cannot be computed.
 
@@ -29,6 +41,7 @@ def summarise(
     - n, n_errors: questions answered, and failed.
     - n_scored: answered questions with a true answer.
     - accuracy, accuracy_by_category: mean scores over those.
+    - group_accuracy: share of the groups with no wrong answer (MMBench's circular evaluation); None without groups.
     - average_tokens: image tokens per decoder layer, mean.
     - first_token_ms: time to the first token, median.
     - kl: KL divergence of the first token from the unpruned model's, mean, in nats.
@@ -44,12 +57,12 @@ def summarise(
     - mcnemar_p: see `statistics`.
     - agreement: share of answers that equal the unpruned model's.
     """
-    rows = [_summarise(tasks, config, records, metric) for config in configs]
-    errors = [r for t in tasks for c in configs if "error" in (r := records.get((t.id, c.name), {}))]
+    rows = [_summarise(questions, config, records, metric) for config in configs]
+    errors = [r for q in questions for c in configs if "error" in (r := records.get((q.id, c.name), {}))]
     return {
         "metric": metric,
-        "n_tasks": len(tasks),
-        "n_images": len({t.images for t in tasks}),
+        "n_tasks": len(questions),
+        "n_images": len({q.images for q in questions}),
         "configs": rows,
         "n_errors": len(errors),
         "errors": [{key: r[key] for key in ("task", "config", "error")} for r in errors[:20]],
@@ -57,17 +70,21 @@ def summarise(
 
 
 def _summarise(
-    tasks: Sequence[Task], config: NamedConfig, records: Mapping[tuple[str, str], Record], metric: str | None
+    questions: Sequence[Question], config: NamedConfig, records: Mapping[tuple[str, str], Record], metric: str | None
 ) -> dict[str, Any]:
-    mine = [(t, records[t.id, config.name]) for t in tasks if (t.id, config.name) in records]
-    answered = [(t, r) for t, r in mine if "error" not in r]
-    scored = [(t, r) for t, r in answered if r["score"] is not None]
-    paired = [(t, r, off) for t, r in answered if "error" not in (off := records.get((t.id, OFF.name), {"error": ""}))]
-    both = [(t, r["score"], off["score"]) for t, r, off in paired if r["score"] is not None]
+    mine = [(q, records[q.id, config.name]) for q in questions if (q.id, config.name) in records]
+    answered = [(q, r) for q, r in mine if "error" not in r]
+    scored = [(q, r) for q, r in answered if r["score"] is not None]
+    paired = [(q, r, off) for q, r in answered if "error" not in (off := records.get((q.id, OFF.name), {"error": ""}))]
+    both = [(q, r["score"], off["score"]) for q, r, off in paired if r["score"] is not None]
     by_category = defaultdict(list)
-    for task, record in scored:
-        if task.category is not None:
-            by_category[task.category].append(record["score"])
+    for question, record in scored:
+        if question.category is not None:
+            by_category[question.category].append(record["score"])
+    groups: dict[str, float] = {}
+    for question, record in scored:
+        if question.group is not None:
+            groups[question.group] = min(groups.get(question.group, 1.0), record["score"])
     unpruned = _mean(off for _, _, off in both)
     accuracy_of_both = _mean(score for _, score, _ in both)
     row: dict[str, Any] = {
@@ -79,6 +96,7 @@ def _summarise(
         "n_errors": len(mine) - len(answered),
         "accuracy": _mean(r["score"] for _, r in scored),
         "accuracy_by_category": {category: _mean(scores) for category, scores in by_category.items()},
+        "group_accuracy": _mean(float(score == 1) for score in groups.values()),
         "relative_accuracy": accuracy_of_both / unpruned if accuracy_of_both is not None and unpruned else None,
         "agreement": _mean(same_answer(r["answer"], off["answer"]) for _, r, off in paired),
         "kl": _mean(r["kl"] for _, r in answered if r["kl"] is not None),
@@ -96,10 +114,10 @@ def _summarise(
     if both and config != OFF:
         differences = [score - off for _, score, off in both]
         row["difference"] = _mean(differences)
-        row["interval"] = mean_interval(differences, [t.images for t, _, _ in both])
+        row["interval"] = mean_interval(differences, [q.images for q, _, _ in both])
         row["mcnemar_p"] = mcnemar_p(*sign_counts([off for *_, off in both], [score for _, score, _ in both]))
     if metric == "pope" and scored:
-        row["pope"] = pope_scores([r["answer"] for _, r in scored], [t.answers[0] for t, _ in scored]).to_dict()
+        row["pope"] = pope_scores([r["answer"] for _, r in scored], [q.answers[0] for q, _ in scored]).to_dict()
     return row
 
 
@@ -123,12 +141,14 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     title = f"{summary['n_tasks']} questions, {summary['n_images']} images"
     if summary["metric"] is not None:
         categories = list(dict.fromkeys(c for row in rows for c in row["accuracy_by_category"]))
+        grouped = any(row["group_accuracy"] is not None for row in rows)
         table = _table(
             f"{METRIC_TITLES[summary['metric']]} in %: {title}",
             "config",
             "n",
             *categories,
             "all",
+            *(["whole groups"] if grouped else []),
             "95% interval of difference",
             "p",
         )
@@ -136,7 +156,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
             p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}"
             shares = [_percent(row["accuracy_by_category"].get(c)) for c in categories]
-            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, _percent(row["accuracy"]), interval, p)
+            shares += [_percent(row["accuracy"]), *([_percent(row["group_accuracy"])] if grouped else [])]
+            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, interval, p)
         result.append(table)
     if summary["metric"] == "pope":
         table = _table("POPE, yes is positive, in %", "config", "accuracy", "precision", "recall", "F1", "yes ratio")

@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..io.questions import Question
+from ..io.results_file import Record
 from ..pruning.config import PruneConfig
 from .configs import OFF, NamedConfig
-from .results import Record
 from .summary import summarise
-from .tasks import Task
 
 BUDGETS = (
     0.9,
@@ -52,18 +52,18 @@ def candidates() -> list[list[NamedConfig]]:
     return [both, vision]
 
 
-def split(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+def split(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
     """Questions for the choice, and questions for the report; the latter are empty if they would be too few.
 
     All questions about one image are on one side. The split is the same in every run.
     """
 
-    def place(task: Task) -> float:
-        return int.from_bytes(hashlib.sha256(repr(task.images).encode()).digest()[:4], "big") / 2**32
+    def place(question: Question) -> float:
+        return int.from_bytes(hashlib.sha256(repr(question.images).encode()).digest()[:4], "big") / 2**32
 
-    choosing = [t for t in tasks if place(t) >= HELD_OUT]
-    reporting = [t for t in tasks if place(t) < HELD_OUT]
-    return (choosing, reporting) if choosing and len(reporting) >= LEAST_HELD_OUT else (list(tasks), [])
+    choosing = [q for q in questions if place(q) >= HELD_OUT]
+    reporting = [q for q in questions if place(q) < HELD_OUT]
+    return (choosing, reporting) if choosing and len(reporting) >= LEAST_HELD_OUT else (list(questions), [])
 
 
 def retained(row: Mapping[str, Any], metric: str | None) -> float:
@@ -74,15 +74,15 @@ def retained(row: Mapping[str, Any], metric: str | None) -> float:
 
 def tune(
     ask: Callable[[Sequence[NamedConfig]], Mapping[tuple[str, str], Record]],
-    tasks: Sequence[Task],
+    questions: Sequence[Question],
     metric: str | None,
     keep: float,
 ) -> tuple[NamedConfig, list[dict[str, Any]]]:
     """Searches the candidates.
 
     Args:
-        ask: ask(configs) answers what is missing for `tasks`, and returns all records.
-        tasks: Questions for the choice.
+        ask: ask(configs) answers what is missing for `questions`, and returns all records.
+        questions: Questions for the choice.
         metric: The metric, or None without answers.
         keep: Share of the unpruned model's accuracy to keep, in 0..1.
 
@@ -100,7 +100,7 @@ def tune(
         while low < high:
             middle = (low + high) // 2
             config = family[middle]
-            unpruned, rows[config.name] = summarise(tasks, [OFF, config], ask([OFF, config]), metric)["configs"]
+            unpruned, rows[config.name] = summarise(questions, [OFF, config], ask([OFF, config]), metric)["configs"]
             # a question that fails unpruned too (a broken image) does not count against a config
             if rows[config.name]["n_errors"] <= unpruned["n_errors"] and retained(rows[config.name], metric) >= keep:
                 passed.append(config)

@@ -23,6 +23,7 @@ from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancell
 from ..io.images import ImageLimits, load_image
 from ..pruning.config import PruneConfig
 from ..report import PruneReport
+from ..request import Request
 from .metrics import Metrics
 from .schema import ChatRequest
 
@@ -70,21 +71,6 @@ class Pictures:
             raise ImageTooLargeError(error.cause, remedy) from error
 
 
-class Handler(StarChatHandler):
-    """A StarChatHandler that knows `usage` of streams too.
-
-    Attributes:
-        n_prompt: Tokens of the last prompt before pruning, as `usage` counts them. A stream's chunks do not have them.
-    """
-
-    n_prompt = 0
-
-    def read_chunks(self, chunks: object) -> None:
-        super().read_chunks(chunks)
-        assert self._request is not None  # the prompt of one was read
-        self.n_prompt = self._request.n_prompt
-
-
 class Engine:
     """The Llama, for jobs.
 
@@ -93,7 +79,7 @@ class Engine:
         answering: Jobs that have the Llama, 0 or 1.
     """
 
-    def __init__(self, llama: Llama, handler: Handler, pictures: Pictures, model: str) -> None:
+    def __init__(self, llama: Llama, handler: StarChatHandler, pictures: Pictures, model: str) -> None:
         self.llama, self.handler, self.pictures, self.model = llama, handler, pictures, model
         self.turn = anyio.Lock()  # handed on in order of arrival
         self.waiting = self.answering = 0
@@ -192,13 +178,13 @@ class Job:
     async def _answer(self) -> None:
         engine = self._engine
         waited = time.perf_counter() - self._arrived
-        result, report = await engine.in_thread(self._begin)
-        if report is not None:
-            engine.metrics.prompt(report, waited)
+        result, request = await engine.in_thread(self._begin)
+        report = request.answered[1]
+        engine.metrics.prompt(report, waited)
         if not self._body.stream:
             self._finish(result, report, waited)
             return
-        n_prompt, includes_usage = engine.handler.n_prompt, self._body.stream_options.include_usage
+        n_prompt, includes_usage = request.n_prompt, self._body.stream_options.include_usage
         try:
             while not self._stopped.is_set():
                 chunk = await engine.in_thread(next, result, None)
@@ -223,7 +209,7 @@ class Job:
             self._engine.metrics.generated(report.n_generated)
         self._send.send_nowait(result)
 
-    def _begin(self) -> tuple[Any, PruneReport]:
+    def _begin(self) -> tuple[Any, Request]:
         """Reads the prompt, and answers unless the answer is streamed. Runs in a thread that has the Llama."""
         engine, body = self._engine, self._body
         kwargs = body.model_dump(include=_TO_LLAMA)
@@ -242,9 +228,9 @@ class Job:
             with engine.handler.pruning(self._config), engine.handler.cancellable(self._stopped.is_set), afresh:
                 messages: Any = self._messages  # JSON that read_messages has checked
                 result = engine.llama.create_chat_completion(messages, **kwargs)
-                report = engine.handler.last_report
-                assert report is not None  # of this request
-                return result, report
+                request = engine.handler.last_request
+                assert request is not None  # this one
+                return result, request
         finally:
             engine.pictures.sources = self._images = {}
 
@@ -272,7 +258,7 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def _afresh(handler: Handler) -> Iterator[None]:
+def _afresh(handler: StarChatHandler) -> Iterator[None]:
     """A prompt that is read inside the block uses nothing of earlier ones, and leaves nothing."""
     reader = handler._reader
     assert reader is not None and reader.encoder is not None  # the server starts with both

@@ -32,6 +32,12 @@ METADATA_KEYS = (
     "clip.vision.feature_layer",
     "clip.vision.patch_size",
     "clip.vision.projector.scale_factor",
+    "clip.vision.spatial_merge_size",
+    "clip.vision.n_wa_pattern",
+    "clip.vision.window_size",
+    "clip.vision.is_deepstack_layers",
+    "clip.vision.embedding_length",
+    "clip.vision.image_std",
 )
 
 
@@ -109,6 +115,20 @@ def grid_with_row_ends(n_tokens: int, size: tuple[int, int]) -> Grid:
     rows = max(1, round((math.sqrt(1 + 4 * shape * (n_tokens + 1)) - 1) / (2 * shape)))
     columns = (n_tokens + 1) // rows - 1
     return (rows, columns) if rows * (columns + 1) - 1 == n_tokens and rows * width == columns * height else None
+
+
+def framed_grid(n_tokens: int, nx: int, ny: int) -> Grid:
+    """Grid that libmtmd gives, with a token after each row, one before all and one after all."""
+    return (ny, nx) if (nx + 1) * ny + 2 == n_tokens else None
+
+
+def frame(n_tokens: int, grid: Grid) -> np.ndarray:
+    """The tokens around a `framed_grid`."""
+    special = np.zeros(n_tokens, bool)
+    if grid is not None:
+        special[[0, -1]] = True
+        special[1:-1].reshape(grid[0], grid[1] + 1)[:, -1] = True
+    return special
 
 
 def row_ends(n_tokens: int, grid: Grid) -> np.ndarray:
@@ -218,6 +238,8 @@ PROFILES: dict[str, EncoderProfile] = {
     # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
+    # GLM-4.1V, GLM-4.5V, GLM-OCR: the same groups, one kernel of a convolution each (clip_graph_glm4v)
+    "glm4v": EncoderProfile(in_turn(4), lambda n: 4 * n),
     # Qwen2.5-VL: the groups are in the order of windows, and the graph puts the tokens in order at its end
     "qwen2.5vl_merger": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
@@ -231,8 +253,14 @@ PROFILES: dict[str, EncoderProfile] = {
     # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last
     # (clip_graph_pixtral)
     "pixtral": EncoderProfile(on_raster, lambda n: 4 * n, sized_grid=grid_with_row_ends, special=row_ends),
+    # LightOnOCR: Pixtral's encoder with 2 x 2 patches for a token, and no [IMG_BREAK] (clip_graph_pixtral)
+    "lightonocr": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
+    # HunyuanOCR: any image size, 2 x 2 patches of the raster, learned tokens at the ends of rows and around all
+    "hunyuanvl": EncoderProfile(on_raster, lambda n: 4 * n, grid=framed_grid, special=frame),
     # Gemma 4: any image size, 3 x 3 patches averaged into a token
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
+    # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
+    "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
     # LFM2-VL: any image size, 2 x 2 patches of the raster for a token
     "lfm2": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
 }

@@ -26,10 +26,10 @@ from PIL import Image
 import star_edge
 from star_edge import PruneConfig, StarChatHandler, StarVLM, batch, refvlm
 from star_edge.errors import StarEdgeError
-from star_edge.evaluation import results as evaluation_results
-from star_edge.evaluation import tasks as evaluation_tasks
+from star_edge.evaluation.results import Records
 from star_edge.io.configs import load_config, resolve_prune
 from star_edge.io.images import ImageLimits, load_image
+from star_edge.io.questions import read_questions
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FAMILIES = sorted(p.name for p in FIXTURES.iterdir() if (p / "mmproj.gguf").exists())
@@ -392,6 +392,9 @@ _FIELDS = (
     "budget",
     "positions",
     "seed",
+    "redundancy",
+    "encoder_keep",
+    "encoder_layer",
 )
 
 
@@ -461,10 +464,10 @@ def results(seed: int) -> Case:
         if kind == "tasks":
             return batch.read_tasks(path, "what?", settings)
         if kind == "eval tasks":
-            return evaluation_tasks.read_tasks(path)
+            return read_questions(path)
         if kind == "eval results":
-            return evaluation_results.Results(str(path), {"model": "m"}, [], []).close()
-        return batch.Results(path, [], "m").close()
+            return Records(str(path), {"model": "m"}, [], []).close()
+        return batch.open_results(path, [], "m").close()
 
     return Case(kind, data, lambda payload: in_file(payload, ".jsonl", use), ".jsonl")
 

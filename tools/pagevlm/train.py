@@ -655,13 +655,31 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="the smallest pictures only")
     parser.add_argument("--rate", type=float)
+    parser.add_argument(
+        "--halved-share", type=float, help=f"of the batches: pictures at half size ({Plan.halved_share})"
+    )
+    parser.add_argument(
+        "--doubled-share", type=float, help=f"of the batches: pictures at double size ({Plan.doubled_share})"
+    )
     parser.add_argument("--unsupervised", action="store_true", help="in this process, without a second try")
     args = parser.parse_args()
     if not args.unsupervised:
         supervise(args.seconds, args.out)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    plan = replace(Plan(), **{k: v for k, v in {"tokens": args.tokens, "rate": args.rate}.items() if v is not None})
+    plan = replace(
+        Plan(),
+        **{
+            k: v
+            for k, v in {
+                "tokens": args.tokens,
+                "rate": args.rate,
+                "halved_share": args.halved_share,
+                "doubled_share": args.doubled_share,
+            }.items()
+            if v is not None
+        },
+    )
     feeder = Feeder(args.workers)
     curriculum = Curriculum(plan, args.seed + 1000, SMOKE_STAGES)
     feeder.submit(curriculum.next(0.0))

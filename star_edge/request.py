@@ -1,0 +1,157 @@
+"""A request under way: its prompt is read, its answer comes chunk by chunk, and the cache is given back.
+
+    read -> hand_over -> next_chunk, next_chunk, ... -> finish
+                         close: from any thread, at any time
+
+StarVLM, StarChatHandler and the server share this life cycle. Knows neither images nor chat templates.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .decoder.prefill import Prefill
+from .errors import EngineClosedError
+from .generation import Generation
+from .pruning.config import PruneConfig
+from .reader import PromptReader
+from .report import PruneReport
+from .vision.chunks import Prompt
+
+
+class Request:
+    """A request under way.
+
+    It does not hold the chunks of its answer: these hold the Llama, which would then outlive its last user.
+
+    Args:
+        reader: Reads the prompt.
+        lock: Whoever uses the Llama holds it.
+        config: What to prune, or None.
+        start: When the request began, in seconds of time.perf_counter.
+        is_cancelled: Asked before each decode: when it says so, RequestCancelledError is raised.
+
+    Attributes:
+        report: What was pruned, once the prompt has been read. Times and counts of the answer grow with each chunk.
+        n_prompt: Tokens of the prompt before pruning, as MTMDChatHandler counts them.
+        finish_reason: "stop" or "length" once the answer is complete, before that None.
+    """
+
+    def __init__(
+        self,
+        reader: PromptReader,
+        lock: threading.RLock,
+        config: PruneConfig | None,
+        start: float,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        self._reader, self._lock, self._config, self._start = reader, lock, config, start
+        self._is_cancelled = is_cancelled
+        self._is_closed = self._is_running = False
+        self._number = -1  # PromptReader.request while the prompt is in the cache
+        self._generation: Generation | None = None
+        self.report: PruneReport | None = None
+        self.n_prompt = 0
+        self.finish_reason: str | None = None
+
+    # ---- the prompt ----
+
+    def read(self, prompt: Prompt) -> Prefill:
+        """Reads the prompt, and closes it.
+
+        Raises:
+            StarEdgeError: As PromptReader.read.
+        """
+        state, self.report = self._reader.read(prompt, self._config, self._start)
+        self.n_prompt = state.next_position
+        return state
+
+    def hand_over(self, state: Prefill) -> list[int]:
+        """Puts what `read` gave into the Llama. Returns the prompt that its create_completion finds read already."""
+        ids = self._reader.hand_over(state)
+        self._number = self._reader.request
+        self._generation = Generation(self._reader.llama)
+        return ids
+
+    # ---- the answer ----
+
+    @property
+    def answered(self) -> tuple[Generation, PruneReport]:
+        """The answer's clock and the report, once the prompt has been handed over."""
+        assert self._generation is not None and self.report is not None
+        return self._generation, self.report
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The Llama works for this request inside the block, and can be cancelled. The caller holds the lock."""
+        context = self._reader.context
+        context.is_cancelled, self._is_running = self._is_over, True
+        try:
+            yield
+        finally:
+            context.is_cancelled, self._is_running = None, False
+
+    def next_chunk(self, chunks: Iterator[Any]) -> Any:
+        """The next chunk of the answer, or None at its end.
+
+        Args:
+            chunks: The chunks that Llama computes, each when it is asked for.
+
+        Raises:
+            EngineClosedError: The Llama is closed, or a newer request has ended this one.
+            RequestCancelledError: `is_cancelled` says so, or another thread has closed the request.
+        """
+        with self._lock:
+            if not self._is_current:
+                if self.finish_reason is not None:
+                    return None
+                if self._reader.context.ctx is None:
+                    raise EngineClosedError("the Llama is closed", "make a new one")
+                raise EngineClosedError(
+                    "a newer request has ended this stream", "read a stream to its end before the next request"
+                )
+            generation, report = self.answered
+            with self.running(), generation.running(report):
+                chunk = next(chunks, None)
+            if chunk is not None:
+                self.finish_reason = chunk["choices"][0]["finish_reason"] or self.finish_reason
+            return chunk
+
+    # ---- the end ----
+
+    def finish(self) -> None:
+        """Leaves the Llama as if nothing had been asked, unless a newer request has it. The caller holds the lock."""
+        if self._is_current:
+            self._reader.begin()
+
+    def drop(self) -> None:
+        """As `finish`, without waiting for the lock: another request that has it begins afresh anyway."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self.finish()
+            finally:
+                self._lock.release()
+
+    def close(self, chunks: Generator[Any, None, None]) -> None:
+        """Ends the answer. A thread that waits for its next chunk gets RequestCancelledError within a token.
+
+        Raises:
+            EngineClosedError: A callback of the request called it.
+        """
+        self._is_closed = True  # for a thread that is inside next_chunk, and holds the lock
+        with self._lock:
+            if self._is_running:
+                raise EngineClosedError("a callback of a request cannot end it", "raise an exception in it")
+            chunks.close()
+            self.finish()
+
+    @property
+    def _is_current(self) -> bool:
+        """Whether the cache still holds this prompt."""
+        return self._reader.context.ctx is not None and self._reader.request == self._number
+
+    def _is_over(self) -> bool:
+        return self._is_closed or (self._is_cancelled is not None and self._is_cancelled())
