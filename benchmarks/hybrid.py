@@ -74,7 +74,7 @@ def measure(plain, context, shape, repeat) -> dict[str, object]:
 
     layers = [context.nearest_attention(k) for k in (3, n_layers // 3)]
     stages = {f"K={k}": DecoderStage([(k, [n_keep])], by_score) for k in layers}
-    cases = {"no stage": None, f"keep all, K={layers[1]}": DecoderStage([(layers[1], [0])], keep_all), **stages}
+    cases = {f"keep all, K={layers[1]}": DecoderStage([(layers[1], [0])], keep_all), **stages}
     of_stock()
     of_ours(stages[f"K={layers[1]}"])
     base, times = [], {name: [] for name in cases}
@@ -82,6 +82,7 @@ def measure(plain, context, shape, repeat) -> dict[str, object]:
         base.append(of_stock()[0])
         for name, stage in cases.items():
             times[name].append(of_ours(stage)[0])
+            print(name, times[name], base, file=sys.stderr, flush=True)
     result: dict[str, object] = {"n_image": n, "n_text": n_text, "n_kept": n_keep, "stock_s": float(np.median(base))}
     for k in layers:
         average = average_tokens(n, [(k, n_keep)], n_layers)
@@ -89,11 +90,12 @@ def measure(plain, context, shape, repeat) -> dict[str, object]:
         speed_up = float(np.median(base) / np.median(times[f"K={k}"]))
         result[f"K={k}"] = {"speed_up": speed_up, "ideal": ideal, "of_ideal": speed_up / ideal}
     result["overhead_of_keep_all"] = float(np.median(times[f"keep all, K={layers[1]}"]) / np.median(base) - 1)
-    for name in ("no stage", *stages):
+    for name, stage in {"no stage": None, **stages}.items():
         first, second = [], []
         for _ in range(repeat):
-            first.append(of_ours(cases[name], keep=True)[0])
-            second.append(of_ours(cases[name], prompts[1], keep=True, fresh=False)[0])
+            first.append(of_ours(stage, keep=True)[0])
+            second.append(of_ours(stage, prompts[1], keep=True, fresh=False)[0])
+            print("question 2", name, first, second, file=sys.stderr, flush=True)
         result[f"question 2, {name}"] = float(np.median(second) / np.median(first))
     saving, state = timed(context.save_state)
     restoring, _ = timed(lambda: context.restore_state(state, 700))

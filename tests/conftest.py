@@ -24,7 +24,7 @@ if gpu.ON:
 from helpers import bounds, stock
 from helpers.families import MODES
 from helpers.models import CLIP, LFM2, LLAMA, QWEN2VL, QWEN2VL_VISION, QWEN35, Models, random_prompt
-from helpers.reference import Decoder
+from helpers.reference_hybrid import open_decoder
 
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.synthetic import write_decoder, write_encoder
@@ -64,7 +64,7 @@ def decoder_rounding(families):
                 families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache]
             )
             prompt = random_prompt(families[family], [12, (10, 20), 9], seed=1)
-            measured[family, mode] = bounds.of_decoder(llama, prompt, Decoder(families[family].text))
+            measured[family, mode] = bounds.of_decoder(llama, prompt, open_decoder(families[family].text))
             llama.close()
         return measured[family, mode]
 

@@ -33,7 +33,7 @@ ATTENTION = {
     "lfm2moe": [2, 4],
     "nemotron_h": [3, 6],
     "nemotron_h_moe": [3, 6],
-    "qwen35": [1, 3],
+    "qwen35": [3, 7],
     "qwen35moe": [1, 3],
     "qwen3next": [3, 7],
 }

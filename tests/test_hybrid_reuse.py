@@ -21,7 +21,7 @@ AT3, AT7 = (PruneConfig(1.0, 0.25, layer, representatives="none") for layer in (
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_much_is_read_again_as_differs(families, family):
-    """A state is there after the last image and after the text before the first. Nothing between can be gone back to."""
+    """A state is there after the last image and after the text before the first, and nowhere else."""
     models = families[family]
     a, b = random_image(1), random_image(2)
     steps = [  # with what is used again: nothing, the prefix, or all up to the last image
