@@ -1,7 +1,7 @@
 """The float64 reference of hybrid decoders: Qwen3.5 (gated delta nets, attention with an output gate, interleaved
 M-RoPE) and LFM2 (short convolutions).
 
-Written from the papers' recurrences (Gated Delta Networks, arXiv 2412.06464, equation 10) and llama.cpp's graphs; row by
+Written from the recurrence of Gated Delta Networks (arXiv 2412.06464, equation 10) and llama.cpp's graphs, row by
 row, so that no chunked form is shared with anybody. A recurrent layer sees the rows that run through it, and keeps its
 state when rows are removed later.
 """
