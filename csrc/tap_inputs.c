@@ -191,8 +191,8 @@ static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
 static void begin_graph(se_tap * tap) {
     tap->n_positions = 0;
     tap->n_biased = 0;
-    tap->level = 0;
     for (int i = 0; i < MAX_INPUTS; i++) tap->inputs[i].n_written = 0;
+    tap->level = 0;
     tap->result.concat = SE_CONCAT_NONE;
 }
 

@@ -134,6 +134,12 @@ class StarChatHandler(ChatHook):
             "a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own"
         )
 
+    @property
+    def reader(self) -> PromptReader:
+        """What reads prompts, once the handler serves a Llama."""
+        assert self._reader is not None  # since `attach`
+        return self._reader
+
     # ---- what to prune ----
 
     @property
@@ -209,8 +215,7 @@ class StarChatHandler(ChatHook):
         with self._lock:
             start = time.perf_counter()
             self.attach(llama)
-            reader = self._reader
-            assert reader is not None
+            reader = self.reader
             config = (_overrides.get() or {}).get(self, self.prune)
             request = Request(reader, self._lock, config, start, _is_cancelled.get())
             guards = cast(GuardedLlama, llama)  # the reader has made it one
@@ -280,8 +285,8 @@ class StarChatHandler(ChatHook):
     @property
     def _vision(self) -> VisionEncoder:
         """The encoder, once the handler serves a Llama."""
-        assert self._reader is not None and self._reader.encoder is not None
-        return self._reader.encoder
+        assert self.reader.encoder is not None  # a handler has an mmproj file
+        return self.reader.encoder
 
     def attach(self, llama_model: Llama) -> Any:
         """The context of the encoder. On first use of a Llama it is loaded, and the Llama gets a new context.

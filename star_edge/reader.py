@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import cast
@@ -104,6 +105,21 @@ class PromptReader:
         self.context.clears_to_stem = False
         self.context.end_prompt()
         self.llama.reset()
+
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """A prompt that is read inside the block uses nothing of earlier prompts, and leaves nothing for later ones."""
+        encoder, reuse = self.encoder, self.reuse
+        cache = None if encoder is None else encoder.cache
+        self.reuse = False
+        if encoder is not None:
+            encoder.cache = None
+        try:
+            yield
+        finally:
+            self.reuse = reuse
+            if encoder is not None:
+                encoder.cache = cache
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
         """Computes everything before the first answer token, and closes the prompt. `begin` must come first.
