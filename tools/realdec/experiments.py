@@ -62,10 +62,11 @@ def _schedule() -> list[Method]:
 def _late() -> list[Method]:
     """More of question 1: later layers, more rows, and what rounding alone changes (one row in a hundred dropped)."""
     return [
-        Method("K = 0.67 L, keep 50%, maximum of 5", ((LATE, 0.5),), pool=5, seen_below=True),
+        Method("K = 0.7 L, keep 50%", ((0.7, 0.5),), seen_below=True),
+        Method("K = 0.7 L, keep 25%", ((0.7, 0.25),), seen_below=True),
+        Method("K = 0.7 L, keep 50%, maximum of 5", ((0.7, 0.5),), pool=5, seen_below=True),
+        Method("K = 0.7 L, keep 25%, maximum of 5", ((0.7, 0.25),), pool=5, seen_below=True),
         Method("K = 0.8 L, keep 50%", ((0.8, 0.5),), seen_below=True),
-        Method("K = 0.8 L, keep 50%, maximum of 5", ((0.8, 0.5),), pool=5, seen_below=True),
-        Method("K = 0.8 L, keep 25%, maximum of 5", ((0.8, 0.25),), pool=5, seen_below=True),
         Method("K = 0.9 L, keep 25%", ((0.9, 0.25),), seen_below=True),
         Method("K = 0.9 L, keep 99%", ((0.9, 0.99),), seen_below=True),
     ]
