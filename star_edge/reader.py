@@ -19,7 +19,7 @@ import numpy as np
 from llama_cpp import Llama
 
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
-from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
+from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over, uses_flash_attention
@@ -30,6 +30,7 @@ from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
 from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
+from .vision.resolution import Resolution
 from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
@@ -75,6 +76,7 @@ class PromptReader:
                 cache_dir=cache.image_cache_dir,
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
+            self._resolution = Resolution(self.encoder)
         try:
             self.context = tapped_context(llama)
         except EngineError:
@@ -96,6 +98,23 @@ class PromptReader:
         self.context.clears_to_stem = False
         self.context.end_prompt()
         self.llama.reset()
+
+    def count_tokens(self, height: int, width: int) -> int:
+        """Image tokens of a picture of that size, in pixels. Nothing is encoded.
+
+        Raises:
+            UnsupportedModelError: There is no vision encoder.
+            ImageError: The encoder cannot take that shape.
+        """
+        if self.encoder is None:
+            raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
+        return self._resolution.count(height, width)
+
+    def fit(self, pixels: np.ndarray, config: PruneConfig | None) -> np.ndarray:
+        """A picture as a request gets it, (h, w, 3) uint8: smaller, if the config says so."""
+        if config is None or (config.image_max_tokens == 1.0 and isinstance(config.image_max_tokens, float)):
+            return pixels
+        return pixels if self.encoder is None else self._resolution.fit(pixels, config.image_max_tokens)
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
         """Everything before the first answer token, after `begin`. Closes the prompt.

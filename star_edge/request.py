@@ -13,8 +13,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from .decoder.prefill import Prefill
-from .errors import EngineClosedError
+from .errors import EngineClosedError, ImageError
 from .generation import Generation
 from .pruning.config import PruneConfig
 from .reader import PromptReader
@@ -55,9 +57,20 @@ class Request:
         self._generation: Generation | None = None
         self.report: PruneReport | None = None
         self.n_prompt = 0
+        self._full_sizes: list[tuple[int, int] | None] = []
         self.finish_reason: str | None = None
 
     # ---- the prompt ----
+
+    def fit(self, pixels: np.ndarray) -> np.ndarray:
+        """The next picture of the prompt as it is asked about: smaller, if the config says so. (h, w, 3) uint8.
+
+        Raises:
+            ImageError: The encoder cannot take its shape.
+        """
+        fitted = self._reader.fit(pixels, self._config)
+        self._full_sizes.append(None if fitted is pixels else (pixels.shape[0], pixels.shape[1]))
+        return fitted
 
     def read(self, prompt: Prompt) -> Prefill:
         """Reads the prompt, and closes it.
@@ -67,7 +80,19 @@ class Request:
         """
         state, self.report = self._reader.read(prompt, self._config, self._start)
         self.n_prompt = state.next_position
+        self._add_full_tokens(self.report)
         return state
+
+    def _add_full_tokens(self, report: PruneReport) -> None:
+        """Says how many tokens each picture would take at its own size."""
+        if not any(self._full_sizes):
+            return
+        taken = [picture["n_tokens"] for picture in report.pictures]
+        for n, size in zip(taken, self._full_sizes):
+            try:
+                report.full_tokens.append(n if size is None else self._reader.count_tokens(*size))
+            except ImageError:  # such as more patches than the encoder has positions
+                report.full_tokens.append(None)
 
     def hand_over(self, state: Prefill) -> list[int]:
         """Puts what `read` gave into the Llama. Returns the prompt that its create_completion finds read already."""

@@ -41,6 +41,7 @@ def demo(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    image_max_tokens: Any,
     repeats: int,
     overlay: str,
     as_json: bool,
@@ -50,7 +51,7 @@ def demo(
     Nothing is downloaded. The picture is the first of the held-out set that has a question of every family, all of
     which the unpruned model answers correctly; pruning may change that, and the table shows it.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
+    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget, image_max_tokens)
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
     with load_engine(None, None, **AFRESH) as vlm, in_cli_words():

@@ -233,6 +233,12 @@ def prune_options(command: Command) -> Command:
             help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
             "video.",
         ),
+        click.option(
+            "--image-max-tokens",
+            type=KeepType(),
+            help="Make larger pictures smaller, until they take so many image tokens: a fraction of those at full size "
+            "(0.5) or a count. With --preset off that is all that is done.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -292,12 +298,22 @@ def find_model(
 
 
 def make_config(
-    preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
+    preset: str,
+    vision_keep: Keep | None,
+    decoder_keep: Keep | None,
+    decoder_layer: int | None,
+    budget: str | None,
+    image_max_tokens: Keep | None,
 ) -> PruneConfig | None:
     config = resolve_prune(preset)  # a file's words are its own
     with in_cli_words():
         return override(
-            config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget
+            config,
+            vision_keep=vision_keep,
+            decoder_keep=decoder_keep,
+            decoder_layer=decoder_layer,
+            budget=budget,
+            image_max_tokens=image_max_tokens,
         )
 
 

@@ -57,6 +57,7 @@ def run(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    image_max_tokens: Any,
     max_tokens: int,
     temperature: float,
     seed: int | None,
@@ -73,7 +74,7 @@ def run(
     With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
     when the answer is there and an overlay could not be drawn.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
+    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget, image_max_tokens)
     batch.check(images, overlay)
     if batch.each and budget == "prompt":
         raise ConfigError(
@@ -146,7 +147,9 @@ def summary(report: PruneReport) -> str:
     ms = report.milliseconds
     parts = [f"first token {ms['first_token']:.0f} ms"]
     if report.images:
-        tokens = f"image tokens {report.n_image_tokens}"
+        smaller = report.full_tokens and report.n_full_tokens is not None
+        tokens = f"image tokens {report.n_full_tokens} -> " if smaller else "image tokens "
+        tokens += str(report.n_image_tokens)
         if report.config is not None:
             tokens += f" -> {report.n_vision_kept}"
             if report.decoder_layer is not None:

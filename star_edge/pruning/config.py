@@ -84,6 +84,9 @@ class PruneConfig:
         positions: "original" keeps the RoPE positions of the full image. "renumbered" closes the gaps after the vision
             stage; it costs accuracy (arXiv 2506.21873) and exists to measure that.
         seed: Seed of scorers that draw at random, >= 0.
+        image_max_tokens: Most image tokens of a picture: a share of those that it takes at its own size, or a count. A
+            larger picture is made smaller before the model gets it. All other fields count what it takes then. Models
+            that make one number of tokens of any picture are not affected.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -101,6 +104,7 @@ class PruneConfig:
     budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
+    image_max_tokens: Keep = 1.0
 
     def __post_init__(self) -> None:
         for name in ("vision_share", "decoder_share"):
@@ -111,7 +115,7 @@ class PruneConfig:
                     f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
-        for name in ("vision_keep", "decoder_keep"):
+        for name in ("vision_keep", "decoder_keep", "image_max_tokens"):
             object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
         if self.decoder_layer is not None and not (_is_int(self.decoder_layer) and self.decoder_layer >= 1):
