@@ -384,8 +384,8 @@ class StarChatHandler(ChatHook):
             if self._reader is None:
                 raise ConfigError("this StarChatHandler serves no Llama yet", "call attach with the Llama first")
             pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
-            fitted = self._reader.fit(pixels, config)
-            return self._reader.count_tokens(fitted.shape[0], fitted.shape[1])
+            pixels = self._reader.fit(pixels, config).pixels
+            return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
 
     def bitmap_name(self, image: np.ndarray) -> str:
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))

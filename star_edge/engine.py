@@ -348,7 +348,7 @@ class StarVLM:
         config = PruneConfig(image_max_tokens=image_max_tokens)
         with self._lock:
             self._check_open()
-            pixels = self._reader.fit(load_image(image, self.image_limits), config)
+            pixels = self._reader.fit(load_image(image, self.image_limits), config).pixels
             return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
 
     @checked(skip=("prompt",))

@@ -30,7 +30,7 @@ from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
 from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
-from .vision.resolution import Resolution
+from .vision.resolution import Fitted, Resolution
 from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
@@ -110,11 +110,11 @@ class PromptReader:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         return self._resolution.count(height, width)
 
-    def fit(self, pixels: np.ndarray, config: PruneConfig | None) -> np.ndarray:
-        """A picture as a request gets it, (h, w, 3) uint8: smaller, if the config says so."""
-        if config is None or (config.image_max_tokens == 1.0 and isinstance(config.image_max_tokens, float)):
-            return pixels
-        return pixels if self.encoder is None else self._resolution.fit(pixels, config.image_max_tokens)
+    def fit(self, pixels: np.ndarray, config: PruneConfig | None) -> Fitted:
+        """A picture, (h, w, 3) uint8, as a request gets it: smaller, if the config says so."""
+        if self.encoder is None or config is None or not config.limits_images:
+            return Fitted(pixels)
+        return self._resolution.fit(pixels, config.image_max_tokens)
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
         """Everything before the first answer token, after `begin`. Closes the prompt.

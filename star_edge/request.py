@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from .decoder.prefill import Prefill
-from .errors import EngineClosedError, ImageError
+from .errors import EngineClosedError
 from .generation import Generation
 from .pruning.config import PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.encoder import Prompt
+from .vision.resolution import FittedSize
 
 
 class Request:
@@ -57,7 +58,7 @@ class Request:
         self._generation: Generation | None = None
         self.report: PruneReport | None = None
         self.n_prompt = 0
-        self._full_sizes: list[tuple[int, int] | None] = []
+        self._fitted: list[FittedSize | None] = []
         self.finish_reason: str | None = None
 
     # ---- the prompt ----
@@ -69,8 +70,8 @@ class Request:
             ImageError: The encoder cannot take its shape.
         """
         fitted = self._reader.fit(pixels, self._config)
-        self._full_sizes.append(None if fitted is pixels else (pixels.shape[0], pixels.shape[1]))
-        return fitted
+        self._fitted.append(fitted.size)
+        return fitted.pixels
 
     def read(self, prompt: Prompt) -> Prefill:
         """Reads the prompt, and closes it.
@@ -84,15 +85,19 @@ class Request:
         return state
 
     def _add_full_tokens(self, report: PruneReport) -> None:
-        """Says how many tokens each picture would take at its own size."""
-        if not any(self._full_sizes):
-            return
+        """Says how many tokens each picture would take at its own size, and whether it takes more than it should."""
+        sizes = [size for size in self._fitted if size is not None]
+        if len(sizes) < len(report.pictures):
+            return  # nobody asked for smaller ones
+        if any(size.is_smaller for size in sizes):
+            report.full_tokens = [size.n_full for size in sizes]
         taken = [picture["n_tokens"] for picture in report.pictures]
-        for n, size in zip(taken, self._full_sizes):
-            try:
-                report.full_tokens.append(n if size is None else self._reader.count_tokens(*size))
-            except ImageError:  # such as more patches than the encoder has positions
-                report.full_tokens.append(None)
+        over = [n for n, size in zip(taken, sizes) if n > size.most]
+        if over and self._config is not None:
+            report.notes.append(
+                f"image_max_tokens={self._config.image_max_tokens} cannot be kept to: this model makes {min(over)} "
+                "tokens or more of such a picture"
+            )
 
     def hand_over(self, state: Prefill) -> list[int]:
         """Puts what `read` gave into the Llama. Returns the prompt that its create_completion finds read already."""

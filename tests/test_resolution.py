@@ -97,6 +97,9 @@ def test_a_model_of_one_size_gets_the_picture_as_it_is(family):
         logits = plain.logits.copy()
         small, report = vlm.read_prompt("<__media__>a", pixels, PruneConfig(image_max_tokens=0.25), chat=False)
         assert np.array_equal(small.logits, logits) and report.full_tokens == []
+        n = report.n_image_tokens
+        (note,) = report.notes
+        assert note == f"image_max_tokens=0.25 cannot be kept to: this model makes {n} tokens or more of such a picture"
 
 
 def test_a_stream_goes_on_while_a_picture_is_counted(qwen):
@@ -128,21 +131,22 @@ def test_what_cannot_be_counted(qwen):
 @pytest.mark.parametrize("prune", [PruneConfig(), PruneConfig(0.5, 0.25)], ids=["unpruned", "pruned"])
 def test_a_request_is_one_about_the_smaller_picture(family, prune):
     """Bit for bit that of an engine which gets the picture as Pillow makes it smaller."""
-    pixels, other = picture(310, 250), picture(90, 70, 1)
+    pixels, other = picture(310, 250), picture(230, 190, 1)
     config = override(prune, image_max_tokens=0.4)
     with engine(family) as vlm:
         full = vlm.count_tokens(pixels)
         n = vlm.count_tokens(pixels, 0.4)
         assert n < full
-        height, width = vlm._reader.fit(pixels, config).shape[:2]
+        height, width = vlm._reader.fit(pixels, config).pixels.shape[:2]
         small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
         assert abs(height / width - 310 / 250) < 0.02 * 310 / 250 and vlm.count_tokens(small) == n
         question = "<__media__>one<__media__>two"
         asked, report = vlm.read_prompt(question, [pixels, other], config, chat=False)
         logits = asked.logits.copy()
-        second = vlm._reader.fit(other, config)  # a share is one of each picture
+        second = vlm._reader.fit(other, config).pixels  # a share is one of each picture
         expected, plain = vlm.read_prompt(question, [small, second], prune, chat=False)
         assert np.array_equal(logits, expected.logits)
+    assert family == "internvl" or not [note for note in report.notes if "image_max_tokens" in note]
     assert report.full_tokens[0] == full and report.n_image_tokens == plain.n_image_tokens
     assert report.pictures[0]["n_tokens"] == n and report.n_full_tokens > report.n_image_tokens
     assert report.summary()["n_full_tokens"] == sum(report.to_dict()["full_tokens"])

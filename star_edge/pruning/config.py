@@ -186,6 +186,11 @@ class PruneConfig:
         return self.vision_keep != 1.0 or isinstance(self.vision_keep, int)
 
     @property
+    def limits_images(self) -> bool:
+        """Whether larger pictures are made smaller."""
+        return self.image_max_tokens != 1.0 or isinstance(self.image_max_tokens, int)
+
+    @property
     def encoder_attention(self) -> str | None:
         """Attention that the vision stage reads: "received", "cls", or None if no token is chosen by it."""
         return VISION_SCORERS[self.vision_scorer].reads if self.prunes_in_vision and self.chooses_by_score else None
