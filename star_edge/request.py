@@ -21,7 +21,7 @@ from .generation import Generation
 from .pruning.config import PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
-from .vision.encoder import Prompt
+from .vision.chunks import Prompt
 from .vision.resolution import FittedSize
 
 

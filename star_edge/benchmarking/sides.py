@@ -34,7 +34,7 @@ from ..options import AFRESH, EncoderOptions, LoadOptions
 from ..pruning.config import PruneConfig
 from ..pruning.selection import average_tokens
 from ..report import PruneReport
-from ..vision.encoder import ImageChunk
+from ..vision.chunks import ImageChunk
 from ..vision.profiles import METADATA_KEYS, find_profile
 
 # In order of time. prefill is all decoder work but probe and resume: everything on stock, and the text before the first
@@ -228,7 +228,7 @@ class Workbench:
         handler = self._side(SideSpec("count", "star_edge")).handler
         handler.attach(self.llama)
         pictures = [handler.load_image(url) for url in handler.get_image_urls(request.messages)]
-        prompt = handler._reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
+        prompt = handler.reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
         try:
             return sum(c.n_tokens for c in prompt.chunks if isinstance(c, ImageChunk)), len(pictures)
         finally:
@@ -313,7 +313,7 @@ class Workbench:
 _STEPS = {
     "preprocess": ("preprocess",),
     "encode": ("encode",),
-    "vision_stage": ("vision_stage",),
+    "vision_stage": ("redundancy", "encoder_stage", "vision_stage"),
     "prefill": ("prefix", "prefill", "fallback"),
     "probe": ("probe",),
     "decoder_stage": ("decoder_scores", "decoder_stage"),

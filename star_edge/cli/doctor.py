@@ -20,7 +20,7 @@ from ..llamacpp.devices import can_offload, cpu_features, list_devices
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
-from ..vision.encoder import ImageChunk
+from ..vision.chunks import ImageChunk
 from .options import AFRESH, FilePath, load_engine, model_options, print_json
 
 
@@ -46,7 +46,7 @@ def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **mod
         if not (0 < width <= 16384 and 0 < height <= 16384):
             raise ValueError
     except ValueError:
-        raise click.BadParameter(f"{image_size!r} is no size such as 672x672") from None
+        raise click.BadParameter(f"{image_size!r} is not a size such as 672x672") from None
     if image is not None:
         height, width = load_image(image).shape[:2]
     result: dict[str, Any] = {
@@ -72,7 +72,7 @@ def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **mod
 
 
 def _or_reason(part: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What a part of the report says, or why it cannot be had: the rest is worth showing all the same."""
+    """A part of the report, or why there is none. The rest is worth showing in either case."""
     try:
         return part(*args)
     except StarEdgeError as error:

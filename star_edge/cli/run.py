@@ -19,6 +19,7 @@ from .options import (
     Number,
     check_picture_path,
     cli_words,
+    encoder_prune_options,
     in_cli_words,
     load_engine,
     make_config,
@@ -40,6 +41,7 @@ from .options import (
 @batch_options
 @model_options
 @prune_options
+@encoder_prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED)
@@ -58,6 +60,9 @@ def run(
     decoder_layer: int | None,
     budget: str | None,
     image_max_tokens: Any,
+    redundancy: str | float | None,
+    encoder_keep: Any,
+    encoder_layer: int | None,
     max_tokens: int,
     temperature: float,
     seed: int | None,
@@ -74,7 +79,17 @@ def run(
     With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
     when the answer is there and an overlay could not be drawn.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget, image_max_tokens)
+    config = make_config(
+        preset,
+        vision_keep,
+        decoder_keep,
+        decoder_layer,
+        budget,
+        redundancy=redundancy,
+        encoder_keep=encoder_keep,
+        encoder_layer=encoder_layer,
+        image_max_tokens=image_max_tokens,
+    )
     batch.check(images, overlay)
     if batch.each and budget == "prompt":
         raise ConfigError(
@@ -136,7 +151,7 @@ def _read_stdin() -> str:
     try:
         text = sys.stdin.read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
-        raise ConfigError("the prompt on stdin is no text in UTF-8", "convert it") from error
+        raise ConfigError("the prompt on stdin is not UTF-8 text", "convert it") from error
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"the prompt on stdin has more than {MAX_CHARACTERS} characters", "give a shorter one")
     return text.strip()
@@ -151,6 +166,10 @@ def summary(report: PruneReport) -> str:
         tokens = f"image tokens {report.n_full_tokens} -> " if smaller else "image tokens "
         tokens += str(report.n_image_tokens)
         if report.config is not None:
+            if report.n_redundant:
+                tokens += f" -> {report.n_image_tokens - report.n_redundant} into the encoder"
+            if report.encoder_layer is not None:
+                tokens += f" -> {report.n_encoder_kept} from its layer {report.encoder_layer}"
             tokens += f" -> {report.n_vision_kept}"
             if report.decoder_layer is not None:
                 tokens += f" -> {report.n_decoder_kept} from layer {report.decoder_layer}"

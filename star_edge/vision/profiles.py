@@ -32,6 +32,12 @@ METADATA_KEYS = (
     "clip.vision.feature_layer",
     "clip.vision.patch_size",
     "clip.vision.projector.scale_factor",
+    "clip.vision.spatial_merge_size",
+    "clip.vision.n_wa_pattern",
+    "clip.vision.window_size",
+    "clip.vision.is_deepstack_layers",
+    "clip.vision.embedding_length",
+    "clip.vision.image_std",
 )
 
 

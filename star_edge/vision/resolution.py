@@ -15,7 +15,8 @@ import PIL.Image
 from ..errors import ImageError
 from ..llamacpp.mtmd import MEDIA_MARKER
 from ..pruning.config import Keep
-from .encoder import ImageChunk, VisionEncoder
+from .chunks import ImageChunk
+from .encoder import VisionEncoder
 
 _TINY = 32  # pixels along the longer side of the smallest picture that is tried
 _STEPS = 12

@@ -18,7 +18,8 @@ from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
 from ..rows import Rows, Segment
 from ..stopwatch import Stopwatch
-from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
+from .chunks import Encoded, ImageChunk, TextChunk
+from .encoder import VisionEncoder
 
 
 @dataclass
@@ -48,6 +49,8 @@ class PromptPlan:
         config: What is done, or None for no pruning.
         groups: Indices of images that share a budget: the crops of each picture, or all images.
         n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
+        n_encoder: Tokens of each image that leave the encoder, special ones included: at most that many before the
+            images are encoded, for of some of them more can be left out than was asked for, or only fewer.
         n_vision: Tokens of each image that the vision stage leaves, special ones included.
         windows: (layer K, tokens of each image that stay from there on) of each decoder stage.
         n_text: Text tokens of the prompt.
@@ -57,6 +60,7 @@ class PromptPlan:
     config: PruneConfig | None
     groups: list[list[int]]
     n_special: list[int]
+    n_encoder: list[int]
     n_vision: list[int]
     windows: list[tuple[int, list[int]]]
     n_text: int
@@ -97,7 +101,7 @@ def plan_prompt(
     groups = list(pictures.values())
     if config is not None and config.budget == "prompt" and images:
         groups = [list(range(len(images)))]
-    n_vision = left = [image.n_tokens for image in images]
+    n_vision = left = [image.n_tokens for image in images] if encoded is None else [len(e.tokens) for e in encoded]
 
     def keep_of(name: str, keep: Keep, left: list[int]) -> list[int]:
         kept = [0] * len(images)
@@ -112,6 +116,9 @@ def plan_prompt(
                 kept[i] = n_special[i] + n
         return kept
 
+    if config is not None and encoded is None:
+        left = keep_of("encoder_keep", config.encoder_keep, left)
+    n_encoder = n_vision = left
     if config is not None:
         n_vision = left = keep_of("vision_keep", config.vision_keep, left)
     counts = []
@@ -119,7 +126,7 @@ def plan_prompt(
         left = keep_of("decoder_keep", keep, left)
         counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
-    return PromptPlan(chunks, config, groups, n_special, n_vision, counts, n_text)
+    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_vision, counts, n_text)
 
 
 def encode_images(
@@ -164,8 +171,8 @@ def _run_vision_stage(
     config, images = plan.config, plan.images
     candidates = [
         Candidates(
-            Tokens(e.embeddings, e.cells, chunk.grid, attention=e.scores),
-            e.special,
+            Tokens(e.embeddings, e.cells[e.tokens], chunk.grid, e.mass, attention=e.scores),
+            None if e.special is None else e.special[e.tokens],
             chunk.picture,
             chunk.n_tokens - n_special,
         )
@@ -183,12 +190,14 @@ def _run_vision_stage(
             position += n
             continue
         i = len(staged)
-        selection, embeddings = Selection(np.arange(chunk.n_tokens)), encoded[i].embeddings
-        if n_keep[i] < chunk.n_tokens:
+        tokens = encoded[i].tokens
+        selection, embeddings = Selection(np.arange(len(tokens)), encoded[i].mass), encoded[i].embeddings
+        if n_keep[i] < len(tokens):
             assert config is not None  # without one everything stays
             has_attention = encoded[i].scores is not None
             selection = choose(vision_policy(config, has_attention), candidates[i], n_keep[i] - plan.n_special[i])
             embeddings = merge(embeddings, selection)
+        selection = _of_image(selection, tokens, chunk.n_tokens)
         kept = selection.kept
         positions, n_positions = chunk.positions_at(position)[..., kept], chunk.n_positions
         if config is not None and config.positions == "renumbered" and len(kept) < chunk.n_tokens:
@@ -197,6 +206,17 @@ def _run_vision_stage(
         staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
     return segments, staged, position
+
+
+def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Selection:
+    """A selection of the tokens that left the encoder as one of all n_tokens. Others have the score 0."""
+    if len(tokens) == n_tokens:
+        return selection
+    scores = None
+    if selection.scores is not None:
+        scores = np.zeros(n_tokens, np.float32)
+        scores[tokens] = selection.scores
+    return Selection(tokens[selection.kept], selection.mass, None, scores)
 
 
 def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
