@@ -164,10 +164,11 @@ bool se_enters_layer(const struct ggml_tensor * node, int layer) {
     return se_encoder_layer_out_index(node) == layer - 1;
 }
 
+bool se_may_be_copy(const struct ggml_tensor * tensor) { return se_is_leaf(tensor) && strchr(tensor->name, '#'); }
+
 bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node) {
-    const char * copied = se_is_leaf(leaf) ? strchr(leaf->name, '#') : NULL;
-    if (!copied) return false;
-    copied++;
+    if (!se_may_be_copy(leaf)) return false;
+    const char * copied = strchr(leaf->name, '#') + 1;
     const size_t length = strlen(node->name), there = strlen(copied);
     if (there <= length) return strncmp(copied, node->name, there) == 0;
     return strncmp(copied, node->name, length) == 0 && copied[length] == '#';

@@ -135,7 +135,9 @@ struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node);
  * (clip_graph_gemma4v::build) or "pre_ln" (clip_graph_llava::build); where build_vit has two of them, the second is a norm of the first. */
 bool se_enters_layer(const struct ggml_tensor * node, int layer);
 
-/* Whether the leaf is another backend's copy of `node`, by its name (se_copied_name). A name that was cut counts as far as it goes. */
+/* Whether a tensor is a leaf with the name of a backend's copy, of anything or of `node` (se_copied_name). A name that was cut counts as
+ * far as it goes. */
+bool se_may_be_copy(const struct ggml_tensor * tensor);
 bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node);
 
 /* How the shape of a node follows from its operands', as the functions in ggml.c make it. */

@@ -438,9 +438,7 @@ static int depends(const se_shrink * s, const struct ggml_tensor * node, bool * 
         if (!t || t == node) continue;
         if (find(s, t)) {
             *found = true;
-        } else if (se_is_leaf(t)) {
-            size_t length;
-            if (!se_copied_name(t, &length) && strlen(t->name) < GGML_MAX_NAME - 1) continue;
+        } else if (se_may_be_copy(t)) {
             for (size_t k = 0; k < s->capacity; k++) {
                 const struct ggml_tensor * other = s->slots[k].tensor;
                 if (other && !se_is_leaf(other) && se_may_be_copy_of(t, other)) return SE_ERR_ROWS;

@@ -168,6 +168,11 @@ int se_tap_finish(se_tap * tap, se_result * result);
 int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset);
 /* bias (n_cells) is added to the attention mask, column by column: exp(bias) is how much a cell counts. NULL: off. Copied. */
 int se_tap_set_cell_bias(se_tap * tap, const float * bias, int32_t n_cells);
+/* What rows of plain decodes see of a prompt, by layer: from layers[i] on (ascending, the first 0; n_levels of them), up to
+ * layers[i + 1], column c of the attention mask is bias[i * n_cells + c] wherever it may be seen, and -inf hides it there.
+ * witness (n_cells): c may be seen where the column witness[c] may (a cell that llama.cpp itself hides, because it is in no
+ * sequence of the rows); -1: where llama.cpp's own mask lets it. It stands for the cell bias while it is set. n_levels 0: off. Copied. */
+int se_tap_set_levels(se_tap * tap, const int32_t * layers, int32_t n_levels, const float * bias, const int32_t * witness, int32_t n_cells);
 /* Bytes that replace a graph input of that name before its first consumer runs. data NULL: off. Copied. */
 int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t n_bytes);
 /* Find out at which end of a CONCAT this leaf stands: se_result.concat, known when the whole graph has gone by. NULL: off. */

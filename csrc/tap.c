@@ -258,11 +258,15 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
 
 bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
     se_tap * tap = user_data;
-    if (!asking) return done(tap, node);
+    const bool ends_level = tap->n_levels && se_tap_ends_level(tap, node);
+    if (!asking) {
+        if (ends_level) se_tap_next_level(tap);
+        return done(tap, node);
+    }
     /* Idle: not even the node is looked at, whose memory the weights have long pushed out of the cache. */
-    if (!tap->armed && !tap->shift && !tap->bias && !tap->watch_out && !tap->inputs[0].data) return false;
+    if (!tap->armed && !tap->shift && !tap->bias && !tap->n_levels && !tap->watch_out && !tap->inputs[0].data) return false;
     se_tap_inputs_visit(tap, node);
-    return ask(tap, node);
+    return ask(tap, node) || ends_level;
 }
 
 uintptr_t se_tap_callback_address(void) { return (uintptr_t) &se_tap_callback; }
@@ -288,6 +292,9 @@ void se_tap_free(se_tap * tap) {
     free(tap->scratch);
     free(tap->positions);
     free(tap->bias);
+    free(tap->level_layers);
+    free(tap->level_bias);
+    free(tap->witness);
     free(tap);
 }
 

@@ -22,6 +22,10 @@ struct se_tap {
     int32_t shift_from, shift;
     float * bias;
     int32_t n_bias;
+    int32_t * level_layers; /* (n_levels), see se_tap_set_levels */
+    float * level_bias;     /* (n_levels, n_level_cells) */
+    int32_t * witness;      /* (n_level_cells) */
+    int32_t n_levels, n_level_cells;
     input_override inputs[MAX_INPUTS];
     char joined[GGML_MAX_NAME]; /* leaf whose place in a CONCAT is looked for; "": none */
     char watch_name[GGML_MAX_NAME];
@@ -48,8 +52,9 @@ struct se_tap {
     int32_t * positions;    /* shifted positions, (n_positions): the same numbers for every backend's copy */
     int64_t n_positions;    /* 0: not known yet */
     size_t positions_capacity;
-    const struct ggml_tensor * biased[MAX_MASKS];
+    struct ggml_tensor * biased[MAX_MASKS];
     int32_t n_biased;
+    int32_t level;          /* the one that the masks are at */
     void * scratch;
     size_t scratch_size;
 };
@@ -64,5 +69,11 @@ void se_tap_inputs_begin(se_tap * tap);
 
 /* Called while asking about a node: writes and reads the inputs that it is the consumer of. */
 void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node);
+
+/* Whether the node is the last of a level: the masks then change, and the graph must have come that far. */
+bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node);
+
+/* Called when such a node is done: the masks go over to the next level. */
+void se_tap_next_level(se_tap * tap);
 
 #endif

@@ -1,8 +1,8 @@
 """StarChatHandler: image-token pruning for a `llama_cpp.Llama` that the user builds.
 
-It stands where llama_cpp's MTMDChatHandler stands, and is one: chat template, tools, grammars, sampling options and the
-form of the answer are that class's. Replaced are where pixels come from and how the prompt is evaluated, and the report
-is added.
+It is a subclass of llama_cpp's MTMDChatHandler, and takes its place. Chat template, tools, grammars, sampling options
+and the form of the answer come from that class. Pixels are loaded and the prompt is evaluated here, and the response
+gets a report.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
 
 _REPORT_KEY = "star_edge"  # of a response
-# Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
+# Configs of `pruning` blocks, by handler. Other threads and tasks do not see them: it is a context variable.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
     "star_edge_is_cancelled", default=None
@@ -134,6 +134,12 @@ class StarChatHandler(ChatHook):
             "a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own"
         )
 
+    @property
+    def reader(self) -> PromptReader:
+        """What reads prompts, once the handler serves a Llama."""
+        assert self._reader is not None  # since `attach`
+        return self._reader
+
     # ---- what to prune ----
 
     @property
@@ -209,17 +215,16 @@ class StarChatHandler(ChatHook):
         with self._lock:
             start = time.perf_counter()
             self.attach(llama)
-            reader = self._reader
-            assert reader is not None
+            reader = self.reader
             config = (_overrides.get() or {}).get(self, self.prune)
             request = Request(reader, self._lock, config, start, _is_cancelled.get())
-            guards = cast(GuardedLlama, llama)  # the reader's work
+            guards = cast(GuardedLlama, llama)  # the reader has made it one
             with request_of(llama):
                 options, guards.grammar_instead = check_chat_options(
                     llama, {"stream": stream, **options}, self.template_source
                 )
                 self._request = request
-                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
+                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before the prompt is read
                 try:
                     with request.running(), self._typed_errors(request):
                         messages, self._images = self._prepare(messages, options)
@@ -258,7 +263,7 @@ class StarChatHandler(ChatHook):
 
     @contextlib.contextmanager
     def _typed_errors(self, request: Request) -> Iterator[None]:
-        """MTMDChatHandler and Llama raise built-in errors, for bad messages also whatever a template runs into."""
+        """Turns built-in errors of MTMDChatHandler, Llama and chat templates into typed ones."""
         try:
             yield
         except StarEdgeError:
@@ -280,14 +285,16 @@ class StarChatHandler(ChatHook):
     @property
     def _vision(self) -> VisionEncoder:
         """The encoder, once the handler serves a Llama."""
-        assert self._reader is not None and self._reader.encoder is not None
-        return self._reader.encoder
+        assert self.reader.encoder is not None  # a handler has an mmproj file
+        return self.reader.encoder
 
     def attach(self, llama_model: Llama) -> Any:
-        """The context of the encoder. On first use of a Llama it is loaded, and the Llama's own context made anew.
+        """The context of the encoder. On first use of a Llama it is loaded, and the Llama gets a new context.
 
         Raises:
-            EngineClosedError: the Llama is closed. ConfigError: the handler serves another. And as PromptReader.
+            EngineClosedError: The Llama is closed.
+            ConfigError: The handler serves another Llama.
+            StarEdgeError: As PromptReader.
         """
         if not is_open(llama_model):
             raise EngineClosedError("the Llama is closed", "make a new one")
@@ -309,7 +316,7 @@ class StarChatHandler(ChatHook):
         self._llama, self._chat = (
             weakref.ref(llama_model),
             chat,
-        )  # a strong reference would keep the model in memory until the next gc
+        )  # a strong reference would keep the model in memory until the next collection
         return self._vision.context
 
     def check_template(self) -> None:
@@ -322,10 +329,10 @@ class StarChatHandler(ChatHook):
             self._chat.check_exists()
 
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        """Messages for the template, and the images' sources."""
+        """Messages for the template, and the sources of the images."""
         assert self._chat is not None  # since `attach`
         prepared, images = self._chat.prepare(messages, template_options(options))
-        if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
+        if self._chat.source is None:  # llama.cpp renders it: MTMDChatHandler's template prints the result as it is
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
 
@@ -334,14 +341,14 @@ class StarChatHandler(ChatHook):
         return self._chat.source or "{{ messages[0]['content'] }}"
 
     def get_image_urls(self, messages: list[Any]) -> list[Any]:  # type: ignore[override]  # a static method there
-        """Of the request under way, or where there is none of messages as they are given."""
+        """Sources of the images: of the request under way, otherwise of the messages as they are given."""
         if self._request is not None:
             return self._images
         return [picture.source for message in read_messages(messages) for picture in message.pictures]
 
     def check_text(self, text: str, n_images: int, marker: str) -> None:
         llama = self._llama()
-        assert llama is not None  # whose request this is
+        assert llama is not None  # a request of it is under way
         check_length(llama, text)
         n_markers = text.count(marker)
         if n_markers != n_images:
@@ -369,7 +376,7 @@ class StarChatHandler(ChatHook):
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))
 
     def _load_source(self, url: str) -> np.ndarray:
-        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads them through urllib
+        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads such URLs through urllib
             parts = urllib.parse.urlsplit(url)
             if parts.netloc not in ("", "localhost"):
                 raise ImageError(f"{url[:200]} is on another host", "write file:///path, or give the path itself")

@@ -1,7 +1,6 @@
 """StarVLM: a vision-language GGUF model with image-token pruning.
 
-Loads the files, checks what a caller gives, and lets `llama_cpp.Llama` sample from the prompt that `PromptReader` has
-read.
+Loads the files and checks arguments. `PromptReader` reads a prompt; `llama_cpp.Llama` samples the answer from there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .answers import Answer, AnswerStream
 from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
-from .errors import ConfigError, EngineClosedError, EngineError, PromptError, UnsupportedModelError
+from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, check_pixels, load_image
@@ -31,6 +30,7 @@ from .llamacpp.guarded import check_length, check_options, request_of
 from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
+from .messages import check_text
 from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, PruneConfig
 from .reader import PromptReader
@@ -42,8 +42,8 @@ from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
 _RANGES = {"max_tokens": Range(1, 2**31 - 1)}
-# What create_completion takes, less what would change the prompt or the form of the result, and what generate names
-# itself
+# Arguments of create_completion, without those that change the prompt or the form of the result, and those that
+# `generate` names itself
 _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
     "self",
     "prompt",
@@ -127,10 +127,10 @@ class StarVLM:
         unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
         if unknown or llama_options.get("vocab_only"):
             raise ConfigError(
-                f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM",
+                f"{', '.join(sorted(unknown)) or 'vocab_only'} is not an option of StarVLM",
                 "see help(StarVLM) and llama_cpp.Llama",
             )
-        for name in ("chat_format", "chat_handler"):  # of Llama.create_chat_completion, which nothing here calls
+        for name in ("chat_format", "chat_handler"):  # for Llama.create_chat_completion, which nothing here calls
             if llama_options.get(name) is not None:
                 raise ConfigError(
                     f"{name} changes nothing in a StarVLM",
@@ -142,7 +142,7 @@ class StarVLM:
         if llama_options.get("lora_path") is not None:
             llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
         if mmproj is not None:
-            check_mmproj(read_gguf_info(mmproj))  # before the text model is loaded, which takes longer
+            check_mmproj(read_gguf_info(mmproj))  # first: to load the text model takes longer
         self._lock = threading.RLock()  # one request at a time; other threads wait
         self._closed = False
         self.image_limits = image_limits
@@ -285,7 +285,7 @@ class StarVLM:
         unknown = set(sampling) - _SAMPLING
         if unknown:
             raise ConfigError(
-                f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
+                f"{', '.join(sorted(unknown))} is not a sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
             )
         with self._lock:
             self._check_open()
@@ -345,14 +345,7 @@ class StarVLM:
         """
         self._check_open()
         pictures = [check_pixels(picture) for picture in pictures]
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                "the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
-            ) from error
+        check_text(prompt, "the prompt")
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)
@@ -432,9 +425,10 @@ class StarVLM:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[float]:
-        """A turn at the Llama: ends an unfinished request, and empties the cache but for the stem.
+        """A turn at the Llama. Ends an unfinished request, and empties the cache except for the stem.
 
-        Gives the time at which it began, in seconds of time.perf_counter.
+        Yields:
+            When the turn began, in seconds of time.perf_counter.
         """
         with self._lock:
             start = time.perf_counter()

@@ -89,11 +89,13 @@ class LoadOptions(_Options):
     def check(self) -> None:
         """Raises ConfigError for types of the cache that do not exist, and values that do not go together."""
         if self.n_ctx == 1:
-            raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
+            raise ConfigError(
+                "n_ctx=1 has no room for a prompt and an answer", "use 2 or more, or 0 for the model's own"
+            )
         for name in ("type_k", "type_v"):
             kind: object = getattr(self, name)
             if not isinstance(kind, str) or kind not in KV_TYPES:
-                raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
+                raise ConfigError(f"{name}={kind!r} is not a KV cache type", f"use one of {', '.join(KV_TYPES)}")
         if self.type_v not in ("f32", "f16", "bf16") and not self.flash_attn:
             raise ConfigError(
                 f"type_v={self.type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v"

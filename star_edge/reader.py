@@ -2,15 +2,16 @@
 
     image -> vision stage -> probe -> decoder stage -> resume -> text
 
-Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, whoever made it. Knows no details of any stage,
-and neither chat templates nor where images come from.
+Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, no matter who made it. Knows the details of no
+stage, no chat templates, and not where images come from.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import cast
@@ -38,17 +39,24 @@ _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothi
 
 
 class PromptReader:
-    """A `Llama` with what reading pruned prompts takes: a context with a tap, and the vision encoder of `mmproj`, if
-    given.
+    """Reads pruned prompts into a `Llama`. Gives it a context with a tap, and loads the vision encoder.
 
-    The context of the Llama is made anew, unless it has a tap already; what is in its cache is lost then. The Llama
-    owns everything
-    that is made here: `Llama.close` frees it, and the reader does not keep the Llama alive.
+    A Llama whose context has no tap gets a new context, and its cache is lost. The Llama owns all that is made here:
+    `Llama.close` frees it. The reader does not keep the Llama alive.
+
+    Args:
+        llama: The Llama.
+        mmproj: File of the vision encoder. None: the prompts are text alone.
+        encoder: How the encoder works.
+        cache: What is kept from request to request.
+        on_gpu: Whether the encoder may use the GPU.
 
     Raises:
-        ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
-        ConfigError: the cache's directory cannot be used.
-        EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
+        ModelFileError: The mmproj file cannot be read.
+        ModelMismatchError: The mmproj file does not belong to the text model.
+        UnsupportedModelError: The mmproj file cannot be used.
+        ConfigError: The cache's directory cannot be used.
+        EngineError: llama.cpp could not create the context. After any error the Llama works as before.
     """
 
     def __init__(
@@ -89,25 +97,45 @@ class PromptReader:
 
     @property
     def request(self) -> int:
-        """Changes whenever the cache stops holding what it held: a stream is over when this is not what it was at its
-        start.
-        """
+        """A number that changes whenever the prompt in the cache goes. A stream whose number is another one is over."""
         return self.context.request
 
     def begin(self) -> None:
-        """Ends whatever was going on and empties the cache, but for what the next prompt may use."""
+        """Ends an unfinished request. Empties the cache, except for what the next prompt may use."""
         self.context.clears_to_stem = False
         self.context.end_prompt()
         self.llama.reset()
 
-    def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
-        """Everything before the first answer token, after `begin`. Closes the prompt.
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """A prompt that is read inside the block uses nothing of earlier prompts, and leaves nothing for later ones."""
+        encoder, reuse = self.encoder, self.reuse
+        cache = None if encoder is None else encoder.cache
+        self.reuse = False
+        if encoder is not None:
+            encoder.cache = None
+        try:
+            yield
+        finally:
+            self.reuse = reuse
+            if encoder is not None:
+                encoder.cache = cache
 
-        start: when the request began, in the seconds of time.perf_counter.
+    def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
+        """Computes everything before the first answer token, and closes the prompt. `begin` must come first.
+
+        Args:
+            prompt: The prompt.
+            config: What to prune, or None.
+            start: When the request began, in seconds of time.perf_counter.
+
+        Returns:
+            The state after the prompt, and the report.
 
         Raises:
-            ConfigError, ContextLengthError: before anything is computed.
-            EngineError: llama.cpp failed; `begin` makes the Llama usable again.
+            ConfigError: The config does not fit the prompt or the model. Nothing has been computed.
+            ContextLengthError: The prompt does not fit the context. Nothing has been computed.
+            EngineError: llama.cpp failed. `begin` makes the Llama usable again.
         """
         try:
             watch = Stopwatch()
@@ -124,8 +152,8 @@ class PromptReader:
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
         stage = _decoder_stage(plan, images) if windows else None
-        # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all
-        # sequences.
+        # A sliding-window cache hands out parked cells (llama_kv_cache::find_slot). Llama.set_cache stores every
+        # sequence, the parked ones too.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         if not keep:
             self.decoder.clear()
@@ -163,9 +191,20 @@ class PromptReader:
     def plan(
         self, prompt: Prompt, config: PruneConfig | None, encoded: Sequence[Encoded] | None = None
     ) -> tuple[PromptPlan, list[str]]:
-        """Counts, decoder stages and notes; every limit is checked here, before anything is computed.
+        """Counts tokens, and checks every limit before anything is computed.
 
-        encoded: the images; the counts may be others then, where no profile says which tokens are special.
+        Args:
+            prompt: The prompt.
+            config: What to prune, or None.
+            encoded: The images, once they are encoded. Only then are special tokens known if no profile names them,
+                so counts may change.
+
+        Returns:
+            The plan, and notes for the report.
+
+        Raises:
+            ConfigError: The prompt is empty, or the config does not fit.
+            ContextLengthError: The prompt does not fit the context.
         """
         notes: list[str] = []
         has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
@@ -202,15 +241,15 @@ class PromptReader:
                 notes.append(f"no decoder stage: {problem}")
         plan = plan_prompt(prompt.chunks, prune, windows, encoded)
         if windows and 0 < self.decoder.n_swa < plan.n_cells:
-            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come
-            # back to theirs
+            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window. Rows would not
+            # come back to their own.
             notes.append(
                 f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}"
             )
             plan = plan_prompt(prompt.chunks, prune, [], encoded)
         if prune is not None and prune.representatives != "none":
             problem = None
-            if 0 < self.decoder.n_swa < plan.n_cells:  # such a cache has other cells than the bias is made for
+            if 0 < self.decoder.n_swa < plan.n_cells:  # the bias is made for the cells of another cache
                 problem = "the prompt is longer than the model's sliding window"
             elif not self.decoder.has_cells:
                 problem = "a recurrent decoder has no attention in which a token could count for several"
@@ -231,7 +270,14 @@ class PromptReader:
         return plan, notes
 
     def _check_images(self, images: Iterable[tuple[ImageChunk, int]]) -> None:
-        """images: each with the tokens that the vision stage leaves of it."""
+        """Checks that images which must be processed at once fit into one graph.
+
+        Args:
+            images: Each image with the number of tokens that the vision stage leaves of it.
+
+        Raises:
+            ContextLengthError: One of them does not.
+        """
         for chunk, n in images:
             if not chunk.causal and n > self.decoder.n_ubatch:
                 raise ContextLengthError(
@@ -241,8 +287,10 @@ class PromptReader:
                 )
 
     def hand_over(self, state: Prefill) -> list[int]:
-        """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read
-        already.
+        """Puts the prompt's state into the Llama.
+
+        Returns:
+            Ids of the prompt. Llama.create_completion finds that it has read them already.
         """
         llama, n = self.llama, state.n_cells
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
@@ -279,9 +327,7 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
         return _candidates(seen, images[seen.image], plan.n_special[seen.image])
 
     def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
-        """How many rows of each image stay: images that share their tokens have as many as are among the best of all of
-        them.
-        """
+        """How many rows of each image stay. Images that share a budget keep the best rows among all of them."""
         counts = list(n_keep)
         for group in (group for group in plan.groups if len(group) > 1):
             total = sum(n_keep[i] - plan.n_special[i] for i in group)
@@ -294,6 +340,7 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
         lambda seen, n: choose(policy, candidates(seen), n - plan.n_special[seen.image]),
         policy.scorer.reads or "all",
         share if any(len(group) > 1 for group in plan.groups) else None,
+        plan.config.seen_below,
     )
 
 

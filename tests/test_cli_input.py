@@ -54,8 +54,8 @@ def star_edge(monkeypatch, capsys, tmp_path):
         (["zzz"], ["'zzz'", "doctor", "(see star-edge --help)"]),
         (["run", "hi", "--nope"], ["--nope", "(see star-edge run --help)"]),
         (["eval", "--metric", "bleu"], ["bleu", "(see star-edge eval --help)"]),
-        (["bench", "--image-size", "x"], ["'x' is no size", "(see star-edge bench --help)"]),
-        (["doctor", "--image-size", "1x"], ["'1x' is no size", "(see star-edge doctor --help)"]),
+        (["bench", "--image-size", "x"], ["'x' is not a size", "(see star-edge bench --help)"]),
+        (["doctor", "--image-size", "1x"], ["'1x' is not a size", "(see star-edge doctor --help)"]),
         (["run", "hi", "--image", IMAGE, "--vision-keep", "0"], ["--vision-keep 0 keeps nothing"]),
         (
             ["run", "hi", "--image", IMAGE, "--vision-keep", "0.1", "--decoder-keep", "0.5"],

@@ -17,7 +17,7 @@ from star_edge.errors import EngineError
 from star_edge.llamacpp.mtmd import MEDIA_MARKER
 from star_edge.llamacpp.names import PIXELS
 from star_edge.llamacpp.tap import NO_ROWS_LEAVE, AttentionRead, KeepRows, Plan
-from star_edge.vision.encoder import ImageChunk
+from star_edge.vision.chunks import ImageChunk
 from star_edge.vision.profiles import Layout
 from star_edge.vision.row_window import RowLayout, RowWindow, find_row_window
 
@@ -146,7 +146,8 @@ def test_dropping_after_the_last_layer_keeps_the_same_features():
             stock, _ = o.whole()
             tokens = o.some(3)
             got = one_pass(o, o.window.n_layers, tokens)
-            assert bounds.are_features(got, stock[tokens]) and not bounds.are_features(np.roll(got, 1, 0), stock[tokens])
+            assert bounds.are_features(got, stock[tokens])
+            assert not bounds.are_features(np.roll(got, 1, axis=0), stock[tokens])
 
 
 # ---- graphs that need all of their rows ----

@@ -228,7 +228,7 @@ class Workbench:
         handler = self._side(SideSpec("count", "star_edge")).handler
         handler.attach(self.llama)
         pictures = [handler.load_image(url) for url in handler.get_image_urls(request.messages)]
-        prompt = handler._reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
+        prompt = handler.reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
         try:
             return sum(c.n_tokens for c in prompt.chunks if isinstance(c, ImageChunk)), len(pictures)
         finally:

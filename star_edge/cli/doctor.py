@@ -42,7 +42,7 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
         if not (0 < width <= 16384 and 0 < height <= 16384):
             raise ValueError
     except ValueError:
-        raise click.BadParameter(f"{image_size!r} is no size such as 672x672") from None
+        raise click.BadParameter(f"{image_size!r} is not a size such as 672x672") from None
     result: dict[str, Any] = {
         "versions": {
             "star_edge": version("star-edge"),
@@ -66,7 +66,7 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
 
 
 def _or_reason(part: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What a part of the report says, or why it cannot be had: the rest is worth showing all the same."""
+    """A part of the report, or why there is none. The rest is worth showing in either case."""
     try:
         return part(*args)
     except StarEdgeError as error:

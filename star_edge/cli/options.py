@@ -52,17 +52,17 @@ class KeepType(_KeepParam):
 
 
 class Number(click.FloatRange):
-    """A float in a range, which NaN is not, nor is infinity."""
+    """A finite float in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no number", param, ctx)
+            self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
 
 
 class FilePath(click.Path):
-    """A path; an empty one names nothing, and must not stand for an option that was left out."""
+    """A path. An empty one is refused: it must not pass for an option that was left out."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -102,7 +102,7 @@ class RedundancyType(_RedundancyParam):
 
 @contextmanager
 def in_cli_words() -> Iterator[None]:
-    """Errors name options as they are typed (--vision-keep 2), not as parameters of Python (vision_keep=2)."""
+    """Errors inside the block name options as they are typed (--vision-keep 2), not as in Python (vision_keep=2)."""
     try:
         yield
     except StarEdgeError as error:
@@ -110,7 +110,7 @@ def in_cli_words() -> Iterator[None]:
 
 
 def cli_words(text: str) -> str:
-    """The text with names of parameters as the running command's options."""
+    """The text, with names of Python parameters replaced by the running command's options."""
     context = click.get_current_context(silent=True)
     for param in context.command.params if context is not None else ():
         if not isinstance(param, click.Option):
@@ -121,13 +121,13 @@ def cli_words(text: str) -> str:
             text = re.sub(rf"\b{param.name}=True\b", flag, text)
             text = re.sub(rf"\b{param.name}=False\b", off, text) if off else text
         text = re.sub(rf"\b{param.name}=(?=\S)", f"{flag} ", text)
-        if "_" in param.name:  # others are words of English too
+        if "_" in param.name:  # other names are English words too
             text = re.sub(rf"(?<![-\w.]){param.name}(?![\w.])", flag, text)
     return text
 
 
 def model_options(command: Command) -> Command:
-    """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
+    """-m, --mmproj, -hf and how to load them. The parameters reach `load_engine` as keyword arguments."""
     options = [
         click.option(
             "-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."
@@ -139,7 +139,7 @@ def model_options(command: Command) -> Command:
             "--hf-repo",
             "hf_repo",
             metavar="OWNER/REPO[:QUANT]",
-            help="Text model and mmproj from the Hugging Face hub. Default quant: Q4_K_M, else Q8_0, else the first.",
+            help="Text model and mmproj from the Hugging Face hub. Default quant: Q4_K_M, then Q8_0, then the first.",
         ),
         click.option("--no-mmproj", is_flag=True, help="With -hf: the text model alone."),
         click.option(
@@ -205,9 +205,9 @@ def model_options(command: Command) -> Command:
             metavar="FILE|NAME|JINJA",
             callback=lambda ctx, param, value: (
                 None if value is None else find_template(value)
-            ),  # whoever gets it may have another folder
+            ),  # now: a worker may have another current folder
             help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: "
-            "the model's own, else its family's.",
+            "the model's own, otherwise its family's.",
         ),
         click.option(
             "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
@@ -225,7 +225,7 @@ KEEP_HELP = (
 
 
 def prune_options(command: Command) -> Command:
-    """--preset and the fields that override it; the parameters reach `make_config` as keyword arguments."""
+    """--preset and the fields that override it. The parameters reach `make_config` as keyword arguments."""
     options = [
         click.option(
             "--preset",
@@ -282,9 +282,7 @@ def load_engine(
     no_mmproj: bool = False,
     **options: Any,
 ) -> StarVLM:
-    """The engine for the given files, for those of a repository of the hub, or for the reference model when none is
-    given.
-    """
+    """Loads the given files, those of a repository of the hub, or the reference model if none are given."""
     files = find_model(model, mmproj, hf_repo, no_mmproj)
     fit_reference_model(files[0], options)
     with in_cli_words():
@@ -307,11 +305,11 @@ def check_load_options(options: dict[str, Any]) -> None:
 def find_model(
     model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool
 ) -> tuple[str | Path, str | Path | None]:
-    """Paths of the text model and its mmproj, downloaded where they must be; a --mmproj stands in for the repository's
-    own.
+    """Paths of the text model and its mmproj. Downloads them if needed. --mmproj replaces the repository's own.
 
     Raises:
-        ConfigError: options that exclude each other; otherwise as `hub.fetch`.
+        ConfigError: Options exclude each other.
+        StarEdgeError: As `hub.fetch`.
     """
     if no_mmproj and (hf_repo is None or mmproj is not None):
         raise ConfigError("--no-mmproj is for -hf without --mmproj", "leave it out")
@@ -336,7 +334,7 @@ def make_config(
     **more: Any,
 ) -> PruneConfig | None:
     """The config of `prune_options`. more: redundancy, encoder_keep and encoder_layer."""
-    config = resolve_prune(preset)  # a file's words are its own
+    config = resolve_prune(preset)  # errors in a file keep the file's words
     with in_cli_words():
         return override(
             config,
@@ -356,7 +354,7 @@ def save_picture(picture: Any, path: str) -> None:
     """Writes a PIL image.
 
     Raises:
-        ConfigError: the folder does not exist, or the ending is no image format.
+        ConfigError: The folder does not exist, or the ending is not an image format.
     """
     try:
         picture.save(path)
@@ -367,22 +365,24 @@ def save_picture(picture: Any, path: str) -> None:
 
 
 def check_picture_path(path: str) -> None:
-    """As `save_picture` would, before anything is computed.
+    """Checks what `save_picture` needs, before anything is computed.
 
     Raises:
-        ConfigError: the folder does not exist, or the ending is no image format.
+        ConfigError: The folder does not exist, or the ending is not an image format.
     """
     PIL.Image.init()
     known = PIL.Image.registered_extensions().get(Path(path).suffix.lower()) in PIL.Image.SAVE
     if not known or not Path(path).parent.is_dir():
-        cause = "the folder does not exist" if known else f"{Path(path).suffix or 'no ending'} is no image format"
+        cause = "the folder does not exist" if known else f"{Path(path).suffix or 'no ending'} is not an image format"
         raise ConfigError(f"{path} cannot be written ({cause})", "use an existing folder and an ending such as .png")
 
 
 def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any) -> tuple[list[str], list[str]]:
-    """Draws each image with dropped tokens dimmed for each stage; several images get -0, -1, ... before the ending.
+    """Draws each image, with dropped tokens dimmed for each stage. Several images get -0, -1, ... before the ending.
 
-    Returns the paths written, and what could not be drawn or written, with the reason: neither costs the answer.
+    Returns:
+        The paths that were written, and what could not be drawn or written, with the reason. A problem never costs the
+        answer.
     """
     written, problems = [], []
     for i, source in enumerate(sources):

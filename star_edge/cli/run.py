@@ -149,7 +149,7 @@ def _read_stdin() -> str:
     try:
         text = sys.stdin.read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
-        raise ConfigError("the prompt on stdin is no text in UTF-8", "convert it") from error
+        raise ConfigError("the prompt on stdin is not UTF-8 text", "convert it") from error
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"the prompt on stdin has more than {MAX_CHARACTERS} characters", "give a shorter one")
     return text.strip()

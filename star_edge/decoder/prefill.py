@@ -37,6 +37,7 @@ from ..pruning.selection import Selection
 from ..rows import Rows, Segment
 from ..stopwatch import Stopwatch
 from . import reuse
+from .levels import Levels
 
 
 @dataclass
@@ -72,12 +73,14 @@ class DecoderStage:
         text_rows: Rows of the text after the last image that score: "all" or "last" as a mean, or "each".
         divide: divide(seen of all images, n_keep) says how many rows of each image stay, if images share a budget.
             None: they do not.
+        seen_below: Rows after the prompt see a dropped row in the layers below the stage that dropped it.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
     choose: Callable[[Seen, int], Selection]
     text_rows: str = "all"
     divide: Callable[[Sequence[Seen], Sequence[int]], Sequence[int]] | None = None
+    seen_below: bool = False
 
 
 @dataclass
@@ -199,6 +202,7 @@ class _Run:
         self.check_cells(end.cells, start)
         assert end.hidden is not None  # a window that ends below the last layer leaves states
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
+        levels = Levels(rest, end.cells)
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
         all_scores, all_selections, joined = [], [], False
         for w, (layer, n_keep) in enumerate(stage.windows):
@@ -211,6 +215,7 @@ class _Run:
                 if any(s.mass is not None for s in live):
                     self.set_masses(live, end.cells[keep_row])
                 own_cells = end.cells[keep_row]
+                levels.add(layer, live, own_cells)
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
             # 4) resume
             joined |= not keep_row.all() and not self.context.tells_text_apart
@@ -227,6 +232,9 @@ class _Run:
                 with self.watch.step("fallback"):
                     self.restart(rest, kept_rows, start)
                 break
+        if stage.seen_below and in_place and len(levels.dropped):
+            self.has_parked = False  # the rows are needed where they are
+            self.context.owner.see_below(*levels.arrays(), n_hidden=len(levels.dropped))
         n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
         return self.result(
             prefix + live,

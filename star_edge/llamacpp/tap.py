@@ -1,10 +1,9 @@
-"""Python's hold on one tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
+"""One tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
 
-Life of a tap: it is created before the context, since llama.cpp takes `cb_eval` only at creation, and must outlive it.
-While nothing is armed the callback answers "no" to every node and the graph runs as if it were not there. `armed(plan)`
-covers one
-`llama_decode` or one encode: the plan says what to observe, skip, inject and where to stop; leaving the block restores
-the graph whatever happened. No Python runs inside the callback, so no exception can cross C.
+A tap is created before its context, because llama.cpp takes `cb_eval` only at creation. It must outlive the context.
+While nothing is armed, the callback answers "no" to every node, and the graph runs as if there were no callback.
+`armed(plan)` covers one `llama_decode` or one encode. The plan says what to observe, skip and inject, and where to
+stop. Leaving the block always restores the graph. No Python runs inside the callback, so no exception can cross C.
 """
 
 from __future__ import annotations
@@ -253,6 +252,34 @@ class Tap:
                 lib.se_tap_set_cell_bias(self._tap, ffi.cast("float *", values.ctypes.data), len(values)), "cell bias"
             )
 
+    def set_levels(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray) -> None:
+        """What rows of plain decodes see of a prompt's cells, by layer, in place of the cell bias.
+
+        Args:
+            layers: First layer of each level, ascending, the first 0.
+            bias: (n_levels, n_cells) float32, added to the attention mask in the layers of each level; -inf hides.
+            witness: (n_cells,) int32. A cell is seen where the cell `witness` is: one that llama.cpp itself hides,
+                because it is in no sequence of the rows. -1: where llama.cpp's mask lets it.
+        """
+        firsts = np.ascontiguousarray(layers, np.int32)
+        values, seen_with = np.ascontiguousarray(bias, np.float32), np.ascontiguousarray(witness, np.int32)
+        pointers = [ffi.cast("int32_t *", a.ctypes.data) for a in (firsts, seen_with)]
+        check(
+            lib.se_tap_set_levels(
+                self._tap,
+                pointers[0],
+                len(firsts),
+                ffi.cast("float *", values.ctypes.data),
+                pointers[1],
+                len(seen_with),
+            ),
+            "levels",
+        )
+
+    def forget_levels(self) -> None:
+        """The cell bias holds again."""
+        check(lib.se_tap_set_levels(self._tap, ffi.NULL, 0, ffi.NULL, ffi.NULL, 0), "levels")
+
     def set_input(self, name: str, data: np.ndarray | None) -> None:
         """Replaces the graph input `name` by the bytes of `data` before its first consumer runs; None turns it off."""
         if data is None:
@@ -274,7 +301,7 @@ class Tap:
 
     @contextmanager
     def watching(self, name: str, out: np.ndarray) -> Iterator[None]:
-        """Copies the graph input `name` into `out` while a graph runs; `watched()` says how many bytes came."""
+        """Copies the graph input `name` into `out` while a graph runs. `watched()` tells how many bytes came."""
         check(
             lib.se_tap_watch_input(self._tap, name.encode(), ffi.cast("void *", out.ctypes.data), out.nbytes),
             f"input {name}",

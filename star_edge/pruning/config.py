@@ -84,12 +84,17 @@ class PruneConfig:
         decoder_scorer: What the decoder stages rank tokens by, a name in scorers.DECODER_SCORERS.
         representatives: What becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even"
             keep their weight in every softmax. "none" drops them for good, as the paper does.
+        decoder_representatives: The same for the decoder stages alone, or None for `representatives`. "none" leaves the
+            vision stage's masses to the tokens that stay.
         vision_share: Share of the vision stage's budget, 0..1, that represents dropped tokens. The rest is chosen by
             score.
         decoder_share: The same for the decoder stages.
         windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
             (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
             model's layers.
+        seen_below: Tokens of the answer see a dropped token in the layers below the stage that dropped it. Its KV cells
+            stay taken until the answer ends. False: it leaves the cache of all layers, and the cells are free for the
+            answer.
         budget: "image": each image has its own budget, and its crops share it. "crop": each crop has its own. "prompt":
             all images share one, such as the frames of a video. The vision stage then divides it by what each image
             shows first, the decoder stage by the question's attention. No image gets less than a quarter of an equal
@@ -115,9 +120,11 @@ class PruneConfig:
     vision_scorer: str = "attention"
     decoder_scorer: str = "text"
     representatives: str = "cluster"
+    decoder_representatives: str | None = None
     vision_share: float = 1.0
     decoder_share: float = 0.5
     windows: tuple[tuple[int | float, Keep], ...] = ()
+    seen_below: bool = False
     budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
@@ -150,11 +157,16 @@ class PruneConfig:
             ("vision_scorer", VISION_SCORERS),
             ("decoder_scorer", DECODER_SCORERS),
             ("representatives", REPRESENTATIVES),
+            ("decoder_representatives", (None, *REPRESENTATIVES)),
             ("budget", ("image", "crop", "prompt")),
             ("positions", ("original", "renumbered")),
         ):
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in tuple(names):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
+            value = getattr(self, name)
+            if not isinstance(value, (str, type(None))) or value not in tuple(names):
+                known = ", ".join(str(one) for one in names)
+                raise ConfigError(f"{name}={value!r} is unknown", f"use one of {known}")
+        if not isinstance(self.seen_below, bool):
+            raise ConfigError(f"seen_below={self.seen_below!r} is neither True nor False", "use one of them")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a whole number >= 0", "use 0, 1, 2, ...")
         for name in ("decoder_layer", "encoder_layer", "seed"):

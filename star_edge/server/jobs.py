@@ -8,7 +8,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -223,7 +223,7 @@ class Job:
         if body.grammar is not None:
             kwargs["grammar"] = LlamaGrammar.from_string(body.grammar)
         engine.pictures.sources = self._images
-        afresh = _afresh(engine.handler) if body.star_edge.afresh else contextlib.nullcontext()
+        afresh = engine.handler.reader.afresh() if body.star_edge.afresh else contextlib.nullcontext()
         try:
             with engine.handler.pruning(self._config), engine.handler.cancellable(self._stopped.is_set), afresh:
                 messages: Any = self._messages  # JSON that read_messages has checked
@@ -255,19 +255,6 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
         else:
             raise ConfigError(f"logit_bias: {name[:60]!r} is not a token id", f"use ids of 0 to {llama.n_vocab() - 1}")
     return biases
-
-
-@contextlib.contextmanager
-def _afresh(handler: StarChatHandler) -> Iterator[None]:
-    """A prompt that is read inside the block uses nothing of earlier ones, and leaves nothing."""
-    reader = handler._reader
-    assert reader is not None and reader.encoder is not None  # the server starts with both
-    before = reader.reuse, reader.encoder.cache
-    reader.reuse, reader.encoder.cache = False, None
-    try:
-        yield
-    finally:
-        reader.reuse, reader.encoder.cache = before
 
 
 def _kept(report: PruneReport) -> list[dict[str, Any]]:

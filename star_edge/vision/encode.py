@@ -28,8 +28,9 @@ from .composed import Composer, Picture, UnitFeatures, find_geometry
 from .encoder import VisionEncoder
 from .profiles import PROFILES
 from .redundancy import masses, representatives, with_more
+from .row_window import find_row_window
 from .stage import PromptPlan
-from .window import FirstPass, find_window, window_layer
+from .window import EncoderWindow, FirstPass, find_window, window_layer
 
 
 @dataclass
@@ -56,7 +57,7 @@ class ImageEncoding:
         self.encoder = encoder
         geometry = find_geometry(encoder)
         self.composer = None if geometry is None else Composer(encoder, geometry)
-        self.window = find_window(encoder)
+        self.window: EncoderWindow | None = find_window(encoder) or find_row_window(encoder)
 
     def possible(self, config: PruneConfig, images: Sequence[ImageChunk]) -> tuple[PruneConfig, list[str]]:
         """The config without what this encoder cannot do, and a note on each such thing.

@@ -15,8 +15,9 @@ import numpy as np
 from ..errors import EngineError
 from ..llamacpp.names import PATCHES
 from ..llamacpp.tap import MEAN_ALL, AttentionRead, KeepRows, Outcome, Plan
+from .chunks import ImageChunk
 from .composed import Grid, Picture, UnitFeatures
-from .encoder import MAX_QUERY_ROWS, ImageChunk, VisionEncoder
+from .encoder import MAX_QUERY_ROWS, VisionEncoder
 from .profiles import Layout
 from .window import FirstPass
 
@@ -219,7 +220,8 @@ class RowWindow:
             rows = (0, -1, -(-n_rows // MAX_QUERY_ROWS))
             if attention == "cls" and layout.cls:
                 rows = (after.cls_row, 1, 1)
-            plan.attention = AttentionRead([self.n_layers - 1], n_rows, rows, MEAN_ALL, n_threads=self.encoder.n_threads)
+            threads = self.encoder.n_threads
+            plan.attention = AttentionRead([self.n_layers - 1], n_rows, rows, MEAN_ALL, n_threads=threads)
         outcome = self.encoder.run(chunk, plan)
         embeddings = self.encoder.output(len(kept)).copy()
         return UnitFeatures(first.units[kept], embeddings, self._scores(outcome, after), outcome.score_seconds)

@@ -1,5 +1,7 @@
 """What is taken for granted where rows leave a running encoder (csrc/shrink.c)."""
 
+import re
+
 import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 import pytest
@@ -28,9 +30,11 @@ def test_the_hidden_state_of_each_encoder_layer_is_layer_out_n_and_that_before_t
     names = [node.name for node in nodes]
     n_layers = len([node for node in nodes if node.op == "SOFT_MAX"])
     assert n_layers in (metadata["clip.vision.block_count"], metadata["clip.vision.block_count"] - 1)
-    assert [name for name in names if name.startswith("layer_out-")] == [f"layer_out-{i}" for i in range(n_layers)]
+    assert [name for name in names if re.fullmatch(r"layer_out-\d+", name)] == [
+        f"layer_out-{i}" for i in range(n_layers)
+    ]
     assert names.count(ENTRY[name]) == 1 and names.index(ENTRY[name]) < names.index("layer_out-0")
-    states = [node for node in nodes if node.name == ENTRY[name] or node.name.startswith("layer_out-")]
+    states = [node for node in nodes if re.fullmatch(rf"layer_out-\d+|{ENTRY[name]}", node.name)]
     assert len({node.ne for node in states}) == 1 and all(node.kind == 0 for node in states)
 
 

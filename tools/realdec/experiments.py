@@ -59,9 +59,31 @@ def _schedule() -> list[Method]:
     ]
 
 
+def _rivals() -> list[Method]:
+    """On the test split: the proposed stage against others at equal token-layers, and what no method reaches."""
+
+    def keep(average: float, share: float) -> float:
+        return (average - share) / (1 - share)
+
+    first = 0.1  # the second or third layer, as FastV
+    return [
+        Method("proposed: last row, K = 0.67 L, keep 50%", ((LATE, 0.5),), seen_below=True),
+        Method("proposed: last row, K = 0.67 L, keep 25%", ((LATE, 0.25),), seen_below=True),
+        Method("last row, K = 0.75 L, keep 25%", ((0.75, 0.25),), seen_below=True),
+        Method("FastV (0.1 L), 75%", ((first, keep(0.75, first)),), seen_below=True),
+        Method("random from 0.1 L, 75%", ((first, keep(0.75, first)),), "random", seen_below=True),
+        Method("uniform from 0.1 L, 75%", ((first, keep(0.75, first)),), "uniform", seen_below=True),
+        Method("default (K = L/3, clusters), 75%", ((1 / 3, keep(0.75, 1 / 3)),), "text", 1, "cluster", 0.5),
+        Method("default (K = L/3, clusters), 50%", ((1 / 3, keep(0.5, 1 / 3)),), "text", 1, "cluster", 0.5),
+        Method("words of the question, K = 1, 50%", ((1, 0.48),), "words", seen_below=True),
+        Method("words of the question, K = 1, 25%", ((1, 0.215),), "words", seen_below=True),
+    ]
+
+
 EXPERIMENTS: dict[str, list[Method]] = {
     "depth": _depth(),
     "ranking": _ranking(),
     "representatives": _representatives(),
     "schedule": _schedule(),
+    "rivals": _rivals(),
 }

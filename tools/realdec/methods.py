@@ -77,7 +77,9 @@ class Method:
             )
             return choose(policy, Candidates(tokens, None, 0, n_context), n_keep)
 
-        return DecoderStage([(layer, [n]) for layer, n in windows], choice, scorer.reads or "all")
+        return DecoderStage(
+            [(layer, [n]) for layer, n in windows], choice, scorer.reads or "all", seen_below=self.seen_below
+        )
 
 
 LAST_FEW = 4
@@ -102,7 +104,24 @@ def any_row(tokens: Tokens, k: int) -> np.ndarray:
     return best
 
 
+def same_words(tokens: Tokens, k: int) -> np.ndarray:
+    """The largest similarity to a row of the question, as a softmax over the context, and what follows it.
+
+    In the first layers a row is little more than its token, so this finds the words of the question in the context. The
+    eight rows after such a word have its score: what is said of it. No picture has its question's words: this shows
+    what a ranking could do that knew early what is asked for.
+    """
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    alike = np.exp((unit(tokens.text_vectors) @ unit(tokens.vectors).T - 1) / 0.1)
+    scores = (alike / alike.sum(axis=1, keepdims=True)).max(axis=0)
+    return np.array([scores[max(0, i - 8) : i + 2].max() for i in range(len(scores))])
+
+
 SCORERS: dict[str, Scorer] = {
+    "words": Scorer(same_words, "each"),
     "last4": Scorer(last_few, "each"),
     "max": Scorer(any_row, "each"),
 }

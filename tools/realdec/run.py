@@ -80,11 +80,7 @@ def ask(decoder: RealDecoder, item, methods: list[Method]):
     # those that share layer K come after each other, so that the rows below it are decoded once
     for method in sorted(methods, key=lambda m: (m.layers(n_layers)[0], m.seen_below)):
         stage = method.stage(n_layers, prompt.n_context, attention)
-        if method.seen_below:
-            kept = [selections[0] for selections in decoder.prefill(prompt, stage).selections]
-            reply = decoder.answer_seen_below(prompt, list(zip(method.layers(n_layers), kept)), unpruned)
-        else:
-            reply = decoder.answer(prompt, stage, unpruned)
+        reply = decoder.answer(prompt, stage, unpruned)
         average = method.average(n_layers, prompt.n_context)
         yield {"method": method.name, "average": average, **record(reply, unpruned, is_right(reply.text, item))}
 
