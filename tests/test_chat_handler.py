@@ -135,6 +135,8 @@ def test_report_comes_back_with_the_response(llm, handler):
     tokens = {
         "n_tokens": 144,
         "n_special": 0,
+        "n_redundant": 0,
+        "n_encoder_kept": 144,
         "n_vision_kept": kept("balanced").vision,
         "n_decoder_kept": kept("balanced").decoder,
     }

@@ -20,6 +20,7 @@ from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.pruning.selection import Selection
 from star_edge.vision.composed import GEOMETRIES
+from star_edge.vision.row_window import find_row_window
 from star_edge.vision.window import find_window
 
 FIXTURES = load_fixtures()
@@ -471,8 +472,9 @@ def test_redundant_tokens(fixture, engines):
 
 def test_encoder_stage(fixture, engines):
     """Stock with everything kept, for every M; half of the tokens at one; or the report says why there is none."""
-    vlm, prompt = engines("fa", "stock"), fixture.prompts[-1]
-    window = find_window(vlm.encoder)
+    vlm, prompt = engines("fa"), fixture.prompts[-1]
+    window = find_window(vlm.encoder) or find_row_window(vlm.encoder)
+    window = window if support.has_encoder_stage(fixture) else None
     stock_, _ = vlm.read_prompt(prompt.text, prompt.pictures, None, chat=False)
     for layer in range(1, window.n_layers if window else 2):
         config = PruneConfig(encoder_layer=layer)

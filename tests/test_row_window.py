@@ -12,19 +12,24 @@ from helpers import bounds
 from helpers.families import FOLDER, MODES, N_THREADS, Fixture
 from helpers.reference_vit import FixedEncoder
 
-from star_edge import StarVLM
+from star_edge import PruneConfig, StarVLM
 from star_edge.errors import EngineError
 from star_edge.llamacpp.mtmd import MEDIA_MARKER
 from star_edge.llamacpp.names import PIXELS
 from star_edge.llamacpp.tap import NO_ROWS_LEAVE, AttentionRead, KeepRows, Plan
 from star_edge.vision.chunks import ImageChunk
+from star_edge.vision.encode import fitted
 from star_edge.vision.profiles import Layout
 from star_edge.vision.row_window import RowLayout, RowWindow, find_row_window
 
 WITH_REFERENCE = ("smolvlm", "idefics3", "gemma3", "llava", "llava-next", "bakllava", "internvl")
-WITHOUT = ("gemma4", "lfm2-vl", "llava-vicuna")  # all kept is compared with stock
-REFUSED = ("minicpmv", "granite-vision", "mobilevlm", "mobilevlm-v2")
-ANY_SIZE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3")  # composed pictures are for these
+WITHOUT = ("gemma4", "lfm2-vl", "llava-vicuna", "internvl3.5", "granite-docling")  # all kept is compared with stock
+REFUSED = ("minicpmv", "minicpmv4.0", "granite-vision", "mobilevlm", "mobilevlm-v2")
+OTHERS = tuple(
+    name
+    for name in sorted(p.name for p in FOLDER.iterdir() if p.is_dir())
+    if name not in WITH_REFERENCE + WITHOUT + REFUSED
+)
 modes = pytest.mark.parametrize("mode", ["f32", "fa"])
 
 
@@ -187,7 +192,7 @@ def refused_or_exact(o, layer, rows, stock):
     return True
 
 
-@pytest.mark.parametrize("name", WITH_REFERENCE + WITHOUT + REFUSED + ANY_SIZE)
+@pytest.mark.parametrize("name", WITH_REFERENCE + WITHOUT + REFUSED + OTHERS)
 def test_any_rows_at_any_layer_are_refused_or_run(name):
     """No choice of rows ends the process or changes a later encode."""
     rng = np.random.default_rng(7)
@@ -248,9 +253,59 @@ def test_which_encoders_have_a_row_window():
     for name in WITH_REFERENCE + WITHOUT:
         with opened(name) as o:
             assert isinstance(o.window, RowWindow) and 1 <= o.window.default_layer() < o.window.n_layers
-    for name in ANY_SIZE:
+    for name in ("qwen2-vl", "pixtral", "minicpmv", "mobilevlm"):
         with opened(name) as o:
             assert o.window is None
+
+
+@pytest.mark.parametrize("counts", [[16], [7], [10, 11, 12], [1, 1, 1], [64, 3, 5], [24, 24, 24, 24]])
+def test_shared_tokens_are_whole_rows_and_not_much_more(counts):
+    fit = lambda i, n: min(64, -(-n // 8) * 8)
+    got = fitted(counts, fit)
+    assert all(n % 8 == 0 and n > 0 for n in got)
+    least = sum(max(8, n // 8 * 8) for n in counts)  # a row of each image stays
+    assert sum(counts) <= sum(got) < max(sum(counts), least) + 8
+    assert all(abs(n - m) < 8 for n, m in zip(got, counts))
+    assert fitted(counts, lambda i, n: n) == counts
+
+
+# ---- requests ----
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "gemma3", "llava", "internvl", "llava-next"])
+def test_stages_follow_each_other(name):
+    """Fewer tokens leave the encoder, then fewer the later stages; masses count all of them; the cache has the same."""
+    fixture = Fixture(FOLDER / name)
+    prompt = fixture.prompts[-1]
+    config = PruneConfig(0.4, 0.2, 1, encoder_keep=0.6, vision_share=0.5)
+    with fixture.engine("fa") as vlm:
+        ask = lambda config: vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
+        stock, _ = ask(None)
+        state, report = ask(config)
+        assert not report.notes and report.encoder_layer == 1
+        assert report.n_encoder_kept < 0.75 * report.n_image_tokens and report.n_vision_kept < report.n_encoder_kept
+        for image in report.images:
+            assert len(image.redundant) == 0 and image.n_encoder_kept < image.n_tokens
+            assert np.isin(image.vision_kept, image.encoder_kept).all()
+            assert np.isin(image.decoder_kept, image.vision_kept).all()
+            assert np.isclose(image.vision_mass.sum(), image.n_tokens) and image.decoder_mass.sum() == image.n_tokens
+        again, found = ask(config)
+        assert all(image.cached for image in found.images) and np.array_equal(again.logits, state.logits)
+        assert np.array_equal(ask(None)[0].logits, stock.logits)
+        other, _ = ask(PruneConfig(0.4, 0.2, 1, vision_share=0.5))
+        assert not np.array_equal(other.logits, state.logits)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_family_answers_without_it_and_says_so(name):
+    fixture = Fixture(FOLDER / name)
+    prompt = fixture.prompts[-1]
+    with fixture.engine("fa") as vlm:
+        ask = lambda config: vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
+        stock, _ = ask(None)
+        state, report = ask(PruneConfig(encoder_keep=0.5))
+        assert np.array_equal(state.logits, stock.logits) and report.n_encoder_kept == report.n_image_tokens
+        assert [note.startswith("no encoder stage: the encoder") for note in report.notes] == [True]
 
 
 # ---- rows and tokens ----

@@ -135,6 +135,17 @@ def test_the_engine_s_answers_see_what_was_dropped(vlm):
     assert np.array_equal(*first)  # the first token is the prompt's
 
 
+def test_another_question_about_the_image_finds_its_rows(vlm, families):
+    """What the first answer saw does not leak into the second, and the second sees what it should."""
+    models = families["llama"]
+    answers(vlm, CONFIG)
+    second = [vlm.generate("and that?", random_image(1), prune=CONFIG, max_tokens=6, temperature=0.0)]
+    with StarVLM(models.text, models.mmproj, n_ctx=256, n_threads=1) as fresh:
+        second.append(fresh.generate("and that?", random_image(1), prune=CONFIG, max_tokens=6, temperature=0.0))
+    assert second[0].report.reused_tokens > 0 == second[1].report.reused_tokens
+    assert second[0].text == second[1].text
+
+
 def test_cells_are_free_after_the_answer(vlm):
     answers(vlm, CONFIG)
     context = vlm.decoder.owner
@@ -156,6 +167,18 @@ def test_an_answer_that_needs_the_cells_gets_them(families):
 def test_it_is_a_bool(value):
     with pytest.raises(ConfigError, match="seen_below"):
         PruneConfig(seen_below=value)
+
+
+def test_decoder_representatives_are_the_decoder_stages_alone():
+    """The vision stage's masses stay with what stays of them: none is added, none is lost to another."""
+    with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
+        config = PruneConfig(0.5, 0.25, decoder_representatives="none")
+        image = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, config)[1].images[0]
+    mass = dict(zip(image.vision_kept.tolist(), image.vision_mass.tolist()))
+    assert sum(mass.values()) == pytest.approx(144)
+    assert image.decoder_mass.tolist() == [mass[i] for i in image.decoder_kept.tolist()]
+    with pytest.raises(ConfigError, match="decoder_representatives"):
+        PruneConfig(decoder_representatives="clusters")
 
 
 def test_on_the_reference_model():

@@ -608,7 +608,7 @@ def test_an_empty_key_in_the_environment(monkeypatch):
     "options", [{"n_ctx": 1}, {"n_ctx": -1}, {"n_ctx": 2**32}, {"n_ubatch": 0}, {"n_gpu_layers": -2}, {"n_threads": 0}]
 )
 def test_numbers_that_llama_cpp_would_abort_on(options):
-    with pytest.raises(errors.ConfigError, match=f"{next(iter(options))}=.* (is out of range: use|holds no prompt)"):
+    with pytest.raises(errors.ConfigError, match=f"{next(iter(options))}=.* (is out of range: use|has no room)"):
         make_app(refvlm.TEXT_MODEL, refvlm.MMPROJ, alias="m", **options)
 
 

@@ -364,8 +364,8 @@ class _Processors:
                     scores[:] = changed
                 except (TypeError, ValueError):
                     raise ConfigError(
-                        f"a logits_processor did not return an array of {len(scores)} numbers",
-                        "return one for each token",
+                        f"a logits_processor returned a {type(changed).__name__}, not {len(scores)} numbers",
+                        "return one number for each token",
                     ) from None
             if np.isnan(scores).any():  # llama.cpp sorts them, and NaN can make its sort read out of bounds
                 raise ConfigError("a logits_processor returned NaN", "return a number for each token, or -inf")

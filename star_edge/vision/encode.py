@@ -9,7 +9,7 @@ that stay have the mass of those that do not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -264,7 +264,6 @@ class ImageEncoding:
         ]
         selections = {}
         for w, first, image, n in zip(works, firsts, candidates, self._shares(plan, config, works, candidates)):
-            n = min(len(w.units), self.window.fitting(n, first.chunk))
             selections[w.number] = choose(vision_policy(config, first.attention is not None), image, n)
         return selections
 
@@ -272,11 +271,14 @@ class ImageEncoding:
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], candidates: Sequence[Candidates]
     ) -> list[int]:
         """Units of each image that stay. Images of one group share them."""
+        window = self.window
+        assert window is not None  # which has made the first passes
         n_keep = [min(len(w.units), plan.n_encoder[w.number] - plan.n_special[w.number]) for w in works]
         if len(works) > 1 and any(n < len(w.units) for n, w in zip(n_keep, works)):
             policy = vision_policy(config, all(c.tokens.attention is not None for c in candidates))
-            return divide(policy, candidates, sum(n_keep))
-        return n_keep
+            n_keep = divide(policy, candidates, sum(n_keep))
+        chunks = [plan.images[w.number] for w in works]
+        return fitted(n_keep, lambda i, n: min(len(works[i].units), window.fitting(n, chunks[i])))
 
     @staticmethod
     def _mass(config: PruneConfig, mass: np.ndarray) -> np.ndarray | None:
@@ -364,3 +366,17 @@ class ImageEncoding:
             encoded.embeddings, None, scores, encoded.kept, encoded.mass, encoded.redundant, encoded.layer or 0
         )
         cache.put(key, image, len(encoded.cells))
+
+
+def fitted(counts: Sequence[int], fit: Callable[[int, int], int]) -> list[int]:
+    """Numbers near these that the encoder can run on, together not fewer, and more by less than one step.
+
+    fit: fit(i, n) is the smallest number for image i from n on, or all that there are.
+    """
+    up = [fit(i, n) for i, n in enumerate(counts)]
+    down = [next((m for m in range(n, 0, -1) if fit(i, m) == m), up[i]) for i, n in enumerate(counts)]
+    reach = [(n - low) / (high - low) if high > low else 0.0 for n, low, high in zip(counts, down, up)]
+    for i in sorted(range(len(counts)), key=lambda i: -reach[i]):
+        if sum(down) < sum(counts):
+            down[i] = up[i]
+    return down

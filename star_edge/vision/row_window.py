@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import EngineError
 from ..llamacpp.names import PATCHES
-from ..llamacpp.tap import MEAN_ALL, AttentionRead, KeepRows, Outcome, Plan
+from ..llamacpp.tap import MEAN_ALL, NO_ROWS_LEAVE, AttentionRead, KeepRows, Outcome, Plan
 from .chunks import ImageChunk
 from .composed import Grid, Picture, UnitFeatures
 from .encoder import MAX_QUERY_ROWS, VisionEncoder
@@ -147,7 +147,8 @@ class RowWindow:
             for layer in (1, self.n_layers - 1):
                 self._rehearse(chunk, layer, layout, np.arange(n))
         except EngineError as error:
-            return error.cause
+            needs_all = self.encoder.last_outcome.error == NO_ROWS_LEAVE
+            return "the encoder's graph needs all of its rows" if needs_all else error.cause
         return layout
 
     def _rehearse(self, chunk: ImageChunk, layer: int, layout: RowLayout, tokens: np.ndarray) -> Outcome:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from star_edge.vision.composed import GEOMETRIES
+from star_edge.vision.row_window import SINGLE, SQUARES
 
 README = Path(__file__).parent.parent.parent / "README.md"
 BEGIN, END = "<!-- support table: begin (make support-table) -->\n", "<!-- support table: end -->"
@@ -44,10 +45,19 @@ def is_complete(families: Mapping[str, object], results: Results) -> bool:
     return all((name, *test) in results for name in families for tests in COLUMNS.values() for test in tests)
 
 
+def has_encoder_stage(fixture: object) -> bool:
+    """Whether it runs in two parts: by composed pictures, or by rows that leave. Granite-Vision stacks hidden states of
+    several layers.
+    """
+    return fixture.name != "granite-vision" and fixture.projector in (*GEOMETRIES, *SQUARES, *SINGLE)
+
+
 def cell(fixture: object, column: str) -> str:
     """fixture: tests.families.Fixture."""
-    if column in ("redundant tokens", "encoder stage"):  # the encoder takes pictures of any size
+    if column == "redundant tokens":  # the encoder takes pictures of any size
         return "yes" if fixture.projector in GEOMETRIES else "no"
+    if column == "encoder stage":
+        return "yes" if has_encoder_stage(fixture) else "no"
     problem = {"vision stage": fixture.vision_problem, "decoder stage": fixture.decoder_problem}.get(column)
     if problem:
         return f"no: {problem}"
