@@ -90,6 +90,7 @@ _RESAMPLER_BUCKETS = (
     70  # rows and columns of the position embeddings that MiniCPM-V's patches are put into (clip_image_batch_encode)
 )
 _RESAMPLER_HEAD = 128  # clip_graph_minicpmv
+_AUDIO_FRAME = 640  # samples: clip_model_loader::load_hparams, of Gemma 4 without an encoder
 
 
 def check_mmproj(info: GGUFInfo) -> None:
@@ -503,8 +504,7 @@ def _gemma4_unified(c: _Check) -> None:
     c.header.tensor("v.position_embd.weight", (c.d, None, 2), width)
     c.linear("mm.input_projection", c.d, width)
     if "mm.a.input_projection.weight" in c.header.info.tensors:
-        d = c.header.whole("clip.audio.embedding_length", 1, 2**20, 0)
-        c.linear("mm.a.input_projection", d, f"clip.audio.embedding_length = {d}")
+        c.linear("mm.a.input_projection", _AUDIO_FRAME, f"frames of {_AUDIO_FRAME} samples")
 
 
 def _resampler(c: _Check) -> None:
