@@ -39,7 +39,7 @@ typecheck: $(VENV)/installed-tests $(VENV)/tools
 	$(BIN)/mypy
 
 # The reference of the public interface, from its docstrings (Google style): HTML in docs/reference
-PUBLIC := star_edge star_edge.errors star_edge.io.configs star_edge.io.hub star_edge.io.images star_edge.pruning.config star_edge.pruning.scorers \
+PUBLIC := star_edge star_edge.errors star_edge.options star_edge.io.configs star_edge.io.hub star_edge.io.images star_edge.pruning.config star_edge.pruning.scorers \
 	star_edge.pruning.representatives star_edge.report star_edge.inspection star_edge.batch
 
 docs: $(VENV)/installed-tests $(VENV)/tools

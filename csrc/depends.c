@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "llama_graph.h"
+#include "star_edge.h"
 
 typedef struct {
     const struct ggml_tensor ** slots; /* open addressing */
@@ -13,6 +14,9 @@ typedef struct {
 
 struct se_depends {
     tensor_set prelude, layers;
+    tensor_set given[SE_MAX_EXTRA]; /* the hidden state of a layer that is given, and what nodes without a layer make of it alone */
+    int given_layer[SE_MAX_EXTRA];
+    int n_given;
 };
 
 se_depends * se_depends_new(void) { return calloc(1, sizeof(se_depends)); }
@@ -21,6 +25,7 @@ void se_depends_free(se_depends * set) {
     if (!set) return;
     free(set->prelude.slots);
     free(set->layers.slots);
+    for (int i = 0; i < SE_MAX_EXTRA; i++) free(set->given[i].slots);
     free(set);
 }
 
@@ -32,6 +37,8 @@ static void clear(tensor_set * set) {
 void se_depends_clear(se_depends * set) {
     clear(&set->prelude);
     clear(&set->layers);
+    for (int i = 0; i < set->n_given; i++) clear(&set->given[i]);
+    set->n_given = 0;
 }
 
 static size_t slot_of(const tensor_set * set, const struct ggml_tensor * t) {
@@ -84,8 +91,32 @@ bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * nod
     return false;
 }
 
+int se_depends_give(se_depends * set, const struct ggml_tensor * node, int layer) {
+    if (set->n_given == SE_MAX_EXTRA) return -1;
+    set->given_layer[set->n_given] = layer;
+    return insert(&set->given[set->n_given++], node) ? SE_INDEPENDENT : -1;
+}
+
+/* The given layer that an operand of `node` comes from, as an index, or -1. */
+static int given_of(const se_depends * set, const struct ggml_tensor * node) {
+    for (int g = 0; g < set->n_given; g++) {
+        for (int i = 0; i < SE_MAX_OPERANDS; i++) {
+            const struct ggml_tensor * t = se_operand(node, i);
+            if (t && contains(&set->given[g], t)) return g;
+        }
+    }
+    return -1;
+}
+
 int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first) {
     if (se_depends_on_layers(set, node)) return insert(&set->layers, node) ? SE_LAYERS : -1;
+    const int given = given_of(set, node);
+    if (given >= 0) { /* what the layer itself makes of its result runs; the next layer does not */
+        const int layer = se_layer_of(node);
+        if (layer < 0) return insert(&set->given[given], node) ? SE_INDEPENDENT : -1;
+        if (layer > set->given_layer[given] && layer < first) return insert(&set->layers, node) ? SE_LAYERS : -1;
+        return SE_INDEPENDENT;
+    }
     bool found = false;
     for (int i = 0; i < SE_MAX_OPERANDS && !found; i++) {
         const struct ggml_tensor * t = se_operand(node, i);

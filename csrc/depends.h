@@ -18,6 +18,10 @@ void se_depends_clear(se_depends * set);
  * likes, so what a layer from `first` on makes of the embeddings alone counts as SE_PRELUDE, wherever it comes. -1: out of memory. */
 int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first);
 
+/* `node` is the hidden state of layer `layer`, which comes from outside: what is made of it is not SE_LAYERS, unless a layer after `layer`
+ * and before `first` makes it. SE_INDEPENDENT, or -1: out of memory, or more than SE_MAX_EXTRA layers. */
+int se_depends_give(se_depends * set, const struct ggml_tensor * node, int layer);
+
 /* Whether one of its operands depends on what a layer has computed. */
 bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node);
 

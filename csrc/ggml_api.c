@@ -23,6 +23,9 @@ static const struct {
     { "ggml_backend_buffer_is_host", offsetof(se_ggml_api, buffer_is_host) },
     { "ggml_nbytes", offsetof(se_ggml_api, nbytes) },
     { "ggml_get_type_traits", offsetof(se_ggml_api, type_traits) },
+    { "ggml_backend_buffer_get_type", offsetof(se_ggml_api, buffer_type) },
+    { "ggml_backend_buft_get_device", offsetof(se_ggml_api, device) },
+    { "ggml_backend_dev_supports_op", offsetof(se_ggml_api, supports_op) },
 };
 enum { N_BOUND = sizeof(BOUND) / sizeof(BOUND[0]) };
 
@@ -82,6 +85,12 @@ const void * se_borrow(const struct ggml_tensor * t, size_t offset, size_t size,
     return *to_free;
 }
 
+bool se_supports(const struct ggml_tensor * node) {
+    const struct ggml_tensor * root = node->view_src ? node->view_src : node;
+    ggml_backend_dev_t device = root->buffer ? se_ggml.device(se_ggml.buffer_type(root->buffer)) : NULL;
+    return !device || se_ggml.supports_op(device, node);
+}
+
 const char * se_built_against(void) { return STAR_EDGE_LLAMA_CPP_PYTHON; }
 
 const char * se_error_text(int error) {
@@ -90,13 +99,14 @@ const char * se_error_text(int error) {
         case SE_ERR_ARGUMENT: return "an argument is null or out of range";
         case SE_ERR_MEMORY: return "out of memory";
         case SE_ERR_UNBOUND: return "the ggml functions are not bound";
-        case SE_ERR_NO_LAYER_OUT: return "the graph names no layer output (l_out) where the layer window begins or ends";
+        case SE_ERR_NO_LAYER_OUT: return "the graph names no layer output (l_out) where the layer window begins or ends, or no node that the plan names";
         case SE_ERR_NO_ATTENTION: return "the graph has fewer attention operations than layers";
         case SE_ERR_NO_ROPE: return "positions were given, but the graph has no RoPE";
         case SE_ERR_SHAPE: return "a tensor of the graph has an unexpected shape or type";
         case SE_ERR_CAPACITY: return "an output buffer is too small";
         case SE_ERR_SEVERAL_GRAPHS: return "the decode was split into several graphs";
         case SE_ERR_LATE_INPUT: return "a later layer reads more of an earlier one than its hidden state, so no window can begin there";
+        case SE_ERR_ROWS: return "the encoder does something with its rows that needs all of them, or another number of them";
         default: return "unknown error";
     }
 }

@@ -12,6 +12,9 @@ typedef struct {
     bool (*buffer_is_host)(ggml_backend_buffer_t);
     size_t (*nbytes)(const struct ggml_tensor *);
     const struct ggml_type_traits * (*type_traits)(enum ggml_type);
+    ggml_backend_buffer_type_t (*buffer_type)(ggml_backend_buffer_t);
+    ggml_backend_dev_t (*device)(ggml_backend_buffer_type_t);
+    bool (*supports_op)(ggml_backend_dev_t, const struct ggml_tensor *);
 } se_ggml_api;
 
 extern se_ggml_api se_ggml;
@@ -24,5 +27,9 @@ int se_write(struct ggml_tensor * tensor, const void * data, size_t offset, size
 /* The bytes [offset, offset + size) of a tensor: in place when its memory is the host's, otherwise a copy, which the
  * caller frees. NULL: *error is set. */
 const void * se_borrow(const struct ggml_tensor * tensor, size_t offset, size_t size, void ** to_free, int * error);
+
+/* Whether the device whose memory a node is in computes it with the shapes that it and its operands have. The CPU's memory names no device:
+ * it computes every shape. */
+bool se_supports(const struct ggml_tensor * node);
 
 #endif

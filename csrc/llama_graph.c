@@ -3,12 +3,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-int se_layer_out_index(const struct ggml_tensor * node) {
-    if (strncmp(node->name, "l_out-", 6) != 0) return -1;
+/* N of a name that is `prefix` and the number N, otherwise -1. */
+static int numbered(const char * name, const char * prefix) {
+    const size_t length = strlen(prefix);
+    if (strncmp(name, prefix, length) != 0) return -1;
     char * end;
-    const long n = strtol(node->name + 6, &end, 10);
-    return end != node->name + 6 && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
+    const long n = strtol(name + length, &end, 10);
+    return end != name + length && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
 }
+
+int se_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "l_out-"); }
+
+int se_encoder_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "layer_out-"); }
 
 int se_layer_of(const struct ggml_tensor * node) {
     const char * dash = strrchr(node->name, '-');
@@ -39,7 +45,8 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name) {
 }
 
 bool se_is_embedding_input(const struct ggml_tensor * tensor) {
-    return se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_embd") || se_is_input(tensor, "embd");
+    return se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_embd") || se_is_input(tensor, "embd") ||
+           se_is_input(tensor, "inp_raw");
 }
 
 bool se_ends_layers(const struct ggml_tensor * node) { return strcmp(node->name, "result_norm") == 0; }
@@ -53,6 +60,12 @@ void se_set_computed(struct ggml_tensor * node, bool computed) {
 
 const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i) {
     return i < GGML_MAX_SRC ? node->src[i] : node->view_src;
+}
+
+struct ggml_tensor * se_computed_source(const struct ggml_tensor * node, int i) {
+    struct ggml_tensor * source = i < GGML_MAX_SRC ? node->src[i] : NULL;
+    size_t length;
+    return source && (!se_is_leaf(source) || se_copied_name(source, &length)) ? source : NULL;
 }
 
 const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int64_t n_tokens) {
@@ -142,4 +155,77 @@ struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node) {
     float factor;
     memcpy(&factor, node->op_params, sizeof factor);
     return factor == 0.0f ? node->src[0] : NULL;
+}
+
+bool se_enters_layer(const struct ggml_tensor * node, int layer) {
+    if (layer == 0) {
+        return strcmp(node->name, "pos_embed") == 0 || strcmp(node->name, "pos_embd") == 0 || strcmp(node->name, "pre_ln") == 0;
+    }
+    return se_encoder_layer_out_index(node) == layer - 1;
+}
+
+bool se_may_be_copy(const struct ggml_tensor * tensor) { return se_is_leaf(tensor) && strchr(tensor->name, '#'); }
+
+bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node) {
+    if (!se_may_be_copy(leaf)) return false;
+    const char * copied = strchr(leaf->name, '#') + 1;
+    const size_t length = strlen(node->name), there = strlen(copied);
+    if (there <= length) return strncmp(copied, node->name, there) == 0;
+    return strncmp(copied, node->name, length) == 0 && copied[length] == '#';
+}
+
+/* With padding, a window at the edge of fewer rows would not be one of those at the edge of all. */
+static se_shape_rule pool_rule(const struct ggml_tensor * node) {
+    const int32_t * p = node->op_params; /* op, k0, k1, s0, s1, p0, p1 */
+    if (p[5] != 0 || p[6] != 0) return (se_shape_rule) { .kind = SE_SHAPE_UNKNOWN };
+    return (se_shape_rule) { .kind = SE_SHAPE_POOL, .window = { p[1], p[2] }, .step = { p[3], p[4] } };
+}
+
+se_shape_rule se_shape_rule_of(const struct ggml_tensor * node) {
+    se_shape_rule rule = { .kind = SE_SHAPE_UNKNOWN };
+    switch (node->op) {
+        case GGML_OP_ADD:
+        case GGML_OP_SUB:
+        case GGML_OP_MUL:
+        case GGML_OP_DIV:
+        case GGML_OP_UNARY:
+        case GGML_OP_SCALE:
+        case GGML_OP_CLAMP:
+        case GGML_OP_SQR:
+        case GGML_OP_SQRT: rule.kind = SE_SHAPE_EACH; break;
+        case GGML_OP_NORM:
+        case GGML_OP_RMS_NORM: rule.kind = SE_SHAPE_ROWS; break;
+        case GGML_OP_SOFT_MAX: rule.kind = SE_SHAPE_SOFT_MAX; break;
+        case GGML_OP_ROPE: rule.kind = SE_SHAPE_ROPE; break;
+        case GGML_OP_GLU: rule.kind = SE_SHAPE_GLU; break;
+        case GGML_OP_MUL_MAT: rule.kind = SE_SHAPE_PRODUCT; break;
+        case GGML_OP_FLASH_ATTN_EXT: rule.kind = SE_SHAPE_ATTENTION; break;
+        case GGML_OP_GET_ROWS: rule.kind = SE_SHAPE_GATHER; break;
+        case GGML_OP_POOL_2D: return pool_rule(node);
+        case GGML_OP_CONCAT:
+            rule.kind = SE_SHAPE_JOIN;
+            rule.axes[0] = node->op_params[0];
+            break;
+        case GGML_OP_CPY: /* into a tensor of its own, not into another */
+            if (node->src[1] == node) rule.kind = SE_SHAPE_IN_ORDER;
+            break;
+        case GGML_OP_RESHAPE:
+        case GGML_OP_CONT: rule.kind = SE_SHAPE_IN_ORDER; break;
+        case GGML_OP_VIEW: rule.kind = SE_SHAPE_VIEW; break;
+        case GGML_OP_PERMUTE:
+            rule.kind = SE_SHAPE_PERMUTED;
+            memcpy(rule.axes, node->op_params, sizeof rule.axes);
+            break;
+        case GGML_OP_TRANSPOSE: return (se_shape_rule) { .kind = SE_SHAPE_PERMUTED, .axes = { 1, 0, 2, 3 } };
+        default: break;
+    }
+    return rule;
+}
+
+struct ggml_tensor * se_index_leaf(const struct ggml_tensor * node, int i) {
+    struct ggml_tensor * leaf = i < GGML_MAX_SRC ? node->src[i] : NULL;
+    size_t length;
+    if (!leaf || !se_is_leaf(leaf) || leaf->type != GGML_TYPE_I32) return NULL;
+    if (!(leaf->flags & GGML_TENSOR_FLAG_INPUT) && !se_copied_name(leaf, &length)) return NULL;
+    return leaf->ne[1] == 1 && leaf->ne[2] == 1 && leaf->ne[3] == 1 ? leaf : NULL;
 }

@@ -20,6 +20,10 @@
  * (llm_graph_context::build_inp_out_ids). */
 int se_layer_out_index(const struct ggml_tensor * node);
 
+/* The same of a vision encoder, whose layers end in `layer_out-N` (clip_graph::build_vit, clip_graph_qwen2vl::build,
+ * clip_graph_qwen3vl::build). */
+int se_encoder_layer_out_index(const struct ggml_tensor * node);
+
 /* N of a name that ends in "-N": layer N computes the node. Otherwise -1. */
 int se_layer_of(const struct ggml_tensor * node);
 
@@ -40,7 +44,7 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name);
 
 /* The inputs that carry the batch: "inp_tokens" and "inp_embd", both in every graph, of which one is used, and
  * "embd", the name of what is chosen from them (llm_graph_context::build_inp_embd). It is a leaf where that is
- * "inp_embd" itself, renamed. */
+ * "inp_embd" itself, renamed. In a vision encoder it is "inp_raw", the pixels (clip_graph::build_inp_raw). */
 bool se_is_embedding_input(const struct ggml_tensor * tensor);
 
 /* "result_norm", the output norm of a decoder (src/models/): neither RoPE nor attention comes after it in its graph. */
@@ -60,6 +64,10 @@ void se_set_computed(struct ggml_tensor * node, bool computed);
  * sources. */
 enum { SE_MAX_OPERANDS = GGML_MAX_SRC + 1 };
 const struct ggml_tensor * se_operand(const struct ggml_tensor * node, int i);
+
+/* Source i of `node`, if a node of the graph has computed it; NULL for none, a weight or an input. A backend's copy of
+ * such a node counts. */
+struct ggml_tensor * se_computed_source(const struct ggml_tensor * node, int i);
 
 /* The indices of a SET_ROWS that writes one row for each token, otherwise NULL: int64, (n_tokens), the KV cells of
  * the batch (llama_kv_cache::cpy_k, build_input_k_idxs). A transposed V has an index for every element instead
@@ -119,5 +127,45 @@ const struct ggml_tensor * se_joined_part(const struct ggml_tensor * node, int s
  * stays a NaN. The leaf has its memory to itself until it is read, because ggml_gallocr_alloc_graph_impl places leafs
  * before all nodes. */
 struct ggml_tensor * se_leaf_times_zero(const struct ggml_tensor * node);
+
+/* ---- rows that leave a running encoder ---- */
+
+/* Whether this is the hidden state that enters encoder layer `layer`: (n_embd, n_rows) float32. Above 0 it is the `layer_out-N` of the
+ * layer before (clip_graph::build_vit, clip_graph_llava::build). Layer 0 gets "pos_embed" (build_vit with learned positions), "pos_embd"
+ * (clip_graph_gemma4v::build) or "pre_ln" (clip_graph_llava::build); where build_vit has two of them, the second is a norm of the first. */
+bool se_enters_layer(const struct ggml_tensor * node, int layer);
+
+/* Whether a tensor is a leaf with the name of a backend's copy, of anything or of `node` (se_copied_name). A name that was cut counts as
+ * far as it goes. */
+bool se_may_be_copy(const struct ggml_tensor * tensor);
+bool se_may_be_copy_of(const struct ggml_tensor * leaf, const struct ggml_tensor * node);
+
+/* How the shape of a node follows from its operands', as the functions in ggml.c make it. */
+enum se_shape_kind {
+    SE_SHAPE_UNKNOWN,   /* nothing is known of it */
+    SE_SHAPE_EACH,      /* that of operand 0, element by element; operand 1, where there is one, is repeated (ggml_add_impl, ggml_unary) */
+    SE_SHAPE_ROWS,      /* that of operand 0, whose dimension 0 is worked on as a whole (ggml_norm_impl, ggml_rms_norm_impl) */
+    SE_SHAPE_SOFT_MAX,  /* that of operand 0, whose dimension 0 may be of any length; operand 1 is a mask (ggml_soft_max_impl) */
+    SE_SHAPE_ROPE,      /* that of operand 0; operand 1 has the positions of its dimension 2, int32, n or 4 n (ggml_rope_impl) */
+    SE_SHAPE_GLU,       /* that of operand 0, of which dimension 0 is half as long without an operand 1 (ggml_glu_impl) */
+    SE_SHAPE_PRODUCT,   /* (0.ne[1], 1.ne[1], 1.ne[2], 1.ne[3]) (ggml_mul_mat) */
+    SE_SHAPE_ATTENTION, /* q, k, v: (v.ne[0], q.ne[2], q.ne[1], q.ne[3]); operand 3 is a mask (ggml_flash_attn_ext) */
+    SE_SHAPE_GATHER,    /* rows of operand 0 by operand 1, int32: (0.ne[0], 1.ne[0], 1.ne[1], 1.ne[2]) (ggml_get_rows) */
+    SE_SHAPE_POOL,      /* dimensions 0 and 1 in windows of `window`, `step` apart; the others as they are (ggml_pool_2d) */
+    SE_SHAPE_JOIN,      /* operands 0 and 1 one after the other along axes[0] (ggml_concat) */
+    SE_SHAPE_IN_ORDER,  /* elements of operand 0 in their order, in memory without gaps (ggml_reshape, ggml_cont, ggml_cast) */
+    SE_SHAPE_VIEW,      /* a window into operand 0, or into what that looks into (ggml_view_impl) */
+    SE_SHAPE_PERMUTED   /* dimension i of operand 0 becomes axes[i] (ggml_permute, ggml_transpose) */
+};
+typedef struct {
+    enum se_shape_kind kind;
+    int32_t axes[GGML_MAX_DIMS];
+    int32_t window[2], step[2];
+} se_shape_rule;
+se_shape_rule se_shape_rule_of(const struct ggml_tensor * node);
+
+/* Positions or row numbers that a node reads as operand i, otherwise NULL: an input of the graph (ggml_set_input), or a backend's copy of
+ * one, int32, (n). Never a weight, which would not be written anew for the next graph. */
+struct ggml_tensor * se_index_leaf(const struct ggml_tensor * node, int i);
 
 #endif

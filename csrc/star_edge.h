@@ -24,13 +24,14 @@ enum se_error {
     SE_ERR_ARGUMENT = 1,      /* a null pointer, a size or an index out of range */
     SE_ERR_MEMORY = 2,        /* out of memory */
     SE_ERR_UNBOUND = 3,       /* se_bind has not been called for every function */
-    SE_ERR_NO_LAYER_OUT = 4,  /* the graph has no `l_out-N` where the window begins or ends */
+    SE_ERR_NO_LAYER_OUT = 4,  /* the graph has no `l_out-N` where the window begins or ends, or not the plan's source_node */
     SE_ERR_NO_ATTENTION = 5,  /* fewer attention operations than the plan names */
     SE_ERR_NO_ROPE = 6,       /* positions were given, and no ROPE node was seen */
     SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
     SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
     SE_ERR_SEVERAL_GRAPHS = 9, /* the decode was split into more than one graph while a window was armed */
-    SE_ERR_LATE_INPUT = 10    /* a layer of the window reads more of the layers before it than their hidden state */
+    SE_ERR_LATE_INPUT = 10,   /* a layer of the window reads more of the layers before it than their hidden state */
+    SE_ERR_ROWS = 11          /* rows cannot leave this graph, or not so many: what it does with them is not known, or needs all */
 };
 const char * se_error_text(int error);
 
@@ -81,6 +82,7 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
 /* ---- the tap ---- */
 typedef struct se_tap se_tap;
 
+enum { SE_MAX_EXTRA = 8 };
 enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
@@ -98,6 +100,22 @@ typedef struct {
     float * hidden;              /* out: (n_rows, n_embd), rows of `l_out-(last-1)`, or NULL */
     const int32_t * positions;   /* (n_pos_per_row, n_rows) RoPE positions to run with, or NULL */
     int32_t n_pos_per_row;       /* 1, or 4 for M-RoPE */
+    /* 1: the graph is a vision encoder's. A window with last < n_layer ends with its `hidden`, which must be given, instead of at an
+     * attention. What a later layer or the graph's end reads of layers before `first` besides the hidden state (DeepStack) is
+     * given or taken as the hidden states of further layers, ascending and below first - 1 (in) or last - 1 (out). */
+    int32_t encoder;
+    const int32_t * extra_layers;
+    int32_t n_extra;             /* at most SE_MAX_EXTRA */
+    const float * extra_inject;  /* (n_extra, n_rows, n_embd), or NULL */
+    float * extra_hidden;        /* out: the same, or NULL */
+    /* Source `source` of the node `source_node`, which another node has computed: replaced by source_in before the node runs, or taken as
+     * source_out; then the graph ends there, and of what comes before nothing that depends on the input embeddings is computed. Nodes
+     * up to it run one by one. */
+    const char * source_node;    /* NULL: none */
+    int32_t source;
+    const void * source_in;
+    void * source_out;
+    size_t source_bytes;
     int64_t * cells;             /* out: (n_rows) KV cells that the rows were written to, or NULL */
     /* Attention: these layers (ascending, counted over attention operations), these query rows. */
     const int32_t * attn_layers;
@@ -108,6 +126,14 @@ typedef struct {
     float * attn;                /* out: one block of attn_block floats for each layer */
     int64_t attn_block;
     int32_t * attn_n_kv;         /* out: columns of each layer's scores, or NULL */
+    /* Rows that leave a vision encoder's running graph (shrink.h): of the hidden state that enters encoder layer keep_layer, the rows
+     * `keep` (n_keep, each once) go on, in that order. A window may begin there: the rows are then those of `inject`. Attention of this
+     * layer and later ones is that of the rows that stay. NULL: none leave.
+     * With count_only this is a rehearsal: nothing is computed, and the result says whether it can be done, and with what:
+     * keep_node and n_nodes are the result's, of a rehearsal with as many rows. */
+    const int32_t * keep;
+    int32_t n_keep, keep_layer;
+    int32_t keep_node, n_nodes;
 } se_plan;
 
 typedef struct {
@@ -120,6 +146,10 @@ typedef struct {
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
     int32_t concat;              /* enum se_concat: where the leaf of se_tap_find_concat stands */
+    int32_t n_nodes;             /* nodes of the graph that were seen */
+    int32_t keep_node;           /* which of them, from 1 on, rows left at; 0: none */
+    int32_t n_rows;              /* rows of the hidden state there, before */
+    int32_t n_out;               /* rows of the last node, with the rows that stay */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;
 
@@ -138,6 +168,11 @@ int se_tap_finish(se_tap * tap, se_result * result);
 int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset);
 /* bias (n_cells) is added to the attention mask, column by column: exp(bias) is how much a cell counts. NULL: off. Copied. */
 int se_tap_set_cell_bias(se_tap * tap, const float * bias, int32_t n_cells);
+/* What rows of plain decodes see of a prompt, by layer: from layers[i] on (ascending, the first 0; n_levels of them), up to
+ * layers[i + 1], column c of the attention mask is bias[i * n_cells + c] wherever it may be seen, and -inf hides it there.
+ * witness (n_cells): c may be seen where the column witness[c] may (a cell that llama.cpp itself hides, because it is in no
+ * sequence of the rows); -1: where llama.cpp's own mask lets it. It stands for the cell bias while it is set. n_levels 0: off. Copied. */
+int se_tap_set_levels(se_tap * tap, const int32_t * layers, int32_t n_levels, const float * bias, const int32_t * witness, int32_t n_cells);
 /* Bytes that replace a graph input of that name before its first consumer runs. data NULL: off. Copied. */
 int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t n_bytes);
 /* Find out at which end of a CONCAT this leaf stands: se_result.concat, known when the whole graph has gone by. NULL: off. */

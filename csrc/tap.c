@@ -15,6 +15,7 @@
  *    se_tap_finish, while the graph still exists.
  */
 #include <stdlib.h>
+#include <string.h>
 
 #include "attention.h"
 #include "llama_graph.h"
@@ -77,10 +78,58 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
     tap->result.score_seconds += se_seconds() - start;
 }
 
+static int layer_out_of(const se_tap * tap, const struct ggml_tensor * node) {
+    return tap->plan.encoder ? se_encoder_layer_out_index(node) : se_layer_out_index(node);
+}
+
+/* Which of the plan's further layers this one is, or -1. */
+static int extra_of(const se_tap * tap, int layer) {
+    for (int32_t i = 0; layer >= 0 && i < tap->plan.n_extra; i++) {
+        if (tap->plan.extra_layers[i] == layer) return i;
+    }
+    return -1;
+}
+
+/* The plan's source node is asked about: all before it has run. Returns whether it ends the graph. */
+static bool meet_source(se_tap * tap, const struct ggml_tensor * node) {
+    const se_plan * p = &tap->plan;
+    struct ggml_tensor * source = se_computed_source(node, p->source);
+    tap->source_seen = true;
+    if (!source || se_ggml.nbytes(source) != p->source_bytes) se_tap_fail(tap, SE_ERR_SHAPE);
+    else if (p->source_in) se_tap_fail(tap, se_write(source, p->source_in, 0, p->source_bytes));
+    else se_tap_fail(tap, se_read(source, p->source_out, 0, p->source_bytes));
+    return p->source_out != NULL;
+}
+
 /* Whether V of the layer that `attention` reads is in the cache, where V has one. A SOFT_MAX does not need it: a backend that orders nodes by
  * itself may write it later, and the graph must not end before. */
 static bool has_v(const se_tap * tap, const struct ggml_tensor * attention) {
     return tap->last_v < 0 || se_attended_layer(attention) <= tap->last_v;
+}
+
+/* Rows leave the graph at this node, or it comes later and has fewer of them. false: that cannot be, and the graph ends before it. A
+ * rehearsal goes on, with its first error. */
+static bool follow_rows(se_tap * tap, struct ggml_tensor * node) {
+    const se_plan * p = &tap->plan;
+    const bool enters = se_enters_layer(node, p->keep_layer);
+    int error = SE_OK;
+    if (tap->result.keep_node) {
+        error = se_shrink_visit(tap->shrink, node);
+        if (!error && enters && se_shrink_active(tap->shrink) && !se_shrink_has(tap->shrink, node)) error = SE_ERR_SEVERAL_GRAPHS;
+    } else if (enters) {
+        tap->result.keep_node = tap->result.n_nodes;
+        tap->result.n_rows = (int32_t) se_shrink_length(tap->shrink, node);
+        if (p->count_only) error = se_shrink_begin(tap->shrink, node, p->keep, p->n_keep, true);
+        else if (tap->result.n_nodes != p->keep_node) error = SE_ERR_ROWS; /* not the graph that was rehearsed */
+    }
+    tap->result.n_out = (int32_t) se_shrink_length(tap->shrink, node);
+    if (!error) return true;
+    se_tap_fail(tap, error);
+    /* What was gathered before it runs as the graph was built: that is harmless, and nobody reads it. */
+    se_shrink_restore_all(tap->shrink);
+    se_shrink_clear(tap->shrink);
+    tap->result.stopped = !p->count_only;
+    return p->count_only;
 }
 
 static bool ask(se_tap * tap, struct ggml_tensor * node) {
@@ -95,17 +144,42 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         if (p->n_layer) se_tap_fail(tap, SE_ERR_SEVERAL_GRAPHS);
     }
 
-    const int layer_out = se_layer_out_index(node);
+    tap->result.n_nodes++;
+    if (p->keep && !follow_rows(tap, node)) {
+        skip(tap, node);
+        return true;
+    }
+    const bool ends_rows = p->keep && (tap->result.n_nodes == p->keep_node || tap->result.n_nodes == p->n_nodes);
+
+    const int layer_out = layer_out_of(tap, node);
     const bool has_window = p->n_layer > 0;
     if (p->count_only) {
         skip(tap, node);
         return false;
+    }
+    const bool waits = p->source_node && !tap->source_seen; /* nodes that are gathered have not run: one by one */
+    if (waits && se_has_name(node, p->source_node, strlen(p->source_node))) {
+        if (meet_source(tap, node)) {
+            tap->result.stopped = 1;
+            skip(tap, node);
+            return true;
+        }
+    } else if (waits && p->source_out) {
+        const int found = se_depends_visit(tap->depends, node, 0);
+        if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
+        if (found > 0) skip(tap, node);
+        return true;
     }
     const int v_layer = se_v_written(node);
     if (v_layer > tap->last_v) tap->last_v = v_layer;
     if (has_window && p->first > 0 && !tap->past_window_start) {
         if (layer_out == p->first - 1) { /* not remembered: it is what the layers of the window may read */
             tap->past_window_start = true;
+            skip(tap, node);
+            return true;
+        }
+        if (p->extra_inject && extra_of(tap, layer_out) >= 0) {
+            if (se_depends_give(tap->depends, node, layer_out) < 0) se_tap_fail(tap, SE_ERR_MEMORY);
             skip(tap, node);
             return true;
         }
@@ -116,19 +190,22 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         se_tap_fail(tap, SE_ERR_LATE_INPUT);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
+    if (ends_rows) return true;
+    if (has_window && p->extra_hidden && extra_of(tap, layer_out) >= 0) return true;
     if (p->cells && !tap->cells_taken) take_cells(tap, node);
 
     if (se_is_attention(node)) {
         const int32_t index = tap->result.n_attention++;
         tap->result.flash = se_is_flash_attention(node);
         if (!se_attention_mask(node)) tap->result.last_unmasked = index;
-        if (has_window && p->last < p->n_layer && index == p->last) {
+        if (has_window && !p->encoder && p->last < p->n_layer && index == p->last) {
             /* Its operands are there and its result is not needed. SOFT_MAX is: the scores are its result. */
             if (tap->result.flash) skip(tap, node);
             return true;
         }
-        return wants_attention(tap, index);
+        return wants_attention(tap, index) || waits;
     }
+    if (waits) return true;
     return v_layer >= 0 && tap->at_last && has_v(tap, tap->at_last);
 }
 
@@ -138,18 +215,39 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     const se_plan * p = &tap->plan;
     if (tap->result.stopped) return false;
 
-    const int layer_out = se_layer_out_index(node);
+    const int layer_out = layer_out_of(tap, node);
+    const int extra = p->n_layer ? extra_of(tap, layer_out) : -1;
+    if (extra >= 0) {
+        const size_t at = (size_t) extra * (hidden_bytes(tap) / sizeof(float));
+        const bool fits = hidden_fits(tap, node), gives = p->extra_inject && layer_out < p->first - 1;
+        if ((gives || p->extra_hidden) && !fits) se_tap_fail(tap, SE_ERR_SHAPE);
+        else if (gives) se_tap_fail(tap, se_write(node, p->extra_inject + at, 0, hidden_bytes(tap)));
+        else if (p->extra_hidden) se_tap_fail(tap, se_read(node, p->extra_hidden + at, 0, hidden_bytes(tap)));
+    }
     if (p->n_layer && p->first > 0 && layer_out == p->first - 1) {
         se_tap_fail(tap, hidden_fits(tap, node) ? se_write(node, p->inject, 0, hidden_bytes(tap)) : SE_ERR_SHAPE);
     }
+    if (p->keep && tap->result.n_nodes == p->keep_node) {
+        const int error = se_shrink_begin(tap->shrink, node, p->keep, p->n_keep, false);
+        se_tap_fail(tap, error);
+        if (error) {
+            tap->result.stopped = 1;
+            return false;
+        }
+    }
+    if (p->keep && tap->result.n_nodes == p->n_nodes) se_shrink_restore(tap->shrink, node);
     if (p->n_layer && p->hidden && layer_out == p->last - 1) {
         se_tap_fail(tap, hidden_fits(tap, node) ? se_read(node, p->hidden, 0, hidden_bytes(tap)) : SE_ERR_SHAPE);
         tap->hidden_taken = true;
+        if (p->encoder) {
+            tap->result.stopped = 1;
+            return false;
+        }
     }
     if (se_is_attention(node)) {
         const int32_t index = tap->result.n_attention - 1;
         if (wants_attention(tap, index)) take_attention(tap, node);
-        if (p->n_layer && p->last < p->n_layer && index == p->last) tap->at_last = node;
+        if (p->n_layer && !p->encoder && p->last < p->n_layer && index == p->last) tap->at_last = node;
     }
     if (tap->at_last && has_v(tap, tap->at_last)) {
         tap->result.stopped = 1;
@@ -160,11 +258,15 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
 
 bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
     se_tap * tap = user_data;
-    if (!asking) return done(tap, node);
+    const bool ends_level = tap->n_levels && se_tap_ends_level(tap, node);
+    if (!asking) {
+        if (ends_level) se_tap_next_level(tap);
+        return done(tap, node);
+    }
     /* Idle: not even the node is looked at, whose memory the weights have long pushed out of the cache. */
-    if (!tap->armed && !tap->shift && !tap->bias && !tap->watch_out && !tap->inputs[0].data) return false;
+    if (!tap->armed && !tap->shift && !tap->bias && !tap->n_levels && !tap->watch_out && !tap->inputs[0].data) return false;
     se_tap_inputs_visit(tap, node);
-    return ask(tap, node);
+    return ask(tap, node) || ends_level;
 }
 
 uintptr_t se_tap_callback_address(void) { return (uintptr_t) &se_tap_callback; }
@@ -173,7 +275,8 @@ uintptr_t se_tap_callback_address(void) { return (uintptr_t) &se_tap_callback; }
 
 se_tap * se_tap_new(void) {
     se_tap * tap = calloc(1, sizeof *tap);
-    if (tap && !(tap->depends = se_depends_new())) {
+    if (tap && (!(tap->depends = se_depends_new()) || !(tap->shrink = se_shrink_new()))) {
+        se_depends_free(tap->depends);
         free(tap);
         return NULL;
     }
@@ -184,10 +287,14 @@ void se_tap_free(se_tap * tap) {
     if (!tap) return;
     for (int i = 0; i < MAX_INPUTS; i++) free(tap->inputs[i].data);
     se_depends_free(tap->depends);
+    se_shrink_free(tap->shrink);
     free(tap->skipped);
     free(tap->scratch);
     free(tap->positions);
     free(tap->bias);
+    free(tap->level_layers);
+    free(tap->level_bias);
+    free(tap->witness);
     free(tap);
 }
 
@@ -199,6 +306,22 @@ static int check(const se_plan * p) {
         if ((p->first > 0 || p->hidden) && p->n_embd < 1) return SE_ERR_ARGUMENT;
         if (p->first > 0 && !p->inject) return SE_ERR_ARGUMENT;
         if (p->hidden && p->last == p->n_layer) return SE_ERR_ARGUMENT; /* its rows without logits end early */
+        if (p->encoder && p->last < p->n_layer && !p->hidden) return SE_ERR_ARGUMENT;
+    }
+    if (p->n_extra < 0 || p->n_extra > SE_MAX_EXTRA || (p->n_extra > 0 && (p->n_layer < 1 || !p->extra_layers))) return SE_ERR_ARGUMENT;
+    for (int32_t i = 0; i < p->n_extra; i++) {
+        if (p->extra_layers[i] < 0 || (i && p->extra_layers[i] <= p->extra_layers[i - 1])) return SE_ERR_ARGUMENT;
+        if (p->extra_inject && p->extra_layers[i] >= p->first - 1) return SE_ERR_ARGUMENT;
+        if (p->extra_hidden && p->extra_layers[i] >= p->last - 1) return SE_ERR_ARGUMENT;
+    }
+    if (p->source_node) {
+        if (!*p->source_node || p->source < 0 || p->source_bytes < 1 || !p->source_in == !p->source_out) return SE_ERR_ARGUMENT;
+        if (p->source_out && p->n_layer > 0) return SE_ERR_ARGUMENT; /* the graph ends before its layers */
+    }
+    if (p->keep) {
+        if (p->n_keep < 1 || p->keep_layer < 0) return SE_ERR_ARGUMENT;
+        if (p->n_layer > 0 && (p->first != p->keep_layer || p->last != p->n_layer)) return SE_ERR_ARGUMENT;
+        if (!p->count_only && (p->keep_node < 1 || p->n_nodes < p->keep_node)) return SE_ERR_ARGUMENT; /* not rehearsed */
     }
     if ((p->positions || p->cells) && p->n_rows < 1) return SE_ERR_ARGUMENT;
     if (p->positions && p->n_pos_per_row != 1 && p->n_pos_per_row != 4) return SE_ERR_ARGUMENT;
@@ -223,12 +346,13 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->plan = *plan;
     tap->result = (se_result) { .last_unmasked = -1 };
     tap->first_node = NULL;
-    tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = false;
+    tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = tap->source_seen = false;
     tap->next_layer = 0;
     tap->at_last = NULL;
     tap->last_v = -1;
     tap->watch_size = 0;
     se_depends_clear(tap->depends);
+    se_shrink_clear(tap->shrink);
     se_tap_inputs_begin(tap);
     tap->armed = true;
     return SE_OK;
@@ -239,11 +363,14 @@ int se_tap_finish(se_tap * tap, se_result * result) {
     const se_plan * p = &tap->plan;
     for (int32_t i = 0; i < tap->result.n_skipped; i++) se_set_computed(tap->skipped[i], true);
     tap->armed = false;
+    se_shrink_clear(tap->shrink); /* the graph may be gone, and its memory another's */
+    if (tap->first_node && p->keep && !tap->result.keep_node) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
     if (tap->first_node && !p->count_only) { /* a decode that failed before its graph ran has nothing to answer for */
         if (p->n_layer && p->first > 0 && !tap->past_window_start) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->n_layer && p->hidden && !tap->hidden_taken) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->n_layer && p->last < p->n_layer && !tap->result.stopped) se_tap_fail(tap, SE_ERR_NO_ATTENTION);
         if (tap->next_layer < p->n_attn_layers) se_tap_fail(tap, SE_ERR_NO_ATTENTION);
+        if (p->source_node && !tap->source_seen) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->positions && !tap->rope_seen) se_tap_fail(tap, SE_ERR_NO_ROPE);
         if (p->cells && !tap->cells_taken) se_tap_fail(tap, SE_ERR_SHAPE);
     }

@@ -4,14 +4,17 @@
 
 #include "depends.h"
 #include "ggml_api.h"
+#include "shrink.h"
 #include "star_edge.h"
 
-enum { MAX_INPUTS = 4, MAX_MASKS = 8 };
+enum { MAX_INPUTS = 8, MAX_MASKS = 8, MAX_COPIES = 4 };
 
 typedef struct {
     char name[GGML_MAX_NAME];
     void * data;
     size_t size;
+    const struct ggml_tensor * written[MAX_COPIES]; /* in this graph: the input itself, and backends' copies of it */
+    int n_written;
 } input_override;
 
 struct se_tap {
@@ -19,6 +22,10 @@ struct se_tap {
     int32_t shift_from, shift;
     float * bias;
     int32_t n_bias;
+    int32_t * level_layers; /* (n_levels), see se_tap_set_levels */
+    float * level_bias;     /* (n_levels, n_level_cells) */
+    int32_t * witness;      /* (n_level_cells) */
+    int32_t n_levels, n_level_cells;
     input_override inputs[MAX_INPUTS];
     char joined[GGML_MAX_NAME]; /* leaf whose place in a CONCAT is looked for; "": none */
     char watch_name[GGML_MAX_NAME];
@@ -31,21 +38,23 @@ struct se_tap {
     se_result result;
     const struct ggml_tensor * first_node;
     bool past_window_start; /* the layer that the hidden state is injected at has gone by */
-    bool rope_seen, hidden_taken, cells_taken;
+    bool rope_seen, hidden_taken, cells_taken, source_seen;
     const struct ggml_tensor * at_last; /* the attention that ends the window, once it has run */
     int32_t last_v;         /* highest layer whose V the graph has written; -1: none */
     int32_t next_layer;     /* index into plan.attn_layers */
     struct ggml_tensor ** skipped;
     size_t skipped_capacity;
     se_depends * depends;
+    se_shrink * shrink;
 
     /* one graph */
     const struct ggml_tensor * graph_start; /* first node since se_tap_begin: seen again, another graph (ubatch) runs */
     int32_t * positions;    /* shifted positions, (n_positions): the same numbers for every backend's copy */
     int64_t n_positions;    /* 0: not known yet */
     size_t positions_capacity;
-    const struct ggml_tensor * biased[MAX_MASKS];
+    struct ggml_tensor * biased[MAX_MASKS];
     int32_t n_biased;
+    int32_t level;          /* the one that the masks are at */
     void * scratch;
     size_t scratch_size;
 };
@@ -60,5 +69,11 @@ void se_tap_inputs_begin(se_tap * tap);
 
 /* Called while asking about a node: writes and reads the inputs that it is the consumer of. */
 void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node);
+
+/* Whether the node is the last of a level: the masks then change, and the graph must have come that far. */
+bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node);
+
+/* Called when such a node is done: the masks go over to the next level. */
+void se_tap_next_level(se_tap * tap);
 
 #endif

@@ -3,6 +3,7 @@
  * All of it happens while the scheduler asks about a consumer of the input, so nothing that reads it has run. The settings last until
  * they are changed, and hold in plain decodes as well as in windows.
  */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,11 +35,16 @@ static void look_for_concat(se_tap * tap, const struct ggml_tensor * node) {
 static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * src = node->src[s];
-        if (!src || !se_is_leaf(src)) continue;
+        if (!src || !se_is_leaf(src) || se_shrink_has(tap->shrink, src)) continue; /* it has the rows that stay already */
         for (int i = 0; i < MAX_INPUTS; i++) {
-            const input_override * in = &tap->inputs[i];
+            input_override * in = &tap->inputs[i];
             if (!in->data || !se_is_input(src, in->name)) continue;
-            /* Once for each consumer: writing the same bytes again is harmless, and no state has to say when a graph ends. */
+            /* Once in an armed graph: the mask of windows has megabytes and a consumer in each layer. Otherwise once for each consumer:
+             * writing the same bytes again is harmless, and nothing says for sure when a graph ends. */
+            bool written = false;
+            for (int k = 0; tap->armed && k < in->n_written; k++) written = written || in->written[k] == src;
+            if (written) continue;
+            if (in->n_written < MAX_COPIES) in->written[in->n_written++] = src;
             se_tap_fail(tap, in->size == se_ggml.nbytes(src) ? se_write(src, in->data, 0, in->size) : SE_ERR_SHAPE);
         }
         if (tap->watch_out && se_is_input(src, tap->watch_name)) {
@@ -89,14 +95,63 @@ static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
     }
 }
 
+static float half_to_float(uint16_t x) {
+    float out;
+    se_ggml.type_traits(GGML_TYPE_F16)->to_float(&x, &out, 1);
+    return out;
+}
+
 static uint16_t float_to_half(float x) {
     uint16_t out;
     se_ggml.type_traits(GGML_TYPE_F16)->from_float_ref(&x, &out, 1);
     return out;
 }
 
+static float mask_at(const struct ggml_tensor * mask, const void * values, int64_t i) {
+    return mask->type == GGML_TYPE_F32 ? ((const float *) values)[i] : half_to_float(((const uint16_t *) values)[i]);
+}
+
+static void set_mask_at(const struct ggml_tensor * mask, void * values, int64_t i, float x) {
+    if (mask->type == GGML_TYPE_F32) ((float *) values)[i] = x;
+    else ((uint16_t *) values)[i] = float_to_half(x);
+}
+
+/* The columns of one row as the level wants them. Whether a cell may be seen is asked of columns that no level hides before they are written,
+ * so the row may be at any level already. */
+static void level_row(const se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
+    const float * bias = tap->level_bias + (int64_t) tap->level * tap->n_level_cells;
+    for (int64_t c = 0; c < n; c++) {
+        const int32_t witness = tap->witness[c];
+        if (witness >= 0) {
+            const bool seen = witness < mask->ne[0] && isfinite(mask_at(mask, values, first + witness));
+            set_mask_at(mask, values, first + c, seen ? bias[c] : -INFINITY);
+        } else if (isfinite(mask_at(mask, values, first + c))) {
+            bool has_bias = false;
+            for (int32_t i = 0; i < tap->n_levels; i++) has_bias = has_bias || tap->level_bias[(int64_t) i * tap->n_level_cells + c] != 0.0f;
+            if (has_bias) set_mask_at(mask, values, first + c, bias[c]);
+        }
+    }
+}
+
 /* Puts the bias of each cell into its column of the mask (n_kv, n_tokens), where that is 0 and not -inf. Where
  * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn. */
+static void bias_row(const se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
+    for (int64_t c = 0; c < n; c++) {
+        if (tap->bias[c] != 0.0f && mask_at(mask, values, first + c) == 0.0f) set_mask_at(mask, values, first + c, tap->bias[c]);
+    }
+}
+
+static void write_mask(se_tap * tap, struct ggml_tensor * mask) {
+    const size_t size = se_ggml.nbytes(mask);
+    void * values = scratch(tap, size);
+    if (!values) return;
+    se_tap_fail(tap, se_read(mask, values, 0, size));
+    const int64_t n_kv = mask->ne[0], n_rows = mask->ne[1] * mask->ne[2] * mask->ne[3];
+    const int64_t n_cells = tap->n_levels ? tap->n_level_cells : tap->n_bias, n = n_kv < n_cells ? n_kv : n_cells;
+    for (int64_t r = 0; r < n_rows; r++) (tap->n_levels ? level_row : bias_row)(tap, mask, values, r * n_kv, n);
+    se_tap_fail(tap, se_write(mask, values, 0, size));
+}
+
 static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * mask = se_mask_input(node, s);
@@ -105,30 +160,21 @@ static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
         for (int i = 0; i < tap->n_biased; i++) done = done || tap->biased[i] == mask;
         if (done) continue;
         if (tap->n_biased < MAX_MASKS) tap->biased[tap->n_biased++] = mask;
-        if (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32) {
-            se_tap_fail(tap, SE_ERR_SHAPE);
-            continue;
-        }
-        const size_t size = se_ggml.nbytes(mask);
-        void * values = scratch(tap, size);
-        if (!values) return;
-        se_tap_fail(tap, se_read(mask, values, 0, size));
-        const int64_t n_kv = mask->ne[0], n_rows = mask->ne[1] * mask->ne[2] * mask->ne[3];
-        const int64_t n = n_kv < tap->n_bias ? n_kv : tap->n_bias;
-        for (int64_t r = 0; r < n_rows; r++) {
-            for (int64_t c = 0; c < n; c++) {
-                if (tap->bias[c] == 0.0f) continue;
-                if (mask->type == GGML_TYPE_F32) {
-                    float * x = (float *) values + r * n_kv + c;
-                    if (*x == 0.0f) *x = tap->bias[c];
-                } else {
-                    uint16_t * h = (uint16_t *) values + r * n_kv + c;
-                    if ((*h & 0x7FFF) == 0) *h = float_to_half(tap->bias[c]);
-                }
-            }
-        }
-        se_tap_fail(tap, se_write(mask, values, 0, size));
+        else if (tap->n_levels) se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+        /* What a cast makes of the mask stays as it is when the mask changes. */
+        const bool is_cast = tap->n_levels && !se_is_attention(node);
+        if (is_cast || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32)) se_tap_fail(tap, SE_ERR_SHAPE);
+        else write_mask(tap, mask);
     }
+}
+
+bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node) {
+    return tap->level + 1 < tap->n_levels && se_layer_out_index(node) == tap->level_layers[tap->level + 1] - 1;
+}
+
+void se_tap_next_level(se_tap * tap) {
+    tap->level++;
+    for (int i = 0; i < tap->n_biased; i++) write_mask(tap, tap->biased[i]);
 }
 
 static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
@@ -145,6 +191,8 @@ static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
 static void begin_graph(se_tap * tap) {
     tap->n_positions = 0;
     tap->n_biased = 0;
+    for (int i = 0; i < MAX_INPUTS; i++) tap->inputs[i].n_written = 0;
+    tap->level = 0;
     tap->result.concat = SE_CONCAT_NONE;
 }
 
@@ -158,7 +206,7 @@ void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node) {
     else if (tap->graph_start == node || se_ends_layers(node)) begin_graph(tap); /* a reused graph; the end of one */
     override_positions(tap, node);
     clear_unwritten(tap, node);
-    if (tap->bias) bias_mask(tap, node);
+    if (tap->bias || tap->n_levels) bias_mask(tap, node);
     if (tap->joined[0]) look_for_concat(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
 }
@@ -185,6 +233,46 @@ int se_tap_set_cell_bias(se_tap * tap, const float * bias, int32_t n_cells) {
     free(tap->bias);
     tap->bias = copy;
     tap->n_bias = bias ? n_cells : 0;
+    return SE_OK;
+}
+
+int se_tap_set_levels(se_tap * tap, const int32_t * layers, int32_t n_levels, const float * bias, const int32_t * witness, int32_t n_cells) {
+    if (!tap || n_levels < 0 || (n_levels && (!layers || !bias || !witness || n_cells < 1 || layers[0] != 0))) return SE_ERR_ARGUMENT;
+    if (!se_ggml_ready()) return SE_ERR_UNBOUND;
+    for (int32_t i = 1; i < n_levels; i++) {
+        if (layers[i] <= layers[i - 1]) return SE_ERR_ARGUMENT;
+    }
+    for (int32_t c = 0; c < (n_levels ? n_cells : 0); c++) { /* a witness is asked after the columns before it are written */
+        if (witness[c] >= n_cells || (witness[c] >= 0 && witness[witness[c]] >= 0)) return SE_ERR_ARGUMENT;
+        for (int32_t i = 0; i < n_levels && witness[c] >= 0; i++) {
+            if (!isfinite(bias[(int64_t) i * n_cells + witness[c]])) return SE_ERR_ARGUMENT;
+        }
+    }
+    int32_t * layers_copy = NULL, * witness_copy = NULL;
+    float * bias_copy = NULL;
+    if (n_levels) {
+        layers_copy = malloc((size_t) n_levels * sizeof *layers_copy);
+        witness_copy = malloc((size_t) n_cells * sizeof *witness_copy);
+        bias_copy = malloc((size_t) n_levels * (size_t) n_cells * sizeof *bias_copy);
+        if (!layers_copy || !witness_copy || !bias_copy) {
+            free(layers_copy);
+            free(witness_copy);
+            free(bias_copy);
+            return SE_ERR_MEMORY;
+        }
+        memcpy(layers_copy, layers, (size_t) n_levels * sizeof *layers);
+        memcpy(witness_copy, witness, (size_t) n_cells * sizeof *witness);
+        memcpy(bias_copy, bias, (size_t) n_levels * (size_t) n_cells * sizeof *bias);
+    }
+    free(tap->level_layers);
+    free(tap->witness);
+    free(tap->level_bias);
+    tap->level_layers = layers_copy;
+    tap->witness = witness_copy;
+    tap->level_bias = bias_copy;
+    tap->n_levels = n_levels;
+    tap->n_level_cells = n_levels ? n_cells : 0;
+    tap->level = 0;
     return SE_OK;
 }
 

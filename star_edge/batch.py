@@ -35,12 +35,26 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "vision_keep": (int, float),
     "decoder_keep": (int, float),
     "decoder_layer": (int,),
+    "image_max_tokens": (int, float),
     "budget": (str,),
+    "redundancy": (str, int, float),
+    "encoder_keep": (int, float),
+    "encoder_layer": (int,),
     "max_tokens": (int,),
     "temperature": (int, float),
     "seed": (int,),
     "raw": (bool,),
 }
+_OVERRIDES = (
+    "vision_keep",
+    "decoder_keep",
+    "decoder_layer",
+    "budget",
+    "redundancy",
+    "encoder_keep",
+    "encoder_layer",
+    "image_max_tokens",
+)
 _QUESTION_FIELDS = {name for names in FIELDS.values() for name in names}
 
 
@@ -134,8 +148,9 @@ def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
     A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
-    budget, max_tokens, temperature, seed, raw. The names of question files (`io.questions`) are understood too, answers
-    and categories are not used. Image paths are relative to the file's folder. The id defaults to a hash of the task.
+    image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. The names of
+    question files (`io.questions`) are understood too, answers and categories are not used. Image paths are relative to
+    the file's folder. The id defaults to a hash of the task.
 
     Args:
         path: The file.
@@ -178,9 +193,7 @@ def _check_fields(fields: Fields) -> None:
 
 def _read_settings(fields: Fields, settings: Settings) -> Settings:
     base = resolve_prune(fields["preset"]) if "preset" in fields else settings.prune
-    prune = override(
-        base, **{name: fields.get(name) for name in ("vision_keep", "decoder_keep", "decoder_layer", "budget")}
-    )
+    prune = override(base, **{name: fields.get(name) for name in _OVERRIDES})
     changes = {name: fields[name] for name in ("max_tokens", "temperature", "seed", "raw") if name in fields}
     own = replace(settings, prune=prune, **changes)
     if own.max_tokens < 1 or not 0 <= own.temperature < float("inf"):

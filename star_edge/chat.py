@@ -1,7 +1,7 @@
 """Messages in a model's chat template, with a marker where each image belongs.
 
-Rendering is llama_cpp's, or for templates that llama.cpp knows by name its own. What a template takes is tried when it
-is loaded: many print nothing of what they do not expect. Knows nothing of tokens or pixels.
+llama_cpp renders Jinja templates; llama.cpp renders those that it knows by name. Many templates print nothing of what
+they do not expect, so each is tried out when it is loaded. Knows nothing of tokens or pixels.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .messages import (
     tools_to_text,
 )
 
-# Templates that llama.cpp knows by name, for files without one, by projector type (tools/mtmd/mtmd-cli.cpp names the
-# first two)
+# For files without a template: the name of llama.cpp's own, by projector type (the first two as in
+# tools/mtmd/mtmd-cli.cpp)
 _OF_FAMILY = {
     "mlp": "vicuna",
     "mlp_norm": "vicuna",
@@ -54,13 +54,17 @@ _MOST_BYTES = 1 << 20  # of a template's file
 
 
 def find_template(template: str | PathLike[str]) -> str:
-    """Jinja source, or one of llama.cpp's names, from what a user gives: either of them, or the path of a file with
-    Jinja source.
+    """Finds the template that a user means.
 
-    A .json file is one of transformers' (chat_template.json, tokenizer_config.json).
+    Args:
+        template: Jinja source, the path of a file with Jinja source, or a name that llama.cpp knows. A .json file is
+            one of transformers' (chat_template.json, tokenizer_config.json).
+
+    Returns:
+        Jinja source, or the name.
 
     Raises:
-        UnsupportedModelError: it is none of them.
+        UnsupportedModelError: It is none of these.
     """
     if not isinstance(template, (str, PathLike)):
         raise UnsupportedModelError(
@@ -84,38 +88,42 @@ def find_template(template: str | PathLike[str]) -> str:
             f"the chat template {text[:200]!r} cannot be read ({error})", "give a file with Jinja source"
         ) from error
     raise UnsupportedModelError(
-        f"the chat template {text[:60]!r} is no file, no Jinja source and no name",
+        f"the chat template {text[:60]!r} is neither a file, nor Jinja source, nor a known name",
         f"give a file, or one of {', '.join(template_names())}",
     )
 
 
 class ChatFormat:
-    """The chat template of a text model, or another.
+    """The chat template of a text model, or another one in its place.
 
-    template: Jinja source, a file with it, or one of llama.cpp's names. None: the model's own, or where it has none,
-    what its family has, which the projector type tells.
+    Args:
+        llama: The text model.
+        template: As in `find_template`. None: the model's own template. If it has none, that of its family.
+        projector: Projector type, which tells the family.
 
-    exists: False when there is none; rendering then raises.
-    source: Jinja source, or None for a template of llama.cpp's. name: of that one, or None.
+    Attributes:
+        exists: Whether there is a template. Without one, rendering raises.
+        source: Jinja source. None for a template that llama.cpp knows by name.
+        name: That name, or None.
 
     Raises:
-        UnsupportedModelError: the template is none.
+        UnsupportedModelError: The template cannot be used.
     """
 
     def __init__(self, llama: Llama, template: str | PathLike[str] | None = None, projector: str | None = None) -> None:
-        self._llama = weakref.ref(llama)  # which owns the handler that owns this
+        self._llama = weakref.ref(llama)  # it owns the handler, which owns this
         own = llama.metadata.get("tokenizer.chat_template")
         found = find_template(template) if template is not None else own or _OF_FAMILY.get(projector or "")
         self.exists = bool(found)
         self.name = found if found in template_names() else None
         self.source = found if self.exists and self.name is None else None
-        self.is_given, self.is_default = template is not None, template is None and not own  # else by its family
+        self.is_given, self.is_default = template is not None, template is None and not own  # neither: the model's own
         self._is_token: dict[str, bool] = {}
         if not self.exists:
             return
         if self.source is not None:
             try:
-                # the tokenizer adds BOS itself, as it does for llama_cpp's MTMDChatHandler
+                # The tokenizer adds BOS itself, as for llama_cpp's MTMDChatHandler.
                 self._formatter = Jinja2ChatFormatter(
                     template=self.source, eos_token=token_text(llama, llama.token_eos()), bos_token=""
                 )
@@ -128,7 +136,7 @@ class ChatFormat:
 
     @property
     def origin(self) -> str:
-        """For people: whose template it is."""
+        """Whose template it is, as text for people."""
         if self.is_default:
             return f"{self.name}, which files of this family without one are used with"
         return f"llama.cpp's {self.name}" if self.name else "given" if self.is_given else "the model's own"
@@ -136,11 +144,10 @@ class ChatFormat:
     # ---- what the template takes ----
 
     def _probe(self) -> None:
-        """Finds out what the template prints: content as a string or as a list of parts for each role, system messages,
-        calls of tools.
+        """Finds out what the template prints.
 
-        forms: role -> those of "string", "part" (a list of one) and "parts" that it prints. takes_calls: whether calls
-            of tools are printed.
+        Sets `forms`: for each role, which forms of content it prints: "string", "part" (a list of one), "parts". Sets
+        `takes_calls`: whether it prints tool calls.
         """
         self.forms: dict[str, set[str]] = {}
         user: dict[str, Any] = {"role": "user", "content": "question"}
@@ -149,14 +156,14 @@ class ChatFormat:
             user = {"role": "user", "content": [{"type": "text", "text": "question"}]}
         self.forms["system"] = self._forms(lambda content: [{"role": "system", "content": content}, user])
         self.forms["assistant"] = self._forms(lambda content: [user, {"role": "assistant", "content": content}, user])
-        # A template that prints any role takes "developer" too, and its model has never seen it
+        # A template that prints any role prints "developer" too, but its model has never seen that role.
         self._knows_developer = self.source is not None and re.search(r"""["']developer["']""", self.source) is not None
         if self._knows_developer:
             self.forms["developer"] = self._forms(lambda content: [{"role": "developer", "content": content}, user])
         self._probe_tools(user)
 
     def _probe_tools(self, user: dict[str, Any]) -> None:
-        """Both on their own: many templates print results, and of calls only what the content says."""
+        """Tries results and calls apart: many templates print results, but of a call only its content."""
         self.takes_calls, self.forms["tool"] = False, set()
         for as_object in (False, True):
             for no_content in (None, ""):
@@ -164,7 +171,7 @@ class ChatFormat:
                 call = {"name": "qzcall", "arguments": arguments if as_object else json.dumps(arguments)}
                 calls = [
                     {"id": "abcdefgh1", "type": "function", "function": call}
-                ]  # Mistral's take ids of 9 characters only
+                ]  # Mistral's templates take only ids of 9 characters
                 caller = {"role": "assistant", "content": no_content, "tool_calls": calls}
                 result = {"role": "tool", "tool_call_id": "abcdefgh1", "name": "qzcall"}
                 forms = self._forms(lambda content: [user, caller, {**result, "content": content}])  # noqa: B023
@@ -176,7 +183,7 @@ class ChatFormat:
                     return
 
     def _forms(self, conversation: Any) -> set[str]:
-        """Which forms of a content are printed whole: a string, a list of one part, a list of several parts."""
+        """Which forms of content are printed whole: a string, a list of one part, a list of several parts."""
         found = set()
         text = self._try(conversation("qzone qztwo"))
         if text is not None and "qzone qztwo" in text:
@@ -185,7 +192,7 @@ class ChatFormat:
         if text is not None and re.search(r"qzone qztwo(?!['\"\\])", text):
             found.add("part")
         text = self._try(conversation([{"type": "text", "text": "qzone"}, {"type": "text", "text": "qztwo"}]))
-        # A Python list, printed or put into JSON, has both too
+        # A list that is printed as Python or JSON contains both texts too, but in quotes.
         if text is not None and re.search(r"qzone(?!['\"\\]).*qztwo(?!['\"\\])", text, re.DOTALL):
             found.add("parts")
         return found
@@ -193,14 +200,14 @@ class ChatFormat:
     def _try(self, messages: list[dict[str, Any]]) -> str | None:
         try:
             return self._render(messages, {})
-        except Exception:  # a template may fail in any way on what it does not expect
+        except Exception:  # a template may fail in any way on input that it does not expect
             return None
 
     def is_token(self, text: str) -> bool:
-        """Whether the vocabulary has one token of its own for it."""
+        """Whether the vocabulary has a token of its own for the text."""
         if text not in self._is_token:
             llama = self._llama()
-            assert llama is not None  # which is being asked
+            assert llama is not None  # a request of it is under way
             special, plain = (llama.tokenize(text.encode(), add_bos=False, special=s) for s in (True, False))
             self._is_token[text] = (
                 len(special) < len(plain) and len(special) <= 2
@@ -210,20 +217,26 @@ class ChatFormat:
     # ---- messages ----
 
     def check_exists(self) -> None:
-        """Raises UnsupportedModelError where there is no template."""
+        """Raises UnsupportedModelError if there is no template."""
         if not self.exists:
             raise UnsupportedModelError("the model has no chat template", _REMEDY)
 
     def prepare(self, messages: Any, options: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], list[Any]]:
-        """Messages in the form that the template takes, with markers for images, and the images in their order.
+        """Brings messages into the form that the template takes.
 
-        options: what else the template gets (tools, ...). System messages go to the user's where the template has none,
-        `developer` is system where it knows no other, calls of tools and their results are JSON text where it knows
-        none.
+        If the template has no system messages, their text joins the user's. If it has no role `developer`, such
+        messages are system messages. If it has no tool calls or results, these become JSON text.
+
+        Args:
+            messages: As in Llama.create_chat_completion.
+            options: What else the template gets (tools, ...).
+
+        Returns:
+            The messages, with a marker for each image; and the images' sources, in the order of the markers.
 
         Raises:
-            UnsupportedModelError: there is no template.
-            PromptError: a message that cannot be read, or a text or an image that the template would not show.
+            UnsupportedModelError: There is no template.
+            PromptError: A message cannot be read, or the template would not show a text or an image.
         """
         self.check_exists()
         read = read_messages(messages)
@@ -254,7 +267,7 @@ class ChatFormat:
         return result
 
     def _check(self, messages: Sequence[Message], options: Mapping[str, Any]) -> None:
-        """Renders the same messages with a name in place of each text, and looks for every name and every marker."""
+        """Checks that the template shows every text and every image: renders with a name in place of each text."""
         named: list[dict[str, Any]] = []
         owners: dict[str, int] = {}
         for i, message in enumerate(messages):
@@ -299,12 +312,13 @@ class ChatFormat:
     # ---- text ----
 
     def format(self, prompt: str, n_images: int) -> str:
-        """The prompt as one user message. Its images stand where it has markers or other placeholders for all of them,
-        else first.
+        """The prompt as one user message.
+
+        Images stand where the prompt has markers or placeholders for all of them, otherwise first.
 
         Raises:
-            UnsupportedModelError: there is no template. PromptError: markers and images differ in number, or the
-                template refuses the message.
+            UnsupportedModelError: There is no template.
+            PromptError: The numbers of markers and images differ, or the template refuses the message.
         """
         parts: list[Any] = [{"type": "image", "image": i} for i in map(str, range(n_images))]
         if MEDIA_MARKER in prompt and prompt.count(MEDIA_MARKER) != n_images:
@@ -318,7 +332,7 @@ class ChatFormat:
         return self.render(messages)
 
     def one_turn(self) -> str:
-        """Jinja source: the template's own, or for one of llama.cpp's what it makes of one message of the user."""
+        """Jinja source for one message of the user. Written anew for a template that llama.cpp knows by name."""
         if self.source is not None:
             return self.source
         before, after = self.render([{"role": "user", "content": "qzone"}]).split("qzone")
@@ -329,10 +343,10 @@ class ChatFormat:
         return f"{{{{ {json.dumps(before)} }}}}{parts}{{{{ {json.dumps(after)} }}}}"
 
     def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] = {}) -> str:
-        """The text of messages from `prepare`.
+        """The text of messages that `prepare` has returned.
 
         Raises:
-            PromptError: the template refuses them.
+            PromptError: The template refuses them.
         """
         try:
             return self._render(messages, options)
@@ -343,20 +357,20 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
         if self.source is not None:
-            given: Any = messages  # templates take more than llama_cpp's types of messages
+            given: Any = messages  # templates take more than llama_cpp's types allow
             return self._formatter(messages=given, **options).prompt
-        assert self.name is not None  # of a template in llama.cpp
+        assert self.name is not None  # the template is llama.cpp's
         return apply_template(self.name, [(m["role"], m["content"]) for m in messages])
 
 
 def mark_raw(prompt: str, n_images: int) -> str:
-    """A whole prompt without markers gets them where it has another placeholder for each image."""
+    """Turns placeholders of a whole prompt into markers, if there is one for each image and no marker."""
     name = None if MEDIA_MARKER in prompt else find_placeholder([prompt], n_images)
     return prompt if name is None else prompt.replace(name, MEDIA_MARKER)
 
 
 def _modern(message: Message) -> None:
-    """OpenAI's older fields for calls of functions, in the newer form."""
+    """Brings OpenAI's older fields for function calls into the newer form."""
     if message.role == "function":
         message.role = "tool"
     call = message.rest.pop("function_call", None) if message.role == "assistant" else None
@@ -367,6 +381,6 @@ def _modern(message: Message) -> None:
         message.rest.pop("tool_calls", None)
     elif not isinstance(calls, list) or not all(isinstance(c, Mapping) for c in calls):
         raise PromptError(
-            f"tool_calls of a message ({message.role}) are no list of objects",
-            "send them as the model's answer had them",
+            f"tool_calls of a message ({message.role}) are not a list of objects",
+            "send them as they were in the model's answer",
         )

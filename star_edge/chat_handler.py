@@ -1,8 +1,8 @@
 """StarChatHandler: image-token pruning for a `llama_cpp.Llama` that the user builds.
 
-It stands where llama_cpp's MTMDChatHandler stands, and is one: chat template, tools, grammars, sampling options and the
-form of the answer are that class's. Replaced are where pixels come from and how the prompt is evaluated, and the report
-is added.
+It is a subclass of llama_cpp's MTMDChatHandler, and takes its place. Chat template, tools, grammars, sampling options
+and the form of the answer come from that class. Pixels are loaded and the prompt is evaluated here, and the response
+gets a report.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ from .io.images import ImageLimits, check_pixels, load_image
 from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import GuardedLlama, check_length, request_of
-from .llamacpp.handover import has_given_format, is_open, uses_flash_attention
+from .llamacpp.handover import has_given_format, is_open
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
-from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
+from .options import CacheOptions, EncoderOptions, describe_options, names_of
+from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
+from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
-from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
-from .vision.encoder import Prompt, VisionEncoder
+from .vision.chunks import Prompt
+from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
-from .vision.repair import check_encoder
 
 _REPORT_KEY = "star_edge"  # of a response
-# Configs of `pruning` blocks by handler. A context variable: other threads and tasks do not see them.
+# Configs of `pruning` blocks, by handler. Other threads and tasks do not see them: it is a context variable.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
 _is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
     "star_edge_is_cancelled", default=None
 )  # of `cancellable` blocks
 
 
+@describe_options(EncoderOptions, CacheOptions)
 class StarChatHandler(ChatHook):
     """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(...))`.
 
@@ -68,13 +69,13 @@ class StarChatHandler(ChatHook):
         use_gpu: As in MTMDChatHandler.
         prune: A PruneConfig, a preset's name, or None for stock behaviour. It may be changed at any time through the
             attribute of that name, or for some requests with `pruning`.
-        encoder_flash_attn: Flash attention in the vision encoder. None: as in the Llama.
-        image_min_tokens: As in StarVLM.
-        image_max_tokens: As in StarVLM.
-        encoder: As in StarVLM.
-        image_cache_bytes: As in StarVLM.
-        image_cache_dir: As in StarVLM.
-        reuse: As in StarVLM.
+        encoder_flash_attn: As in EncoderOptions.
+        image_min_tokens: As in EncoderOptions.
+        image_max_tokens: As in EncoderOptions.
+        encoder: As in EncoderOptions.
+        image_cache_bytes: As in CacheOptions.
+        image_cache_dir: As in CacheOptions.
+        reuse: As in CacheOptions.
         chat_template: As in StarVLM.
         image_limits: What an image may be. Sources are data:, http(s): and file: URLs and local paths. For requests
             from strangers, give an image_loader.
@@ -89,7 +90,7 @@ class StarChatHandler(ChatHook):
         UnsupportedModelError: `chat_template` cannot be used.
     """
 
-    @checked(IMAGE_TOKENS, skip=("clip_model_path", "prune", "encoder", "image_cache_bytes", "image_cache_dir"))
+    @checked(skip=("clip_model_path", "prune", *names_of(EncoderOptions, CacheOptions)))
     def __init__(
         self,
         clip_model_path: str | PathLike[str],
@@ -97,31 +98,24 @@ class StarChatHandler(ChatHook):
         use_gpu: bool = True,
         *,
         prune: PruneConfig | str | None = DEFAULT_PRESET,
-        encoder_flash_attn: bool | None = None,
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
+        encoder_flash_attn: bool | None = EncoderOptions.encoder_flash_attn,
+        image_min_tokens: int = EncoderOptions.image_min_tokens,
+        image_max_tokens: int = EncoderOptions.image_max_tokens,
+        encoder: str = EncoderOptions.encoder,
+        image_cache_bytes: int = CacheOptions.image_cache_bytes,
+        image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
+        reuse: bool = CacheOptions.reuse,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         open_standard_streams()
-        check_directory(image_cache_dir)
-        check_bytes(image_cache_bytes)
-        check_image_tokens(image_min_tokens, image_max_tokens)
+        self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
-        check_encoder(encoder)
         super().__init__(info.path, verbose, use_gpu)
         self.prune = prune
-        self.encoder_flash_attn = encoder_flash_attn
-        self.image_min_tokens, self.image_max_tokens = image_min_tokens, image_max_tokens
-        self.encoder = encoder
-        self.image_cache_bytes, self.image_cache_dir = image_cache_bytes, image_cache_dir
-        self.reuse = reuse
         self.chat_template = None if chat_template is None else find_template(chat_template)
         self.image_limits = image_limits
         self.image_loader = image_loader or self._load_source
@@ -139,6 +133,12 @@ class StarChatHandler(ChatHook):
         raise ConfigError(
             "a StarChatHandler can be neither copied nor pickled", "make another, with a Llama of its own"
         )
+
+    @property
+    def reader(self) -> PromptReader:
+        """What reads prompts, once the handler serves a Llama."""
+        assert self._reader is not None  # since `attach`
+        return self._reader
 
     # ---- what to prune ----
 
@@ -215,17 +215,16 @@ class StarChatHandler(ChatHook):
         with self._lock:
             start = time.perf_counter()
             self.attach(llama)
-            reader = self._reader
-            assert reader is not None
+            reader = self.reader
             config = (_overrides.get() or {}).get(self, self.prune)
             request = Request(reader, self._lock, config, start, _is_cancelled.get())
-            guards = cast(GuardedLlama, llama)  # the reader's work
+            guards = cast(GuardedLlama, llama)  # the reader has made it one
             with request_of(llama):
                 options, guards.grammar_instead = check_chat_options(
                     llama, {"stream": stream, **options}, self.template_source
                 )
                 self._request = request
-                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before it has the prompt read
+                reader.context.clears_to_stem = True  # MTMDChatHandler clears the cache before the prompt is read
                 try:
                     with request.running(), self._typed_errors(request):
                         messages, self._images = self._prepare(messages, options)
@@ -264,7 +263,7 @@ class StarChatHandler(ChatHook):
 
     @contextlib.contextmanager
     def _typed_errors(self, request: Request) -> Iterator[None]:
-        """MTMDChatHandler and Llama raise built-in errors, for bad messages also whatever a template runs into."""
+        """Turns built-in errors of MTMDChatHandler, Llama and chat templates into typed ones."""
         try:
             yield
         except StarEdgeError:
@@ -286,14 +285,16 @@ class StarChatHandler(ChatHook):
     @property
     def _vision(self) -> VisionEncoder:
         """The encoder, once the handler serves a Llama."""
-        assert self._reader is not None and self._reader.encoder is not None
-        return self._reader.encoder
+        assert self.reader.encoder is not None  # a handler has an mmproj file
+        return self.reader.encoder
 
     def attach(self, llama_model: Llama) -> Any:
-        """The context of the encoder. On first use of a Llama it is loaded, and the Llama's own context made anew.
+        """The context of the encoder. On first use of a Llama it is loaded, and the Llama gets a new context.
 
         Raises:
-            EngineClosedError: the Llama is closed. ConfigError: the handler serves another. And as PromptReader.
+            EngineClosedError: The Llama is closed.
+            ConfigError: The handler serves another Llama.
+            StarEdgeError: As PromptReader.
         """
         if not is_open(llama_model):
             raise EngineClosedError("the Llama is closed", "make a new one")
@@ -309,23 +310,13 @@ class StarChatHandler(ChatHook):
             )
         projector = find_profile(read_gguf_info(self.clip_model_path, METADATA_KEYS).values)[0]
         chat = ChatFormat(llama_model, self.chat_template, projector)
-        use_flash = uses_flash_attention(llama_model)
         self._reader = PromptReader(
-            llama_model,
-            self.clip_model_path,
-            encoder_flash_attn=use_flash if self.encoder_flash_attn is None else self.encoder_flash_attn,
-            encoder_on_gpu=self.use_gpu,
-            image_min_tokens=self.image_min_tokens,
-            image_max_tokens=self.image_max_tokens,
-            encoder=self.encoder,
-            image_cache_bytes=self.image_cache_bytes,
-            image_cache_dir=self.image_cache_dir,
-            reuse=self.reuse,
+            llama_model, self.clip_model_path, self._of_encoder, self._cache, on_gpu=self.use_gpu
         )
         self._llama, self._chat = (
             weakref.ref(llama_model),
             chat,
-        )  # a strong reference would keep the model in memory until the next gc
+        )  # a strong reference would keep the model in memory until the next collection
         return self._vision.context
 
     def check_template(self) -> None:
@@ -338,10 +329,10 @@ class StarChatHandler(ChatHook):
             self._chat.check_exists()
 
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        """Messages for the template, and the images' sources."""
+        """Messages for the template, and the sources of the images."""
         assert self._chat is not None  # since `attach`
         prepared, images = self._chat.prepare(messages, template_options(options))
-        if self._chat.source is None:  # rendered by llama.cpp: the template that MTMDChatHandler gets prints it
+        if self._chat.source is None:  # llama.cpp renders it: MTMDChatHandler's template prints the result as it is
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
 
@@ -350,14 +341,14 @@ class StarChatHandler(ChatHook):
         return self._chat.source or "{{ messages[0]['content'] }}"
 
     def get_image_urls(self, messages: list[Any]) -> list[Any]:  # type: ignore[override]  # a static method there
-        """Of the request under way, or where there is none of messages as they are given."""
+        """Sources of the images: of the request under way, otherwise of the messages as they are given."""
         if self._request is not None:
             return self._images
         return [picture.source for message in read_messages(messages) for picture in message.pictures]
 
     def check_text(self, text: str, n_images: int, marker: str) -> None:
         llama = self._llama()
-        assert llama is not None  # whose request this is
+        assert llama is not None  # a request of it is under way
         check_length(llama, text)
         n_markers = text.count(marker)
         if n_markers != n_images:
@@ -379,13 +370,36 @@ class StarChatHandler(ChatHook):
         Raises:
             ImageError: The image cannot be read, or is over the limits.
         """
-        return check_pixels(self.image_loader(image_url), "what the image_loader returned")
+        pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
+        return pixels if self._request is None else self._request.fit(pixels)
+
+    def count_tokens(self, image_url: str, image_max_tokens: Keep = 1.0) -> int:
+        """Counts the image tokens of a picture, without encoding it, once the handler serves a Llama.
+
+        Args:
+            image_url: URL of an image_url part.
+            image_max_tokens: As in PruneConfig: what the picture would be made smaller for.
+
+        Returns:
+            Its tokens before any pruning, of all its crops, special tokens included.
+
+        Raises:
+            ConfigError: The handler serves no Llama yet, or image_max_tokens cannot be used.
+            ImageError: The image cannot be read or used, or is over the limits.
+        """
+        config = PruneConfig(image_max_tokens=image_max_tokens)
+        with self._lock:
+            if self._reader is None:
+                raise ConfigError("this StarChatHandler serves no Llama yet", "call attach with the Llama first")
+            pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
+            pixels = self._reader.fit(pixels, config).pixels
+            return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
 
     def bitmap_name(self, image: np.ndarray) -> str:
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))
 
     def _load_source(self, url: str) -> np.ndarray:
-        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads them through urllib
+        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads such URLs through urllib
             parts = urllib.parse.urlsplit(url)
             if parts.netloc not in ("", "localhost"):
                 raise ImageError(f"{url[:200]} is on another host", "write file:///path, or give the path itself")

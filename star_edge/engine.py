@@ -1,14 +1,12 @@
 """StarVLM: a vision-language GGUF model with image-token pruning.
 
-Loads the files, checks what a caller gives, and lets `llama_cpp.Llama` sample from the prompt that `PromptReader` has
-read.
+Loads the files and checks arguments. `PromptReader` reads a prompt; `llama_cpp.Llama` samples the answer from there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -22,7 +20,7 @@ from .answers import Answer, AnswerStream
 from .arguments import Range, checked
 from .chat import ChatFormat, mark_raw
 from .decoder.prefill import Prefill
-from .errors import ConfigError, EngineClosedError, EngineError, PromptError, UnsupportedModelError
+from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, check_pixels, load_image
@@ -31,30 +29,21 @@ from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
 from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
-from .llamacpp.names import KV_TYPES
 from .llamacpp.native import open_standard_streams
-from .pruning.config import DEFAULT_PRESET, PruneConfig
-from .reader import IMAGE_TOKENS, PromptReader, check_image_tokens
+from .messages import check_text
+from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
+from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
+from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
-from .vision.cache import DEFAULT_BYTES, check_directory
-from .vision.encoder import Prompt, TextChunk
+from .stopwatch import Stopwatch
+from .vision.chunks import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
-_INT32 = 2**31 - 1
-# What the annotations of StarVLM cannot say
-_RANGES = {
-    "n_ctx": Range(0, _INT32),
-    "n_batch": Range(2, _INT32),
-    "n_ubatch": Range(1, _INT32),
-    "n_gpu_layers": Range(-1, _INT32),
-    "n_threads": Range(1, 4096),
-    **IMAGE_TOKENS,
-    "max_tokens": Range(1, _INT32),
-}
-# What create_completion takes, less what would change the prompt or the form of the result, and what generate names
-# itself
+_RANGES = {"max_tokens": Range(1, 2**31 - 1)}
+# Arguments of create_completion, without those that change the prompt or the form of the result, and those that
+# `generate` names itself
 _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
     "self",
     "prompt",
@@ -68,6 +57,7 @@ _SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
 }
 
 
+@describe_options(LoadOptions, EncoderOptions, CacheOptions)
 class StarVLM:
     """A text model and its vision projector, ready to answer questions about images.
 
@@ -76,28 +66,25 @@ class StarVLM:
     Args:
         model: GGUF file of the text model.
         mmproj: GGUF file of the vision projector. Without it the model takes text only.
-        n_ctx: Context in tokens. 0: the model's own.
-        n_batch: Most rows of one llama_decode.
-        n_ubatch: Most rows of one graph.
-        n_gpu_layers: Layers on the GPU, -1 for all.
-        flash_attn: Flash attention in the decoder.
-        encoder_flash_attn: Flash attention in the encoder. None: as in the decoder.
-        type_k: Type of the cached K: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1" or "q4_0".
-        type_v: Type of the cached V, the same names. A quantized V needs flash attention.
-        n_threads: CPU threads. None: the physical cores, estimated.
+        n_ctx: As in LoadOptions.
+        n_batch: As in LoadOptions.
+        n_ubatch: As in LoadOptions.
+        n_gpu_layers: As in LoadOptions.
+        flash_attn: As in LoadOptions.
+        type_k: As in LoadOptions.
+        type_v: As in LoadOptions.
+        n_threads: As in LoadOptions.
+        verbose: As in LoadOptions.
+        encoder_flash_attn: As in EncoderOptions.
+        image_min_tokens: As in EncoderOptions.
+        image_max_tokens: As in EncoderOptions.
+        encoder: As in EncoderOptions.
+        image_cache_bytes: As in CacheOptions.
+        image_cache_dir: As in CacheOptions.
+        reuse: As in CacheOptions.
         chat_template: A file with Jinja source, the source, or a name that llama.cpp knows (vicuna, chatml, ...). None:
             the model file's own template, or that of its family.
         image_limits: What an image may be.
-        image_min_tokens: Least tokens of an image, for encoders with dynamic resolution. -1: the model's own.
-        image_max_tokens: Most tokens of an image, in the same way.
-        encoder: "repaired" puts right what this llama.cpp gets wrong with some encoders, and the report says so
-            (star_edge.vision.repair). "stock" leaves it. A model that was trained with one answers worse with the
-            other.
-        image_cache_bytes: Bytes of encoder outputs that are kept in memory, 0 for none.
-        image_cache_dir: A directory to keep them in as well (2 GiB at most), for later processes. Only you and people
-            you trust should be able to write there.
-        reuse: Keep what the decoder read of a prompt, up to its last image, for the next prompt that begins alike.
-        verbose: Show llama.cpp's log.
         **llama_options: Further arguments of llama_cpp.Llama.
 
     Raises:
@@ -108,95 +95,62 @@ class StarVLM:
         EngineError: llama.cpp could not create a context.
     """
 
-    @checked(_RANGES, skip=("model", "mmproj", "type_k", "type_v", "encoder", "image_cache_bytes"))
+    @checked(skip=("model", "mmproj", *names_of(LoadOptions, EncoderOptions, CacheOptions)))
     def __init__(
         self,
         model: str | PathLike[str],
         mmproj: str | PathLike[str] | None = None,
         *,
-        n_ctx: int = 4096,
-        n_batch: int = 2048,
-        n_ubatch: int = 512,
-        n_gpu_layers: int = 0,
-        flash_attn: bool = True,
-        encoder_flash_attn: bool | None = None,
-        type_k: str = "f16",
-        type_v: str = "f16",
-        n_threads: int | None = None,
+        n_ctx: int = LoadOptions.n_ctx,
+        n_batch: int = LoadOptions.n_batch,
+        n_ubatch: int = LoadOptions.n_ubatch,
+        n_gpu_layers: int = LoadOptions.n_gpu_layers,
+        flash_attn: bool = LoadOptions.flash_attn,
+        type_k: str = LoadOptions.type_k,
+        type_v: str = LoadOptions.type_v,
+        n_threads: int | None = LoadOptions.n_threads,
+        verbose: bool = LoadOptions.verbose,
+        encoder_flash_attn: bool | None = EncoderOptions.encoder_flash_attn,
+        image_min_tokens: int = EncoderOptions.image_min_tokens,
+        image_max_tokens: int = EncoderOptions.image_max_tokens,
+        encoder: str = EncoderOptions.encoder,
+        image_cache_bytes: int = CacheOptions.image_cache_bytes,
+        image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
+        reuse: bool = CacheOptions.reuse,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
-        verbose: bool = False,
         **llama_options: Any,
     ) -> None:
+        load = LoadOptions(n_ctx, n_batch, n_ubatch, n_gpu_layers, flash_attn, type_k, type_v, n_threads, verbose)
+        of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
         if unknown or llama_options.get("vocab_only"):
             raise ConfigError(
-                f"{', '.join(sorted(unknown)) or 'vocab_only'} is no option of StarVLM",
+                f"{', '.join(sorted(unknown)) or 'vocab_only'} is not an option of StarVLM",
                 "see help(StarVLM) and llama_cpp.Llama",
             )
-        for name in ("chat_format", "chat_handler"):  # of Llama.create_chat_completion, which nothing here calls
+        for name in ("chat_format", "chat_handler"):  # for Llama.create_chat_completion, which nothing here calls
             if llama_options.get(name) is not None:
                 raise ConfigError(
                     f"{name} changes nothing in a StarVLM",
                     "give chat_template: a file, Jinja source, or a name such as vicuna",
                 )
         llama_options = check_llama_options(llama_options, taken=("model_path", "n_threads_batch"))
-        if n_ctx == 1:
-            raise ConfigError("n_ctx=1 holds no prompt and answer", "use 2 or more, or 0 for the model's own")
         open_standard_streams()
-        check_directory(image_cache_dir)
-        check_image_tokens(image_min_tokens, image_max_tokens)
         info = read_text_model(model, llama_options.get("kv_overrides"))
         if llama_options.get("lora_path") is not None:
             llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
         if mmproj is not None:
-            check_mmproj(read_gguf_info(mmproj))  # before the text model is loaded, which takes longer
-        for name, kind in (("type_k", type_k), ("type_v", type_v)):
-            if not isinstance(kind, str) or kind not in KV_TYPES:
-                raise ConfigError(f"{name}={kind!r} is no KV cache type", f"use one of {', '.join(KV_TYPES)}")
-        if type_v not in ("f32", "f16", "bf16") and not flash_attn:
-            raise ConfigError(
-                f"type_v={type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v"
-            )
-        n_threads = n_threads if n_threads and n_threads > 0 else _physical_cores()
+            check_mmproj(read_gguf_info(mmproj))  # first: to load the text model takes longer
         self._lock = threading.RLock()  # one request at a time; other threads wait
         self._closed = False
         self.image_limits = image_limits
-        self.llama = load_llama(
-            info.path,
-            n_ctx=n_ctx,
-            n_batch=n_batch,
-            n_ubatch=n_ubatch,
-            n_gpu_layers=n_gpu_layers,
-            flash_attn=flash_attn,
-            type_k=KV_TYPES[type_k],
-            type_v=KV_TYPES[type_v],
-            n_threads=n_threads,
-            n_threads_batch=n_threads,
-            verbose=verbose,
-            **llama_options,
-        )
+        self.llama = load_llama(info.path, **load.for_llama(), **llama_options)
         try:
             projector = None if mmproj is None else find_profile(read_gguf_info(mmproj, METADATA_KEYS).values)[0]
             self._chat = ChatFormat(self.llama, chat_template, projector)
-            self._reader = PromptReader(
-                self.llama,
-                mmproj,
-                encoder_flash_attn=flash_attn if encoder_flash_attn is None else encoder_flash_attn,
-                encoder_on_gpu=n_gpu_layers != 0,
-                image_min_tokens=image_min_tokens,
-                image_max_tokens=image_max_tokens,
-                encoder=encoder,
-                image_cache_bytes=image_cache_bytes,
-                image_cache_dir=image_cache_dir,
-                reuse=reuse,
-            )
+            self._reader = PromptReader(self.llama, mmproj, of_encoder, cache, on_gpu=load.uses_gpu)
         except MemoryError as error:
             self.close()
             raise EngineError(
@@ -331,7 +285,7 @@ class StarVLM:
         unknown = set(sampling) - _SAMPLING
         if unknown:
             raise ConfigError(
-                f"{', '.join(sorted(unknown))} is no sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
+                f"{', '.join(sorted(unknown))} is not a sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
             )
         with self._lock:
             self._check_open()
@@ -374,6 +328,29 @@ class StarVLM:
         assert request.report is not None  # of a prompt that was read
         return state, request.report
 
+    @checked(skip=("image",))
+    def count_tokens(self, image: ImageSource, image_max_tokens: Keep = 1.0) -> int:
+        """Counts the image tokens of a picture, without encoding it. A stream that is under way goes on.
+
+        Args:
+            image: As for `generate`.
+            image_max_tokens: As in PruneConfig: what the picture would be made smaller for.
+
+        Returns:
+            Its tokens before any pruning, of all its crops, special tokens included.
+
+        Raises:
+            UnsupportedModelError: The model was loaded without a vision encoder.
+            ConfigError: image_max_tokens cannot be used.
+            ImageError: The image cannot be read or used, or is over the limits.
+            EngineClosedError: The engine is closed.
+        """
+        config = PruneConfig(image_max_tokens=image_max_tokens)
+        with self._lock:
+            self._check_open()
+            pixels = self._reader.fit(load_image(image, self.image_limits), config).pixels
+            return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
+
     @checked(skip=("prompt",))
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
         """Splits a prompt into chunks.
@@ -391,14 +368,7 @@ class StarVLM:
         """
         self._check_open()
         pictures = [check_pixels(picture) for picture in pictures]
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt is a {type(prompt).__name__}", "give a str")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(
-                "the prompt holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
-            ) from error
+        check_text(prompt, "the prompt")
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)
@@ -451,10 +421,10 @@ class StarVLM:
                     if encoder_layers and self.encoder is not None
                     else []
                 )
-                encoded = encode_images(plan.images, self.encoder, None, {})
+                encoded = encode_images(plan.images, self.encoder, None, Stopwatch())
             finally:
                 tokenized.close()
-            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, {})
+            segments, _, _ = run_vision_stage(plan, encoded, self.decoder.mrope, Stopwatch())
             decoder_maps = read_decoder(self.decoder, segments, decoder_layers, mean_heads)
             tokens, owner = [], []
             for segment in segments:
@@ -478,9 +448,10 @@ class StarVLM:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[float]:
-        """A turn at the Llama: ends an unfinished request, and empties the cache but for the stem.
+        """A turn at the Llama. Ends an unfinished request, and empties the cache except for the stem.
 
-        Gives the time at which it began, in seconds of time.perf_counter.
+        Yields:
+            When the turn began, in seconds of time.perf_counter.
         """
         with self._lock:
             start = time.perf_counter()
@@ -496,7 +467,7 @@ class StarVLM:
         config = resolve_prune(prune)
         with self._turn() as start:
             request = Request(self._reader, self._lock, config, start)
-            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            pictures = [request.fit(load_image(source, self.image_limits)) for source in self._image_list(images)]
             return request, request.read(self.tokenize(prompt, pictures, chat=chat))
 
     @staticmethod
@@ -509,9 +480,3 @@ class StarVLM:
         if is_one or not isinstance(images, Iterable):
             return [cast(ImageSource, images)]  # one image needs no list
         return list(cast(Iterable[ImageSource], images))
-
-
-def _physical_cores() -> int:
-    """llama.cpp is fastest with one thread for each physical core; small machines rarely have two threads on one."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return usable if usable <= 4 else max(4, usable // 2)

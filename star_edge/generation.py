@@ -1,4 +1,4 @@
-"""Tokens and time of one answer. The caller's time between two pieces of a stream does not count."""
+"""Tokens and time of one answer. What the caller does between two pieces of a stream does not count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .report import PruneReport
 
 
 class Generation:
-    """One answer of a guarded Llama, which counts its tokens. Adds up the engine's time on it."""
+    """One answer. Adds up the engine's time; the guarded Llama counts the tokens."""
 
     def __init__(self, llama: Any) -> None:
         self._llama = llama
@@ -25,7 +25,7 @@ class Generation:
         self._since = perf_counter()
 
     def stop(self, report: PruneReport) -> None:
-        """Stops the clock if it runs, and writes counts and time into the report."""
+        """Stops the clock, if it runs. Writes counts and time into the report."""
         if self._since is not None:
             self._seconds += perf_counter() - self._since
             self._since = None

@@ -17,7 +17,8 @@ from .errors import ConfigError, EngineError, OutputError
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
 from .rows import Segment
-from .vision.encoder import ImageChunk, VisionEncoder
+from .vision.chunks import ImageChunk
+from .vision.encoder import VisionEncoder
 
 
 @dataclass

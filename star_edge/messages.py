@@ -53,6 +53,20 @@ _IMAGE_TOKENS = (
     "<slice>",
     "</slice>",
     "<unk_image>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|video|>",
+    "<|IMAGE_START|>",
+    "<|IMAGE_END|>",
+    "<|IMAGE_PLACEHOLDER|>",
+    "<|patch|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+    "<\uff5chy_place\u2581holder\u2581no\u2581100\uff5c>",
+    "<\uff5chy_place\u2581holder\u2581no\u2581101\uff5c>",
+    "<\uff5chy_place\u2581holder\u2581no\u2581102\uff5c>",
     "[IMG]",
     "[IMG_BREAK]",
     "[IMG_END]",
@@ -117,7 +131,7 @@ def _read_message(message: Any, where: str) -> Message:
     if content is None and not (role == "assistant" and ("content" in message or calls)):
         raise PromptError(f"{where} ({role}) has no content", "give a string or a list of parts")
     if isinstance(content, str):
-        return Message(role, [_checked(content, where)], rest=rest)
+        return Message(role, [check_text(content, f"the text of {where}")], rest=rest)
     if content is None:
         return Message(role, [], has_content=False, rest=rest)
     if isinstance(content, (bytes, Mapping)) or not isinstance(content, Iterable):
@@ -127,14 +141,14 @@ def _read_message(message: Any, where: str) -> Message:
 
 def _read_part(part: Any, where: str) -> str | Picture:
     if isinstance(part, str):
-        return _checked(part, where)
+        return check_text(part, f"the text of {where}")
     if not isinstance(part, Mapping):
         raise PromptError(f"{where} is a {type(part).__name__}", f"use {_FORMS}")
     kind = part.get("type")
     if kind in _TEXT_KINDS:
-        return _checked(part.get("text"), where)
+        return check_text(part.get("text"), f"the text of {where}")
     if kind == "refusal":
-        return _checked(part.get("refusal"), where)
+        return check_text(part.get("refusal"), f"the text of {where}")
     if kind not in ("image_url", "input_image", "image"):
         raise PromptError(f"{where} is of type {str(kind)[:60]!r}, which is neither text nor an image", f"use {_FORMS}")
     found = [
@@ -157,14 +171,19 @@ def _source(value: Any) -> Any:
     return None if isinstance(value, (bool, int, float, list, tuple)) else value
 
 
-def _checked(text: Any, where: str) -> str:
+def check_text(text: Any, name: str) -> str:
+    """The text.
+
+    Raises:
+        PromptError: It is not a str, or has characters that UTF-8 cannot hold.
+    """
     if not isinstance(text, str):
-        raise PromptError(f"the text of {where} is a {type(text).__name__}", "give a string")
+        raise PromptError(f"{name} is a {type(text).__name__}", "give a str")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the text of {where} has characters that are not text (surrogates)", "decode its bytes as UTF-8 first"
+            f"{name} has characters that are not text (surrogates)", "decode its bytes as UTF-8 first"
         ) from error
     return text
 

@@ -2,15 +2,16 @@
 
     image -> vision stage -> probe -> decoder stage -> resume -> text
 
-Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, whoever made it. Knows no details of any stage,
-and neither chat templates nor where images come from.
+Joins the stages, and hands the prompt's state to a `llama_cpp.Llama`, no matter who made it. Knows the details of no
+stage, no chat templates, and not where images come from.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import cast
@@ -18,77 +19,75 @@ from typing import cast
 import numpy as np
 from llama_cpp import Llama
 
-from .arguments import Range
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
-from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
+from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
-from .llamacpp.handover import free_with, hand_over
+from .llamacpp.handover import free_with, hand_over, uses_flash_attention
+from .options import CacheOptions, EncoderOptions
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
-from .vision.cache import DEFAULT_BYTES, check_bytes
-from .vision.encoder import Encoded, ImageChunk, Prompt, TextChunk, VisionEncoder
-from .vision.repair import check_encoder
-from .vision.stage import PromptPlan, StagedImage, encode_images, plan_prompt, run_vision_stage
+from .stopwatch import Stopwatch
+from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
+from .vision.encode import ImageEncoding
+from .vision.encoder import VisionEncoder
+from .vision.resolution import Fitted, Resolution
+from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 
-IMAGE_TOKENS = {"image_min_tokens": Range(-1, 2**31 - 1), "image_max_tokens": Range(-1, 2**31 - 1)}
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
 
-def check_image_tokens(least: int, most: int) -> None:
-    """Raises ConfigError where no image can have as few and as many tokens."""
-    if 0 < most < least:
-        raise ConfigError(f"image_min_tokens={least} is more than image_max_tokens={most}", "lower it")
-
-
 class PromptReader:
-    """A `Llama` with what reading pruned prompts takes: a context with a tap, and the vision encoder of `mmproj`, if
-    given.
+    """Reads pruned prompts into a `Llama`. Gives it a context with a tap, and loads the vision encoder.
 
-    The context of the Llama is made anew, unless it has a tap already; what is in its cache is lost then. The Llama
-    owns everything
-    that is made here: `Llama.close` frees it, and the reader does not keep the Llama alive.
+    A Llama whose context has no tap gets a new context, and its cache is lost. The Llama owns all that is made here:
+    `Llama.close` frees it. The reader does not keep the Llama alive.
+
+    Args:
+        llama: The Llama.
+        mmproj: File of the vision encoder. None: the prompts are text alone.
+        encoder: How the encoder works.
+        cache: What is kept from request to request.
+        on_gpu: Whether the encoder may use the GPU.
 
     Raises:
-        ModelFileError, ModelMismatchError, UnsupportedModelError: the mmproj file cannot be used.
-        ConfigError: the cache's size or directory cannot be used, or encoder is neither "repaired" nor "stock".
-        EngineError: llama.cpp could not create the context. The Llama can be used as before after any of them.
+        ModelFileError: The mmproj file cannot be read.
+        ModelMismatchError: The mmproj file does not belong to the text model.
+        UnsupportedModelError: The mmproj file cannot be used.
+        ConfigError: The cache's directory cannot be used.
+        EngineError: llama.cpp could not create the context. After any error the Llama works as before.
     """
 
     def __init__(
         self,
         llama: Llama,
         mmproj: str | PathLike[str] | None,
+        encoder: EncoderOptions = EncoderOptions(),
+        cache: CacheOptions = CacheOptions(),
         *,
-        encoder_flash_attn: bool,
-        encoder_on_gpu: bool,
-        image_min_tokens: int = -1,
-        image_max_tokens: int = -1,
-        encoder: str = "repaired",
-        image_cache_bytes: int = DEFAULT_BYTES,
-        image_cache_dir: str | PathLike[str] | None = None,
-        reuse: bool = True,
+        on_gpu: bool = False,
     ) -> None:
-        check_bytes(image_cache_bytes)
-        check_encoder(encoder)
-        self.reuse = reuse
+        self.reuse = cache.reuse
         self.llama = cast(Llama, weakref.proxy(llama))  # acts as the Llama
         self.encoder: VisionEncoder | None = None
         if mmproj is not None:
+            flash_attn = encoder.encoder_flash_attn
             self.encoder = VisionEncoder(
                 mmproj,
                 self.llama,
-                flash_attn=encoder_flash_attn,
-                use_gpu=encoder_on_gpu,
-                image_min_tokens=image_min_tokens,
-                image_max_tokens=image_max_tokens,
-                repaired=encoder == "repaired",
-                cache_bytes=image_cache_bytes,
-                cache_dir=image_cache_dir,
+                flash_attn=uses_flash_attention(llama) if flash_attn is None else flash_attn,
+                use_gpu=on_gpu,
+                image_min_tokens=encoder.image_min_tokens,
+                image_max_tokens=encoder.image_max_tokens,
+                repaired=encoder.encoder == "repaired",
+                cache_bytes=cache.image_cache_bytes,
+                cache_dir=cache.image_cache_dir,
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
+            self._resolution = Resolution(self.encoder)
+            self.encoding = ImageEncoding(self.encoder)
         try:
             self.context = tapped_context(llama)
         except EngineError:
@@ -100,40 +99,80 @@ class PromptReader:
 
     @property
     def request(self) -> int:
-        """Changes whenever the cache stops holding what it held: a stream is over when this is not what it was at its
-        start.
-        """
+        """A number that changes whenever the prompt in the cache goes. A stream whose number is another one is over."""
         return self.context.request
 
     def begin(self) -> None:
-        """Ends whatever was going on and empties the cache, but for what the next prompt may use."""
+        """Ends an unfinished request. Empties the cache, except for what the next prompt may use."""
         self.context.clears_to_stem = False
         self.context.end_prompt()
         self.llama.reset()
 
-    def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
-        """Everything before the first answer token, after `begin`. Closes the prompt.
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """A prompt that is read inside the block uses nothing of earlier prompts, and leaves nothing for later ones."""
+        encoder, reuse = self.encoder, self.reuse
+        cache = None if encoder is None else encoder.cache
+        self.reuse = False
+        if encoder is not None:
+            encoder.cache = None
+        try:
+            yield
+        finally:
+            self.reuse = reuse
+            if encoder is not None:
+                encoder.cache = cache
 
-        start: when the request began, in the seconds of time.perf_counter.
+    def count_tokens(self, height: int, width: int) -> int:
+        """Counts the image tokens of a picture of that size, in pixels. Nothing is encoded.
 
         Raises:
-            ConfigError, ContextLengthError: before anything is computed.
-            EngineError: llama.cpp failed; `begin` makes the Llama usable again.
+            UnsupportedModelError: There is no vision encoder.
+            ImageError: The encoder cannot take that shape.
+        """
+        if self.encoder is None:
+            raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
+        return self._resolution.count(height, width)
+
+    def fit(self, pixels: np.ndarray, config: PruneConfig | None) -> Fitted:
+        """A picture, (h, w, 3) uint8, as a request gets it: smaller, if the config says so."""
+        if self.encoder is None or config is None or not config.limits_images:
+            return Fitted(pixels)
+        return self._resolution.fit(pixels, config.image_max_tokens)
+
+    def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
+        """Computes everything before the first answer token, and closes the prompt. `begin` must come first.
+
+        Args:
+            prompt: The prompt.
+            config: What to prune, or None.
+            start: When the request began, in seconds of time.perf_counter.
+
+        Returns:
+            The state after the prompt, and the report.
+
+        Raises:
+            ConfigError: The config does not fit the prompt or the model. Nothing has been computed.
+            ContextLengthError: The prompt does not fit the context. Nothing has been computed.
+            EngineError: llama.cpp failed. `begin` makes the Llama usable again.
         """
         try:
-            seconds = {"preprocess": time.perf_counter() - start}
+            watch = Stopwatch()
+            watch.seconds["preprocess"] = time.perf_counter() - start
             plan, notes = self.plan(prompt, config)
-            encoded = encode_images(plan.images, self.encoder, plan.config, seconds)
+            undone: list[str] = []
+            encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
         finally:
             prompt.close()
-        if any(image.special is not chunk.special for image, chunk in zip(encoded, plan.images)):
+        if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
-        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, seconds)
+        notes += undone
+        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
         stage = _decoder_stage(plan, images) if windows else None
-        # A sliding-window cache gives out parked cells (llama_kv_cache::find_slot). What Llama.set_cache stores is all
-        # sequences.
+        # A sliding-window cache hands out parked cells (llama_kv_cache::find_slot). Llama.set_cache stores every
+        # sequence, the parked ones too.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         if not keep:
             self.decoder.clear()
@@ -148,8 +187,7 @@ class PromptReader:
             state = prefill(self.decoder, segments, next_position, keep=keep)
         if not state.in_place:
             notes.append("kept rows did not return to their KV cells: the kept rows were decoded again")
-        seconds.update(state.seconds)
-        seconds["first_token"] = time.perf_counter() - start
+        seconds = {**watch.seconds, **state.seconds, "first_token": time.perf_counter() - start}
         milliseconds = {name: 1e3 * value for name, value in seconds.items()}
         report = PruneReport(
             config,
@@ -172,9 +210,20 @@ class PromptReader:
     def plan(
         self, prompt: Prompt, config: PruneConfig | None, encoded: Sequence[Encoded] | None = None
     ) -> tuple[PromptPlan, list[str]]:
-        """Counts, decoder stages and notes; every limit is checked here, before anything is computed.
+        """Counts tokens, and checks every limit before anything is computed.
 
-        encoded: the images; the counts may be others then, where no profile says which tokens are special.
+        Args:
+            prompt: The prompt.
+            config: What to prune, or None.
+            encoded: The images, once they are encoded. Only then are special tokens known if no profile names them,
+                so counts may change.
+
+        Returns:
+            The plan, and notes for the report.
+
+        Raises:
+            ConfigError: The prompt is empty, or the config does not fit.
+            ContextLengthError: The prompt does not fit the context.
         """
         notes: list[str] = []
         has_images = any(not isinstance(c, TextChunk) for c in prompt.chunks)
@@ -184,6 +233,9 @@ class PromptReader:
             notes += self.encoder.notes
             notes += one_token_notes(config)
         encoder = self.encoder
+        if prune is not None:
+            prune, impossible = self.encoding.possible(prune, [c for c in prompt.chunks if isinstance(c, ImageChunk)])
+            notes += impossible
         if prune is not None and prune.prunes_in_vision and encoder is not None and not encoder.profile.reads_attention:
             scorer = vision_scorer(prune, has_attention=False)
             instead = (
@@ -208,15 +260,15 @@ class PromptReader:
                 notes.append(f"no decoder stage: {problem}")
         plan = plan_prompt(prompt.chunks, prune, windows, encoded)
         if windows and 0 < self.decoder.n_swa < plan.n_cells:
-            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window: rows would not come
-            # back to theirs
+            # llama_kv_cache::find_slot hands out parked cells that have left the sliding window. Rows would not
+            # come back to their own.
             notes.append(
                 f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}"
             )
             plan = plan_prompt(prompt.chunks, prune, [], encoded)
         if prune is not None and prune.representatives != "none":
             problem = None
-            if 0 < self.decoder.n_swa < plan.n_cells:  # such a cache has other cells than the bias is made for
+            if 0 < self.decoder.n_swa < plan.n_cells:  # the bias is made for the cells of another cache
                 problem = "the prompt is longer than the model's sliding window"
             elif not self.decoder.has_cells:
                 problem = "a recurrent decoder has no attention in which a token could count for several"
@@ -237,7 +289,14 @@ class PromptReader:
         return plan, notes
 
     def _check_images(self, images: Iterable[tuple[ImageChunk, int]]) -> None:
-        """images: each with the tokens that the vision stage leaves of it."""
+        """Checks that images which must be processed at once fit into one graph.
+
+        Args:
+            images: Each image with the number of tokens that the vision stage leaves of it.
+
+        Raises:
+            ContextLengthError: One of them does not.
+        """
         for chunk, n in images:
             if not chunk.causal and n > self.decoder.n_ubatch:
                 raise ContextLengthError(
@@ -247,8 +306,10 @@ class PromptReader:
                 )
 
     def hand_over(self, state: Prefill) -> list[int]:
-        """Puts the prompt's state into the Llama, and returns the prompt that its create_completion finds read
-        already.
+        """Puts the prompt's state into the Llama.
+
+        Returns:
+            Ids of the prompt. Llama.create_completion finds that it has read them already.
         """
         llama, n = self.llama, state.n_cells
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
@@ -285,9 +346,7 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
         return _candidates(seen, images[seen.image], plan.n_special[seen.image])
 
     def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
-        """How many rows of each image stay: images that share their tokens have as many as are among the best of all of
-        them.
-        """
+        """How many rows of each image stay. Images that share a budget keep the best rows among all of them."""
         counts = list(n_keep)
         for group in (group for group in plan.groups if len(group) > 1):
             total = sum(n_keep[i] - plan.n_special[i] for i in group)
@@ -300,6 +359,7 @@ def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderSt
         lambda seen, n: choose(policy, candidates(seen), n - plan.n_special[seen.image]),
         policy.scorer.reads or "all",
         share if any(len(group) > 1 for group in plan.groups) else None,
+        plan.config.seen_below,
     )
 
 
@@ -322,6 +382,10 @@ def _image_reports(images: Sequence[StagedImage], state: Prefill) -> list[ImageR
                 vision.mass if last is None else last.mass,
                 encoded.special,
                 encoded.cached,
+                encoded.redundant,
+                encoded.kept,
+                encoded.layer,
+                encoded.same_as,
             )
         )
     return reports

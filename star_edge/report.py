@@ -17,8 +17,12 @@ from .pruning.config import PruneConfig
 from .pruning.selection import average_tokens
 
 _TOTALS = (
+    "encoder_layer",
     "decoder_layer",
+    "n_full_tokens",
     "n_image_tokens",
+    "n_redundant",
+    "n_encoder_kept",
     "n_vision_kept",
     "n_decoder_kept",
     "average_tokens",
@@ -51,6 +55,11 @@ class ImageReport:
         decoder_mass: The same for decoder_kept, (n2,) float64.
         special: Special tokens (row ends, tile separators), which always stay, (n_tokens,) bool. None: none.
         cached: Whether the encoder's output was kept from an earlier request.
+        redundant: Tokens that were left out before the encoder because a neighbour shows the same, ascending indices.
+        encoder_kept: Tokens that left the encoder, ascending indices. None: all.
+        encoder_layer: Layer M of the encoder stage, which dropped the rest. None: there was none.
+        same_as: Index of an earlier image of the prompt whose pixels are the same, so that it was encoded once; or
+            None.
     """
 
     picture: int
@@ -65,6 +74,20 @@ class ImageReport:
     decoder_mass: np.ndarray | None = None
     special: np.ndarray | None = None
     cached: bool = False
+    redundant: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    encoder_kept: np.ndarray | None = None
+    encoder_layer: int | None = None
+    same_as: int | None = None
+
+    @property
+    def n_encoder_kept(self) -> int:
+        """Number of tokens that left the encoder."""
+        return self.n_tokens if self.encoder_kept is None else len(self.encoder_kept)
+
+    @property
+    def entered(self) -> np.ndarray:
+        """Tokens that entered the encoder, ascending indices."""
+        return np.setdiff1d(np.arange(self.n_tokens), self.redundant)
 
     @property
     def n_special(self) -> int:
@@ -100,10 +123,10 @@ class PruneReport:
         n_text_tokens: Text tokens of the prompt.
         n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next
             request may use also keep their cells, until an answer needs the room.
-        milliseconds: Time of each step: preprocess, encode (vision_stage within it), reuse, prefix, probe
-            (decoder_scores within it), decoder_stage, resume or prefill, fallback. first_token is the time from the
-            call to the logits of the first answer token. generate is the engine's work after that, without what the
-            caller does between two pieces of a stream.
+        milliseconds: Time of each step. Every moment counts for one step: preprocess, redundancy, encode,
+            encoder_stage, vision_stage, reuse, prefix, probe, decoder_scores, decoder_stage, resume or prefill,
+            fallback. first_token is the time from the call to the logits of the first answer token, all steps included.
+            generate is the engine's work after that, without what the caller does between two pieces of a stream.
         n_generated: Tokens of the answer as `usage` counts them, without the one that ends it (EOS).
         n_sampled: The same with that token.
         in_place: False if kept rows did not return to their own KV cells and were decoded again (slower, same cache).
@@ -111,6 +134,8 @@ class PruneReport:
             a decoder stage they count for the layers below it, otherwise for all layers.
         repairs: What stock llama.cpp gets wrong with this encoder's file, and was put right.
         notes: What a user should know, such as a stage that this model cannot have.
+        full_tokens: Image tokens that each picture would take at its own size, None for one that the encoder could not
+            take. Empty if no picture was made smaller (PruneConfig.image_max_tokens).
     """
 
     config: PruneConfig | None
@@ -126,12 +151,13 @@ class PruneReport:
     reused_tokens: int = 0
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    full_tokens: list[int | None] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
         """Each picture of the prompt: the indices of its images (one, or its crops), and their tokens together.
 
-        Plain JSON values: images, n_tokens, n_special, n_vision_kept, n_decoder_kept.
+        Plain JSON values: images, n_tokens, n_special, n_redundant, n_encoder_kept, n_vision_kept, n_decoder_kept.
         """
         of_picture: dict[int, list[int]] = {}
         for i, image in enumerate(self.images):
@@ -145,6 +171,8 @@ class PruneReport:
                 "images": crops,
                 "n_tokens": total(crops, lambda i: i.n_tokens),
                 "n_special": total(crops, lambda i: i.n_special),
+                "n_redundant": total(crops, lambda i: len(i.redundant)),
+                "n_encoder_kept": total(crops, lambda i: i.n_encoder_kept),
                 "n_vision_kept": total(crops, lambda i: len(i.vision_kept)),
                 "n_decoder_kept": total(crops, lambda i: len(i.decoder_kept)),
             }
@@ -155,6 +183,29 @@ class PruneReport:
     def n_image_tokens(self) -> int:
         """Image tokens before pruning, over all images."""
         return sum(i.n_tokens for i in self.images)
+
+    @property
+    def n_full_tokens(self) -> int | None:
+        """Image tokens that all pictures would take at their own size. None: the encoder could not take one of them."""
+        if not self.full_tokens:
+            return self.n_image_tokens
+        known = [n for n in self.full_tokens if n is not None]
+        return sum(known) if len(known) == len(self.full_tokens) else None
+
+    @property
+    def n_redundant(self) -> int:
+        """Image tokens that were left out before the encoder, over all images."""
+        return sum(len(i.redundant) for i in self.images)
+
+    @property
+    def n_encoder_kept(self) -> int:
+        """Image tokens that left the encoder, over all images."""
+        return sum(i.n_encoder_kept for i in self.images)
+
+    @property
+    def encoder_layer(self) -> int | None:
+        """M of the encoder stage, or None if there was none."""
+        return next((i.encoder_layer for i in self.images if i.encoder_layer is not None), None)
 
     @property
     def n_vision_kept(self) -> int:
@@ -237,14 +288,19 @@ class PruneReport:
                 "this model's image tokens have no grid",
                 "leave the picture (--overlay) out: report.images has the kept indices",
             )
-        kept = {"vision stage": "vision_kept"}
+        kept: dict[str, Callable[[ImageReport], np.ndarray]] = {"vision stage": lambda image: image.vision_kept}
+        if any(image.encoder_layer is not None for image in images):
+            everything = lambda image: np.arange(image.n_tokens) if image.encoder_kept is None else image.encoder_kept
+            kept = {f"encoder, from layer {self.encoder_layer}": everything, **kept}
+        if any(len(image.redundant) for image in images):
+            kept = {"into the encoder": lambda image: image.entered, **kept}
         if self.decoder_layer is not None:
-            kept[f"decoder, from layer {self.decoder_layer}"] = "decoder_kept"
+            kept[f"decoder, from layer {self.decoder_layer}"] = lambda image: image.decoder_kept
         total = sum(image.n_tokens for image in images)
         stages = []
-        for title, name in kept.items():
-            title = f"{title}: {sum(len(getattr(image, name)) for image in images)} of {total}"
-            stages.append((title, [image.kept_on_grid(getattr(image, name)) for image in on_grid]))
+        for title, of in kept.items():
+            title = f"{title}: {sum(len(of(image)) for image in images)} of {total}"
+            stages.append((title, [image.kept_on_grid(of(image)) for image in on_grid]))
         pixels = load_image(source, limits)
         if len(images) > 1:
             missing = f", {len(images) - len(on_grid)} without a grid" if len(on_grid) < len(images) else ""
@@ -260,6 +316,8 @@ class PruneReport:
                     "picture": i.picture,
                     "n_tokens": i.n_tokens,
                     "n_special": i.n_special,
+                    "n_redundant": len(i.redundant),
+                    "n_encoder_kept": i.n_encoder_kept,
                     "n_vision_kept": len(i.vision_kept),
                     "n_decoder_kept": len(i.decoder_kept),
                     "cached": i.cached,
@@ -275,6 +333,7 @@ class PruneReport:
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,
             "repairs": list(self.repairs),
+            "full_tokens": list(self.full_tokens),
             "notes": list(self.notes),
         }
 

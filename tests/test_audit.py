@@ -175,7 +175,7 @@ def test_what_logits_processors_return(vlm, returned):
 
 
 def test_an_answer_fills_the_context_beside_a_narrow_picture():
-    """M-RoPE, 1,875 image tokens: the answer that is no text in UTF-8 ends with the context, and no decode goes past
+    """M-RoPE, 1,875 image tokens: the answer that is not UTF-8 text ends with the context, and no decode goes past
     it."""
     folder = FOLDER / "qwen3-vl"
     with StarVLM(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=2048, n_threads=1) as vlm:

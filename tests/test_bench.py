@@ -130,17 +130,17 @@ def test_what_does_not_fit(request_):
         assert len(bench.ask(UNPRUNED, request_, 2).tokens) == 1
 
 
-def test_stages_of_several_windows():
-    """Scores are counted once, in the decoder stage, and taken out of the windows in which they were read."""
+def test_stages_of_a_report():
+    """Scores are of the decoder stage; the text before the first image is prefill."""
     milliseconds = {
         "preprocess": 1,
-        "encode": 10,
+        "encode": 8,
         "vision_stage": 2,
         "prefix": 3,
-        "probe": 8,
+        "probe": 6,
         "decoder_scores": 4,
         "decoder_stage": 1,
-        "resume": 9,
+        "resume": 7,
         "first_token": 32,
     }
     report = PruneReport(PruneConfig(), [], 8, [(2, 4), (4, 2)], 5, 9, milliseconds)

@@ -135,6 +135,8 @@ def test_report_comes_back_with_the_response(llm, handler):
     tokens = {
         "n_tokens": 144,
         "n_special": 0,
+        "n_redundant": 0,
+        "n_encoder_kept": 144,
         "n_vision_kept": kept("balanced").vision,
         "n_decoder_kept": kept("balanced").decoder,
     }
@@ -634,7 +636,7 @@ def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
 
 def test_the_reader_does_not_keep_a_llama(families):
     llm = load(None, families["llama"].text)
-    reader = PromptReader(llm, None, encoder_flash_attn=False, encoder_on_gpu=False)
+    reader = PromptReader(llm, None)
     gone = weakref.ref(llm)
     del llm
     assert gone() is None and reader.encoder is None

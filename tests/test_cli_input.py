@@ -54,8 +54,8 @@ def star_edge(monkeypatch, capsys, tmp_path):
         (["zzz"], ["'zzz'", "doctor", "(see star-edge --help)"]),
         (["run", "hi", "--nope"], ["--nope", "(see star-edge run --help)"]),
         (["eval", "--metric", "bleu"], ["bleu", "(see star-edge eval --help)"]),
-        (["bench", "--image-size", "x"], ["'x' is no size", "(see star-edge bench --help)"]),
-        (["doctor", "--image-size", "1x"], ["'1x' is no size", "(see star-edge doctor --help)"]),
+        (["bench", "--image-size", "x"], ["'x' is not a size", "(see star-edge bench --help)"]),
+        (["doctor", "--image-size", "1x"], ["'1x' is not a size", "(see star-edge doctor --help)"]),
         (["run", "hi", "--image", IMAGE, "--vision-keep", "0"], ["--vision-keep 0 keeps nothing"]),
         (
             ["run", "hi", "--image", IMAGE, "--vision-keep", "0.1", "--decoder-keep", "0.5"],
@@ -130,6 +130,18 @@ def test_a_count_of_one_says_so(star_edge):
 # ---- overrides ----
 
 PLAIN = replace(PRESETS["balanced"], decoder_keep=1.0)
+
+
+def test_an_override_does_not_collide_with_the_encoder_stage():
+    early = PruneConfig(0.4, 0.2, encoder_keep=0.5, encoder_layer=2)
+    assert override(early, vision_keep=0.45) == replace(early, vision_keep=0.45)
+    assert override(early, vision_keep=0.6) == replace(early, vision_keep=0.6, encoder_keep=1.0, encoder_layer=None)
+    assert override(early, encoder_keep=0.3) == replace(early, encoder_keep=0.3, vision_keep=1.0)
+    assert override(early, encoder_keep=0.1) == replace(early, encoder_keep=0.1, vision_keep=1.0, decoder_keep=1.0)
+    assert override(None, encoder_keep=10).encoder_keep == 10
+    with pytest.raises(ConfigError, match="encoder_keep=0.5"):
+        override(PRESETS["balanced"], encoder_keep=0.5, vision_keep=0.75)
+    assert override(PRESETS["fast"], redundancy=0.0).redundancy == "exact"
 
 
 def test_an_override_does_not_collide_with_the_preset():

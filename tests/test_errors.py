@@ -75,13 +75,14 @@ def test_truncated_file(tmp_path, which, size):
     broken.write_bytes(source.read_bytes()[:size])
     with pytest.raises(errors.ModelFileError) as caught:
         StarVLM(broken) if which == "text" else StarVLM(refvlm.TEXT_MODEL, broken)
-    assert "broken.gguf" in str(caught.value) and any(w in str(caught.value) for w in ("truncated", "empty", "no GGUF"))
+    said = str(caught.value)
+    assert "broken.gguf" in said and any(words in said for words in ("truncated", "empty", "not a GGUF"))
 
 
 def test_file_that_is_no_gguf(tmp_path):
     other = tmp_path / "model.gguf"
     other.write_bytes(b"PK\x03\x04" + bytes(1000))
-    with pytest.raises(errors.ModelFileError, match="no GGUF file"):
+    with pytest.raises(errors.ModelFileError, match="not a GGUF file"):
         StarVLM(other)
 
 
@@ -252,6 +253,16 @@ def test_prune_values(vlm, fails):
         {"vision_share": 1.5},
         {"decoder_share": "half"},
         {"decoder_share": float("nan")},
+        {"redundancy": "some"},
+        {"redundancy": -0.1},
+        {"redundancy": 1.0},
+        {"redundancy": True},
+        {"redundancy": float("nan")},
+        {"redundancy": None},
+        {"encoder_keep": 0},
+        {"encoder_keep": 1.5},
+        {"encoder_layer": 0},
+        {"encoder_layer": 1.5},
         {"windows": ((2, 0.5),), "decoder_keep": 0.5},
         {"windows": "ab"},
         {"windows": ((2,),)},

@@ -19,6 +19,9 @@ from star_edge import MEDIA_MARKER, PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.pruning.selection import Selection
+from star_edge.vision.composed import GEOMETRIES
+from star_edge.vision.row_window import find_row_window
+from star_edge.vision.window import find_window
 
 FIXTURES = load_fixtures()
 N_GENERATE = 8
@@ -98,7 +101,7 @@ def layers(vlm):
 
 def test_text_is_decoded_as_text_where_layers_tell_it_apart(fixture, engines):
     """Gemma 4 has an embedding of each token in every layer, and no other family here has anything like it."""
-    assert engines().decoder.tells_text_apart == (fixture.name == "gemma4")
+    assert engines().decoder.tells_text_apart == fixture.name.startswith("gemma4")
 
 
 def test_tokens_and_positions(fixture, engines):
@@ -442,6 +445,49 @@ def test_a_stage_that_cannot_be_is_reported(fixture, engines):
     if fixture.vision_problem and fixture.decoder_problem:
         unpruned, _ = vlm.read_prompt(prompt.text, prompt.pictures, None, chat=False)
         assert np.array_equal(state.logits, unpruned.logits)
+
+
+# ---- before and within the encoder (tests/test_encoder_units.py has the rest) ----
+
+
+def test_redundant_tokens(fixture, engines):
+    """A picture whose upper half is blank: fewer tokens enter the encoder and count for the others, or the report says
+    why not and the answer is stock's.
+    """
+    vlm, prompt = engines("fa", "stock"), fixture.prompts[0]
+    picture = prompt.pictures[0].copy()
+    picture[: len(picture) // 2] = 255
+    stock_, _ = vlm.read_prompt(prompt.text, [picture], None, chat=False)
+    state, report = vlm.read_prompt(prompt.text, [picture], PruneConfig(redundancy="exact"), chat=False)
+    if fixture.projector in GEOMETRIES:
+        (image,) = report.images
+        assert 0 < len(image.redundant) == image.n_tokens - image.n_encoder_kept and not report.notes
+        assert image.vision_mass.sum() == image.n_tokens and not np.array_equal(state.logits, stock_.logits)
+    else:
+        assert "no tokens are left out before the encoder" in " ".join(report.notes)
+        assert report.n_redundant == 0 and np.array_equal(state.logits, stock_.logits)
+    again, _ = vlm.read_prompt(prompt.text, [picture], None, chat=False)
+    assert np.array_equal(again.logits, stock_.logits)
+
+
+def test_encoder_stage(fixture, engines):
+    """Stock with everything kept, for every M; half of the tokens at one; or the report says why there is none."""
+    vlm, prompt = engines("fa"), fixture.prompts[-1]
+    window = find_window(vlm.encoder) or find_row_window(vlm.encoder)
+    window = window if support.has_encoder_stage(fixture) else None
+    stock_, _ = vlm.read_prompt(prompt.text, prompt.pictures, None, chat=False)
+    for layer in range(1, window.n_layers if window else 2):
+        config = PruneConfig(encoder_layer=layer)
+        state, report = vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
+        assert np.array_equal(state.logits, stock_.logits)
+        assert report.encoder_layer == (layer if window else None)
+        assert ("no encoder stage" in " ".join(report.notes)) != bool(window)
+    state, report = vlm.read_prompt(prompt.text, prompt.pictures, PruneConfig(encoder_keep=0.5), chat=False)
+    assert np.array_equal(state.logits, stock_.logits) != bool(window)
+    n_special = sum(image.n_special for image in report.images)
+    share = (report.n_encoder_kept - n_special) / (report.n_image_tokens - n_special)
+    assert 0.45 <= share <= 0.7 if window else share == 1
+    assert len(generate(vlm.decoder, state, N_GENERATE)[1]) == N_GENERATE
 
 
 # ---- the README ----

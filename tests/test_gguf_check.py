@@ -404,9 +404,9 @@ def test_a_lora_that_fits(tmp_path, base):
     ("make", "error", "words"),
     [
         (lambda p, base: p, errors.ModelFileError, "does not exist"),
-        (lambda p, base: base, errors.ModelFileError, "no LoRA adapter"),
+        (lambda p, base: base, errors.ModelFileError, "not a LoRA adapter"),
         (lambda p, base: p.write_bytes(b"GGUF") and p, errors.ModelFileError, "truncated or damaged"),
-        (lambda p, base: write_lora(p, base, kind="model"), errors.ModelFileError, "no LoRA adapter"),
+        (lambda p, base: write_lora(p, base, kind="model"), errors.ModelFileError, "not a LoRA adapter"),
         (lambda p, base: write_lora(p, base, arch="qwen2"), errors.ModelMismatchError, "qwen2.*llama"),
         (lambda p, base: write_lora(p, base, names=()), errors.ModelFileError, "no tensors"),
         (

@@ -13,10 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share a layer know nothing of each other. ARCHITECTURE.md draws this.
 LAYERS = (
     ("errors",),
-    ("arguments", "messages", "rows", "refvlm", "synthetic", "pruning"),
+    ("arguments", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning"),
     ("llamacpp", "io"),
     ("vision", "decoder"),
-    ("report", "chat", "chat_options", "inspection"),
+    ("report", "chat", "chat_options", "inspection", "options"),
     ("generation",),
     ("reader",),
     ("request",),

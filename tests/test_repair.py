@@ -29,7 +29,7 @@ from star_edge.server.settings import Policy
 from star_edge.synthetic import write_encoder
 from star_edge.vision import encoder as encoder_module
 from star_edge.vision import profiles, repair
-from star_edge.vision.encoder import ImageChunk
+from star_edge.vision.chunks import ImageChunk
 
 LEGACY = [
     ("clip.has_text_encoder", False),

@@ -16,7 +16,7 @@ from star_edge import PruneConfig, StarVLM, errors
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.context import DecoderContext, attach_tap
 from star_edge.llamacpp.tap import Tap
-from star_edge.vision.encoder import TextChunk
+from star_edge.vision.chunks import TextChunk
 
 PRESETS = ["off", "balanced", "fast", "star", "pyramiddrop"]
 

@@ -136,13 +136,14 @@ def test_decoder_stage(families, request, known, decoder_scorer):
 
 def test_special_rows_are_not_changed(families, row_ends):
     """What the decoder gets of them is what the encoder made."""
+    from star_edge.stopwatch import Stopwatch
     from star_edge.vision.stage import encode_images, run_vision_stage
 
     with load(families) as vlm:
         prompt = vlm.tokenize("<__media__>a", [random_image(1)], chat=False)
         plan, _ = vlm._reader.plan(prompt, PruneConfig(vision_keep=5))
-        encoded = encode_images(plan.images, vlm.encoder, plan.config, {})
-        segments, images, _ = run_vision_stage(plan, encoded, False, {})
+        encoded = encode_images(plan.images, vlm.encoder, plan.config, Stopwatch())
+        segments, images, _ = run_vision_stage(plan, encoded, False, Stopwatch())
         prompt.close()
     segment = next(s for s in segments if s.image is not None)
     kept = images[0].selection.kept

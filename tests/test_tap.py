@@ -103,11 +103,11 @@ def test_nulls(raw):
 
 
 def test_set_input_slots(raw):
-    """Four names fit; a name can be set again, and removing any of them makes room for one."""
+    """Eight names fit; a name can be set again, and removing any of them makes room for one."""
     data = ffi.new("char[8]")
     add = lambda name, size=8: lib.se_tap_set_input(raw, name, data, size)
     drop = lambda name: lib.se_tap_set_input(raw, name, ffi.NULL, 0)
-    assert [add(name) for name in (b"a", b"b", b"c", b"d")] == [lib.SE_OK] * 4
+    assert [add(name) for name in (b"a", b"b", b"c", b"d", b"1", b"2", b"3", b"4")] == [lib.SE_OK] * 8
     assert add(b"e") == lib.SE_ERR_CAPACITY
     assert add(b"b", 4) == lib.SE_OK
     assert drop(b"nobody") == lib.SE_OK

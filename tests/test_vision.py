@@ -13,7 +13,7 @@ from helpers.reference_qwen2vl_vision import QwenVisionEncoder
 from star_edge import PRESETS, StarVLM, refvlm
 from star_edge.io.images import load_image
 from star_edge.vision import profiles
-from star_edge.vision.encoder import ImageChunk
+from star_edge.vision.chunks import ImageChunk
 from star_edge.vision.profiles import repeated_rows
 
 

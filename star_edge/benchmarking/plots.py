@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import EvaluationError
-from ..evaluation.plots import check, pyplot_module
+from ..evaluation.plots import check, drawing, set_legend, set_title
 from .sides import STAGES
 
 __all__ = ["check", "save"]
@@ -24,26 +23,13 @@ def save(result: Mapping[str, Any], path: str) -> None:
     Raises:
         EvaluationError: See `check`; or the file cannot be written.
     """
-    pyplot = pyplot_module()
     sides = result["sides"]
-    with pyplot.rc_context(
-        {"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        height = max(3.4, 0.42 * len(sides) + 1.8)
-        figure, (bars, fall) = pyplot.subplots(1, 2, figsize=(12, height), layout="constrained", width_ratios=(3, 2))
+    height = max(3.4, 0.42 * len(sides) + 1.8)
+    with drawing(path, 9, figsize=(12, height), width_ratios=(3, 2)) as (figure, (bars, fall)):
         _bars(bars, sides)
         _waterfall(fall, sides, result["reference"])
-        figure.suptitle(result.get("title", ""), x=0.01, ha="left", fontsize=10, color=_GREY)
-        handles, labels = bars.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        try:
-            figure.savefig(path, dpi=150, facecolor="white")
-        except OSError as error:
-            raise EvaluationError(
-                f"{path} cannot be written ({error.strerror or error})", "use another place"
-            ) from error
-        finally:
-            pyplot.close(figure)
+        set_title(figure, result.get("title", ""))
+        set_legend(figure, bars)
 
 
 def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:

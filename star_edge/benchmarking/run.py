@@ -21,6 +21,7 @@ from .. import MEDIA_MARKER, __version__
 from ..errors import ConfigError, StarEdgeError
 from ..evaluation.configs import NamedConfig
 from ..llamacpp.devices import list_devices
+from ..options import LoadOptions
 from ..report import round_n_ctx
 from ..synthetic import ModelShape
 from . import memory
@@ -195,7 +196,8 @@ def run(
         notes += left_out
         present = [spec for spec in specs if spec.name in samples]
         stock = next(
-            (s for s in present if s.kind == "stock" and s.flash_attn == options.get("flash_attn", True)), None
+            (s for s in present if s.kind == "stock" and s.flash_attn == LoadOptions.take(dict(options)).flash_attn),
+            None,
         )
         if hook_tokens and stock is not None:
             progress("idle hook")
@@ -235,7 +237,7 @@ def machine(n_threads: int) -> dict[str, Any]:
 
 
 def _describe(bench: Workbench, model: str | os.PathLike[str], options: dict[str, Any]) -> dict[str, Any]:
-    metadata = bench.llama.metadata
+    metadata, load = bench.llama.metadata, LoadOptions.take(dict(options))
     return {
         "file": Path(model).name,
         "architecture": metadata.get("general.architecture"),
@@ -244,11 +246,7 @@ def _describe(bench: Workbench, model: str | os.PathLike[str], options: dict[str
         "bytes": os.path.getsize(model),
         "n_ctx": bench.n_ctx,
         "n_threads": bench.llama.n_threads_batch,
-        **{
-            name: options.get(name, default)
-            for name, default in (("n_gpu_layers", 0), ("flash_attn", True), ("n_ubatch", 512))
-        },
-        **{name: options.get(name, "f16") for name in ("type_k", "type_v")},
+        **{name: getattr(load, name) for name in ("n_gpu_layers", "flash_attn", "n_ubatch", "type_k", "type_v")},
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from os import PathLike
 from typing import Any
@@ -30,10 +30,11 @@ from ..llamacpp.stock import (
     stock_context,
     stock_handler,
 )
+from ..options import AFRESH, EncoderOptions, LoadOptions
 from ..pruning.config import PruneConfig
 from ..pruning.selection import average_tokens
 from ..report import PruneReport
-from ..vision.encoder import ImageChunk
+from ..vision.chunks import ImageChunk
 from ..vision.profiles import METADATA_KEYS, find_profile
 
 # In order of time. prefill is all decoder work but probe and resume: everything on stock, and the text before the first
@@ -157,7 +158,8 @@ class Workbench:
             self.llama.metadata["tokenizer.chat_template"] = chat.one_turn()
         self.n_layers = self._vlm.decoder.n_layers
         self.n_ctx = self._vlm.decoder.n_ctx
-        self._mmproj, self._use_gpu = str(mmproj), options.get("n_gpu_layers", 0) != 0
+        self._mmproj, self._use_gpu = str(mmproj), LoadOptions.take(dict(options)).uses_gpu
+        self._of_encoder = EncoderOptions.take(dict(options))
         self._tapped = context_of(self.llama)
         self._params = self.llama.context_params
         self._star: StarChatHandler | None = None
@@ -226,7 +228,7 @@ class Workbench:
         handler = self._side(SideSpec("count", "star_edge")).handler
         handler.attach(self.llama)
         pictures = [handler.load_image(url) for url in handler.get_image_urls(request.messages)]
-        prompt = handler._reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
+        prompt = handler.reader.encoder.tokenize(MEDIA_MARKER * len(pictures), pictures)
         try:
             return sum(c.n_tokens for c in prompt.chunks if isinstance(c, ImageChunk)), len(pictures)
         finally:
@@ -297,8 +299,8 @@ class Workbench:
     def _star_side(self, spec: SideSpec) -> _Side:
         if self._star is None:
             self._star = StarChatHandler(
-                self._mmproj, verbose=False, use_gpu=self._use_gpu, prune=None, image_cache_bytes=0, reuse=False
-            )  # nothing may come from an earlier request
+                self._mmproj, False, self._use_gpu, prune=None, **asdict(self._of_encoder), **AFRESH
+            )
         return _Side(spec, self._tapped, self._params, self._star)
 
     def _stock_side(self, spec: SideSpec) -> _Side:
@@ -307,27 +309,21 @@ class Workbench:
         return _Side(spec, context, params, stock_handler(self._mmproj, self._use_gpu, watch), watch)
 
 
+# Steps of a report in each of STAGES
+_STEPS = {
+    "preprocess": ("preprocess",),
+    "encode": ("encode",),
+    "vision_stage": ("redundancy", "encoder_stage", "vision_stage"),
+    "prefill": ("prefix", "prefill", "fallback"),
+    "probe": ("probe",),
+    "decoder_stage": ("decoder_scores", "decoder_stage"),
+    "resume": ("resume",),
+}
+
+
 def stages_of(report: PruneReport) -> dict[str, float]:
-    """Seconds of a report's stages, by the names of STAGES, each counted once.
-
-    With several decoder stages, the time of their scores is divided equally among the windows.
-    """
-    seconds = {name: value / 1e3 for name, value in report.milliseconds.items()}
-
-    def get(name: str) -> float:
-        return seconds.get(name, 0.0)
-
-    scores = get("decoder_scores")
-    in_probe = scores / max(1, len(report.windows))
-    return {
-        "preprocess": get("preprocess"),
-        "encode": get("encode") - get("vision_stage"),
-        "vision_stage": get("vision_stage"),
-        "prefill": get("prefix") + get("prefill") + get("fallback"),
-        "probe": get("probe") - in_probe,
-        "decoder_stage": get("decoder_stage") + scores,
-        "resume": get("resume") - (scores - in_probe),
-    }
+    """Seconds of a report's steps, by the names of STAGES."""
+    return {stage: sum(report.milliseconds.get(s, 0.0) for s in steps) / 1e3 for stage, steps in _STEPS.items()}
 
 
 def _with_rest(stages: dict[str, float], total: float) -> dict[str, float]:

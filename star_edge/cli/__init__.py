@@ -1,7 +1,7 @@
 """The `star-edge` command.
 
-Each subcommand is a thin front end in a module of its own. Errors that a user can mend are one line on stderr, with a
-remedy, and exit status 2; a traceback means a bug.
+Each subcommand is a thin front end in a module of its own. An error that a user can fix is one line on stderr, with a
+remedy, and exit status 2. A traceback means a bug.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def cli() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Opens the streams that were closed when the command started: the next file would get such a number, and llama.cpp
-    writes its log there.
+    """Opens standard streams that were closed when the command started.
 
-    A closed stdout stays one that cannot be written, so that a result is not lost unnoticed.
+    Otherwise the next file would get such a number, and llama.cpp would write its log there. A closed stdout stays
+    unwritable, so that a result is not lost unnoticed.
     """
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
         if getattr(sys, name) is not None:
@@ -76,12 +76,12 @@ def _open_standard_streams() -> None:
             os.close(opened)
             opened = number
         setattr(sys, name, open(opened, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 (to the end)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal without the characters of an answer gets it all the same
+    if hasattr(sys.stdout, "reconfigure"):  # for a terminal that lacks characters of an answer
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _help_of(error: click.ClickException) -> str:
-    """Where the options are described that were used wrongly."""
+    """The help page of the options that were used wrongly."""
     context = getattr(error, "ctx", None)
     if context is not None:
         return f"{context.command_path} --help"
@@ -90,7 +90,7 @@ def _help_of(error: click.ClickException) -> str:
 
 
 def _drop_stdout() -> None:
-    """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
+    """Discards what is still buffered, so that the interpreter does not fail on it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

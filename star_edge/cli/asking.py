@@ -19,10 +19,11 @@ from .. import __version__
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import NamedConfig
 from ..evaluation.metrics import METRICS, choose_metric
+from ..evaluation.published import read_question_set
 from ..evaluation.results import Records
 from ..evaluation.runner import ask_questions
 from ..io.fingerprints import fingerprint_file
-from ..io.questions import FORMAT, Question, read_questions, sample_questions
+from ..io.questions import FORMAT, Question, sample_questions
 from ..io.results_file import Record
 from .options import AFRESH, FilePath, load_engine, model_options
 
@@ -37,22 +38,39 @@ class QuestionOptions:
     image_root: str | None
     metric: str
     max_tokens: int
-    prompt_suffix: str
+    prompt_suffix: str | None
     limit: int | None
     seed: int | None
     out: str | None
     fresh: bool
     as_json: bool
 
-    def read(self) -> tuple[list[Question], str | None]:
-        """The questions, and the name of the metric that fits all of the file, or None without answers.
+    def read(self) -> Asked:
+        """The questions, with what the options and the file say of how they are asked and scored.
 
         Raises:
             EvaluationError: The file cannot be used, or the metric does not fit its answers.
         """
-        questions = read_questions(self.tasks, self.image_root)
-        metric = choose_metric(self.metric, questions)
-        return sample_questions(questions, self.limit, self.seed), metric
+        found = read_question_set(self.tasks, self.image_root)
+        labelled = any(question.answers for question in found.questions)
+        name = found.metric if self.metric == "auto" and labelled else self.metric
+        suffix = found.prompt_suffix if self.prompt_suffix is None else self.prompt_suffix.replace("\\n", "\n")
+        return Asked(
+            sample_questions(found.questions, self.limit, self.seed), choose_metric(name, found.questions), suffix
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked.
+
+    metric: Its name; None without answers.
+    prompt_suffix: Text after each question.
+    """
+
+    questions: list[Question]
+    metric: str | None
+    prompt_suffix: str
 
 
 def question_options(
@@ -69,7 +87,11 @@ def question_options(
         ),
         click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True),
         click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True),
-        click.option("--prompt-suffix", default="", help=r"Put after each question; \n is a new line."),
+        click.option(
+            "--prompt-suffix",
+            help=r"Put after each question; \n is a new line. Default: nothing, or for a benchmark's file what "
+            "LLaVA-1.5 was asked with.",
+        ),
         click.option("--limit", type=click.IntRange(min=1), help=limit_help),
         click.option("--seed", type=int, default=seed, show_default=True, help=seed_help),
         click.option(
@@ -103,36 +125,34 @@ def question_options(
 @contextmanager
 def asking(
     options: QuestionOptions,
+    asked: Asked,
     model: dict[str, Any],
-    questions: Sequence[Question],
     configs: Sequence[NamedConfig],
-    metric: str | None,
 ) -> Iterator[Ask]:
     """Yields ask(questions, configs): answers what is missing, with a progress bar unless the output is JSON or no
     terminal, and returns all records.
 
-    model: the parameters of `options.model_options`. questions, configs: all that may be asked.
+    asked: what `options.read` gave. model: the parameters of `options.model_options`. configs: all that may be asked.
 
     Raises:
         EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
     """
-    prompt_suffix = options.prompt_suffix.replace("\\n", "\n")
     settings = {name: value for name, value in model.items() if name not in _FILES}
     if settings["chat_template"] is None:  # as in files of results from before it could be given
         del settings["chat_template"]
     header = {
         "star_edge": __version__,
         "llama_cpp_python": llama_cpp.__version__,
-        "metric": metric,
+        "metric": asked.metric,
         "max_tokens": options.max_tokens,
     }
-    header |= {"prompt_suffix": prompt_suffix, **settings}
+    header |= {"prompt_suffix": asked.prompt_suffix, **settings}
     console = Console(stderr=True)
     with load_engine(**model, **AFRESH) as vlm:
         text_model = vlm.llama.model_path
         mmproj = vlm.encoder.path if vlm.encoder is not None else None
         files = {"model": fingerprint_file(text_model), "mmproj": fingerprint_file(mmproj) if mmproj else None}
-        with Records(options.out, {**files, **header}, questions, configs, options.fresh) as results:
+        with Records(options.out, {**files, **header}, asked.questions, configs, options.fresh) as results:
             progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -150,9 +170,9 @@ def asking(
                     questions,
                     configs,
                     results,
-                    metric=metric,
+                    metric=asked.metric,
                     max_tokens=options.max_tokens,
-                    prompt_suffix=prompt_suffix,
+                    prompt_suffix=asked.prompt_suffix,
                     progress=lambda n: progress.advance(bar, n),
                 )
                 progress.remove_task(bar)

@@ -8,12 +8,14 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import click
 
-from ..batch import Settings, Task, describe_model, each_image, open_results, read_tasks, run_tasks
-from ..errors import ConfigError
+from ..batch import Settings, Task, describe_model, each_image, names_several, open_results, read_tasks, run_tasks
+from ..errors import ConfigError, ImageError
 from .options import AFRESH, find_model, load_engine
 
 SOME_FAILED = 3  # exit status
@@ -22,19 +24,115 @@ _CAUSES = 3  # reasons of failures that are shown
 _PLACE = ("model", "mmproj", "hf_repo", "no_mmproj", "n_threads", "n_gpu_layers", "verbose")
 
 
+@dataclass(frozen=True)
+class BatchOptions:
+    """Whether there are many requests, and what becomes of them, as it was typed."""
+
+    each: bool
+    tasks_file: str | None
+    out: str | None
+    fresh: bool
+    use_ray: bool
+    workers: int | None
+    cache: bool
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.each or self.tasks_file is not None
+
+    def check(self, images: tuple[str, ...], overlay: str | None) -> None:
+        """A folder or a pattern never becomes one request about many images unseen: --each has to be said.
+
+        Raises:
+            ConfigError: Options exclude each other, or are for many requests and there is one.
+            ImageError: There is no image.
+        """
+        if self.each and self.tasks_file is not None:
+            raise ConfigError("--each and --tasks exclude each other", "the tasks name their images")
+        if self.tasks_file is not None and images:
+            raise ConfigError("--image and --tasks exclude each other", "the tasks name their images")
+        if self.each and not images:
+            raise ImageError("--each needs images", "add --image 'FOLDER/*.jpg'")
+        if self.is_wanted:
+            if overlay:
+                raise ConfigError("--overlay is for one request", "leave it out")
+        else:
+            several = next((image for image in images if names_several(image)), None)
+            if several is not None:
+                raise ConfigError(
+                    f"--image {several} names a folder or several files",
+                    "add --each to ask about each of them on its own",
+                )
+            for name, given in (
+                ("--out", self.out),
+                ("--fresh", self.fresh),
+                ("--ray", self.use_ray),
+                ("--no-cache", not self.cache),
+            ):
+                if given:
+                    raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
+        if self.fresh and self.out is None:
+            raise ConfigError("--fresh has no --out to start over", "leave it out")
+        if self.workers is not None and not self.use_ray:
+            raise ConfigError("--workers is for --ray", "add --ray, or leave it out")
+
+
+def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of many requests; they reach the command as `batch`, a BatchOptions."""
+    parameters = [
+        click.option(
+            "--each", is_flag=True, help="Ask about each image on its own, instead of about all in one request."
+        ),
+        click.option(
+            "--tasks",
+            "tasks_file",
+            help="JSON Lines file of requests: image or images, prompt, and optionally id, preset, max_tokens, ...",
+        ),
+        click.option(
+            "--out",
+            help="With --each or --tasks: a JSON Lines file of results, which a second run goes on with. Default: "
+            "stdout.",
+        ),
+        click.option("--fresh", is_flag=True, help="Drop what --out holds."),
+        click.option(
+            "--ray",
+            "use_ray",
+            is_flag=True,
+            help="With --each or --tasks: several engines, on Ray (RAY_ADDRESS, or started here).",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine.",
+        ),
+        click.option(
+            "--cache/--no-cache",
+            default=True,
+            help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the "
+            "same beginning) is used again. Results say where it was. --no-cache also reads one request to warm up: "
+            "times of the results can be compared then.",
+        ),
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> Any:
+        options = BatchOptions(**{field.name: given.pop(field.name) for field in fields(BatchOptions)})
+        return command(batch=options, **given)
+
+    for parameter in reversed(parameters):
+        with_options = parameter(with_options)
+    return with_options
+
+
 def run_batch(
     prompt: str | None,
     images: tuple[str, ...],
-    tasks_file: str | None,
     settings: Settings,
-    out: str | None,
-    fresh: bool,
-    use_ray: bool,
-    workers: int | None,
-    cache: bool,
+    options: BatchOptions,
     model: dict[str, Any],
 ) -> int:
     """Answers every task and returns the exit status: 0, or SOME_FAILED."""
+    tasks_file, out = options.tasks_file, options.out
     if tasks_file is not None:
         if out is not None and os.path.exists(out) and os.path.exists(tasks_file) and os.path.samefile(out, tasks_file):
             raise ConfigError(f"--out {out} is the file of tasks", "write the results to another file")
@@ -51,7 +149,7 @@ def run_batch(
             describe_model(
                 *files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) != ("chat_template", None)}
             ),
-            fresh,
+            options.fresh,
         )
     waiting = [task for task in tasks if results is None or (str(task.id),) not in results.done]
     progress = _Progress(
@@ -68,19 +166,17 @@ def run_batch(
         progress.step(result)
 
     if waiting:
-        _answer(waiting, emit, use_ray, workers, cache, model)
+        _answer(waiting, emit, options, model)
     if results is not None:
         results.close()
     progress.end()
     return SOME_FAILED if progress.failed else 0
 
 
-def _answer(
-    tasks: list[Task], emit: Any, use_ray: bool, workers: int | None, cache: bool, model: dict[str, Any]
-) -> None:
-    afresh = {} if cache else AFRESH
-    if not use_ray:
-        run_tasks(tasks, functools.partial(load_engine, **model, **afresh), emit, warm=not cache)
+def _answer(tasks: list[Task], emit: Any, options: BatchOptions, model: dict[str, Any]) -> None:
+    afresh = {} if options.cache else AFRESH
+    if not options.use_ray:
+        run_tasks(tasks, functools.partial(load_engine, **model, **afresh), emit, warm=not options.cache)
         return
     from ..batch_ray import run_on_ray
 
@@ -91,10 +187,10 @@ def _answer(
         tasks,
         functools.partial(load_engine, **model, **afresh),
         emit,
-        workers,
+        options.workers,
         n_threads=model["n_threads"],
         use_gpu=model["n_gpu_layers"] != 0,
-        warm=not cache,
+        warm=not options.cache,
     )
 
 

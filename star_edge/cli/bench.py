@@ -1,6 +1,4 @@
-"""star-edge bench: time and memory of stock llama.cpp and of configs, on a model of yours or on a random one of a real
-shape.
-"""
+"""star-edge bench: time and memory of stock llama.cpp and of configs, on your model or a random one of a real shape."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from ..errors import ConfigError, OutputError
 from ..io.images import load_image
 from ..synthetic import SHAPES, model_files
 from .grid import config_options, grid_configs
-from .options import FilePath, Number, find_model, in_cli_words, model_options, print_json
+from .options import FilePath, Number, find_model, fit_reference_model, in_cli_words, model_options, print_json
 
 _QUESTION = "Describe this picture in detail."
 
@@ -81,7 +79,7 @@ _QUESTION = "Describe this picture in detail."
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Of each side, after one to warm up.",
+    help="Requests of each side, after one to warm up.",
 )
 @click.option(
     "-n", "--max-tokens", type=click.IntRange(min=2), default=17, show_default=True, help="Tokens that each answer has."
@@ -91,7 +89,7 @@ _QUESTION = "Describe this picture in detail."
     type=click.IntRange(min=0),
     default=0,
     metavar="TOKENS",
-    help="Time so many tokens with and without the hook too.",
+    help="Also time this many tokens with and without the hook.",
 )
 @click.option(
     "--memory/--no-memory", default=True, show_default=True, help="Peak memory of each side, in a process of its own."
@@ -99,7 +97,7 @@ _QUESTION = "Describe this picture in detail."
 @click.option(
     "--out",
     type=FilePath(dir_okay=False),
-    help="Write the result here as JSON, after each repeat what there is so far.",
+    help="Write the result here as JSON. After each repeat it holds what there is so far.",
 )
 @click.option(
     "--plot", type=FilePath(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib)."
@@ -118,6 +116,7 @@ def bench(
     vision_keep: str | None,
     decoder_keep: str | None,
     decoder_layer: str | None,
+    image_max_tokens: str | None,
     sets: tuple[str, ...],
     config_file: str | None,
     baselines: tuple[str, ...],
@@ -153,7 +152,10 @@ def bench(
             ("prompt", "--prompt"),
         ):
             if given(name):
-                raise ConfigError(f"{flag} does not go with --shape, which says it all", f"leave out --shape or {flag}")
+                raise ConfigError(
+                    f"{flag} cannot be used with --shape, which defines model and request",
+                    f"leave out --shape or {flag}",
+                )
     elif folder is not None:
         raise ConfigError(
             "--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out"
@@ -162,14 +164,20 @@ def bench(
         raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
     size = _parse_size(image_size)
     if "none" in baselines and len(baselines) > 1:
-        raise ConfigError("--baseline none goes with no other", "leave out one of them")
+        raise ConfigError("--baseline none excludes other baselines", "leave out one of them")
     for path in (out, plot):
         if path and not Path(path).parent.is_dir():
             raise OutputError(f"the folder of {path} does not exist", "use an existing folder")
     if plot:
         plots.check(plot)
     configs, dropped = grid_configs(
-        presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
+        presets,
+        sets,
+        config_file,
+        vision_keep=vision_keep,
+        decoder_keep=decoder_keep,
+        decoder_layer=decoder_layer,
+        image_max_tokens=image_max_tokens,
     )
     configs = [config for config in configs if unpruned or config.prune is not None]
     if not configs:
@@ -185,8 +193,7 @@ def bench(
         text, mmproj = find_model(model["model"], model["mmproj"], model["hf_repo"], model["no_mmproj"])
         if mmproj is None:
             raise ConfigError("a benchmark asks about a picture, and no mmproj was given", "add --mmproj FILE")
-        if text == refvlm.TEXT_MODEL:
-            options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+        if fit_reference_model(text, options):
             images = images or (() if given("image_size") else (str(refvlm.DEMO_IMAGE),))
         pictures = [load_image(source) for source in images] or [picture(*size)]
         request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
@@ -198,13 +205,13 @@ def bench(
         path = Path(out or "")
         is_special = path.is_symlink() or (
             path.exists() and not path.is_file()
-        )  # a pipe, /dev/stdout: written once, and not replaced
+        )  # such as /dev/stdout: written once, and not replaced
         if out and (is_final or not is_special):
             try:
                 part = path if is_special else Path(f"{out}.part")
                 part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
                 if not is_special:
-                    part.replace(path)  # whoever is killed leaves the old file or the new one, never half of one
+                    part.replace(path)  # a killed command leaves the old file or the new one, never half a file
             except OSError as error:
                 raise OutputError(f"{out} cannot be written ({error.strerror})", "use another place") from error
 
@@ -225,7 +232,7 @@ def bench(
             disable=as_json or not console.is_terminal,
         )
         with bar:
-            console.show_cursor(True)  # Ctrl-C ends the process where it stands, and would leave it hidden
+            console.show_cursor(True)  # Ctrl-C ends the process at once, and would leave it hidden
             task = bar.add_task("loading", total=total)
             n_done = itertools.count(1)
 
@@ -263,9 +270,7 @@ def bench(
 
 @contextmanager
 def _temporary_folder() -> Iterator[str]:
-    """A folder that goes away, also when the command is ended by Ctrl-C or SIGTERM, which `main` lets end the process
-    where it stands.
-    """
+    """A temporary folder that is also removed on Ctrl-C or SIGTERM, at which `main` lets the process end at once."""
     with tempfile.TemporaryDirectory(prefix="star-edge-bench-") as folder:
 
         def end(number: int, _: object) -> None:
@@ -289,7 +294,7 @@ def _parse_size(text: str) -> tuple[int, int]:
             return width, height
     except ValueError:
         pass
-    raise click.BadParameter(f"{text!r} is no size such as 672x672")
+    raise click.BadParameter(f"{text!r} is not a size such as 672x672")
 
 
 def _print(result: dict[str, Any], written: list[str]) -> None:

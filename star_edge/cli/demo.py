@@ -15,6 +15,7 @@ from .options import (
     AFRESH,
     FilePath,
     check_picture_path,
+    encoder_prune_options,
     in_cli_words,
     load_engine,
     make_config,
@@ -26,6 +27,7 @@ from .options import (
 
 @click.command()
 @prune_options
+@encoder_prune_options
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
@@ -41,6 +43,10 @@ def demo(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    image_max_tokens: Any,
+    redundancy: str | float | None,
+    encoder_keep: Any,
+    encoder_layer: int | None,
     repeats: int,
     overlay: str,
     as_json: bool,
@@ -50,7 +56,17 @@ def demo(
     Nothing is downloaded. The picture is the first of the held-out set that has a question of every family, all of
     which the unpruned model answers correctly; pruning may change that, and the table shows it.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
+    config = make_config(
+        preset,
+        vision_keep,
+        decoder_keep,
+        decoder_layer,
+        budget,
+        redundancy=redundancy,
+        encoder_keep=encoder_keep,
+        encoder_layer=encoder_layer,
+        image_max_tokens=image_max_tokens,
+    )
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
     with load_engine(None, None, **AFRESH) as vlm, in_cli_words():

@@ -34,6 +34,7 @@ def eval(
     vision_keep: str | None,
     decoder_keep: str | None,
     decoder_layer: str | None,
+    image_max_tokens: str | None,
     sets: tuple[str, ...],
     config_file: str | None,
     plot: str | None,
@@ -42,7 +43,8 @@ def eval(
     """Ask the questions of TASKS with several configs and the unpruned model, and compare answers and times.
 
     TASKS is a JSONL file: image (path or URL), question, and as far as known answer, category and id; the names of
-    POPE, LLaVA and VQA files are understood. Without answers, agreement with the unpruned model is what is compared.
+    POPE, LLaVA and VQA files are understood. Or it is a file of TextVQA, DocVQA, ChartQA, OCRBench, MMBench or GQA as
+    it is published. Without answers, agreement with the unpruned model is what is compared.
 
     Times to the first token are medians over runs that are interleaved question by question; reading image files is not
     in them.
@@ -51,12 +53,18 @@ def eval(
         raise ConfigError("--seed chooses among questions, and no --limit was given", "add --limit N")
     if plot:
         plots.check(plot)
-    questions, metric = options.read()
+    asked = options.read()
     configs, dropped = grid_configs(
-        presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
+        presets,
+        sets,
+        config_file,
+        vision_keep=vision_keep,
+        decoder_keep=decoder_keep,
+        decoder_layer=decoder_layer,
+        image_max_tokens=image_max_tokens,
     )
-    with asking(options, model, questions, configs, metric) as ask:
-        summary = summarise(questions, configs, ask(questions, configs), metric)
+    with asking(options, asked, model, configs) as ask:
+        summary = summarise(asked.questions, configs, ask(asked.questions, configs), asked.metric)
     summary["notes"] = dropped
     if not any(row["n"] for row in summary["configs"]):
         first = summary["errors"][0]

@@ -1,4 +1,4 @@
-"""The configs that eval and bench compare: options that name them, and what becomes of those."""
+"""The configs that eval and bench compare: their options, and the configs made from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .options import KEEP_HELP, Command, FilePath, in_cli_words
 
 
 def config_options(command: Command) -> Command:
-    """presets, vision_keep, decoder_keep, decoder_layer, sets and config_file: what `grid_configs` takes."""
+    """Adds the options that `grid_configs` takes."""
     options = [
         click.option(
             "--preset",
@@ -25,6 +25,11 @@ def config_options(command: Command) -> Command:
         click.option("--vision-keep", help=f"Grid: values separated by commas, such as 0.5,0.25; {KEEP_HELP}."),
         click.option("--decoder-keep", help="Grid, likewise."),
         click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model."),
+        click.option(
+            "--image-max-tokens",
+            help="Grid: smaller pictures, by shares (0.5) or counts of image tokens. Without another grid nothing else "
+            "is done to them: they are what pruning is compared with.",
+        ),
         click.option(
             "--set",
             "sets",
@@ -47,10 +52,16 @@ def config_options(command: Command) -> Command:
 def grid_configs(
     presets: tuple[str, ...], sets: tuple[str, ...], config_file: str | None, **budget: str | None
 ) -> tuple[list[NamedConfig], list[str]]:
-    """As `choose_configs`, from the options as they were typed. budget: vision_keep, decoder_keep and decoder_layer.
+    """As `choose_configs`, from the options as they were typed.
+
+    Args:
+        presets: Values of --preset.
+        sets: Values of --set.
+        config_file: Value of --configs.
+        **budget: Values of --vision-keep, --decoder-keep, --decoder-layer and --image-max-tokens.
 
     Raises:
-        ConfigError: a value that its field does not take.
+        ConfigError: A field does not take a value.
     """
     with in_cli_words():
         grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}

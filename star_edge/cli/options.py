@@ -21,13 +21,16 @@ from ..io.configs import resolve_prune
 from ..io.hub import fetch
 from ..llamacpp.devices import can_offload
 from ..llamacpp.names import KV_TYPES
+from ..options import AFRESH as AFRESH  # for the commands
+from ..options import EncoderOptions, LoadOptions
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import PruneReport
 
 if TYPE_CHECKING:
     _KeepParam = click.ParamType[Keep]
+    _RedundancyParam = click.ParamType[str | float]
 else:  # click 8.1 has no generic types of parameters
-    _KeepParam = click.ParamType
+    _KeepParam = _RedundancyParam = click.ParamType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -49,17 +52,17 @@ class KeepType(_KeepParam):
 
 
 class Number(click.FloatRange):
-    """A float in a range, which NaN is not, nor is infinity."""
+    """A finite float in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no number", param, ctx)
+            self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
 
 
 class FilePath(click.Path):
-    """A path; an empty one names nothing, and must not stand for an option that was left out."""
+    """A path. An empty one is refused: it must not pass for an option that was left out."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -83,9 +86,23 @@ def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int
     return n_layers
 
 
+class RedundancyType(_RedundancyParam):
+    """off, exact, or a number."""
+
+    name = "off|exact|number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
+        if value in ("off", "exact"):
+            return str(value)
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither off nor exact nor a number.", param, ctx)
+
+
 @contextmanager
 def in_cli_words() -> Iterator[None]:
-    """Errors name options as they are typed (--vision-keep 2), not as parameters of Python (vision_keep=2)."""
+    """Errors inside the block name options as they are typed (--vision-keep 2), not as in Python (vision_keep=2)."""
     try:
         yield
     except StarEdgeError as error:
@@ -93,7 +110,7 @@ def in_cli_words() -> Iterator[None]:
 
 
 def cli_words(text: str) -> str:
-    """The text with names of parameters as the running command's options."""
+    """The text, with names of Python parameters replaced by the running command's options."""
     context = click.get_current_context(silent=True)
     for param in context.command.params if context is not None else ():
         if not isinstance(param, click.Option):
@@ -104,13 +121,13 @@ def cli_words(text: str) -> str:
             text = re.sub(rf"\b{param.name}=True\b", flag, text)
             text = re.sub(rf"\b{param.name}=False\b", off, text) if off else text
         text = re.sub(rf"\b{param.name}=(?=\S)", f"{flag} ", text)
-        if "_" in param.name:  # others are words of English too
+        if "_" in param.name:  # other names are English words too
             text = re.sub(rf"(?<![-\w.]){param.name}(?![\w.])", flag, text)
     return text
 
 
 def model_options(command: Command) -> Command:
-    """-m, --mmproj, -hf and how to load them; the parameters reach `load_engine` as keyword arguments."""
+    """-m, --mmproj, -hf and how to load them. The parameters reach `load_engine` as keyword arguments."""
     options = [
         click.option(
             "-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."
@@ -122,7 +139,7 @@ def model_options(command: Command) -> Command:
             "--hf-repo",
             "hf_repo",
             metavar="OWNER/REPO[:QUANT]",
-            help="Text model and mmproj from the Hugging Face hub. Default quant: Q4_K_M, else Q8_0, else the first.",
+            help="Text model and mmproj from the Hugging Face hub. Default quant: Q4_K_M, then Q8_0, then the first.",
         ),
         click.option("--no-mmproj", is_flag=True, help="With -hf: the text model alone."),
         click.option(
@@ -130,7 +147,7 @@ def model_options(command: Command) -> Command:
             "--ctx-size",
             "n_ctx",
             type=click.IntRange(0, _INT32),
-            default=4096,
+            default=LoadOptions.n_ctx,
             show_default=True,
             help="Context in tokens, 0 for the model's own.",
         ),
@@ -139,7 +156,7 @@ def model_options(command: Command) -> Command:
             "--ubatch-size",
             "n_ubatch",
             type=click.IntRange(1, _INT32),
-            default=512,
+            default=LoadOptions.n_ubatch,
             show_default=True,
             help="Rows of one compute batch.",
         ),
@@ -148,22 +165,38 @@ def model_options(command: Command) -> Command:
             "--gpu-layers",
             "n_gpu_layers",
             type=click.IntRange(-1, _INT32),
-            default=0,
+            default=LoadOptions.n_gpu_layers,
             show_default=True,
             callback=_check_gpu,
             help="Layers on the GPU, -1 for all.",
         ),
-        click.option("-fa/-no-fa", "--flash-attn/--no-flash-attn", "flash_attn", default=True, show_default=True),
         click.option(
-            "-ctk", "--cache-type-k", "type_k", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True
+            "-fa/-no-fa",
+            "--flash-attn/--no-flash-attn",
+            "flash_attn",
+            default=LoadOptions.flash_attn,
+            show_default=True,
         ),
         click.option(
-            "-ctv", "--cache-type-v", "type_v", type=click.Choice(list(KV_TYPES)), default="f16", show_default=True
+            "-ctk",
+            "--cache-type-k",
+            "type_k",
+            type=click.Choice(list(KV_TYPES)),
+            default=LoadOptions.type_k,
+            show_default=True,
+        ),
+        click.option(
+            "-ctv",
+            "--cache-type-v",
+            "type_v",
+            type=click.Choice(list(KV_TYPES)),
+            default=LoadOptions.type_v,
+            show_default=True,
         ),
         click.option(
             "--encoder",
             type=click.Choice(["repaired", "stock"]),
-            default="repaired",
+            default=EncoderOptions.encoder,
             show_default=True,
             help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
         ),
@@ -172,9 +205,9 @@ def model_options(command: Command) -> Command:
             metavar="FILE|NAME|JINJA",
             callback=lambda ctx, param, value: (
                 None if value is None else find_template(value)
-            ),  # whoever gets it may have another folder
+            ),  # now: a worker may have another current folder
             help="Chat template: a file with Jinja source, or a name that llama.cpp knows, such as vicuna. Default: "
-            "the model's own, else its family's.",
+            "the model's own, otherwise its family's.",
         ),
         click.option(
             "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
@@ -192,7 +225,7 @@ KEEP_HELP = (
 
 
 def prune_options(command: Command) -> Command:
-    """--preset and the fields that override it; the parameters reach `make_config` as keyword arguments."""
+    """--preset and the fields that override it. The parameters reach `make_config` as keyword arguments."""
     options = [
         click.option(
             "--preset",
@@ -215,14 +248,37 @@ def prune_options(command: Command) -> Command:
             help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
             "video.",
         ),
+        click.option(
+            "--image-max-tokens",
+            type=KeepType(),
+            help="Make larger pictures smaller, until they take so many image tokens: a fraction of those at full size "
+            "(0.5) or a count. With --preset off that is all that is done.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
     return command
 
 
-# Where times are compared, or two ways of reading a prompt, nothing may come from an earlier request.
-AFRESH: dict[str, Any] = {"image_cache_bytes": 0, "reuse": False}
+def encoder_prune_options(command: Command) -> Command:
+    """--redundancy, --encoder-keep and --encoder-layer, for `make_config` too."""
+    options = [
+        click.option(
+            "--redundancy",
+            type=RedundancyType(),
+            help="Tokens left out before the encoder because a neighbour shows the same: off (default), exact, or the "
+            "largest difference of pixels, such as 0.03.",
+        ),
+        click.option(
+            "--encoder-keep", type=KeepType(), help="Image tokens to keep within the encoder from its layer M on."
+        ),
+        click.option(
+            "--encoder-layer", type=int, help="Layer M, 1 to layers of the encoder - 1. Default: a quarter of them."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def load_engine(
@@ -232,24 +288,34 @@ def load_engine(
     no_mmproj: bool = False,
     **options: Any,
 ) -> StarVLM:
-    """The engine for the given files, for those of a repository of the hub, or for the reference model when none is
-    given.
-    """
+    """Loads the given files, those of a repository of the hub, or the reference model if none are given."""
     files = find_model(model, mmproj, hf_repo, no_mmproj)
-    if files[0] == refvlm.TEXT_MODEL:
-        options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
+    fit_reference_model(files[0], options)
     with in_cli_words():
         return StarVLM(*files, **options)
+
+
+def fit_reference_model(text: str | Path, options: dict[str, Any]) -> bool:
+    """Whether the text model is the reference model. Its context, of 1024 tokens, is n_ctx at most then."""
+    is_reference = text == refvlm.TEXT_MODEL
+    if is_reference:
+        options["n_ctx"] = min(options.get("n_ctx") or 1024, 1024)
+    return is_reference
+
+
+def check_load_options(options: dict[str, Any]) -> None:
+    """Raises ConfigError where those of LoadOptions cannot be used, before a model is downloaded."""
+    LoadOptions.take(dict(options))
 
 
 def find_model(
     model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool
 ) -> tuple[str | Path, str | Path | None]:
-    """Paths of the text model and its mmproj, downloaded where they must be; a --mmproj stands in for the repository's
-    own.
+    """Paths of the text model and its mmproj. Downloads them if needed. --mmproj replaces the repository's own.
 
     Raises:
-        ConfigError: options that exclude each other; otherwise as `hub.fetch`.
+        ConfigError: Options exclude each other.
+        StarEdgeError: As `hub.fetch`.
     """
     if no_mmproj and (hf_repo is None or mmproj is not None):
         raise ConfigError("--no-mmproj is for -hf without --mmproj", "leave it out")
@@ -266,12 +332,23 @@ def find_model(
 
 
 def make_config(
-    preset: str, vision_keep: Keep | None, decoder_keep: Keep | None, decoder_layer: int | None, budget: str | None
+    preset: str,
+    vision_keep: Keep | None,
+    decoder_keep: Keep | None,
+    decoder_layer: int | None,
+    budget: str | None,
+    **more: Any,
 ) -> PruneConfig | None:
-    config = resolve_prune(preset)  # a file's words are its own
+    """The config of `prune_options`. more: the fields of the other options."""
+    config = resolve_prune(preset)  # errors in a file keep the file's words
     with in_cli_words():
         return override(
-            config, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer, budget=budget
+            config,
+            vision_keep=vision_keep,
+            decoder_keep=decoder_keep,
+            decoder_layer=decoder_layer,
+            budget=budget,
+            **more,
         )
 
 
@@ -283,7 +360,7 @@ def save_picture(picture: Any, path: str) -> None:
     """Writes a PIL image.
 
     Raises:
-        ConfigError: the folder does not exist, or the ending is no image format.
+        ConfigError: The folder does not exist, or the ending is not an image format.
     """
     try:
         picture.save(path)
@@ -294,22 +371,24 @@ def save_picture(picture: Any, path: str) -> None:
 
 
 def check_picture_path(path: str) -> None:
-    """As `save_picture` would, before anything is computed.
+    """Checks what `save_picture` needs, before anything is computed.
 
     Raises:
-        ConfigError: the folder does not exist, or the ending is no image format.
+        ConfigError: The folder does not exist, or the ending is not an image format.
     """
     PIL.Image.init()
     known = PIL.Image.registered_extensions().get(Path(path).suffix.lower()) in PIL.Image.SAVE
     if not known or not Path(path).parent.is_dir():
-        cause = "the folder does not exist" if known else f"{Path(path).suffix or 'no ending'} is no image format"
+        cause = "the folder does not exist" if known else f"{Path(path).suffix or 'no ending'} is not an image format"
         raise ConfigError(f"{path} cannot be written ({cause})", "use an existing folder and an ending such as .png")
 
 
 def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any) -> tuple[list[str], list[str]]:
-    """Draws each image with dropped tokens dimmed for each stage; several images get -0, -1, ... before the ending.
+    """Draws each image, with dropped tokens dimmed for each stage. Several images get -0, -1, ... before the ending.
 
-    Returns the paths written, and what could not be drawn or written, with the reason: neither costs the answer.
+    Returns:
+        The paths that were written, and what could not be drawn or written, with the reason. A problem never costs the
+        answer.
     """
     written, problems = [], []
     for i, source in enumerate(sources):

@@ -8,17 +8,18 @@ from typing import Any
 import click
 
 from ..answers import AnswerStream
-from ..batch import Settings, names_several
+from ..batch import Settings
 from ..errors import ConfigError, ImageError
 from ..io.json_input import MAX_CHARACTERS
 from ..report import PruneReport
-from .batch import SOME_FAILED, run_batch
+from .batch import SOME_FAILED, BatchOptions, batch_options, run_batch
 from .options import (
     SEED,
     FilePath,
     Number,
     check_picture_path,
     cli_words,
+    encoder_prune_options,
     in_cli_words,
     load_engine,
     make_config,
@@ -37,37 +38,10 @@ from .options import (
     multiple=True,
     help="Image file or URL; repeat for several in one request. With --each also a folder or a quoted pattern.",
 )
-@click.option("--each", is_flag=True, help="Ask about each image on its own, instead of about all in one request.")
-@click.option(
-    "--tasks",
-    "tasks_file",
-    help="JSON Lines file of requests: image or images, prompt, and optionally id, preset, max_tokens, ...",
-)
-@click.option(
-    "--out",
-    help="With --each or --tasks: a JSON Lines file of results, which a second run goes on with. Default: stdout.",
-)
-@click.option("--fresh", is_flag=True, help="Drop what --out holds.")
-@click.option(
-    "--ray",
-    "use_ray",
-    is_flag=True,
-    help="With --each or --tasks: several engines, on Ray (RAY_ADDRESS, or started here).",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine.",
-)
-@click.option(
-    "--cache/--no-cache",
-    default=True,
-    help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the same "
-    "beginning) is used again. Results say where it was. --no-cache also reads one request to warm up: times of the "
-    "results can be compared then.",
-)
+@batch_options
 @model_options
 @prune_options
+@encoder_prune_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=SEED)
@@ -79,18 +53,16 @@ from .options import (
 def run(
     prompt: str | None,
     images: tuple[str, ...],
-    each: bool,
-    tasks_file: str | None,
-    out: str | None,
-    fresh: bool,
-    use_ray: bool,
-    workers: int | None,
-    cache: bool,
+    batch: BatchOptions,
     preset: str,
     vision_keep: Any,
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    image_max_tokens: Any,
+    redundancy: str | float | None,
+    encoder_keep: Any,
+    encoder_layer: int | None,
     max_tokens: int,
     temperature: float,
     seed: int | None,
@@ -107,9 +79,19 @@ def run(
     With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
     when the answer is there and an overlay could not be drawn.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget)
-    _check_batch_options(images, each, tasks_file, out, fresh, use_ray, workers, cache, overlay)
-    if each and budget == "prompt":
+    config = make_config(
+        preset,
+        vision_keep,
+        decoder_keep,
+        decoder_layer,
+        budget,
+        redundancy=redundancy,
+        encoder_keep=encoder_keep,
+        encoder_layer=encoder_layer,
+        image_max_tokens=image_max_tokens,
+    )
+    batch.check(images, overlay)
+    if batch.each and budget == "prompt":
         raise ConfigError(
             "--budget prompt is for several images of one request, and --each makes a request of each",
             "leave out one of them",
@@ -120,13 +102,12 @@ def run(
         raise ImageError("--overlay needs an image", "add --image FILE")
     if overlay:
         check_picture_path(overlay)
-    if prompt == "-" or (prompt is None and tasks_file is None):
+    if prompt == "-" or (prompt is None and batch.tasks_file is None):
         prompt = _read_stdin()
-    if not prompt and tasks_file is None:
+    if not prompt and batch.tasks_file is None:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
-    if each or tasks_file is not None:
-        settings = Settings(config, max_tokens, temperature, seed, raw)
-        return run_batch(prompt, images, tasks_file, settings, out, fresh, use_ray, workers, cache, model)
+    if batch.is_wanted:
+        return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model)
     assert prompt is not None  # only tasks do without
     with load_engine(**model) as vlm:
         with in_cli_words():
@@ -170,46 +151,10 @@ def _read_stdin() -> str:
     try:
         text = sys.stdin.read(MAX_CHARACTERS + 1)
     except UnicodeDecodeError as error:
-        raise ConfigError("the prompt on stdin is no text in UTF-8", "convert it") from error
+        raise ConfigError("the prompt on stdin is not UTF-8 text", "convert it") from error
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(f"the prompt on stdin has more than {MAX_CHARACTERS} characters", "give a shorter one")
     return text.strip()
-
-
-def _check_batch_options(
-    images: tuple[str, ...],
-    each: bool,
-    tasks_file: str | None,
-    out: str | None,
-    fresh: bool,
-    use_ray: bool,
-    workers: int | None,
-    cache: bool,
-    overlay: str | None,
-) -> None:
-    """A folder or a pattern never becomes one request about many images unseen: --each has to be said."""
-    if each and tasks_file is not None:
-        raise ConfigError("--each and --tasks exclude each other", "the tasks name their images")
-    if tasks_file is not None and images:
-        raise ConfigError("--image and --tasks exclude each other", "the tasks name their images")
-    if each and not images:
-        raise ImageError("--each needs images", "add --image 'FOLDER/*.jpg'")
-    if each or tasks_file is not None:
-        if overlay:
-            raise ConfigError("--overlay is for one request", "leave it out")
-    else:
-        several = next((image for image in images if names_several(image)), None)
-        if several is not None:
-            raise ConfigError(
-                f"--image {several} names a folder or several files", "add --each to ask about each of them on its own"
-            )
-        for name, given in (("--out", out), ("--fresh", fresh), ("--ray", use_ray), ("--no-cache", not cache)):
-            if given:
-                raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
-    if fresh and out is None:
-        raise ConfigError("--fresh has no --out to start over", "leave it out")
-    if workers is not None and not use_ray:
-        raise ConfigError("--workers is for --ray", "add --ray, or leave it out")
 
 
 def summary(report: PruneReport) -> str:
@@ -217,8 +162,14 @@ def summary(report: PruneReport) -> str:
     ms = report.milliseconds
     parts = [f"first token {ms['first_token']:.0f} ms"]
     if report.images:
-        tokens = f"image tokens {report.n_image_tokens}"
+        smaller = report.full_tokens and report.n_full_tokens is not None
+        tokens = f"image tokens {report.n_full_tokens} -> " if smaller else "image tokens "
+        tokens += str(report.n_image_tokens)
         if report.config is not None:
+            if report.n_redundant:
+                tokens += f" -> {report.n_image_tokens - report.n_redundant} into the encoder"
+            if report.encoder_layer is not None:
+                tokens += f" -> {report.n_encoder_kept} from its layer {report.encoder_layer}"
             tokens += f" -> {report.n_vision_kept}"
             if report.decoder_layer is not None:
                 tokens += f" -> {report.n_decoder_kept} from layer {report.decoder_layer}"

@@ -9,24 +9,25 @@ import signal
 import socket
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .. import refvlm
 from ..errors import ConfigError, MissingDependencyError
 from ..io.configs import resolve_prune
 from ..pruning.config import DEFAULT_PRESET, PRESETS
-from .options import find_model, model_options
+from ..server.settings import Policy
+from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
-_GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
+_GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llama.cpp
 
 
 @click.command()
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others than localhost: use --api-key."
+    "--host", default=Policy.host, show_default=True, help="Address to listen on. Others than localhost: use --api-key."
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @model_options
@@ -41,40 +42,44 @@ _GRACE_SECONDS = 10  # from a signal to the end, whatever llama.cpp is at
     "--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY."
 )
 @click.option("--allow-remote-images", is_flag=True, help="Fetch http(s) image URLs, from public addresses only.")
-@click.option("--max-image-bytes", type=int, default=16 * 2**20, show_default=True)
+@click.option("--max-image-bytes", type=int, default=Policy.max_image_bytes, show_default=True)
 @click.option(
     "--max-image-pixels",
     type=int,
-    default=32_000_000,
+    default=Policy.max_image_pixels,
     show_default=True,
     help="Of one image; to read it takes about 15 bytes a pixel.",
 )
-@click.option("--max-images", type=int, default=8, show_default=True, help="Images of one request.")
+@click.option("--max-images", type=int, default=Policy.max_images, show_default=True, help="Images of one request.")
 @click.option(
     "--max-body-bytes",
     type=int,
-    default=32 * 2**20,
+    default=Policy.max_body_bytes,
     show_default=True,
     help="Size of a request; an image takes 4/3 of its bytes.",
 )
 @click.option(
     "--max-held-bytes",
     type=int,
-    default=256 * 2**20,
+    default=Policy.max_held_bytes,
     show_default=True,
-    help="Size of all requests that arrive or wait, together. Where there is no room, the one that began to arrive "
+    help="Size of all requests that arrive or wait, together. If there is no room, the one that began to arrive "
     "first is refused with status 503. Memory for requests, apart from the model's and for reading images, stays "
     "under twice this and 4 times --max-body-bytes.",
 )
 @click.option(
     "--body-seconds",
     type=float,
-    default=60.0,
+    default=Policy.body_seconds,
     show_default=True,
     help="Time for one request to arrive, or for a client to take what is sent.",
 )
 @click.option(
-    "--max-queue", type=int, default=64, show_default=True, help="Requests that wait; more are refused with status 503."
+    "--max-queue",
+    type=int,
+    default=Policy.max_queue,
+    show_default=True,
+    help="Requests that wait; more are refused with status 503.",
 )
 @click.option(
     "--cors-origin",
@@ -103,37 +108,25 @@ def serve(
         import uvicorn
         from sse_starlette.sse import AppStatus
 
-        from ..server.app import check_numbers, make_app
-        from ..server.settings import Policy
+        from ..server.app import make_app
     except ImportError as error:
         raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
-    names = (
-        "api_key",
-        "allow_remote_images",
-        "max_image_bytes",
-        "max_image_pixels",
-        "max_images",
-        "max_body_bytes",
-        "max_held_bytes",
-        "body_seconds",
-        "max_queue",
-        "cors_origins",
-    )
     _refuse_empty_key(options["api_key"])
-    policy = Policy(host=host, **{name: options.pop(name) for name in names})
-    check_numbers(*(options[name] for name in ("n_ctx", "n_ubatch", "n_gpu_layers", "n_threads")))
+    limits = {field.name: options.pop(field.name) for field in fields(Policy) if field.name in options}
+    policy = Policy(host=host, **limits)
+    with in_cli_words():
+        check_load_options(options)
     resolve_prune(preset)  # a wrong one shows before a model is downloaded
     text, projector = find_model(model, mmproj, hf_repo, no_mmproj)
     if projector is None:
         raise ConfigError("the model has no mmproj", "add --mmproj FILE; for text alone use python -m llama_cpp.server")
-    if text == refvlm.TEXT_MODEL:
-        options["n_ctx"] = min(options["n_ctx"] or 1024, 1024)
+    fit_reference_model(text, options)
     alias = hf_repo or Path(text).stem
 
     listener = _bind(host, port)
     app = make_app(text, projector, policy, preset, alias=alias, **options)
-    # uvicorn ends in good order on either signal, and then sends it to whoever had it before. Until here they end the
-    # process at once.
+    # uvicorn shuts down on either signal, and then calls the previous handler, which must do nothing. Until here the
+    # signals end the process at once.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
     config = uvicorn.Config(
@@ -144,7 +137,7 @@ def serve(
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
 
-    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them in good order
+    AppStatus.disable_automatic_graceful_drain()  # it cuts streams off; the engine ends them properly
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
@@ -161,14 +154,14 @@ def serve(
             else:
                 click.echo(f"{alias} is served at {url}: the page there, OpenAI's API under {url}/v1. Ctrl-C ends it.")
             if not policy.is_local and policy.api_key is None:
-                click.echo("warning: everybody who reaches this address can use it: add --api-key", err=True)
+                click.echo("warning: anyone who can reach this address can use it: add --api-key", err=True)
 
     Server(config).run([listener])
     return 0
 
 
 def _refuse_empty_key(key: str | None) -> None:
-    """Click takes an empty environment variable for none: the server would be open where somebody meant to close it.
+    """Refuses an empty environment variable. Click takes it for none, and the server would be open by mistake.
 
     Raises:
         ConfigError: STAR_EDGE_API_KEY is set and empty, and there is no --api-key.
@@ -178,7 +171,7 @@ def _refuse_empty_key(key: str | None) -> None:
 
 
 def end_after(seconds: float) -> None:
-    """Ends the process unless it has ended by then: a thread inside llama.cpp cannot be stopped, only left."""
+    """Ends the process after a time, because a thread inside llama.cpp cannot be stopped."""
 
     def end() -> None:
         with contextlib.suppress(Exception):
@@ -195,10 +188,10 @@ def end_after(seconds: float) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and does not listen before there is somebody to answer.
+    """A bound socket. It does not listen before the server can answer.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: The address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -52,10 +52,11 @@ def tune(
         raise ConfigError(
             f"--config-out {config_out} does not end in .json", "name it so: --preset tells files from presets by it"
         )
-    questions, metric = options.read()
-    choosing, reporting = split(questions)
+    asked = options.read()
+    metric = asked.metric
+    choosing, reporting = split(asked.questions)
     everything = [OFF, *(config for family in candidates() for config in family)]
-    with asking(options, model, questions, everything, metric) as ask:
+    with asking(options, asked, model, everything) as ask:
         best, rows = search(lambda configs: ask(choosing, configs), choosing, metric, keep)
         reported = (
             summarise(reporting, [best], ask(reporting, [OFF, best]), metric)["configs"][0] if reporting else None

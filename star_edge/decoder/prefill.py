@@ -24,7 +24,6 @@ Knows segments, layers and KV cells. Knows no pixels and no strings.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +35,9 @@ from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
 from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
 from ..pruning.selection import Selection
 from ..rows import Rows, Segment
+from ..stopwatch import Stopwatch
 from . import reuse
+from .levels import Levels
 
 
 @dataclass
@@ -72,12 +73,14 @@ class DecoderStage:
         text_rows: Rows of the text after the last image that score: "all" or "last" as a mean, or "each".
         divide: divide(seen of all images, n_keep) says how many rows of each image stay, if images share a budget.
             None: they do not.
+        seen_below: Rows after the prompt see a dropped row in the layers below the stage that dropped it.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
     choose: Callable[[Seen, int], Selection]
     text_rows: str = "all"
     divide: Callable[[Sequence[Seen], Sequence[int]], Sequence[int]] | None = None
+    seen_below: bool = False
 
 
 @dataclass
@@ -140,7 +143,7 @@ def prefill(
         context.clear()
         context.tap.set_cell_bias(None)
         again = _Run(context, segments, next_position, keep)
-        again.seconds["fallback"] = sum(run.seconds.values())
+        again.watch.seconds["fallback"] = sum(run.watch.seconds.values())
         return again.run(stage)
 
 
@@ -156,7 +159,7 @@ class _Run:
         self.n_cells = 0
         self.in_order = True
         self.has_parked = False
-        self.seconds: dict[str, float] = {}
+        self.watch = Stopwatch()
         images = [i for i, s in enumerate(self.segments) if s.image is not None]
         self.first_image = images[0] if images else len(self.segments)
         self.last_image = images[-1] if images else -1
@@ -168,14 +171,14 @@ class _Run:
             raise EngineError("the decoder stage needs text after the last image")
         n_prefix = sum(len(s.rows) for s in prefix)
         if self.keep:
-            with self.timed("reuse"):
+            with self.watch.step("reuse"):
                 self.attached = reuse.attach(
                     self.context, self.segments, n_prefix, stage.windows[0][0] if stage else None
                 )
                 self.n_cells = self.attached.n_main
         n_reused = self.attached.n_main
         # 1) text before the first image
-        with self.timed("prefix"):
+        with self.watch.step("prefix"):
             cells = self.plain(prefix, last_has_logits=not rest, skip=n_reused)
         self.check_cells(cells, self.n_cells - len(cells))
         if not rest:
@@ -187,23 +190,24 @@ class _Run:
         stem = self.segments[: self.last_image + 1]
         n_stem = sum(len(s.rows) for s in stem)
         if stage is None:
-            with self.timed("prefill"):
+            with self.watch.step("prefill"):
                 cells = self.plain(rest, last_has_logits=True, skip=max(0, n_reused - n_prefix))
             self.check_cells(cells, max(start, n_reused))
             return self.result(self.segments, stem=(stem, n_prefix, n_stem))
 
         # 2) probe
         ends = [layer for layer, _ in stage.windows] + [self.context.n_layers]
-        with self.timed("probe"):
+        with self.watch.step("probe"):
             end = self.window(rest, 0, ends[0], None, stage.text_rows)
         self.check_cells(end.cells, start)
         assert end.hidden is not None  # a window that ends below the last layer leaves states
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
+        levels = Levels(rest, end.cells)
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
         all_scores, all_selections, joined = [], [], False
         for w, (layer, n_keep) in enumerate(stage.windows):
             # 3) choose
-            with self.timed("decoder_stage"):
+            with self.watch.step("decoder_stage"):
                 selections = self.choose(live, kept_rows, end, n_keep, stage)
                 all_scores.append([end.attention[p] for p in self.places(live) if p is not None])
                 live, keep_row = self.thin(live, selections)
@@ -211,10 +215,11 @@ class _Run:
                 if any(s.mass is not None for s in live):
                     self.set_masses(live, end.cells[keep_row])
                 own_cells = end.cells[keep_row]
+                levels.add(layer, live, own_cells)
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
             # 4) resume
             joined |= not keep_row.all() and not self.context.tells_text_apart
-            with self.timed("resume"):
+            with self.watch.step("resume"):
                 assert end.hidden is not None
                 end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
@@ -224,9 +229,12 @@ class _Run:
             all_selections.append([Selection(rows, s.mass if in_place else None) for rows, s in stayed])
             if not in_place:
                 self.context.tap.set_cell_bias(None)
-                with self.timed("fallback"):
+                with self.watch.step("fallback"):
                     self.restart(rest, kept_rows, start)
                 break
+        if stage.seen_below and in_place and len(levels.dropped):
+            self.has_parked = False  # the rows are needed where they are
+            self.context.owner.see_below(*levels.arrays(), n_hidden=len(levels.dropped))
         n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
         return self.result(
             prefix + live,
@@ -239,7 +247,7 @@ class _Run:
     def result(self, segments: Sequence[Segment], stem: tuple[Any, ...] | None, **fields: Any) -> Prefill:
         """segments: the rows that are left. stem: arguments of reuse.keep, or None if nothing can be kept."""
         if self.keep and stem is not None and self.in_order:
-            with self.timed("reuse"):
+            with self.watch.step("reuse"):
                 reuse.keep(self.context, *stem)
         elif self.has_parked:
             for parking in range(PARKED, N_SEQUENCES):
@@ -255,12 +263,9 @@ class _Run:
             ids,
             self.next_position,
             n_reused=self.attached.n_rows,
-            seconds=self.seconds,
+            seconds=self.watch.seconds,
             **fields,
         )
-
-    def timed(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name)
 
     # ---- windows ----
 
@@ -337,7 +342,7 @@ class _Run:
                 columns[: attention.shape[-1]] += weight * (
                     attention if attention.ndim == 1 else attention.mean(axis=0)
                 )
-            self.seconds["decoder_scores"] = self.seconds.get("decoder_scores", 0.0) + outcome.score_seconds
+            self.watch.take("decoder_scores", outcome.score_seconds)
             at += n
 
         def at_cells(line: np.ndarray) -> np.ndarray:
@@ -493,14 +498,3 @@ class _WindowEnd:
     cells: np.ndarray
     attention: np.ndarray
     row_attention: np.ndarray | None
-
-
-class _Timer:
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.start

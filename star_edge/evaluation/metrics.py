@@ -15,8 +15,7 @@ import numpy as np
 from ..errors import EvaluationError
 from ..io.questions import Question
 
-Score = Callable[[str, Sequence[str]], float]
-
+OCRBENCH_FORMULAS = "Handwritten Mathematical Expression Recognition"  # a category of OCRBench
 VQA_ANSWERS = 4  # an answer scores 1 if three others gave it, so fewer than four cannot score 1
 
 
@@ -227,9 +226,110 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> PopeScores:
     )
 
 
+# ---- DocVQA ----
+
+
+def anls(answer: str, truths: Sequence[str], threshold: float = 0.5) -> float:
+    """Normalised Levenshtein similarity to the nearest truth, as DocVQA scores it (arXiv 1905.13648, section 4).
+
+    1 - distance / length of the longer text, and 0 where that is below the threshold. Case and the amount of white
+    space do not matter. At the threshold itself the similarity counts, as in DocVQA's own evaluation; the paper's
+    formula has 0 there.
+    """
+    said = " ".join(answer.lower().split())
+    best = 0.0
+    for truth in truths:
+        true = " ".join(truth.lower().split())
+        longer = max(len(said), len(true))
+        best = max(best, 1 - levenshtein(said, true) / longer if longer else 1.0)
+    return best if best >= threshold else 0.0
+
+
+def levenshtein(a: str, b: str) -> int:
+    """The least number of characters to insert, delete or replace that turns a into b (Levenshtein, 1966)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+# ---- ChartQA ----
+
+
+def relaxed_match(answer: str, truths: Sequence[str], tolerance: float = 0.05) -> float:
+    """1 if the answer is within 5% of a true number, or is a true text (ChartQA, arXiv 2203.10244, section 5.1).
+
+    Details are those of the evaluation that is in use (pix2struct, metrics.py): a percentage is a hundredth, a true 0
+    is compared as text, and so is what is no number; case does not matter there. White space at the ends does not
+    count.
+    """
+    said = answer.strip()
+    return float(any(_relaxed(said, truth.strip(), tolerance) for truth in truths))
+
+
+def _relaxed(said: str, true: str, tolerance: float) -> bool:
+    a, b = _number(said), _number(true)
+    if a is not None and b:
+        return abs(a - b) / abs(b) <= tolerance
+    return said.lower() == true.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+# ---- OCRBench ----
+
+
+def ocr_contains(answer: str, truths: Sequence[str], is_formula: bool = False) -> float:
+    """1 if the answer contains a truth (github.com/Yuliang-Liu/MultimodalOCR, OCRBench/example.py).
+
+    Case does not matter, and newlines are spaces. For handwritten formulas case matters and spaces do not.
+    """
+
+    def read(text: str) -> str:
+        text = text.strip().replace("\n", " ")
+        return text.replace(" ", "") if is_formula else text.lower()
+
+    return float(any(read(truth) in read(answer) for truth in truths))
+
+
+# ---- multiple choice ----
+
+
+def choice_match(answer: str, truths: Sequence[str]) -> float:
+    """1 if the answer chooses the right option. truths: its letter, and its text if that is known.
+
+    The letter is a capital that stands at the start, alone or before punctuation ("B", "(B)", "B. red"), or after
+    "answer", "answer is" or "option". An answer without a letter is right if it is the option's text, by `exact_match`.
+    """
+    letter = _CHOICE.match(answer.strip())
+    if letter is not None:
+        return float(next(filter(None, letter.groups())) == truths[0])
+    return exact_match(answer, truths[1:])
+
+
+_CHOICE = re.compile(
+    r"[(\[]?([A-Z])(?:[)\].,:;\n]|$)|(?i:(?:the )?(?:correct )?(?:answer(?: is|:)?|option)) *[(\[]?([A-Z])\b"
+)
+
+
 # ---- which one ----
 
-METRICS: dict[str, Score] = {"exact": exact_match, "vqa": vqa_accuracy, "pope": pope_match}
+METRICS: dict[str, Callable[[str, Question], float]] = {
+    "exact": lambda answer, question: exact_match(answer, question.answers),
+    "vqa": lambda answer, question: vqa_accuracy(answer, question.answers),
+    "pope": lambda answer, question: pope_match(answer, question.answers),
+    "anls": lambda answer, question: anls(answer, question.answers),
+    "relaxed": lambda answer, question: relaxed_match(answer, question.answers),
+    "ocrbench": lambda answer, question: ocr_contains(answer, question.answers, question.category == OCRBENCH_FORMULAS),
+    "choice": lambda answer, question: choice_match(answer, question.answers),
+}
 
 
 def choose_metric(name: str, questions: Sequence[Question]) -> str | None:
@@ -248,6 +348,9 @@ def choose_metric(name: str, questions: Sequence[Question]) -> str | None:
     def is_pope(question: Question) -> bool:
         return {normalise(a) for a in question.answers} in ({"yes"}, {"no"})
 
+    def is_choice(question: Question) -> bool:
+        return re.fullmatch("[A-Z]", question.answers[0]) is not None
+
     if name == "auto":
         if not labelled:
             return None
@@ -256,14 +359,17 @@ def choose_metric(name: str, questions: Sequence[Question]) -> str | None:
         raise EvaluationError(
             f"metric {name} needs answers, and no question has one", 'add "answer" to the questions, or use auto'
         )
-    for fits, wanted in ((is_vqa, "vqa"), (is_pope, "pope")):
-        odd = next((question for question in labelled if name == wanted and not fits(question)), None)
+    needs = {
+        "vqa": (is_vqa, f"{VQA_ANSWERS} or more people's answers (usually 10)"),
+        "pope": (is_pope, "yes or no as the answer"),
+        "choice": (is_choice, "the letter of an option as the first answer"),
+    }
+    if name in needs:
+        fits, wanted = needs[name]
+        odd = next((question for question in labelled if not fits(question)), None)
         if odd is not None:
-            needs = (
-                f"{VQA_ANSWERS} or more people's answers (usually 10)" if name == "vqa" else "yes or no as the answer"
-            )
             raise EvaluationError(
-                f"metric {name} needs {needs}, and question {odd.id!r} has {list(odd.answers)}", "use --metric exact"
+                f"metric {name} needs {wanted}, and question {odd.id!r} has {list(odd.answers)}", "use --metric exact"
             )
     return name
 

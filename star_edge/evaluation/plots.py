@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,13 @@ def save(summary: Mapping[str, Any], path: str) -> None:
     Raises:
         EvaluationError: See `check`; or the file cannot be written.
     """
-    pyplot = pyplot_module()
     key = "agreement" if summary["metric"] is None else "accuracy"
     off = next(row for row in summary["configs"] if row["name"] == OFF.name)
     methods = defaultdict(list)
     for row in summary["configs"]:
         if row is not off and row[key] is not None:
             methods[row["method"]].append(row)
-    with pyplot.rc_context(
-        {"font.size": 10, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    with drawing(path, 10, figsize=(10, 4.4), sharey=True) as (figure, axes):
         for axis, x, label in (
             (axes[0], "average_tokens", "image tokens per decoder layer, average"),
             (axes[1], "first_token_ms", "time to first token, ms (median)"),
@@ -60,13 +57,24 @@ def save(summary: Mapping[str, Any], path: str) -> None:
             axis.set_xlabel(label)
         what = "same answer as unpruned" if summary["metric"] is None else METRIC_TITLES[summary["metric"]]
         axes[0].set_ylabel(f"{what}, %")
-        figure.suptitle(
-            f"{summary['n_tasks']} questions, {summary['n_images']} images", x=0.01, ha="left", fontsize=10, color=_GREY
-        )
+        set_title(figure, f"{summary['n_tasks']} questions, {summary['n_images']} images")
         if len(methods) > 1:
-            handles, labels = axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+            set_legend(figure, axes[0])
+
+
+@contextmanager
+def drawing(path: str, font_size: float, **subplots: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields a figure of two pictures side by side and its axes, and writes it to a file.
+
+    Raises:
+        EvaluationError: See `check`; or the file cannot be written.
+    """
+    pyplot = pyplot_module()
+    style = {"font.size": font_size, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(1, 2, layout="constrained", **subplots)
         try:
+            yield figure, axes
             figure.savefig(path, dpi=150, facecolor="white")
         except OSError as error:
             raise EvaluationError(
@@ -74,6 +82,16 @@ def save(summary: Mapping[str, Any], path: str) -> None:
             ) from error
         finally:
             pyplot.close(figure)
+
+
+def set_title(figure: Any, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_GREY)
+
+
+def set_legend(figure: Any, axis: Any) -> None:
+    """One legend below all, of what the axis shows."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
 
 
 def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[str, Any], x: str, key: str) -> None:

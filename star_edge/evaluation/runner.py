@@ -140,9 +140,7 @@ class _Pass:
 
     def _record(self, config: NamedConfig, answer: Answer, logits: np.ndarray) -> None:
         report = answer.report
-        score = (
-            METRICS[self.metric](answer.text, self.question.answers) if self.metric and self.question.answers else None
-        )
+        score = METRICS[self.metric](answer.text, self.question) if self.metric and self.question.answers else None
         self.results.add(
             self.question,
             config,

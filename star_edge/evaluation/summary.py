@@ -16,7 +16,16 @@ from .configs import OFF, NamedConfig
 from .metrics import pope_scores, same_answer
 from .statistics import mcnemar_p, mean_interval, sign_counts
 
-METRIC_TITLES = {"exact": "exact match", "vqa": "VQA accuracy", "pope": "POPE accuracy", None: "no answers"}
+METRIC_TITLES = {
+    "exact": "exact match",
+    "vqa": "VQA accuracy",
+    "pope": "POPE accuracy",
+    "anls": "ANLS",
+    "relaxed": "relaxed accuracy",
+    "ocrbench": "OCRBench accuracy",
+    "choice": "accuracy of choices",
+    None: "no answers",
+}
 
 
 def summarise(
@@ -32,6 +41,7 @@ def summarise(
     - n, n_errors: questions answered, and failed.
     - n_scored: answered questions with a true answer.
     - accuracy, accuracy_by_category: mean scores over those.
+    - group_accuracy: share of the groups with no wrong answer (MMBench's circular evaluation); None without groups.
     - average_tokens: image tokens per decoder layer, mean.
     - first_token_ms: time to the first token, median.
     - kl: KL divergence of the first token from the unpruned model's, mean, in nats.
@@ -71,6 +81,10 @@ def _summarise(
     for question, record in scored:
         if question.category is not None:
             by_category[question.category].append(record["score"])
+    groups: dict[str, float] = {}
+    for question, record in scored:
+        if question.group is not None:
+            groups[question.group] = min(groups.get(question.group, 1.0), record["score"])
     unpruned = _mean(off for _, _, off in both)
     accuracy_of_both = _mean(score for _, score, _ in both)
     row: dict[str, Any] = {
@@ -82,6 +96,7 @@ def _summarise(
         "n_errors": len(mine) - len(answered),
         "accuracy": _mean(r["score"] for _, r in scored),
         "accuracy_by_category": {category: _mean(scores) for category, scores in by_category.items()},
+        "group_accuracy": _mean(float(score == 1) for score in groups.values()),
         "relative_accuracy": accuracy_of_both / unpruned if accuracy_of_both is not None and unpruned else None,
         "agreement": _mean(same_answer(r["answer"], off["answer"]) for _, r, off in paired),
         "kl": _mean(r["kl"] for _, r in answered if r["kl"] is not None),
@@ -126,12 +141,14 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     title = f"{summary['n_tasks']} questions, {summary['n_images']} images"
     if summary["metric"] is not None:
         categories = list(dict.fromkeys(c for row in rows for c in row["accuracy_by_category"]))
+        grouped = any(row["group_accuracy"] is not None for row in rows)
         table = _table(
             f"{METRIC_TITLES[summary['metric']]} in %: {title}",
             "config",
             "n",
             *categories,
             "all",
+            *(["whole groups"] if grouped else []),
             "95% interval of difference",
             "p",
         )
@@ -139,7 +156,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
             p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}"
             shares = [_percent(row["accuracy_by_category"].get(c)) for c in categories]
-            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, _percent(row["accuracy"]), interval, p)
+            shares += [_percent(row["accuracy"]), *([_percent(row["group_accuracy"])] if grouped else [])]
+            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, interval, p)
         result.append(table)
     if summary["metric"] == "pope":
         table = _table("POPE, yes is positive, in %", "config", "accuracy", "precision", "recall", "F1", "yes ratio")

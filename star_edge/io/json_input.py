@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any
+from typing import Any, TextIO
 
 MAX_CHARACTERS = (
     2**26
@@ -60,13 +60,24 @@ def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
         ValueError: It is not UTF-8, or a line is longer than MAX_CHARACTERS.
     """
     with open(path, encoding="utf-8-sig") as file:
-        number = 0
-        while line := file.readline(MAX_CHARACTERS + 1):
-            number += 1
-            if len(line) > MAX_CHARACTERS:
-                raise ValueError(f"line {number} has more than {MAX_CHARACTERS} characters")
+        for number, line in enumerate(bounded_lines(file), 1):
             if line.strip():
                 yield number, line
+
+
+def bounded_lines(file: TextIO) -> Iterator[str]:
+    """Each line of a file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not text in its encoding, or a line is longer than MAX_CHARACTERS.
+    """
+    number = 0
+    while line := file.readline(MAX_CHARACTERS + 1):
+        number += 1
+        if len(line) > MAX_CHARACTERS:
+            raise ValueError(f"line {number} has more than {MAX_CHARACTERS} characters")
+        yield line
 
 
 def _items(value: list[Any] | dict[str, Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ class Question:
         prompt: The question.
         answers: The true answer, or all that people gave (VQA has ten), or none.
         category: For a breakdown, or None.
+        group: Questions of one group count together too, as right if all are (MMBench's rotations). None: no group.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Question:
     prompt: str
     answers: tuple[str, ...] = ()
     category: str | None = None
+    group: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -107,23 +109,54 @@ def read_objects(
     except (OSError, ValueError) as error:  # ValueError: an endless line, or a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise InputFileError(f"{name} cannot be read ({reason})", f"check the path of the {noun}s") from error
+
+    def values() -> Iterator[tuple[int, Any]]:
+        for number, line in lines:
+            where = f"{name}, line {number}"
+            try:
+                fields = parse_json(line)
+            except ValueError as error:
+                raise InputFileError(f"{where} is not valid JSON ({error})", remedy) from error
+            if not isinstance(fields, dict):
+                raise InputFileError(f"{where} is a {type(fields).__name__}, not an object", remedy)
+            yield number, fields
+
+    return make_items(name, "line", values(), make, noun, remedy)
+
+
+def make_items(
+    name: str,
+    unit: str,
+    values: Iterable[tuple[int, Any]],
+    make: Callable[[Any, str, int], tuple[str, Item]],
+    noun: str,
+    remedy: str,
+) -> list[Item]:
+    """What becomes of the values of a file.
+
+    Args:
+        name: The file.
+        unit: What its parts are: "line", "entry".
+        values: Number and value of each part.
+        make: See `read_objects`.
+        noun: What a part is, for messages.
+        remedy: What to do about a file without any.
+
+    Raises:
+        InputFileError: Two have one id, or there is none.
+    """
     items: list[Item] = []
-    line_of: dict[str, int] = {}
-    for number, line in lines:
-        where = f"{name}, line {number}"
-        try:
-            fields = parse_json(line)
-        except ValueError as error:
-            raise InputFileError(f"{where} is not valid JSON ({error})", remedy) from error
-        if not isinstance(fields, dict):
-            raise InputFileError(f"{where} is a {type(fields).__name__}, not an object", remedy)
-        id, item = make(fields, where, number)
-        if id in line_of:
+    number_of: dict[str, int] = {}
+    for number, value in values:
+        where = f"{name}, {unit} {number}"
+        id, item = make(value, where, number)
+        if id in number_of:
+            first = number_of[id]
             raise InputFileError(
-                f"{where} repeats line {line_of[id]}: lines {line_of[id]} and {number} have the same id {id!r}",
+                f"{where} repeats {unit} {first}: {unit}s {first} and {number} have the same id {id!r}",
                 f"give each {noun} its own id",
             )
-        line_of[id] = number
+        number_of[id] = number
         items.append(item)
     if not items:
         raise InputFileError(f"{name} has no {noun}s", remedy)
@@ -193,12 +226,15 @@ def answer_text(answer: Any, where: str) -> str:
 
 
 def sample_questions(questions: Sequence[Question], limit: int | None, seed: int | None) -> list[Question]:
-    """The first `limit` questions, or with a seed a random sample of them, in the order of the file."""
-    if limit is None or limit >= len(questions):
+    """The first `limit` questions, or with a seed a random sample of them, in the order of the file.
+
+    A group counts as one question, and is taken whole.
+    """
+    units = list(dict.fromkeys((q.id, None) if q.group is None else (None, q.group) for q in questions))
+    if limit is None or limit >= len(units):
         return list(questions)
-    if seed is None:
-        return list(questions[:limit])
-    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), limit))]
+    chosen = set(units[:limit] if seed is None else random.Random(seed).sample(units, limit))
+    return [q for q in questions if (q.id, None) in chosen or (None, q.group) in chosen]
 
 
 def image_folder(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None) -> str:

@@ -1,7 +1,7 @@
-"""llama_cpp's MTMDChatHandler with its parts to be filled in: what it calls, and when, is known here alone.
+"""llama_cpp's MTMDChatHandler as a base class. Only this module knows what it calls, and when.
 
-A request goes: context, sources of images, template, messages, text, pixels, bitmaps, tokens; then the cache is cleared
-and the chunks are counted, which is where they are read, and none is left for MTMDChatHandler to evaluate.
+A request runs in this order: context, sources of images, template, messages, text, pixels, bitmaps, tokens. Then the
+cache is cleared and MTMDChatHandler asks for the chunk count. We evaluate the prompt there and report zero.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from .mtmd import clear_log, make_bitmap, name_joined, unprepared
 
-# Arguments of MTMDChatHandler, and those of them that the chat template gets; it gets all others too
+# Arguments of MTMDChatHandler, and those of them that the chat template gets too
 _OPTIONS = set(inspect.signature(MTMDChatHandler.__call__).parameters)
 _TEMPLATE_OPTIONS = {"functions", "function_call", "tools", "tool_choice"}
 
 
 def template_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those options of a request that the chat template gets."""
+    """The options of a request that the chat template gets: some of MTMDChatHandler's, and all unknown ones."""
     return {name: value for name, value in options.items() if name in _TEMPLATE_OPTIONS or name not in _OPTIONS}
 
 
 class _Libmtmd:
-    """libmtmd as MTMDChatHandler calls it: when it asks how many chunks it has to evaluate, they are read, and none is
-    left.
+    """Proxy for `mtmd_cpp`.
+
+    MTMDChatHandler asks for the chunk count just before it evaluates. We evaluate the prompt there and report zero.
     """
 
     def __init__(self, read: Callable[[object], None]) -> None:
@@ -68,15 +69,15 @@ class ChatHook(MTMDChatHandler):
         raise NotImplementedError
 
     def check_text(self, text: str, n_images: int, marker: str) -> None:
-        """Raises where the text of a prompt cannot be used."""
+        """Raises PromptError if the text of a prompt cannot be used."""
         raise NotImplementedError
 
     def bitmap_name(self, image: np.ndarray) -> str:
-        """What the chunks of an image are to be called."""
+        """Name for the chunks of an image."""
         raise NotImplementedError
 
     def read_chunks(self, chunks: object) -> None:
-        """Reads libmtmd's chunks, which MTMDChatHandler frees, into the cache, which it has emptied."""
+        """Reads libmtmd's chunks into the cache. MTMDChatHandler has emptied the cache, and frees the chunks."""
         raise NotImplementedError
 
     # ---- what MTMDChatHandler calls ----
@@ -92,9 +93,9 @@ class ChatHook(MTMDChatHandler):
         return messages
 
     def _postprocess_template_text(self, text: str, image_urls: list[str], media_marker: str) -> str:
-        """MTMDChatHandler puts a marker wherever the text has an image's URL; here a question may name it."""
+        """MTMDChatHandler replaces every URL of an image by a marker. Here a question may contain the URL as text."""
         self.check_text(text, len(image_urls), media_marker)
         return text
 
-    def _create_bitmap_from_bytes(self, image: np.ndarray) -> Any:  # type: ignore[override]  # what load_image gives
+    def _create_bitmap_from_bytes(self, image: np.ndarray) -> Any:  # type: ignore[override]  # pixels in place of bytes
         return make_bitmap(image, self.bitmap_name(image))

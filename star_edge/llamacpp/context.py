@@ -1,6 +1,6 @@
 """A llama.cpp context with a tap, and decodes of given rows in it.
 
-Knows batches, positions, KV cells and sequences; knows neither images nor what is pruned.
+Knows batches, positions, KV cells and sequences. Knows neither images nor pruning.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..rows import Rows
 from .handover import free_with
 from .tap import Outcome, Plan, Tap
 
-# Sequence ids: the conversation, and from PARKED on, one for each decoder stage, dropped tokens whose cells must not be
-# reused yet
+# Sequence ids. MAIN holds the conversation. From PARKED on, each holds the dropped tokens of one decoder stage, whose
+# cells must not be reused yet.
 MAIN, PARKED, N_SEQUENCES = 0, 1, 7
 
 # Decoders in whose layers a row of text is not treated as one of an image is: experts of its own, or an embedding of
@@ -31,15 +31,15 @@ TELLS_TEXT_APART = ("cogvlm", "deepseek4", "gemma3n", "gemma4", "qwen4exp")
 
 
 class TappedContext(_internals.LlamaContext):
-    """A LlamaContext that tells its tap when a plain decode begins, and what it still has to do for the prompt in the
-    cache.
+    """A LlamaContext that tells its tap when a plain decode begins.
 
-    request: changes whenever the prompt in the cache goes.
-    is_cancelled: asked before every decode, of a prompt's too; when it says so, RequestCancelledError is raised
-        instead.
-    stem: rows of the last prompt that a later one may use (decoder.reuse.Stem), or None; n_parked: how many of them are
-        in no sequence but PARKED.
-    clears_to_stem: the next kv_cache_clear is the beginning of a request and leaves the stem.
+    Attributes:
+        request: A number that changes whenever the prompt in the cache goes.
+        is_cancelled: Asked before every decode, also while a prompt is read. If it returns true,
+            RequestCancelledError is raised.
+        stem: Rows of the last prompt that a later one may use (decoder.reuse.Stem), or None.
+        n_parked: How many of those rows are only in the sequence PARKED.
+        clears_to_stem: The next kv_cache_clear begins a request, and leaves the stem.
     """
 
     def __init__(self, tap: Tap, **kwargs: Any) -> None:
@@ -53,19 +53,27 @@ class TappedContext(_internals.LlamaContext):
         super().__init__(**kwargs)
 
     def continue_prompt(self, n_cells: int, next_position: int) -> None:
-        """What is decoded after the n_cells rows of the prompt goes on at next_position, until forget_prompt."""
+        """Rows after the prompt's n_cells rows get RoPE positions from next_position on, until forget_prompt."""
         self._n_prompt = n_cells
         self.tap.set_position_shift(n_cells, next_position - n_cells)
 
+    def see_below(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray, n_hidden: int) -> None:
+        """What is decoded after the prompt sees, by layer, rows that are in no sequence but parking ones
+        (`Tap.set_levels`), until forget_prompt. n_hidden: how many of them.
+        """
+        self.n_parked = n_hidden
+        self.tap.set_levels(layers, bias, witness)
+
     def forget_prompt(self) -> None:
-        """Plain decodes are plain again: no position shift, no attention bias."""
+        """Ends the position shift and the attention bias of plain decodes."""
         self.request += 1
         self._n_prompt = 0
+        self.tap.forget_levels()
         self.tap.set_position_shift(0, 0)
         self.tap.set_cell_bias(None)
 
     def end_prompt(self) -> None:
-        """Empties the cache but for the stem."""
+        """Empties the cache except for the stem."""
         self.forget_prompt()
         if self.stem is None:
             llama_cpp.llama_memory_clear(self.memory, False)
@@ -73,12 +81,16 @@ class TappedContext(_internals.LlamaContext):
             llama_cpp.llama_memory_seq_rm(self.memory, MAIN, 0, -1)
 
     def forget_stem(self) -> None:
+        """Frees the cells of rows that are in no sequence but parking ones. What is decoded from then on does not see
+        them in any layer.
+        """
         self.stem, self.n_parked = None, 0
-        if self.memory is not None and llama_cpp.llama_memory_seq_pos_max(self.memory, PARKED) >= 0:
-            llama_cpp.llama_memory_seq_rm(self.memory, PARKED, 0, -1)
+        self.tap.forget_levels()
+        for parking in range(PARKED, N_SEQUENCES) if self.memory is not None else ():
+            if llama_cpp.llama_memory_seq_pos_max(self.memory, parking) >= 0:
+                llama_cpp.llama_memory_seq_rm(self.memory, parking, 0, -1)
 
-    # Whoever uses the Llama for something else cuts the cache through one of these first: Llama.eval does, and
-    # Llama.embed.
+    # Any other use of the Llama (Llama.eval, Llama.embed) first cuts the cache through one of these.
 
     def kv_cache_clear(self) -> None:
         if self.clears_to_stem:
@@ -132,11 +144,11 @@ def attach_tap(llama: Llama, tap: Tap) -> None:
     """Replaces the context of a `Llama` by one with the tap.
 
     cb_eval is taken only at creation, so the context is made anew from the model that is already loaded. A unified
-    cache is what parking needs: it has LLAMA_MAX_SEQ sequences whatever n_seq_max says (llama_kv_cache::seq_to_stream).
+    cache is what parking needs: it has LLAMA_MAX_SEQ sequences for any n_seq_max (llama_kv_cache::seq_to_stream).
 
     Raises:
-        EngineError: llama.cpp could not create the context, usually for lack of memory. The Llama has one without the
-            tap then.
+        EngineError: llama.cpp could not create the context, usually for lack of memory. The Llama then has a context
+            without a tap.
     """
     params = llama.context_params
     untapped = type(params).from_buffer_copy(params)
@@ -162,14 +174,14 @@ def tapped(llama: Llama) -> TappedContext:
 
 
 def tapped_context(llama: Llama) -> TappedContext:
-    """The context of a Llama, made anew if it has no tap.
+    """The context of a Llama. It is made anew if it has no tap.
 
     Raises:
-        EngineError: see `attach_tap`.
+        EngineError: See `attach_tap`.
     """
     if not isinstance(llama._ctx, TappedContext):
         tap = Tap()
-        free_with(llama, tap.close)  # after the context, which attach_tap puts on the stack
+        free_with(llama, tap.close)  # freed after the context, which attach_tap puts on the stack later
         attach_tap(llama, tap)
     return tapped(llama)
 
@@ -179,7 +191,7 @@ def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._ctx = context
     llama.reset()  # what was in the old cache is gone
     if llama._lora_adapter is not None:
-        adapter: Any = llama._lora_adapter  # a c_void_p, which stands for any pointer
+        adapter: Any = llama._lora_adapter  # a c_void_p stands for any pointer
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
         scales = (ctypes.c_float * 1)(llama.lora_scale)
         if llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, scales):
@@ -246,12 +258,12 @@ class DecoderContext:
 
     @property
     def owner(self) -> TappedContext:
-        """The context of the Llama, which knows what of the last prompt is kept."""
+        """The context of the Llama. It knows what is kept of the last prompt."""
         return tapped(self.llama)
 
     @property
     def buffer(self) -> np.ndarray:
-        """The Llama's ids of tokens, another array after Llama.load_state: the cache is another's then."""
+        """The Llama's token ids. Llama.load_state makes another array, and the cache then holds something else."""
         return self.llama.input_ids
 
     # ---- rows ----
@@ -264,8 +276,8 @@ class DecoderContext:
         are what the cache's metadata get.
 
         Raises:
-            ContextLengthError: no free KV cells.
-            EngineError: llama.cpp refused or failed, or the tap did.
+            ContextLengthError: There are no free KV cells.
+            EngineError: llama.cpp or the tap failed.
             RequestCancelledError: TappedContext.is_cancelled says so.
         """
         tapped(self.llama).check_cancelled()
@@ -276,7 +288,7 @@ class DecoderContext:
         wants_logits = np.zeros(n, np.int8)
         wants_logits[0 if self.all_logits else -1 :] = logits
 
-        batch: Any = llama_cpp.llama_batch()  # its annotations are arrays where pointers stand
+        batch: Any = llama_cpp.llama_batch()  # its annotations say array where it has pointers
         batch.n_tokens = n
         if rows.tokens is not None:
             tokens = np.ascontiguousarray(rows.tokens, np.int32)
@@ -334,6 +346,7 @@ class DecoderContext:
         """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
         context = tapped(self.llama)
         context.stem, context.n_parked = None, 0
+        self.tap.forget_levels()
         llama_cpp.llama_memory_clear(self.memory, False)
 
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
@@ -341,7 +354,7 @@ class DecoderContext:
         llama_cpp.llama_memory_seq_cp(self.memory, source, sequence, start, stop)
 
     def span(self, sequence: int) -> tuple[int, int]:
-        """First and last dense position of a sequence, -1 where it is empty."""
+        """First and last dense position of a sequence, -1 if it is empty."""
         return (
             llama_cpp.llama_memory_seq_pos_min(self.memory, sequence),
             llama_cpp.llama_memory_seq_pos_max(self.memory, sequence),

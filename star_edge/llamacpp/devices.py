@@ -12,7 +12,7 @@ import llama_cpp
 
 
 def list_devices() -> list[dict[str, Any]]:
-    """Name, description, and free and total memory in bytes of each device, the CPU among them."""
+    """Name, description, and free and total memory in bytes of each device, including the CPU."""
     folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
     name = {"win32": "ggml.dll", "darwin": "libggml.dylib"}.get(sys.platform, "libggml.so")
     ggml = ctypes.CDLL(str(folder / name))
@@ -48,5 +48,5 @@ def can_offload() -> bool:
 
 
 def cpu_features() -> str:
-    """Of the processor, as llama.cpp uses them."""
+    """The processor's features, as llama.cpp uses them."""
     return str(llama_cpp.llama_print_system_info().decode().strip())

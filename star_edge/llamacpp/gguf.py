@@ -1,6 +1,6 @@
-"""A look at a GGUF file before it is loaded: what it is, and whether all of it is there.
+"""Headers of GGUF files: what a file is, and whether it is complete, before it is loaded.
 
-Uses the GGUF reader inside the ggml library that is loaded anyway: it reads the header only, fast for any vocabulary.
+Uses the GGUF reader of the ggml library, which is loaded anyway. It reads only the header, fast for any vocabulary.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _MAX_LISTED = 4096  # values of an array that `metadata` holds; longer ones are 
 
 @contextmanager
 def quiet_llama_log() -> Iterator[None]:
-    """llama_cpp prints llama.cpp's log to stderr; what goes wrong here is raised as an error instead."""
+    """Keeps llama.cpp's log from stderr. What goes wrong here is raised as an error."""
     logger = logging.getLogger("llama-cpp-python")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -92,7 +92,12 @@ def quiet_llama_log() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """shape: as ggml has it, the contiguous axis first, without ones at the end. kind: enum ggml_type."""
+    """A tensor of a file.
+
+    Attributes:
+        shape: As in ggml: the contiguous axis first, without ones at the end.
+        kind: enum ggml_type.
+    """
 
     shape: tuple[int, ...]
     kind: int
@@ -100,10 +105,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Value:
-    """A key's value: a number, a bool, a str, a list of numbers, or None for lists of strings and for more than 4,096
-    values.
+    """The value of a key.
 
-    kind: "u32", "f32", "str", ..., and for a list "[u32]". n: values in a list, else 1.
+    Attributes:
+        kind: "u32", "f32", "str", ..., and for a list "[u32]".
+        value: A number, a bool, a str or a list of numbers. None for lists of strings, and for more than 4,096 values.
+        n: Number of values in a list, otherwise 1.
     """
 
     kind: str
@@ -113,10 +120,15 @@ class Value:
 
 @dataclass(frozen=True)
 class GGUFInfo:
-    """What the header says.
+    """The header of a file.
 
-    values: of the keys that were asked for, None for those that are absent. tensors: by name. metadata: every key's
-        value.
+    Attributes:
+        path: The file.
+        n_bytes: Its size.
+        architecture: Its general.architecture.
+        values: Values of the keys that were asked for, None if absent.
+        tensors: Tensors by name.
+        metadata: Values of all keys.
     """
 
     path: str
@@ -131,7 +143,7 @@ def read_gguf_info(path: str | PathLike[str], keys: tuple[str, ...] = ()) -> GGU
     """Reads the header and checks that every tensor lies inside the file.
 
     Raises:
-        ModelFileError: missing, a directory, unreadable, no GGUF file, or truncated.
+        ModelFileError: The file is missing, a directory, unreadable, not a GGUF file, or truncated.
     """
     name = _path(path)
     if not os.path.exists(name):
@@ -145,7 +157,7 @@ def read_gguf_info(path: str | PathLike[str], keys: tuple[str, ...] = ()) -> GGU
         raise ModelFileError(f"{name} cannot be read ({error.strerror})", "check its permissions") from error
     n_bytes = os.path.getsize(name)
     if magic != b"GGUF":
-        cause = "is empty" if not n_bytes else f"is no GGUF file (it begins with {magic!r})"
+        cause = "is empty" if not n_bytes else f"is not a GGUF file (it begins with {magic!r})"
         raise ModelFileError(f"{name} {cause}", "download it again, or convert the model to GGUF")
 
     handle = _open(name)
@@ -169,15 +181,15 @@ def read_gguf_info(path: str | PathLike[str], keys: tuple[str, ...] = ()) -> GGU
 
 
 def _path(path: str | bytes | PathLike[str]) -> str:
-    """As llama_cpp takes it: a str that is UTF-8, with ~ expanded."""
+    """The path as llama_cpp takes it: a str in UTF-8, with ~ expanded."""
     try:
         name = os.path.expanduser(os.fsdecode(path))
     except TypeError as error:
-        raise ModelFileError(f"{path!r} is no path", "give the path of a .gguf file") from error
+        raise ModelFileError(f"{path!r} is not a path", "give the path of a .gguf file") from error
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise ModelFileError(f"{name!r} is not UTF-8, and llama_cpp opens no such file", "rename it") from error
+        raise ModelFileError(f"{name!r} is not UTF-8, and llama_cpp cannot open such a file", "rename it") from error
     if not name or "\0" in name:
         raise ModelFileError(f"{name!r} names no file", "give the path of a .gguf file")
     return name
@@ -187,7 +199,7 @@ def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
     """The bytes of one tensor, (n,) uint8.
 
     Raises:
-        ModelFileError: the file has changed since its header was read.
+        ModelFileError: The file has changed since its header was read.
     """
     handle = _open(info.path)
     index = GGML.gguf_find_tensor(handle, name.encode()) if handle else -1
@@ -198,11 +210,11 @@ def read_tensor(info: GGUFInfo, name: str) -> np.ndarray:
     finally:
         if handle:
             GGML.gguf_free(handle)
-    raise ModelFileError(f"{info.path} has changed: there is no tensor {name} any more", "load it again")
+    raise ModelFileError(f"{info.path} has changed: tensor {name} is gone", "load it again")
 
 
 def count_rows(info: GGUFInfo, name: str, n_columns: int) -> int:
-    """How many rows of n_columns values a tensor has; 0 without the tensor, or where it has no whole rows."""
+    """How many rows of n_columns values a tensor has. 0 if there is no such tensor, or its rows are not whole."""
     handle = _open(info.path)
     if not handle:
         return 0
@@ -219,16 +231,20 @@ def count_rows(info: GGUFInfo, name: str, n_columns: int) -> int:
 def copy_with_metadata(
     source: str | PathLike[str], target: str | PathLike[str], changes: Mapping[str, np.ndarray | bool]
 ) -> None:
-    """Copies a GGUF file with some keys added or replaced. Values: (n,) int32, or bool. The tensors' bytes stay as they
-    are.
+    """Copies a GGUF file with some keys added or replaced. The bytes of tensors stay as they are.
+
+    Args:
+        source: The file.
+        target: Where the copy goes.
+        changes: Values by key: (n,) int32, or bool.
 
     Raises:
-        OSError: the copy cannot be written; too little room is found out before.
-        ModelFileError: the file has changed since it was looked at.
+        OSError: The copy cannot be written. Too little room is found out before anything is written.
+        ModelFileError: The file has changed since its header was read.
     """
     handle = _open(os.fspath(source))
     if not handle:
-        raise ModelFileError(f"{os.fspath(source)} has changed: its header cannot be read any more", "load it again")
+        raise ModelFileError(f"{os.fspath(source)} has changed: its header can no longer be read", "load it again")
     try:
         data = GGML.gguf_get_data_offset(handle)
         for key, value in changes.items():
@@ -253,9 +269,7 @@ def copy_with_metadata(
 
 
 def repeated_text(info: GGUFInfo, key: str) -> str | None:
-    """The first text that an array of strings has twice, empty ones aside; None if all differ or there is no such
-    array.
-    """
+    """The first text that an array of strings has twice, empty texts aside. None if all differ, or it is missing."""
     handle = _open(info.path)
     if not handle:
         return None

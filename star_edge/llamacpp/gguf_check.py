@@ -1,10 +1,9 @@
-"""Whether the header of a GGUF file fits its tensors, before llama.cpp sees the file.
+"""Checks that the header of a GGUF file fits its tensors, before llama.cpp sees the file.
 
-llama.cpp takes a header at its word in many places, and ends the process where it is wrong: a number of another type
-than it reads, a width that no tensor has, a tensor that is not there, a type that cannot be multiplied. What is checked
-here is what the tensors contradict, or what llama.cpp asserts (llama_model_base::load_hparams,
-llama_adapter_lora_init_impl). Of the shapes of a text model llama.cpp checks most itself
-(llama_model_loader::create_tensor). Projectors: star_edge.llamacpp.mmproj_check.
+llama.cpp trusts a header in many places, and ends the process if it is wrong: a number of another type than it reads, a
+width that no tensor has, a missing tensor, a type that cannot be multiplied. Checked here is what the tensors
+contradict, and what llama.cpp asserts (llama_model_base::load_hparams, llama_adapter_lora_init_impl). llama.cpp itself
+checks most shapes of a text model (llama_model_loader::create_tensor). Projectors: star_edge.llamacpp.mmproj_check.
 """
 
 from __future__ import annotations
@@ -99,24 +98,23 @@ def type_name(kind: int) -> str:
 
 @functools.cache
 def is_multiplied(kind: int) -> bool:
-    """Whether ggml can multiply by a matrix of that type: it is f32, or is turned into it."""
+    """Whether ggml can multiply by a matrix of that type: f32, or what it can convert to f32."""
     return kind == F32 or bool(GGML.ggml_get_type_traits(kind).contents.to_float)
 
 
 @functools.cache
 def is_added(kind: int) -> bool:
-    """Whether a vector of that type can be added to float32 rows, or multiplied with them, by this llama.cpp's
-    backends.
+    """Whether this llama.cpp's backends can add a vector of that type to float32 rows, or multiply them by it.
 
-    Its CPU backend takes f32 alone (ggml-cpu/binary-ops.cpp).
+    The CPU backend takes only f32 (ggml-cpu/binary-ops.cpp).
     """
     return kind == F32 or (kind in (F16, BF16) and llama_cpp.llama_supports_gpu_offload())
 
 
 class Header:
-    """What a file says, and errors about it.
+    """The header of a file, and checks of it.
 
-    Every method raises ModelFileError when the file cannot be what it says.
+    Every method raises ModelFileError if the header is wrong.
     """
 
     def __init__(self, info: GGUFInfo) -> None:
@@ -130,14 +128,14 @@ class Header:
         return default if found is None or found.value is None else found.value
 
     def kinds(self, kind: str, keys: Iterable[str]) -> None:
-        """Keys that are there have values of a type: llama.cpp reads no other."""
+        """Checks that the given keys, if present, have the only type that llama.cpp reads."""
         for key in keys:
             found = self.info.metadata.get(key)
             if found is not None and found.kind != kind:
                 self.refuse(f"{key} is of type {found.kind}, and llama.cpp reads {kind}")
 
     def whole(self, key: str, least: int, most: int, default: int | list[int] | None = None, of_layers: int = 0) -> Any:
-        """A whole number, or `default` without it; where of_layers is given also a list with one for each layer."""
+        """A whole number, or `default` if it is missing. With of_layers, also a list with one for each layer."""
         found = self.info.metadata.get(key)
         if found is None:
             return default
@@ -166,7 +164,7 @@ class Header:
     def tensor(self, name: str, shape: tuple[int | None, ...], why: str, *, required: bool) -> Tensor | None: ...
 
     def tensor(self, name: str, shape: tuple[int | None, ...], why: str, *, required: bool = True) -> Tensor | None:
-        """A tensor of that shape; None stands for any number. `why`: the keys that ask for it."""
+        """A tensor, checked for a shape. None stands for any number. `why`: the keys that the shape follows from."""
         tensor = self.info.tensors.get(name)
         if tensor is None:
             if required:
@@ -181,7 +179,7 @@ class Header:
         return tensor
 
     def added(self, name: str) -> None:
-        """A tensor, if it is there, that is added to activations or multiplied with them, element by element."""
+        """Checks a tensor, if present, that is added to activations or multiplied with them, element by element."""
         tensor = self.info.tensors.get(name)
         if tensor is not None and not is_added(tensor.kind):
             self.refuse(f"tensor {name} is {type_name(tensor.kind)}, and llama.cpp takes f32 there")
@@ -192,7 +190,7 @@ class Header:
             self.refuse(f"tensor {name} is {type_name(tensor.kind)}, which llama.cpp cannot multiply")
 
     def types(self, *, exempt: tuple[str, ...] = ()) -> None:
-        """Every tensor has a type that is computed with, and elements."""
+        """Checks that every tensor has elements, and a type that llama.cpp can compute with."""
         for name, tensor in self.info.tensors.items():
             if not math.prod(tensor.shape):
                 self.refuse(f"tensor {name} is {list(tensor.shape)}: it has no elements")
@@ -207,12 +205,14 @@ class Header:
 def read_text_model(
     path: str | PathLike[str], overrides: Mapping[str, bool | int | float | str] | None = None
 ) -> GGUFInfo:
-    """The header of a text model that llama.cpp can be given.
+    """The header of a text model, checked for llama.cpp.
 
-    overrides: metadata that stand in place of the file's, as in Llama's kv_overrides.
+    Args:
+        path: The file.
+        overrides: Metadata in place of the file's, as in Llama's kv_overrides.
 
     Raises:
-        ModelFileError: it cannot, and why.
+        ModelFileError: llama.cpp cannot be given the file. The message says why.
     """
     info = read_gguf_info(path)
     if overrides:
@@ -235,10 +235,10 @@ def read_text_model(
 
 
 def check_text_model(info: GGUFInfo) -> None:
-    """Of a text model: what llama.cpp asserts instead of refusing it.
+    """Checks what llama.cpp asserts of a text model.
 
     Raises:
-        ModelFileError: a number that cannot be, or one that the tensors contradict.
+        ModelFileError: A number is impossible, or contradicts the tensors.
     """
     header = Header(info)
     arch = info.architecture
@@ -279,14 +279,14 @@ def check_text_model(info: GGUFInfo) -> None:
 
 
 def _check_attention(header: Header, key: Callable[[str], str], n_layers: int) -> None:
-    """Heads, their sizes, and how much of them RoPE turns."""
+    """Checks heads, their sizes, and how much of a head RoPE rotates."""
     n_embd = header.whole(key("embedding_length"), 1, 2**20)
     heads = header.whole(key("attention.head_count"), 0, 2**16, of_layers=n_layers)
     heads_kv = header.whole(key("attention.head_count_kv"), 0, 2**16, default=heads, of_layers=n_layers)
     for n, n_kv in zip(_each(heads, n_layers), _each(heads_kv, n_layers)):
         if n and n_kv and n % n_kv:
             header.refuse(
-                f"{key('attention.head_count')} = {n} is no multiple of {key('attention.head_count_kv')} = {n_kv}"
+                f"{key('attention.head_count')} = {n} is not a multiple of {key('attention.head_count_kv')} = {n_kv}"
             )
     first = _each(heads, 1)[0]
     if not first or not n_embd:
@@ -295,7 +295,7 @@ def _check_attention(header: Header, key: Callable[[str], str], n_layers: int) -
     size = size_v = n_embd // first
     full = header.get(key("attention.key_length"), size)
     n_rot: Any = None
-    for suffix in ("", "_swa"):  # what is not said of layers with a sliding window is as in the others
+    for suffix in ("", "_swa"):  # without keys of their own, sliding-window layers are like the others
         size = header.whole(key(f"attention.key_length{suffix}"), 1, 2**16, default=size)
         size_v = header.whole(key(f"attention.value_length{suffix}"), 1, 2**16, default=size_v)
         n_rot = header.whole(key(f"rope.dimension_count{suffix}"), 0, 2**16, default=size if n_rot is None else n_rot)
@@ -312,7 +312,7 @@ def _check_attention(header: Header, key: Callable[[str], str], n_layers: int) -
             header.refuse(f"{key(f'attention.value_length{suffix}')} = {size_v}, and keys have {size} values in {arch}")
     sections = header.get(key("rope.dimension_sections"))
     if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= full):
-        header.refuse(f"{key('rope.dimension_sections')} = {sections} are no sections of the {full} values of a head")
+        header.refuse(f"{key('rope.dimension_sections')} = {sections} are not sections of the {full} values of a head")
 
 
 def _each(value: int | list[int] | None, n: int) -> list[int]:
@@ -335,7 +335,8 @@ def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
     """The header of a LoRA file, checked against the text model that it is for (llama_adapter_lora_init_impl).
 
     Raises:
-        ModelFileError: missing, damaged, or no LoRA adapter. ModelMismatchError: made for another model.
+        ModelFileError: The file is missing, damaged, or not a LoRA adapter.
+        ModelMismatchError: The adapter was made for another model.
     """
     info = read_gguf_info(path)
     header = Header(info)
@@ -343,7 +344,7 @@ def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
     header.kinds("f32", ("adapter.lora.alpha",))
     if header.get("general.type") != "adapter" or header.get("adapter.type") != "lora":
         raise ModelFileError(
-            f"{info.path} is no LoRA adapter (general.type {header.get('general.type')!r}, adapter.type "
+            f"{info.path} is not a LoRA adapter (general.type {header.get('general.type')!r}, adapter.type "
             f"{header.get('adapter.type')!r})",
             "convert the adapter with llama.cpp's convert_lora_to_gguf.py",
         )
@@ -360,7 +361,7 @@ def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
         if end in ("a", "b") and base:
             pairs.setdefault(base, {})[end] = tensor
         elif not name.endswith("_norm.weight"):
-            header.refuse(f"tensor {name} is no part of a LoRA adapter")
+            header.refuse(f"tensor {name} is not part of a LoRA adapter")
     if not pairs:
         header.refuse("it has no tensors")
     for base, pair in pairs.items():
@@ -368,7 +369,7 @@ def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
             header.refuse(f"tensor {base}.lora_{'b' if 'a' in pair else 'a'} is missing")
         if base in model.tensors:
             _check_pair(header, base, pair, model.tensors[base])
-        elif not _SHARD.match(os.path.basename(model.path)):  # a part of a split model has not all of its tensors
+        elif not _SHARD.match(os.path.basename(model.path)):  # a part of a split model does not have all tensors
             raise ModelMismatchError(
                 f"{info.path} changes {base}, which the text model does not have", "use the model that it was made for"
             )
@@ -396,10 +397,10 @@ def _check_pair(header: Header, base: str, pair: dict[str, Tensor], target: Tens
 
 
 def check_shards(path: str | PathLike[str]) -> None:
-    """A split model has all of its files beside the first (llama_model_loader: split.count).
+    """Checks that all files of a split model are beside the first (llama_model_loader: split.count).
 
     Raises:
-        ModelFileError: one is missing, or the path is not that of the first.
+        ModelFileError: A file is missing, or the path is not that of the first.
     """
     folder, name = os.path.split(os.fspath(path))
     found = _SHARD.match(name)

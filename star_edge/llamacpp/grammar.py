@@ -1,8 +1,8 @@
-"""Grammars that llama.cpp can take: what is refused, and why, before its parser sees the text.
+"""Checks grammars before llama.cpp sees them.
 
 llama.cpp's parser and matcher (src/llama-grammar.cpp) recurse and copy without bounds, and an exception inside them
-ends the process. So a grammar is read here first, in the same steps, into the same rules, with a bound on each. Knows
-GBNF; knows no model.
+ends the process. A grammar is therefore read here first, in the same steps, into the same rules, and each step has a
+bound. Knows GBNF. Knows no model.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-# Bounds. Each is past what schemas and grammars of real use come to, and far below where llama.cpp hangs or dies.
+# Bounds. Each is above what real schemas and grammars need, and far below where llama.cpp hangs or dies.
 MAX_BYTES = 512 * 1024
 MAX_DEPTH = 1000  # of parentheses: parse_alternates recurses, about 1 KiB of stack for each
 MAX_ELEMENTS = 200_000  # terminals and references after repetitions are written out, 8 bytes each
-MAX_REPETITIONS = 2000  # MAX_REPETITION_THRESHOLD: llama.cpp refuses more at least, and takes more at most for no limit
-MAX_LEFT_DEPTH = 2000  # llama_grammar_detect_left_recursion recurses along leftmost references,
-MAX_VISITS = 1_000_000  # and visits a rule again for each way to it
+MAX_REPETITIONS = 2000  # MAX_REPETITION_THRESHOLD: llama.cpp refuses a larger minimum, and ignores a larger maximum
+MAX_LEFT_DEPTH = 2000  # llama_grammar_detect_left_recursion recurses along leftmost references
+MAX_VISITS = 1_000_000  # it visits a rule once for each way to it
 MAX_BRANCHES = 2000  # stacks that one position opens: llama_grammar_advance_stack compares each with all others
-MAX_STEPS = 1_000_000  # of all positions together
+MAX_STEPS = 1_000_000  # stacks of all positions together
 
 TERMINAL, CONTINUED = (
     -1,
     -2,
-)  # elements that are no reference: a character, and a further range of the same character class
+)  # elements that are not references: a character, and a further range of the same class
 
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_OR_NEWLINE = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
@@ -41,20 +41,23 @@ Rule = list[list[int]]  # alternatives of elements: TERMINAL, CONTINUED, or the 
 
 
 def check_grammar(text: str, root: str, n_vocab: int, is_token: Callable[[str], bool]) -> None:
-    """Refuses what llama.cpp could not take.
+    """Refuses a grammar that llama.cpp could not take.
 
-    root: name of the rule to begin with. n_vocab: token ids are below it. is_token: whether a text is exactly one
-        token.
+    Args:
+        text: The grammar, in GBNF.
+        root: Name of the rule to begin with.
+        n_vocab: Token ids are below it.
+        is_token: Whether a text is exactly one token.
 
     Raises:
-        ConfigError: it is no GBNF, or too large in one of the ways above.
+        ConfigError: It is not GBNF, or exceeds one of the bounds above.
     """
     if not isinstance(text, str):
         raise ConfigError(f"the grammar is a {type(text).__name__}", "use LlamaGrammar.from_string(text)")
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ConfigError("the grammar holds characters that are no text (surrogates)", "write it in UTF-8") from error
+        raise ConfigError("the grammar has characters that are not text (surrogates)", "write it in UTF-8") from error
     if size > MAX_BYTES:
         raise ConfigError(f"the grammar has {size} bytes", f"use {MAX_BYTES} at most")
     if "\0" in text:
@@ -70,9 +73,12 @@ def check_grammar(text: str, root: str, n_vocab: int, is_token: Callable[[str], 
 class _Frame:
     """A rule, or a group in parentheses, that is being read.
 
-    start: where in the last alternative the last symbol begins, what a repetition repeats. n_rules: rules that this
-        symbol made.
-    n_symbols: names that there were before the group.
+    Attributes:
+        rule: Its number.
+        alternatives: Its alternatives so far.
+        n_symbols: Number of names before the group.
+        start: Where the last symbol begins in the last alternative. A repetition repeats that symbol.
+        n_rules: Number of rules that this symbol made.
     """
 
     rule: int
@@ -83,17 +89,17 @@ class _Frame:
 
 
 class _Parser:
-    """llama_grammar_parser, with bounds, and with a stack of its own in place of recursion."""
+    """llama_grammar_parser with bounds, and with a stack of its own instead of recursion."""
 
     def __init__(self, text: str, n_vocab: int, is_token: Callable[[str], bool]) -> None:
         self._text, self._n_vocab, self._is_token = text, n_vocab, is_token
         self._names: dict[str, int] = {}
-        self._n_symbols = 0  # names, and rules that were made for groups and repetitions
+        self._n_symbols = 0  # names, and rules made for groups and repetitions
         self._rules: dict[int, Rule] = {}
         self._n_elements = 0
 
     def parse(self) -> tuple[dict[int, Rule], dict[str, int]]:
-        """The rules by number, and the numbers of those that have names."""
+        """The rules by number, and the numbers of the named ones."""
         position = self._skip(0, True)
         while position < len(self._text):
             position = self._parse_rule(position)
@@ -101,7 +107,7 @@ class _Parser:
             raise ConfigError("the grammar is empty", "give at least root ::= ...")
         missing = [name for name, number in self._names.items() if number not in self._rules]
         if missing:
-            raise ConfigError(f"the grammar has no rule {missing[0][:60]!r}, which another names", "define it")
+            raise ConfigError(f"the grammar has no rule {missing[0][:60]!r}, which another rule names", "define it")
         return self._rules, self._names
 
     def _fail(self, what: str, position: int) -> ConfigError:
@@ -113,7 +119,7 @@ class _Parser:
 
     def _skip(self, position: int, newlines: bool) -> int:
         found = (_SPACE_OR_NEWLINE if newlines else _SPACE).match(self._text, position)
-        assert found is not None  # both match nothing too
+        assert found is not None  # both match the empty string
         return found.end()
 
     def _new_symbol(self) -> int:
@@ -194,7 +200,7 @@ class _Parser:
         self._grow(1)
 
     def _read_symbol(self, position: int) -> tuple[int, list[int]] | None:
-        """Where the symbol at the position ends, and its elements; None where there is none."""
+        """Where the symbol at the position ends, and its elements. None if there is no symbol."""
         text = self._text
         c = text[position : position + 1]
         if c == '"':
@@ -247,18 +253,18 @@ class _Parser:
             raise self._fail("a token is not closed", position)
         if len(token.group()) > 1000 or not self._is_token(token.group()):
             raise ConfigError(
-                f"the grammar names {token.group()[:60]!r}, which is no token of the model", "use <[ID]> or another"
+                f"the grammar names {token.group()[:60]!r}, which is not a token of the model", "use <[ID]> or another"
             )
         return token.end()
 
     def _read_repetition(self, position: int, nested: bool) -> tuple[int, int, int | None]:
-        """Where it ends, and how often at least and at most, None for no limit."""
+        """Where the repetition ends, its minimum, and its maximum (None: no limit)."""
         c = self._text[position]
         if c != "{":
             return position + 1, *{"*": (0, None), "+": (1, None), "?": (0, 1)}[c]
         found = (_REPETITION_NESTED if nested else _REPETITION).match(self._text, position)
         if not found:
-            raise self._fail("a repetition is no {m}, {m,} or {m,n}", position)
+            raise self._fail("a repetition is not {m}, {m,} or {m,n}", position)
         numbers = [None if n is None else int(n) if len(n) < 10 else 10**9 for n in found.group(1, 3)]
         least = numbers[0] or 0
         most = numbers[1] if found.group(2) else least
@@ -297,8 +303,10 @@ class _Parser:
 
 
 def _leftmost(rules: dict[int, Rule], number: int, may_be_empty: dict[int, bool]) -> Iterator[int]:
-    """References that llama_grammar_detect_left_recursion goes into: of each alternative the first element, and the
-    next after a rule that has an empty alternative."""
+    """References that llama_grammar_detect_left_recursion follows.
+
+    These are the first element of each alternative, and the next element after a rule that has an empty alternative.
+    """
     for alternative in rules[number]:
         for element in alternative:
             if element < 0:
@@ -309,7 +317,7 @@ def _leftmost(rules: dict[int, Rule], number: int, may_be_empty: dict[int, bool]
 
 
 def _check_left_recursion(rules: dict[int, Rule]) -> None:
-    """llama_grammar_detect_left_recursion, and how deep and how long it would run."""
+    """Refuses left recursion, and grammars for which llama_grammar_detect_left_recursion would run too deep or long."""
     may_be_empty = {number: [] in rule for number, rule in rules.items()}
     visits: dict[int, int] = {}
     depths: dict[int, int] = {}
@@ -349,7 +357,7 @@ def _check_left_recursion(rules: dict[int, Rule]) -> None:
 
 
 def _check_branches(rules: dict[int, Rule]) -> None:
-    """How many stacks llama_grammar_advance_stack opens, wherever a rule has to go on with another rule."""
+    """Refuses grammars for which llama_grammar_advance_stack would open too many stacks."""
     steps = 0
     for number, rule in rules.items():
         for a, alternative in enumerate(rule):
@@ -368,10 +376,9 @@ _Position = tuple[int, int, int]
 
 
 def _count_stacks(rules: dict[int, Rule], position: _Position) -> int:
-    """Stacks that one at the position, with nothing below it, becomes on its way to terminals.
+    """Number of stacks that a stack with only this position becomes on its way to terminals.
 
-    A position is (rule, alternative, element). Positions are shared, as llama.cpp's are addresses: equal ways become
-    one.
+    A position is (rule, alternative, element). It stands for an address in llama.cpp, so equal stacks count once.
     """
     seen: set[tuple[_Position, ...]] = set()
     todo: list[tuple[_Position, ...]] = [(position,)]

@@ -1,7 +1,7 @@
 """A `Llama` in which no argument of a request, and no callback, can end the process.
 
-StarVLM, StarChatHandler and llama_cpp's server sample through `Llama.create_completion`: the guards stand there, in a
-subclass that an existing Llama is made one of. Sampling stays llama_cpp's.
+StarVLM, StarChatHandler and llama_cpp's server all sample through `Llama.create_completion`. The guards are a subclass
+that overrides it; an existing Llama becomes an instance of that subclass. Sampling stays llama_cpp's.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ else:
 
 _CREATE_COMPLETION = inspect.signature(Llama.create_completion)
 _INT32 = 2**31 - 1
-# What the annotations of Llama.create_completion cannot say. Without a comment, what llama.cpp takes; most are C floats
-# there.
+# What the annotations of Llama.create_completion cannot say. A range without a comment is what llama.cpp takes; most
+# numbers are C floats there.
 RANGES: Mapping[str, Range] = {
     "max_tokens": Range(-1, _INT32),  # 0 and less: until the context is full
     "temperature": Range(0, 1e6),
@@ -37,7 +37,7 @@ RANGES: Mapping[str, Range] = {
     "min_p": Range(0, 1),
     "typical_p": Range(0, 1),
     "top_k": Range(-1, _INT32),  # 0 and less: all
-    "tfs_z": Range(1, 1),  # llama.cpp has this sampler no more, and llama_cpp ignores it
+    "tfs_z": Range(1, 1),  # llama.cpp no longer has this sampler, and llama_cpp ignores the argument
     "frequency_penalty": Range(-1e6, 1e6),
     "presence_penalty": Range(-1e6, 1e6),
     "repeat_penalty": Range(0, 1e6, above=True),
@@ -52,11 +52,10 @@ MAX_STOPS = 1000  # each is looked for after every token
 
 
 def check_options(llama: Llama, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Llama.create_completion, as its annotations have them. Names that are no argument of it are left
-    alone.
+    """Checks arguments of Llama.create_completion, and converts them to its annotations. Ignores other names.
 
     Raises:
-        ConfigError: one that cannot be used, a grammar among them.
+        ConfigError: An argument cannot be used, such as a grammar.
     """
     options = dict(options)
     if isinstance(options.get("logits_processor"), (list, tuple)):
@@ -108,15 +107,16 @@ def _check_stops(stop: str | Sequence[str]) -> list[str]:
             text.encode()
         except UnicodeEncodeError:
             raise ConfigError(
-                "stop holds characters that are no text (surrogates)", "decode its bytes as UTF-8 first"
+                "stop has characters that are not text (surrogates)", "decode its bytes as UTF-8 first"
             ) from None
     return stops
 
 
 def check_llama_grammar(llama: Llama, grammar: LlamaGrammar) -> None:
-    """
+    """Checks a grammar.
+
     Raises:
-        ConfigError: llama.cpp could not take the grammar (star_edge.llamacpp.grammar).
+        ConfigError: llama.cpp could not take it (star_edge.llamacpp.grammar).
     """
     if not isinstance(grammar, LlamaGrammar):
         raise ConfigError(f"the grammar is a {type(grammar).__name__}", "use llama_cpp.LlamaGrammar.from_string(text)")
@@ -125,10 +125,10 @@ def check_llama_grammar(llama: Llama, grammar: LlamaGrammar) -> None:
 
 
 def check_length(llama: Llama, text: str) -> None:
-    """Refuses text that no tokenizer could fit into the context, by its bytes: to tokenize it takes quadratic time.
+    """Refuses text that cannot fit into the context, by its bytes: tokenizing takes quadratic time.
 
     Raises:
-        ContextLengthError: it has more bytes than n_ctx of the longest tokens.
+        ContextLengthError: It has more bytes than n_ctx of the longest tokens.
     """
     n_bytes, n_ctx = len(text.encode("utf-8", "replace")), llama.n_ctx()
     if n_bytes <= n_ctx:
@@ -147,15 +147,17 @@ def check_length(llama: Llama, text: str) -> None:
 
 @contextlib.contextmanager
 def request_of(llama: Llama) -> Iterator[None]:
-    """A request of the Llama, whose callbacks may neither close it nor make another. Its lock is the caller's affair.
+    """A request of the Llama. Its callbacks may neither close the Llama nor make another request.
+
+    The caller holds the lock.
 
     Raises:
-        EngineClosedError: there is one under way.
+        EngineClosedError: A request is under way.
     """
-    guards = cast(_Guards, llama)  # since `guard`
+    guards = cast(_Guards, llama)  # `guard` has made it one
     if guards._n_requests or guards._n_steps:
         raise EngineClosedError(
-            "the engine is busy with a request, which a callback of it cannot interrupt", "wait for its answer"
+            "the engine is busy with a request, and a callback cannot interrupt it", "wait for its answer"
         )
     guards._n_requests += 1
     try:
@@ -165,7 +167,7 @@ def request_of(llama: Llama) -> Iterator[None]:
 
 
 def guard(llama: Llama) -> None:
-    """Makes a Llama a guarded one, for good."""
+    """Makes a Llama a guarded one, permanently."""
     if not isinstance(llama, _Guards):
         llama.__class__ = (
             GuardedLlama if type(llama) is Llama else type(f"Guarded{type(llama).__name__}", (_Guards, type(llama)), {})
@@ -173,10 +175,12 @@ def guard(llama: Llama) -> None:
 
 
 class _Limit(StoppingCriteriaList):
-    """Ends an answer after max_tokens. llama_cpp waits for the rest of a character before it looks at the count,
-    without end.
+    """Ends an answer after max_tokens.
 
-    reached: whether it had to.
+    llama_cpp looks at the count only when a character is complete, which may never happen.
+
+    Attributes:
+        reached: Whether it had to end the answer.
     """
 
     def __init__(self, criteria: StoppingCriteriaList | None, max_tokens: int | None) -> None:
@@ -191,11 +195,12 @@ class _Limit(StoppingCriteriaList):
 class _Guards(_Mixin):
     """Mixed into the class of a Llama.
 
-    _n_requests, _n_steps: requests, and steps of an answer, that run at this moment.
-    n_sampled: tokens that were sampled since it was last set to 0; each but the first took a decode. n_generated: those
-        of them that are part of an
-        answer, as `usage` counts them: a token that ends generation (EOS) is none.
-    grammar_instead: for the completions that are made while it is set, in place of the grammar that they are given.
+    Attributes:
+        _n_requests: Requests that run at this moment.
+        _n_steps: Steps of an answer that run at this moment.
+        n_sampled: Tokens that were sampled since it was last set to 0. Each but the first took a decode.
+        n_generated: Those of them that belong to an answer, as `usage` counts them, without the one that ends it (EOS).
+        grammar_instead: While it is set, completions use it in place of the grammar that they are given.
     """
 
     _longest_token: int
@@ -207,7 +212,7 @@ class _Guards(_Mixin):
         """Frees the model.
 
         Raises:
-            EngineClosedError: a request is using it, in this thread or in another.
+            EngineClosedError: A request is using it, in this thread or in another.
         """
         if self._n_requests or self._n_steps:
             raise EngineClosedError(
@@ -219,7 +224,9 @@ class _Guards(_Mixin):
         """As in Llama.
 
         Raises:
-            ConfigError: an argument that cannot be used. ContextLengthError: the prompt is too long to tokenize.
+            ConfigError: An argument cannot be used.
+            ContextLengthError: The prompt is too long to tokenize.
+            EngineClosedError: The Llama is closed.
         """
         if self._model.model is None:
             raise EngineClosedError("the Llama is closed", "make a new one")
@@ -263,7 +270,7 @@ class _Guards(_Mixin):
                 self.n_sampled += 1
                 ends = llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
                 if isinstance(limit, _Limit) and n == most and not ends:
-                    # create_completion has had as many, and asks for more all the same
+                    # create_completion has as many as it wanted, and still asks for more
                     limit.reached = True
                     return
                 n += 1
@@ -273,8 +280,10 @@ class _Guards(_Mixin):
             inner.close()
 
     def _n_known(self, prompt: Sequence[int]) -> int:
-        """Tokens at the beginning of a prompt that are in the cache, and are not evaluated again. MTMDChatHandler
-        writes no ids where an image's tokens are, so that anything may stand there."""
+        """Number of tokens at the start of a prompt that are in the cache and are not evaluated again.
+
+        MTMDChatHandler writes no ids for image tokens, so anything may stand there.
+        """
         known = self.input_ids[: min(self.n_tokens, len(prompt))]
         differs = np.flatnonzero(known != np.asarray(prompt[: len(known)], np.int64))
         return int(differs[0]) if len(differs) else len(known)
@@ -283,7 +292,7 @@ class _Guards(_Mixin):
     def _step(self) -> Iterator[None]:
         if self._n_steps:
             raise EngineClosedError(
-                "the engine is busy with a request, which a callback of it cannot interrupt", "wait for its answer"
+                "the engine is busy with a request, and a callback cannot interrupt it", "wait for its answer"
             )
         self._n_steps += 1
         try:
@@ -311,9 +320,7 @@ class GuardedLlama(_Guards, Llama):
 
 def _labelled(response: dict[str, Any], limit: _Limit) -> dict[str, Any]:
     if limit.reached and response["choices"][0]["finish_reason"] is not None:
-        response["choices"][0]["finish_reason"] = (
-            "length"  # Llama._create_completion takes every criterion for a "stop"
-        )
+        response["choices"][0]["finish_reason"] = "length"  # Llama._create_completion says "stop" for every criterion
     return response
 
 
@@ -326,7 +333,7 @@ def _labelled_chunks(chunks: Any, limit: _Limit) -> Iterator[dict[str, Any]]:
 
 
 class _Failure:
-    """What went wrong in a callback from C, which can raise nothing itself."""
+    """The error of a callback from C. The callback itself cannot raise it."""
 
     error: BaseException | None = None
 
@@ -357,20 +364,21 @@ class _Processors:
                     scores[:] = changed
                 except (TypeError, ValueError):
                     raise ConfigError(
-                        f"a logits_processor returned no array of {len(scores)} numbers", "return one for each token"
+                        f"a logits_processor returned a {type(changed).__name__}, not {len(scores)} numbers",
+                        "return one number for each token",
                     ) from None
-            if np.isnan(scores).any():  # llama.cpp sorts them, and a sort that NaN leads astray reads past its end
+            if np.isnan(scores).any():  # llama.cpp sorts them, and NaN can make its sort read out of bounds
                 raise ConfigError("a logits_processor returned NaN", "return a number for each token, or -inf")
             if not (scores > -np.inf).any():
                 raise ConfigError("logit_bias or a logits_processor leaves no token", "leave at least one above -inf")
         except BaseException as error:  # KeyboardInterrupt as well
             self._failure.error = error
-            scores[:] = 0.0  # something that the samplers after it can take
+            scores[:] = 0.0  # values that the samplers after it can handle
         return scores
 
 
 class _Sampler:
-    """A LlamaSampler that raises what failed inside it."""
+    """A LlamaSampler that raises errors from inside it."""
 
     def __init__(self, sampler: _internals.LlamaSampler, failure: _Failure, n_vocab: int) -> None:
         self._sampler, self._failure, self._n_vocab = sampler, failure, n_vocab
@@ -384,7 +392,7 @@ class _Sampler:
             raise EngineError("llama.cpp has no logits to sample from")
         if np.isnan(np.ctypeslib.as_array(logits, (self._n_vocab,))).any():
             raise EngineError(
-                "the model computes logits that are no numbers (NaN)", "check its files: they may be damaged"
+                "the model computes logits that are not numbers (NaN)", "check its files: they may be damaged"
             )
         token = self._sampler.sample(ctx, idx)
         if self._failure.error is not None:
@@ -393,8 +401,10 @@ class _Sampler:
 
 
 class _GrammarSampler(_internals.CustomSampler):
-    """llama.cpp's grammar sampler, but for the token that it does not allow: where no token is allowed one is sampled
-    all the same, and llama_grammar_accept_impl would end the process."""
+    """llama.cpp's grammar sampler, with a check before a token is accepted.
+
+    If the grammar allows no token, one is sampled anyway, and llama_grammar_accept_impl would end the process.
+    """
 
     def __init__(self, grammar: llama_cpp.llama_sampler_p, n_vocab: int, failure: _Failure) -> None:
         self._grammar, self._failure = grammar, failure

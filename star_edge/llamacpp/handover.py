@@ -1,4 +1,4 @@
-"""What star_edge asks of a `llama_cpp.Llama`, and puts into one, past its public interface."""
+"""Private fields of `llama_cpp.Llama` that star_edge reads or writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import Llama
 
-# What a Llama without a handler says by itself (guess_chat_format_from_gguf_metadata), before it may get one
+# Formats that a Llama without a handler guesses by itself (guess_chat_format_from_gguf_metadata)
 _GUESSED = ("llama-2", "llama-3", "chatml", "mistral-instruct")
 
 
@@ -17,7 +17,7 @@ def is_open(llama: Llama) -> bool:
 
 
 def keeps_logits(llama: Llama) -> bool:
-    """Whether it was made with logits_all, which logprobs need."""
+    """Whether it was made with logits_all. logprobs need that."""
     return bool(llama._logits_all)
 
 
@@ -32,19 +32,22 @@ def has_given_format(llama: Llama) -> bool:
 
 
 def free_with(llama: Llama, close: Callable[[], None]) -> None:
-    """Has something freed when the Llama is closed, before whatever was there earlier."""
+    """Frees something when the Llama is closed, before what was registered earlier."""
     llama._stack.callback(close)
 
 
 def hand_over(llama: Llama, tokens: np.ndarray, logits: np.ndarray) -> None:
-    """Tells the Llama that its cache holds a prompt, so that create_completion samples from it.
+    """Tells the Llama that its cache holds a prompt, so that create_completion samples from there.
 
-    tokens: (n,) ids, for logits processors, and what create_completion compares its prompt with. logits: (n_vocab,)
-        float32 of the last row.
+    Args:
+        llama: The Llama.
+        tokens: Ids of the prompt, (n,). Logits processors see them, and create_completion compares its prompt with
+            them.
+        logits: Logits of the last row, (n_vocab,) float32.
     """
     n = len(tokens)
     llama.input_ids[:n] = tokens
     llama.n_tokens = n
     if llama._logits_all and n <= len(llama.scores):
-        llama.scores[n - 1] = logits  # create_completion takes the logprobs of the first answer token from here
-    llama._requires_eval = False  # the logits of the last row are there
+        llama.scores[n - 1] = logits  # create_completion takes the first token's logprobs from here
+    llama._requires_eval = False  # the last row's logits are there

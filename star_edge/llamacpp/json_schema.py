@@ -1,8 +1,7 @@
-"""JSON schemas as grammars: llama_cpp's converter, with a bound on what a schema may come to and with its strings
-escaped.
+"""JSON schemas as grammars: llama_cpp's converter, with bounds and with escaped strings.
 
-The converter writes repetitions out and visits a definition again for each reference to it: 50 bytes of schema can come
-to gigabytes.
+The converter writes out repetitions, and visits a definition once for each reference. So 50 bytes of schema can become
+gigabytes of grammar.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from .grammar import MAX_BYTES
 
 MAX_SCHEMA_DEPTH = 100
 MAX_SCHEMA_VALUES = 20_000  # keys and items of the schema itself
-MAX_COUNT = 900  # of what is repeated: llama.cpp's parser takes an optional part in at most about 1000 others
+MAX_COUNT = 900  # repetitions: llama.cpp's parser nests at most about 1000 optional parts
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
 _REPETITION = re.compile(r"\{([^}]*)\}")
 
 
 class _Converter(SchemaConverter):
-    """llama_cpp's, which has no annotations, with a bound on what it writes and on its own steps."""
+    """llama_cpp's converter, with bounds on its output and on its steps. It has no annotations."""
 
     def __init__(self) -> None:
         super().__init__(  # type: ignore[no-untyped-call]
@@ -35,7 +34,7 @@ class _Converter(SchemaConverter):
 
     def _add_rule(self, name: str, rule: str) -> str:
         self._n_bytes += len(name) + len(rule)
-        if self._n_bytes > 2 * MAX_BYTES:  # what is written twice counts twice
+        if self._n_bytes > 2 * MAX_BYTES:  # a rule that is written twice counts twice
             raise ConfigError(f"the JSON schema comes to a grammar of more than {MAX_BYTES} bytes", "make it smaller")
         reference: str = super()._add_rule(name, rule)  # type: ignore[no-untyped-call]
         return reference
@@ -48,20 +47,20 @@ class _Converter(SchemaConverter):
         return reference
 
     def _format_literal(self, literal: str) -> str:
-        """literal: JSON text, whose backslashes the original leaves to be read as escapes of the grammar."""
+        """Escapes JSON text. The original leaves its backslashes, which the grammar then reads as escapes."""
         try:
             text = json.dumps(json.loads(literal), ensure_ascii=False)
             text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+        except UnicodeEncodeError:  # half a surrogate pair: only an escape can express it
             text = literal
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def schema_grammar(schema: Any) -> LlamaGrammar:
-    """The grammar of the JSON texts that a schema allows, as far as llama_cpp's converter knows the schema's words.
+    """The grammar of the JSON texts that a schema allows. llama_cpp's converter ignores keywords that it does not know.
 
     Raises:
-        ConfigError: no JSON schema, one with words that the converter cannot follow, or one that comes to too much.
+        ConfigError: It is not a JSON schema, the converter cannot follow it, or the grammar is too large.
     """
     if not isinstance(schema, (Mapping, bool)):
         raise ConfigError(f"the JSON schema is a {type(schema).__name__}", "give an object")
@@ -76,7 +75,7 @@ def schema_grammar(schema: Any) -> LlamaGrammar:
         return LlamaGrammar.from_string(converter.format_grammar())
     except ConfigError:
         raise
-    except Exception as error:  # the converter asserts, indexes and recurses: any schema can make it fail in any way
+    except Exception as error:  # the converter asserts, indexes and recurses, so it may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
             f"the JSON schema cannot be followed ({reason})", "see llama_cpp.llama_grammar for what it may say"
@@ -98,7 +97,7 @@ def _check_schema(schema: Any) -> None:
         if isinstance(value, Mapping):
             for name in _COUNTS:
                 count = value.get(name)
-                # A property may have such a name: its value is a schema then
+                # A property may have such a name. Its value is a schema then.
                 if count is not None and not isinstance(count, (Mapping, bool)) and not _is_count(count):
                     raise ConfigError(
                         f"the JSON schema has {name}={str(count)[:40]}", f"use a whole number of 0 to {MAX_COUNT}"
@@ -120,7 +119,7 @@ def _check_pattern(pattern: str) -> None:
     for repetition in _REPETITION.findall(pattern):
         numbers = [n.strip() for n in repetition.split(",")]
         if not all(n.isdigit() or not n for n in numbers):
-            continue  # braces that are no repetition: the converter says so where it matters
+            continue  # these braces are not a repetition: the converter reports it where it matters
         counts = [min(int(n[:9]), 10**9) for n in numbers if n]
         if len(counts) == 2 and counts[1] < counts[0]:
             raise ConfigError(
@@ -136,13 +135,13 @@ def _check_pattern(pattern: str) -> None:
 
 
 def response_grammar(response_format: Any) -> LlamaGrammar | None:
-    """The grammar of an OpenAI response_format, or None where it asks for plain text.
+    """The grammar of an OpenAI response_format, or None if it asks for plain text.
 
     {"type": "text"}, {"type": "json_object"} (with "schema", as llama_cpp has it), or {"type": "json_schema",
     "json_schema": {"name": ..., "schema": ..., "strict": ...}}. A schema holds whether or not it says strict.
 
     Raises:
-        ConfigError: another form, or a schema that cannot be used.
+        ConfigError: It has another form, or its schema cannot be used.
     """
     if response_format is None:
         return None

@@ -1,5 +1,6 @@
-"""Arguments of `llama_cpp.Llama` that its annotations do not describe: what llama.cpp aborts on, or takes without a
-word.
+"""Checks arguments of `llama_cpp.Llama` that its annotations do not describe.
+
+llama.cpp aborts on some of them, and silently takes others that make no sense.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .names import is_about_context
 
 _INT32 = 2**31 - 1
 _KEY_BYTES = 127  # of struct llama_model_kv_override, and a final NUL
-# Enumerations of llama.h and ggml.h, and numbers that llama.cpp computes with
+# Values of enumerations in llama.h and ggml.h, and numbers that llama.cpp computes with
 _RANGES: Mapping[str, Range] = {
     "split_mode": Range(llama_cpp.LLAMA_SPLIT_MODE_NONE, llama_cpp.LLAMA_SPLIT_MODE_TENSOR),
     "main_gpu": Range(0, _INT32),
@@ -37,21 +38,25 @@ _RANGES: Mapping[str, Range] = {
 
 
 def check_llama_options(options: Mapping[str, Any], taken: Container[str] = ()) -> dict[str, Any]:
-    """Arguments for Llama as its annotations have them. taken: those that the caller gives himself.
+    """Checks arguments of Llama, and converts them to its annotations.
+
+    Args:
+        options: The arguments.
+        taken: Names that the caller sets itself.
 
     Raises:
-        ConfigError: an argument that Llama does not have, that the caller gives, or that cannot be used.
+        ConfigError: An argument is unknown, is among `taken`, or cannot be used.
     """
     named = sorted(name for name in options if name in taken)
     if named:
-        raise ConfigError(f"{named[0]} is no option here: it follows from the others", "leave it out")
+        raise ConfigError(f"{named[0]} is not an option here: it follows from the others", "leave it out")
     checked = check(Llama.__init__, options, _RANGES)
     split = checked.get("tensor_split")
     most = llama_cpp.llama_max_devices()
     if split is not None and (len(split) > most or any(part not in Range(0) for part in split)):
-        raise ConfigError(f"tensor_split={str(split)[:60]} is no split", f"use {most} numbers of 0 or more at most")
+        raise ConfigError(f"tensor_split={str(split)[:60]} is not a split", f"use {most} numbers of 0 or more at most")
     if checked.get("main_gpu", 0) >= max(1, len(list_devices())):
-        raise ConfigError(f"main_gpu={checked['main_gpu']} is no device", f"there are {len(list_devices())}")
+        raise ConfigError(f"main_gpu={checked['main_gpu']} is not a device", f"there are {len(list_devices())}")
     for key, value in (checked.get("kv_overrides") or {}).items():
         for text in (key, value):
             if isinstance(text, str) and ("\0" in text or len(text.encode("utf-8", "replace")) > _KEY_BYTES):
@@ -62,11 +67,11 @@ def check_llama_options(options: Mapping[str, Any], taken: Container[str] = ()) 
 
 
 def load_llama(path: str, *, n_ctx: int, **options: Any) -> Llama:
-    """A Llama of a file whose header was checked (star_edge.llamacpp.gguf_check).
+    """Loads a file whose header has been checked (star_edge.llamacpp.gguf_check).
 
     Raises:
         ModelFileError: llama.cpp cannot load the file.
-        EngineError: it could not create a context, or there is not enough memory.
+        EngineError: llama.cpp could not create a context, or there is not enough memory.
     """
     try:
         return Llama(path, n_ctx=n_ctx, **options)
@@ -79,10 +84,10 @@ def load_llama(path: str, *, n_ctx: int, **options: Any) -> Llama:
         raise ModelFileError(
             f"{path} cannot be loaded ({error})", "check that this llama.cpp supports the model, or lower n_ctx"
         ) from error
-    except jinja2.TemplateError as error:  # Llama makes something of every template that the file has
+    except jinja2.TemplateError as error:  # Llama parses every template that the file has
         reason = " ".join(str(error).split())
         raise ModelFileError(
-            f"{path}: a chat template of it cannot be parsed ({reason})", "convert the model again"
+            f"{path} has a chat template that cannot be parsed ({reason})", "convert the model again"
         ) from error
     except MemoryError as error:
         raise EngineError(

@@ -1,8 +1,8 @@
-"""Whether the header of an mmproj file fits its tensors, before libmtmd sees the file.
+"""Checks that the header of an mmproj file fits its tensors, before libmtmd sees the file.
 
-libmtmd compares almost nothing (clip_model_loader::load_hparams, load_tensors): a width, a patch size or a merge factor
-that the tensors do not have ends the process when the graph is built or run. Numbers, types of values and types of
-tensors are checked in every file; shapes where the projector's graph is known, in tools/mtmd/models/.
+libmtmd compares almost nothing (clip_model_loader::load_hparams, load_tensors). A width, a patch size or a merge factor
+that contradicts the tensors ends the process when the graph is built or run. Numbers, types of values and types of
+tensors are checked in every file. Shapes are checked if the projector's graph (tools/mtmd/models/) is known here.
 """
 
 from __future__ import annotations
@@ -93,10 +93,11 @@ _RESAMPLER_HEAD = 128  # clip_graph_minicpmv
 
 
 def check_mmproj(info: GGUFInfo) -> None:
-    """Of a file with a vision encoder.
+    """Checks a file with a vision encoder.
 
     Raises:
-        ModelFileError: a key of another type than is read, a number that cannot be, or one that the tensors contradict.
+        ModelFileError: A key has another type than llama.cpp reads, or a number is impossible or contradicts the
+            tensors.
     """
     header = Header(info)
     for kind, keys in _KINDS.items():
@@ -116,15 +117,15 @@ def check_mmproj(info: GGUFInfo) -> None:
 class _Check:
     """The numbers of a vision encoder, and the shapes that follow from them.
 
-    d: width. side: patches of a side of a picture of image_size. n_merge: patches of a side that become one token of a
-        side.
+    Attributes:
+        d: Width.
+        side: Patches along a side of a picture of image_size.
     """
 
     def __init__(self, header: Header) -> None:
         self.header = h = header
         self.projector = h.get("clip.projector_type") or h.get(_V + "projector_type") or ""
-        # Encoders of other graphs may have no heads or no layers of the usual kind, and say 0 (Gemma 3n's is a
-        # MobileNet).
+        # Encoders of other graphs may have no heads or layers of the usual kind, and say 0 (Gemma 3n has a MobileNet).
         is_known = self.projector in _PROJECTORS
         self.d = h.whole(_V + "embedding_length", 1, 2**20, 0)
         self.heads = h.whole(_V + "attention.head_count", int(is_known), 2**16, 0)
@@ -152,7 +153,9 @@ class _Check:
             h.refuse(f"{_V}image_grid_pinpoints = {points}, and they are pixels from 1 to {_MAX_SIDE}")
         if self.d and self.heads and not self.d_head:
             if is_known and self.d % self.heads:
-                h.refuse(f"{_V}embedding_length = {self.d} is no multiple of {_V}attention.head_count = {self.heads}")
+                h.refuse(
+                    f"{_V}embedding_length = {self.d} is not a multiple of {_V}attention.head_count = {self.heads}"
+                )
             self.d_head = self.d // self.heads
         self.side = self.image // self.patch if self.patch else 0
         if self.image and not self.side:
@@ -174,14 +177,21 @@ class _Check:
         self.vector(name + ".bias", n, why)
 
     def linear(self, name: str, n_in: int, why: str, n_out: int | None = None, *, bias: bool = False) -> int:
-        """A matrix and, if it is there or must be, its bias. Returns its output width."""
+        """Checks a matrix, and its bias if it is present or required. Returns the output width."""
         tensor = self.header.tensor(name + ".weight", (n_in, n_out), why)
         n = (*tensor.shape, 1)[1]
         self.vector(name + ".bias", n, f"{name}.weight", required=bias)
         return n
 
+    def kernel(self, name: str, shape: tuple[int, int, int], why: str) -> int:
+        """A convolution of (columns, rows, channels), and its bias. Returns its output channels."""
+        tensor = self.header.tensor(name + ".weight", (*shape, None), why)
+        n = (*tensor.shape, 1)[3]
+        self.vector(name + ".bias", n, name, required=True)
+        return n
+
     def patches(self, n_tensors: int = 1) -> None:
-        """The convolution that makes patches."""
+        """Checks the convolution that makes patches."""
         why = f"{_V}patch_size = {self.patch} and {_V}embedding_length = {self.d}"
         for name in ("v.patch_embd.weight", "v.patch_embd.weight.1")[:n_tensors]:
             tensor = self.header.tensor(name, (self.patch, self.patch, 3, self.d), why)
@@ -190,14 +200,15 @@ class _Check:
         self.vector("v.patch_embd.bias", self.d, why)
 
     def depthwise(self, name: str, n: int, why: str) -> None:
-        """A 3 x 3 kernel for each of n channels. The legacy converter leaves its axis of one out (ggml_conv_2d_dw takes
-        both).
+        """Checks a 3 x 3 kernel for each of n channels.
+
+        The legacy converter omits the axis of length one. ggml_conv_2d_dw takes both.
         """
         found = self.header.info.tensors.get(name)
         self.header.tensor(name, (3, 3, n) if found is not None and len(found.shape) == 3 else (3, 3, 1, n), why)
 
     def positions(self, n: int, *, exact: bool, added: bool) -> None:
-        """Position embeddings for n rows; added: as they are, otherwise rows of them are taken."""
+        """Checks position embeddings for n rows. added: they are added as they are; otherwise rows are picked."""
         name = "v.position_embd.weight"
         why = f"{_V}image_size = {self.image}, {_V}patch_size = {self.patch} and {_V}embedding_length = {self.d}"
         tensor = self.header.tensor(name, (self.d, n if exact else None), why)
@@ -207,19 +218,22 @@ class _Check:
             self.header.added(name)
 
     def square_positions(self) -> None:
-        """Position embeddings that are scaled to the picture's grid."""
+        """Checks position embeddings that are scaled to the picture's grid."""
         name = "v.position_embd.weight"
         n = (*self.header.tensor(name, (self.d, None), _V + "embedding_length").shape, 1)[1]
         if math.isqrt(n) ** 2 != n:
-            self.header.refuse(f"tensor {name} has {n} rows, which are no square")
+            self.header.refuse(f"tensor {name} has {n} rows, which is not a square")
         if self.header.info.tensors[name].kind != F32:
             self.header.refuse(
                 f"tensor {name} is {type_name(self.header.info.tensors[name].kind)}, and llama.cpp scales f32 alone"
             )
 
     def layers(self, *, fused: bool = False, biases: bool = False) -> None:
-        """Attention and feed-forward of every layer. fused: Q, K and V must be one matrix; biases: theirs must be
-        there.
+        """Checks attention and feed-forward of every layer.
+
+        Args:
+            fused: Q, K and V must be one matrix.
+            biases: They must have biases.
         """
         width = f"{_V}embedding_length = {self.d}"
         head = f"{_V}attention.head_count = {self.heads}"
@@ -240,7 +254,7 @@ class _Check:
                 if (
                     found is not None
                     and found.shape != (self.d_head,)
-                    and (self.projector == "gemma4v" or found.shape != (self.d,))
+                    and (self.projector in ("gemma4v", "glm4v") or found.shape != (self.d,))
                 ):
                     self.header.refuse(
                         f"tensor {b}{name}.weight is {list(found.shape)}, and a head has {self.d_head} values ({head})"
@@ -264,7 +278,7 @@ def _llava(c: _Check) -> None:
         c.header.refuse(f"{_V}image_size = {c.image}, and pictures have a fixed size")
     c.patches()
     c.vector("v.class_embd", c.d, _V + "embedding_length")
-    # More rows would not fail, and be those of another grid
+    # More rows would not fail, but they would belong to another grid.
     c.positions(c.side**2 + ("v.class_embd" in c.header.info.tensors), exact=True, added=False)
     points = c.header.get(_V + "image_grid_pinpoints") or []
     if any(p % c.image for p in points):  # a crop that is left over may be smaller than a patch
@@ -312,8 +326,8 @@ def _fixed_grid(c: _Check, n_merge: int, extra: int = 0) -> None:
     """Pictures are always of image_size, and a token is a square of patches."""
     if not c.side or c.side % n_merge:
         c.header.refuse(
-            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, no multiple "
-            f"of {c.merge_key} = {n_merge}"
+            f"{_V}image_size = {c.image} and {_V}patch_size = {c.patch} make {c.side} patches of a side, which is not "
+            f"a multiple of {c.merge_key} = {n_merge}"
         )
     c.patches()
     c.positions(c.side**2 + extra, exact=True, added=True)
@@ -369,7 +383,8 @@ def _pixtral(c: _Check) -> None:
     elif n_merge != 1:
         c.header.refuse(f"{c.merge_key} = {n_merge}, and tensor mm.patch_merger.weight is missing")
     n = c.linear("mm.2", c.linear("mm.1", n, why), "mm.1")
-    c.vector("v.token_embd.img_break", n, "mm.2", required=True)
+    if c.projector == "pixtral":
+        c.vector("v.token_embd.img_break", n, "mm.2", required=True)
 
 
 def _rotated_heads(c: _Check) -> None:
@@ -410,6 +425,56 @@ def _qwen(c: _Check) -> None:
             c.linear(b + "fc2", c.linear(b + "fc1", 4 * c.d, why, bias=True), b + "fc1", n, bias=True)
 
 
+def _merges_two(c: _Check) -> None:
+    """Squares of 2 x 2, a constant of clip_n_output_tokens_x."""
+    if c.merge(2) != 2:
+        c.header.refuse(f"{c.merge_key} = {c.merge(2)}, and the graph of {c.projector} merges 2 x 2 patches")
+
+
+def _paddleocr(c: _Check) -> None:
+    _rotated_heads(c)
+    c.patches()
+    c.square_positions()
+    c.layers()
+    why = f"{_V}embedding_length = {c.d}"
+    for end in (".weight", ".bias"):
+        c.vector("mm.input_norm" + end, c.d, why, required=True)
+    c.linear("mm.2", c.linear("mm.1", 4 * c.d, why, bias=True), "mm.1", bias=True)
+
+
+def _glm4v(c: _Check) -> None:
+    _merges_two(c)
+    _rotated_heads(c)
+    c.patches(2)
+    why = f"{_V}embedding_length = {c.d}"
+    c.vector("v.patch_embd.bias", c.d, why, required=True)
+    c.vector("v.norm_embd.weight", c.d, why)
+    if "v.position_embd.weight" in c.header.info.tensors:
+        c.square_positions()
+    c.layers()
+    n = c.kernel("mm.patch_merger", (2, 2, c.d), why)
+    n = c.linear("mm.model.fc", n, "mm.patch_merger")
+    c.norm("mm.post_norm", n, "mm.model.fc")
+    inner = c.linear("mm.up", n, "mm.model.fc")
+    c.linear("mm.gate", n, "mm.up", inner)
+    c.linear("mm.down", inner, "mm.up")
+
+
+def _hunyuan(c: _Check) -> None:
+    _merges_two(c)
+    c.patches()
+    c.square_positions()
+    c.layers()
+    why = f"{_V}embedding_length = {c.d}"
+    c.vector("mm.pre_norm.weight", c.d, why, required=True)
+    n = c.kernel("mm.2", (1, 1, c.kernel("mm.0", (2, 2, c.d), why)), "mm.0")
+    c.vector("v.image_newline", n, "mm.2", required=True)
+    n = c.linear("mm.model.fc", n, "mm.2", bias=True)
+    for name in ("mm.image_begin", "mm.image_end", "mm.post_norm.weight"):
+        c.vector(name, n, "mm.model.fc", required=True)
+    c.vector("v.view_seperator", n, "mm.model.fc")
+
+
 def _gemma4(c: _Check) -> None:
     n_merge = c.merge(3)
     _rotated_heads(c)
@@ -447,8 +512,28 @@ def _resampler(c: _Check) -> None:
             c.vector(f"resampler.ln_{name}{end}", n, why, required=True)
 
 
-_BY_MERGE_SIZE = ("pixtral", "lightonocr", "qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger")
-_TAKE_FUSED = ("gemma3", "idefics3", "internvl", "lfm2", "pixtral", "gemma4v", "resampler")  # clip_graph::build_vit
+_BY_MERGE_SIZE = (
+    "pixtral",
+    "lightonocr",
+    "qwen2vl_merger",
+    "qwen2.5vl_merger",
+    "qwen3vl_merger",
+    "glm4v",
+    "hunyuanvl",
+)
+_TAKE_FUSED = (  # clip_graph::build_vit
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "lfm2",
+    "pixtral",
+    "gemma4v",
+    "resampler",
+    "glm4v",
+    "hunyuanvl",
+    "lightonocr",
+    "paddleocr",
+)
 _PROJECTORS: dict[str, Callable[[_Check], None]] = {
     "mlp": _llava,
     "ldp": _llava,
@@ -462,5 +547,9 @@ _PROJECTORS: dict[str, Callable[[_Check], None]] = {
     "qwen2.5vl_merger": _qwen,
     "qwen3vl_merger": _qwen,
     "gemma4v": _gemma4,
+    "glm4v": _glm4v,
+    "hunyuanvl": _hunyuan,
+    "lightonocr": _pixtral,
+    "paddleocr": _paddleocr,
     "resampler": _resampler,
 }

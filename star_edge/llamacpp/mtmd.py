@@ -1,6 +1,6 @@
-"""libmtmd: splits a prompt into chunks, and encodes its images. Python types come out; handles stay inside.
+"""libmtmd: splits a prompt into chunks, and encodes its images. Returns Python types; handles stay inside.
 
-Its log is kept for the calling thread (csrc/log.c), since it alone says why something failed.
+Only libmtmd's log says why something failed, so it is kept for the calling thread (csrc/log.c).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ mtmd.mtmd_helper_log_set(_log_callback, None)
 
 
 def logged() -> str:
-    """Warnings and errors of libmtmd since the log was cleared, in one line."""
+    """libmtmd's warnings and errors since the log was cleared, in one line."""
     return " ".join(ffi.string(lib.se_log_text()).decode("utf-8", "replace").split())[:200]
 
 
@@ -38,7 +38,7 @@ def clear_log() -> None:
 
 
 def unprepared(status: int) -> ImageError:
-    """Why mtmd_tokenize gave a status other than 0: an image that it cannot scale or cut."""
+    """The error for a status of mtmd_tokenize other than 0: it cannot scale or cut an image."""
     reason = logged().removeprefix("mtmd_tokenize: error: ")
     return ImageError(
         f"an image has a shape that the model cannot have ({reason or f'code {status}'})",
@@ -47,7 +47,7 @@ def unprepared(status: int) -> ImageError:
 
 
 def load_error(path: str) -> ModelMismatchError | ModelFileError:
-    """Why an mmproj file could not be loaded, by the log."""
+    """The error for an mmproj file that could not be loaded, from the log."""
     reason = logged()
     if "mismatch" in reason or "n_embd" in reason:
         return ModelMismatchError(
@@ -64,8 +64,9 @@ class RawImage:
     """An image chunk as libmtmd has it.
 
     handle: for `Mtmd.encode`. positions: relative to the chunk's first, (n_tokens,) int32, or (4, n_tokens) for M-RoPE
-        (t, y, x, 0). moves: what is added to them for each position that the chunk starts later, of their shape. nx, ny: columns and rows of tokens, where libmtmd says them. size: (height, width) in pixels of
-        what the encoder gets, or None. name: of its bitmap.
+        (t, y, x, 0). moves: what is added to them for each position that the chunk starts later, of their shape.
+        nx, ny: columns and rows of tokens, where libmtmd says them. size: (height, width) in pixels of what the encoder
+        gets, or None. name: of its bitmap.
     """
 
     handle: object
@@ -103,7 +104,7 @@ class Mtmd:
         self.mrope = False
 
     def load(self, path: str) -> bool:
-        """Loads a file; False: it cannot be, and the log says why."""
+        """Loads a file. False: it cannot be loaded, and the log says why."""
         clear_log()
         self.handle = mtmd.mtmd_init_from_file(os.fsencode(path), self._llama.model, self._params)
         if self.handle is None:
@@ -160,9 +161,10 @@ class Mtmd:
         """RoPE positions of an image's n tokens, if the first is at `start`."""
         raw = (mtmd.mtmd_decoder_pos * n)()
         mtmd.mtmd_helper_image_get_decoder_pos(image, start, raw)
-        txyz = np.frombuffer(raw, np.uint32).reshape(n, 4).astype(np.int32)
+        txyz: np.ndarray = np.frombuffer(memoryview(raw), np.uint32).reshape(n, 4).astype(np.int32)
         # set_position_mrope_2d: t, y, x, z
-        return txyz[:, [0, 2, 1, 3]].T.copy() if self.mrope else txyz[:, 0].copy()
+        positions: np.ndarray = txyz[:, [0, 2, 1, 3]].T if self.mrope else txyz[:, 0]
+        return positions.copy()
 
     def _chunk(self, chunk: object) -> np.ndarray | RawImage:
         kind = mtmd.mtmd_input_chunk_get_type(chunk)
@@ -204,7 +206,7 @@ class Mtmd:
 
 
 def make_bitmap(image: np.ndarray, name: str) -> object:
-    """A bitmap of (h, w, 3) uint8, C-contiguous, whose chunks get the name. Whoever makes it frees it."""
+    """A bitmap of (h, w, 3) uint8, C-contiguous. Its chunks get the name. The caller frees it."""
     pixels = image.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], pixels)
     mtmd.mtmd_bitmap_set_id(bitmap, name.encode())
@@ -212,12 +214,12 @@ def make_bitmap(image: np.ndarray, name: str) -> object:
 
 
 def name_joined(bitmaps: Sequence[object]) -> None:
-    """Puts the names of two bitmaps into the first's where libmtmd may join them, to be called before mtmd_tokenize.
+    """Gives bitmaps that libmtmd may join the names of both. Call it before mtmd_tokenize.
 
-    Before llama-cpp-python 0.3.36 it takes adjacent bitmaps of one size for frames of a video, if the encoder has such
-    (mtmd_bitmap::can_merge_with), and their chunk has the name of the first alone.
+    Before llama-cpp-python 0.3.36, libmtmd takes adjacent bitmaps of one size for frames of a video if the encoder has
+    such frames (mtmd_bitmap::can_merge_with). Their chunk has only the name of the first.
     """
-    if hasattr(mtmd, "mtmd_bitmap_set_mergeable"):  # they stay apart unless that is called
+    if hasattr(mtmd, "mtmd_bitmap_set_mergeable"):  # bitmaps stay apart unless it is called
         return
 
     def size(bitmap: Any) -> tuple[int, int]:

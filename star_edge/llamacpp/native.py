@@ -1,8 +1,7 @@
 """The C core and the ggml library it works in.
 
-Loads the extension, refuses to run beside another llama-cpp-python than it was compiled against, and hands the core the
-addresses of the ggml functions in the library that `llama_cpp` itself loaded, so that there is never a second copy of
-ggml.
+Loads the extension, and refuses a llama-cpp-python other than the one that it was compiled against. Gives the core the
+addresses of ggml functions in the library that `llama_cpp` has loaded, so that there is never a second copy of ggml.
 """
 
 from __future__ import annotations
@@ -31,14 +30,17 @@ BOUND_FUNCTIONS = (
     "ggml_backend_buffer_is_host",
     "ggml_nbytes",
     "ggml_get_type_traits",
+    "ggml_backend_buffer_get_type",
+    "ggml_backend_buft_get_device",
+    "ggml_backend_dev_supports_op",
 )
 
 
 def check_version(compiled: str, installed: str) -> None:
-    """Raises VersionMismatchError unless both versions of llama-cpp-python are the same, but for a local part (+cu128).
+    """Raises VersionMismatchError unless both versions of llama-cpp-python are equal. A local part (+cu128) may differ.
 
-    llama.cpp changes the layout of its structs between patch releases, so only equality is safe. What a local version
-    is built from, `check_layout` shows.
+    llama.cpp changes the layout of its structs between patch releases, so only equality is safe. `check_layout` tells
+    whether a local version was built from the same headers.
     """
     if compiled.partition("+")[0] != installed.partition("+")[0]:
         raise VersionMismatchError(
@@ -49,11 +51,14 @@ def check_version(compiled: str, installed: str) -> None:
 
 
 def check_layout(layouts: Iterable[tuple[str, str | None, int]], *modules: ModuleType) -> None:
-    """Compares llama_cpp's structures with the headers that the core was compiled with: (structure, field or None,
-    bytes).
+    """Compares llama_cpp's structures with the headers that the core was compiled with.
+
+    Args:
+        layouts: (structure, field or None, bytes): the offset of a field, or the size of a structure.
+        *modules: Where the structures are.
 
     Raises:
-        VersionMismatchError: a size or an offset differs, as in a fork that has the same version number.
+        VersionMismatchError: A size or an offset differs, as in a fork with the same version number.
     """
     for name, field, expected in layouts:
         structure = next((getattr(m, name) for m in modules if hasattr(m, name)), None)
@@ -70,9 +75,7 @@ def check_layout(layouts: Iterable[tuple[str, str | None, int]], *modules: Modul
 
 
 def check_llama(compiled: str, loaded: str) -> None:
-    """Raises VersionMismatchError unless the llama.cpp that is loaded is of the version that was there at compile time
-    ("": unknown).
-    """
+    """Raises VersionMismatchError unless the loaded llama.cpp has the version of compile time ("": unknown)."""
     if compiled and compiled != loaded:
         raise VersionMismatchError(
             f"star_edge was compiled against llama.cpp {compiled}, but {loaded or 'an unknown version'} is loaded",
@@ -92,10 +95,10 @@ def _layouts() -> Iterator[tuple[str, str | None, int]]:
 
 
 def open_standard_streams() -> None:
-    """Gives descriptors 1 and 2 the null device where they are closed, as in a daemon.
+    """Opens the null device as descriptors 1 and 2 if they are closed, as in a daemon.
 
-    llama_cpp copies both while it loads, which fails; and the next file that is opened would get the number to which
-    llama.cpp logs.
+    llama_cpp duplicates both while it loads, and would fail. Also, the next file to be opened would get the number that
+    llama.cpp logs to.
     """
     for number in (1, 2):
         try:
@@ -111,7 +114,7 @@ def find_ggml() -> ctypes.CDLL:
     """The ggml-base library that llama_cpp loaded, as a ctypes handle.
 
     Raises:
-        EngineError: when it is not beside llama_cpp's own libraries.
+        EngineError: It is not beside llama_cpp's own libraries.
     """
     folder = Path(llama_cpp.__file__).parent / "lib"
     names = {"win32": ("ggml-base.dll",), "darwin": ("libggml-base.dylib",)}.get(sys.platform, ("libggml-base.so",))
@@ -136,12 +139,12 @@ for _name in BOUND_FUNCTIONS:
 
 
 def version_and_features() -> tuple[str, bytes]:
-    """Of llama-cpp-python, and of the processor as llama.cpp uses it."""
+    """Version of llama-cpp-python, and the processor's features as llama.cpp uses them."""
     return llama_cpp.__version__, llama_cpp.llama_print_system_info()
 
 
 def check(error: int, what: str, remedy: str = "") -> None:
-    """Turns an error code of the core into an EngineError, or a LayerWindowError when it is about the model's graph."""
+    """Turns an error code of the core into an EngineError, or a LayerWindowError if it concerns the model's graph."""
     if error:
         kind = (
             LayerWindowError

@@ -1,5 +1,5 @@
-"""llama-cpp-python as it is, beside star_edge on the same model: contexts without a callback, llama_cpp's own chat
-handler watched from outside, and what both leave in the cache.
+"""Stock llama-cpp-python beside star_edge on the same model: contexts without a callback, and llama_cpp's own chat
+handler, timed from outside.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from ..errors import ContextLengthError, EngineError
 
 
 class Watched:
-    """libmtmd as MTMDChatHandler calls it, with times and token counts taken on the way. The calls are the same ones.
+    """Proxy for `mtmd_cpp` that takes times and counts tokens. It makes the same calls.
 
-    image_max_tokens: MTMDChatHandler has no argument for it.
+    Args:
+        image_max_tokens: Most tokens of an image. MTMDChatHandler has no argument for it.
+        n_ctx: Context in tokens.
     """
 
     def __init__(self, image_max_tokens: int | None, n_ctx: int) -> None:
@@ -52,7 +54,7 @@ class Watched:
                 self.n_text += n
             else:
                 self.n_image += n
-        if self.n_text + self.n_image >= self.n_ctx:  # the context itself is padded, the Llama's own arrays are not
+        if self.n_text + self.n_image >= self.n_ctx:  # llama.cpp pads the context; the Llama's arrays are not padded
             raise ContextLengthError(
                 f"the prompt takes {self.n_text + self.n_image} tokens of a context of {self.n_ctx}",
                 "raise n_ctx (-c), or use a smaller picture",
@@ -70,7 +72,7 @@ class Watched:
         logits_last: bool,
         new_n_past: Any,
     ) -> int:
-        """What the helper of that name does with an image, encoder and decoder apart."""
+        """Does what the helper of that name does with an image, but times encoder and decoder apart."""
         self.llama_context = llama
         start = time.perf_counter()
         status: int = mtmd.mtmd_encode_chunk(context, chunk)
@@ -85,7 +87,7 @@ class Watched:
         return status
 
     def mtmd_input_chunks_free(self, chunks: Any) -> None:
-        """The prompt has been submitted. A GPU may still work on it: the sampler would wait for it now."""
+        """The prompt has been submitted, but a GPU may still work on it. The sampler would wait for it now."""
         if self.llama_context is not None:
             llama_cpp.llama_synchronize(self.llama_context)
         self.decoded = time.perf_counter()
@@ -93,12 +95,18 @@ class Watched:
 
 
 def stock_context(llama: Llama, params: Any, flash_attn: bool) -> tuple[Any, Any]:
-    """A context without a callback for the model of a Llama, and its parameters. Closing the Llama closes it.
+    """Makes a context without a callback for the model of a Llama. Closing the Llama closes it.
 
-    params: of a context of the same size.
+    Args:
+        llama: The Llama.
+        params: Parameters of a context of the same size.
+        flash_attn: Whether to use flash attention.
+
+    Returns:
+        The context and its parameters.
 
     Raises:
-        EngineError: it cannot be made.
+        EngineError: It cannot be made.
     """
     params = type(params).from_buffer_copy(params)
     params.cb_eval, params.cb_eval_user_data = llama_cpp.ggml_backend_sched_eval_callback(), None
@@ -117,7 +125,7 @@ def stock_context(llama: Llama, params: Any, flash_attn: bool) -> tuple[Any, Any
 
 
 def stock_handler(mmproj: str, use_gpu: bool, watched: Watched) -> MTMDChatHandler:
-    """llama_cpp's own, whose calls of libmtmd are watched."""
+    """llama_cpp's own chat handler. Its calls of libmtmd go through `watched`."""
     handler = MTMDChatHandler(mmproj, verbose=False, use_gpu=use_gpu)
     libmtmd: Any = watched  # in place of the module
     handler._mtmd_cpp = libmtmd
@@ -129,7 +137,7 @@ def context_of(llama: Llama) -> Any:
 
 
 def install(llama: Llama, context: Any, params: Any) -> None:
-    """Makes a context that of the Llama; whatever an earlier request has left in the Llama itself goes."""
+    """Gives the Llama a context, and drops what an earlier request has left in the Llama."""
     llama._ctx, llama.context_params = context, params
     llama.reset()
 
@@ -144,19 +152,19 @@ def clear_cache(context: Any) -> None:
 
 
 def sequence_bytes(context: Any) -> int:
-    """Bytes of what the cache holds, of all layers, as llama.cpp counts them to save the sequence."""
+    """Bytes that the cache holds in all layers, as llama.cpp counts them to save the sequence."""
     return int(llama_cpp.llama_state_seq_get_size(context.ctx, 0))
 
 
 def decode_token(context: Any, token: int, position: int) -> None:
-    """One llama_decode of one row of sequence 0, to its logits."""
+    """One llama_decode of one row in sequence 0, with logits."""
     ids, at, one, sequence = (np.array([n], np.int32) for n in (token, position, 1, 0))
     wants = np.ones(1, np.int8)
 
     def pointer(array: np.ndarray, kind: Any = ctypes.c_int32) -> Any:
         return array.ctypes.data_as(ctypes.POINTER(kind))
 
-    batch: Any = llama_cpp.llama_batch()  # its annotations are arrays where pointers stand
+    batch: Any = llama_cpp.llama_batch()  # its annotations say array where it has pointers
     batch.n_tokens = 1
     batch.token, batch.pos, batch.n_seq_id = pointer(ids), pointer(at), pointer(one)
     of_row: Any = (ctypes.POINTER(ctypes.c_int32) * 1)(pointer(sequence))

@@ -1,15 +1,14 @@
-"""Python's hold on one tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
+"""One tap: the object behind the evaluation callback of a llama.cpp or mtmd context.
 
-Life of a tap: it is created before the context, since llama.cpp takes `cb_eval` only at creation, and must outlive it.
-While nothing is armed the callback answers "no" to every node and the graph runs as if it were not there. `armed(plan)`
-covers one
-`llama_decode` or one encode: the plan says what to observe, skip, inject and where to stop; leaving the block restores
-the graph whatever happened. No Python runs inside the callback, so no exception can cross C.
+A tap is created before its context, because llama.cpp takes `cb_eval` only at creation. It must outlive the context.
+While nothing is armed, the callback answers "no" to every node, and the graph runs as if there were no callback.
+`armed(plan)` covers one `llama_decode` or one encode. The plan says what to observe, skip and inject, and where to
+stop. Leaving the block always restores the graph. No Python runs inside the callback, so no exception can cross C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from .native import check, ffi, lib
 
 MEAN_HEADS, MEAN_ROWS, MEAN_ALL = lib.SE_MEAN_HEADS, lib.SE_MEAN_ROWS, lib.SE_MEAN_ALL
 CONCAT_FIRST, CONCAT_LAST = lib.SE_CONCAT_FIRST, lib.SE_CONCAT_LAST  # of Outcome.concat
-NO_ATTENTION = lib.SE_ERR_NO_ATTENTION  # of Outcome.error
+NO_ATTENTION, NO_ROWS_LEAVE = lib.SE_ERR_NO_ATTENTION, lib.SE_ERR_ROWS  # of Outcome.error
 
 
 @dataclass
@@ -44,6 +43,20 @@ class AttentionRead:
 
 
 @dataclass
+class KeepRows:
+    """Rows that stay in a running vision encoder from one of its layers on; the others leave the graph.
+
+    layer: rows leave the hidden state that enters it.
+    rows: (n,) int32, rows of the encoder's sequence, each at most once, in the order that they get.
+    rehearsal: what `Plan(count_only=True, keep=...)` with as many rows brought back. None: this is that plan.
+    """
+
+    layer: int
+    rows: np.ndarray
+    rehearsal: Outcome | None = None
+
+
+@dataclass
 class Plan:
     """One decode or encode; see `se_plan` in csrc/star_edge.h. Arrays are C-contiguous and of the dtype given there."""
 
@@ -55,6 +68,14 @@ class Plan:
     want_cells: bool = False
     attention: AttentionRead | None = None
     count_only: bool = False  # nothing is computed: what the graph is like is learned from it
+    keep: KeepRows | None = None
+    encoder: bool = False  # the graph is a vision encoder's
+    extra_layers: Sequence[int] = ()  # further layers whose hidden states are given or taken
+    extra_inject: np.ndarray | None = None  # (len(extra_layers), n_rows, n_embd) float32
+    extra_hidden: np.ndarray | None = None  # out: the same
+    source: tuple[str, int] | None = None  # name of a node, and which of its sources is replaced or taken
+    source_in: np.ndarray | None = None
+    source_out: np.ndarray | None = None
 
 
 @dataclass
@@ -70,6 +91,10 @@ class Outcome:
     stopped: bool = False
     flash: bool = False
     score_seconds: float = 0.0
+    n_nodes: int = 0  # nodes of the graph that were seen
+    keep_node: int = 0  # which of them rows left at, from 1 on
+    n_rows: int = 0  # rows of the hidden state there, before they left
+    n_out: int = 0  # rows of the last node, with the rows that stay: image tokens that the encoder has made
     error: int = 0
 
 
@@ -135,6 +160,28 @@ class Tap:
         if plan.want_cells:
             outcome.cells = np.full(plan.n_rows, -1, np.int64)
             c.cells = pointer(outcome.cells, "int64_t", np.int64)
+        if plan.keep is not None:
+            c.keep, c.n_keep = pointer(plan.keep.rows, "int32_t", np.int32), len(plan.keep.rows)
+            c.keep_layer = plan.keep.layer
+            if plan.keep.rehearsal is not None:
+                c.keep_node, c.n_nodes = plan.keep.rehearsal.keep_node, plan.keep.rehearsal.n_nodes
+        c.encoder = plan.encoder
+        if plan.extra_layers:
+            extra = np.asarray(plan.extra_layers, np.int32)
+            c.extra_layers, c.n_extra = pointer(extra, "int32_t", np.int32), len(extra)
+            for array in (plan.extra_inject, plan.extra_hidden):
+                if array is not None and (hidden is None or array.shape != (len(extra), *hidden.shape)):
+                    raise EngineError(f"{what}: hidden states of further layers have shape {array.shape}")
+            c.extra_inject = pointer(plan.extra_inject, "float", np.float32)
+            c.extra_hidden = pointer(plan.extra_hidden, "float", np.float32)
+        if plan.source is not None:
+            node = ffi.new("char[]", plan.source[0].encode())
+            keep.append(node)
+            c.source_node, c.source = node, plan.source[1]
+            c.source_in = pointer(plan.source_in, "float", np.float32)
+            c.source_out = pointer(plan.source_out, "float", np.float32)
+            array = plan.source_in if plan.source_in is not None else plan.source_out
+            c.source_bytes = 0 if array is None else array.nbytes
         read = plan.attention
         buffer = None
         if read is not None:
@@ -165,6 +212,8 @@ class Tap:
                 bool(result.flash),
             )
             outcome.score_seconds = result.score_seconds
+            outcome.n_nodes, outcome.keep_node = result.n_nodes, result.keep_node
+            outcome.n_rows, outcome.n_out = result.n_rows, result.n_out
         check(outcome.error, what)
         if read is not None:
             assert buffer is not None
@@ -203,6 +252,34 @@ class Tap:
                 lib.se_tap_set_cell_bias(self._tap, ffi.cast("float *", values.ctypes.data), len(values)), "cell bias"
             )
 
+    def set_levels(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray) -> None:
+        """What rows of plain decodes see of a prompt's cells, by layer, in place of the cell bias.
+
+        Args:
+            layers: First layer of each level, ascending, the first 0.
+            bias: (n_levels, n_cells) float32, added to the attention mask in the layers of each level; -inf hides.
+            witness: (n_cells,) int32. A cell is seen where the cell `witness` is: one that llama.cpp itself hides,
+                because it is in no sequence of the rows. -1: where llama.cpp's mask lets it.
+        """
+        firsts = np.ascontiguousarray(layers, np.int32)
+        values, seen_with = np.ascontiguousarray(bias, np.float32), np.ascontiguousarray(witness, np.int32)
+        pointers = [ffi.cast("int32_t *", a.ctypes.data) for a in (firsts, seen_with)]
+        check(
+            lib.se_tap_set_levels(
+                self._tap,
+                pointers[0],
+                len(firsts),
+                ffi.cast("float *", values.ctypes.data),
+                pointers[1],
+                len(seen_with),
+            ),
+            "levels",
+        )
+
+    def forget_levels(self) -> None:
+        """The cell bias holds again."""
+        check(lib.se_tap_set_levels(self._tap, ffi.NULL, 0, ffi.NULL, ffi.NULL, 0), "levels")
+
     def set_input(self, name: str, data: np.ndarray | None) -> None:
         """Replaces the graph input `name` by the bytes of `data` before its first consumer runs; None turns it off."""
         if data is None:
@@ -224,7 +301,7 @@ class Tap:
 
     @contextmanager
     def watching(self, name: str, out: np.ndarray) -> Iterator[None]:
-        """Copies the graph input `name` into `out` while a graph runs; `watched()` says how many bytes came."""
+        """Copies the graph input `name` into `out` while a graph runs. `watched()` tells how many bytes came."""
         check(
             lib.se_tap_watch_input(self._tap, name.encode(), ffi.cast("void *", out.ctypes.data), out.nbytes),
             f"input {name}",

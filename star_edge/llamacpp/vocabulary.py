@@ -1,4 +1,4 @@
-"""What llama.cpp knows of a model's tokens and of chat templates by name."""
+"""Texts of a model's tokens, and chat templates that llama.cpp knows by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llama_cpp import Llama
 
 
 def token_text(llama: Llama, token: int) -> str:
-    """The text of a token as the vocabulary has it, "" for none. llama.cpp aborts for a token past the end."""
+    """The text of a token in the vocabulary, "" if there is none. llama.cpp itself aborts for an unknown token."""
     known = 0 <= token < llama.n_vocab()
     text = llama_cpp.llama_vocab_get_text(llama._model.vocab, token) if known else None
     return (text or b"").decode("utf-8", "replace")

@@ -80,7 +80,7 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
     by_score = config.chooses_by_score and (config.budget != "prompt" or name in ("uniform", "random"))
     return Policy(
         VISION_SCORERS[name],
-        _share(config, config.vision_share),
+        _share(config.representatives, config.vision_share),
         config.representatives,
         config.seed if name == "random" else None,
         by_score,
@@ -92,10 +92,11 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
 def decoder_policy(config: PruneConfig) -> Policy:
     """The policy of the decoder stages. Images share by the question's attention, which is comparable across images."""
     name = config.decoder_scorer
+    representatives = config.decoder_representatives or config.representatives
     return Policy(
         DECODER_SCORERS[name],
-        _share(config, config.decoder_share),
-        config.representatives,
+        _share(representatives, config.decoder_share),
+        representatives,
         config.seed if name == "random" else None,
         counts_by_score=True,
         compares=False,
@@ -140,8 +141,8 @@ def choose(policy: Policy, image: Candidates, n_keep: int) -> Selection:
     return selection
 
 
-def _share(config: PruneConfig, share: float) -> float:
-    return 0.0 if config.representatives == "none" else share
+def _share(representatives: str, share: float) -> float:
+    return 0.0 if representatives == "none" else share
 
 
 def _drawn(policy: Policy, tokens: Tokens) -> Tokens:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, TypeGuard
@@ -41,6 +42,18 @@ def _check_keep(name: str, keep: object) -> Keep:
     return float(keep)
 
 
+def _check_redundancy(value: object) -> Literal["off", "exact"] | float:
+    if value == "off" or value == "exact":
+        return "off" if value == "off" else "exact"
+    number: Any = value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= number < 1:
+        return float(number) or "exact"
+    raise ConfigError(
+        f'redundancy={value!r} is neither "off" nor "exact" nor a number in (0, 1)',
+        "a number is the largest difference of pixels that count as alike: 0.03, for example",
+    )
+
+
 def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> None:
     if isinstance(first, int) and isinstance(then, int) and then > first:
         raise ConfigError(f"{then_name}={then} is more than {first_name}={first} leaves", f"lower {then_name}")
@@ -71,12 +84,17 @@ class PruneConfig:
         decoder_scorer: What the decoder stages rank tokens by, a name in scorers.DECODER_SCORERS.
         representatives: What becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even"
             keep their weight in every softmax. "none" drops them for good, as the paper does.
+        decoder_representatives: The same for the decoder stages alone, or None for `representatives`. "none" leaves the
+            vision stage's masses to the tokens that stay.
         vision_share: Share of the vision stage's budget, 0..1, that represents dropped tokens. The rest is chosen by
             score.
         decoder_share: The same for the decoder stages.
         windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
             (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
             model's layers.
+        seen_below: Tokens of the answer see a dropped token in the layers below the stage that dropped it. Its KV cells
+            stay taken until the answer ends. False: it leaves the cache of all layers, and the cells are free for the
+            answer.
         budget: "image": each image has its own budget, and its crops share it. "crop": each crop has its own. "prompt":
             all images share one, such as the frames of a video. The vision stage then divides it by what each image
             shows first, the decoder stage by the question's attention. No image gets less than a quarter of an equal
@@ -84,6 +102,16 @@ class PruneConfig:
         positions: "original" keeps the RoPE positions of the full image. "renumbered" closes the gaps after the vision
             stage; it costs accuracy (arXiv 2506.21873) and exists to measure that.
         seed: Seed of scorers that draw at random, >= 0.
+        redundancy: Image tokens that are left out before the encoder, because their pixels are like those of a
+            neighbour that stays. "off": none. "exact": equal pixels. A number in (0, 1): no colour of any pixel differs
+            by more than this, 1 being black to white. For encoders of any picture size. The neighbour's mass grows.
+        encoder_keep: What stays within the encoder, from its layer M on.
+        encoder_layer: M, 1 <= M <= layers of the encoder - 1. Layers 0..M-1 see the whole image. None: a quarter of the
+            way in. The encoder stage chooses as the vision stage does (vision_scorer, vision_share, representatives),
+            by hidden states and by the attention of a layer below M.
+        image_max_tokens: Most image tokens of a picture: a share of those that it takes at its own size, or a count. A
+            larger picture is made smaller before the model gets it. All other fields count what it takes then. Models
+            that make one number of tokens of any picture are not affected.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -95,12 +123,18 @@ class PruneConfig:
     vision_scorer: str = "attention"
     decoder_scorer: str = "text"
     representatives: str = "cluster"
+    decoder_representatives: str | None = None
     vision_share: float = 1.0
     decoder_share: float = 0.5
     windows: tuple[tuple[int | float, Keep], ...] = ()
+    seen_below: bool = False
     budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
+    redundancy: Literal["off", "exact"] | float = "off"
+    encoder_keep: Keep = 1.0
+    encoder_layer: int | None = None
+    image_max_tokens: Keep = 1.0
 
     def __post_init__(self) -> None:
         for name in ("vision_share", "decoder_share"):
@@ -111,26 +145,35 @@ class PruneConfig:
                     f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
-        for name in ("vision_keep", "decoder_keep"):
+        for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
             object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
-        if self.decoder_layer is not None and not (_is_int(self.decoder_layer) and self.decoder_layer >= 1):
-            raise ConfigError(
-                f"decoder_layer={self.decoder_layer!r} is not a layer >= 1",
-                "use 1 to layers - 1, or None to have it chosen",
-            )
+        for name in ("vision_keep", "decoder_keep"):
+            _check_order("encoder_keep", self.encoder_keep, name, getattr(self, name))
+        for name in ("decoder_layer", "encoder_layer"):
+            layer = getattr(self, name)
+            if layer is not None and not (_is_int(layer) and layer >= 1):
+                raise ConfigError(
+                    f"{name}={layer!r} is not a layer >= 1", "use 1 to layers - 1, or None to have it chosen"
+                )
+        object.__setattr__(self, "redundancy", _check_redundancy(self.redundancy))
         for name, names in (
             ("vision_scorer", VISION_SCORERS),
             ("decoder_scorer", DECODER_SCORERS),
             ("representatives", REPRESENTATIVES),
+            ("decoder_representatives", (None, *REPRESENTATIVES)),
             ("budget", ("image", "crop", "prompt")),
             ("positions", ("original", "renumbered")),
         ):
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in tuple(names):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown", f"use one of {', '.join(names)}")
+            value = getattr(self, name)
+            if not isinstance(value, (str, type(None))) or value not in tuple(names):
+                known = ", ".join(str(one) for one in names)
+                raise ConfigError(f"{name}={value!r} is unknown", f"use one of {known}")
+        if not isinstance(self.seen_below, bool):
+            raise ConfigError(f"seen_below={self.seen_below!r} is neither True nor False", "use one of them")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a whole number >= 0", "use 0, 1, 2, ...")
-        for name in ("decoder_layer", "seed"):
+        for name in ("decoder_layer", "encoder_layer", "seed"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
         object.__setattr__(self, "windows", self._check_windows())
@@ -177,14 +220,29 @@ class PruneConfig:
         )
 
     @property
+    def prunes_in_encoder(self) -> bool:
+        """Whether there is an encoder stage. An explicit layer asks for one even if it keeps everything."""
+        return self.encoder_keep != 1.0 or isinstance(self.encoder_keep, int) or self.encoder_layer is not None
+
+    @property
     def prunes_in_vision(self) -> bool:
         """Whether the vision stage may drop tokens."""
         return self.vision_keep != 1.0 or isinstance(self.vision_keep, int)
 
     @property
+    def limits_images(self) -> bool:
+        """Whether larger pictures are made smaller."""
+        return self.image_max_tokens != 1.0 or isinstance(self.image_max_tokens, int)
+
+    @property
     def encoder_attention(self) -> str | None:
         """Attention that the vision stage reads: "received", "cls", or None if no token is chosen by it."""
         return VISION_SCORERS[self.vision_scorer].reads if self.prunes_in_vision and self.chooses_by_score else None
+
+    @property
+    def has_masses(self) -> bool:
+        """Whether a kept token may stand for others."""
+        return self.representatives in ("cluster", "even")
 
     @property
     def chooses_by_score(self) -> bool:
@@ -269,6 +327,7 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
         changes |= {"windows": tuple(w for w in config.windows if not exceeds(w[1], vision))} if config.windows else {}
     elif "vision_keep" not in changes and exceeds(decoder, vision):
         changes["vision_keep"] = 1.0
+    changes = _without_encoder_conflicts(config, changes, exceeds)
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
             f"decoder_layer={changes['decoder_layer']} needs one decoder stage, and windows has {len(config.windows)}",
@@ -277,9 +336,22 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
     return replace(config, **changes)
 
 
+def _without_encoder_conflicts(
+    config: PruneConfig, changes: dict[str, Any], exceeds: Callable[[Keep, Keep], bool]
+) -> dict[str, Any]:
+    """The changes, with the encoder stage or the stages after it left out where they contradict each other."""
+    encoder = changes.get("encoder_keep", config.encoder_keep)
+    for name, off in (("vision_keep", {"vision_keep": 1.0}), ("decoder_keep", {"decoder_keep": 1.0, "windows": ()})):
+        if exceeds(changes.get(name, getattr(config, name)), encoder):
+            if "encoder_keep" not in changes:
+                return {"encoder_layer": None, **changes, "encoder_keep": 1.0}
+            changes = {**changes, **off}
+    return changes
+
+
 def one_token_notes(config: PruneConfig | None) -> list[str]:
     """A note for each stage that keeps a count of 1: people, and JSON writers of other languages, write 1 for 1.0."""
-    names = ("vision_keep", "decoder_keep") if config is not None else ()
+    names = ("encoder_keep", "vision_keep", "decoder_keep") if config is not None else ()
     keeps = [(name, getattr(config, name)) for name in names]
     return [
         f"{name}=1 keeps one token of each image (1.0 keeps all)" for name, keep in keeps if _is_int(keep) and keep == 1

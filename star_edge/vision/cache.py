@@ -15,7 +15,7 @@ import struct
 import tempfile
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -27,9 +27,11 @@ DEFAULT_BYTES = 256 * 2**20
 DIRECTORY_BYTES = 2 * 2**30  # of all files in a directory together
 _KINDS = ("received", "cls")  # kinds of attention, in the order of a file
 
-# A file: header, embeddings, cells, scores by kind, and the SHA-256 of all before it. Little-endian.
-_HEADER = struct.Struct("<8s32sIIII")  # magic, key, n_tokens, n_embd, 1 if there are cells, a bit for each kind
-_MAGIC = b"starimg1"  # to be raised when the format, or how scores are computed, changes
+# A file: header, embeddings, cells, kept tokens and their masses, redundant tokens, scores by kind, and the SHA-256 of
+# all before it. Little-endian. The header: magic, key, n_tokens, n, n_embd, 1 if there are cells, a bit for each kind,
+# 1 if not all tokens are kept, number of redundant tokens, layer of the encoder stage (0: none)
+_HEADER = struct.Struct("<8s32sIIIIIIII")
+_MAGIC = b"starimg2"  # to be raised when the format, or how scores are computed, changes
 _SUFFIX, _TEMPORARY = ".starimg", ".starimg-part"
 _CHECKSUM = 32
 _ABANDONED_SECONDS = 3600  # no process still writes a temporary file of that age
@@ -37,38 +39,49 @@ _ABANDONED_SECONDS = 3600  # no process still writes a temporary file of that ag
 
 @dataclass
 class CachedImage:
-    """The encoder's output for one image. Arrays are read-only.
+    """The encoder's output for one image of n_tokens tokens, of which it has n. Arrays are read-only.
 
     Attributes:
-        embeddings: (n_tokens, n_embd_inp) float32.
+        embeddings: (n, n_embd_inp) float32.
         cells: Grid cell of each token, (n_tokens,) int64, or None if not asked for.
-        scores: Attention that each token receives, (n_tokens,) float32, by kind ("received", "cls").
+        scores: Attention that each of the n receives, (n,) float32, by kind ("received", "cls").
+        kept: The n tokens, ascending, (n,) int64. None: all.
+        mass: Original tokens that each of them stands for, (n,) float64, if `kept` is there.
+        redundant: As in `Encoded`, if `kept` is there.
+        layer: As in `Encoded`, 0 for none.
     """
 
     embeddings: np.ndarray
     cells: np.ndarray | None = None
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    kept: np.ndarray | None = None
+    mass: np.ndarray | None = None
+    redundant: np.ndarray | None = None
+    layer: int = 0
 
     def __post_init__(self) -> None:
-        for array in (self.embeddings, self.cells, *self.scores.values()):
-            if array is not None:
-                array.setflags(write=False)
+        for array in self._arrays:
+            array.setflags(write=False)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     @property
+    def _arrays(self) -> list[np.ndarray]:
+        arrays = (self.embeddings, self.cells, self.kept, self.mass, self.redundant, *self.scores.values())
+        return [array for array in arrays if array is not None]
+
+    @property
     def n_bytes(self) -> int:
-        return sum(a.nbytes for a in (self.embeddings, self.cells, *self.scores.values()) if a is not None)
+        return sum(array.nbytes for array in self._arrays)
 
     def has(self, attention: str | None, cells: bool) -> bool:
         return (attention is None or attention in self.scores) and not (cells and self.cells is None)
 
     def joined(self, other: CachedImage) -> CachedImage:
         """This image, with what an earlier run had read of it."""
-        return CachedImage(
-            self.embeddings, other.cells if self.cells is None else self.cells, {**other.scores, **self.scores}
-        )
+        cells = other.cells if self.cells is None else self.cells
+        return replace(self, cells=cells, scores={**other.scores, **self.scores})
 
 
 class ImageCache:
@@ -116,15 +129,16 @@ class ImageCache:
                 self._remember(key, image)
         return image if image is not None and image.has(attention, cells) else None
 
-    def put(self, key: bytes, image: CachedImage) -> None:
+    def put(self, key: bytes, image: CachedImage, n_tokens: int) -> None:
+        """Keeps an image. n_tokens: of the whole image."""
         before = self._images.get(key)
         if before is None and self.directory is not None:
-            before = self._read(key, *image.embeddings.shape)
+            before = self._read(key, n_tokens, image.embeddings.shape[1])
         image = image if before is None else image.joined(before)
         self._remember(key, image)
         if self.directory is not None:
             with contextlib.suppress(OSError):  # a full disk costs the next request time, and this one nothing
-                self._write(key, image)
+                self._write(key, image, n_tokens)
 
     def clear(self) -> None:
         """Forgets what is in memory."""
@@ -149,7 +163,7 @@ class ImageCache:
     def _read(self, key: bytes, n_tokens: int, n_embd: int) -> CachedImage | None:
         """Reads a file. None unless it is a complete file of this image."""
         path = self._path(key)
-        largest = _HEADER.size + n_tokens * (4 * n_embd + 8 + 4 * len(_KINDS)) + _CHECKSUM
+        largest = _HEADER.size + n_tokens * (4 * n_embd + 8 + 24 + 4 * len(_KINDS)) + _CHECKSUM
         try:
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode) or not _HEADER.size + _CHECKSUM <= status.st_size <= largest:
@@ -160,12 +174,17 @@ class ImageCache:
         body = data[:-_CHECKSUM]
         if len(body) < _HEADER.size or hashlib.sha256(body).digest() != data[-_CHECKSUM:]:
             return None
-        magic, its_key, its_tokens, its_embd, has_cells, bits = _HEADER.unpack_from(body)
+        magic, its_key, its_tokens, n, its_embd, has_cells, bits, has_kept, n_redundant, layer = _HEADER.unpack_from(
+            body
+        )
         kinds = [kind for i, kind in enumerate(_KINDS) if bits >> i & 1]
-        size = _HEADER.size + n_tokens * (4 * n_embd + 8 * has_cells + 4 * len(kinds))
+        size = _HEADER.size + n * (4 * n_embd + 16 * has_kept + 4 * len(kinds))
+        size += 8 * n_tokens * has_cells + 8 * n_redundant
         if (
             (magic, its_key, its_tokens, its_embd) != (_MAGIC, key, n_tokens, n_embd)
             or has_cells > 1
+            or has_kept > 1
+            or (not has_kept and (n, n_redundant) != (n_tokens, 0))
             or bits >> len(_KINDS)
             or len(body) != size
         ):
@@ -178,21 +197,31 @@ class ImageCache:
             at += array.nbytes
             return array.astype(dtype[1:])  # a copy: aligned, in this machine's byte order
 
-        embeddings = take("<f4", n_tokens * n_embd).reshape(n_tokens, n_embd)
+        embeddings = take("<f4", n * n_embd).reshape(n, n_embd)
         cells = take("<i8", n_tokens) if has_cells else None
-        scores = {kind: take("<f4", n_tokens) for kind in kinds}
+        kept, mass = (take("<i8", n), take("<f8", n)) if has_kept else (None, None)
+        redundant = take("<i8", n_redundant) if has_kept else None
+        scores = {kind: take("<f4", n) for kind in kinds}
         if cells is not None and not ((cells >= -1) & (cells < n_tokens)).all():  # they are used as indices
+            return None
+        if any(t is not None and not _are_tokens(t, n_tokens) for t in (kept, redundant)):
+            return None
+        if mass is not None and not ((mass >= 1) & (mass <= n_tokens)).all():
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the time of last use: access times are often off
-        return CachedImage(embeddings, cells, scores)
+        return CachedImage(embeddings, cells, scores, kept, mass, redundant, layer)
 
-    def _write(self, key: bytes, image: CachedImage) -> None:
+    def _write(self, key: bytes, image: CachedImage, n_tokens: int) -> None:
         bits = sum(1 << i for i, kind in enumerate(_KINDS) if kind in image.scores)
-        parts = [_HEADER.pack(_MAGIC, key, *image.embeddings.shape, image.cells is not None, bits)]
+        has_cells, has_kept = image.cells is not None, image.kept is not None
+        n_redundant = 0 if image.redundant is None else len(image.redundant)
+        shape = image.embeddings.shape
+        parts = [_HEADER.pack(_MAGIC, key, n_tokens, *shape, has_cells, bits, has_kept, n_redundant, image.layer)]
         parts.append(np.ascontiguousarray(image.embeddings, "<f4").tobytes())
-        if image.cells is not None:
-            parts.append(np.ascontiguousarray(image.cells, "<i8").tobytes())
+        for array, dtype in ((image.cells, "<i8"), (image.kept, "<i8"), (image.mass, "<f8"), (image.redundant, "<i8")):
+            if array is not None:
+                parts.append(np.ascontiguousarray(array, dtype).tobytes())
         parts += [np.ascontiguousarray(image.scores[kind], "<f4").tobytes() for kind in _KINDS if kind in image.scores]
         body = b"".join(parts)
         self._make_room(len(body) + _CHECKSUM)
@@ -225,6 +254,11 @@ class ImageCache:
             with contextlib.suppress(OSError):
                 os.unlink(path)
                 used -= size
+
+
+def _are_tokens(tokens: np.ndarray, n_tokens: int) -> bool:
+    """Whether they are ascending indices of tokens."""
+    return bool((np.diff(tokens, prepend=-1) > 0).all() and (tokens < n_tokens).all())
 
 
 def check_bytes(n_bytes: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 
 import numpy as np
@@ -23,94 +23,16 @@ from ..errors import (
 )
 from ..llamacpp.gguf import GGUFInfo, count_rows, read_gguf_info
 from ..llamacpp.mmproj_check import check_mmproj
-from ..llamacpp.mtmd import MEDIA_MARKER, Mtmd, RawImage, free_chunks, load_error, logged
+from ..llamacpp.mtmd import MEDIA_MARKER, Mtmd, RawImage, load_error, logged
 from ..llamacpp.names import CLASS_EMBEDDING, POSITION_EMBEDDINGS
 from ..llamacpp.native import version_and_features
 from ..llamacpp.tap import CONCAT_FIRST, CONCAT_LAST, MEAN_ALL, NO_ATTENTION, AttentionRead, Outcome, Plan, Tap
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
+from .chunks import Encoded, ImageChunk, Prompt, TextChunk, cells_of
 from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
 MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
-
-
-@dataclass
-class TextChunk:
-    """A run of text. tokens: token ids, (n,) int32."""
-
-    tokens: np.ndarray
-
-
-@dataclass
-class ImageChunk:
-    """One image, preprocessed but not yet encoded.
-
-    Attributes:
-        handle: libmtmd's chunk.
-        n_tokens: Image tokens that the encoder makes of it.
-        positions: RoPE positions if the chunk's first is 0, (n_tokens,) int32, or (4, n_tokens) for M-RoPE (t, y, x,
-            image or 0).
-        moves: What is added to them for each position that the chunk starts later: 1, or 0 where a position counts from
-            elsewhere (HunyuanOCR's rows and columns count from the image's corner).
-        n_positions: Distance of the next token's position from the chunk's first.
-        grid: (rows, columns) of its tokens, or None if they are not laid out on a grid.
-        causal: False if its rows attend to each other both ways.
-        special: Special tokens that the profile knows, (n_tokens,) bool. None: none.
-        picture: Index of its picture in the prompt. A large picture is cut into several chunks (overview and tiles).
-        content: Identifies the picture's pixels and the chunk's place in it; "" if unknown.
-    """
-
-    handle: object
-    n_tokens: int
-    positions: np.ndarray
-    moves: np.ndarray
-    n_positions: int
-    grid: tuple[int, int] | None
-    causal: bool
-    special: np.ndarray | None = None
-    picture: int = 0
-    content: str = ""
-
-    def positions_at(self, start: int) -> np.ndarray:
-        """RoPE positions of its tokens if the first is at `start`."""
-        return self.positions + start * self.moves
-
-
-@dataclass
-class Prompt:
-    """The chunks of a tokenized prompt, in order. Holds memory of libmtmd until closed."""
-
-    chunks: list[TextChunk | ImageChunk]
-    _handle: object = None
-
-    def close(self) -> None:
-        if self._handle is not None:
-            free_chunks(self._handle)
-            self._handle = None
-
-
-@dataclass
-class Encoded:
-    """Output of the encoder for one image.
-
-    Attributes:
-        embeddings: (n_tokens, n_embd_inp) float32. From `VisionEncoder.encode` it is a view of libmtmd's memory, valid
-            until the next run.
-        scores: Attention that each token receives, (n_tokens,) float32, or None if not asked for.
-        cells: Grid cell of each token, row by row, (n_tokens,) int64, -1 for none.
-        score_seconds: Time spent on reading attention, in seconds.
-        special: Special tokens, (n_tokens,) bool, or None. Their scores are 0.
-        attention: Arrays of the `read` of `VisionEncoder.encode`.
-        cached: Whether it comes from the cache.
-    """
-
-    embeddings: np.ndarray
-    scores: np.ndarray | None
-    cells: np.ndarray
-    score_seconds: float
-    special: np.ndarray | None = None
-    attention: list[np.ndarray] = field(default_factory=list)
-    cached: bool = False
 
 
 class VisionEncoder:
@@ -156,6 +78,7 @@ class VisionEncoder:
         self.path, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
         self.n_threads = llama.n_threads_batch
+        self.image_min_tokens = image_min_tokens
         self.cache: ImageCache | None = None
         if cache_bytes or cache_dir is not None:
             version, features = version_and_features()  # the processor's decide how kernels round
@@ -256,7 +179,7 @@ class VisionEncoder:
         )  # libmtmd scales it to the encoder's size
         try:
             chunk = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
-            outcome = self._run(chunk, Plan(count_only=True))
+            outcome = self.run(chunk, Plan(count_only=True))
         finally:
             prompt.close()
         if outcome.concat == CONCAT_LAST:
@@ -343,7 +266,16 @@ class VisionEncoder:
             grid = self.profile.sized_grid(n, raw.size) if raw.size else None
         special = self.profile.special(n, grid) if self.profile.special else None
         return ImageChunk(
-            raw.handle, n, raw.positions, raw.moves, raw.n_positions, grid, raw.causal, special, content=raw.name
+            raw.handle,
+            n,
+            raw.positions,
+            raw.moves,
+            raw.n_positions,
+            grid,
+            raw.causal,
+            special,
+            content=raw.name,
+            size=raw.size,
         )
 
     def _check_size(self, raw: RawImage) -> None:
@@ -375,16 +307,35 @@ class VisionEncoder:
         if found is not None:
             scores = None if attention is None else found.scores[attention]
             special = self._special(chunk, found.embeddings)
-            cells = found.cells if want_cells and found.cells is not None else _cells(n, special)
+            cells = found.cells if want_cells and found.cells is not None else cells_of(n, special)
             return Encoded(found.embeddings, scores, cells, 0.0, special, cached=True)
         encoded = self.encode(chunk, attention, want_cells=want_cells)
+        encoded = replace(encoded, embeddings=encoded.embeddings.copy())
+        self.remember(chunk, encoded, attention, want_cells=want_cells)
+        return encoded
+
+    def remember(self, chunk: ImageChunk, encoded: Encoded, attention: str | None, *, want_cells: bool) -> None:
+        """Keeps an image's output in the cache. Its arrays become read-only.
+
+        Arguments are those of `encode_once`, which gave the output of this image or of one that equals it.
+        """
+        if self.cache is None or not chunk.content:
+            return
         image = CachedImage(
-            encoded.embeddings.copy(),
-            encoded.cells if want_cells else None,
+            encoded.embeddings,
+            encoded.cells if want_cells and self.profile.to_cells else None,
             {} if attention is None or encoded.scores is None else {attention: encoded.scores},
         )
-        self.cache.put(key, image)
-        return replace(encoded, embeddings=image.embeddings)
+        self.cache.put(self.cache.key(chunk.content), image, chunk.n_tokens)
+
+    def is_cached(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> bool:
+        """Whether `encode_once` would find the image in the cache."""
+        if self.cache is None or not chunk.content:
+            return False
+        attention = attention if self.reads_attention(chunk) else None
+        cells = bool(want_cells and self.profile.to_cells)
+        found = self.cache.get(self.cache.key(chunk.content), chunk.n_tokens, self.n_embd_inp, attention, cells)
+        return found is not None
 
     def encode(
         self,
@@ -393,6 +344,7 @@ class VisionEncoder:
         *,
         want_cells: bool = True,
         read: AttentionRead | None = None,
+        plan: Plan | None = None,
     ) -> Encoded:
         """Runs the encoder and the projector on one image.
 
@@ -404,6 +356,7 @@ class VisionEncoder:
                 from the CLS row alone, or as "received" if there is none.
             want_cells: Find out which grid cell each token shows. Otherwise token i is taken to show cell i.
             read: Attention to read instead, for inspection.
+            plan: What the tap does besides.
 
         Returns:
             The output. Its embeddings are a view of libmtmd's memory, valid until the next run.
@@ -414,20 +367,25 @@ class VisionEncoder:
         self._check_open()
         attention = attention if self.reads_attention(chunk) else None
         index = rows = None
+        plan = plan or Plan()
         if read is not None or (attention is None and not (want_cells and self.profile.to_cells)):
-            outcome = self._run(chunk, Plan(attention=read))
+            outcome = self.run(chunk, replace(plan, attention=read))
         elif attention is None:
-            outcome, index = self._run_watched(chunk, None)
+            outcome, index = self._run_watched(chunk, None, plan)
         else:
-            outcome, index = self._run_scored(chunk, attention)
+            outcome, index = self._run_scored(chunk, attention, plan)
             rows = outcome.attention[0]
         embeddings = self._mtmd.output(chunk.n_tokens)
         special = self._special(chunk, embeddings)
-        cells = _cells(chunk.n_tokens, special)
+        cells = cells_of(chunk.n_tokens, special)
         if index is not None and self.profile.to_cells:
             cells = self.profile.to_cells(index).astype(np.int64)
         scores = None if rows is None else self._token_scores(rows, chunk, index, special)
         return Encoded(embeddings, scores, cells, outcome.score_seconds, special, outcome.attention)
+
+    def output(self, n_tokens: int) -> np.ndarray:
+        """The first rows of what the last run has made, (n_tokens, n_embd_inp) float32: libmtmd's memory."""
+        return self._mtmd.output(n_tokens)
 
     def reads_attention(self, chunk: ImageChunk) -> bool:
         """Whether the profile maps rows to tokens, and the chunk has a grid if that map needs one."""
@@ -456,7 +414,7 @@ class VisionEncoder:
         scores[ordinary] = values
         return scores
 
-    def _run_scored(self, chunk: ImageChunk, attention: str) -> tuple[Outcome, np.ndarray | None]:
+    def _run_scored(self, chunk: ImageChunk, attention: str, plan: Plan) -> tuple[Outcome, np.ndarray | None]:
         max_rows = self.max_rows(chunk)
         for attempt in (1, 2):
             rows = (0, -1, -(-max_rows // MAX_QUERY_ROWS))
@@ -466,7 +424,7 @@ class VisionEncoder:
             read = AttentionRead([self._layer], max_rows, rows, MEAN_ALL, n_threads=self.n_threads)
             index = None
             try:
-                _, index = self._run_watched(chunk, read)
+                _, index = self._run_watched(chunk, read, plan)
             except EngineError:
                 if attempt == 2 or self.last_outcome.error != NO_ATTENTION:
                     raise
@@ -480,16 +438,18 @@ class VisionEncoder:
             self._layer = self.last_outcome.last_unmasked
         return self.last_outcome, index
 
-    def _run_watched(self, chunk: ImageChunk, read: AttentionRead | None) -> tuple[Outcome, np.ndarray | None]:
+    def _run_watched(
+        self, chunk: ImageChunk, read: AttentionRead | None, plan: Plan
+    ) -> tuple[Outcome, np.ndarray | None]:
         """Runs the encoder, and reads the graph input that says which rows become tokens, if the profile names one."""
         if not self.profile.index_input:
-            return self._run(chunk, Plan(attention=read)), None
+            return self.run(chunk, replace(plan, attention=read)), None
         index = np.empty(self.max_rows(chunk), np.int32)
         with self.tap.watching(self.profile.index_input, index):
-            outcome = self._run(chunk, Plan(attention=read))
+            outcome = self.run(chunk, replace(plan, attention=read))
         return outcome, index[: self.tap.watched() // 4]
 
-    def _run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
+    def run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
         with self.tap.armed(plan, "vision encoder") as self.last_outcome:
             problem = self._mtmd.encode(chunk.handle)
         if problem:
@@ -497,8 +457,3 @@ class VisionEncoder:
         if self.last_outcome.concat == CONCAT_FIRST and self.profile.cls_first:
             self.profile = self.profile.cls_first
         return self.last_outcome
-
-
-def _cells(n_tokens: int, special: np.ndarray | None) -> np.ndarray:
-    """Token i shows cell i. Special tokens show none and are not counted."""
-    return np.arange(n_tokens) if special is None else np.where(special, -1, np.cumsum(~special) - 1)

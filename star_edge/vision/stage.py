@@ -5,8 +5,8 @@ Turns the chunks of a prompt into the segments that the decoder runs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,9 @@ from ..pruning.config import Keep, PruneConfig, keep_count
 from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
 from ..rows import Rows, Segment
-from .encoder import Encoded, ImageChunk, TextChunk, VisionEncoder
+from ..stopwatch import Stopwatch
+from .chunks import Encoded, ImageChunk, TextChunk
+from .encoder import VisionEncoder
 
 
 @dataclass
@@ -47,6 +49,8 @@ class PromptPlan:
         config: What is done, or None for no pruning.
         groups: Indices of images that share a budget: the crops of each picture, or all images.
         n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
+        n_encoder: Tokens of each image that leave the encoder, special ones included: at most that many before the
+            images are encoded, for of some of them more can be left out than was asked for, or only fewer.
         n_vision: Tokens of each image that the vision stage leaves, special ones included.
         windows: (layer K, tokens of each image that stay from there on) of each decoder stage.
         n_text: Text tokens of the prompt.
@@ -56,6 +60,7 @@ class PromptPlan:
     config: PruneConfig | None
     groups: list[list[int]]
     n_special: list[int]
+    n_encoder: list[int]
     n_vision: list[int]
     windows: list[tuple[int, list[int]]]
     n_text: int
@@ -96,7 +101,7 @@ def plan_prompt(
     groups = list(pictures.values())
     if config is not None and config.budget == "prompt" and images:
         groups = [list(range(len(images)))]
-    n_vision = left = [image.n_tokens for image in images]
+    n_vision = left = [image.n_tokens for image in images] if encoded is None else [len(e.tokens) for e in encoded]
 
     def keep_of(name: str, keep: Keep, left: list[int]) -> list[int]:
         kept = [0] * len(images)
@@ -111,6 +116,9 @@ def plan_prompt(
                 kept[i] = n_special[i] + n
         return kept
 
+    if config is not None and encoded is None:
+        left = keep_of("encoder_keep", config.encoder_keep, left)
+    n_encoder = n_vision = left
     if config is not None:
         n_vision = left = keep_of("vision_keep", config.vision_keep, left)
     counts = []
@@ -118,13 +126,13 @@ def plan_prompt(
         left = keep_of("decoder_keep", keep, left)
         counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
-    return PromptPlan(chunks, config, groups, n_special, n_vision, counts, n_text)
+    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_vision, counts, n_text)
 
 
 def encode_images(
-    images: Sequence[ImageChunk], encoder: VisionEncoder | None, config: PruneConfig | None, seconds: dict[str, float]
+    images: Sequence[ImageChunk], encoder: VisionEncoder | None, config: PruneConfig | None, watch: Stopwatch
 ) -> list[Encoded]:
-    """Encodes the images whose output is not cached. seconds gets "encode" and, within it, "vision_stage".
+    """Encodes the images whose output is not cached. Steps: "encode"; "vision_stage", as far as attention is read.
 
     Raises:
         EngineError: the encoder failed.
@@ -132,16 +140,15 @@ def encode_images(
     if not images:
         return []
     assert encoder is not None  # which made the images
-    start = time.perf_counter()
     attention = config.encoder_attention if config is not None else None
-    encoded = [encoder.encode_once(image, attention, want_cells=config is not None) for image in images]
-    seconds["encode"] = time.perf_counter() - start
-    seconds["vision_stage"] = sum(e.score_seconds for e in encoded)
+    with watch.step("encode"):
+        encoded = [encoder.encode_once(image, attention, want_cells=config is not None) for image in images]
+        watch.take("vision_stage", sum(e.score_seconds for e in encoded))
     return encoded
 
 
 def run_vision_stage(
-    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, seconds: dict[str, float]
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, watch: Stopwatch
 ) -> tuple[list[Segment], list[StagedImage], int]:
     """Prunes each image after the encoder.
 
@@ -149,17 +156,23 @@ def run_vision_stage(
         plan: The prompt's plan.
         encoded: Its images, encoded.
         mrope: Whether the decoder takes M-RoPE positions, (4, n).
-        seconds: Times in seconds; "encode" and "vision_stage" grow.
+        watch: Counts the time as "vision_stage" if there are images.
 
     Returns:
         The segments for the decoder, the images with what stayed of them, and the RoPE position after the prompt.
     """
-    start = time.perf_counter()
+    with watch.step("vision_stage") if encoded else nullcontext():
+        return _run_vision_stage(plan, encoded, mrope)
+
+
+def _run_vision_stage(
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool
+) -> tuple[list[Segment], list[StagedImage], int]:
     config, images = plan.config, plan.images
     candidates = [
         Candidates(
-            Tokens(e.embeddings, e.cells, chunk.grid, attention=e.scores),
-            e.special,
+            Tokens(e.embeddings, e.cells[e.tokens], chunk.grid, e.mass, attention=e.scores),
+            None if e.special is None else e.special[e.tokens],
             chunk.picture,
             chunk.n_tokens - n_special,
         )
@@ -177,12 +190,14 @@ def run_vision_stage(
             position += n
             continue
         i = len(staged)
-        selection, embeddings = Selection(np.arange(chunk.n_tokens)), encoded[i].embeddings
-        if n_keep[i] < chunk.n_tokens:
+        tokens = encoded[i].tokens
+        selection, embeddings = Selection(np.arange(len(tokens)), encoded[i].mass), encoded[i].embeddings
+        if n_keep[i] < len(tokens):
             assert config is not None  # without one everything stays
             has_attention = encoded[i].scores is not None
             selection = choose(vision_policy(config, has_attention), candidates[i], n_keep[i] - plan.n_special[i])
             embeddings = merge(embeddings, selection)
+        selection = _of_image(selection, tokens, chunk.n_tokens)
         kept = selection.kept
         positions, n_positions = chunk.positions_at(position)[..., kept], chunk.n_positions
         if config is not None and config.positions == "renumbered" and len(kept) < chunk.n_tokens:
@@ -190,10 +205,18 @@ def run_vision_stage(
         segments.append(Segment(Rows(positions, embeddings=embeddings), i, chunk.causal, selection.mass))
         staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
-    for name in ("encode", "vision_stage"):
-        if staged:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
     return segments, staged, position
+
+
+def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Selection:
+    """A selection of the tokens that left the encoder as one of all n_tokens. Others have the score 0."""
+    if len(tokens) == n_tokens:
+        return selection
+    scores = None
+    if selection.scores is not None:
+        scores = np.zeros(n_tokens, np.float32)
+        scores[tokens] = selection.scores
+    return Selection(tokens[selection.kept], selection.mass, None, scores)
 
 
 def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:

@@ -392,6 +392,9 @@ _FIELDS = (
     "budget",
     "positions",
     "seed",
+    "redundancy",
+    "encoder_keep",
+    "encoder_layer",
 )
 
 

@@ -15,8 +15,10 @@ import numpy as np
 
 from star_edge import StarVLM
 from star_edge.decoder.prefill import Seen
+from star_edge.llamacpp.gguf import read_gguf_info
 from star_edge.pruning.selection import Selection, top_k
 from star_edge.rows import Rows, Segment
+from star_edge.vision.profiles import METADATA_KEYS, find_profile
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
 # mode -> (flash attention, type of the KV cache)
@@ -123,6 +125,10 @@ class Fixture:
         with np.load(folder / "expected.npz") as data:
             self._arrays = dict(data)
         self.prompts = [self._prompt(i, facts) for i, facts in enumerate(self.facts["prompts"])]
+
+    @property
+    def projector(self) -> str:
+        return find_profile(read_gguf_info(self.mmproj, METADATA_KEYS).values)[0]
 
     def _prompt(self, number: int, facts: dict) -> Prompt:
         get = lambda name: self._arrays.get(f"prompt{number}.{name}")

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from star_edge.vision.composed import GEOMETRIES
+from star_edge.vision.row_window import SINGLE, SQUARES
+
 README = Path(__file__).parent.parent.parent / "README.md"
 BEGIN, END = "<!-- support table: begin (make support-table) -->\n", "<!-- support table: end -->"
 
 # column -> the tests that show it, as (function, mode or None for tests without modes)
 COLUMNS = {
     "exact": [("test_whole_pipeline_equals_stock", mode) for mode in ("f16", "fa", "q8_0")],
+    "redundant tokens": [("test_redundant_tokens", None)],
+    "encoder stage": [("test_encoder_stage", None)],
     "vision stage": [("test_features", None), ("test_encoder_scores", "f32"), ("test_both_stages", "f32")],
     "decoder stage": [
         ("test_keep_all_equals_stock", "f16"),
@@ -40,8 +45,19 @@ def is_complete(families: Mapping[str, object], results: Results) -> bool:
     return all((name, *test) in results for name in families for tests in COLUMNS.values() for test in tests)
 
 
+def has_encoder_stage(fixture: object) -> bool:
+    """Whether it runs in two parts: by composed pictures, or by rows that leave. Granite-Vision stacks hidden states of
+    several layers.
+    """
+    return fixture.name != "granite-vision" and fixture.projector in (*GEOMETRIES, *SQUARES, *SINGLE)
+
+
 def cell(fixture: object, column: str) -> str:
     """fixture: tests.families.Fixture."""
+    if column == "redundant tokens":  # the encoder takes pictures of any size
+        return "yes" if fixture.projector in GEOMETRIES else "no"
+    if column == "encoder stage":
+        return "yes" if has_encoder_stage(fixture) else "no"
     problem = {"vision stage": fixture.vision_problem, "decoder stage": fixture.decoder_problem}.get(column)
     if problem:
         return f"no: {problem}"
@@ -65,9 +81,13 @@ def unproven(families: Mapping[str, object], results: Results) -> list[tuple[str
         for column, tests in COLUMNS.items():
             skipped = [results[(name, *test)] == "skipped" for test in tests]
             # a family without one of the stages skips that stage's tests in the columns that are about both
-            needs_all = column in ("exact", "vision stage", "decoder stage") or not (
-                fixture.vision_problem or fixture.decoder_problem
-            )
+            needs_all = column in (
+                "exact",
+                "redundant tokens",
+                "encoder stage",
+                "vision stage",
+                "decoder stage",
+            ) or not (fixture.vision_problem or fixture.decoder_problem)
             needs_all &= fixture.prompts[0].encoder_scores is not None or column != "flash attention"
             if cell(fixture, column) == "yes" and (any(skipped) if needs_all else all(skipped)):
                 missing.append((name, column))

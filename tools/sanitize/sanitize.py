@@ -18,7 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ("test_tap.py", "test_tap_inputs.py", "test_tap_splits.py", "test_scores.py", "test_core_threads.py")
+TESTS = (
+    "test_tap.py",
+    "test_tap_inputs.py",
+    "test_tap_splits.py",
+    "test_shrink.py",
+    "test_row_window.py",
+    "test_scores.py",
+    "test_core_threads.py",
+)
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 THREAD = ("-fsanitize=thread", "-fno-omit-frame-pointer", "-g", "-O1")
 

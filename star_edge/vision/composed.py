@@ -1,0 +1,340 @@
+"""Encodes some units of a picture: libmtmd gets a smaller picture that is composed of them, and the tap gives every
+patch its true position.
+
+A unit is the square of patches that becomes one image token. For encoders of any picture size: Qwen2-VL, Qwen2.5-VL,
+Qwen3-VL, Pixtral and Mistral-Small 3.1. What a composed picture's graph takes from outside is the composed pixels and
+what depends on the place of a patch: positions, and for some encoders position embeddings or the mask of windows. With
+all units, in the encoder's own order, the output is bit-identical to that of the picture itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import EngineError
+from ..llamacpp.mtmd import MEDIA_MARKER
+from ..llamacpp.names import (
+    COLUMN_POSITIONS,
+    PIXELS,
+    PLACED,
+    POSITIONS,
+    ROW_POSITIONS,
+    TO_WINDOWS,
+    WINDOW_INDEX,
+    WINDOW_MASK,
+)
+from ..llamacpp.tap import Plan
+from .chunks import ImageChunk
+from .encoder import VisionEncoder
+
+MAX_SIDE = 46000  # pixels: clip_image_size::area multiplies two sides as int
+MIN_TOKENS = (
+    8  # libmtmd enlarges smaller pictures (set_limit_image_tokens in clip.cpp), unless image_min_tokens says more
+)
+_LOWEST = np.finfo(np.float32).min  # what clip_encode masks with
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an encoder lays out the patches of a picture.
+
+    Attributes:
+        patch: Pixels along a patch's side.
+        side: Patches along a unit's side.
+        grouped: True: the rows of a unit's patches are adjacent. False: rows are the raster of patches.
+        window: Units along the side of a window, for encoders with window attention. 0: none.
+        full_every: With windows: one layer in so many sees the whole picture, the last of them.
+        places: Whether position embeddings are added to the patches.
+        planes: Layers whose states the encoder's output also has (DeepStack), ascending.
+    """
+
+    patch: int
+    side: int
+    grouped: bool
+    window: int = 0
+    full_every: int = 1
+    places: bool = False
+    planes: tuple[int, ...] = ()
+
+    @property
+    def pixels(self) -> int:
+        """Pixels along a unit's side."""
+        return self.patch * self.side
+
+    @property
+    def patches(self) -> int:
+        """Patches of a unit."""
+        return self.side**2
+
+    def rows(self, grid: Grid) -> np.ndarray:
+        """Rows of the encoder's sequence that the units of a picture have, (n_units, patches) int64."""
+        r, c = grid
+        if self.grouped:
+            return np.arange(r * c * self.patches).reshape(r * c, self.patches)
+        raster = np.arange(r * c * self.patches).reshape(r, self.side, c, self.side)
+        return raster.swapaxes(1, 2).reshape(r * c, self.patches)
+
+    def windows(self, units: np.ndarray, grid: Grid) -> np.ndarray:
+        """The number of each unit's window, (n,) int64. units: raster numbers on the grid."""
+        y, x = np.divmod(units, grid[1])
+        numbers: np.ndarray = (y // self.window) * -(-grid[1] // self.window) + x // self.window
+        return numbers
+
+    def ordered(self, units: np.ndarray, grid: Grid) -> np.ndarray:
+        """The units as the encoder has them: window by window (clip_encode), else as they are."""
+        return units[np.argsort(self.windows(units, grid), kind="stable")] if self.window else units
+
+
+def _qwen(metadata: dict[str, Any], **more: Any) -> Geometry | None:
+    if int(metadata["clip.vision.spatial_merge_size"] or 2) != 2:
+        return None
+    return Geometry(int(metadata["clip.vision.patch_size"]), 2, True, **more)
+
+
+def _qwen25(metadata: dict[str, Any]) -> Geometry | None:
+    every = int(metadata["clip.vision.n_wa_pattern"] or 0)
+    if every < 1:
+        return None
+    window = int(metadata["clip.vision.window_size"] or 112) // int(metadata["clip.vision.patch_size"]) // 2
+    return _qwen(metadata, window=window, full_every=every)
+
+
+def _qwen3(metadata: dict[str, Any]) -> Geometry | None:
+    flags = metadata["clip.vision.is_deepstack_layers"]
+    planes = tuple(i for i, flag in enumerate(flags) if flag) if isinstance(flags, list) else ()
+    return _qwen(metadata, places=True, planes=planes)
+
+
+def _pixtral(metadata: dict[str, Any]) -> Geometry:
+    side = int(metadata["clip.vision.spatial_merge_size"] or 1)
+    return Geometry(int(metadata["clip.vision.patch_size"]), side, False)
+
+
+# What clip_encode gives the graph of each projector type, and what its graph makes of it (tools/mtmd/models)
+GEOMETRIES: dict[str, Callable[[dict[str, Any]], Geometry | None]] = {
+    "qwen2vl_merger": _qwen,
+    "qwen2.5vl_merger": _qwen25,
+    "qwen2.5o": _qwen25,
+    "qwen3vl_merger": _qwen3,
+    "pixtral": _pixtral,
+}
+
+
+def find_geometry(encoder: VisionEncoder) -> Geometry | None:
+    """The geometry of an encoder of any picture size, or None."""
+    make = GEOMETRIES.get(encoder.projector)
+    return make(encoder.metadata) if make else None
+
+
+@dataclass
+class Picture:
+    """What an encoder gets of an image, before it computes anything.
+
+    Attributes:
+        chunk: The image.
+        grid: (rows, columns) of its units.
+        pixels: Preprocessed pixels of each unit, (n_units, 3, side, side) float32.
+        places: Position embeddings of each unit's patches, (n_units, patches, n_embd) float32, or None.
+    """
+
+    chunk: ImageChunk
+    grid: Grid
+    pixels: np.ndarray
+    places: np.ndarray | None
+
+
+@dataclass
+class UnitFeatures:
+    """What the encoder makes of some units of a picture. Arrays belong to the caller.
+
+    Attributes:
+        tokens: Indices of the image's tokens, ascending, (n,) int64: those of the units, and all special tokens.
+        embeddings: (n, n_embd_inp) float32.
+        scores: Attention that each receives, (n,) float32, 0 for special tokens. None: not read.
+        score_seconds: Time spent on reading attention.
+    """
+
+    tokens: np.ndarray
+    embeddings: np.ndarray
+    scores: np.ndarray | None
+    score_seconds: float = 0.0
+
+
+class Composer:
+    """Runs an encoder on some units of a picture. `encoder` must have a geometry."""
+
+    def __init__(self, encoder: VisionEncoder, geometry: Geometry) -> None:
+        self.encoder, self.geometry = encoder, geometry
+        self.least = max(MIN_TOKENS, encoder.image_min_tokens)
+
+    # ---- sizes ----
+
+    def grid_of(self, n: int, rows: int = 1) -> Grid | None:
+        """(rows, columns) of a picture of exactly n units, as square as can be; None: there is none.
+
+        A picture of more would hold units that the kept ones attend to. rows: how many it has at least.
+        """
+        for r in range(math.isqrt(n), 0, -1):
+            if n % r == 0:
+                fits = max(r, n // r) * self.geometry.pixels <= MAX_SIDE
+                return (n // r, r) if fits and n // r >= rows else None
+        return None
+
+    def fitting(self, n: int, chunk: ImageChunk) -> int:
+        """The smallest number of units, from n on, that a picture can be composed of."""
+        n = max(n, self.least)
+        while self.grid_of(n, self._rows_needed(chunk)) is None:
+            n += 1
+        return n
+
+    def _rows_needed(self, chunk: ImageChunk) -> int:
+        """2 where row ends are copied from the composed picture: the last row has none."""
+        return 1 if chunk.special is None or not chunk.special.any() else 2
+
+    # ---- what the encoder gets ----
+
+    def look(self, chunk: ImageChunk) -> Picture | None:
+        """The pixels that the encoder would get for an image; the encoder computes none of its layers.
+
+        None: they are not what the geometry says, as for two frames of a video in one chunk.
+        """
+        g = self.geometry
+        if chunk.grid is None:
+            return None
+        rows, columns = chunk.grid
+        n = rows * columns
+        raw = np.empty(3 * n * g.pixels**2, np.float32)
+        places = None
+        plan = Plan(count_only=True)
+        if g.places:
+            places = np.empty((n, g.patches, int(self.encoder.metadata["clip.vision.embedding_length"])), np.float32)
+            plan = Plan(source=PLACED, source_out=places)
+        try:
+            with self.encoder.tap.watching(PIXELS, raw):
+                self.encoder.run(chunk, plan)
+        except EngineError:
+            return None
+        if self.encoder.tap.watched() != raw.nbytes:
+            return None
+        blocks = raw.reshape(3, rows, g.pixels, columns, g.pixels).transpose(1, 3, 0, 2, 4)
+        return Picture(chunk, chunk.grid, np.ascontiguousarray(blocks).reshape(n, 3, g.pixels, g.pixels), places)
+
+    def inputs(self, units: np.ndarray, grid: Grid, composed: Grid) -> dict[str, np.ndarray]:
+        """Inputs of a composed picture's graph, by name, all int32 but the mask.
+
+        units: raster numbers on `grid`, in the order of the encoder's rows.
+        """
+        g = self.geometry
+        y, x = np.divmod(np.repeat(units, g.patches), grid[1])
+        inner = np.tile(np.arange(g.patches), len(units))
+        y, x = g.side * y + inner // g.side, g.side * x + inner % g.side
+        if not g.grouped:
+            rows = g.rows(composed).ravel()
+            by_row = np.empty((2, len(rows)), np.int32)
+            by_row[:, rows] = y, x
+            return {ROW_POSITIONS: by_row[0], COLUMN_POSITIONS: by_row[1]}
+        inputs = {POSITIONS: np.concatenate([y, x, y, x]).astype(np.int32)}
+        if g.window:
+            window = np.repeat(g.windows(units, grid), g.patches)
+            inputs[WINDOW_MASK] = np.where(window[:, None] == window, np.float32(0), _LOWEST)
+            inputs[TO_WINDOWS] = inputs[WINDOW_INDEX] = np.arange(len(units), dtype=np.int32)
+        return inputs
+
+    @contextmanager
+    def composed(
+        self, units: np.ndarray, grid: Grid, chunk: ImageChunk, pixels: np.ndarray | None = None
+    ) -> Iterator[ImageChunk]:
+        """The chunk of a picture of these units; in the block its graph gets their pixels and places.
+
+        Args:
+            units: As for `inputs`.
+            grid: (rows, columns) of the whole picture.
+            chunk: The whole picture.
+            pixels: Of each unit in that order, as in `Picture`. None: whatever; the layers that see them do not run.
+        """
+        side = self.geometry.pixels
+        composed = grid if len(units) == grid[0] * grid[1] else self.grid_of(len(units), self._rows_needed(chunk))
+        if composed is None:
+            raise EngineError(f"no picture can be composed of {len(units)} units")
+        r, c = composed
+        prompt = self.encoder.tokenize(MEDIA_MARKER, [np.zeros((r * side, c * side, 3), np.uint8)])
+        with ExitStack() as stack:
+            stack.callback(prompt.close)
+            small = next(chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk))
+            if small.grid != composed:
+                raise EngineError(f"a composed picture of {composed} units became one of {small.grid}")
+            inputs = self.inputs(units, grid, composed)
+            if pixels is not None:
+                inputs[PIXELS] = pixels.reshape(r, c, 3, side, side).transpose(2, 0, 3, 1, 4)
+            for name in list(inputs):
+                stack.callback(self.encoder.tap.set_input, name, None)
+                self.encoder.tap.set_input(name, inputs.pop(name))  # which copies them: a mask can have megabytes
+            yield small
+
+    # ---- what it makes of it ----
+
+    def encode(self, picture: Picture, units: np.ndarray, attention: str | None) -> UnitFeatures:
+        """The features of some units of a picture, as if there were no others.
+
+        Args:
+            picture: The picture.
+            units: Raster numbers, ascending; as many as `fitting` allows.
+            attention: As for `VisionEncoder.encode`.
+        """
+        order = self.geometry.ordered(units, picture.grid)
+        plan = Plan()
+        if picture.places is not None:
+            self.place(plan, picture.places[order])
+        with self.composed(order, picture.grid, picture.chunk, picture.pixels[order]) as small:
+            encoded = self.encoder.encode(small, attention, want_cells=False, plan=plan)
+            return self.collect(picture.chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds)
+
+    @staticmethod
+    def place(plan: Plan, places: np.ndarray) -> None:
+        """Gives a composed picture's graph its position embeddings. places: (n_units, patches, n_embd) float32."""
+        plan.source, plan.source_in = PLACED, np.ascontiguousarray(places)
+
+    @staticmethod
+    def ordinary(chunk: ImageChunk, tokens: np.ndarray) -> np.ndarray:
+        """Which of these tokens of an image are not special, (n,) bool."""
+        return np.ones(len(tokens), bool) if chunk.special is None else ~chunk.special[tokens]
+
+    def collect(
+        self,
+        chunk: ImageChunk,
+        small: ImageChunk,
+        order: np.ndarray,
+        embeddings: np.ndarray,
+        scores: np.ndarray | None = None,
+        score_seconds: float = 0.0,
+    ) -> UnitFeatures:
+        """The tokens of a composed picture as tokens of the whole one.
+
+        Args:
+            chunk: The whole picture.
+            small: The composed one.
+            order: Units of the whole picture, in the order of the encoder's rows.
+            embeddings: Of all tokens of the composed one.
+            scores: The same.
+            score_seconds: Of `UnitFeatures`.
+        """
+        ends = np.zeros(small.n_tokens, bool) if small.special is None else small.special
+        ordinary = np.flatnonzero(~ends)
+        special = np.zeros(chunk.n_tokens, bool) if chunk.special is None else chunk.special
+        tokens = np.flatnonzero(~special)[order]
+        source = ordinary
+        if special.any():  # each is the same learned row
+            tokens = np.concatenate([tokens, np.flatnonzero(special)])
+            source = np.concatenate([ordinary, np.full(int(special.sum()), np.flatnonzero(ends)[0])])
+        at = np.argsort(tokens)
+        return UnitFeatures(
+            tokens[at], embeddings[source[at]], None if scores is None else scores[source[at]], score_seconds
+        )

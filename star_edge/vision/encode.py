@@ -1,0 +1,382 @@
+"""Encodes the images of a prompt: whole, or without what need not be computed.
+
+    pixels -> redundant units are left out -> layers [0, M) -> the encoder stage chooses -> layers [M, L) -> tokens
+
+A unit is the square of patches that becomes one image token. Both ways to compute less leave units out, and the tokens
+that stay have the mass of those that do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import EngineError
+from ..llamacpp.names import PIXELS
+from ..llamacpp.tap import Plan
+from ..pruning.choose import Candidates, choose, divide, vision_policy
+from ..pruning.config import PruneConfig
+from ..pruning.scorers import VISION_SCORERS
+from ..pruning.selection import Selection, Tokens
+from ..stopwatch import Stopwatch
+from .cache import CachedImage
+from .chunks import Encoded, ImageChunk, cells_of
+from .composed import Composer, Picture, UnitFeatures, find_geometry
+from .encoder import VisionEncoder
+from .profiles import PROFILES
+from .redundancy import masses, representatives, with_more
+from .row_window import find_row_window
+from .stage import PromptPlan
+from .window import EncoderWindow, FirstPass, find_window, window_layer
+
+
+@dataclass
+class _Work:
+    """An image that is not encoded whole, or not in one pass.
+
+    Attributes:
+        number: Its index among the prompt's images.
+        units: Units that enter the encoder, ascending.
+        mass: Units that each stands for, (n,) float64.
+        picture: What the encoder gets. None: all units enter.
+    """
+
+    number: int
+    units: np.ndarray
+    mass: np.ndarray
+    picture: Picture | None = None
+
+
+class ImageEncoding:
+    """Encodes the images of prompts with one encoder."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.encoder = encoder
+        geometry = find_geometry(encoder)
+        self.composer = None if geometry is None else Composer(encoder, geometry)
+        self.window: EncoderWindow | None = find_window(encoder) or find_row_window(encoder)
+
+    def possible(self, config: PruneConfig, images: Sequence[ImageChunk]) -> tuple[PruneConfig, list[str]]:
+        """The config without what this encoder cannot do, and a note on each such thing.
+
+        Raises:
+            ConfigError: The encoder has no such layer.
+        """
+        notes = []
+        if config.redundancy != "off" and self.composer is None:
+            notes.append(f"no tokens are left out before the encoder: {self._reason('encodes whole pictures only')}")
+            config = replace(config, redundancy="off")
+        if config.prunes_in_encoder:
+            problem = self._reason("cannot run in two parts") if self.window is None else ""
+            if self.window is not None:
+                window_layer(self.window, config.encoder_layer)
+                problem = next((p for image in images if (p := self.window.problem(image))), "")
+            if problem:
+                notes.append(f"no encoder stage: {problem}")
+                config = replace(config, encoder_keep=1.0, encoder_layer=None)
+        return config, notes
+
+    def _reason(self, what: str) -> str:
+        return f"the encoder of projector type {self.encoder.projector!r} {what}"
+
+    def encode(self, plan: PromptPlan, watch: Stopwatch, notes: list[str]) -> list[Encoded]:
+        """Encodes the images whose output is not cached.
+
+        Args:
+            plan: The prompt's plan, with a config that `possible` has passed.
+            watch: Steps "encode", "redundancy" and "encoder_stage", and "vision_stage" as far as attention is read.
+            notes: Gets what could not be done.
+
+        Raises:
+            EngineError: The encoder failed.
+        """
+        with watch.step("encode"):
+            return self._encode(plan, watch, notes)
+
+    def _encode(self, plan: PromptPlan, watch: Stopwatch, notes: list[str]) -> list[Encoded]:
+        done: dict[int, Encoded] = {}
+        config = plan.config
+        if config is not None and (config.redundancy != "off" or config.prunes_in_encoder):
+            for group in plan.groups:
+                done |= self._encode_group(plan, config, group, watch, notes)
+        attention = config.encoder_attention if config is not None else None
+        seen: dict[bytes, int] = {}
+        for i in range(len(plan.images)):
+            if i not in done:
+                done[i] = self._encode_whole(plan.images, i, attention, config is not None, seen, done)
+        encoded = [done[i] for i in range(len(done))]
+        watch.take("vision_stage", sum(e.score_seconds for e in encoded))
+        return encoded
+
+    # ---- whole images ----
+
+    def _encode_whole(
+        self,
+        images: Sequence[ImageChunk],
+        i: int,
+        attention: str | None,
+        want_cells: bool,
+        seen: dict[bytes, int],
+        done: dict[int, Encoded],
+    ) -> Encoded:
+        """One image. Crops of equal pixels are encoded once. seen: by what the encoder gets, the first such image."""
+        image = images[i]
+        crops = sum(other.picture == image.picture for other in images)
+        if crops > 1 and not self.encoder.is_cached(image, attention, want_cells=want_cells):
+            what = self._fingerprint(image)
+            if what is not None and what in seen:
+                same = replace(done[seen[what]], score_seconds=0.0, cached=False, same_as=seen[what])
+                self.encoder.remember(image, same, attention, want_cells=want_cells)
+                return same
+            if what is not None:
+                seen[what] = i
+        return self.encoder.encode_once(image, attention, want_cells=want_cells)
+
+    def _fingerprint(self, image: ImageChunk) -> bytes | None:
+        """Stands for all that an image's output depends on, or None if that is not known.
+
+        Graphs of the encoders that have a profile depend on the pixels and their number alone. The number of nodes
+        tells apart what else there may be, such as an overview and a tile.
+        """
+        if self.encoder.projector not in PROFILES or image.size is None:
+            return None
+        pixels = np.empty((3, *image.size), np.float32)
+        try:
+            with self.encoder.tap.watching(PIXELS, pixels):
+                outcome = self.encoder.run(image, Plan(count_only=True))
+        except EngineError:
+            return None
+        if self.encoder.tap.watched() != pixels.nbytes:
+            return None
+        about = repr((image.size, image.n_tokens, image.grid, outcome.n_skipped)).encode()
+        return hashlib.sha256(about + pixels.tobytes()).digest()
+
+    # ---- parts of images ----
+
+    def _encode_group(
+        self, plan: PromptPlan, config: PruneConfig, group: Sequence[int], watch: Stopwatch, notes: list[str]
+    ) -> dict[int, Encoded]:
+        """Images that share a budget. Those that have to be encoded whole are left out."""
+        layer = None
+        if config.prunes_in_encoder:
+            assert self.window is not None  # `possible` has made sure of it
+            layer = window_layer(self.window, config.encoder_layer)
+        attention = config.encoder_attention
+        keys = {i: self._key(plan, config, group, i, layer) for i in group}
+        done = {i: found for i in group if (found := self._cached(keys[i], plan.images[i], attention)) is not None}
+        if layer is not None and len(group) > 1 and len(done) < len(group):
+            done = {}  # they share what stays
+        works = []
+        for i in group:
+            if i not in done:
+                with watch.step("redundancy"):
+                    work = self._units(i, plan.images[i], config, notes)
+                if work is not None and (layer is not None or work.picture is not None):
+                    works.append(work)
+        if layer is None:
+            features = {w.number: self._encode_units(w, attention, notes) for w in works}
+            selections: dict[int, Selection] = {}
+        else:
+            features, selections = self._encode_in_windows(plan, config, works, layer, watch, notes)
+        for work in works:
+            i, made = work.number, features[work.number]
+            if made is not None:
+                done[i] = self._encoded(plan.images[i], config, work, made, selections.get(i), layer)
+                self._remember(keys[i], done[i], attention)
+        return done
+
+    def _units(self, i: int, image: ImageChunk, config: PruneConfig, notes: list[str]) -> _Work | None:
+        """The units of an image that enter the encoder. None: it has no grid."""
+        if image.grid is None:
+            return None
+        n = image.grid[0] * image.grid[1]
+        whole = _Work(i, np.arange(n), np.ones(n))
+        if config.redundancy == "off" or self.composer is None:
+            return whole
+        picture = self.composer.look(image)
+        if picture is None:
+            notes.append("no tokens are left out before the encoder: an image has other pixels than its tokens say")
+            return whole
+        pixels, tolerance = picture.pixels, 0.0
+        if isinstance(config.redundancy, float):
+            deviation = np.asarray(self.encoder.metadata["clip.vision.image_std"], np.float32)
+            pixels, tolerance = pixels * deviation[:, None, None], config.redundancy
+        stands = representatives(pixels, picture.grid, tolerance)
+        n_kept = self.composer.fitting(int((stands == np.arange(n)).sum()), image)
+        if n_kept >= n:
+            return whole
+        return _Work(i, *masses(with_more(stands, n_kept)), picture)
+
+    def _encode_units(self, work: _Work, attention: str | None, notes: list[str]) -> UnitFeatures | None:
+        assert self.composer is not None and work.picture is not None  # `_units` has left some out
+        try:
+            return self.composer.encode(work.picture, work.units, attention)
+        except EngineError as error:
+            notes.append(f"no tokens were left out before the encoder: {error.cause}")
+            return None
+
+    def _encode_in_windows(
+        self,
+        plan: PromptPlan,
+        config: PruneConfig,
+        works: Sequence[_Work],
+        layer: int,
+        watch: Stopwatch,
+        notes: list[str],
+    ) -> tuple[dict[int, UnitFeatures | None], dict[int, Selection]]:
+        """Features of the images, and what stayed of the units that entered the encoder."""
+        assert self.window is not None  # `possible` has made sure of it
+        images = plan.images
+        try:
+            firsts = [self._first(images[w.number], w, layer, config) for w in works]
+            watch.take("encoder_stage", sum(first.score_seconds for first in firsts))
+            with watch.step("encoder_stage"):
+                selections = self._choose(plan, config, works, firsts)
+            features: dict[int, UnitFeatures | None] = {}
+            for w, first in zip(works, firsts):
+                features[w.number] = self.window.rest(first, selections[w.number].kept, config.encoder_attention)
+            return features, selections
+        except EngineError as error:
+            notes.append(f"no encoder stage: {error.cause}")
+            return {w.number: None for w in works}, {}
+
+    def _first(self, image: ImageChunk, work: _Work, layer: int, config: PruneConfig) -> FirstPass:
+        assert self.window is not None  # `possible` has made sure of it
+        wants = VISION_SCORERS[config.vision_scorer].reads is not None and config.chooses_by_score
+        return self.window.first(image, layer, wants, work.picture, None if work.picture is None else work.units)
+
+    def _choose(
+        self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], firsts: Sequence[FirstPass]
+    ) -> dict[int, Selection]:
+        """What stays of the units that entered the encoder, by the image's number."""
+        assert self.window is not None  # which has made the first passes
+        candidates = [
+            Candidates(
+                Tokens(first.vectors, first.units, first.chunk.grid, self._mass(config, w.mass), first.attention),
+                None,
+                first.chunk.picture,
+                first.chunk.n_tokens - plan.n_special[w.number],
+            )
+            for w, first in zip(works, firsts)
+        ]
+        selections = {}
+        for w, first, image, n in zip(works, firsts, candidates, self._shares(plan, config, works, candidates)):
+            selections[w.number] = choose(vision_policy(config, first.attention is not None), image, n)
+        return selections
+
+    def _shares(
+        self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], candidates: Sequence[Candidates]
+    ) -> list[int]:
+        """Units of each image that stay. Images of one group share them."""
+        window = self.window
+        assert window is not None  # which has made the first passes
+        n_keep = [min(len(w.units), plan.n_encoder[w.number] - plan.n_special[w.number]) for w in works]
+        if len(works) > 1 and any(n < len(w.units) for n, w in zip(n_keep, works)):
+            policy = vision_policy(config, all(c.tokens.attention is not None for c in candidates))
+            n_keep = divide(policy, candidates, sum(n_keep))
+        chunks = [plan.images[w.number] for w in works]
+        return fitted(n_keep, lambda i, n: min(len(works[i].units), window.fitting(n, chunks[i])))
+
+    @staticmethod
+    def _mass(config: PruneConfig, mass: np.ndarray) -> np.ndarray | None:
+        """Masses, where tokens count for others at all and some do."""
+        return mass if config.has_masses and (mass != 1).any() else None
+
+    def _encoded(
+        self,
+        image: ImageChunk,
+        config: PruneConfig,
+        work: _Work,
+        features: UnitFeatures,
+        selection: Selection | None,
+        layer: int | None,
+    ) -> Encoded:
+        special = image.special
+        is_special = np.zeros(image.n_tokens, bool) if special is None else special
+        of_unit = np.flatnonzero(~is_special)
+        unit_mass = self._mass(config, work.mass) if selection is None else selection.mass
+        mass = None
+        if unit_mass is not None:
+            mass = np.ones(len(features.tokens))
+            mass[~is_special[features.tokens]] = unit_mass
+        out = np.setdiff1d(np.arange(len(of_unit)), work.units)
+        return Encoded(
+            features.embeddings,
+            features.scores,
+            cells_of(image.n_tokens, special),
+            features.score_seconds,
+            special,
+            kept=features.tokens if len(features.tokens) < image.n_tokens else None,
+            mass=mass,
+            redundant=of_unit[out],
+            layer=layer,
+        )
+
+    # ---- the cache ----
+
+    def _key(
+        self, plan: PromptPlan, config: PruneConfig, group: Sequence[int], i: int, layer: int | None
+    ) -> bytes | None:
+        """What the output of an image in parts is kept by: with a shared budget it depends on the other images."""
+        image, cache = plan.images[i], self.encoder.cache
+        if cache is None or not image.content:
+            return None
+        about: list[object] = [image.content, config.redundancy, config.has_masses]
+        if layer is not None:
+            sharers = [plan.images[k].content for k in group]
+            if not all(sharers):
+                return None
+            counts = [plan.n_encoder[k] for k in group]
+            about += [layer, sharers, counts, config.budget, config.vision_scorer, config.vision_share]
+            about += [config.representatives, config.seed]
+        return cache.key(repr(about))
+
+    def _cached(self, key: bytes | None, image: ImageChunk, attention: str | None) -> Encoded | None:
+        cache = self.encoder.cache
+        if key is None or cache is None:
+            return None
+        found = cache.get(key, image.n_tokens, self.encoder.n_embd_inp, attention, False)
+        if found is None:
+            return None
+        scores = None if attention is None else found.scores[attention]
+        cells = cells_of(image.n_tokens, image.special)
+        redundant = np.empty(0, np.int64) if found.redundant is None else found.redundant
+        return Encoded(
+            found.embeddings,
+            scores,
+            cells,
+            0.0,
+            image.special,
+            cached=True,
+            kept=found.kept,
+            mass=found.mass,
+            redundant=redundant,
+            layer=found.layer or None,
+        )
+
+    def _remember(self, key: bytes | None, encoded: Encoded, attention: str | None) -> None:
+        cache = self.encoder.cache
+        if key is None or cache is None:
+            return
+        scores = {} if attention is None or encoded.scores is None else {attention: encoded.scores}
+        image = CachedImage(
+            encoded.embeddings, None, scores, encoded.kept, encoded.mass, encoded.redundant, encoded.layer or 0
+        )
+        cache.put(key, image, len(encoded.cells))
+
+
+def fitted(counts: Sequence[int], fit: Callable[[int, int], int]) -> list[int]:
+    """Numbers near these that the encoder can run on, together not fewer, and more by less than one step.
+
+    fit: fit(i, n) is the smallest number for image i from n on, or all that there are.
+    """
+    up = [fit(i, n) for i, n in enumerate(counts)]
+    down = [next((m for m in range(n, 0, -1) if fit(i, m) == m), up[i]) for i, n in enumerate(counts)]
+    reach = [(n - low) / (high - low) if high > low else 0.0 for n, low, high in zip(counts, down, up)]
+    for i in sorted(range(len(counts)), key=lambda i: -reach[i]):
+        if sum(down) < sum(counts):
+            down[i] = up[i]
+    return down

@@ -1,0 +1,103 @@
+"""The experiments of README.md: for each, its methods. A layer is a share of the decoder's layers."""
+
+from __future__ import annotations
+
+from methods import Method
+
+LATE = 2 / 3
+
+
+def _depth() -> list[Method]:
+    """Question 1, and 5: a quarter of the rows, chosen at different layers; what the answer sees below them."""
+    return [
+        Method(f"K = {share:.2f} L, {'seen' if seen else 'gone'}", ((share, 0.25),), seen_below=seen)
+        for share in (1 / 3, 0.5, 0.6, 2 / 3, 0.75)
+        for seen in (False, True)
+    ]
+
+
+def _ranking() -> list[Method]:
+    """Question 2: rankings at one layer."""
+    return [
+        Method(f"{ranked}{f', maximum of {pool}' if pool > 1 else ''}", ((LATE, 0.125),), ranked, pool, seen_below=True)
+        for ranked, pool in (
+            ("text", 1),
+            ("last", 1),
+            ("last", 5),
+            ("last4", 1),
+            ("max", 1),
+            ("raters", 1),
+            ("random", 1),
+        )
+    ]
+
+
+def _representatives() -> list[Method]:
+    """Question 3: how much of the budget represents dropped rows, and how."""
+    return [
+        Method(f"{kind} {part:.0%}", ((LATE, 0.125),), "last", 1, kind, part, seen_below=True)
+        for kind, part in (
+            ("cluster", 0.0),
+            ("cluster", 0.1),
+            ("cluster", 0.25),
+            ("cluster", 0.5),
+            ("even", 0.25),
+        )
+    ]
+
+
+def _schedule() -> list[Method]:
+    """Question 4: one stage, or several from mild to strong, at the same average (64% of the rows)."""
+    return [
+        Method("one: 10% from 0.6 L", ((0.6, 0.1),), seen_below=True),
+        Method("two: 50% from 0.5 L, 17% from 0.67 L", ((0.5, 0.5), (LATE, 0.17)), seen_below=True),
+        Method(
+            "three: 60% from 0.5 L, 30% from 0.6 L, 14% from 0.7 L",
+            ((0.5, 0.6), (0.6, 0.3), (0.7, 0.14)),
+            seen_below=True,
+        ),
+    ]
+
+
+def _late() -> list[Method]:
+    """More of question 1: later layers, more rows, and what rounding alone changes (one row in a hundred dropped)."""
+    return [
+        Method("K = 0.7 L, keep 50%", ((0.7, 0.5),), seen_below=True),
+        Method("K = 0.7 L, keep 25%", ((0.7, 0.25),), seen_below=True),
+        Method("K = 0.7 L, keep 50%, maximum of 5", ((0.7, 0.5),), pool=5, seen_below=True),
+        Method("K = 0.7 L, keep 25%, maximum of 5", ((0.7, 0.25),), pool=5, seen_below=True),
+        Method("K = 0.8 L, keep 50%", ((0.8, 0.5),), seen_below=True),
+        Method("K = 0.9 L, keep 25%", ((0.9, 0.25),), seen_below=True),
+        Method("K = 0.9 L, keep 99%", ((0.9, 0.99),), seen_below=True),
+    ]
+
+
+def _rivals() -> list[Method]:
+    """On the test split: the proposed stage against others at equal token-layers, and what no method reaches."""
+
+    def keep(average: float, share: float) -> float:
+        return (average - share) / (1 - share)
+
+    first = 0.1  # the second or third layer, as FastV
+    return [
+        Method("proposed: last row, K = 0.67 L, keep 50%", ((LATE, 0.5),), seen_below=True),
+        Method("proposed: last row, K = 0.67 L, keep 25%", ((LATE, 0.25),), seen_below=True),
+        Method("last row, K = 0.75 L, keep 25%", ((0.75, 0.25),), seen_below=True),
+        Method("FastV (0.1 L), 75%", ((first, keep(0.75, first)),), seen_below=True),
+        Method("random from 0.1 L, 75%", ((first, keep(0.75, first)),), "random", seen_below=True),
+        Method("uniform from 0.1 L, 75%", ((first, keep(0.75, first)),), "uniform", seen_below=True),
+        Method("default (K = L/3, clusters), 75%", ((1 / 3, keep(0.75, 1 / 3)),), "text", 1, "cluster", 0.5),
+        Method("default (K = L/3, clusters), 50%", ((1 / 3, keep(0.5, 1 / 3)),), "text", 1, "cluster", 0.5),
+        Method("words of the question, K = 1, 50%", ((1, 0.48),), "words", seen_below=True),
+        Method("words of the question, K = 1, 25%", ((1, 0.215),), "words", seen_below=True),
+    ]
+
+
+EXPERIMENTS: dict[str, list[Method]] = {
+    "depth": _depth(),
+    "ranking": _ranking(),
+    "representatives": _representatives(),
+    "schedule": _schedule(),
+    "late": _late(),
+    "rivals": _rivals(),
+}
