@@ -16,14 +16,22 @@ ON = PLACEMENT is not None
 
 
 @functools.cache
-def n_layers(path: str) -> int:
+def metadata(path: str, key: str) -> int:
+    """A number of the architecture, 0 if it has none."""
     fields = gguf.GGUFReader(path).fields
-    return int(fields[f"{fields['general.architecture'].contents()}.block_count"].contents())
+    field = fields.get(f"{fields['general.architecture'].contents()}.{key}")
+    return int(field.contents()) if field else 0
+
+
+def n_experts(path: object) -> int:
+    return metadata(os.fspath(path), "expert_count")
 
 
 def n_gpu_layers(path: object) -> int:
     """As llama_cpp.Llama takes it: the output layer is counted too, and layers come off the top."""
-    return {"all": lambda: -1, "half": lambda: (n_layers(os.fspath(path)) + 1) // 2, "encoder": lambda: 0}[PLACEMENT]()
+    if PLACEMENT == "half":
+        return (metadata(os.fspath(path), "block_count") + 1) // 2
+    return -1 if PLACEMENT == "all" else 0
 
 
 def install() -> None:
