@@ -75,7 +75,8 @@ def environment(libraries: Path, placement: str) -> dict[str, str]:
     return {
         "GGML_VK_VISIBLE_DEVICES": "0",
         "LP_NUM_THREADS": "0",
-        "MALLOC_MMAP_THRESHOLD_": "4096",
+        "GGML_VK_DISABLE_DESCRIPTOR_REUSE": "1",
+        "GGML_VK_DISABLE_ASYNC": "1",
         **environment_of(libraries),
         "VK_DRIVER_FILES": driver,
         "VK_ICD_FILENAMES": driver,  # the name before Vulkan 1.3.207
