@@ -4,7 +4,7 @@ python tools/realdec/table.py RESULTS.jsonl [RESULTS.jsonl ...] --experiment dep
 
 One row for each method, and for each model: share of right answers and of unchanged ones in %, the latter with its 95%
 interval (bootstrap over items), KL divergence of the first token and mean over the answer in nats. A model's columns
-are about the items that all methods of the experiment have answered.
+are about the items that all methods have answered which it was asked with.
 """
 
 from __future__ import annotations
@@ -58,15 +58,20 @@ def main() -> None:
     table = {name: [name] for name in names}
     head = ["method"]
     for model, methods in read(args.results, args.split).items():
-        common = sorted(set.intersection(*(set(methods[name]) for name in names)))
-        if not common:
+        mine = [name for name in names if name in methods]
+        if "unpruned" not in mine:
             continue
+        common = sorted(set.intersection(*(set(methods[name]) for name in mine)))
         print(f"{model}, {args.split}: {len(common)} items")
         was_right = {item for item in common if methods["unpruned"][item]["right"]}
         tasks = sorted({str(methods["unpruned"][item]["task"]) for item in common}) if args.tasks else []
         short = model.split("-")[0]
-        head += [f"{short}: average rows", *(tasks or ["right", "same", "same of right", "KL", "KL answer"])]
+        columns = [f"{short}: average rows", *(tasks or ["right", "same", "same of right", "KL", "KL answer"])]
+        head += columns
         for name in names:
+            if name not in mine:
+                table[name] += ["-"] * len(columns)
+                continue
             lines = [methods[name][item] for item in common]
             table[name].append(f"{100 * np.mean([line['average'] for line in lines]):.0f}")
             if args.tasks:
