@@ -85,6 +85,7 @@ def _rivals() -> list[Method]:
         Method("last row, K = 0.75 L, keep 25%", ((0.75, 0.25),), seen_below=True),
         Method("last row, K = 0.8 L, keep 50%", ((0.8, 0.5),), seen_below=True),
         Method("last row, K = 0.8 L, keep 25%", ((0.8, 0.25),), seen_below=True),
+        Method("K = 0.9 L, keep 99%: rounding", ((0.9, 0.99),), seen_below=True),
         Method("FastV (0.1 L), 75%", ((first, keep(0.75, first)),), seen_below=True),
         Method("random from 0.1 L, 75%", ((first, keep(0.75, first)),), "random", seen_below=True),
         Method("uniform from 0.1 L, 75%", ((first, keep(0.75, first)),), "uniform", seen_below=True),
