@@ -361,7 +361,7 @@ def test_windows_end_no_process(name):
         assert np.array_equal(encoder.encode(chunk, None, want_cells=False).embeddings, before)
 
 
-@pytest.mark.parametrize("name", [name for name, fixture in FIXTURES.items() if fixture.projector not in GEOMETRIES])
+@pytest.mark.parametrize("name", [name for name, f in FIXTURES.items() if f.projector not in GEOMETRIES])
 def test_other_families_answer_without_it(name):
     """And the report says so."""
     fixture = FIXTURES[name]

@@ -101,7 +101,7 @@ def layers(vlm):
 
 def test_text_is_decoded_as_text_where_layers_tell_it_apart(fixture, engines):
     """Gemma 4 has an embedding of each token in every layer, and no other family here has anything like it."""
-    assert engines().decoder.tells_text_apart == (fixture.name == "gemma4")
+    assert engines().decoder.tells_text_apart == fixture.name.startswith("gemma4")
 
 
 def test_tokens_and_positions(fixture, engines):

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from ..engine import StarVLM
 from ..errors import StarEdgeError
+from ..io.images import load_image
 from ..llamacpp.devices import can_offload, cpu_features, list_devices
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
 from ..vision.chunks import ImageChunk
-from .options import AFRESH, load_engine, model_options, print_json
+from .options import AFRESH, FilePath, load_engine, model_options, print_json
 
 
 @click.command()
@@ -29,13 +30,16 @@ from .options import AFRESH, load_engine, model_options, print_json
     "--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for."
 )
 @click.option(
+    "--image", type=FilePath(dir_okay=False), help="A picture that the plan is for, in place of --image-size."
+)
+@click.option(
     "--check/--no-check",
     default=True,
     show_default=True,
     help="Run a short prompt with and without the layer window, and compare.",
 )
 @click.option("--json", "as_json", is_flag=True)
-def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
+def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **model: Any) -> None:
     """Show versions, devices, what the model supports, and what each preset would keep."""
     try:
         width, height = (int(n) for n in image_size.lower().split("x"))
@@ -43,6 +47,8 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
             raise ValueError
     except ValueError:
         raise click.BadParameter(f"{image_size!r} is not a size such as 672x672") from None
+    if image is not None:
+        height, width = load_image(image).shape[:2]
     result: dict[str, Any] = {
         "versions": {
             "star_edge": version("star-edge"),

@@ -59,6 +59,19 @@ def _schedule() -> list[Method]:
     ]
 
 
+def _late() -> list[Method]:
+    """More of question 1: later layers, more rows, and what rounding alone changes (one row in a hundred dropped)."""
+    return [
+        Method("K = 0.7 L, keep 50%", ((0.7, 0.5),), seen_below=True),
+        Method("K = 0.7 L, keep 25%", ((0.7, 0.25),), seen_below=True),
+        Method("K = 0.7 L, keep 50%, maximum of 5", ((0.7, 0.5),), pool=5, seen_below=True),
+        Method("K = 0.7 L, keep 25%, maximum of 5", ((0.7, 0.25),), pool=5, seen_below=True),
+        Method("K = 0.8 L, keep 50%", ((0.8, 0.5),), seen_below=True),
+        Method("K = 0.9 L, keep 25%", ((0.9, 0.25),), seen_below=True),
+        Method("K = 0.9 L, keep 99%", ((0.9, 0.99),), seen_below=True),
+    ]
+
+
 def _rivals() -> list[Method]:
     """On the test split: the proposed stage against others at equal token-layers, and what no method reaches."""
 
@@ -85,5 +98,6 @@ EXPERIMENTS: dict[str, list[Method]] = {
     "ranking": _ranking(),
     "representatives": _representatives(),
     "schedule": _schedule(),
+    "late": _late(),
     "rivals": _rivals(),
 }
