@@ -5,7 +5,7 @@
 1. pip builds one wheel for every CPython from 3.10 on (abi3), in an isolated environment.
 2. auditwheel gives it the manylinux tag that the compiler's C library allows (Linux).
 3. For each Python: a new environment, a PATH that has nothing but that environment, and another working directory.
-   The wheel is installed there; llama-cpp-python comes out of pip's cache, since nothing could compile it. Then
+   The wheel is installed there, with llama-cpp-python's from pip's cache, since nothing could compile it. Then
    `star-edge doctor` and `star-edge demo` run, and each module of the package is imported, with the extras at the end.
 
 What was built stays in dist/. Status 1: something failed.
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,15 @@ def run(command: list[str], environment: Mapping[str, str] | None = None, folder
 def build(python: str, folder: Path) -> Path:
     options = [f"--config-settings={option}" for option in (*WHEEL_OPTIONS, f"build-dir={folder / 'build'}")]
     run([python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder / "raw"), *options, str(ROOT)])
-    return next((folder / "raw").glob("*.whl"))
+    return next((folder / "raw").glob("star_edge-*.whl"))
+
+
+def fetch_llama(python: str, folder: Path) -> Path:
+    """A folder with the wheel of llama-cpp-python, for any Python: pip keeps what it built by version of Python."""
+    lines = metadata.requires("star-edge") or []
+    wanted = next(line for line in lines if line.startswith("llama-cpp-python") and "extra" not in line)
+    run([python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder / "llama"), wanted])
+    return folder / "llama"
 
 
 def repair(wheel: Path, folder: Path) -> Path:
@@ -87,7 +96,7 @@ def bare_environment(environment: Path) -> dict[str, str]:
     return variables
 
 
-def try_on(python: str, wheel: Path, folder: Path) -> None:
+def try_on(python: str, wheel: Path, llama: Path, folder: Path) -> None:
     environment = folder / "environment"
     run([python, "-m", "venv", str(environment)])
     variables, work = bare_environment(environment), folder / "work"
@@ -95,12 +104,13 @@ def try_on(python: str, wheel: Path, folder: Path) -> None:
     program = lambda name: shutil.which(name, path=variables["PATH"]) or sys.exit(f"no {name} in the environment")
     call = lambda *command: run([program(command[0]), *command[1:]], variables, work)
 
-    call("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel))
+    install = ("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"--find-links={llama}")
+    call(*install, str(wheel))
     print(call("python", "-c", "import platform; print('Python', platform.python_version())").strip())
     call("star-edge", "doctor", "--no-check")
     print(call("python", "-c", IMPORTS, "some").strip())
     print(call("star-edge", "demo", "--repeats", "1").strip())
-    call("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[{EXTRAS}]")
+    call(*install, f"{wheel}[{EXTRAS}]")
     print(call("python", "-c", IMPORTS, "all").strip())
 
 
@@ -109,9 +119,10 @@ def main() -> None:
         folder = Path(name)
         wheel = repair(build(sys.executable, folder), folder)
         print(f"{wheel.name}: {wheel.stat().st_size / 2**20:.1f} MiB", flush=True)
+        llama = fetch_llama(sys.executable, folder)
         for number, python in enumerate(sys.argv[1:] or [sys.executable]):
             (folder / str(number)).mkdir()
-            try_on(python, wheel, folder / str(number))
+            try_on(python, wheel, llama, folder / str(number))
 
 
 if __name__ == "__main__":
