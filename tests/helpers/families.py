@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 
 from helpers import gpu
@@ -26,6 +27,11 @@ FOLDER = Path(__file__).parent.parent / "fixtures"
 # mode -> (flash attention, type of the KV cache)
 MODES = {"f32": (False, "f32"), "f16": (False, "f16"), "fa": (True, "f16"), "q8_0": (True, "q8_0")}
 
+
+# llama.cpp in llama-cpp-python 0.3.35 shrinks a cut picture to its overview by another filter than transformers:
+# tests/contract/test_libmtmd.py has it. What comes of an overview's pixels there has no expected value here.
+HAS_OTHER_OVERVIEWS = llama_cpp.__version__.partition("+")[0] == "0.3.35"
+OTHER_OVERVIEWS = "llama-cpp-python 0.3.35 shrinks the overview of a cut picture by another filter than transformers"
 
 N_THREADS = 1  # waiting for each other costs threads more than these models do
 
@@ -137,6 +143,21 @@ class Fixture:
     @property
     def projector(self) -> str:
         return find_profile(read_gguf_info(self.mmproj, METADATA_KEYS).values)[0]
+
+    def pixels_differ(self, prompt: Prompt) -> list[bool]:
+        """For each image of a prompt, whether this llama.cpp gives its encoder other pixels than transformers."""
+        side = min(min(picture.shape[:2]) for picture in prompt.pictures)  # of a tile, if pictures are cut
+        differ = []
+        for picture in prompt.pictures:
+            if len(prompt.features) == len(prompt.pictures):
+                differ.append(False)
+                continue
+            tiles = (picture.shape[0] // side) * (picture.shape[1] // side)
+            differ += [False] * tiles
+            if tiles > 1 or self.projector == "idefics3":  # which repeats a picture of one tile, as it is
+                differ.append(tiles > 1 and HAS_OTHER_OVERVIEWS)
+        assert len(differ) == len(prompt.features)
+        return differ
 
     def _prompt(self, number: int, facts: dict) -> Prompt:
         get = lambda name: self._arrays.get(f"prompt{number}.{name}")
