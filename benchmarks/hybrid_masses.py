@@ -2,11 +2,11 @@
 
     python benchmarks/hybrid_masses.py
 
-Each image token of a prompt stands four times in a row, at one position. Merged into one token they are the same prompt
-with a mass of 4. In attention alone that is nearly exact: a softmax with log 4 added to a logit is one with four
-equal ones. A recurrent layer reads a token once instead of four times, whatever its mass. Printed for random decoders
-of eight layers: the root mean square of what merging changes in the logits of the last text row, without and with
-masses, in units of their deviation, over ten prompts.
+Each image token of a prompt stands four times in a row, at one position. Merged into one token they are the same
+prompt with a mass of 4. In attention alone that is nearly exact: a softmax with log 4 added to a logit is the softmax
+with four equal ones. A recurrent layer reads a token once instead of four times, whatever its mass. Printed for random
+decoders of eight layers: the root mean square of what merging changes in the logits of the last text row, without and
+with masses, in units of their deviation, over ten prompts.
 """
 
 from __future__ import annotations

@@ -300,6 +300,7 @@ def test_shapes_run(name, tmp_path):
     if name in (
         "qwen2-vl-2b",
         "qwen2.5-vl-3b",
+        "qwen3.5-0.8b",
         "llava-next-7b",
     ):  # dynamic resolution, and crops: a smaller picture has fewer tokens
         assert sides["stock, fewer tokens"]["image_tokens"] < shape.n_image_tokens

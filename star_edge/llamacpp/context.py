@@ -16,6 +16,7 @@ from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
 from ..rows import Rows
+from .devices import can_offload
 from .handover import free_with, keep_memory_on_reset
 from .names import HYBRIDS, LAYER_OUTPUTS
 from .tap import Outcome, Plan, Tap
@@ -29,6 +30,11 @@ MAIN, PARKED, N_SEQUENCES = 0, 1, 7
 # decoded as its token there. Of this version: what looks at ubatch.token or ubatch.embd past the input in src/models;
 # to be looked up again for another.
 TELLS_TEXT_APART = ("cogvlm", "deepseek4", "gemma3n", "gemma4", "qwen4exp")
+
+EXPERTS_IN_HOST_MEMORY = (
+    "a mixture of experts whose layers are not all on the GPU: put them there (n_gpu_layers=-1), "
+    "or set op_offload=False"
+)
 
 
 class TappedContext(_internals.LlamaContext):
@@ -278,10 +284,11 @@ class DecoderContext:
         if not self.has_cells:
             return "a recurrent decoder has no cache of single tokens"
         n_experts = int(metadata.get(f"{arch}.expert_count", 0))
-        if n_experts and 0 < self.llama.model_params.n_gpu_layers <= self.n_layers:
-            # Before a split runs, ggml_backend_sched_compute_splits reads the expert ids that a skipped router never
-            # made.
-            return "a mixture of experts that is partly on the GPU: put all layers there (n_gpu_layers=-1), or none"
+        in_host_memory = 0 <= self.llama.model_params.n_gpu_layers <= self.n_layers
+        if n_experts and in_host_memory and can_offload() and self.llama.context_params.op_offload:
+            # The GPU takes large products of host weights too (op_offload). Before it gets the experts that it needs,
+            # ggml_backend_sched_compute_splits reads the expert ids that a skipped router never made, and asserts.
+            return EXPERTS_IN_HOST_MEMORY
         if self.is_hybrid:
             self._look_at_graph()
             if arch not in HYBRIDS:
