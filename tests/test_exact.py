@@ -53,7 +53,7 @@ def tapped(families):
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, parts):
-    options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache]}
+    options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache], "n_threads": 1}
     prompt = random_prompt(families[family], parts)
     n_images = sum(s.image is not None for s in prompt.segments)
     plain = stock.load(families[family].text, flash_attn, **options)
@@ -99,13 +99,13 @@ def test_whole_pipeline_equals_stock(families, family, flash_attn):
     models = families[family]
     images = [random_image(1), random_image(2, 84, 126)]
     prompt = "first <__media__> second <__media__> what differs?"
-    llama = stock.load(models.text, flash_attn)
+    llama = stock.load(models.text, flash_attn, n_threads=1)
     plain = stock.Multimodal(llama, models.mmproj, flash_attn)
     expected, expected_tokens = plain.ask(prompt, images, N_GENERATE)
     plain.close()
     llama.close()
     with StarVLM(
-        models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=2, encoder="stock"
+        models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=1, encoder="stock"
     ) as vlm:
         for prune in (None, PruneConfig(decoder_layer=1), PruneConfig(1.0, 1.0, 4), PruneConfig(decoder_layer=7)):
             state, report = vlm.read_prompt(prompt, images, prune, chat=False)

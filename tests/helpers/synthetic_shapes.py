@@ -22,7 +22,7 @@ _DECODERS = {
         "rope_sections": (3, 3, 2, 0),
         "rope_size": 16,
         "tied": True,
-        "attention_layers": (1, 3),
+        "attention_layers": (2, 4),
         "delta_net": DeltaNetShape(n_heads_k=2, n_heads_v=4, d_head=32),
     },
     "gemma-3-4b": {"sliding_window": 512, "head_size": 64, "tied": True},
