@@ -19,6 +19,7 @@ from typing import cast
 import numpy as np
 from llama_cpp import Llama
 
+from .decoder.hybrid import at_attention
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, tapped_context
@@ -250,6 +251,9 @@ class PromptReader:
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
             windows = prune.decoder_windows(self.decoder.n_layers)
+            if not self.decoder.stage_problem:
+                windows, moved = at_attention(self.decoder, windows)
+                notes += moved
             problem = self.decoder.stage_problem or self.decoder.layer_problems.get(
                 tuple(layer for layer, _ in windows)
             )
@@ -314,7 +318,7 @@ class PromptReader:
         llama, n = self.llama, state.n_cells
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
         hand_over(llama, tokens, state.logits)
-        self.context.continue_prompt(n, state.next_position)
+        self.context.continue_prompt(n, state.next_position, state.gap)
         ids: list[int] = tokens.tolist()
         return ids
 

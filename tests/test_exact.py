@@ -51,7 +51,7 @@ def tapped(families):
 @pytest.mark.parametrize(
     ("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"]
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, parts):
     options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache]}
     prompt = random_prompt(families[family], parts)
@@ -60,7 +60,7 @@ def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, part
     expected, expected_tokens = stock.run_segments(plain, prompt.segments, prompt.next_position, N_GENERATE)
     plain.close()
     n_layers = families[family].shape.n_layers
-    for layer in (1, n_layers // 2, n_layers - 1):
+    for layer in families[family].at(1, n_layers // 2, n_layers - 1):
         context = tapped(family, flash_attn, **options)
         state = prefill(
             context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0] * n_images)], keep_all)
@@ -93,7 +93,7 @@ def test_keep_all_with_small_ubatch_and_quantized_cache(families, tapped, cache)
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_whole_pipeline_equals_stock(families, family, flash_attn):
     """Image to text: StarVLM with everything kept against libmtmd and llama.cpp, two images between texts."""
     models = families[family]

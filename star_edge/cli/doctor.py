@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
 from ..errors import StarEdgeError
 from ..io.images import load_image
@@ -87,7 +88,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
     else:
         vision = "yes"
-    problem = decoder.stage_problem or decoder.layer_problems.get((choose_layer(None, decoder.n_layers),))
+    problem = decoder.stage_problem or decoder.layer_problems.get((_layer(vlm),))
     return {
         "text_model": vlm.llama.model_path,
         "architecture": vlm.llama.metadata.get("general.architecture"),
@@ -102,6 +103,11 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "vision_stage": vision,
         "decoder_stage": f"no: {problem}" if problem else "yes",
     }
+
+
+def _layer(vlm: StarVLM) -> int:
+    """Layer K of a decoder stage when none is asked for."""
+    return vlm.decoder.nearest_attention(choose_layer(None, vlm.decoder.n_layers))
 
 
 def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
         if config is not None:
             n1 = keep_count("vision_keep", config.vision_keep, n, n_special)
             if not vlm.decoder.stage_problem and config.prunes_in_decoder:
-                for layer, keep in config.decoder_windows(vlm.decoder.n_layers):
+                for layer, keep in at_attention(vlm.decoder, config.decoder_windows(vlm.decoder.n_layers))[0]:
                     windows.append(
                         (layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special)))
                     )
@@ -140,7 +146,7 @@ def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     asked = "<__media__>What is this?", [picture]
     plain, _ = vlm.read_prompt(*asked, None, chat=False)
-    keep_all = PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers))
+    keep_all = PruneConfig(decoder_layer=_layer(vlm))
     windowed, report = vlm.read_prompt(*asked, keep_all, chat=False)
     if report.decoder_layer is None:
         return {"done": False, "reason": "; ".join(report.notes)}

@@ -13,6 +13,24 @@ ROW_POSITIONS, COLUMN_POSITIONS = "pos_h", "pos_w"  # Pixtral
 PLACED = ("inp_pos_emb", 1)  # Qwen3-VL: the node that adds position embeddings to patches, and which source they are
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
 
+# What decoders call the output of a layer, by architecture, where it is not what the C core takes for granted
+LAYER_OUTPUTS = {"nemotron_h": "nemotron_h_block_out", "nemotron_h_moe": "nemotron_h_block_out"}
+
+# Decoders with recurrent layers beside attention whose layer windows are tested (tests/test_hybrid.py). Others that
+# llama_model_is_hybrid names have no decoder stage: a graph with another order or other names can be wrong without a
+# sign of it.
+HYBRIDS = (
+    "falcon-h1",
+    "granitehybrid",
+    "lfm2",
+    "lfm2moe",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "qwen35",
+    "qwen35moe",
+    "qwen3next",
+)
+
 
 def is_about_context(error: ValueError) -> bool:
     """Whether Llama could not make its context. Otherwise it could not load the model."""

@@ -295,7 +295,8 @@ def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
     """Marks rows that are bit-identical to other rows but adjacent to none of them, (n_tokens,) bool.
 
     Image content repeats exactly only within an area of one colour, and its tokens are neighbours. A row that repeats
-    elsewhere is a learned constant, such as a row end.
+    elsewhere is a learned constant, such as a row end. If most rows repeat, it is the image that does (an overview and
+    the one tile of a small picture), and none is marked.
 
     embeddings: (n_tokens, n_embd) float32.
     """
@@ -308,4 +309,4 @@ def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
     for g in np.flatnonzero(counts > 1):
         members = np.flatnonzero(group == g)
         special[members] = np.diff(members).min() > 1 and (rows[members] == rows[members[0]]).all()
-    return special
+    return special if 2 * special.sum() <= len(rows) else np.zeros(len(rows), bool)

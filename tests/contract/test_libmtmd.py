@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from helpers import ggml_tensors as ggml
 from helpers import stock
-from helpers.families import FOLDER
+from helpers.families import FOLDER, HAS_OTHER_OVERVIEWS
 from helpers.models import CLIP, random_image
 from helpers.reference import load_tensors
+from PIL import Image
 
 IMAGE = random_image(1, 112, 112)
 WIDE = random_image(2, 112, 168)
@@ -105,6 +106,48 @@ def test_the_output_of_the_encoder_is_n_tokens_rows_of_n_embd_inp_float32(encode
     width = families["llama"].shape.n_embd
     rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(encoder.ctx), (49, width))
     assert np.isfinite(rows).all() and (np.abs(rows).sum(axis=1) > 0).all()
+
+
+# ---- pictures that are cut ----
+
+
+def bilinear(picture, side):
+    """A picture as a square, (side, side, 3) uint8: four pixels for each, the corners in place, and no antialiasing."""
+    height, width = picture.shape[:2]
+    y, x = (np.arange(side, dtype=np.float32) * np.float32((n - 1) / (side - 1)) for n in (height, width))
+    y0, x0 = y.astype(int), x.astype(int)
+    y1, x1 = np.minimum(y0 + 1, height - 1), np.minimum(x0 + 1, width - 1)
+    in_y, in_x = (y - y0)[:, None, None], (x - x0)[None, :, None]
+    rows = [picture[i][:, x0] * (1 - in_x) + picture[i][:, x1] * in_x for i in (y0, y1)]
+    return np.ascontiguousarray(rows[0] * (1 - in_y) + rows[1] * in_y, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "name, size, pillow", [("llava-next", (168, 168), "BICUBIC"), ("smolvlm", (120, 240), "LANCZOS")]
+)
+def test_the_overview_of_a_cut_picture_is_what_pillow_shrinks_it_to_and_in_0_3_35_bilinear(
+    encoders, name, size, pillow
+):
+    """clip_hparams.image_resize_algo_ov (clip-model.h) and img_tool::resize (mtmd-image.cpp). A picture of the
+    overview's size, whose pixels nothing changes, shows which it is.
+    """
+    encoder, picture = encoders(name), np.random.default_rng(9).integers(0, 256, (*size, 3), np.uint8)
+    side = min(size) if name == "smolvlm" else 84
+
+    def last(image):
+        chunk = encoder.images(image)[-1]
+        assert mtmd.mtmd_encode_chunk(encoder.ctx, chunk) == 0
+        n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        return np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(encoder.ctx), (n, encoder.width)).copy()
+
+    shrunk = Image.fromarray(picture).resize((side, side), Image.Resampling[pillow])
+    candidates = [np.asarray(shrunk), bilinear(picture, side)]
+    overview = last(picture)
+    to_pillow, to_bilinear = (np.abs(last(candidate) - overview).max() for candidate in candidates)
+    if HAS_OTHER_OVERVIEWS:
+        assert to_bilinear < 0.1 * to_pillow
+    else:
+        assert to_pillow < 0.1 * to_bilinear
 
 
 # ---- the log ----

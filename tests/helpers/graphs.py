@@ -102,6 +102,7 @@ class RecordedEncoder:
         params.use_gpu, params.print_timings, params.n_threads = False, False, 1
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cb_eval = self.recorder.callback
+        self.width = llama_cpp.llama_model_n_embd_inp(llama.model)
         self.ctx = mtmd.mtmd_init_from_file(str(mmproj).encode(), llama.model, params)
         assert self.ctx is not None
         self.handle = None
