@@ -5,16 +5,14 @@ If a worker or its machine dies, the worker is replaced and its task is asked ag
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .batch import Task, answer, failure, warm_up
+from .cluster import joined_ray, share_out
 from .engine import StarVLM
-from .errors import ConfigError, MissingDependencyError, StarEdgeError, WorkerError
+from .errors import StarEdgeError, WorkerError
 
 MAX_ATTEMPTS = 3  # for a task whose worker dies, and for workers in a row that do not start
 
@@ -70,62 +68,12 @@ def run_on_ray(
         ConfigError: There are more workers than the cluster has room for.
         WorkerError: There is no cluster, or workers cannot load the model.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report home; read at import
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependencyError("--ray needs Ray", 'pip install "star-edge[ray]"') from error
     waiting = deque(tasks)
-    started_here = not ray.is_initialized()
-    if started_here:
-        try:
-            # "local" unless an address is given: otherwise Ray joins the last cluster of this machine, even a dead one
-            ray.init(
-                os.environ.get("RAY_ADDRESS") or "local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise WorkerError(
-                f"Ray cannot be reached or started ({error})",
-                "check RAY_ADDRESS and RAY_AUTH_TOKEN, or unset RAY_ADDRESS",
-            ) from error
-    try:
+    with joined_ray() as ray:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers, n_cpus, n_gpus = share_out(resources, workers, use_gpu)
         actor_class = ray.remote(_Worker).options(num_cpus=n_cpus, num_gpus=n_gpus, scheduling_strategy="SPREAD")
         _drive(ray, waiting, lambda: actor_class.remote(load, n_threads or n_cpus, warm), emit, workers)
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
-def share_out(nodes: Sequence[dict[str, float]], workers: int | None, use_gpu: bool) -> tuple[int, int, int]:
-    """Shares a cluster among workers.
-
-    CPUs are divided as on the smallest node, so that every worker finds a place. They are also a worker's threads. A
-    GPU belongs to one worker.
-
-    Args:
-        nodes: Resources of each node ("CPU", "GPU").
-        workers: Number of workers. None: one per GPU if GPUs are used, otherwise one per node.
-        use_gpu: Whether workers use GPUs.
-
-    Returns:
-        The number of workers, and the CPUs and GPUs that each reserves.
-
-    Raises:
-        ConfigError: There are more workers than GPUs, or than CPUs.
-    """
-    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes) if use_gpu else 0
-    workers = workers or gpus or len(cpus)
-    for kind, there in (("GPUs", gpus or workers), ("CPUs", sum(cpus))):
-        if workers > there:
-            raise ConfigError(f"{workers} workers are more than the {there} {kind} of the cluster", "lower --workers")
-    each = max(1, min(cpus) // math.ceil(workers / len(cpus))) if cpus else 1
-    return workers, each, 1 if gpus else 0
 
 
 def _drive(

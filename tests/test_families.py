@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import bounds, stock, stock_attention, support
 from helpers.choosing import generate, keep_all
-from helpers.families import MODES, N_THREADS, OTHER_OVERVIEWS, load_fixtures, tokenized
+from helpers.families import IS_0_3_35, MODES, N_THREADS, OTHER_FEATURES, OTHER_TOKENS, load_fixtures, tokenized
 
 from star_edge import MEDIA_MARKER, PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
@@ -62,7 +62,7 @@ def rounding(fixture, engines):
     def get(mode, features="given"):
         if (mode, features) not in measured:
             vlm, plain, pairs = engines(mode), load_stock(fixture, mode), []
-            for prompt in fixture.prompts if features == "given" else from_right_pixels(fixture):
+            for prompt in fixture.prompts if features == "given" else as_transformers(fixture):
                 with tokenized(vlm, prompt) as chunks:
                     segments = prompt.segments(chunks, features=encode(vlm, chunks) if features == "pixels" else None)
                 stock.clear(plain)
@@ -79,11 +79,13 @@ def load_stock(fixture, mode):
     return stock.load(fixture.text, flash_attn, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache], n_threads=N_THREADS)
 
 
-def from_right_pixels(fixture):
+def as_transformers(fixture):
     """The prompts of which transformers' values hold from the pixels on."""
-    prompts = [prompt for prompt in fixture.prompts if not any(fixture.pixels_differ(prompt))]
+    if fixture.tokens_differ:
+        pytest.skip(OTHER_TOKENS)
+    prompts = [prompt for prompt in fixture.prompts if not any(fixture.features_differ(prompt))]
     if not prompts:
-        pytest.skip(OTHER_OVERVIEWS)
+        pytest.skip(OTHER_FEATURES)
     return prompts
 
 
@@ -114,6 +116,8 @@ def test_text_is_decoded_as_text_where_layers_tell_it_apart(fixture, engines):
 
 def test_tokens_and_positions(fixture, engines):
     """Both sides are asked the same: token ids, image tokens, and positions as transformers counts them."""
+    if fixture.tokens_differ:
+        pytest.skip(OTHER_TOKENS)
     vlm = engines()
     for prompt in fixture.prompts:
         with tokenized(vlm, prompt) as chunks:
@@ -233,7 +237,7 @@ def test_features(fixture, engines):
         with tokenized(vlm, prompt) as chunks:
             ours = encode(vlm, chunks)
         assert len(ours) == len(prompt.features)
-        for a, b, other in zip(ours, prompt.features, fixture.pixels_differ(prompt)):
+        for a, b, other in zip(ours, prompt.features, fixture.features_differ(prompt)):
             assert a.shape == b.shape
             assert other or bounds.are_features(a, b)
 
@@ -245,6 +249,8 @@ def test_what_is_repaired(fixture, engines):
     repaired = engines()
     stock_ = engines(encoder="stock")
     prompt = fixture.prompts[0]
+    if fixture.features_differ(prompt)[0]:
+        pytest.skip(OTHER_FEATURES)
     means = []
     for vlm in (stock_, repaired):
         with tokenized(vlm, prompt) as chunks:
@@ -271,7 +277,7 @@ def test_encoder_scores(fixture, engines, mode):
             ours = [vlm.encoder.encode(c).scores for c in images]
             features = encode(vlm, images)
         for a, b, f, right, other in zip(
-            ours, prompt.encoder_scores, features, prompt.features, fixture.pixels_differ(prompt)
+            ours, prompt.encoder_scores, features, prompt.features, fixture.features_differ(prompt)
         ):
             if other:
                 continue
@@ -350,6 +356,8 @@ def test_unpruned_decoder(fixture, engines, rounding, mode):
     """The engine without a stage is stock, and stock is transformers: root mean square of 3% of a deviation is too much
     for any rounding.
     """
+    if fixture.tokens_differ:
+        pytest.skip(OTHER_TOKENS)
     vlm = engines(mode)
     assert rounding(mode) < 0.03
     for prompt in fixture.prompts:
@@ -405,7 +413,7 @@ def test_both_stages(fixture, engines, rounding, mode):
     alone.
     """
     vlm = engines(mode)
-    for prompt in from_right_pixels(fixture):
+    for prompt in as_transformers(fixture):
         for case in prompt.cases:
             n_special = int(case.special[0].sum())  # they stay beside what is asked for
             n1 = case.n1 - n_special if case.prunes_vision else 1.0
@@ -504,9 +512,10 @@ def test_encoder_stage(fixture, engines):
     assert len(generate(vlm.decoder, state, N_GENERATE)[1]) == N_GENERATE
 
 
-# ---- the README ----
+# ---- the README: what it says is of the newest llama-cpp-python ----
 
 
+@pytest.mark.skipif(IS_0_3_35, reason="the README's table is of a newer llama-cpp-python")
 def test_support_table(request):
     """The README says of each family what must hold of it."""
     shown = support.table(FIXTURES)
@@ -515,6 +524,7 @@ def test_support_table(request):
     assert support.read() == shown, "run `make support-table` and read what changed"
 
 
+@pytest.mark.skipif(IS_0_3_35, reason="the README's table is of a newer llama-cpp-python")
 def test_support_table_is_proven(family_results):
     """Each "yes" has a test behind it that ran. Stands last in this file: it needs the results of all."""
     if not support.is_complete(FIXTURES, family_results):

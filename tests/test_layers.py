@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share a layer know nothing of each other. ARCHITECTURE.md draws this.
 LAYERS = (
     ("errors",),
-    ("arguments", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning"),
+    ("arguments", "cluster", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning"),
     ("llamacpp", "io"),
     ("vision", "decoder"),
     ("report", "chat", "chat_options", "inspection", "options"),
@@ -23,7 +23,7 @@ LAYERS = (
     ("answers",),
     ("engine", "chat_handler"),
     ("batch", "evaluation", "server"),
-    ("batch_ray", "benchmarking"),
+    ("batch_ray", "benchmarking", "serve_ray"),
     ("cli",),
     ("__main__",),
 )

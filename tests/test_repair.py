@@ -12,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from helpers import bounds
-from helpers.families import load_fixtures
+from helpers.families import FOLDER, load_fixtures
 from helpers.gguf_files import rewrite
 from helpers.models import CLIP, random_image
 from helpers.reference import ClipEncoder
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
-from star_edge.errors import ConfigError
+from star_edge.errors import ConfigError, UnsupportedModelError
 from star_edge.llamacpp import mtmd
 from star_edge.llamacpp.gguf import copy_with_metadata, read_gguf_info
 from star_edge.llamacpp.native import lib
@@ -397,3 +397,30 @@ def test_server(families, legacy, encoder):
     with TestClient(app):
         reader = app.state.engine.handler._reader
         assert len(reader.encoder.repairs) == (2 if encoder == "repaired" else 0)
+
+
+@pytest.mark.parametrize(
+    "name, projector, version, fits",
+    [
+        ("glm-ocr", "glm4v", "0.3.35", False),
+        ("glm-ocr", "glm4v", "0.3.35+cu128", False),
+        ("glm-ocr", "glm4v", "0.3.36", True),
+        ("glm4.1v", "glm4v", "0.3.35", True),
+        ("llava", "mlp", "0.3.35", True),
+    ],
+)
+def test_an_encoder_that_an_older_llama_cpp_computes_wrongly_is_refused(name, projector, version, fits):
+    """GLM-OCR on 0.3.35: tests/test_families.py has what it computes there."""
+    info = read_gguf_info(FOLDER / name / "mmproj.gguf", profiles.METADATA_KEYS + repair.METADATA_KEYS)
+    if fits:
+        repair.check_graph(info, projector, version)
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"GLM-OCR.*install llama-cpp-python 0\.3\.36"):
+            repair.check_graph(info, projector, version)
+
+
+def test_what_stock_computes_is_to_be_had_everywhere():
+    with StarVLM(
+        FOLDER / "glm-ocr" / "text.gguf", FOLDER / "glm-ocr" / "mmproj.gguf", n_ctx=512, encoder="stock"
+    ) as vlm:
+        assert not vlm.encoder.repairs

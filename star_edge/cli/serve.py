@@ -87,11 +87,15 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     multiple=True,
     help="Site whose pages may call, such as https://example.org; repeat for several.",
 )
+@click.option("--ray", "use_ray", is_flag=True, help="Answer by replicas on Ray: RAY_ADDRESS, or this machine.")
+@click.option("--workers", type=click.IntRange(min=1), help="With --ray: replicas, each with a model of its own.")
 @click.option("--json", "as_json", is_flag=True, help="When ready, print one line of JSON with the address.")
 def serve(
     host: str,
     port: int,
     preset: str,
+    use_ray: bool,
+    workers: int | None,
     as_json: bool,
     model: str | None,
     mmproj: str | None,
@@ -105,9 +109,6 @@ def serve(
     SIGTERM ends the server within 10 seconds.
     """
     try:
-        import uvicorn
-        from sse_starlette.sse import AppStatus
-
         from ..server.app import make_app
     except ImportError as error:
         raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
@@ -123,17 +124,41 @@ def serve(
     fit_reference_model(text, options)
     alias = hf_repo or Path(text).stem
 
+    if workers is not None and not use_ray:
+        raise ConfigError("--workers is for --ray", "add --ray, or leave it out")
     listener = _bind(host, port)
-    app = make_app(text, projector, policy, preset, alias=alias, **options)
+    with contextlib.ExitStack() as stack:
+        if use_ray:
+            from ..serve_ray import served_on_ray
+
+            # A replica has another current folder
+            files = tuple(os.path.abspath(file) for file in (text, projector))
+            for name in ("chat_template", "image_cache_dir"):
+                if options.get(name) and os.path.exists(options[name]):  # a template may be a name
+                    options[name] = os.path.abspath(options[name])
+            use_gpu = options["n_gpu_layers"] != 0
+            arguments = (*files, policy, preset)
+            app = stack.enter_context(
+                served_on_ray(arguments, {"alias": alias, **options}, policy, workers, use_gpu=use_gpu)
+            )
+        else:
+            app = make_app(text, projector, policy, preset, alias=alias, **options)
+        _run(app, listener, policy, alias, as_json, options["verbose"])
+    return 0
+
+
+def _run(app: Any, listener: socket.socket, policy: Policy, alias: str, as_json: bool, verbose: bool) -> None:
+    """Serves the app until a signal comes."""
+    import uvicorn
+    from sse_starlette.sse import AppStatus
+
     # uvicorn shuts down on either signal, and then calls the previous handler, which must do nothing. Until here the
     # signals end the process at once.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
-        log_level="info" if options["verbose"] else "warning",
+        log_level="info" if verbose else "warning",
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
 
@@ -157,7 +182,6 @@ def serve(
                 click.echo("warning: anyone who can reach this address can use it: add --api-key", err=True)
 
     Server(config).run([listener])
-    return 0
 
 
 def _refuse_empty_key(key: str | None) -> None:

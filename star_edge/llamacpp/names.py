@@ -12,6 +12,7 @@ WINDOW_MASK, TO_WINDOWS = "window_mask", "inv_window_idx"  # Qwen2.5-VL: of rows
 ROW_POSITIONS, COLUMN_POSITIONS = "pos_h", "pos_w"  # Pixtral
 PLACED = ("inp_pos_emb", 1)  # Qwen3-VL: the node that adds position embeddings to patches, and which source they are
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
+PATCH_NORM = "v.norm_embd.weight"
 
 # What decoders call the output of a layer, by architecture, where it is not what the C core takes for granted
 LAYER_OUTPUTS = {"nemotron_h": "nemotron_h_block_out", "nemotron_h_moe": "nemotron_h_block_out"}

@@ -64,7 +64,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         job, first = None, None
         scope = anyio.CancelScope()
         ticket = request.scope[TICKET]
-        watcher = asyncio.create_task(_cancel_when_gone(request, scope))
+        watcher = asyncio.create_task(cancel_when_gone(request, scope))
         try:
             with scope:
                 body = read_request(ticket.take_body())
@@ -182,7 +182,7 @@ def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exceptio
     return {HTTPException: http_error, Exception: unforeseen}
 
 
-async def _cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:
+async def cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     scope.cancel()

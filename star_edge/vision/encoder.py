@@ -77,6 +77,8 @@ class VisionEncoder:
         check_mmproj(info)
         self.path, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
+        if repaired:
+            repair.check_graph(info, self.projector, version_and_features()[0])
         self.n_threads = llama.n_threads_batch
         self.image_min_tokens = image_min_tokens
         self.cache: ImageCache | None = None

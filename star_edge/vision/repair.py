@@ -40,6 +40,9 @@ What is done to a LLaVA file; the first line that fits decides:
    multiplies it by 0, which leaves a NaN as it is. After some loads stock's logits are therefore NaN. The tap clears
    that memory (csrc/tap_inputs.c), with encoder="stock" too: there is nothing to be equal to.
 
+6. Patches of GLM-OCR. clip_graph_glm4v of llama-cpp-python 0.3.35 normalizes them though the file has no such norm
+   (v.norm_embd.weight; GLM-4.xV has it). Nothing here puts that right, so the file is refused there.
+
 convert_hf_to_gguf.py writes no file that 1 or 2 concerns: of LLaVA models it takes only those with Pixtral's encoder.
 """
 
@@ -53,9 +56,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..llamacpp.gguf import GGUFInfo, copy_with_metadata, read_tensor
-from ..llamacpp.names import CLASS_EMBEDDING, PATCHES, POSITION_EMBEDDINGS, POSITIONS, POST_NORM
+from ..llamacpp.names import CLASS_EMBEDDING, PATCH_NORM, PATCHES, POSITION_EMBEDDINGS, POSITIONS, POST_NORM
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
 _LAYERS, _GELU, _SILU = "clip.vision.feature_layer", "clip.use_gelu", "clip.use_silu"
@@ -166,6 +169,21 @@ def check_encoder(encoder: str) -> None:
     if not isinstance(encoder, str) or encoder not in ("repaired", "stock"):
         raise ConfigError(
             f"encoder={encoder!r} is unknown", 'use "repaired", or "stock" for what llama.cpp computes by itself'
+        )
+
+
+def check_graph(info: GGUFInfo, projector: str, version: str) -> None:
+    """Refuses a file that llama.cpp in this version of llama-cpp-python computes wrongly, where no repair helps.
+
+    Raises:
+        UnsupportedModelError: The features would be another image's.
+    """
+    older = version.partition("+")[0] == "0.3.35"
+    if older and _is_open(info, projector, ("glm4v",)) and PATCH_NORM not in info.tensors:
+        raise UnsupportedModelError(
+            f"llama-cpp-python {version} computes the encoder of {info.path} wrongly: it normalizes patches of a "
+            "GLM-OCR file, which has no such norm",
+            'install llama-cpp-python 0.3.36 and reinstall star-edge, or use encoder="stock" for what it computes',
         )
 
 

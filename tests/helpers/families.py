@@ -28,10 +28,11 @@ FOLDER = Path(__file__).parent.parent / "fixtures"
 MODES = {"f32": (False, "f32"), "f16": (False, "f16"), "fa": (True, "f16"), "q8_0": (True, "q8_0")}
 
 
-# llama.cpp in llama-cpp-python 0.3.35 shrinks a cut picture to its overview by another filter than transformers:
-# tests/contract/test_libmtmd.py has it. What comes of an overview's pixels there has no expected value here.
-HAS_OTHER_OVERVIEWS = llama_cpp.__version__.partition("+")[0] == "0.3.35"
-OTHER_OVERVIEWS = "llama-cpp-python 0.3.35 shrinks the overview of a cut picture by another filter than transformers"
+# What llama.cpp in llama-cpp-python 0.3.35 does otherwise than transformers and later versions: what comes of it has no
+# expected value here. tests/contract/README.md has the list.
+IS_0_3_35 = llama_cpp.__version__.partition("+")[0] == "0.3.35"
+OTHER_FEATURES = "llama-cpp-python 0.3.35: overviews shrunk by another filter, or patches normalized without a norm"
+OTHER_TOKENS = "llama-cpp-python 0.3.35 puts <|img_thumbnail|> before a picture of one tile"
 
 N_THREADS = 1  # waiting for each other costs threads more than these models do
 
@@ -144,8 +145,15 @@ class Fixture:
     def projector(self) -> str:
         return find_profile(read_gguf_info(self.mmproj, METADATA_KEYS).values)[0]
 
-    def pixels_differ(self, prompt: Prompt) -> list[bool]:
-        """For each image of a prompt, whether this llama.cpp gives its encoder other pixels than transformers."""
+    @property
+    def tokens_differ(self) -> bool:
+        """Whether this libmtmd makes other tokens of the prompts."""
+        return IS_0_3_35 and self.name == "lfm2-vl"
+
+    def features_differ(self, prompt: Prompt) -> list[bool]:
+        """For each image of a prompt, whether this llama.cpp gives other features than transformers."""
+        if self.name == "glm-ocr":
+            return [IS_0_3_35] * len(prompt.features)
         side = min(min(picture.shape[:2]) for picture in prompt.pictures)  # of a tile, if pictures are cut
         differ = []
         for picture in prompt.pictures:
@@ -155,7 +163,7 @@ class Fixture:
             tiles = (picture.shape[0] // side) * (picture.shape[1] // side)
             differ += [False] * tiles
             if tiles > 1 or self.projector == "idefics3":  # which repeats a picture of one tile, as it is
-                differ.append(tiles > 1 and HAS_OTHER_OVERVIEWS)
+                differ.append(tiles > 1 and IS_0_3_35)
         assert len(differ) == len(prompt.features)
         return differ
 
