@@ -90,7 +90,6 @@ _RESAMPLER_BUCKETS = (
     70  # rows and columns of the position embeddings that MiniCPM-V's patches are put into (clip_image_batch_encode)
 )
 _RESAMPLER_HEAD = 128  # clip_graph_minicpmv
-_AUDIO_FRAME = 640  # samples: clip_model_loader::load_hparams, of Gemma 4 without an encoder
 
 
 def check_mmproj(info: GGUFInfo) -> None:
@@ -128,12 +127,11 @@ class _Check:
         self.projector = h.get("clip.projector_type") or h.get(_V + "projector_type") or ""
         # Encoders of other graphs may have no heads or layers of the usual kind, and say 0 (Gemma 3n has a MobileNet).
         is_known = self.projector in _PROJECTORS
-        has_layers = int(is_known and self.projector != "gemma4uv")
         self.d = h.whole(_V + "embedding_length", 1, 2**20, 0)
-        self.heads = h.whole(_V + "attention.head_count", has_layers, 2**16, 0)
-        self.heads_kv = h.whole(_V + "attention.head_count_kv", has_layers, 2**16, self.heads)
+        self.heads = h.whole(_V + "attention.head_count", int(is_known), 2**16, 0)
+        self.heads_kv = h.whole(_V + "attention.head_count_kv", int(is_known), 2**16, self.heads)
         self.d_head = h.whole(_V + "attention.head_dim", 0, 2**16, 0)
-        self.n_layers = h.whole(_V + "block_count", has_layers, 2**12, 0)
+        self.n_layers = h.whole(_V + "block_count", int(is_known), 2**12, 0)
         self.patch = h.whole(_V + "patch_size", 1, 2**16 - 1, 0)
         self.image = h.whole(_V + "image_size", 0, _MAX_SIDE, 0)
         h.whole(_V + "preproc_image_size", 1, _MAX_SIDE)
@@ -492,21 +490,6 @@ def _gemma4(c: _Check) -> None:
     c.linear("mm.input_projection", c.d, f"{_V}embedding_length = {c.d}")
 
 
-def _gemma4_unified(c: _Check) -> None:
-    """No layers: a square of patches is a row of pixels, projected."""
-    side = c.patch * c.merge(3)
-    n, why = 3 * side**2, f"{_V}patch_size = {c.patch} and {c.merge_key} = {c.merge(3)}"
-    width = f"{_V}embedding_length = {c.d}"
-    c.linear("v.patch_embd", n, f"{why} and {width}", c.d, bias=True)
-    for i, (length, reason) in enumerate(((n, why), (c.d, width), (c.d, width)), 1):
-        for end in (".weight", ".bias"):
-            c.vector(f"v.patch_norm.{i}{end}", length, reason, required=True)
-    c.header.tensor("v.position_embd.weight", (c.d, None, 2), width)
-    c.linear("mm.input_projection", c.d, width)
-    if "mm.a.input_projection.weight" in c.header.info.tensors:
-        c.linear("mm.a.input_projection", _AUDIO_FRAME, f"frames of {_AUDIO_FRAME} samples")
-
-
 def _resampler(c: _Check) -> None:
     h = c.header
     c.patches()
@@ -564,7 +547,6 @@ _PROJECTORS: dict[str, Callable[[_Check], None]] = {
     "qwen2.5vl_merger": _qwen,
     "qwen3vl_merger": _qwen,
     "gemma4v": _gemma4,
-    "gemma4uv": _gemma4_unified,
     "glm4v": _glm4v,
     "hunyuanvl": _hunyuan,
     "lightonocr": _pixtral,

@@ -117,10 +117,6 @@ def grid_with_row_ends(n_tokens: int, size: tuple[int, int]) -> Grid:
     return (rows, columns) if rows * (columns + 1) - 1 == n_tokens and rows * width == columns * height else None
 
 
-def no_special(n_tokens: int, grid: Grid) -> np.ndarray:
-    return np.zeros(n_tokens, bool)
-
-
 def framed_grid(n_tokens: int, nx: int, ny: int) -> Grid:
     """Grid that libmtmd gives, with a token after each row, one before all and one after all."""
     return (ny, nx) if (nx + 1) * ny + 2 == n_tokens else None
@@ -265,8 +261,6 @@ PROFILES: dict[str, EncoderProfile] = {
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
     # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
     "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
-    # Gemma 4 without an encoder: a token is a square of pixels, and there is no attention (clip_graph_gemma4uv)
-    "gemma4uv": EncoderProfile(None, lambda n: n, grid=given_grid, sized_grid=plain_grid, special=no_special),
     # LFM2-VL and LFM2.5-VL: any image size, 2 x 2 patches of the raster for a token
     "lfm2": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
 }
