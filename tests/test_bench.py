@@ -286,6 +286,7 @@ def test_shapes_run(name, tmp_path):
     # one between rows
     extra = {
         "qwen2-vl-2b": 2,
+        "qwen3.5-0.8b": 2,
         "qwen2.5-vl-3b": 2,
         "qwen3.5-0.8b": 2,
         "gemma-3-4b": 2,
@@ -551,10 +552,10 @@ def test_a_killed_command_leaves_no_model(number, tmp_path):
 @pytest.mark.parametrize(
     "args, error, words",
     [
-        (("--shape", "gemma-3-4b", "--image", "a.png"), ConfigError, "--image does not go with --shape"),
+        (("--shape", "gemma-3-4b", "--image", "a.png"), ConfigError, "--image cannot be used with --shape"),
         (("--folder", "x"), ConfigError, "--shape NAME"),
         (("--image", str(refvlm.DEMO_IMAGE), "--image-size", "9x9"), ConfigError, "leave out one"),
-        (("--baseline", "none", "--baseline", "flash"), ConfigError, "no other"),
+        (("--baseline", "none", "--baseline", "flash"), ConfigError, "excludes other"),
         (("--preset", "off", "--no-unpruned"), ConfigError, "--no-unpruned"),
         (("-m", str(refvlm.TEXT_MODEL)), ConfigError, "--mmproj"),
         (("-m", "nowhere.gguf", "--mmproj", str(refvlm.MMPROJ)), ModelFileError, "nowhere.gguf"),

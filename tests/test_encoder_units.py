@@ -5,16 +5,19 @@ whole pictures. Bounds are what stock llama.cpp rounds on the whole picture in t
 """
 
 import contextlib
+import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from helpers import bounds
 from helpers.families import load_fixtures, tokenized
 from helpers.reference_units import UnitEncoder
 
 from star_edge import MEDIA_MARKER, PruneConfig, StarVLM
-from star_edge.errors import EngineError
+from star_edge.errors import ConfigError, EngineError
 from star_edge.llamacpp.tap import MEAN_ALL, AttentionRead, Plan
+from star_edge.server.schema import parse_prune
 from star_edge.vision.chunks import ImageChunk
 from star_edge.vision.composed import GEOMETRIES
 from star_edge.vision.encode import ImageEncoding
@@ -408,6 +411,35 @@ def test_equal_tiles_are_encoded_once(name, monkeypatch):
                 assert len(runs) == len(every.images) and not any(image.same_as is not None for image in every.images)
                 assert sorted(once) == sorted(set(runs))  # of equal tiles one, and of no others
             assert len(once) == 1 or pixels.std() > 0
+
+
+# ---- the fronts ----
+
+
+def test_every_front_takes_the_fields(star_edge, tmp_path):
+    """The command line, lines of a batch, and requests to the server."""
+    fixture = FIXTURES["qwen2-vl"]
+    PIL.Image.fromarray(paper(fixture.prompts[0].pictures[0])).save(tmp_path / "page.png")
+    model = ["-m", str(fixture.text), "--mmproj", str(fixture.mmproj), "--ctx-size", "1024", "-n", "2"]
+    ask = "what is <__media__>?"
+    options = ["--redundancy", "exact", "--encoder-keep", "0.5", "--encoder-layer", "2", "--raw"]
+    done = star_edge("run", ask, "--image", "page.png", "--preset", "off", "--json", *model, *options)
+    report = json.loads(done.stdout)["report"]
+    assert report["encoder_layer"] == 2 and 0 < report["n_redundant"] <= 42 - report["n_encoder_kept"] == 21
+    assert report["config"]["redundancy"] == "exact" and report["images"][0]["encoder_kept"]
+    text = star_edge("run", ask, "--image", "page.png", "--preset", "off", *model, *options).stderr
+    assert "into the encoder -> 21 from its layer 2" in text
+    task = {"image": "page.png", "prompt": ask, "preset": "off", "raw": True}
+    task |= {"redundancy": 0.03, "encoder_keep": 0.5}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(task))
+    line = json.loads(star_edge("run", "--tasks", "tasks.jsonl", *model).stdout)
+    assert line["n_tokens"] == 42 and "error" not in line
+    for wrong in (["--redundancy", "some"], ["--redundancy", "2"], ["--encoder-layer", "3"], ["--encoder-keep", "0"]):
+        assert wrong[0] in star_edge("run", ask, "--image", "page.png", *model, *wrong, "--raw", status=2).stderr
+    config = parse_prune({"redundancy": 0.03, "encoder_keep": 0.5, "encoder_layer": 1})
+    assert config == PruneConfig(redundancy=0.03, encoder_keep=0.5, encoder_layer=1)
+    with pytest.raises(ConfigError, match="encoder_keep=1"):
+        parse_prune({"encoder_keep": 1})
 
 
 # ---- redundancy: numbers alone ----

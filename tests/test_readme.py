@@ -65,7 +65,7 @@ def test_shell(folder):
     """Every command, in one shell that stops at the first that fails."""
     block = README.split("<!-- executed: shell -->", 1)[1].split("```\n", 1)[1].split("```", 1)[0]
     commands = [line.split()[1] for line in block.splitlines()]
-    assert commands == ["run", "run", "inspect", "inspect", "eval", "doctor", "demo"]
+    assert commands == ["run", "run", "inspect", "inspect", "eval", "doctor", "doctor", "demo"]
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-exc", block], cwd=folder, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,7 @@ def test_where_cls_is_joined_is_learned_when_the_file_is_loaded(families, legacy
 def test_graph_with_cls_first_has_other_rows(families, legacy, monkeypatch):
     """With a llama.cpp that joins CLS first, rows 1..N are the patches, and the attention from CLS is that of row 0."""
     image = random_image(4)
-    run = encoder_module.VisionEncoder._run
+    run = encoder_module.VisionEncoder.run
 
     def fixed(self, *args):
         outcome = run(self, *args)
@@ -161,7 +161,7 @@ def test_graph_with_cls_first_has_other_rows(families, legacy, monkeypatch):
             self.profile = self.profile.cls_first or self.profile
         return outcome
 
-    monkeypatch.setattr(encoder_module.VisionEncoder, "_run", fixed)
+    monkeypatch.setattr(encoder_module.VisionEncoder, "run", fixed)
     monkeypatch.setattr(repair, "graph_inputs", lambda *_: {})  # such a llama.cpp would not apply them
     monkeypatch.setattr(repair, "misses_layer", lambda *_: False)
     reference = ClipEncoder(legacy)
