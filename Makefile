@@ -10,7 +10,7 @@ LLAMA  := $(shell sed -n 's/.*"llama-cpp-python>=[0-9.]*,<=\([0-9.]*\)".*/llama-
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow test-processors lint format format-check typecheck sanitize fuzz check-llama test-wheel support-table bench bench-all cross docs clean
+.PHONY: demo test test-slow test-processors test-vulkan lint format format-check typecheck sanitize fuzz check-llama test-wheel support-table bench bench-all cross docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -59,6 +59,11 @@ fuzz: $(VENV)/installed-tests
 # The tests on ggml kernels built for AVX2, and for AVX-512 where the processor has it: a build of a minute or two for each, then the suite
 test-processors: $(VENV)/installed-tests
 	$(BIN)/python tools/processors.py
+
+# The tests with the models on Mesa's software device: all layers there, half of them, the encoder alone. TESTS: files or options of pytest in place of
+# the suites. Builds ggml's Vulkan backend once, in .processors/vulkan.
+test-vulkan: $(VENV)/installed-tests
+	$(BIN)/python tools/vulkan.py $(if $(PLACEMENT),--placement $(PLACEMENT)) $(TESTS)
 
 # Which assumptions about llama.cpp hold in another version of llama-cpp-python: make check-llama VERSION=0.3.35
 # TESTS: files of the suite to run there too. The environment stays in .check-llama.

@@ -108,7 +108,7 @@ static int given_of(const se_depends * set, const struct ggml_tensor * node) {
     return -1;
 }
 
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first) {
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first, int64_t n_embd, int64_t n_rows) {
     if (se_depends_on_layers(set, node)) return insert(&set->layers, node) ? SE_LAYERS : -1;
     const int given = given_of(set, node);
     if (given >= 0) { /* what the layer itself makes of its result runs; the next layer does not */
@@ -120,7 +120,7 @@ int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int firs
     bool found = false;
     for (int i = 0; i < SE_MAX_OPERANDS && !found; i++) {
         const struct ggml_tensor * t = se_operand(node, i);
-        found = t && (se_is_embedding_input(t) || contains(&set->prelude, t));
+        found = t && (se_is_batch_input(t, n_embd, n_rows) || contains(&set->prelude, t));
     }
     if (!found) return SE_INDEPENDENT;
     const int layer = se_layer_of(node);

@@ -3,6 +3,7 @@
 #define SE_DEPENDS_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 struct ggml_tensor;
 
@@ -15,8 +16,9 @@ void se_depends_free(se_depends * set);
 void se_depends_clear(se_depends * set);
 
 /* What `node` depends on, remembered for its consumers. Each node must come after its sources; a backend may order them otherwise as it
- * likes, so what a layer from `first` on makes of the embeddings alone counts as SE_PRELUDE, wherever it comes. -1: out of memory. */
-int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first);
+ * likes, so what a layer from `first` on makes of the embeddings alone counts as SE_PRELUDE, wherever it comes. -1: out of memory.
+ * n_embd, n_rows: of the batch, whose embeddings are known by their shape. */
+int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int first, int64_t n_embd, int64_t n_rows);
 
 /* `node` is the hidden state of layer `layer`, which comes from outside: what is made of it is not SE_LAYERS, unless a layer after `layer`
  * and before `first` makes it. SE_INDEPENDENT, or -1: out of memory, or more than SE_MAX_EXTRA layers. */

@@ -3,18 +3,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* N of a name that is `prefix` and the number N, otherwise -1. */
+#define MASK "attn_inp_kq_mask"
+
+const char * const se_usual_layer_out = "l_out";
+
+/* N of a name `prefix`-N, otherwise -1. */
 static int numbered(const char * name, const char * prefix) {
     const size_t length = strlen(prefix);
-    if (strncmp(name, prefix, length) != 0) return -1;
+    if (strncmp(name, prefix, length) != 0 || name[length] != '-') return -1;
+    const char * digits = name + length + 1;
     char * end;
-    const long n = strtol(name + length, &end, 10);
-    return end != name + length && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
+    const long n = strtol(digits, &end, 10);
+    return end != digits && *end == '\0' && n >= 0 && n < 100000 ? (int) n : -1;
 }
 
-int se_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "l_out-"); }
+int se_layer_out_index(const struct ggml_tensor * node, const char * output) { return numbered(node->name, output); }
 
-int se_encoder_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "layer_out-"); }
+int se_encoder_layer_out_index(const struct ggml_tensor * node) { return numbered(node->name, "layer_out"); }
 
 int se_layer_of(const struct ggml_tensor * node) {
     const char * dash = strrchr(node->name, '-');
@@ -44,9 +49,15 @@ bool se_is_input(const struct ggml_tensor * tensor, const char * name) {
     return copied && strlen(name) == length && strncmp(copied, name, length) == 0;
 }
 
-bool se_is_embedding_input(const struct ggml_tensor * tensor) {
-    return se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_embd") || se_is_input(tensor, "embd") ||
-           se_is_input(tensor, "inp_raw");
+bool se_is_batch_input(const struct ggml_tensor * tensor, int64_t n_embd, int64_t n_rows) {
+    if (se_is_input(tensor, "inp_tokens") || se_is_input(tensor, "inp_raw")) return true;
+    if (!se_is_leaf(tensor) || tensor->type != GGML_TYPE_F32 || se_is_input(tensor, MASK)) return false;
+    if (tensor->ne[0] < n_embd || tensor->ne[1] != n_rows || tensor->ne[2] * tensor->ne[3] != 1) return false;
+    size_t length;
+    const char * copied = se_copied_name(tensor, &length);
+    if (!copied) return tensor->flags & GGML_TENSOR_FLAG_INPUT;
+    while (length > 0 && copied[length - 1] >= '0' && copied[length - 1] <= '9') length--;
+    return length == 0 || copied[length - 1] != '-';
 }
 
 bool se_ends_layers(const struct ggml_tensor * node) { return strcmp(node->name, "result_norm") == 0; }
@@ -74,13 +85,19 @@ const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int
     return indices->ne[0] == n_tokens && indices->ne[1] == 1 ? indices : NULL;
 }
 
-/* N of cache_k_lN or cache_v_lN at the root of a view, otherwise -1. A cache may have a tag: cache_TAGk_lN. */
+/* N of cache_KIND_lN (k, v; r and s of recurrent layers) at the root of a view, otherwise -1. A cache may have a tag: cache_TAGk_lN. */
 static int cache_layer(const struct ggml_tensor * t, char kind) {
     const struct ggml_tensor * root = t->view_src ? t->view_src : t;
     const char * number = strstr(root->name, "_l");
     if (strncmp(root->name, "cache_", 6) != 0 || !number || number[-1] != kind) return -1;
     number += 2;
     return *number && strspn(number, "0123456789") == strlen(number) ? atoi(number) : -1;
+}
+
+int se_state_written(const struct ggml_tensor * node) {
+    if (node->op != GGML_OP_CPY && node->op != GGML_OP_SCALE) return -1;
+    const int shift = cache_layer(node, 'r');
+    return shift >= 0 ? shift : cache_layer(node, 's');
 }
 
 int se_v_written(const struct ggml_tensor * node) { return node->op == GGML_OP_SET_ROWS ? cache_layer(node, 'v') : -1; }
@@ -123,7 +140,7 @@ struct ggml_tensor * se_rope_positions(const struct ggml_tensor * node, int64_t 
 struct ggml_tensor * se_mask_input(const struct ggml_tensor * node, int i) {
     if (node->op != GGML_OP_FLASH_ATTN_EXT && node->op != GGML_OP_SOFT_MAX && node->op != GGML_OP_CPY) return NULL;
     struct ggml_tensor * mask = i < GGML_MAX_SRC ? node->src[i] : NULL;
-    return mask && se_is_input(mask, "attn_inp_kq_mask") ? mask : NULL;
+    return mask && se_is_input(mask, MASK) ? mask : NULL;
 }
 
 bool se_is_flash_attention(const struct ggml_tensor * node) { return node->op == GGML_OP_FLASH_ATTN_EXT; }

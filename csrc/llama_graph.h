@@ -15,10 +15,12 @@
  * llama_context::graph_get_cb and clip_graph::cb name a node "NAME-N" when layer N computes it, and "NAME"
  * otherwise. */
 
-/* `l_out-N`: N, otherwise -1. Graphs of decoders (src/models/) give this name to the hidden state that layer N hands
- * to layer N + 1: float32, (n_embd, n_tokens). The last layer keeps only rows with logits
- * (llm_graph_context::build_inp_out_ids). */
-int se_layer_out_index(const struct ggml_tensor * node);
+/* N of a node `OUTPUT-N`, otherwise -1: the hidden state that layer N hands to layer N + 1, float32, (n_embd,
+ * n_tokens). Graphs of decoders (src/models/) call it "l_out". Nemotron-H has another name, and "l_out" is
+ * something else there (llama_model_nemotron_h::graph). The last layer keeps only rows with logits
+ * (llm_graph_context::build_inp_out_ids), except in hybrids. */
+extern const char * const se_usual_layer_out;
+int se_layer_out_index(const struct ggml_tensor * node, const char * output);
 
 /* The same of a vision encoder, whose layers end in `layer_out-N` (clip_graph::build_vit, clip_graph_qwen2vl::build,
  * clip_graph_qwen3vl::build). */
@@ -42,10 +44,19 @@ bool se_has_name(const struct ggml_tensor * tensor, const char * name, size_t le
 /* Whether `tensor` is the graph input `name`, or a copy of it. */
 bool se_is_input(const struct ggml_tensor * tensor, const char * name);
 
-/* The inputs that carry the batch: "inp_tokens" and "inp_embd", both in every graph, of which one is used, and
- * "embd", the name of what is chosen from them (llm_graph_context::build_inp_embd). It is a leaf where that is
- * "inp_embd" itself, renamed. In a vision encoder it is "inp_raw", the pixels (clip_graph::build_inp_raw). */
-bool se_is_embedding_input(const struct ggml_tensor * tensor);
+/* The inputs that carry the batch of n_rows. In a vision encoder "inp_raw", the pixels (clip_graph::build_inp_raw). In
+ * a decoder "inp_tokens", and a float32 leaf (n_embd_inp, n_rows). Both are in every
+ * graph, one is used (llm_graph_context::build_inp_embd). The leaf is known by its kind, since models rename it (a cb
+ * on what build_inp_embd returns). No other float32 input has a column for each row but masks, which have a name
+ * (llm_graph_input_* in llama-graph.h). A copy for another backend has lost the flag of an input. What remains is its
+ * shape, and that no layer has computed it. A float32 weight may look the same: what reads it in a layer reads rows
+ * of the batch as well, so nothing more is skipped. */
+bool se_is_batch_input(const struct ggml_tensor * tensor, int64_t n_embd, int64_t n_rows);
+
+/* N of the cache_r_lN or cache_s_lN that the node writes to, otherwise -1: the recurrent state of layer N
+ * (llama_memory_recurrent names its tensors so). It is cleared by a SCALE in place (llm_graph_context::build_rs) and
+ * written by a CPY. */
+int se_state_written(const struct ggml_tensor * node);
 
 /* "result_norm", the output norm of a decoder (src/models/): neither RoPE nor attention comes after it in its graph. */
 bool se_ends_layers(const struct ggml_tensor * node);

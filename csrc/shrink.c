@@ -199,7 +199,7 @@ static bool pool(entry * e, const entry * a, const se_shape_rule * rule) {
         int64_t was = a->was.ne[d], now = a->now.ne[d];
         if (d < 2) {
             const int64_t window = rule->window[d], step = rule->step[d];
-            if (window < 1 || step < 1 || was < window || now < window) return false;
+            if (window < 1 || step < 1) return false;
             /* a window has rows that stay, or none of them */
             if (a->shorter >> d & 1 && (window != step || now % window != 0)) return false;
             was = (was - window) / step + 1;

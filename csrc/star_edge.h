@@ -24,8 +24,8 @@ enum se_error {
     SE_ERR_ARGUMENT = 1,      /* a null pointer, a size or an index out of range */
     SE_ERR_MEMORY = 2,        /* out of memory */
     SE_ERR_UNBOUND = 3,       /* se_bind has not been called for every function */
-    SE_ERR_NO_LAYER_OUT = 4,  /* the graph has no `l_out-N` where the window begins or ends, or not the plan's source_node */
-    SE_ERR_NO_ATTENTION = 5,  /* fewer attention operations than the plan names */
+    SE_ERR_NO_LAYER_OUT = 4,  /* the graph names no layer output where the window begins or ends, or not the plan's source_node */
+    SE_ERR_NO_ATTENTION = 5,  /* a layer that the plan names has no attention */
     SE_ERR_NO_ROPE = 6,       /* positions were given, and no ROPE node was seen */
     SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
     SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
@@ -82,22 +82,23 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
 /* ---- the tap ---- */
 typedef struct se_tap se_tap;
 
-enum { SE_MAX_EXTRA = 8 };
+enum { SE_MAX_EXTRA = 8, SE_MAX_LAYERS = 1024 };
 enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
 typedef struct {
     /* Layer window [first, last) of n_layer.
      * n_layer == 0: no window, only observe.
-     * first > 0: what earlier layers compute from the input embeddings is skipped, and `inject` stands for `l_out-(first-1)`.
+     * first > 0: what earlier layers compute from the input embeddings is skipped, and `inject` stands for the output of layer first-1.
      *   The embeddings themselves are still read: some models add more of them at later layers.
-     * last < n_layer: the graph ends at the attention of layer `last`, when the K and V of that layer are in the cache.
+     * last < n_layer: the graph ends at the attention of layer `last`, when the K and V of that layer are in the cache. No
+     *   layer from `last` on touches its recurrent state.
      * first == last, within 1..n_layer-1: only the K and V of that layer are computed, from `inject`. */
     int32_t n_layer, first, last;
     int32_t count_only;          /* 1: nothing is computed; the graph is looked at, and n_skipped is the number of its nodes */
     int32_t n_rows, n_embd;
     const float * inject;        /* (n_rows, n_embd) */
-    float * hidden;              /* out: (n_rows, n_embd), rows of `l_out-(last-1)`, or NULL */
+    float * hidden;              /* out: (n_rows, n_embd), the output of layer last-1, or NULL */
     const int32_t * positions;   /* (n_pos_per_row, n_rows) RoPE positions to run with, or NULL */
     int32_t n_pos_per_row;       /* 1, or 4 for M-RoPE */
     /* 1: the graph is a vision encoder's. A window with last < n_layer ends with its `hidden`, which must be given, instead of at an
@@ -117,7 +118,8 @@ typedef struct {
     void * source_out;
     size_t source_bytes;
     int64_t * cells;             /* out: (n_rows) KV cells that the rows were written to, or NULL */
-    /* Attention: these layers (ascending, counted over attention operations), these query rows. */
+    /* Attention: these layers (ascending), these query rows. The layer of an attention operation is the one after the
+     * last layer output. Where the graph names none (encoders) the operations are counted. */
     const int32_t * attn_layers;
     int32_t n_attn_layers;
     int32_t row_first, row_count, row_step; /* row_count < 0: up to the end */
@@ -145,6 +147,8 @@ typedef struct {
     int32_t flash;               /* 1: attention is flash attention */
     int32_t attn_rows, attn_heads; /* query rows and heads of the scores that were read */
     int32_t last_unmasked;       /* index of the last attention operation without a mask, or -1 */
+    int32_t rope;                /* 1: a ROPE of the batch's positions was seen */
+    uint64_t attention_layers[16]; /* SE_MAX_LAYERS bits: one for each layer whose attention was seen */
     int32_t concat;              /* enum se_concat: where the leaf of se_tap_find_concat stands */
     int32_t n_nodes;             /* nodes of the graph that were seen */
     int32_t keep_node;           /* which of them, from 1 on, rows left at; 0: none */
@@ -164,6 +168,8 @@ int se_tap_arm(se_tap * tap, const se_plan * plan);
 int se_tap_finish(se_tap * tap, se_result * result);
 
 /* Lasting settings, for plain decodes between windows (generation). */
+/* What the graph calls the output of a layer, without "-N"; NULL: "l_out". */
+int se_tap_set_layer_out(se_tap * tap, const char * name);
 /* RoPE positions >= from get `offset` added (M-RoPE: in the first three sections). offset 0: off. */
 int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset);
 /* bias (n_cells) is added to the attention mask, column by column: exp(bias) is how much a cell counts. NULL: off. Copied. */

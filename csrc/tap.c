@@ -79,7 +79,7 @@ static void take_attention(se_tap * tap, const struct ggml_tensor * node) {
 }
 
 static int layer_out_of(const se_tap * tap, const struct ggml_tensor * node) {
-    return tap->plan.encoder ? se_encoder_layer_out_index(node) : se_layer_out_index(node);
+    return tap->plan.encoder ? se_encoder_layer_out_index(node) : se_layer_out_index(node, tap->layer_out);
 }
 
 /* Which of the plan's further layers this one is, or -1. */
@@ -105,6 +105,16 @@ static bool meet_source(se_tap * tap, const struct ggml_tensor * node) {
  * itself may write it later, and the graph must not end before. */
 static bool has_v(const se_tap * tap, const struct ggml_tensor * attention) {
     return tap->last_v < 0 || se_attended_layer(attention) <= tap->last_v;
+}
+
+static void note_attention(se_tap * tap, const struct ggml_tensor * node) {
+    /* Hybrid decoders have attention in some layers only, so the operations are counted only where no layer output is named. */
+    const int32_t layer = tap->last_out >= 0 ? tap->last_out + 1 : tap->result.n_attention;
+    tap->attention = layer;
+    tap->result.n_attention++;
+    if (layer < SE_MAX_LAYERS) tap->result.attention_layers[layer / 64] |= (uint64_t) 1 << layer % 64;
+    tap->result.flash = se_is_flash_attention(node);
+    if (!se_attention_mask(node)) tap->result.last_unmasked = layer;
 }
 
 /* Rows leave the graph at this node, or it comes later and has fewer of them. false: that cannot be, and the graph ends before it. A
@@ -141,6 +151,7 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     if (node == tap->first_node && ++tap->result.n_graphs > 1) {
         tap->result.n_attention = 0;
         tap->next_layer = 0;
+        tap->last_out = -1;
         if (p->n_layer) se_tap_fail(tap, SE_ERR_SEVERAL_GRAPHS);
     }
 
@@ -152,7 +163,9 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     const bool ends_rows = p->keep && (tap->result.n_nodes == p->keep_node || tap->result.n_nodes == p->n_nodes);
 
     const int layer_out = layer_out_of(tap, node);
-    const bool has_window = p->n_layer > 0;
+    if (layer_out >= 0 && !p->encoder) tap->last_out = layer_out;
+    const bool has_window = p->n_layer > 0, is_attention = se_is_attention(node);
+    if (is_attention) note_attention(tap, node);
     if (p->count_only) {
         skip(tap, node);
         return false;
@@ -165,7 +178,7 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
             return true;
         }
     } else if (waits && p->source_out) {
-        const int found = se_depends_visit(tap->depends, node, 0);
+        const int found = se_depends_visit(tap->depends, node, 0, p->n_embd, p->n_rows);
         if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
         if (found > 0) skip(tap, node);
         return true;
@@ -183,7 +196,7 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
             skip(tap, node);
             return true;
         }
-        const int found = se_depends_visit(tap->depends, node, p->first);
+        const int found = se_depends_visit(tap->depends, node, p->first, p->n_embd, p->n_rows);
         if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
         if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (Gemma 4) */
     } else if (has_window && p->first > 0 && se_is_computed(node) && se_depends_on_layers(tap->depends, node)) {
@@ -194,10 +207,11 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     if (has_window && p->extra_hidden && extra_of(tap, layer_out) >= 0) return true;
     if (p->cells && !tap->cells_taken) take_cells(tap, node);
 
-    if (se_is_attention(node)) {
-        const int32_t index = tap->result.n_attention++;
-        tap->result.flash = se_is_flash_attention(node);
-        if (!se_attention_mask(node)) tap->result.last_unmasked = index;
+    /* A layer may have both a recurrent state and attention, in any order (Falcon-H1): its rows come again from the next window. */
+    if (has_window && !p->encoder && p->last < p->n_layer && se_state_written(node) >= p->last) skip(tap, node);
+
+    if (is_attention) {
+        const int32_t index = tap->attention;
         if (has_window && !p->encoder && p->last < p->n_layer && index == p->last) {
             /* Its operands are there and its result is not needed. SOFT_MAX is: the scores are its result. */
             if (tap->result.flash) skip(tap, node);
@@ -245,7 +259,7 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
         }
     }
     if (se_is_attention(node)) {
-        const int32_t index = tap->result.n_attention - 1;
+        const int32_t index = tap->attention;
         if (wants_attention(tap, index)) take_attention(tap, node);
         if (p->n_layer && !p->encoder && p->last < p->n_layer && index == p->last) tap->at_last = node;
     }
@@ -280,6 +294,7 @@ se_tap * se_tap_new(void) {
         free(tap);
         return NULL;
     }
+    if (tap) se_tap_set_layer_out(tap, NULL);
     return tap;
 }
 
@@ -348,6 +363,7 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->first_node = NULL;
     tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = tap->source_seen = false;
     tap->next_layer = 0;
+    tap->last_out = -1;
     tap->at_last = NULL;
     tap->last_v = -1;
     tap->watch_size = 0;

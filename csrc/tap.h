@@ -27,6 +27,7 @@ struct se_tap {
     int32_t * witness;      /* (n_level_cells) */
     int32_t n_levels, n_level_cells;
     input_override inputs[MAX_INPUTS];
+    char layer_out[GGML_MAX_NAME]; /* what the graph calls the output of a layer */
     char joined[GGML_MAX_NAME]; /* leaf whose place in a CONCAT is looked for; "": none */
     char watch_name[GGML_MAX_NAME];
     void * watch_out;
@@ -42,6 +43,8 @@ struct se_tap {
     const struct ggml_tensor * at_last; /* the attention that ends the window, once it has run */
     int32_t last_v;         /* highest layer whose V the graph has written; -1: none */
     int32_t next_layer;     /* index into plan.attn_layers */
+    int32_t last_out;       /* N of the last layer output of this graph, or -1 */
+    int32_t attention;      /* index of the last attention operation, see se_plan.attn_layers */
     struct ggml_tensor ** skipped;
     size_t skipped_capacity;
     se_depends * depends;

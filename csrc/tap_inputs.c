@@ -64,6 +64,7 @@ static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
     struct ggml_tensor * positions = se_rope_positions(node, &n_used);
     if (!positions) return;
     tap->rope_seen = true;
+    tap->result.rope = 1;
     if (tap->armed && tap->plan.positions) {
         const int64_t n = (int64_t) tap->plan.n_rows * tap->plan.n_pos_per_row;
         if (positions->ne[0] != n) se_tap_fail(tap, SE_ERR_SHAPE);
@@ -169,7 +170,7 @@ static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
 }
 
 bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node) {
-    return tap->level + 1 < tap->n_levels && se_layer_out_index(node) == tap->level_layers[tap->level + 1] - 1;
+    return tap->level + 1 < tap->n_levels && se_layer_out_index(node, tap->layer_out) == tap->level_layers[tap->level + 1] - 1;
 }
 
 void se_tap_next_level(se_tap * tap) {
@@ -218,6 +219,12 @@ int se_tap_set_position_shift(se_tap * tap, int32_t from, int32_t offset) {
     if (!se_ggml_ready()) return SE_ERR_UNBOUND;
     tap->shift_from = from;
     tap->shift = offset;
+    return SE_OK;
+}
+
+int se_tap_set_layer_out(se_tap * tap, const char * name) {
+    if (!tap || (name && (!*name || strlen(name) >= GGML_MAX_NAME))) return SE_ERR_ARGUMENT;
+    strcpy(tap->layer_out, name ? name : se_usual_layer_out);
     return SE_OK;
 }
 

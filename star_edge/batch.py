@@ -35,6 +35,7 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "vision_keep": (int, float),
     "decoder_keep": (int, float),
     "decoder_layer": (int,),
+    "image_max_tokens": (int, float),
     "budget": (str,),
     "redundancy": (str, int, float),
     "encoder_keep": (int, float),
@@ -52,6 +53,7 @@ _OVERRIDES = (
     "redundancy",
     "encoder_keep",
     "encoder_layer",
+    "image_max_tokens",
 )
 _QUESTION_FIELDS = {name for names in FIELDS.values() for name in names}
 
@@ -146,9 +148,9 @@ def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
     A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
-    budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. The names of question files
-    (`io.questions`) are understood too, answers and categories are not used. Image paths are relative to the file's
-    folder. The id defaults to a hash of the task.
+    image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. The names of
+    question files (`io.questions`) are understood too, answers and categories are not used. Image paths are relative to
+    the file's folder. The id defaults to a hash of the task.
 
     Args:
         path: The file.

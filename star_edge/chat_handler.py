@@ -37,7 +37,7 @@ from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
 from .options import CacheOptions, EncoderOptions, describe_options, names_of
-from .pruning.config import DEFAULT_PRESET, PruneConfig
+from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
@@ -370,7 +370,30 @@ class StarChatHandler(ChatHook):
         Raises:
             ImageError: The image cannot be read, or is over the limits.
         """
-        return check_pixels(self.image_loader(image_url), "what the image_loader returned")
+        pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
+        return pixels if self._request is None else self._request.fit(pixels)
+
+    def count_tokens(self, image_url: str, image_max_tokens: Keep = 1.0) -> int:
+        """Counts the image tokens of a picture, without encoding it, once the handler serves a Llama.
+
+        Args:
+            image_url: URL of an image_url part.
+            image_max_tokens: As in PruneConfig: what the picture would be made smaller for.
+
+        Returns:
+            Its tokens before any pruning, of all its crops, special tokens included.
+
+        Raises:
+            ConfigError: The handler serves no Llama yet, or image_max_tokens cannot be used.
+            ImageError: The image cannot be read or used, or is over the limits.
+        """
+        config = PruneConfig(image_max_tokens=image_max_tokens)
+        with self._lock:
+            if self._reader is None:
+                raise ConfigError("this StarChatHandler serves no Llama yet", "call attach with the Llama first")
+            pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
+            pixels = self._reader.fit(pixels, config).pixels
+            return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
 
     def bitmap_name(self, image: np.ndarray) -> str:
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))

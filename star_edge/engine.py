@@ -32,7 +32,7 @@ from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import check_text
 from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
-from .pruning.config import DEFAULT_PRESET, PruneConfig
+from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
@@ -328,6 +328,29 @@ class StarVLM:
         assert request.report is not None  # of a prompt that was read
         return state, request.report
 
+    @checked(skip=("image",))
+    def count_tokens(self, image: ImageSource, image_max_tokens: Keep = 1.0) -> int:
+        """Counts the image tokens of a picture, without encoding it. A stream that is under way goes on.
+
+        Args:
+            image: As for `generate`.
+            image_max_tokens: As in PruneConfig: what the picture would be made smaller for.
+
+        Returns:
+            Its tokens before any pruning, of all its crops, special tokens included.
+
+        Raises:
+            UnsupportedModelError: The model was loaded without a vision encoder.
+            ConfigError: image_max_tokens cannot be used.
+            ImageError: The image cannot be read or used, or is over the limits.
+            EngineClosedError: The engine is closed.
+        """
+        config = PruneConfig(image_max_tokens=image_max_tokens)
+        with self._lock:
+            self._check_open()
+            pixels = self._reader.fit(load_image(image, self.image_limits), config).pixels
+            return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
+
     @checked(skip=("prompt",))
     def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
         """Splits a prompt into chunks.
@@ -444,7 +467,7 @@ class StarVLM:
         config = resolve_prune(prune)
         with self._turn() as start:
             request = Request(self._reader, self._lock, config, start)
-            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            pictures = [request.fit(load_image(source, self.image_limits)) for source in self._image_list(images)]
             return request, request.read(self.tokenize(prompt, pictures, chat=chat))
 
     @staticmethod

@@ -141,6 +141,10 @@ def read_decoder(
         raise ConfigError(
             f"decoder layers {wanted} are not all within 0..{context.n_layers - 1}", "use layers of the model"
         )
+    without = sorted(set(wanted) - set(context.attention_layers))
+    if without:
+        some = ", ".join(map(str, context.attention_layers))
+        raise ConfigError(f"decoder layers {without} have no attention", f"use some of {some}")
     n = sum(len(s.rows) for s in segments)
     heads = () if mean_heads else (context.n_heads,)
     result = {layer: np.zeros((*heads, n, n), np.float32) for layer in wanted}

@@ -19,8 +19,9 @@ from typing import cast
 import numpy as np
 from llama_cpp import Llama
 
+from .decoder.hybrid import at_attention
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
-from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError
+from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over, uses_flash_attention
@@ -33,6 +34,7 @@ from .stopwatch import Stopwatch
 from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
 from .vision.encode import ImageEncoding
 from .vision.encoder import VisionEncoder
+from .vision.resolution import Fitted, Resolution
 from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
@@ -85,6 +87,7 @@ class PromptReader:
                 cache_dir=cache.image_cache_dir,
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
+            self._resolution = Resolution(self.encoder)
             self.encoding = ImageEncoding(self.encoder)
         try:
             self.context = tapped_context(llama)
@@ -120,6 +123,23 @@ class PromptReader:
             self.reuse = reuse
             if encoder is not None:
                 encoder.cache = cache
+
+    def count_tokens(self, height: int, width: int) -> int:
+        """Counts the image tokens of a picture of that size, in pixels. Nothing is encoded.
+
+        Raises:
+            UnsupportedModelError: There is no vision encoder.
+            ImageError: The encoder cannot take that shape.
+        """
+        if self.encoder is None:
+            raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
+        return self._resolution.count(height, width)
+
+    def fit(self, pixels: np.ndarray, config: PruneConfig | None) -> Fitted:
+        """A picture, (h, w, 3) uint8, as a request gets it: smaller, if the config says so."""
+        if self.encoder is None or config is None or not config.limits_images:
+            return Fitted(pixels)
+        return self._resolution.fit(pixels, config.image_max_tokens)
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
         """Computes everything before the first answer token, and closes the prompt. `begin` must come first.
@@ -231,6 +251,9 @@ class PromptReader:
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:
             windows = prune.decoder_windows(self.decoder.n_layers)
+            if not self.decoder.stage_problem:
+                windows, moved = at_attention(self.decoder, windows)
+                notes += moved
             problem = self.decoder.stage_problem or self.decoder.layer_problems.get(
                 tuple(layer for layer, _ in windows)
             )
@@ -295,7 +318,7 @@ class PromptReader:
         llama, n = self.llama, state.n_cells
         tokens = np.where(state.tokens < 0, _IMAGE_TOKEN, state.tokens)
         hand_over(llama, tokens, state.logits)
-        self.context.continue_prompt(n, state.next_position)
+        self.context.continue_prompt(n, state.next_position, state.gap)
         ids: list[int] = tokens.tolist()
         return ids
 

@@ -19,6 +19,7 @@ from .pruning.selection import average_tokens
 _TOTALS = (
     "encoder_layer",
     "decoder_layer",
+    "n_full_tokens",
     "n_image_tokens",
     "n_redundant",
     "n_encoder_kept",
@@ -133,6 +134,8 @@ class PruneReport:
             a decoder stage they count for the layers below it, otherwise for all layers.
         repairs: What stock llama.cpp gets wrong with this encoder's file, and was put right.
         notes: What a user should know, such as a stage that this model cannot have.
+        full_tokens: Image tokens that each picture would take at its own size, None for one that the encoder could not
+            take. Empty if no picture was made smaller (PruneConfig.image_max_tokens).
     """
 
     config: PruneConfig | None
@@ -148,6 +151,7 @@ class PruneReport:
     reused_tokens: int = 0
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    full_tokens: list[int | None] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
@@ -179,6 +183,14 @@ class PruneReport:
     def n_image_tokens(self) -> int:
         """Image tokens before pruning, over all images."""
         return sum(i.n_tokens for i in self.images)
+
+    @property
+    def n_full_tokens(self) -> int | None:
+        """Image tokens that all pictures would take at their own size. None: the encoder could not take one of them."""
+        if not self.full_tokens:
+            return self.n_image_tokens
+        known = [n for n in self.full_tokens if n is not None]
+        return sum(known) if len(known) == len(self.full_tokens) else None
 
     @property
     def n_redundant(self) -> int:
@@ -321,6 +333,7 @@ class PruneReport:
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,
             "repairs": list(self.repairs),
+            "full_tokens": list(self.full_tokens),
             "notes": list(self.notes),
         }
 

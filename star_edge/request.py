@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from .decoder.prefill import Prefill
 from .errors import EngineClosedError
 from .generation import Generation
@@ -20,6 +22,7 @@ from .pruning.config import PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.chunks import Prompt
+from .vision.resolution import FittedSize
 
 
 class Request:
@@ -55,9 +58,20 @@ class Request:
         self._generation: Generation | None = None
         self.report: PruneReport | None = None
         self.n_prompt = 0
+        self._fitted: list[FittedSize | None] = []
         self.finish_reason: str | None = None
 
     # ---- the prompt ----
+
+    def fit(self, pixels: np.ndarray) -> np.ndarray:
+        """The next picture of the prompt as it is asked about: smaller, if the config says so. (h, w, 3) uint8.
+
+        Raises:
+            ImageError: The encoder cannot take its shape.
+        """
+        fitted = self._reader.fit(pixels, self._config)
+        self._fitted.append(fitted.size)
+        return fitted.pixels
 
     def read(self, prompt: Prompt) -> Prefill:
         """Reads the prompt, and closes it.
@@ -67,7 +81,23 @@ class Request:
         """
         state, self.report = self._reader.read(prompt, self._config, self._start)
         self.n_prompt = state.next_position
+        self._add_full_tokens(self.report)
         return state
+
+    def _add_full_tokens(self, report: PruneReport) -> None:
+        """Says how many tokens each picture would take at its own size, and whether it takes more than it should."""
+        sizes = [size for size in self._fitted if size is not None]
+        if len(sizes) < len(report.pictures):
+            return  # nobody asked for smaller ones
+        if any(size.is_smaller for size in sizes):
+            report.full_tokens = [size.n_full for size in sizes]
+        taken = [picture["n_tokens"] for picture in report.pictures]
+        over = [n for n, size in zip(taken, sizes) if n > size.most]
+        if over and self._config is not None:
+            report.notes.append(
+                f"image_max_tokens={self._config.image_max_tokens} cannot be kept to: this model makes {min(over)} "
+                "tokens or more of such a picture"
+            )
 
     def hand_over(self, state: Prefill) -> list[int]:
         """Puts what `read` gave into the Llama. Returns the prompt that its create_completion finds read already."""

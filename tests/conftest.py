@@ -23,8 +23,8 @@ if gpu.ON:
 
 from helpers import bounds, stock
 from helpers.families import MODES
-from helpers.models import CLIP, LLAMA, QWEN2VL, QWEN2VL_VISION, Models, random_prompt
-from helpers.reference import Decoder
+from helpers.models import CLIP, LFM2, LLAMA, QWEN2VL, QWEN2VL_VISION, QWEN35, Models, random_prompt
+from helpers.reference_hybrid import open_decoder
 
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.synthetic import write_decoder, write_encoder
@@ -37,7 +37,12 @@ def families(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("models")
     result = {}
-    for name, shape, encoder in (("llama", LLAMA, CLIP), ("qwen2vl", QWEN2VL, QWEN2VL_VISION)):
+    for name, shape, encoder in (
+        ("llama", LLAMA, CLIP),
+        ("qwen2vl", QWEN2VL, QWEN2VL_VISION),
+        ("qwen35", QWEN35, QWEN2VL_VISION),
+        ("lfm2", LFM2, CLIP),
+    ):
         models = Models(folder / f"{name}.gguf", folder / f"{name}-mmproj.gguf", shape)
         write_decoder(models.text, shape, "f32", seed=1, sharpness=2.0)
         write_encoder(models.mmproj, encoder, shape.n_embd, "f32", seed=2)
@@ -59,7 +64,7 @@ def decoder_rounding(families):
                 families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache]
             )
             prompt = random_prompt(families[family], [12, (10, 20), 9], seed=1)
-            measured[family, mode] = bounds.of_decoder(llama, prompt, Decoder(families[family].text))
+            measured[family, mode] = bounds.of_decoder(llama, prompt, open_decoder(families[family].text))
             llama.close()
         return measured[family, mode]
 

@@ -284,7 +284,13 @@ def test_shapes_run(name, tmp_path):
     assert stock["image_tokens"] == fast["image_tokens"] == shape.n_image_tokens
     # 35 + 40 and what the encoder puts around: two tokens, or three and one around the overview, two before each tile,
     # one between rows
-    extra = {"qwen2-vl-2b": 2, "qwen2.5-vl-3b": 2, "gemma-3-4b": 2, "smolvlm-500m": 4 + 4 * 2 + 1}.get(name, 0)
+    extra = {
+        "qwen2-vl-2b": 2,
+        "qwen2.5-vl-3b": 2,
+        "qwen3.5-0.8b": 2,
+        "gemma-3-4b": 2,
+        "smolvlm-500m": 4 + 4 * 2 + 1,
+    }.get(name, 0)
     assert stock["text_tokens"] == fast["text_tokens"] == 75 + extra
     assert (
         fast["average_tokens"] < stock["average_tokens"]
@@ -294,6 +300,7 @@ def test_shapes_run(name, tmp_path):
     if name in (
         "qwen2-vl-2b",
         "qwen2.5-vl-3b",
+        "qwen3.5-0.8b",
         "llava-next-7b",
     ):  # dynamic resolution, and crops: a smaller picture has fewer tokens
         assert sides["stock, fewer tokens"]["image_tokens"] < shape.n_image_tokens

@@ -18,7 +18,7 @@ from llama_cpp import LlamaGrammar
 from PIL import Image
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
-from star_edge.decoder import prefill as prefill_module
+from star_edge.decoder.cells import ParkingCells
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.io.images import load_image
@@ -323,13 +323,13 @@ def test_cells_that_do_not_come_back_are_noticed(families, monkeypatch):
     attach_tap(llama, tap)
     context = DecoderContext(llama, tap)
 
-    def frees_everything(self, start, keep_row, parking):
-        self.context.park(start, parking)
+    def frees_everything(self, start, keep_row, cells):
+        self.context.park(start, PARKED)
         self.context.remove(PARKED, 0)
         self.n_cells = start
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefill_module._Run, "free_kept", frees_everything)
+        patch.setattr(ParkingCells, "free", frees_everything)
         with_mass = DecoderStage([(3, [20])], lambda seen, n: by_share(seen, n, 0.5))
         heavy = prefill(context, prompt.segments, prompt.next_position, with_mass)
         assert not heavy.in_place and heavy.selections[0][0].mass is None  # nothing is claimed that was not done

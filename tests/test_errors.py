@@ -469,7 +469,7 @@ def test_import_beside_another_version():
 
 
 def test_recurrent_decoders_have_no_decoder_stage(vlm, monkeypatch):
-    monkeypatch.setattr(vlm.decoder, "stage_problem", "a recurrent or hybrid decoder has no cache of single tokens")
+    monkeypatch.setattr(vlm.decoder, "stage_problem", "a recurrent decoder has no cache of single tokens")
     answer = ask(vlm)
     assert answer.report.decoder_layer is None and "no decoder stage" in answer.report.notes[0]
     assert answer.report.n_decoder_kept == answer.report.n_vision_kept == kept("balanced").vision

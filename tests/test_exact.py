@@ -51,16 +51,16 @@ def tapped(families):
 @pytest.mark.parametrize(
     ("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"]
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_keep_all_equals_stock(families, tapped, family, flash_attn, cache, parts):
-    options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache]}
+    options = {"type_k": KV_TYPES[cache], "type_v": KV_TYPES[cache], "n_threads": 1}
     prompt = random_prompt(families[family], parts)
     n_images = sum(s.image is not None for s in prompt.segments)
     plain = stock.load(families[family].text, flash_attn, **options)
     expected, expected_tokens = stock.run_segments(plain, prompt.segments, prompt.next_position, N_GENERATE)
     plain.close()
     n_layers = families[family].shape.n_layers
-    for layer in (1, n_layers // 2, n_layers - 1):
+    for layer in families[family].at(1, n_layers // 2, n_layers - 1):
         context = tapped(family, flash_attn, **options)
         state = prefill(
             context, prompt.segments, prompt.next_position, DecoderStage([(layer, [0] * n_images)], keep_all)
@@ -93,19 +93,19 @@ def test_keep_all_with_small_ubatch_and_quantized_cache(families, tapped, cache)
 
 
 @pytest.mark.parametrize("flash_attn", [False, True], ids=["no-fa", "fa"])
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_whole_pipeline_equals_stock(families, family, flash_attn):
     """Image to text: StarVLM with everything kept against libmtmd and llama.cpp, two images between texts."""
     models = families[family]
     images = [random_image(1), random_image(2, 84, 126)]
     prompt = "first <__media__> second <__media__> what differs?"
-    llama = stock.load(models.text, flash_attn)
+    llama = stock.load(models.text, flash_attn, n_threads=1)
     plain = stock.Multimodal(llama, models.mmproj, flash_attn)
     expected, expected_tokens = plain.ask(prompt, images, N_GENERATE)
     plain.close()
     llama.close()
     with StarVLM(
-        models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=2, encoder="stock"
+        models.text, models.mmproj, n_ctx=1024, n_batch=512, flash_attn=flash_attn, n_threads=1, encoder="stock"
     ) as vlm:
         for prune in (None, PruneConfig(decoder_layer=1), PruneConfig(1.0, 1.0, 4), PruneConfig(decoder_layer=7)):
             state, report = vlm.read_prompt(prompt, images, prune, chat=False)

@@ -14,6 +14,7 @@ from helpers.choosing import by_score, by_share, generate
 from helpers.families import MODES
 from helpers.models import random_image, random_prompt
 from helpers.reference import ClipEncoder, Decoder
+from helpers.reference_hybrid import open_decoder
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.decoder.prefill import DecoderStage, prefill
@@ -40,7 +41,7 @@ def decoders(families):
                 families[family].text, flash_attn, n_threads=1, type_k=KV_TYPES[cache], type_v=KV_TYPES[cache]
             )
             attach_tap(llama, tap)
-            made[family, mode] = DecoderContext(llama, tap), tap, Decoder(str(families[family].text))
+            made[family, mode] = DecoderContext(llama, tap), tap, open_decoder(families[family].text)
         context, _, reference = made[family, mode]
         context.clear()
         context.tap.set_position_shift(0, 0)
@@ -64,7 +65,7 @@ def expected(reference, prompt, n_keep, layer, **options):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 @pytest.mark.parametrize(
     ("parts", "n_keep", "layer"),
     [([12, (10, 20), 9], [20], 2), ([12, (10, 20), 9], [1], 7), ([5, (6, 7), 4, (9, 5), 13], [9, 17], 4)],
@@ -73,6 +74,7 @@ def test_pruned_logits_and_continuation(families, decoders, decoder_rounding, fa
     context, reference = decoders(family, mode)
     rounding = decoder_rounding(family, mode)
     prompt = random_prompt(families[family], parts)
+    (layer,) = families[family].at(layer)
     state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, n_keep)], by_score))
     assert state.in_place
     history, tokens = generate(context, state, N_GENERATE)
@@ -106,19 +108,20 @@ def test_pruned_logits_and_continuation(families, decoders, decoder_rounding, fa
             assert not bounds.are_close(wrong.logits, want.logits, rounding)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_positions_are_kept(families, decoders, decoder_rounding, family):
     """Fails if kept tokens, or the text and the answer after them, are re-numbered."""
     context, reference = decoders(family, "f32")
     rounding = decoder_rounding(family)
     prompt = random_prompt(families[family], [12, (10, 20), 9])
-    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(2, [30])], by_score))
+    (layer,) = families[family].at(2)
+    state = prefill(context, prompt.segments, prompt.next_position, DecoderStage([(layer, [30])], by_score))
     assert state.n_cells != state.next_position
     history, tokens = generate(context, state, 4)
     rows = np.flatnonzero(prompt.image_of_row == 0)[state.selections[0][0].kept]
 
     def is_close(positions, next_position):
-        want = expected(reference, prompt, None, 2, keep_rows=rows, positions=positions)
+        want = expected(reference, prompt, None, layer, keep_rows=rows, positions=positions)
         _, logits = reference.generate(want, 4, next_position, forced=tokens)
         return [bounds.are_close(a, b, rounding) for a, b in zip(history, logits)]
 
@@ -244,7 +247,7 @@ def test_shipped_model_scores(flash_attn):
 
 
 @pytest.mark.parametrize("mode", ["f32", "fa"])
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_attention_mass(families, decoders, decoder_rounding, family, mode):
     """Representatives: log(mass) is in the attention of the probe, in the scores, after layer K, and while generating.
 

@@ -25,7 +25,7 @@ PRESETS = ["off", "balanced", "fast", "star", "pyramiddrop"]
 @pytest.mark.parametrize(
     ("flash_attn", "cache"), [(False, "f16"), (True, "f16"), (True, "q8_0")], ids=["no-fa", "fa", "fa-q8_0"]
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_a_further_question_equals_a_fresh_engine(families, family, flash_attn, cache, preset):
     models, image = families[family], random_image(1)
     options = dict(flash_attn=flash_attn, type_k=cache, type_v=cache)
@@ -39,7 +39,7 @@ def test_a_further_question_equals_a_fresh_engine(families, family, flash_attn, 
             assert report.in_place
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
 def test_answers_to_a_further_question_equal_a_fresh_engines(families, family):
     models, image = families[family], random_image(1)
     for preset in ("balanced", "pyramiddrop", "off", PruneConfig(0.5, 0.25, 2, representatives="even")):

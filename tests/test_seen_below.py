@@ -15,7 +15,7 @@ from helpers.reference import Decoder
 
 from star_edge import PruneConfig, StarVLM, refvlm
 from star_edge.decoder.prefill import DecoderStage, prefill
-from star_edge.errors import ConfigError
+from star_edge.errors import ConfigError, EngineError
 from star_edge.llamacpp.context import PARKED, DecoderContext, attach_tap
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.llamacpp.tap import Tap
@@ -161,6 +161,25 @@ def test_an_answer_that_needs_the_cells_gets_them(families):
         n = 90 - report.n_kv_cells
         answer = vlm.generate("what is this?", random_image(1), prune=CONFIG, max_tokens=n, temperature=0.0)
         assert answer.report.n_generated == n or answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "layers, bias, witness",
+    [
+        ([1, 3], [[0, 0], [0, 0]], [-1, -1]),  # the first layers have no level
+        ([0, 3, 3], [[0, 0], [0, 0], [0, 0]], [-1, -1]),  # a level of no layer
+        ([0, 3], [[0, 0], [-np.inf, 0]], [1, 2]),  # a witness that is no cell
+        ([0, 3], [[0, 0], [0, 0]], [1, 1]),  # one that asks another
+        ([0, 3], [[0, 0], [0, -np.inf]], [1, -1]),  # one that is hidden itself
+    ],
+)
+def test_levels_that_cannot_be(layers, bias, witness):
+    tap = Tap()
+    with pytest.raises(EngineError, match="levels"):
+        tap.set_levels(layers, np.array(bias, np.float32), np.array(witness, np.int32))
+    tap.set_levels([0, 3], np.zeros((2, 2), np.float32), np.array([1, -1], np.int32))
+    tap.forget_levels()
+    tap.close()
 
 
 @pytest.mark.parametrize("value", [1, 0, "yes", None])

@@ -237,6 +237,12 @@ def without_first(g, n):
     g.gelu(g.cont(g.view(rows(g, n), 8, n - 1, 1, 1, 32, 32 * n, 32 * n, 32)))
 
 
+def part_of_each_head(g, n):
+    """A window into (4, n, 2), whose heads are as far apart as there are rows."""
+    x = g.cont(g.permute(g.reshape(rows(g, n), 4, 2, n, 1), 0, 2, 1, 3))
+    g.gelu(g.cont(g.view(x, 2, n, 2, 1, 16, 16 * n, 32 * n, 8)))
+
+
 def stacked(g, n):
     x = rows(g, n)
     g.concat(x, g.scale(x, 2.0), 0)
@@ -248,7 +254,7 @@ def halves(g, n):
 
 BUILDS = {
     **{f"{'flash' if f else 'softmax'}{' fused' * u}": layer(f, u) for f in (False, True) for u in (False, True)},
-    **{b.__name__: b for b in (shuffle, average, without_last, without_first, stacked, halves)},
+    **{b.__name__: b for b in (shuffle, average, without_last, without_first, part_of_each_head, stacked, halves)},
 }
 
 
@@ -339,9 +345,19 @@ def mix_rows(g, n):
     g.matmul(g.leaf("w", n, 3), g.cont(g.transpose(rows(g, n))))
 
 
+def periodic(g, n):
+    g.add(rows(g, n), g.leaf("positions", 8, n // 4))  # every fourth row has the same
+
+
 def masked(g, n):
-    x = g.reshape(rows(g, n), 4, n, 2, 1)
+    x = rows(g, n)
     g.softmax(g.matmul(x, x), g.leaf("mask", n, n), 1.0, 0.0)
+
+
+def masked_flash(g, n):
+    x = g.reshape(rows(g, n), 8, n, 1, 1)
+    k = g.cast(x, F16)
+    g.flash(x, k, k, g.leaf("mask", n, n, kind=F16), 1.0, 0.0, 0.0)
 
 
 def unknown(g, n):
@@ -368,6 +384,11 @@ def padded(g, n):
     g.pool(g.cont_as(g.transpose(rows(g, n)), 4, n // 4, 8, 1), 1, 2, 2, 2, 2, 1.0, 1.0)
 
 
+def padded_alike(g, n):
+    """As many windows as without padding, which begin elsewhere."""
+    g.pool(g.cont_as(g.transpose(rows(g, n)), 4, n // 4, 8, 1), 1, 4, 4, 4, 4, 1.0, 1.0)
+
+
 def crossing(g, n):
     rows(g, n)
     g.norm(g.leaf("CUDA0#layer_out-0#0", 8, n), 1e-6)
@@ -386,14 +407,17 @@ def second_graph(g, n):
 
 REFUSED = (
     add_positions,
+    periodic,
     mix_rows,
     masked,
+    masked_flash,
     unknown,
     repeated,
     joined_to_cls,
     norm_over_rows,
     overlapping,
     padded,
+    padded_alike,
     crossing,
     crossing_later,
     second_graph,
@@ -404,13 +428,13 @@ REFUSED = (
 def test_refused_before_anything_runs(graph, tap, build):
     """And where it was not rehearsed, before the node runs: all shapes are then as they were."""
     g = graph()
-    build(g, 16)
+    build(g, 32)
     g.allocate()
     built = [shape(node) for node in g.nodes]
-    result, _, after = go(tap, g, np.arange(8))
+    result, _, after = go(tap, g, np.arange(16))
     assert result.error in (lib.SE_ERR_ROWS, lib.SE_ERR_SEVERAL_GRAPHS) and after == built
     claimed = ffi.new("se_result *", {"keep_node": 1, "n_nodes": len(g.nodes)})
-    result, _, after = go(tap, g, np.arange(8), claimed)
+    result, _, after = go(tap, g, np.arange(16), claimed)
     assert result.error in (lib.SE_ERR_ROWS, lib.SE_ERR_SEVERAL_GRAPHS) and result.stopped and after == built
     assert all(node.contents.flags == COMPUTE for node in g.nodes)
 

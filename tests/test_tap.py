@@ -233,10 +233,10 @@ def test_plans_beyond_the_model(arch, flash, tapped, fresh):
     want = stock_decode(fresh(arch, flash), rows)
     inject = np.zeros((24, D), np.float32)
     cases = [
-        (dict(window=(0, L + 2, L + 4)), "fewer attention operations than layers"),
+        (dict(window=(0, L + 2, L + 4)), "a layer that was named has no attention"),
         (dict(window=(0, L + 2, L + 4), hidden=np.empty((24, D), np.float32)), "names no layer output"),
         (dict(window=(L + 2, L + 4, L + 4), inject=inject), "names no layer output"),
-        (dict(attention=AttentionRead([1, L], 512)), "fewer attention operations than layers"),
+        (dict(attention=AttentionRead([1, L], 512)), "a layer that was named has no attention"),
         (dict(attention=AttentionRead([1], 8)), "output buffer is too small"),
         (dict(attention=AttentionRead([1], 512, rows=(24, 1, 1))), "out of range"),
         (dict(attention=AttentionRead([1], 512, rows=(0, 25, 1))), "out of range"),

@@ -40,7 +40,7 @@ void ggml_backend_buffer_free(void *);
 F32, I32, I64 = (
     int(kind) for kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.I32, gguf.GGMLQuantizationType.I64)
 )
-COMPUTE = 16
+COMPUTE, INPUT = 16, 1  # enum ggml_tensor_flag
 OBJECT_SIZE = 32
 
 
@@ -69,6 +69,11 @@ class Graph:
             len(shape)
         ]
         return self.ggml.ggml_set_name(make(self.context, kind, *shape), name.encode())
+
+    def input(self, name, *shape):
+        tensor = self.leaf(name, *shape)
+        tensor.flags |= INPUT
+        return tensor
 
     def node(self, name, tensor):
         tensor.flags |= COMPUTE
@@ -132,12 +137,12 @@ def graph():
     g.close()
 
 
-@pytest.mark.parametrize("embedding", ["inp_embd", "inp_tokens", "embd", "CUDA1#inp_embd#3"])
+@pytest.mark.parametrize("embedding", ["inp_embd", "inp_tokens", "any.name", "CUDA1#any.name#3"])
 def test_dependents_are_skipped_across_backends(graph, embedding):
     """scaled is made of the embeddings before any layer, and runs. Layer 0 makes a of it and b of a copy of a on
     another backend: they are skipped. side does not depend on them."""
     g = graph
-    x, weight = g.leaf(embedding, 8, 4), g.leaf("blk.0.weight", 8, 4)
+    x, weight = g.leaf(embedding, 8, 4) if "#" in embedding else g.input(embedding, 8, 4), g.leaf("blk.0.weight", 8, 4)
     copy, copied_weight = g.leaf("CUDA0#a-0#0", 8, 4), g.leaf("CUDA0#blk.1.weight#0", 8, 4)
     scaled = g.add("scaled", x, weight)
     a, side = g.add("a-0", scaled, weight), g.add("side", weight, weight)
@@ -165,7 +170,7 @@ def test_dependents_are_skipped_across_backends(graph, embedding):
 def test_nodes_that_were_off_stay_off(graph):
     """A node without the flag (the unused branch of a select) is not given one by the restoring."""
     g = graph
-    x = g.leaf("inp_embd", 8, 4)
+    x = g.input("inp_embd", 8, 4)
     unused, used = g.add("unused-0", x, x), g.add("used-0", x, x)
     unused.flags = 0
     out = g.add("l_out-0", used, x)
@@ -185,7 +190,7 @@ def test_a_stop_ends_every_later_split(graph):
     something.
     """
     g = graph
-    x = g.leaf("inp_embd", 8, 4, 2)
+    x = g.input("inp_embd", 8, 4, 2)
     nodes = [g.add("k", x, x)]
     for i in range(3):
         nodes.append(g.node(f"attention {i}", g.ggml.ggml_soft_max_ext(g.context, nodes[-1], g.ffi.NULL, 1.0, 0.0)))
@@ -206,7 +211,7 @@ def test_a_stop_ends_every_later_split(graph):
 
 def test_a_second_graph_is_noticed(graph):
     g = graph
-    x = g.leaf("inp_embd", 8, 4)
+    x = g.input("inp_embd", 8, 4)
     nodes = [g.add("a", x, x), g.add("l_out-0", x, x)]
     nodes.append(g.add("b", nodes[-1], nodes[-1]))
     g.allocate()
@@ -225,7 +230,7 @@ def test_a_second_graph_is_noticed(graph):
 def test_only_whole_layer_names_count(graph):
     """l_out-0 (view), l_out--1 and l_out-x are no layer outputs."""
     g = graph
-    x = g.leaf("inp_embd", 8, 4)
+    x = g.input("inp_embd", 8, 4)
     nodes = [g.add(name, x, x) for name in ("l_out-0 (view)", "l_out-x", "l_out-", "l_out--0x", "xl_out-0")]
     g.allocate()
     inject = np.ones(32, np.float32)
@@ -306,7 +311,7 @@ def test_the_graph_does_not_end_before_v_is_in_the_cache(graph, order):
     """Without flash attention nothing but the product with the probabilities needs V: a backend may write it after the
     SOFT_MAX that ends the window, and later decodes read it."""
     g, n = graph, 4
-    x, rows = g.leaf("inp_embd", 8, n), g.leaf("rows", n, kind=I64)
+    x, rows = g.input("inp_embd", 8, n), g.leaf("rows", n, kind=I64)
     write = lambda name, cache, value: g.node(name, g.ggml.ggml_set_rows(g.context, cache, value, rows))
     layers = []
     for i in range(3):
@@ -341,7 +346,7 @@ def test_what_a_later_layer_makes_of_the_embeddings_runs_wherever_it_comes(graph
     moved to the front.
     """
     g = graph
-    x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
+    x, w = g.input("inp_embd", 8, 4), g.leaf("w", 8, 4)
     prelude = g.add("inp_per_layer", x, w)
     early, inner = g.add("slice-0", prelude, w), g.add("inner-0", x, w)
     out, late = g.add("l_out-0", inner, early), g.add("slice-1", prelude, w)
@@ -414,7 +419,7 @@ def test_later_layers_may_read_the_input_again(graph):
     """Gemma 3n and 4 give every layer a slice of a tensor made from the embeddings at the start, Qwen3-VL adds slices
     of the rows: those run. What reads something else of a skipped layer than its hidden state is noticed."""
     g = graph
-    x, w = g.leaf("inp_embd", 8, 4), g.leaf("w", 8, 4)
+    x, w = g.input("inp_embd", 8, 4), g.leaf("w", 8, 4)
     per_layer = g.add("inp_per_layer", x, w)
     inner = g.add("inner-0", x, w)
     out = g.add("l_out-0", inner, per_layer)

@@ -118,6 +118,8 @@ def test_repeated_rows():
     near = rows.copy()
     near[3, :8], near[30, :8] = 1, 1  # alike at first only
     assert not repeated_rows(near).any()
+    twice = np.concatenate([rows, ends])  # a picture whose overview is its only tile
+    assert not repeated_rows(twice).any()
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(2, 3, 2), (4, 4, 1), (3, 2, 4)])

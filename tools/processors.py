@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import llama_cpp
@@ -70,43 +71,52 @@ def source() -> Path:
     return unpacked
 
 
-def build(name: str) -> Path:
-    """The folder of libraries of a variant, built if it is not there yet."""
+def build(name: str, target: str, libraries: Sequence[str], options: Sequence[str], cxxflags: str = "") -> Path:
+    """A folder of llama_cpp's libraries, some of them built with other options; built if it is not there yet.
+
+    name: of the folder. target: of CMake. libraries: what is taken from the build. options: for CMake. cxxflags: flags
+    of the C++ compiler.
+    """
     done = FOLDER / name
     if done.is_dir():
         return done
     cmake = shutil.which("cmake")
     if cmake is None:
         sys.exit("cmake is needed to build ggml: install it")
-    build_folder, options = FOLDER / f"build-{name}", [f"-DGGML_{option}=ON" for option in VARIANTS[name][1]]
-    configure = [
-        cmake,
-        "-S",
-        str(source()),
-        "-B",
-        str(build_folder),
-        "-DCMAKE_BUILD_TYPE=Release",
-        "-DGGML_NATIVE=OFF",
-        *options,
-    ]
+    build_folder = FOLDER / f"build-{name}"
+    configure = [cmake, "-S", str(source()), "-B", str(build_folder), "-DCMAKE_BUILD_TYPE=Release", *options]
     # where the package's own CMakeLists.txt would install to; nothing is installed
-    subprocess.run([*configure, f"-DSKBUILD_PLATLIB_DIR={build_folder}/unused"], check=True, stdout=subprocess.DEVNULL)
+    configure += [
+        f"-DSKBUILD_PLATLIB_DIR={build_folder}/unused",
+        *([f"-DCMAKE_CXX_FLAGS={cxxflags}"] if cxxflags else []),
+    ]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(
-        [cmake, "--build", str(build_folder), "--target", "ggml-cpu", "--parallel", str(os.cpu_count())], check=True
+        [cmake, "--build", str(build_folder), "--target", target, "--parallel", str(os.cpu_count())], check=True
     )
     with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
         copy = Path(temporary) / name
         shutil.copytree(Path(llama_cpp.__file__).parent / "lib", copy, symlinks=True)
-        for built in build_folder.rglob(f"{LIBRARY}*"):
+        for built in (file for library in libraries for file in build_folder.rglob(f"{library}*")):
             (copy / built.name).unlink(missing_ok=True)
             shutil.copy2(built, copy / built.name, follow_symlinks=False)
         copy.rename(done)
     return done
 
 
+def build_variant(name: str) -> Path:
+    options = [f"-DGGML_{option}=ON" for option in VARIANTS[name][1]]
+    return build(name, "ggml-cpu", [LIBRARY], ["-DGGML_NATIVE=OFF", *options])
+
+
+def environment_of(libraries: Path) -> dict[str, str]:
+    """os.environ, with llama_cpp's libraries taken from that folder."""
+    return {**os.environ, "LLAMA_CPP_LIB_PATH": str(libraries), "MTMD_CPP_LIB": str(libraries)}
+
+
 def run(name: str, libraries: Path, arguments: list[str]) -> int:
     """pytest's status. Raises SystemExit unless the variant's kernels are those that are loaded."""
-    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(libraries), "MTMD_CPP_LIB": str(libraries)}
+    environment = environment_of(libraries)
     told = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
     info = subprocess.run(
         [sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True
@@ -127,7 +137,7 @@ def main() -> None:
     names = available()
     if options.only and options.only not in names:
         sys.exit(f"this processor cannot run {options.only}: it can run {', '.join(names)}")
-    failed = [name for name in ([options.only] if options.only else names) if run(name, build(name), arguments)]
+    failed = [name for name in ([options.only] if options.only else names) if run(name, build_variant(name), arguments)]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

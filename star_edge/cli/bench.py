@@ -116,6 +116,7 @@ def bench(
     vision_keep: str | None,
     decoder_keep: str | None,
     decoder_layer: str | None,
+    image_max_tokens: str | None,
     sets: tuple[str, ...],
     config_file: str | None,
     baselines: tuple[str, ...],
@@ -170,7 +171,13 @@ def bench(
     if plot:
         plots.check(plot)
     configs, dropped = grid_configs(
-        presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
+        presets,
+        sets,
+        config_file,
+        vision_keep=vision_keep,
+        decoder_keep=decoder_keep,
+        decoder_layer=decoder_layer,
+        image_max_tokens=image_max_tokens,
     )
     configs = [config for config in configs if unpruned or config.prune is not None]
     if not configs:

@@ -43,6 +43,7 @@ def demo(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    image_max_tokens: Any,
     redundancy: str | float | None,
     encoder_keep: Any,
     encoder_layer: int | None,
@@ -64,6 +65,7 @@ def demo(
         redundancy=redundancy,
         encoder_keep=encoder_keep,
         encoder_layer=encoder_layer,
+        image_max_tokens=image_max_tokens,
     )
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []

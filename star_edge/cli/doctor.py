@@ -13,14 +13,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
 from ..errors import StarEdgeError
+from ..io.images import load_image
 from ..llamacpp.devices import can_offload, cpu_features, list_devices
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
 from ..vision.chunks import ImageChunk
-from .options import AFRESH, load_engine, model_options, print_json
+from .options import AFRESH, FilePath, load_engine, model_options, print_json
 
 
 @click.command()
@@ -29,13 +31,16 @@ from .options import AFRESH, load_engine, model_options, print_json
     "--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for."
 )
 @click.option(
+    "--image", type=FilePath(dir_okay=False), help="A picture that the plan is for, in place of --image-size."
+)
+@click.option(
     "--check/--no-check",
     default=True,
     show_default=True,
     help="Run a short prompt with and without the layer window, and compare.",
 )
 @click.option("--json", "as_json", is_flag=True)
-def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
+def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **model: Any) -> None:
     """Show versions, devices, what the model supports, and what each preset would keep."""
     try:
         width, height = (int(n) for n in image_size.lower().split("x"))
@@ -43,6 +48,8 @@ def doctor(image_size: str, check: bool, as_json: bool, **model: Any) -> None:
             raise ValueError
     except ValueError:
         raise click.BadParameter(f"{image_size!r} is not a size such as 672x672") from None
+    if image is not None:
+        height, width = load_image(image).shape[:2]
     result: dict[str, Any] = {
         "versions": {
             "star_edge": version("star-edge"),
@@ -81,7 +88,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
     else:
         vision = "yes"
-    problem = decoder.stage_problem or decoder.layer_problems.get((choose_layer(None, decoder.n_layers),))
+    problem = decoder.stage_problem or decoder.layer_problems.get((_layer(vlm),))
     return {
         "text_model": vlm.llama.model_path,
         "architecture": vlm.llama.metadata.get("general.architecture"),
@@ -96,6 +103,11 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "vision_stage": vision,
         "decoder_stage": f"no: {problem}" if problem else "yes",
     }
+
+
+def _layer(vlm: StarVLM) -> int:
+    """Layer K of a decoder stage when none is asked for."""
+    return vlm.decoder.nearest_attention(choose_layer(None, vlm.decoder.n_layers))
 
 
 def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
         if config is not None:
             n1 = keep_count("vision_keep", config.vision_keep, n, n_special)
             if not vlm.decoder.stage_problem and config.prunes_in_decoder:
-                for layer, keep in config.decoder_windows(vlm.decoder.n_layers):
+                for layer, keep in at_attention(vlm.decoder, config.decoder_windows(vlm.decoder.n_layers))[0]:
                     windows.append(
                         (layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special)))
                     )
@@ -134,7 +146,7 @@ def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     asked = "<__media__>What is this?", [picture]
     plain, _ = vlm.read_prompt(*asked, None, chat=False)
-    keep_all = PruneConfig(decoder_layer=choose_layer(None, vlm.decoder.n_layers))
+    keep_all = PruneConfig(decoder_layer=_layer(vlm))
     windowed, report = vlm.read_prompt(*asked, keep_all, chat=False)
     if report.decoder_layer is None:
         return {"done": False, "reason": "; ".join(report.notes)}

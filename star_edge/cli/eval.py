@@ -34,6 +34,7 @@ def eval(
     vision_keep: str | None,
     decoder_keep: str | None,
     decoder_layer: str | None,
+    image_max_tokens: str | None,
     sets: tuple[str, ...],
     config_file: str | None,
     plot: str | None,
@@ -54,7 +55,13 @@ def eval(
         plots.check(plot)
     asked = options.read()
     configs, dropped = grid_configs(
-        presets, sets, config_file, vision_keep=vision_keep, decoder_keep=decoder_keep, decoder_layer=decoder_layer
+        presets,
+        sets,
+        config_file,
+        vision_keep=vision_keep,
+        decoder_keep=decoder_keep,
+        decoder_layer=decoder_layer,
+        image_max_tokens=image_max_tokens,
     )
     with asking(options, asked, model, configs) as ask:
         summary = summarise(asked.questions, configs, ask(asked.questions, configs), asked.metric)

@@ -26,6 +26,11 @@ def config_options(command: Command) -> Command:
         click.option("--decoder-keep", help="Grid, likewise."),
         click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model."),
         click.option(
+            "--image-max-tokens",
+            help="Grid: smaller pictures, by shares (0.5) or counts of image tokens. Without another grid nothing else "
+            "is done to them: they are what pruning is compared with.",
+        ),
+        click.option(
             "--set",
             "sets",
             multiple=True,
@@ -53,7 +58,7 @@ def grid_configs(
         presets: Values of --preset.
         sets: Values of --set.
         config_file: Value of --configs.
-        **budget: Values of --vision-keep, --decoder-keep and --decoder-layer.
+        **budget: Values of --vision-keep, --decoder-keep, --decoder-layer and --image-max-tokens.
 
     Raises:
         ConfigError: A field does not take a value.

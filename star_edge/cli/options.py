@@ -248,6 +248,12 @@ def prune_options(command: Command) -> Command:
             help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
             "video.",
         ),
+        click.option(
+            "--image-max-tokens",
+            type=KeepType(),
+            help="Make larger pictures smaller, until they take so many image tokens: a fraction of those at full size "
+            "(0.5) or a count. With --preset off that is all that is done.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -333,7 +339,7 @@ def make_config(
     budget: str | None,
     **more: Any,
 ) -> PruneConfig | None:
-    """The config of `prune_options`. more: redundancy, encoder_keep and encoder_layer."""
+    """The config of `prune_options`. more: the fields of the other options."""
     config = resolve_prune(preset)  # errors in a file keep the file's words
     with in_cli_words():
         return override(

@@ -59,6 +59,7 @@ def run(
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
+    image_max_tokens: Any,
     redundancy: str | float | None,
     encoder_keep: Any,
     encoder_layer: int | None,
@@ -87,6 +88,7 @@ def run(
         redundancy=redundancy,
         encoder_keep=encoder_keep,
         encoder_layer=encoder_layer,
+        image_max_tokens=image_max_tokens,
     )
     batch.check(images, overlay)
     if batch.each and budget == "prompt":
@@ -160,7 +162,9 @@ def summary(report: PruneReport) -> str:
     ms = report.milliseconds
     parts = [f"first token {ms['first_token']:.0f} ms"]
     if report.images:
-        tokens = f"image tokens {report.n_image_tokens}"
+        smaller = report.full_tokens and report.n_full_tokens is not None
+        tokens = f"image tokens {report.n_full_tokens} -> " if smaller else "image tokens "
+        tokens += str(report.n_image_tokens)
         if report.config is not None:
             if report.n_redundant:
                 tokens += f" -> {report.n_image_tokens - report.n_redundant} into the encoder"

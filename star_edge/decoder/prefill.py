@@ -13,31 +13,32 @@ Cost with one stage: K (n1 + T) + (L - K) (n2 + T) token-layers. Only q, k and v
 rows that stay: the scores need them before it is known which rows those are.
 
 Cells: after the probe, the layers below K hold the right K and V in the cells of all probed rows. A kept row must
-therefore come back to its own cell. All rows are parked in another sequence (one per decoder stage, since their dense
-positions overlap), and the cells of the kept rows are freed. llama.cpp's allocator (llama_kv_cache::find_slot) walks up
-from the first freed cell and meets exactly those cells, in order. This is checked after each decode, not assumed.
+therefore come back to its own cell: see cells.py, and hybrid.py for decoders with recurrent layers. This is checked
+after each decode, not assumed.
 
-What an earlier prompt has left is not computed again: see reuse.py.
+The decodes of a window are in windows.py. What an earlier prompt has left is not computed again: see reuse.py.
 
 Knows segments, layers and KV cells. Knows no pixels and no strings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import EngineError
-from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
-from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
+from ..llamacpp.context import DecoderContext
 from ..pruning.selection import Selection
-from ..rows import Rows, Segment
+from ..rows import Segment
 from ..stopwatch import Stopwatch
 from . import reuse
+from .cells import ParkingCells, StemRows
+from .hybrid import HybridCells
 from .levels import Levels
+from .windows import WindowEnd, Windows
 
 
 @dataclass
@@ -89,7 +90,8 @@ class Prefill:
 
     Attributes:
         logits: Logits of the last row, (n_vocab,) float32.
-        n_cells: Rows in the cache, which is the dense position of the next token.
+        n_cells: Rows in the cache.
+        gap: The dense position of the next token is n_cells + gap. Not 0 for hybrid decoders alone.
         tokens: Those rows, (n_cells,) int32: a text token's id, or -1 for a row of an image.
         next_position: RoPE position of the next token.
         scores: For each decoder stage and each image, the attention that its rows got there, (n,) float32.
@@ -108,6 +110,7 @@ class Prefill:
     selections: list[list[Selection]] = field(default_factory=list)
     in_place: bool = True
     n_reused: int = 0
+    gap: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -156,33 +159,37 @@ class _Run:
         self.attached = reuse.Attached()
         self.segments = list(segments)
         self.next_position = next_position
-        self.n_cells = 0
         self.in_order = True
-        self.has_parked = False
         self.watch = Stopwatch()
         images = [i for i, s in enumerate(self.segments) if s.image is not None]
         self.first_image = images[0] if images else len(self.segments)
         self.last_image = images[-1] if images else -1
         self.has_mass = any(s.mass is not None for s in self.segments)
+        self.cells = HybridCells(context, keep) if context.is_hybrid else ParkingCells(context)
+        n_scoring = sum(len(s.rows) for s in self.segments[self.last_image + 1 :])
+        self.windows = Windows(context, self.cells, n_scoring, keep or self.has_mass, self.watch)
 
     def run(self, stage: DecoderStage | None) -> Prefill:
         prefix, rest = self.segments[: self.first_image], self.segments[self.first_image :]
         if stage is not None and self.last_image == len(self.segments) - 1:
             raise EngineError("the decoder stage needs text after the last image")
         n_prefix = sum(len(s.rows) for s in prefix)
+        layer = stage.windows[0][0] if stage is not None else None
         if self.keep:
             with self.watch.step("reuse"):
-                self.attached = reuse.attach(
-                    self.context, self.segments, n_prefix, stage.windows[0][0] if stage else None
-                )
-                self.n_cells = self.attached.n_main
+                self.attached = self.cells.attach(self.segments, n_prefix, layer)
+                self.cells.n_cells = self.attached.n_main
+        self.cells.begin(n_prefix, layer)
         n_reused = self.attached.n_main
         # 1) text before the first image
         with self.watch.step("prefix"):
-            cells = self.plain(prefix, last_has_logits=not rest, skip=n_reused)
-        self.check_cells(cells, self.n_cells - len(cells))
+            cells = self.windows.plain(prefix, last_has_logits=not rest, skip=n_reused)
+        self.check_cells(cells, self.cells.n_cells - len(cells))
         if not rest:
-            return self.result(self.segments, stem=(self.segments, n_prefix, n_prefix))
+            return self.result(self.segments, stem=StemRows(self.segments, n_prefix, n_prefix))
+        if self.keep and n_reused <= n_prefix:
+            with self.watch.step("reuse"):
+                self.cells.read_prefix()
         if self.has_mass:
             # An empty cache is filled from its first cell on. This is checked once the rows are there.
             self.set_masses(rest, np.arange(n_prefix, n_prefix + sum(len(s.rows) for s in rest)))
@@ -190,38 +197,41 @@ class _Run:
         stem = self.segments[: self.last_image + 1]
         n_stem = sum(len(s.rows) for s in stem)
         if stage is None:
+            images, text = self.segments[self.first_image : self.last_image + 1], self.segments[self.last_image + 1 :]
             with self.watch.step("prefill"):
-                cells = self.plain(rest, last_has_logits=True, skip=max(0, n_reused - n_prefix))
+                cells = self.windows.plain(images, last_has_logits=not text, skip=max(0, n_reused - n_prefix))
+                self.cells.read_images()
+                cells = np.concatenate([cells, self.windows.plain(text, last_has_logits=True)])
             self.check_cells(cells, max(start, n_reused))
-            return self.result(self.segments, stem=(stem, n_prefix, n_stem))
+            return self.result(self.segments, stem=StemRows(stem, n_prefix, n_stem))
 
         # 2) probe
         ends = [layer for layer, _ in stage.windows] + [self.context.n_layers]
         with self.watch.step("probe"):
-            end = self.window(rest, 0, ends[0], None, stage.text_rows)
+            end = self.windows.run(rest, 0, ends[0], None, stage.text_rows, known=self.attached.hidden)
         self.check_cells(end.cells, start)
         assert end.hidden is not None  # a window that ends below the last layer leaves states
         stem_hidden = end.hidden[: n_stem - n_prefix].copy() if self.keep else None
         levels = Levels(rest, end.cells)
         live, kept_rows = rest, [np.arange(len(s.rows)) for s in rest]
         all_scores, all_selections, joined = [], [], False
-        for w, (layer, n_keep) in enumerate(stage.windows):
+        for w, (first, n_keep) in enumerate(stage.windows):
             # 3) choose
             with self.watch.step("decoder_stage"):
                 selections = self.choose(live, kept_rows, end, n_keep, stage)
                 all_scores.append([end.attention[p] for p in self.places(live) if p is not None])
                 live, keep_row = self.thin(live, selections)
-                self.free_kept(start, keep_row, PARKED + w)
+                self.cells.free(start, keep_row, end.cells)
                 if any(s.mass is not None for s in live):
                     self.set_masses(live, end.cells[keep_row])
                 own_cells = end.cells[keep_row]
-                levels.add(layer, live, own_cells)
+                levels.add(first, live, own_cells)
                 kept_rows = [rows if s is None else rows[s.kept] for rows, s in zip(kept_rows, selections)]
             # 4) resume
             joined |= not keep_row.all() and not self.context.tells_text_apart
             with self.watch.step("resume"):
                 assert end.hidden is not None
-                end = self.window(live, layer, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
+                end = self.windows.run(live, first, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
             in_place = bool(np.array_equal(end.cells, own_cells))
             # Masses belong to cells. Rows that did not come back to theirs stand for themselves alone, and the report
             # says so.
@@ -230,28 +240,27 @@ class _Run:
             if not in_place:
                 self.context.tap.set_cell_bias(None)
                 with self.watch.step("fallback"):
-                    self.restart(rest, kept_rows, start)
+                    self.restart(prefix, rest, kept_rows)
                 break
         if stage.seen_below and in_place and len(levels.dropped):
-            self.has_parked = False  # the rows are needed where they are
+            self.cells.leave_dropped()
             self.context.owner.see_below(*levels.arrays(), n_hidden=len(levels.dropped))
         n_live = sum(len(s.rows) for s in (prefix + live)[: self.last_image + 1])
         return self.result(
             prefix + live,
-            (stem, n_prefix, n_live, stage.windows[0][0], stem_hidden) if in_place else None,
+            StemRows(stem, n_prefix, n_live, layer, stem_hidden) if in_place else None,
             scores=all_scores,
             selections=all_selections,
             in_place=in_place,
         )
 
-    def result(self, segments: Sequence[Segment], stem: tuple[Any, ...] | None, **fields: Any) -> Prefill:
-        """segments: the rows that are left. stem: arguments of reuse.keep, or None if nothing can be kept."""
-        if self.keep and stem is not None and self.in_order:
+    def result(self, segments: Sequence[Segment], stem: StemRows | None, **fields: Any) -> Prefill:
+        """segments: the rows that are left. stem: None if nothing can be kept."""
+        if self.keep and self.in_order and stem is not None:
             with self.watch.step("reuse"):
-                reuse.keep(self.context, *stem)
-        elif self.has_parked:
-            for parking in range(PARKED, N_SEQUENCES):
-                self.context.remove(parking, 0)
+                self.cells.finish(stem)
+        else:
+            self.cells.finish(None)
         tokens: list[Any] = [  # arrays: rows of text have tokens
             np.full(len(s.rows), -1) if s.image is not None else original.rows.tokens
             for s, original in zip(segments, self.segments)
@@ -259,98 +268,13 @@ class _Run:
         ids = np.concatenate(tokens).astype(np.int32)
         return Prefill(
             self.context.logits(),
-            self.n_cells,
+            self.cells.n_cells,
             ids,
             self.next_position,
             n_reused=self.attached.n_rows,
+            gap=self.cells.gap,
             seconds=self.watch.seconds,
             **fields,
-        )
-
-    # ---- windows ----
-
-    def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
-        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, if they are asked for.
-
-        skip: rows at the beginning, in whole decodes, that are in the cache already.
-        """
-        cells: list[Any] = []
-        at = 0
-        for s, segment in enumerate(segments):
-            for rows, is_last in self.chunks(segment):
-                at += len(rows)
-                if at <= skip:
-                    continue
-                wants = last_has_logits and is_last and s == len(segments) - 1
-                plan = Plan(want_cells=self.keep or self.has_mass)  # a recurrent decoder has none
-                outcome = self.decode(rows, plan, "prefill", segment.causal, wants)
-                cells += [outcome.cells] if plan.want_cells else []
-        return np.concatenate(cells) if cells else np.empty(0, np.int64)
-
-    def window(
-        self,
-        segments: Sequence[Segment],
-        first: int,
-        last: int,
-        inject: np.ndarray | None,
-        text_rows: str,
-        joined: bool = False,
-    ) -> _WindowEnd:
-        """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
-
-        Rows that an earlier prompt left come back to their cells and are not computed. joined: see `decodes`.
-        """
-        ctx = self.context
-        n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
-        hidden = None if is_end else np.empty((n_rows, ctx.n_embd), np.float32)
-        cells = np.empty(n_rows, np.int64)
-        columns = np.zeros(ctx.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
-        lines: list[np.ndarray] = []
-        n_scoring = sum(len(s.rows) for s in segments[self.last_image - self.first_image + 1 :])
-        at = 0
-        known = (
-            self.attached.hidden
-            if first == 0 and self.attached.hidden is not None
-            else np.empty((0, ctx.n_embd), np.float32)
-        )
-        for rows, causal in self.decodes(segments, joined):
-            n, is_final = len(rows), at + len(rows) == n_rows
-            plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
-            if first > 0:
-                assert inject is not None
-                plan.inject = inject[at : at + n]
-            if at < len(known):  # whole decodes, and none that scores: reuse.attach
-                plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
-                assert hidden is not None
-                hidden[at : at + n] = plan.inject
-            elif not is_end:
-                assert hidden is not None
-                plan.hidden = hidden[at : at + n]
-                n_taken = int(is_final) if text_rows == "last" else min(n, max(0, at + n - (n_rows - n_scoring)))
-                weight = 1.0 if text_rows == "last" else n_taken / n_scoring
-                if n_taken:
-                    reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
-                    taken = (n - n_taken, n_taken, 1)
-                    plan.attention = AttentionRead(
-                        [last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads
-                    )
-            outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", causal, logits=is_end and is_final)
-            assert outcome.cells is not None  # want_cells
-            cells[at : at + n] = outcome.cells
-            for attention in outcome.attention:
-                lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
-                columns[: attention.shape[-1]] += weight * (
-                    attention if attention.ndim == 1 else attention.mean(axis=0)
-                )
-            self.watch.take("decoder_scores", outcome.score_seconds)
-            at += n
-
-        def at_cells(line: np.ndarray) -> np.ndarray:
-            at_rows: np.ndarray = np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
-            return at_rows
-
-        return _WindowEnd(
-            hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None
         )
 
     def places(self, segments: Sequence[Segment]) -> list[slice | None]:
@@ -362,7 +286,7 @@ class _Run:
         self,
         segments: Sequence[Segment],
         kept_rows: Sequence[np.ndarray],
-        end: _WindowEnd,
+        end: WindowEnd,
         n_keep: Sequence[int],
         stage: DecoderStage,
     ) -> list[Selection | None]:
@@ -407,7 +331,7 @@ class _Run:
         """Sets the attention bias log(mass) of the rows' cells; 0 for text and for rows without a mass."""
         bias = np.zeros(int(cells.max()) + 1, np.float32)
         bias[cells] = np.concatenate([np.zeros(len(s.rows)) if s.mass is None else np.log(s.mass) for s in segments])
-        self.context.tap.set_cell_bias(bias)
+        self.cells.set_bias(bias)
 
     def check_cells(self, cells: np.ndarray, start: int) -> None:
         """Checks that row i of the prompt is in cell i. Masses, reuse and `keep` rely on it."""
@@ -422,79 +346,10 @@ class _Run:
                 'use representatives="none"',
             )
 
-    def free_kept(self, start: int, keep_row: np.ndarray, parking: int) -> None:
-        """Parks all rows from dense position `start` on, then frees the cells of the rows that go on."""
-        self.has_parked = True
-        self.context.park(start, parking)
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], keep_row.astype(np.int8), [0]])))
-        for first, last in edges.reshape(-1, 2):
-            self.context.remove(parking, start + int(first), start + int(last))
-        self.n_cells = start
-
-    def restart(self, segments: Sequence[Segment], kept_rows: Sequence[np.ndarray], start: int) -> None:
+    def restart(self, prefix: Sequence[Segment], segments: Sequence[Segment], kept_rows: Sequence[np.ndarray]) -> None:
         """Decodes the rows that go on again, from layer 0. Below layer K they no longer see the dropped rows."""
-        for parking in range(PARKED, N_SEQUENCES):
-            self.context.remove(parking, 0)
-        self.context.remove(MAIN, start)
-        self.n_cells = start
-        kept = []
+        has_prefix = self.cells.restart(sum(len(s.rows) for s in prefix))
+        kept = [] if has_prefix else list(prefix)
         for segment, keep in zip(segments, kept_rows):
             kept.append(Segment(segment.rows.take(keep), segment.image, segment.causal))
-        self.plain(kept, last_has_logits=True)
-
-    # ---- decodes ----
-
-    def decodes(self, segments: Sequence[Segment], joined: bool) -> Iterator[tuple[Rows, bool]]:
-        """Rows of each decode of a window, and whether they are causal.
-
-        A segment is a decode of its own, as on stock llama.cpp: kernels round differently for another number of rows
-        (the CPU's flash attention changes its accumulator at 64).
-
-        joined: consecutive segments share a decode. The result is then not bit-identical to stock, and each row costs
-        less. The CPU's kernels take 16 rows at a time, and a row left over costs nearly as much as two of those
-        (measured, Q4_K on AVX2). A GPU is hardly busy with so few rows. Images whose rows attend to each other are
-        never joined.
-        """
-        runs: list[list[Segment]] = []
-        for segment in segments:
-            if joined and runs and segment.causal and runs[-1][-1].causal:
-                runs[-1].append(segment)
-            else:
-                runs.append([segment])
-        for run in runs:
-            whole = run[0] if len(run) == 1 else Segment(self.context.join([s.rows for s in run]))
-            for rows, _ in self.chunks(whole):
-                yield rows, run[0].causal
-
-    def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
-        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether each is the last."""
-        n = len(segment.rows)
-        return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
-
-    def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False) -> Outcome:
-        if not causal:
-            self.context.set_causal(False)
-        try:
-            outcome = self.context.decode(rows, self.n_cells, plan, what, logits)
-        finally:
-            if not causal:
-                self.context.set_causal(True)
-        self.n_cells += len(rows)
-        return outcome
-
-
-@dataclass
-class _WindowEnd:
-    """What a window leaves at its last layer.
-
-    Attributes:
-        hidden: Hidden states, (n, n_embd) float32, or None.
-        cells: KV cells of the rows, (n,) int64.
-        attention: Attention that each row receives from the text, (n,) float32.
-        row_attention: The same for each text row, (n_text, n) float32, or None.
-    """
-
-    hidden: np.ndarray | None
-    cells: np.ndarray
-    attention: np.ndarray
-    row_attention: np.ndarray | None
+        self.windows.plain(kept, last_has_logits=True)

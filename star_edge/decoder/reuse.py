@@ -9,6 +9,8 @@ text after them: causal attention only looks back, and an image's rows look at e
                                  with one: layers < K are in the cells, of dropped rows too, and the states that enter
                                  layer K are in `hidden`
 
+Hybrid decoders keep a stem in another way: hybrid.py.
+
 `attach` relies on these invariants, and checks all that llama.cpp lets it see:
 
 1. Row i of the stem is in cell i. Only such prompts are kept, and the cells of rows that come back are compared.
@@ -132,7 +134,7 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
     ):
         context.clear()
         return Attached()
-    n = _common_rows(stem, segments)
+    n = common_rows(stem.segments, segments, stem.n_ubatch)
     if n > n_prefix and layer != stem.layer:
         n = n_prefix  # whole pieces, as the prefix ends with one
     n_main = n if layer is None else min(n, n_prefix)
@@ -141,11 +143,11 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
     return Attached(n_main, stem.hidden[: n - n_main]) if n > n_main else Attached(n_main)
 
 
-def _common_rows(stem: Stem, segments: Sequence[Segment]) -> int:
+def common_rows(stem: Sequence[Segment], segments: Sequence[Segment], n_ubatch: int) -> int:
     """Rows of the whole decodes that both begin with, without the prompt's last decode, whose logits are needed."""
     n = 0
-    for s, (old, new) in enumerate(zip(stem.segments, segments)):
-        for a, b in zip(old.pieces(stem.n_ubatch), new.pieces(stem.n_ubatch)):
+    for s, (old, new) in enumerate(zip(stem, segments)):
+        for a, b in zip(old.pieces(n_ubatch), new.pieces(n_ubatch)):
             is_final = s == len(segments) - 1 and b[1] == len(new.rows)
             if a != b or is_final or not _equal(old, new, *a):
                 return n

@@ -23,7 +23,8 @@ from ..io.json_input import parse_json, read_json
 from ..pruning.config import PruneConfig
 
 _HINTS = typing.get_type_hints(PruneConfig)
-_BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K"}  # field -> its short name
+# field -> its short name
+_BUDGET = {"vision_keep": "vision", "decoder_keep": "decoder", "decoder_layer": "K", "image_max_tokens": "picture"}
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,24 @@ def preset_configs(names: Sequence[str], sets: Mapping[str, Sequence[Any]]) -> t
 def grid_configs(
     budget: Mapping[str, Sequence[Any]], sets: Mapping[str, Sequence[Any]]
 ) -> tuple[list[NamedConfig], list[str]]:
-    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer) and of `sets`.
+    """Every combination of the budget fields (vision_keep, decoder_keep, decoder_layer, image_max_tokens) and of
+    `sets`.
 
-    Other fields have their defaults. In a picture a line runs along one budget field: the first of decoder_keep,
-    vision_keep and decoder_layer that has several values. Each combination of all other fields is a method.
+    Other fields have their defaults. In a plot a line runs along one budget field: the first of decoder_keep,
+    vision_keep, decoder_layer and image_max_tokens that has several values. Each combination of all other fields is a
+    method. Without another budget field than image_max_tokens the method is called "smaller picture".
 
     Returns:
         The configs, and notes on combinations that PruneConfig refuses.
     """
-    varied = [name for name in ("decoder_keep", "vision_keep", "decoder_layer") if len(budget.get(name, ())) > 1]
+    in_order = ("decoder_keep", "vision_keep", "decoder_layer", "image_max_tokens")
+    varied = [name for name in in_order if len(budget.get(name, ())) > 1]
+    kind = "smaller picture" if list(budget) == ["image_max_tokens"] else "grid"
     in_method = {*varied[1:], *sets}
     configs: list[NamedConfig] = []
     notes: list[str] = []
     for values in _combinations({**budget, **sets}):
-        method = " ".join(["grid", *_titles({k: v for k, v in values.items() if k in in_method})])
+        method = " ".join([kind, *_titles({k: v for k, v in values.items() if k in in_method})])
         _try(configs, notes, " ".join(_titles(values)), method, functools.partial(PruneConfig, **values))
     return configs, notes
 

@@ -16,7 +16,9 @@ from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
 from ..rows import Rows
-from .handover import free_with
+from .devices import can_offload
+from .handover import free_with, keep_memory_on_reset
+from .names import HYBRIDS, LAYER_OUTPUTS
 from .tap import Outcome, Plan, Tap
 
 # Sequence ids. MAIN holds the conversation. From PARKED on, each holds the dropped tokens of one decoder stage, whose
@@ -29,6 +31,11 @@ MAIN, PARKED, N_SEQUENCES = 0, 1, 7
 # to be looked up again for another.
 TELLS_TEXT_APART = ("cogvlm", "deepseek4", "gemma3n", "gemma4", "qwen4exp")
 
+EXPERTS_IN_HOST_MEMORY = (
+    "a mixture of experts whose layers are not all on the GPU: put them there (n_gpu_layers=-1), "
+    "or set op_offload=False"
+)
+
 
 class TappedContext(_internals.LlamaContext):
     """A LlamaContext that tells its tap when a plain decode begins.
@@ -38,7 +45,10 @@ class TappedContext(_internals.LlamaContext):
         is_cancelled: Asked before every decode, also while a prompt is read. If it returns true,
             RequestCancelledError is raised.
         stem: Rows of the last prompt that a later one may use (decoder.reuse.Stem), or None.
-        n_parked: How many of those rows are only in the sequence PARKED.
+        n_parked: How many of those rows are only in the sequence PARKED, or in MAIN though no row may see them (hybrid
+            decoders).
+        dropped: Dense positions [start, stop) of such rows in MAIN, or None. The tap hides them.
+        stem_end: Of a hybrid decoder with a stem, the dense position after the last row.
         clears_to_stem: The next kv_cache_clear begins a request, and leaves the stem.
     """
 
@@ -48,14 +58,23 @@ class TappedContext(_internals.LlamaContext):
         self.is_cancelled: Callable[[], bool] | None = None
         self.stem: Any = None
         self.n_parked = 0
+        self.dropped: tuple[int, int] | None = None
+        self.stem_end = 0
         self.clears_to_stem = False
+        self.attention_layers: list[int] = []
+        self.has_rope = True
         self._n_prompt = 0
+        self._gap = 0
         super().__init__(**kwargs)
+        self.is_hybrid = bool(llama_cpp.llama_model_is_hybrid(self.model.model))
 
-    def continue_prompt(self, n_cells: int, next_position: int) -> None:
-        """Rows after the prompt's n_cells rows get RoPE positions from next_position on, until forget_prompt."""
-        self._n_prompt = n_cells
-        self.tap.set_position_shift(n_cells, next_position - n_cells)
+    def continue_prompt(self, n_cells: int, next_position: int, gap: int = 0) -> None:
+        """Rows after the prompt's n_cells rows get RoPE positions from next_position on, until forget_prompt.
+
+        gap: What dense positions are past the number of rows, see decoder.hybrid.
+        """
+        self._n_prompt, self._gap = n_cells, gap
+        self.tap.set_position_shift(n_cells + gap, next_position - n_cells - gap)
 
     def see_below(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray, n_hidden: int) -> None:
         """What is decoded after the prompt sees, by layer, rows that are in no sequence but parking ones
@@ -67,7 +86,7 @@ class TappedContext(_internals.LlamaContext):
     def forget_prompt(self) -> None:
         """Ends the position shift and the attention bias of plain decodes."""
         self.request += 1
-        self._n_prompt = 0
+        self._n_prompt = self._gap = 0
         self.tap.forget_levels()
         self.tap.set_position_shift(0, 0)
         self.tap.set_cell_bias(None)
@@ -77,18 +96,28 @@ class TappedContext(_internals.LlamaContext):
         self.forget_prompt()
         if self.stem is None:
             llama_cpp.llama_memory_clear(self.memory, False)
-        else:
+        elif not self.is_hybrid:  # a hybrid's stem is in MAIN: what follows it goes when the next prompt is read
             llama_cpp.llama_memory_seq_rm(self.memory, MAIN, 0, -1)
 
-    def forget_stem(self) -> None:
-        """Frees the cells of rows that are in no sequence but parking ones. What is decoded from then on does not see
-        them in any layer.
+    def forget_stem(self) -> bool:
+        """Frees the cells of rows that are dropped or only in a parking sequence. What is decoded from then on does not
+        see them in any layer. Returns whether the cache is empty now.
         """
-        self.stem, self.n_parked = None, 0
+        stem, self.stem, self.n_parked = self.stem, None, 0
         self.tap.forget_levels()
+        if self.is_hybrid:
+            dropped, self.dropped = self.dropped, None
+            if stem is not None and not self._n_prompt:
+                llama_cpp.llama_memory_clear(self.memory, False)
+                return True
+            if dropped is not None:  # an answer goes on and needs the cells
+                llama_cpp.llama_memory_seq_rm(self.memory, MAIN, *dropped)
+                self.tap.unhide_cells()
+            return False
         for parking in range(PARKED, N_SEQUENCES) if self.memory is not None else ():
             if llama_cpp.llama_memory_seq_pos_max(self.memory, parking) >= 0:
                 llama_cpp.llama_memory_seq_rm(self.memory, parking, 0, -1)
+        return False
 
     # Any other use of the Llama (Llama.eval, Llama.embed) first cuts the cache through one of these.
 
@@ -104,9 +133,10 @@ class TappedContext(_internals.LlamaContext):
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
         if p0 < self._n_prompt:
             self.forget_prompt()
-        if not self._n_prompt:
-            self.forget_stem()
-        return super().kv_cache_seq_rm(seq_id, p0, p1)
+        if not self._n_prompt and self.forget_stem() and p0 > 0:
+            return False  # as from a memory that cannot go back: the rows before p0 are to be read again
+        gap = self._gap
+        return super().kv_cache_seq_rm(seq_id, p0 + gap, p1 + gap if p1 >= 0 else p1)
 
     def check_cancelled(self) -> None:
         if self.is_cancelled is not None and self.is_cancelled():
@@ -129,14 +159,17 @@ class TappedContext(_internals.LlamaContext):
         if not self._n_prompt:
             self.forget_stem()
         elif self.n_parked:
-            n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 + self.n_parked
+            n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 - self._gap + self.n_parked
             if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
                 self.forget_stem()
+        for i in range(batch.batch.n_tokens if self._gap else 0):  # set_batch writes them anew before every decode
+            batch.batch.pos[i] += self._gap
         self.tap.begin()
         try:
             super().decode(batch)
         except RuntimeError as error:
             raise EngineError(f"llama.cpp failed while answering ({error})", "raise n_ctx, or ask again") from error
+        self.stem_end += int(batch.n_tokens())
         self.tap.check()
 
 
@@ -151,10 +184,12 @@ def attach_tap(llama: Llama, tap: Tap) -> None:
             without a tap.
     """
     params = llama.context_params
+    tap.set_layer_out(LAYER_OUTPUTS.get(llama.metadata.get("general.architecture", "")))
     untapped = type(params).from_buffer_copy(params)
     params.cb_eval = ctypes.cast(tap.callback, llama_cpp.ggml_backend_sched_eval_callback)
     params.cb_eval_user_data = tap.user_data
-    params.n_seq_max = max(2, params.n_seq_max)
+    if not llama_cpp.llama_model_is_hybrid(llama._model.model):  # parks nothing, and has a state for each sequence
+        params.n_seq_max = max(2, params.n_seq_max)
     params.kv_unified = True
     llama._ctx.close()
     try:
@@ -190,6 +225,8 @@ def _install(llama: Llama, context: _internals.LlamaContext) -> None:
     llama._stack.callback(context.close)
     llama._ctx = context
     llama.reset()  # what was in the old cache is gone
+    if isinstance(context, TappedContext):
+        keep_memory_on_reset(llama)
     if llama._lora_adapter is not None:
         adapter: Any = llama._lora_adapter  # a c_void_p stands for any pointer
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
@@ -224,7 +261,7 @@ class DecoderContext:
         )
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
-        self.stage_problem = self._find_stage_problem()
+        self.is_hybrid = self.owner.is_hybrid
         self.tells_text_apart = llama.metadata.get("general.architecture") in TELLS_TEXT_APART
         self.layer_problems: dict[
             tuple[int, ...], str
@@ -238,19 +275,49 @@ class DecoderContext:
         self._seq_ids = (ctypes.POINTER(ctypes.c_int32) * n)(*[self._seq_id] * n)
         self._n_seq_id = np.ones(n, np.int32)
         self._no_input = np.zeros((n, self.n_embd_inp), np.float32)
+        self.stage_problem = self._find_stage_problem()
 
     def _find_stage_problem(self) -> str | None:
         """Why this model cannot have a decoder stage, or None."""
-        model = self.llama._model.model
-        if llama_cpp.llama_model_is_recurrent(model) or llama_cpp.llama_model_is_hybrid(model):
-            return "a recurrent or hybrid decoder has no cache of single tokens"
         metadata = self.llama.metadata
-        n_experts = int(metadata.get(f"{metadata.get('general.architecture')}.expert_count", 0))
-        if n_experts and 0 < self.llama.model_params.n_gpu_layers <= self.n_layers:
-            # Before a split runs, ggml_backend_sched_compute_splits reads the expert ids that a skipped router never
-            # made.
-            return "a mixture of experts that is partly on the GPU: put all layers there (n_gpu_layers=-1), or none"
+        arch = metadata.get("general.architecture")
+        if not self.has_cells:
+            return "a recurrent decoder has no cache of single tokens"
+        n_experts = int(metadata.get(f"{arch}.expert_count", 0))
+        in_host_memory = 0 <= self.llama.model_params.n_gpu_layers <= self.n_layers
+        if n_experts and in_host_memory and can_offload() and self.llama.context_params.op_offload:
+            # The GPU takes large products of host weights too (op_offload). Before it gets the experts that it needs,
+            # ggml_backend_sched_compute_splits reads the expert ids that a skipped router never made, and asserts.
+            return EXPERTS_IN_HOST_MEMORY
+        if self.is_hybrid:
+            self._look_at_graph()
+            if arch not in HYBRIDS:
+                return f"hybrid decoders of architecture {arch!r} are not tested"
+            if self.n_swa:
+                return "a hybrid decoder with a sliding window"
+            if not any(layer > 0 for layer in self.attention_layers):
+                return "the decoder has no attention after its first layer"
         return None
+
+    def _look_at_graph(self) -> None:
+        """Learns from the graph of one token, of which nothing is computed, what a hybrid decoder has in which layer.
+        Once, in a context that is still empty.
+        """
+        owner = self.owner
+        if not owner.attention_layers:
+            row = Rows(np.zeros(1, np.int32), tokens=np.zeros(1, np.int32))
+            outcome = self.decode(row, 0, Plan(count_only=True), "look at the graph")
+            self.clear()
+            owner.attention_layers, owner.has_rope = outcome.attention_layers, outcome.has_rope
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Layers with attention, ascending: where a decoder stage can be."""
+        return self.owner.attention_layers or list(range(self.n_layers))
+
+    def nearest_attention(self, layer: int) -> int:
+        """The layer with attention, 1 or later, that is nearest to `layer`; the earlier of two."""
+        return min((k for k in self.attention_layers if k > 0), key=lambda k: (abs(k - layer), k))
 
     @property
     def memory(self) -> object:
@@ -306,7 +373,8 @@ class DecoderContext:
         batch.logits = wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
 
         plan.n_rows = n
-        if self.has_cells and not np.array_equal(rows.positions, dense):  # a recurrent decoder knows no positions
+        # A recurrent decoder knows no positions, and the attention of some hybrids (Granite 4, Nemotron-H) neither.
+        if self.has_cells and self.owner.has_rope and not np.array_equal(rows.positions, dense):
             plan.positions = np.ascontiguousarray(rows.positions, np.int32)
         with self.tap.armed(plan, what) as outcome:
             status = llama_cpp.llama_decode(self.llama.ctx, batch)
@@ -343,11 +411,20 @@ class DecoderContext:
     # ---- cells ----
 
     def clear(self) -> None:
-        """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence."""
+        """Empties the cache's metadata. The data stays: nothing reads a cell that belongs to no sequence, and the first
+        decode of a recurrent layer clears its state.
+        """
+        self._clear(False)
+
+    def clear_data(self) -> None:
+        """Empties the cache and its data, for a prompt whose first decode does not reach all recurrent layers."""
+        self._clear(True)
+
+    def _clear(self, data: bool) -> None:
         context = tapped(self.llama)
-        context.stem, context.n_parked = None, 0
+        context.stem, context.n_parked, context.dropped = None, 0, None
         self.tap.forget_levels()
-        llama_cpp.llama_memory_clear(self.memory, False)
+        llama_cpp.llama_memory_clear(self.memory, data)
 
     def copy(self, source: int, sequence: int, start: int, stop: int = -1) -> None:
         """Puts the dense positions [start, stop) of a sequence into another as well."""
@@ -372,5 +449,44 @@ class DecoderContext:
         self.copy(MAIN, parking, start)
         self.remove(MAIN, start)
 
+    # ---- recurrent state ----
+
+    def save_state(self) -> np.ndarray:
+        """The recurrent state of MAIN in all layers, (n,) uint8.
+
+        Raises:
+            EngineError: llama.cpp did not give it, or lays it out otherwise than `restore_state` expects.
+        """
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        data = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.llama.ctx, MAIN, flags), np.uint8)
+        n = llama_cpp.llama_state_seq_get_data_ext(self.llama.ctx, _bytes_of(data), len(data), MAIN, flags)
+        if n != len(data) or n < 20:
+            raise EngineError("llama.cpp did not give the recurrent state", "use reuse=False")
+        n_cells, _, n_seq_id = data[8:20].view(np.int32)
+        if (n_cells, n_seq_id) != (1, 0):
+            raise EngineError("llama.cpp lays out a recurrent state in an unknown way", "use reuse=False")
+        return data
+
+    def restore_state(self, data: np.ndarray, position: int) -> None:
+        """Puts a saved state back, as that of the row at a dense position. KV cells of attention stay as they are.
+
+        data: from `save_state`; not changed. Layout (llama_context::state_seq_write_data,
+            llama_memory_recurrent::state_write, state_write_meta), int32: a magic number, the sequence, the number of
+            cells; then for each cell its position and a number of sequences, 0.
+
+        Raises:
+            EngineError: llama.cpp did not take it.
+        """
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        moved = data.copy()
+        moved[12:16].view(np.int32)[0] = position
+        n = llama_cpp.llama_state_seq_set_data_ext(self.llama.ctx, _bytes_of(moved), len(moved), MAIN, flags)
+        if n != len(moved):
+            raise EngineError("llama.cpp did not take the recurrent state back", "ask again")
+
     def set_causal(self, causal: bool) -> None:
         llama_cpp.llama_set_causal_attn(self.llama.ctx, causal)
+
+
+def _bytes_of(data: np.ndarray) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

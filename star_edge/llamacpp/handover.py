@@ -31,6 +31,16 @@ def has_given_format(llama: Llama) -> bool:
     return llama.chat_format is not None and name not in _GUESSED and not name.startswith("chat_template.")
 
 
+def keep_memory_on_reset(llama: Llama) -> None:
+    """Makes Llama.reset leave the memory of a hybrid decoder alone, as it does with others.
+
+    It would clear the memory with its data, past the functions of the context that know what is kept for the next
+    prompt. Whoever reads from the start again calls one of those: kv_cache_clear, or kv_cache_seq_rm(-1, 0, -1) in
+    Llama.eval, which such a memory accepts.
+    """
+    llama._is_hybrid = False
+
+
 def free_with(llama: Llama, close: Callable[[], None]) -> None:
     """Frees something when the Llama is closed, before what was registered earlier."""
     llama._stack.callback(close)

@@ -183,6 +183,13 @@ class _Check:
         self.vector(name + ".bias", n, f"{name}.weight", required=bias)
         return n
 
+    def kernel(self, name: str, shape: tuple[int, int, int], why: str) -> int:
+        """A convolution of (columns, rows, channels), and its bias. Returns its output channels."""
+        tensor = self.header.tensor(name + ".weight", (*shape, None), why)
+        n = (*tensor.shape, 1)[3]
+        self.vector(name + ".bias", n, name, required=True)
+        return n
+
     def patches(self, n_tensors: int = 1) -> None:
         """Checks the convolution that makes patches."""
         why = f"{_V}patch_size = {self.patch} and {_V}embedding_length = {self.d}"
@@ -247,7 +254,7 @@ class _Check:
                 if (
                     found is not None
                     and found.shape != (self.d_head,)
-                    and (self.projector == "gemma4v" or found.shape != (self.d,))
+                    and (self.projector in ("gemma4v", "glm4v") or found.shape != (self.d,))
                 ):
                     self.header.refuse(
                         f"tensor {b}{name}.weight is {list(found.shape)}, and a head has {self.d_head} values ({head})"
@@ -376,7 +383,8 @@ def _pixtral(c: _Check) -> None:
     elif n_merge != 1:
         c.header.refuse(f"{c.merge_key} = {n_merge}, and tensor mm.patch_merger.weight is missing")
     n = c.linear("mm.2", c.linear("mm.1", n, why), "mm.1")
-    c.vector("v.token_embd.img_break", n, "mm.2", required=True)
+    if c.projector == "pixtral":
+        c.vector("v.token_embd.img_break", n, "mm.2", required=True)
 
 
 def _rotated_heads(c: _Check) -> None:
@@ -417,6 +425,56 @@ def _qwen(c: _Check) -> None:
             c.linear(b + "fc2", c.linear(b + "fc1", 4 * c.d, why, bias=True), b + "fc1", n, bias=True)
 
 
+def _merges_two(c: _Check) -> None:
+    """Squares of 2 x 2, a constant of clip_n_output_tokens_x."""
+    if c.merge(2) != 2:
+        c.header.refuse(f"{c.merge_key} = {c.merge(2)}, and the graph of {c.projector} merges 2 x 2 patches")
+
+
+def _paddleocr(c: _Check) -> None:
+    _rotated_heads(c)
+    c.patches()
+    c.square_positions()
+    c.layers()
+    why = f"{_V}embedding_length = {c.d}"
+    for end in (".weight", ".bias"):
+        c.vector("mm.input_norm" + end, c.d, why, required=True)
+    c.linear("mm.2", c.linear("mm.1", 4 * c.d, why, bias=True), "mm.1", bias=True)
+
+
+def _glm4v(c: _Check) -> None:
+    _merges_two(c)
+    _rotated_heads(c)
+    c.patches(2)
+    why = f"{_V}embedding_length = {c.d}"
+    c.vector("v.patch_embd.bias", c.d, why, required=True)
+    c.vector("v.norm_embd.weight", c.d, why)
+    if "v.position_embd.weight" in c.header.info.tensors:
+        c.square_positions()
+    c.layers()
+    n = c.kernel("mm.patch_merger", (2, 2, c.d), why)
+    n = c.linear("mm.model.fc", n, "mm.patch_merger")
+    c.norm("mm.post_norm", n, "mm.model.fc")
+    inner = c.linear("mm.up", n, "mm.model.fc")
+    c.linear("mm.gate", n, "mm.up", inner)
+    c.linear("mm.down", inner, "mm.up")
+
+
+def _hunyuan(c: _Check) -> None:
+    _merges_two(c)
+    c.patches()
+    c.square_positions()
+    c.layers()
+    why = f"{_V}embedding_length = {c.d}"
+    c.vector("mm.pre_norm.weight", c.d, why, required=True)
+    n = c.kernel("mm.2", (1, 1, c.kernel("mm.0", (2, 2, c.d), why)), "mm.0")
+    c.vector("v.image_newline", n, "mm.2", required=True)
+    n = c.linear("mm.model.fc", n, "mm.2", bias=True)
+    for name in ("mm.image_begin", "mm.image_end", "mm.post_norm.weight"):
+        c.vector(name, n, "mm.model.fc", required=True)
+    c.vector("v.view_seperator", n, "mm.model.fc")
+
+
 def _gemma4(c: _Check) -> None:
     n_merge = c.merge(3)
     _rotated_heads(c)
@@ -454,8 +512,28 @@ def _resampler(c: _Check) -> None:
             c.vector(f"resampler.ln_{name}{end}", n, why, required=True)
 
 
-_BY_MERGE_SIZE = ("pixtral", "lightonocr", "qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger")
-_TAKE_FUSED = ("gemma3", "idefics3", "internvl", "lfm2", "pixtral", "gemma4v", "resampler")  # clip_graph::build_vit
+_BY_MERGE_SIZE = (
+    "pixtral",
+    "lightonocr",
+    "qwen2vl_merger",
+    "qwen2.5vl_merger",
+    "qwen3vl_merger",
+    "glm4v",
+    "hunyuanvl",
+)
+_TAKE_FUSED = (  # clip_graph::build_vit
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "lfm2",
+    "pixtral",
+    "gemma4v",
+    "resampler",
+    "glm4v",
+    "hunyuanvl",
+    "lightonocr",
+    "paddleocr",
+)
 _PROJECTORS: dict[str, Callable[[_Check], None]] = {
     "mlp": _llava,
     "ldp": _llava,
@@ -469,5 +547,9 @@ _PROJECTORS: dict[str, Callable[[_Check], None]] = {
     "qwen2.5vl_merger": _qwen,
     "qwen3vl_merger": _qwen,
     "gemma4v": _gemma4,
+    "glm4v": _glm4v,
+    "hunyuanvl": _hunyuan,
+    "lightonocr": _pixtral,
+    "paddleocr": _paddleocr,
     "resampler": _resampler,
 }

@@ -14,6 +14,24 @@ PLACED = ("inp_pos_emb", 1)  # Qwen3-VL: the node that adds position embeddings 
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
 PATCH_NORM = "v.norm_embd.weight"
 
+# What decoders call the output of a layer, by architecture, where it is not what the C core takes for granted
+LAYER_OUTPUTS = {"nemotron_h": "nemotron_h_block_out", "nemotron_h_moe": "nemotron_h_block_out"}
+
+# Decoders with recurrent layers beside attention whose layer windows are tested (tests/test_hybrid.py). Others that
+# llama_model_is_hybrid names have no decoder stage: a graph with another order or other names can be wrong without a
+# sign of it.
+HYBRIDS = (
+    "falcon-h1",
+    "granitehybrid",
+    "lfm2",
+    "lfm2moe",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "qwen35",
+    "qwen35moe",
+    "qwen3next",
+)
+
 
 def is_about_context(error: ValueError) -> bool:
     """Whether Llama could not make its context. Otherwise it could not load the model."""

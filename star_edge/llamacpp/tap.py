@@ -26,7 +26,7 @@ NO_ATTENTION, NO_ROWS_LEAVE = lib.SE_ERR_NO_ATTENTION, lib.SE_ERR_ROWS  # of Out
 class AttentionRead:
     """Which attention to read out of a running graph.
 
-    layers: ascending indices over the graph's attention operations.
+    layers: ascending. Of an encoder, whose graph names no layer outputs, indices over its attention operations.
     rows: query rows as (first, count, step) within the rows of the decode; count -1 runs to the end.
     reduce: 0 keeps (n_heads, n_rows, n_columns); MEAN_HEADS, MEAN_ROWS or MEAN_ALL average over those axes.
     max_columns: upper bound on the attended positions (KV cells, or encoder rows).
@@ -86,6 +86,8 @@ class Outcome:
     attention: list[np.ndarray] = field(default_factory=list)  # one array for each layer of the read
     n_attention: int = 0
     last_unmasked: int = -1
+    attention_layers: list[int] = field(default_factory=list)  # layers whose attention was seen
+    has_rope: bool = False  # a ROPE of the batch's positions was seen
     concat: int = lib.SE_CONCAT_NONE  # where the leaf of `find_concat` stands
     n_skipped: int = 0
     stopped: bool = False
@@ -105,6 +107,7 @@ class Tap:
         self._tap = lib.se_tap_new()
         if self._tap == ffi.NULL:
             raise MemoryError("no memory for the tap")
+        self._bias: np.ndarray | None = None
 
     @property
     def user_data(self) -> int:
@@ -205,7 +208,9 @@ class Tap:
         finally:
             outcome.error = lib.se_tap_finish(self._tap, result)
             outcome.n_attention, outcome.last_unmasked = result.n_attention, result.last_unmasked
-            outcome.concat = result.concat
+            outcome.concat, outcome.has_rope = result.concat, bool(result.rope)
+            bits = [int(word) for word in result.attention_layers]
+            outcome.attention_layers = [64 * w + b for w, word in enumerate(bits) for b in range(64) if word >> b & 1]
             outcome.n_skipped, outcome.stopped, outcome.flash = (
                 result.n_skipped,
                 bool(result.stopped),
@@ -239,11 +244,16 @@ class Tap:
         """RoPE positions >= start get `offset` added in plain decodes; 0 turns it off."""
         check(lib.se_tap_set_position_shift(self._tap, start, offset), "position shift")
 
+    def set_layer_out(self, name: str | None) -> None:
+        """What the graph calls the output of a layer; None: as most graphs do."""
+        check(lib.se_tap_set_layer_out(self._tap, ffi.NULL if name is None else name.encode()), "layer output")
+
     def set_cell_bias(self, bias: np.ndarray | None) -> None:
         """Adds bias (n_cells,) float32 to the attention mask in every decode: exp(bias) is how much a KV cell counts.
 
-        None turns it off.
+        -inf hides a cell from all rows. None turns it off.
         """
+        self._bias = bias
         if bias is None:
             check(lib.se_tap_set_cell_bias(self._tap, ffi.NULL, 0), "cell bias")
         else:
@@ -251,6 +261,12 @@ class Tap:
             check(
                 lib.se_tap_set_cell_bias(self._tap, ffi.cast("float *", values.ctypes.data), len(values)), "cell bias"
             )
+
+    def unhide_cells(self) -> None:
+        """Cells that the bias hides have been freed: others may come there."""
+        if self._bias is not None and np.isneginf(self._bias).any():
+            bias = np.where(np.isneginf(self._bias), 0, self._bias).astype(np.float32)
+            self.set_cell_bias(bias if bias.any() else None)
 
     def set_levels(self, layers: Sequence[int], bias: np.ndarray, witness: np.ndarray) -> None:
         """What rows of plain decodes see of a prompt's cells, by layer, in place of the cell bias.

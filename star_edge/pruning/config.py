@@ -109,6 +109,9 @@ class PruneConfig:
         encoder_layer: M, 1 <= M <= layers of the encoder - 1. Layers 0..M-1 see the whole image. None: a quarter of the
             way in. The encoder stage chooses as the vision stage does (vision_scorer, vision_share, representatives),
             by hidden states and by the attention of a layer below M.
+        image_max_tokens: Most image tokens of a picture: a share of those that it takes at its own size, or a count. A
+            larger picture is made smaller before the model gets it. All other fields count what it takes then. Models
+            that make one number of tokens of any picture are not affected.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -131,6 +134,7 @@ class PruneConfig:
     redundancy: Literal["off", "exact"] | float = "off"
     encoder_keep: Keep = 1.0
     encoder_layer: int | None = None
+    image_max_tokens: Keep = 1.0
 
     def __post_init__(self) -> None:
         for name in ("vision_share", "decoder_share"):
@@ -141,7 +145,7 @@ class PruneConfig:
                     f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
-        for name in ("encoder_keep", "vision_keep", "decoder_keep"):
+        for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
             object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
         for name in ("vision_keep", "decoder_keep"):
@@ -224,6 +228,11 @@ class PruneConfig:
     def prunes_in_vision(self) -> bool:
         """Whether the vision stage may drop tokens."""
         return self.vision_keep != 1.0 or isinstance(self.vision_keep, int)
+
+    @property
+    def limits_images(self) -> bool:
+        """Whether larger pictures are made smaller."""
+        return self.image_max_tokens != 1.0 or isinstance(self.image_max_tokens, int)
 
     @property
     def encoder_attention(self) -> str | None:

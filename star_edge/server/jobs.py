@@ -21,7 +21,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from ..chat_handler import StarChatHandler
 from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancelledError
 from ..io.images import ImageLimits, load_image
-from ..pruning.config import PruneConfig
+from ..pruning.config import Keep, PruneConfig
 from ..report import PruneReport
 from ..request import Request
 from .metrics import Metrics
@@ -87,6 +87,26 @@ class Engine:
         self.metrics = Metrics(lambda: self.waiting)
         # Its own thread: slow downloads and other routes may occupy all default ones.
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
+
+    async def count_tokens(self, images: dict[str, str | bytes], image_max_tokens: Keep) -> dict[str, Any]:
+        """Image tokens of pictures, counted without encoding when nobody else has the Llama.
+
+        images: see `Pictures`. image_max_tokens: as in PruneConfig.
+
+        Returns plain JSON values: n_tokens, of all; and for each picture n_tokens, and n_full_tokens at its own size.
+        """
+        count = self.handler.count_tokens
+
+        def count_all() -> list[dict[str, int]]:
+            self.pictures.sources = images
+            try:
+                return [{"n_tokens": count(n, image_max_tokens), "n_full_tokens": count(n)} for n in images]
+            finally:
+                self.pictures.sources = {}
+
+        async with self.turn:
+            counts = await self.in_thread(count_all)
+        return {"n_tokens": sum(one["n_tokens"] for one in counts), "images": counts}
 
     def stop_jobs(self) -> None:
         for job in list(self.jobs):

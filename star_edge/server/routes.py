@@ -52,6 +52,13 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
     # Downloads may be slow: they have their own threads, so that nothing else waits for them.
     fetch = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(8))
 
+    async def sources(urls: list[str]) -> dict[str, str | bytes]:
+        """By `image_name` what the images are loaded from."""
+        if len(urls) > policy.max_images:
+            remedy = f"send at most {policy.max_images}, or start the server with --max-images"
+            raise ImageError(f"the request has {len(urls)} images", remedy)
+        return {image_name(i): await _source(url, policy, fetch) for i, url in enumerate(urls)}
+
     async def chat(request: Request) -> Response:
         arrived = time.perf_counter()
         job, first = None, None
@@ -64,10 +71,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
                 config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
                 messages, urls = read_messages(body.messages, engine.llama.n_ctx())
                 body.messages = []  # the images are now in urls only
-                if len(urls) > policy.max_images:
-                    remedy = f"send at most {policy.max_images}, or start the server with --max-images"
-                    raise ImageError(f"the request has {len(urls)} images", remedy)
-                images = {image_name(i): await _source(url, policy, fetch) for i, url in enumerate(urls)}
+                images = await sources(urls)
                 del urls
                 job = Job(engine, body, messages, config, images, arrived, ticket.release)
                 del images
@@ -86,6 +90,18 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         if not body.stream:
             return JSONResponse(first)
         return EventSourceResponse(_events(job, first, results, engine), sep="\n", send_timeout=policy.body_seconds)
+
+    async def image_tokens(request: Request) -> Response:
+        """How many image tokens the pictures of a chat completion would take. The body is that of the completion."""
+        ticket = request.scope[TICKET]
+        try:
+            body = read_request(ticket.take_body())
+            config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
+            images = await sources(read_messages(body.messages, engine.llama.n_ctx())[1])
+            body.messages = []  # the images are now in their sources only
+            return JSONResponse(await engine.count_tokens(images, 1.0 if config is None else config.image_max_tokens))
+        except Exception as error:
+            return _failed(error, engine)
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(engine)]})
@@ -127,6 +143,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
 
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/image_tokens", image_tokens, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/health", health),

@@ -257,7 +257,7 @@ def parse_prune(value: Any) -> PruneConfig | None:
     unknown = sorted(set(value) - set(names))
     if unknown:
         raise ConfigError(f"prune has no field {unknown[0][:60]!r}", f"use {', '.join(names)}")
-    for name in ("encoder_keep", "vision_keep", "decoder_keep"):
+    for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
         if type(value.get(name)) is int and value[name] == 1:  # JavaScript writes 1.0 like that
             raise ConfigError(
                 f"prune: {name}=1 may be one token or all of them",

@@ -6,7 +6,7 @@ benchmarks and in tests of exactness. They answer nothing sensible.
 
 from .decoders import write_decoder
 from .encoders import write_encoder
-from .shapes import CLIP_L_336, SHAPES, TINYLLAMA_1B, DecoderShape, EncoderShape, ModelShape
+from .shapes import CLIP_L_336, SHAPES, TINYLLAMA_1B, DecoderShape, DeltaNetShape, EncoderShape, ModelShape
 from .store import model_files
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SHAPES",
     "TINYLLAMA_1B",
     "DecoderShape",
+    "DeltaNetShape",
     "EncoderShape",
     "ModelShape",
     "model_files",

@@ -15,6 +15,7 @@ _PROJECTORS = {
     "clip": "mlp",
     "qwen2vl": "qwen2vl_merger",
     "qwen2.5vl": "qwen2.5vl_merger",
+    "qwen3.5": "qwen3vl_merger",
     "idefics3": "idefics3",
     "gemma3": "gemma3",
 }
@@ -70,11 +71,18 @@ def write_encoder(
     else:
         patch("v.patch_embd.weight")
         patch("v.patch_embd.weight.1")
+        if s.kind == "qwen3.5":
+            file.normal("v.patch_embd.bias", d)
+            file.normal("v.position_embd.weight", n_patches, d, std=0.5)
         norm("v.post_ln")
     for i in range(s.n_layers):
         b = f"v.blk.{i}."
-        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
-            linear(b + name, d, d)
+        if s.kind == "qwen3.5":
+            linear(b + "attn_qkv", 3 * d, d)
+            linear(b + "attn_out", d, d)
+        else:
+            for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+                linear(b + name, d, d)
         if has_windows:
             linear(b + "ffn_gate", s.n_ff, d)
         linear(b + "ffn_up", s.n_ff, d)
@@ -112,12 +120,16 @@ def _add_metadata(file: TensorFile, s: EncoderShape, projection_dim: int) -> Non
     ):
         w.add_uint32(p + key, value)
     w.add_float32(p + "attention.layer_norm_epsilon", 1e-5)
-    mean, std = _SIGLIP_COLORS if s.kind in ("idefics3", "gemma3") else _CLIP_COLORS
+    mean, std = _SIGLIP_COLORS if s.kind in ("idefics3", "gemma3", "qwen3.5") else _CLIP_COLORS
     w.add_array(p + "image_mean", mean)
     w.add_array(p + "image_std", std)
     if s.kind in ("idefics3", "gemma3"):
         w.add_bool("clip.use_gelu", True)
         w.add_uint32(p + "projector.scale_factor", s.n_merge)
+    if s.kind == "qwen3.5":
+        w.add_bool("clip.use_gelu", True)
+        w.add_uint32(p + "spatial_merge_size", 2)
+        w.add_array(p + "is_deepstack_layers", [False] * s.n_layers)
     if s.longest_edge:
         w.add_uint32(p + "preproc_image_size", s.longest_edge)
     if s.kind == "qwen2.5vl":

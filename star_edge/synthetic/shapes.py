@@ -9,6 +9,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class DeltaNetShape:
+    """Sizes of the gated delta nets of a Qwen3.5 decoder.
+
+    Attributes:
+        n_heads_k: Heads of queries and keys.
+        n_heads_v: Heads of values, a multiple of n_heads_k.
+        d_head: Size of every head.
+        kernel: Rows that the convolution before them sees.
+    """
+
+    n_heads_k: int
+    n_heads_v: int
+    d_head: int
+    kernel: int = 4
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a text decoder. Others than these are explained by their names.
 
@@ -17,6 +34,10 @@ class DecoderShape:
         sliding_window: Tokens that all layers but every sixth see: makes it a Gemma 3 decoder.
         head_size: 0: n_embd / n_heads.
         tied: The output matrix is that of the token embeddings.
+        rope_size: Values of a head that RoPE turns. 0: all.
+        attention_layers: Layers with attention. Empty: all. The others are what delta_net or kernel says.
+        delta_net: Makes it a Qwen3.5 decoder, whose other layers are gated delta nets.
+        kernel: Makes it an LFM2 decoder, whose other layers are convolutions over so many rows.
     """
 
     n_layers: int
@@ -31,9 +52,15 @@ class DecoderShape:
     sliding_window: int = 0
     head_size: int = 0
     tied: bool = False
+    rope_size: int = 0
+    attention_layers: tuple[int, ...] = ()
+    delta_net: DeltaNetShape | None = None
+    kernel: int = 0
 
     @property
     def arch(self) -> str:
+        if self.attention_layers:
+            return "qwen35" if self.delta_net else "lfm2"
         return "qwen2vl" if self.rope_sections else "gemma3" if self.sliding_window else "llama"
 
     @property
@@ -46,7 +73,8 @@ class EncoderShape:
     """Sizes of a vision encoder and its projector. Others than these are explained by their names.
 
     Attributes:
-        kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "idefics3" (SmolVLM) or "gemma3".
+        kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "qwen3.5" (Qwen3-VL's without DeepStack), "idefics3" (SmolVLM) or
+            "gemma3".
         n_layers: Layers in the file. Stock llama.cpp runs one fewer for CLIP.
         n_merge: Side, in patches, of the square that becomes a token (idefics3, gemma3; Qwen has 2, CLIP 1).
         longest_edge: Pixels of the longer side that idefics3 scales a picture to before it cuts tiles of image_size.
@@ -125,6 +153,22 @@ QWEN25_3B = DecoderShape(
     rope_base=1e6,
     tied=True,
 )
+QWEN35_08B = DecoderShape(
+    n_layers=24,
+    n_embd=1024,
+    n_heads=8,
+    n_heads_kv=2,
+    n_ff=3584,
+    n_vocab=248320,
+    n_ctx=32768,
+    rope_sections=(11, 11, 10, 0),
+    rope_base=1e7,
+    head_size=256,
+    tied=True,
+    rope_size=64,
+    attention_layers=(3, 7, 11, 15, 19, 23),
+    delta_net=DeltaNetShape(n_heads_k=16, n_heads_v=16, d_head=128),
+)
 GEMMA3_4B = DecoderShape(
     n_layers=34,
     n_embd=2560,
@@ -166,6 +210,9 @@ QWEN2_VISION = EncoderShape(
 QWEN25_VISION = EncoderShape(
     image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=3420, kind="qwen2.5vl"
 )
+QWEN35_VISION = EncoderShape(
+    image_size=768, patch_size=16, n_layers=12, n_embd=768, n_heads=12, n_ff=3072, kind="qwen3.5"
+)
 SIGLIP_SO400M_896 = EncoderShape(
     image_size=896, patch_size=14, n_layers=27, n_embd=1152, n_heads=16, n_ff=4304, kind="gemma3", n_merge=4
 )
@@ -193,6 +240,9 @@ SHAPES = {
     ),
     "qwen2.5-vl-3b": ModelShape(
         QWEN25_3B, QWEN25_VISION, "q4_k_m", (896, 896), 1024, "Qwen2.5-VL-3B, 4,096 patches, 1,024 tokens"
+    ),
+    "qwen3.5-0.8b": ModelShape(
+        QWEN35_08B, QWEN35_VISION, "q8_0", (768, 768), 576, "Qwen3.5-0.8B, 2,304 patches, 576 tokens"
     ),
     "gemma-3-4b": ModelShape(
         GEMMA3_4B, SIGLIP_SO400M_896, "q4_k_m", (896, 896), 256, "Gemma-3-4B, 4,096 patches, 256 tokens"

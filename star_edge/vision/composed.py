@@ -274,9 +274,9 @@ class Composer:
             inputs = self.inputs(units, grid, composed)
             if pixels is not None:
                 inputs[PIXELS] = pixels.reshape(r, c, 3, side, side).transpose(2, 0, 3, 1, 4)
-            for name, values in inputs.items():
+            for name in list(inputs):
                 stack.callback(self.encoder.tap.set_input, name, None)
-                self.encoder.tap.set_input(name, values)
+                self.encoder.tap.set_input(name, inputs.pop(name))  # which copies them: a mask can have megabytes
             yield small
 
     # ---- what it makes of it ----

@@ -235,7 +235,7 @@ PROFILES: dict[str, EncoderProfile] = {
     # MobileVLM and MobileVLM V2
     "ldp": _ldp(lambda n: 4 * n, cls_first=_ldp(lambda n: 0)),
     "ldpv2": _ldp(lambda n: 4 * n, cls_first=_ldp(lambda n: 0)),
-    # Qwen2-VL, Qwen3-VL: rows come in groups of 2 x 2 patches, merged in that order
+    # Qwen2-VL (and MinerU 2.5), Qwen3-VL, Qwen3.5: rows come in groups of 2 x 2 patches, merged in that order
     "qwen2vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     "qwen3vl_merger": EncoderProfile(in_turn(4), lambda n: 4 * n),
     # GLM-4.1V, GLM-4.5V, GLM-OCR: the same groups, one kernel of a convolution each (clip_graph_glm4v)
@@ -245,10 +245,10 @@ PROFILES: dict[str, EncoderProfile] = {
     "qwen2.5o": EncoderProfile(_in_windows, lambda n: 4 * n, index_input=WINDOW_INDEX),
     # Gemma 3: squares of 4 x 4 patches are averaged (clip_graph_siglip)
     "gemma3": EncoderProfile(on_raster, lambda n: 16 * n),
-    # SmolVLM and Idefics3: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a chunk
-    # (clip_graph_siglip)
+    # SmolVLM, Idefics3 and granite-docling: squares of 2 x 2 to 4 x 4 patches are shuffled into a token; each tile is a
+    # chunk (clip_graph_siglip)
     "idefics3": EncoderProfile(on_raster, lambda n: 16 * n),
-    # InternVL 2 and 3. This llama.cpp joins CLS last (clip_graph_internvl)
+    # InternVL 2, 3 and 3.5. This llama.cpp joins CLS last (clip_graph_internvl)
     "internvl": _internvl(cls_first=_internvl()),
     # Pixtral and Mistral-Small 3.1: one patch or 2 x 2 for a token, [IMG_BREAK] after each row but the last
     # (clip_graph_pixtral)
@@ -261,7 +261,7 @@ PROFILES: dict[str, EncoderProfile] = {
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
     # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
     "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
-    # LFM2-VL: any image size, 2 x 2 patches of the raster for a token
+    # LFM2-VL and LFM2.5-VL: any image size, 2 x 2 patches of the raster for a token
     "lfm2": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
 }
 
@@ -289,7 +289,8 @@ def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
     """Marks rows that are bit-identical to other rows but adjacent to none of them, (n_tokens,) bool.
 
     Image content repeats exactly only within an area of one colour, and its tokens are neighbours. A row that repeats
-    elsewhere is a learned constant, such as a row end.
+    elsewhere is a learned constant, such as a row end. If most rows repeat, it is the image that does (an overview and
+    the one tile of a small picture), and none is marked.
 
     embeddings: (n_tokens, n_embd) float32.
     """
@@ -302,4 +303,4 @@ def repeated_rows(embeddings: np.ndarray) -> np.ndarray:
     for g in np.flatnonzero(counts > 1):
         members = np.flatnonzero(group == g)
         special[members] = np.diff(members).min() > 1 and (rows[members] == rows[members[0]]).all()
-    return special
+    return special if 2 * special.sum() <= len(rows) else np.zeros(len(rows), bool)

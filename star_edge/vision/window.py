@@ -145,12 +145,16 @@ class ComposedWindow:
                 assert small.grid is not None  # `composed` has made sure of it
                 composed = small.grid
         rows_of = g.rows(composed)[np.argsort(order)]  # of each unit, ascending
-        states = hidden[rows_of]
+        if np.array_equal(rows_of.ravel(), np.arange(n_rows)):  # in order: no copy
+            states, planes_of = (
+                hidden.reshape(*rows_of.shape, n_embd),
+                extra.reshape(len(planes), *rows_of.shape, n_embd),
+            )
+        else:
+            states, planes_of = hidden[rows_of], extra[:, rows_of]
         attention = outcome.attention[0][rows_of].mean(axis=1) if outcome.attention else None
         vectors = states.mean(axis=1)
-        return FirstPass(
-            chunk, layer, np.sort(order), vectors, attention, outcome.score_seconds, states, extra[:, rows_of]
-        )
+        return FirstPass(chunk, layer, np.sort(order), vectors, attention, outcome.score_seconds, states, planes_of)
 
     def rest(self, first: FirstPass, kept: np.ndarray, attention: str | None) -> UnitFeatures:
         g, chunk = self.composer.geometry, first.chunk

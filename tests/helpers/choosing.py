@@ -23,11 +23,12 @@ def by_score(seen, n):
 
 def generate(context, state, n):
     """Greedy continuation through llama_cpp's own decode path, with the tap's position shift."""
-    context.tap.set_position_shift(state.n_cells, state.next_position - state.n_cells)
+    first = state.n_cells + state.gap
+    context.tap.set_position_shift(first, state.next_position - first)
     out, history, tokens = state.logits, [state.logits], []
     for i in range(n):
         tokens.append(int(out.argmax()))
         context.tap.begin()
-        out = stock.decode(context.llama, tokens=tokens[-1:], positions=[state.n_cells + i])
+        out = stock.decode(context.llama, tokens=tokens[-1:], positions=[first + i])
         history.append(out)
     return history, tokens

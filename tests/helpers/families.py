@@ -14,8 +14,10 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
+from helpers import gpu
 from star_edge import StarVLM
 from star_edge.decoder.prefill import Seen
+from star_edge.llamacpp.context import EXPERTS_IN_HOST_MEMORY
 from star_edge.llamacpp.gguf import read_gguf_info
 from star_edge.pruning.selection import Selection, top_k
 from star_edge.rows import Rows, Segment
@@ -128,10 +130,16 @@ class Fixture:
         self.facts = json.loads((folder / "expected.json").read_text())
         self.title = self.facts.get("title", folder.name)
         self.vision_problem, self.decoder_problem = self.facts["vision_stage"], self.facts["decoder_stage"]
+        in_host_memory = gpu.PLACEMENT in ("half", "encoder") and not self.decoder_problem and gpu.n_experts(self.text)
+        if in_host_memory:
+            self.decoder_problem = EXPERTS_IN_HOST_MEMORY
         self.repaired = self.facts["encoder"] == "repaired"
         with np.load(folder / "expected.npz") as data:
             self._arrays = dict(data)
         self.prompts = [self._prompt(i, facts) for i, facts in enumerate(self.facts["prompts"])]
+        if in_host_memory:
+            for prompt in self.prompts:
+                prompt.cases = [case for case in prompt.cases if case.layer is None]
 
     @property
     def projector(self) -> str:

@@ -8,10 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from star_edge.rows import Rows, Segment
-from star_edge.synthetic import DecoderShape, EncoderShape
+from star_edge.synthetic import DecoderShape, DeltaNetShape, EncoderShape
 
 LLAMA = DecoderShape(n_layers=8, n_embd=256, n_heads=8, n_heads_kv=2, n_ff=256)
 QWEN2VL = DecoderShape(n_layers=8, n_embd=256, n_heads=8, n_heads_kv=4, n_ff=256, rope_sections=(4, 6, 6, 0))
+QWEN35 = DecoderShape(
+    n_layers=9,
+    n_embd=256,
+    n_heads=4,
+    n_heads_kv=2,
+    n_ff=256,
+    rope_sections=(3, 3, 2, 0),
+    rope_size=16,
+    head_size=64,
+    attention_layers=(1, 3, 4, 7),
+    delta_net=DeltaNetShape(n_heads_k=2, n_heads_v=4, d_head=32),
+)
+LFM2 = DecoderShape(n_layers=9, n_embd=256, n_heads=8, n_heads_kv=2, n_ff=256, attention_layers=(1, 3, 4, 7), kernel=3)
 CLIP = EncoderShape(image_size=98, patch_size=14, n_layers=4, n_embd=64, n_heads=4, n_ff=128)
 QWEN2VL_VISION = EncoderShape(image_size=112, patch_size=14, n_layers=3, n_embd=64, n_heads=4, n_ff=128, kind="qwen2vl")
 
@@ -27,6 +40,18 @@ class Models:
     @property
     def mrope(self) -> bool:
         return self.shape.rope_sections is not None
+
+    def at(self, *layers: int) -> list[int]:
+        """For each layer the one with attention that is nearest to it and later than the one before; those for which
+        there is none are left out.
+        """
+        usable = [k for k in self.shape.attention_layers or range(self.shape.n_layers) if k]
+        found: list[int] = []
+        for layer in layers:
+            later = [k for k in usable if not found or k > found[-1]]
+            if later:
+                found.append(min(later, key=lambda k: (abs(k - layer), k)))
+        return found
 
 
 @dataclass

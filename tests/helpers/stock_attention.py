@@ -60,7 +60,9 @@ class Reader:
 
     @contextmanager
     def layer(self, index: int):
-        """Notes the attention of this layer in each decode: `last` is that of the last one."""
+        """Notes the attention of this layer, counted over those that have any, in each decode: `last` is that of the
+        last one.
+        """
         self._layer, self._seen, self.last = index, 0, None
         try:
             yield self
@@ -86,8 +88,8 @@ class Reader:
 
 
 def of_images(reader: Reader, segments, layer: int) -> list[np.ndarray]:
-    """What the text after the last image attends to at `layer`: (n_head, rows of that text, n) for each image of n
-    rows.
+    """What the text after the last image attends to at `layer`, counted over those that have attention: (n_head, rows
+    of that text, n) for each image of n rows.
 
     That text is the last segment and one decode, and the segments' positions have no gaps, which stock would not take.
     """

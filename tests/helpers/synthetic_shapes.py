@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from star_edge.synthetic import SHAPES, DecoderShape, ModelShape
+from star_edge.synthetic import SHAPES, DecoderShape, DeltaNetShape, ModelShape
 
 _ENCODERS = {
     "llava-1.1b": {"image_size": 98},
@@ -11,16 +11,24 @@ _ENCODERS = {
     "smolvlm-500m": {"image_size": 128, "longest_edge": 256},
     "qwen2-vl-2b": {},
     "qwen2.5-vl-3b": {"n_layers": 4, "full_attention_every": 2},
+    "qwen3.5-0.8b": {"image_size": 128},
     "gemma-3-4b": {"image_size": 112},
 }
 _DECODERS = {
     "smolvlm-500m": {"tied": True},
     "qwen2-vl-2b": {"rope_sections": (4, 6, 6, 0), "tied": True},
     "qwen2.5-vl-3b": {"rope_sections": (4, 6, 6, 0), "tied": True},
+    "qwen3.5-0.8b": {
+        "rope_sections": (3, 3, 2, 0),
+        "rope_size": 16,
+        "tied": True,
+        "attention_layers": (2, 4),
+        "delta_net": DeltaNetShape(n_heads_k=2, n_heads_v=4, d_head=32),
+    },
     "gemma-3-4b": {"sliding_window": 512, "head_size": 64, "tied": True},
 }
 # Picture, and the image tokens that the encoder makes of it by hand: (98 / 14)^2; an overview and 2 x 2 crops of that;
-# an overview and 2 x 2 tiles of (128 / 16 / 4)^2; (168 / 28)^2; (112 / 14 / 4)^2
+# an overview and 2 x 2 tiles of (128 / 16 / 4)^2; (168 / 28)^2; (192 / 32)^2; (112 / 14 / 4)^2
 _REQUESTS = {
     "llava-1.1b": ((98, 98), 49),
     "llava-1.5-7b": ((98, 98), 49),
@@ -28,6 +36,7 @@ _REQUESTS = {
     "smolvlm-500m": ((200, 200), 5 * 4),
     "qwen2-vl-2b": ((168, 168), 36),
     "qwen2.5-vl-3b": ((168, 168), 36),
+    "qwen3.5-0.8b": ((192, 192), 36),
     "gemma-3-4b": ((112, 112), 4),
 }
 

@@ -59,6 +59,19 @@ def _schedule() -> list[Method]:
     ]
 
 
+def _late() -> list[Method]:
+    """More of question 1: later layers, more rows, and what rounding alone changes (one row in a hundred dropped)."""
+    return [
+        Method("K = 0.7 L, keep 50%", ((0.7, 0.5),), seen_below=True),
+        Method("K = 0.7 L, keep 25%", ((0.7, 0.25),), seen_below=True),
+        Method("K = 0.7 L, keep 50%, maximum of 5", ((0.7, 0.5),), pool=5, seen_below=True),
+        Method("K = 0.7 L, keep 25%, maximum of 5", ((0.7, 0.25),), pool=5, seen_below=True),
+        Method("K = 0.8 L, keep 50%", ((0.8, 0.5),), seen_below=True),
+        Method("K = 0.9 L, keep 25%", ((0.9, 0.25),), seen_below=True),
+        Method("K = 0.9 L, keep 99%", ((0.9, 0.99),), seen_below=True),
+    ]
+
+
 def _rivals() -> list[Method]:
     """On the test split: the proposed stage against others at equal token-layers, and what no method reaches."""
 
@@ -67,9 +80,12 @@ def _rivals() -> list[Method]:
 
     first = 0.1  # the second or third layer, as FastV
     return [
-        Method("proposed: last row, K = 0.67 L, keep 50%", ((LATE, 0.5),), seen_below=True),
-        Method("proposed: last row, K = 0.67 L, keep 25%", ((LATE, 0.25),), seen_below=True),
+        Method("last row, K = 0.67 L, keep 50%", ((LATE, 0.5),), seen_below=True),
+        Method("last row, K = 0.67 L, keep 25%", ((LATE, 0.25),), seen_below=True),
         Method("last row, K = 0.75 L, keep 25%", ((0.75, 0.25),), seen_below=True),
+        Method("last row, K = 0.8 L, keep 50%", ((0.8, 0.5),), seen_below=True),
+        Method("last row, K = 0.8 L, keep 25%", ((0.8, 0.25),), seen_below=True),
+        Method("K = 0.9 L, keep 99%: rounding", ((0.9, 0.99),), seen_below=True),
         Method("FastV (0.1 L), 75%", ((first, keep(0.75, first)),), seen_below=True),
         Method("random from 0.1 L, 75%", ((first, keep(0.75, first)),), "random", seen_below=True),
         Method("uniform from 0.1 L, 75%", ((first, keep(0.75, first)),), "uniform", seen_below=True),
@@ -85,5 +101,6 @@ EXPERIMENTS: dict[str, list[Method]] = {
     "ranking": _ranking(),
     "representatives": _representatives(),
     "schedule": _schedule(),
+    "late": _late(),
     "rivals": _rivals(),
 }

@@ -1,0 +1,178 @@
+"""Runs layer windows over the segments of a prompt, decode by decode.
+
+Knows segments, layers and what a window leaves. Which cells the rows get is the business of cells.py and hybrid.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..llamacpp.context import DecoderContext
+from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
+from ..rows import Rows, Segment
+from ..stopwatch import Stopwatch
+from .cells import Cells
+
+
+@dataclass
+class WindowEnd:
+    """What a window leaves at its last layer.
+
+    Attributes:
+        hidden: Hidden states, (n, n_embd) float32, or None.
+        cells: KV cells of the rows, (n,) int64.
+        attention: Attention that each row receives from the text, (n,) float32.
+        row_attention: The same for each text row, (n_text, n) float32, or None.
+    """
+
+    hidden: np.ndarray | None
+    cells: np.ndarray
+    attention: np.ndarray
+    row_attention: np.ndarray | None
+
+
+class Windows:
+    """The windows of one prompt.
+
+    Args:
+        context: The decoder.
+        cells: The prompt's KV cells.
+        n_scoring: Rows of text after the last image, whose attention scores.
+        wants_cells: `plain` returns the rows' cells. A recurrent decoder has none.
+        watch: Takes the time of scores.
+    """
+
+    def __init__(
+        self, context: DecoderContext, cells: Cells, n_scoring: int, wants_cells: bool, watch: Stopwatch
+    ) -> None:
+        self.context = context
+        self.cells = cells
+        self.n_scoring = n_scoring
+        self.wants_cells = wants_cells
+        self.watch = watch
+
+    def plain(self, segments: Sequence[Segment], last_has_logits: bool, skip: int = 0) -> np.ndarray:
+        """Window [0, L): ordinary decodes, with the true positions. Returns the rows' cells, if they are asked for.
+
+        skip: rows at the beginning, in whole decodes, that are in the cache already.
+        """
+        cells: list[Any] = []
+        at = 0
+        for s, segment in enumerate(segments):
+            for rows, is_last in self.chunks(segment):
+                at += len(rows)
+                if at <= skip:
+                    continue
+                wants = last_has_logits and is_last and s == len(segments) - 1
+                plan = Plan(want_cells=self.wants_cells)
+                outcome = self.decode(rows, plan, "prefill", segment.causal, wants)
+                cells += [outcome.cells] if plan.want_cells else []
+        return np.concatenate(cells) if cells else np.empty(0, np.int64)
+
+    def run(
+        self,
+        segments: Sequence[Segment],
+        first: int,
+        last: int,
+        inject: np.ndarray | None,
+        text_rows: str,
+        joined: bool = False,
+        known: np.ndarray | None = None,
+    ) -> WindowEnd:
+        """Window [first, last) over the segments, from the hidden states `inject` (n, n_embd) when first > 0.
+
+        text_rows: see DecoderStage. joined: see `decodes`. known: states (n, n_embd) that the first rows leave at
+        `last`: they come back to their cells and are not computed.
+        """
+        ctx = self.context
+        n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
+        hidden = None if is_end else np.empty((n_rows, ctx.n_embd), np.float32)
+        cells = np.empty(n_rows, np.int64)
+        columns = np.zeros(ctx.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
+        lines: list[np.ndarray] = []
+        n_scoring, n_known, at = self.n_scoring, 0 if known is None else len(known), 0
+        for rows, causal in self.decodes(segments, joined):
+            n, is_final = len(rows), at + len(rows) == n_rows
+            plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
+            if first > 0:
+                assert inject is not None
+                plan.inject = inject[at : at + n]
+            if at < n_known:  # whole decodes, and none that scores: reuse.common_rows
+                assert known is not None and hidden is not None
+                plan.window, plan.inject = (last, last, ctx.n_layers), known[at : at + n]
+                hidden[at : at + n] = plan.inject
+            elif not is_end:
+                assert hidden is not None
+                plan.hidden = hidden[at : at + n]
+                n_taken = int(is_final) if text_rows == "last" else min(n, max(0, at + n - (n_rows - n_scoring)))
+                weight = 1.0 if text_rows == "last" else n_taken / n_scoring
+                if n_taken:
+                    reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
+                    taken = (n - n_taken, n_taken, 1)
+                    plan.attention = AttentionRead(
+                        [last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads
+                    )
+            outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", causal, logits=is_end and is_final)
+            self.cells.decoded()
+            assert outcome.cells is not None  # want_cells
+            cells[at : at + n] = outcome.cells
+            for attention in outcome.attention:
+                lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
+                columns[: attention.shape[-1]] += weight * (
+                    attention if attention.ndim == 1 else attention.mean(axis=0)
+                )
+            self.watch.take("decoder_scores", outcome.score_seconds)
+            at += n
+            if first == 0 and at == n_rows - n_scoring:
+                self.cells.read_images()
+
+        def at_cells(line: np.ndarray) -> np.ndarray:
+            at_rows: np.ndarray = np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
+            return at_rows
+
+        return WindowEnd(
+            hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None
+        )
+
+    def decodes(self, segments: Sequence[Segment], joined: bool) -> Iterator[tuple[Rows, bool]]:
+        """Rows of each decode of a window, and whether they are causal.
+
+        A segment is a decode of its own, as on stock llama.cpp: kernels round differently for another number of rows
+        (the CPU's flash attention changes its accumulator at 64).
+
+        joined: consecutive segments share a decode. The result is then not bit-identical to stock, and each row costs
+        less. The CPU's kernels take 16 rows at a time, and a row left over costs nearly as much as two of those
+        (measured, Q4_K on AVX2). A GPU is hardly busy with so few rows. Images whose rows attend to each other are
+        never joined, and the last segment stays apart where Cells.resumes_apart says so.
+        """
+        runs: list[list[Segment]] = []
+        for segment in segments:
+            is_apart = self.cells.resumes_apart and segment is segments[-1]
+            if joined and runs and segment.causal and runs[-1][-1].causal and not is_apart:
+                runs[-1].append(segment)
+            else:
+                runs.append([segment])
+        for run in runs:
+            whole = run[0] if len(run) == 1 else Segment(self.context.join([s.rows for s in run]))
+            for rows, _ in self.chunks(whole):
+                yield rows, run[0].causal
+
+    def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
+        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether each is the last."""
+        n = len(segment.rows)
+        return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
+
+    def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False) -> Outcome:
+        if not causal:
+            self.context.set_causal(False)
+        try:
+            outcome = self.context.decode(rows, self.cells.n_cells + self.cells.gap, plan, what, logits)
+        finally:
+            if not causal:
+                self.context.set_causal(True)
+        self.cells.n_cells += len(rows)
+        return outcome
