@@ -23,6 +23,32 @@ _PICTURES = 64  # of which a replica tells Ray; its cache of encoder outputs is 
 _AT_ONCE = 2  # requests at a replica: one is answered, and the next is there. Others wait at the front
 
 
+_running: set[asyncio.Task[Any]] = set()  # asyncio itself may forget a task that nobody waits for
+
+
+async def messages_of(app: Any, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
+    """The ASGI messages with which an app answers a request. Closing it tells the app that the client has left."""
+    messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    left = asyncio.Event()
+    parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Message:
+        for part in parts:
+            return part
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    task = asyncio.create_task(app(scope, receive, messages.put))
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+    task.add_done_callback(lambda _: messages.put_nowait(None))
+    try:
+        while (message := await messages.get()) is not None:
+            yield message
+    finally:
+        left.set()
+
+
 class _Replica:
     """One server: `make_app`'s, called in its process."""
 
@@ -36,26 +62,12 @@ class _Replica:
         return picture
 
     async def answer(self, scope: dict[str, Any], body: bytes, picture: str) -> AsyncGenerator[Message, None]:
-        """The ASGI messages that answer a request. Closing it tells the app that the client has left."""
+        """What the server answers, as ASGI messages."""
         if picture:
             await self.hold(picture)
-        messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        left = asyncio.Event()
-        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Message:
-            for part in parts:
-                return part
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        running = asyncio.create_task(self._app(scope, receive, messages.put))  # type: ignore[arg-type]
-        running.add_done_callback(lambda _: messages.put_nowait(None))
-        try:
-            while (message := await messages.get()) is not None:
+        async with contextlib.aclosing(messages_of(self._app, scope, body)) as messages:
+            async for message in messages:
                 yield message
-        finally:
-            left.set()
 
 
 @contextlib.contextmanager

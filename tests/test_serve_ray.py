@@ -1,5 +1,6 @@
 """star-edge serve --ray: the front of several servers; replicas on a local Ray, of which one is killed under load."""
 
+import asyncio
 import collections
 import json
 import random
@@ -13,6 +14,7 @@ import pytest
 from helpers.serving import Server, data_url, message
 from starlette.testclient import TestClient
 
+from star_edge.serve_ray import messages_of
 from star_edge.server.front import ServerLostError, make_front, picture_name
 from star_edge.server.settings import Policy
 
@@ -95,6 +97,24 @@ def test_a_picture_has_one_name():
     assert name and name == picture_name(body_of(a, b, stream=True)) != picture_name(body_of(b))
     for odd in (b"", b"[" * 10**5, b"{}", b'{"messages": 1}', body_of(), body_of(a, unknown=1)):
         assert picture_name(odd) == ""
+
+
+def test_an_app_is_told_that_the_client_has_left():
+    heard = []
+
+    async def app(scope, receive, send):
+        heard.append((await receive())["body"])
+        await send(start("stream"))
+        heard.append((await receive())["type"])
+
+    async def talk():
+        messages = messages_of(app, {"type": "http"}, b"a body")
+        assert (await anext(messages))["type"] == "http.response.start"
+        await messages.aclose()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(talk())
+    assert heard == [b"a body", "http.disconnect"]
 
 
 # ---- on Ray ----
