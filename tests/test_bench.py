@@ -286,7 +286,6 @@ def test_shapes_run(name, tmp_path):
     # one between rows
     extra = {
         "qwen2-vl-2b": 2,
-        "qwen3.5-0.8b": 2,
         "qwen2.5-vl-3b": 2,
         "qwen3.5-0.8b": 2,
         "gemma-3-4b": 2,
