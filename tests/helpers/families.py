@@ -148,7 +148,7 @@ class Fixture:
     @property
     def tokens_differ(self) -> bool:
         """Whether this libmtmd makes other tokens of the prompts."""
-        return IS_0_3_35 and self.name == "lfm2-vl"
+        return IS_0_3_35 and self.projector == "lfm2"
 
     def features_differ(self, prompt: Prompt) -> list[bool]:
         """For each image of a prompt, whether this llama.cpp gives other features than transformers."""
