@@ -168,7 +168,11 @@ def test_pictures_of_reports(vlm):
             report.picture(refvlm.DEMO_IMAGE, **arguments)
 
 
-@pytest.mark.parametrize("returned", [np.zeros(5, np.float32), "x", None, object(), [[1.0], [2.0, 3.0]]], ids=repr)
+@pytest.mark.parametrize(
+    "returned",
+    [np.zeros(5, np.float32), "x", None, object(), [[1.0], [2.0, 3.0]]],
+    ids=["array", "str", "None", "object", "ragged"],
+)
 def test_what_logits_processors_return(vlm, returned):
     with pytest.raises(errors.ConfigError, match="logits_processor returned"):
         vlm.generate("x", logits_processor=[lambda tokens, logits: returned], max_tokens=2)
