@@ -15,11 +15,11 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
 
-# Two processes, each a file at a time. Threads of tiny models wait for each other more than they compute: they sleep
-# meanwhile (OMP_WAIT_POLICY), and leave the core to the other process.
+# Two processes, each a file at a time, and each with one thread of OpenMP: threads of tiny models wait for each other
+# more than they compute.
 JOBS := 2
 test: $(VENV)/installed-tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
+	OMP_THREAD_LIMIT=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
 
 # What `make test` leaves out: minutes of it, and a model of 670 MB in a temporary folder
 test-slow: $(VENV)/installed-tests
