@@ -10,6 +10,7 @@ from .answers import Answer, AnswerStream
 from .chat_handler import StarChatHandler
 from .engine import StarVLM
 from .errors import StarEdgeError
+from .io.video import Video
 from .llamacpp.mtmd import MEDIA_MARKER
 from .pruning.config import PRESETS, PruneConfig
 from .report import ImageReport, PruneReport
@@ -31,6 +32,7 @@ __all__ = [
     "StarChatHandler",
     "StarEdgeError",
     "StarVLM",
+    "Video",
     "__version__",
 ]
 

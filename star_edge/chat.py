@@ -18,12 +18,16 @@ import jinja2
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from .errors import PromptError, UnsupportedModelError
+from .errors import ConfigError, PromptError, UnsupportedModelError
+from .frame_texts import frame_texts
+from .io.image_limits import ImageLimits
+from .io.video import Frames, Video, VideoFrame, read_video
 from .llamacpp.mtmd import MEDIA_MARKER
 from .llamacpp.vocabulary import apply_template, template_names, token_text
 from .messages import (
     Message,
     Picture,
+    VideoPart,
     find_placeholder,
     parsed,
     place_images,
@@ -112,6 +116,7 @@ class ChatFormat:
 
     def __init__(self, llama: Llama, template: str | PathLike[str] | None = None, projector: str | None = None) -> None:
         self._llama = weakref.ref(llama)  # it owns the handler, which owns this
+        self._projector = projector
         own = llama.metadata.get("tokenizer.chat_template")
         found = find_template(template) if template is not None else own or _OF_FAMILY.get(projector or "")
         self.exists = bool(found)
@@ -221,7 +226,9 @@ class ChatFormat:
         if not self.exists:
             raise UnsupportedModelError("the model has no chat template", _REMEDY)
 
-    def prepare(self, messages: Any, options: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], list[Any]]:
+    def prepare(
+        self, messages: Any, options: Mapping[str, Any] = {}, limits: ImageLimits = ImageLimits()
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
         """Brings messages into the form that the template takes.
 
         If the template has no system messages, their text joins the user's. If it has no role `developer`, such
@@ -230,13 +237,16 @@ class ChatFormat:
         Args:
             messages: As in Llama.create_chat_completion.
             options: What else the template gets (tools, ...).
+            limits: What frames of videos may cost.
 
         Returns:
-            The messages, with a marker for each image; and the images' sources, in the order of the markers.
+            The messages, with a marker for each image; and the images' sources, in the order of the markers. A video
+            becomes its frames, each a `VideoFrame`, with the texts that the family writes around them.
 
         Raises:
             UnsupportedModelError: There is no template.
             PromptError: A message cannot be read, or the template would not show a text or an image.
+            ImageError: A video cannot be read, or is over the limits.
         """
         self.check_exists()
         read = read_messages(messages)
@@ -245,11 +255,32 @@ class ChatFormat:
                 message.role = "system"
             _modern(message)
             place_images(message, self.is_token)
+        self._place_frames(read, limits)
         if not self.forms["system"] and any(message.role == "system" for message in read):
             read = system_to_user(read)
         read = tools_to_text(read, calls=not self.takes_calls, results=not self.forms["tool"])
         self._check(read, options)
         return [self._message(message, message.parts) for message in read], [p.source for m in read for p in m.pictures]
+
+    def _place_frames(self, messages: Sequence[Message], limits: ImageLimits) -> None:
+        """Puts the frames of each video in its place."""
+        n_videos = 0
+        for message in messages:
+            parts: list[str | Picture] = []
+            for part in message.parts:
+                if not isinstance(part, VideoPart):
+                    parts.append(part)
+                    continue
+                frames = _frames(part, limits)
+                before, after = self._frame_texts(frames)
+                for text, pixels in zip(before, frames.pictures):
+                    parts += [*([text] if text else []), Picture(VideoFrame(pixels, n_videos))]
+                parts += [after] if after else []
+                n_videos += 1
+            message.parts = parts
+
+    def _frame_texts(self, frames: Frames) -> tuple[list[str], str]:
+        return frame_texts(self._projector, len(frames.pictures), frames.seconds, frames.duration)
 
     def _message(self, message: Message, parts: Sequence[str | Picture]) -> dict[str, Any]:
         texts = [MEDIA_MARKER if isinstance(part, Picture) else part for part in parts]
@@ -311,16 +342,20 @@ class ChatFormat:
 
     # ---- text ----
 
-    def format(self, prompt: str, n_images: int) -> str:
-        """The prompt as one user message.
+    def format(self, prompt: str, n_images: int, videos: Mapping[int, Frames] = {}) -> str:
+        """The prompt as one user message, with a marker for each image and for each frame of a video.
 
-        Images stand where the prompt has markers or placeholders for all of them, otherwise first.
+        Images stand where the prompt has markers or placeholders for all of them, otherwise first. videos: those of the
+        n_images that are videos, by index.
 
         Raises:
             UnsupportedModelError: There is no template.
             PromptError: The numbers of markers and images differ, or the template refuses the message.
         """
-        parts: list[Any] = [{"type": "image", "image": i} for i in map(str, range(n_images))]
+        parts: list[Any] = [
+            {"type": "video", "video": videos[i]} if i in videos else {"type": "image", "image": str(i)}
+            for i in range(n_images)
+        ]
         if MEDIA_MARKER in prompt and prompt.count(MEDIA_MARKER) != n_images:
             raise PromptError(
                 f"the prompt has {prompt.count(MEDIA_MARKER)} image markers for {n_images} images",
@@ -330,6 +365,26 @@ class ChatFormat:
             parts.append({"type": "text", "text": prompt})
         messages, _ = self.prepare([{"role": "user", "content": parts if n_images else prompt}])
         return self.render(messages)
+
+    def mark(self, prompt: str, n_images: int, videos: Mapping[int, Frames] = {}) -> str:
+        """A whole prompt, in no template, with a marker for each image and for each frame of a video.
+
+        Placeholders are taken for images if there is one for each and no marker.
+        """
+        name = None if MEDIA_MARKER in prompt else find_placeholder([prompt], n_images)
+        if name is not None:
+            prompt = prompt.replace(name, MEDIA_MARKER)
+        pieces = prompt.split(MEDIA_MARKER)
+        if not videos or len(pieces) != n_images + 1:  # whoever counts the markers says so
+            return prompt
+        text = pieces[0]
+        for i, piece in enumerate(pieces[1:]):
+            if i in videos:
+                before, after = self._frame_texts(videos[i])
+                text += "".join(one + MEDIA_MARKER for one in before) + after + piece
+            else:
+                text += MEDIA_MARKER + piece
+        return text
 
     def one_turn(self) -> str:
         """Jinja source for one message of the user. Written anew for a template that llama.cpp knows by name."""
@@ -363,10 +418,15 @@ class ChatFormat:
         return apply_template(self.name, [(m["role"], m["content"]) for m in messages])
 
 
-def mark_raw(prompt: str, n_images: int) -> str:
-    """Turns placeholders of a whole prompt into markers, if there is one for each image and no marker."""
-    name = None if MEDIA_MARKER in prompt else find_placeholder([prompt], n_images)
-    return prompt if name is None else prompt.replace(name, MEDIA_MARKER)
+def _frames(part: VideoPart, limits: ImageLimits) -> Frames:
+    if isinstance(part.source, Frames):
+        return part.source
+    video = part.source if isinstance(part.source, Video) else None
+    try:
+        video = video or Video(part.source, part.count, part.rate)
+    except ConfigError as error:
+        raise PromptError(f"a video of the messages: {error.cause}", error.remedy) from error
+    return read_video(video, limits)
 
 
 def _modern(message: Message) -> None:

@@ -29,6 +29,7 @@ from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, check_pixels, load_image
+from .io.video import VideoFrame
 from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.guarded import GuardedLlama, check_length, request_of
@@ -331,7 +332,7 @@ class StarChatHandler(ChatHook):
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """Messages for the template, and the sources of the images."""
         assert self._chat is not None  # since `attach`
-        prepared, images = self._chat.prepare(messages, template_options(options))
+        prepared, images = self._chat.prepare(messages, template_options(options), self.image_limits)
         if self._chat.source is None:  # llama.cpp renders it: MTMDChatHandler's template prints the result as it is
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
@@ -370,7 +371,11 @@ class StarChatHandler(ChatHook):
         Raises:
             ImageError: The image cannot be read, or is over the limits.
         """
-        pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
+        frame: Any = image_url  # of a video, which `_prepare` has read
+        if isinstance(frame, VideoFrame):
+            pixels = frame.pixels
+        else:
+            pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
         return pixels if self._request is None else self._request.fit(pixels)
 
     def count_tokens(self, image_url: str, image_max_tokens: Keep = 1.0) -> int:
@@ -409,7 +414,9 @@ class StarChatHandler(ChatHook):
     def read_chunks(self, chunks: object) -> None:
         request = self._request
         assert request is not None
-        state = request.read(Prompt(self._vision.chunks(chunks)))
+        prompt = Prompt(self._vision.chunks(chunks))
+        prompt.join_frames([source.video if isinstance(source, VideoFrame) else None for source in self._images])
+        state = request.read(prompt)
         request.hand_over(state)
         self.last_request, self.last_report = request, request.report
         request.answered[0].start()

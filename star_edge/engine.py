@@ -18,12 +18,13 @@ from llama_cpp import Llama
 
 from .answers import Answer, AnswerStream
 from .arguments import Range, checked
-from .chat import ChatFormat, mark_raw
+from .chat import ChatFormat
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
 from .inspection import Inspection, read_decoder, read_encoder
 from .io.configs import resolve_prune
 from .io.images import ImageLimits, ImageSource, check_pixels, load_image
+from .io.video import Frames, Video, read_video
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.gguf_check import read_lora, read_text_model
 from .llamacpp.guarded import check_length, check_options, request_of
@@ -201,7 +202,7 @@ class StarVLM:
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         max_tokens: int | None = 256,
         *,
@@ -215,7 +216,7 @@ class StarVLM:
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         max_tokens: int | None = 256,
         *,
@@ -229,7 +230,7 @@ class StarVLM:
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         max_tokens: int | None = 256,
         *,
@@ -243,7 +244,7 @@ class StarVLM:
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         max_tokens: int | None = 256,
         *,
@@ -261,7 +262,8 @@ class StarVLM:
             prompt: The question. Images stand before it, or where it has markers (star_edge.MEDIA_MARKER), one for each
                 image. `<image>` and other models' placeholders count as markers if there are as many as images, and are
                 text otherwise.
-            images: Paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs (`load_image`).
+            images: Paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs (`load_image`), and
+                videos (`Video`).
             prune: A PruneConfig, a preset's name, the path of a .json file of `star-edge tune`, or None for stock
                 behaviour on the same code path.
             max_tokens: Most tokens of the answer. None: until the context is full.
@@ -304,7 +306,7 @@ class StarVLM:
     def read_prompt(
         self,
         prompt: str,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
         prune: PruneConfig | str | None = DEFAULT_PRESET,
         *,
         chat: bool = True,
@@ -329,8 +331,9 @@ class StarVLM:
         return state, request.report
 
     @checked(skip=("image",))
-    def count_tokens(self, image: ImageSource, image_max_tokens: Keep = 1.0) -> int:
-        """Counts the image tokens of a picture, without encoding it. A stream that is under way goes on.
+    def count_tokens(self, image: ImageSource | Video, image_max_tokens: Keep = 1.0) -> int:
+        """Counts the image tokens of a picture, or of a video's frames, without encoding it. A stream that is under way
+        goes on.
 
         Args:
             image: As for `generate`.
@@ -348,16 +351,20 @@ class StarVLM:
         config = PruneConfig(image_max_tokens=image_max_tokens)
         with self._lock:
             self._check_open()
-            pixels = self._reader.fit(load_image(image, self.image_limits), config).pixels
-            return self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
+            n_tokens = 0
+            for picture in self._load(image):
+                for frame in picture.pictures if isinstance(picture, Frames) else (picture,):
+                    pixels = self._reader.fit(frame, config).pixels
+                    n_tokens += self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
+            return n_tokens
 
     @checked(skip=("prompt",))
-    def tokenize(self, prompt: str, pictures: Sequence[np.ndarray], *, chat: bool = True) -> Prompt:
+    def tokenize(self, prompt: str, pictures: Sequence[np.ndarray | Frames], *, chat: bool = True) -> Prompt:
         """Splits a prompt into chunks.
 
         Args:
             prompt: As for `generate`.
-            pictures: Pixels, (h, w, 3) uint8 each.
+            pictures: Pixels, (h, w, 3) uint8 each, or frames of a video.
             chat: As for `generate`.
 
         Returns:
@@ -367,23 +374,32 @@ class StarVLM:
             StarEdgeError: As for `generate`.
         """
         self._check_open()
-        pictures = [check_pixels(picture) for picture in pictures]
+        videos = {i: picture for i, picture in enumerate(pictures) if isinstance(picture, Frames)}
+        pixels: list[np.ndarray] = []
+        of_video: list[int | None] = []  # of each of them
+        for i, picture in enumerate(pictures):
+            frames = picture.pictures if isinstance(picture, Frames) else (picture,)
+            pixels += [check_pixels(frame) for frame in frames]
+            of_video += [i if i in videos else None] * len(frames)
         check_text(prompt, "the prompt")
         if pictures and self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
         check_length(self.llama, prompt)
-        text = self._chat.format(prompt, len(pictures)) if chat else mark_raw(prompt, len(pictures))
+        place = self._chat.format if chat else self._chat.mark
+        text = place(prompt, len(pictures), videos)
         if self.encoder is None:
             return Prompt(
                 [TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))]
             )
-        return self.encoder.tokenize(text, pictures)
+        tokenized = self.encoder.tokenize(text, pixels)
+        tokenized.join_frames(of_video)
+        return tokenized
 
     @checked(skip=("prompt", "images"))
     def inspect(
         self,
         prompt: str,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
         *,
         decoder_layers: Sequence[int] = (),
         encoder_layers: Sequence[int] = (),
@@ -409,7 +425,7 @@ class StarVLM:
         """
         with self._turn():
             self.decoder.clear()
-            pictures = [load_image(source, self.image_limits) for source in self._image_list(images)]
+            pictures = list(self._load(images))
             tokenized = self.tokenize(prompt, pictures, chat=chat)
             try:
                 plan, _ = self._reader.plan(tokenized, None)
@@ -461,22 +477,39 @@ class StarVLM:
                 yield start
 
     def _read(
-        self, prompt: str, images: Sequence[ImageSource] | ImageSource, prune: PruneConfig | str | None, chat: bool
+        self,
+        prompt: str,
+        images: Sequence[ImageSource | Video] | ImageSource | Video,
+        prune: PruneConfig | str | None,
+        chat: bool,
     ) -> tuple[Request, Prefill]:
         """Reads a prompt, as a request of its own."""
         config = resolve_prune(prune)
         with self._turn() as start:
             request = Request(self._reader, self._lock, config, start)
-            pictures = [request.fit(load_image(source, self.image_limits)) for source in self._image_list(images)]
+            pictures: list[np.ndarray | Frames] = []
+            for picture in self._load(images):
+                if isinstance(picture, Frames):
+                    pictures.append(picture.with_pictures([request.fit(frame) for frame in picture.pictures]))
+                else:
+                    pictures.append(request.fit(picture))
             return request, request.read(self.tokenize(prompt, pictures, chat=chat))
 
+    def _load(self, images: Sequence[ImageSource | Video] | ImageSource | Video) -> Iterator[np.ndarray | Frames]:
+        """The pixels of each image, and the frames of each video."""
+        for source in self._image_list(images):
+            if isinstance(source, Video):
+                yield read_video(source, self.image_limits)
+            else:
+                yield load_image(source, self.image_limits)
+
     @staticmethod
-    def _image_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
+    def _image_list(images: Sequence[ImageSource | Video] | ImageSource | Video) -> list[ImageSource | Video]:
         if images is None:
             return []
         is_one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or hasattr(
             images, "read"
         )
         if is_one or not isinstance(images, Iterable):
-            return [cast(ImageSource, images)]  # one image needs no list
-        return list(cast(Iterable[ImageSource], images))
+            return [cast(ImageSource | Video, images)]  # one image needs no list
+        return list(cast(Iterable[ImageSource | Video], images))

@@ -71,6 +71,7 @@ _IMAGE_TOKENS = (
     "[IMG_BREAK]",
     "[IMG_END]",
 )
+VIDEO_KINDS = ("video_url", "input_video", "video")
 _TEXT_KINDS = ("text", "input_text", "output_text")
 _FORMS = '{"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ...}}'
 
@@ -80,6 +81,19 @@ class Picture:
     """An image of a message. source: a URL or path, bytes, a PIL image or an array, as given."""
 
     source: Any
+
+
+@dataclass(frozen=True)
+class VideoPart(Picture):
+    """A video of a message.
+
+    Attributes:
+        count: Most frames, or None.
+        rate: Frames per second, or None.
+    """
+
+    count: Any = None
+    rate: Any = None
 
 
 @dataclass
@@ -149,8 +163,12 @@ def _read_part(part: Any, where: str) -> str | Picture:
         return check_text(part.get("text"), f"the text of {where}")
     if kind == "refusal":
         return check_text(part.get("refusal"), f"the text of {where}")
+    if kind in VIDEO_KINDS:
+        return _read_video_part(part, where)
     if kind not in ("image_url", "input_image", "image"):
-        raise PromptError(f"{where} is of type {str(kind)[:60]!r}, which is neither text nor an image", f"use {_FORMS}")
+        raise PromptError(
+            f"{where} is of type {str(kind)[:60]!r}, which is neither text nor an image nor a video", f"use {_FORMS}"
+        )
     found = [
         _source(part[name]) for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None
     ]
@@ -159,6 +177,20 @@ def _read_part(part: Any, where: str) -> str | Picture:
         cause = "names several images" if len(found) > 1 else "names no image that can be read"
         raise PromptError(f"{where} ({kind}) {cause} (it has {names})", f"use {_FORMS}")
     return Picture(found[0])
+
+
+def _read_video_part(part: Mapping[str, Any], where: str) -> VideoPart:
+    """A video, as vLLM (video_url) and Qwen's own tools (video, with fps and nframes) write it."""
+    values = [part[name] for name in ("video_url", "video", "url", "path") if part.get(name) is not None]
+    value = values[0] if len(values) == 1 else None
+    if isinstance(value, Mapping):
+        value = value.get("url")
+    if value is None or isinstance(value, (bool, int, float)):
+        raise PromptError(
+            f"{where} ({part.get('type')}) names no video that can be read",
+            'use {"type": "video_url", "video_url": {"url": ...}}, with nframes or fps beside it if you like',
+        )
+    return VideoPart(value, part.get("nframes"), part.get("fps"))
 
 
 def _source(value: Any) -> Any:

@@ -188,7 +188,7 @@ def test_image_parts_of_other_forms(chat, part):
         ({"type": "input_image", "file_id": "file-1"}, "names no image"),
         ({"type": "image", "url": DEMO, "image": OTHER}, "names several images"),
         ({"type": "input_audio", "input_audio": {}}, "'input_audio'"),
-        ({"type": "video", "video": "a.mp4"}, "'video'"),
+        ({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}, "'input_audio'"),
         ({"type": ["image"]}, "neither text nor an image"),
         ({"text": "x"}, "neither text nor an image"),
         ({"type": "text"}, "is a NoneType"),

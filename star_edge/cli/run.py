@@ -11,6 +11,7 @@ from ..answers import AnswerStream
 from ..batch import Settings
 from ..errors import ConfigError, ImageError
 from ..io.json_input import MAX_CHARACTERS
+from ..io.video import MAX_FRAMES, Video
 from ..report import PruneReport
 from .batch import SOME_FAILED, BatchOptions, batch_options, run_batch
 from .options import (
@@ -38,6 +39,18 @@ from .options import (
     multiple=True,
     help="Image file or URL; repeat for several in one request. With --each also a folder or a quoted pattern.",
 )
+@click.option(
+    "--video",
+    "videos",
+    multiple=True,
+    help="Video file, animated GIF, WebP or PNG, or folder of pictures; after the images. Video files need PyAV.",
+)
+@click.option(
+    "--frames",
+    type=click.IntRange(1, MAX_FRAMES),
+    help="Most frames of a video. Default: 8, or all that --fps asks for.",
+)
+@click.option("--fps", type=Number(min=0, max=1000, min_open=True), help="Frames of a video for each second of it.")
 @batch_options
 @model_options
 @prune_options
@@ -53,6 +66,9 @@ from .options import (
 def run(
     prompt: str | None,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
+    frames: int | None,
+    fps: float | None,
     batch: BatchOptions,
     preset: str,
     vision_keep: Any,
@@ -98,6 +114,12 @@ def run(
         )
     if overlay and config is None:
         raise ConfigError("--overlay has nothing to show with --preset off", "use another preset or --vision-keep")
+    if videos and batch.is_wanted:
+        raise ConfigError("--video is for one request, and --each and --tasks make several", "leave out one of them")
+    if not videos and (frames is not None or fps is not None):
+        raise ConfigError("--frames and --fps are for videos", "add --video FILE")
+    if overlay and videos:
+        raise ConfigError("--overlay cannot draw frames of a video", "leave out one of them")
     if overlay and not images:
         raise ImageError("--overlay needs an image", "add --image FILE")
     if overlay:
@@ -113,7 +135,7 @@ def run(
         with in_cli_words():
             answer = vlm.generate(
                 prompt,
-                list(images),
+                [*images, *(Video(path, frames, fps) for path in videos)],
                 config,
                 max_tokens,
                 stream=not as_json,

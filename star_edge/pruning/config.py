@@ -95,7 +95,8 @@ class PruneConfig:
         seen_below: Tokens of the answer see a dropped token in the layers below the stage that dropped it. Its KV cells
             stay taken until the answer ends. False: it leaves the cache of all layers, and the cells are free for the
             answer.
-        budget: "image": each image has its own budget, and its crops share it. "crop": each crop has its own. "prompt":
+        budget: "image": each image has its own budget, and its crops share it; the frames of a video share what they
+            would have had together. "crop": each crop has its own. "prompt":
             all images share one, such as the frames of a video. The vision stage then divides it by what each image
             shows first, the decoder stage by the question's attention. No image gets less than a quarter of an equal
             share.

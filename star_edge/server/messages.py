@@ -10,7 +10,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import PromptError
+from ..errors import ConfigError, PromptError
+from ..io.video import Video
+from ..messages import VIDEO_KINDS
 
 _KEYS = {
     "role",
@@ -30,6 +32,9 @@ _IMAGES = {
     "input_image": ("image_url",),
     "image": ("url", "image", "image_url", "source"),
 }  # type of a part -> the fields that may hold its image
+
+
+_MAX_VIDEOS = 4  # of a request
 
 
 class FieldError(PromptError):
@@ -53,8 +58,8 @@ def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[
         max_parts: Messages and parts at most. Each takes at least one token.
 
     Returns:
-        The messages in one form, with `image_name` in place of each URL and without nulls (but for an assistant's
-        content); and the URLs of the images, in order.
+        The messages in one form, with `image_name` in place of each image's URL, a Video for each video, and without
+        nulls (but for an assistant's content); and the URLs of the images, in order.
 
     Raises:
         FieldError: The first field that cannot be used.
@@ -67,7 +72,11 @@ def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[
             f"{n_parts} messages and parts are more than the context has tokens",
             f"send at most {max_parts}",
         )
-    return [_message(message, f"messages.{i}", urls) for i, message in enumerate(messages)], urls
+    read = [_message(message, f"messages.{i}", urls) for i, message in enumerate(messages)]
+    parts = [part for message in read if isinstance(message["content"], list) for part in message["content"]]
+    if sum(part["type"] == "video" for part in parts) > _MAX_VIDEOS:
+        raise FieldError("messages", f"more than {_MAX_VIDEOS} videos", "send fewer")
+    return read, urls
 
 
 def image_name(number: int) -> str:
@@ -124,11 +133,33 @@ def _part(part: Any, at: str, urls: list[str]) -> dict[str, Any]:
         if not isinstance(text, str):
             raise FieldError(f"{at}.{name}", "missing" if text is None else "not a string", "send text")
         return {"type": "text", "text": text}
+    if kind in VIDEO_KINDS:
+        return {"type": "video", "video": _video(part, kind, at)}
     if not isinstance(kind, str) or kind not in _IMAGES:
         cause = "missing" if kind is None else f"{str(kind)[:60]!r} is not supported"
-        raise FieldError(f"{at}.type", cause, "use text or image_url")
+        raise FieldError(f"{at}.type", cause, "use text, image_url or video_url")
     urls.append(_url(part, kind, at))
     return {"type": "image_url", "image_url": {"url": image_name(len(urls) - 1)}}
+
+
+def _video(part: dict[str, Any], kind: str, at: str) -> Video:
+    """A video part: {"video_url": {"url": U}}, or U alone, with Qwen's nframes and fps beside it."""
+    key = "video_url" if kind == "input_video" and "video_url" in part else kind.removeprefix("input_")
+    value, count, rate = part.pop(key, None), part.pop("nframes", None), part.pop("fps", None)
+    _refuse_more(part, at)
+    if isinstance(value, dict):
+        at, key, value = f"{at}.{key}", "url", dict(value)
+        url = value.pop("url", None)
+        _refuse_more(value, at)
+        value = url
+    if not isinstance(value, str) or value[:5].lower() != "data:":
+        cause = "missing" if value is None else "not a data: URL"
+        raise FieldError(f"{at}.{key}", cause, 'send {"url": "data:video/mp4;base64,..."}')
+    try:
+        return Video(value, count, rate)
+    except ConfigError as error:
+        cause = error.cause.replace("count=", "nframes=").replace("rate=", "fps=")
+        raise FieldError(at, cause, error.remedy) from error
 
 
 def _url(part: dict[str, Any], kind: str, at: str) -> str:

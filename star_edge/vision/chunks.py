@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,7 @@ class ImageChunk:
         picture: Index of its picture in the prompt. A large picture is cut into several chunks (overview and tiles).
         content: Identifies the picture's pixels and the chunk's place in it; "" if unknown.
         size: (height, width) in pixels of what the encoder gets, or None if that is not known.
+        video: Index of the video whose frame it is, or None.
     """
 
     handle: object
@@ -47,6 +49,7 @@ class ImageChunk:
     picture: int = 0
     content: str = ""
     size: tuple[int, int] | None = None
+    video: int | None = None
 
     def positions_at(self, start: int) -> np.ndarray:
         """RoPE positions of its tokens if the first is at `start`."""
@@ -60,6 +63,12 @@ class Prompt:
 
     chunks: list[TextChunk | ImageChunk]
     _handle: object = None
+
+    def join_frames(self, videos: Sequence[int | None]) -> None:
+        """Says which pictures are frames of a video. videos: for each picture the index of its video, or None."""
+        for chunk in self.chunks:
+            if isinstance(chunk, ImageChunk):
+                chunk.video = videos[chunk.picture]
 
     def close(self) -> None:
         if self._handle is not None:

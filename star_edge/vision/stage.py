@@ -47,7 +47,8 @@ class PromptPlan:
     Attributes:
         chunks: The prompt.
         config: What is done, or None for no pruning.
-        groups: Indices of images that share a budget: the crops of each picture, or all images.
+        groups: Indices of images that share a budget: the crops of each picture, the frames of each video, or all
+            images.
         n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
         n_encoder: Tokens of each image that leave the encoder, special ones included: at most that many before the
             images are encoded, for of some of them more can be left out than was asked for, or only fewer.
@@ -99,7 +100,9 @@ def plan_prompt(
         alone = config is not None and config.budget == "crop"
         pictures.setdefault(i if alone else image.picture, []).append(i)
     groups = list(pictures.values())
-    if config is not None and config.budget == "prompt" and images:
+    if config is not None and config.budget == "image":
+        groups = _join_frames(groups, images)
+    elif config is not None and config.budget == "prompt" and images:
         groups = [list(range(len(images)))]
     n_vision = left = [image.n_tokens for image in images] if encoded is None else [len(e.tokens) for e in encoded]
 
@@ -127,6 +130,16 @@ def plan_prompt(
         counts.append((layer, left))
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
     return PromptPlan(chunks, config, groups, n_special, n_encoder, n_vision, counts, n_text)
+
+
+def _join_frames(groups: Sequence[list[int]], images: Sequence[ImageChunk]) -> list[list[int]]:
+    """The groups, with those of one video's frames as one."""
+    joined: dict[tuple[str, int], list[int]] = {}
+    for crops in groups:
+        first = images[crops[0]]
+        key = ("picture", first.picture) if first.video is None else ("video", first.video)
+        joined.setdefault(key, []).extend(crops)
+    return list(joined.values())
 
 
 def encode_images(
