@@ -41,14 +41,10 @@ format-check: $(VENV)/tools
 typecheck: $(VENV)/installed-tests $(VENV)/tools
 	$(BIN)/mypy
 
-# The reference of the public interface, from its docstrings (Google style): HTML in docs/reference
-PUBLIC := star_edge star_edge.errors star_edge.options star_edge.io.configs star_edge.io.hub star_edge.io.images star_edge.pruning.config star_edge.pruning.scorers \
-	star_edge.pruning.representatives star_edge.report star_edge.inspection star_edge.batch
-
-docs: $(VENV)/installed-tests $(VENV)/tools
-	rm -rf docs/reference
-	$(BIN)/python -m pdoc --docformat google --no-show-source --output-directory docs/reference \
-		$(firstword $(PUBLIC)) '!$(firstword $(PUBLIC))\.' $(wordlist 2,99,$(PUBLIC))
+# The site: the README, the pages in docs and the reference of the public interface from its docstrings, in build/site.
+# A link that leads nowhere fails. Nothing is compiled or imported.
+docs: $(VENV)/tools
+	$(BIN)/mkdocs build
 
 # The C core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (Linux, GCC, CMake)
 sanitize: $(VENV)/installed-tests
@@ -77,7 +73,7 @@ check-llama: $(VENV)/installed-tests
 test-wheel: $(VENV)/installed
 	$(BIN)/python tools/test_wheel.py $(PYTHONS)
 
-# The README's table of families: what must hold of each; tests/test_families.py shows that it does
+# The table of families in docs/models.md: what must hold of each; tests/test_families.py shows that it does
 support-table: $(VENV)/installed-tests
 	$(BIN)/python -m pytest tests/test_families.py -k support_table --write-support-table
 

@@ -88,7 +88,7 @@ def star_edge(tmp_path):
     return run
 
 
-# ---- the README's support table (tests/helpers/support.py) ----
+# ---- the support table of docs/models.md (tests/helpers/support.py) ----
 
 FAMILY_RESULTS = pytest.StashKey()
 
@@ -97,7 +97,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-support-table",
         action="store_true",
-        help="write the README's table from what the fixtures say of their families",
+        help="write the table of docs/models.md from what the fixtures say of their families",
     )
 
 

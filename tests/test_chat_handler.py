@@ -1,4 +1,4 @@
-"""StarChatHandler with pruning: the engine's outputs; nothing is left behind; lives, errors and the README's script."""
+"""StarChatHandler with pruning: the engine's outputs; nothing is left behind; lives, errors; the script of its page."""
 
 import base64
 import functools
@@ -6,11 +6,11 @@ import itertools
 import json
 import threading
 import weakref
-from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
+from helpers import pages
 from helpers.chatting import COLOR, DEMO, OTHER, PLATE, ask, assistant, bare, data_url, load, streamed, text_of, user
 from helpers.models import random_image
 from helpers.pictures import png
@@ -613,13 +613,12 @@ def test_no_memory_for_the_context(monkeypatch, fresh):
     llm.close()
 
 
-# ---- the README ----
+# ---- the page ----
 
 
-def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
+def test_script_of_the_page(tmp_path, monkeypatch, capsys):
     """The block after the marker runs as it is, with the reference model in place of the user's files."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    code = readme.split("<!-- executed: script -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    (code,) = pages.executed("docs/chat-handler.md", "script")
     for name, source in (
         ("text.gguf", refvlm.TEXT_MODEL),
         ("mmproj.gguf", refvlm.MMPROJ),
@@ -628,7 +627,7 @@ def test_script_of_the_readme(tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(source)
     monkeypatch.chdir(tmp_path)
     variables = {}
-    exec(compile(code, "README.md", "exec"), variables)
+    exec(compile(code, "docs/chat-handler.md", "exec"), variables)
     printed = capsys.readouterr().out
     assert str(kept("balanced").average) in printed and str(kept("fast").average) in printed
     variables["llm"].close()

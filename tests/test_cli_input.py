@@ -241,7 +241,7 @@ def test_a_batch_without_a_cache_gives_nobody_a_start(star_edge, tmp_path):
 
 
 def test_the_hub_is_there_when_it_is_named():
-    """As the README has it, in a process that has imported nothing else; and not before."""
+    """As docs/hub.md has it, in a process that has imported nothing else; and not before."""
     code = (
         "import sys, star_edge; assert 'star_edge.io.hub' not in sys.modules; assert callable(star_edge.hub.fetch); "
         "assert star_edge.refvlm.TEXT_MODEL.exists(); assert not hasattr(star_edge, 'nope')"

@@ -514,19 +514,19 @@ def test_encoder_stage(fixture, engines):
     assert len(generate(vlm.decoder, state, N_GENERATE)[1]) == N_GENERATE
 
 
-# ---- the README: what it says is of the newest llama-cpp-python ----
+# ---- docs/models.md: what it says is of the newest llama-cpp-python ----
 
 
-@pytest.mark.skipif(IS_0_3_35, reason="the README's table is of a newer llama-cpp-python")
+@pytest.mark.skipif(IS_0_3_35, reason="the table is of a newer llama-cpp-python")
 def test_support_table(request):
-    """The README says of each family what must hold of it."""
+    """The page says of each family what must hold of it."""
     shown = support.table(FIXTURES)
     if request.config.getoption("--write-support-table"):
         support.write(shown)
     assert support.read() == shown, "run `make support-table` and read what changed"
 
 
-@pytest.mark.skipif(IS_0_3_35, reason="the README's table is of a newer llama-cpp-python")
+@pytest.mark.skipif(IS_0_3_35, reason="the table is of a newer llama-cpp-python")
 def test_support_table_is_proven(family_results):
     """Each "yes" has a test behind it that ran. Stands last in this file: it needs the results of all."""
     if not support.is_complete(FIXTURES, family_results):

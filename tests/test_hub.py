@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from helpers import pages
 from helpers.hub_server import COMMIT, Hub, Repository
 
 from star_edge import refvlm
@@ -316,3 +317,13 @@ def test_progress_on_a_terminal(hub, tmp_path):
     os.close(leader)
     assert process.wait(timeout=300) == 0
     assert b"refvlm-Q8_0.gguf" in shown and b"100%" in shown
+
+
+def test_commands_of_the_page(python, tmp_path):
+    """The block runs as it stands, but for the name of the repository."""
+    (block,) = pages.executed("docs/hub.md", "hub")
+    pages.with_users_files(tmp_path)
+    code = "import subprocess, sys; sys.exit(subprocess.run(['bash', '-exc', sys.argv[1]]).returncode)"
+    commands = block.replace("owner/repo", "local/refvlm")
+    done = python(code, commands, PATH=pages.shell_environment()["PATH"])
+    assert done.stderr.count("+ star-edge ") == len(block.splitlines()) == 2

@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from helpers import pages
 from helpers.presets import kept
 from helpers.serving import DEMO, Server, data_url, message
 from PIL import Image
@@ -519,26 +520,26 @@ def test_slow_downloads_hold_up_nobody(monkeypatch):
     assert answers == ["red"] * 12
 
 
-# ---- the README, the page and the end ----
+# ---- the clients of the pages, the page and the end ----
 
 
-def test_client_of_the_readme(server, tmp_path, monkeypatch, capsys):
-    """The block after the marker runs as it is, but for the port; its server is that of the module, with the reference
-    model.
-    """
-    code = (
-        (ROOT / "README.md")
-        .read_text()
-        .split("<!-- executed: server -->", 1)[1]
-        .split("```python\n", 1)[1]
-        .split("```", 1)[0]
-    )
+def run_client(blocks, server, tmp_path, monkeypatch, capsys):
+    """Runs them as they stand, but for the port; the server is that of the module, with the reference model."""
+    (code,) = blocks
     assert "http://127.0.0.1:8000" in code
     (tmp_path / "receipt.png").symlink_to(refvlm.DEMO_IMAGE)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "36.0" in printed and printed.strip().endswith("36.0"), printed
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), "page", "exec"), {})
+    return capsys.readouterr().out
+
+
+def test_client_of_the_page(server, tmp_path, monkeypatch, capsys):
+    printed = run_client(pages.executed("docs/server.md", "server"), server, tmp_path, monkeypatch, capsys)
+    assert "36.0 image tokens per layer" in printed and printed.endswith("36.0 image tokens per layer\n"), printed
+
+
+def test_client_of_the_readme(server, tmp_path, monkeypatch, capsys):
+    assert run_client(pages.executed("README.md", "server"), server, tmp_path, monkeypatch, capsys).strip()
 
 
 def test_the_page_needs_nothing_from_elsewhere(server):

@@ -143,7 +143,7 @@ def run(libraries: Path, placement: str, jobs: int, arguments: Sequence[str]) ->
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         workers = ["-n", str(jobs), "--max-worker-restart", "100000", f"--junitxml={report}"]
-        workers += ["--deselect=tests/test_families.py::test_support_table"]  # what the README says is of processors
+        workers += ["--deselect=tests/test_families.py::test_support_table"]  # docs/models.md speaks of processors
         status = pytest(variables, [*workers, *chosen])
         if not report.exists():
             return False

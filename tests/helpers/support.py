@@ -1,5 +1,5 @@
-"""The README's support table: what must hold of each family on every machine, and which tests of tests/test_families.py
-show it.
+"""The support table of docs/models.md: what must hold of each family on every machine, and which tests of
+tests/test_families.py show it.
 
 The table is made of what the fixtures say their families can have, so it does not change with the processor: where
 something does not hold on one, its own test fails.
@@ -13,7 +13,7 @@ from pathlib import Path
 from star_edge.vision.composed import GEOMETRIES
 from star_edge.vision.row_window import SINGLE, SQUARES
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- support table: begin (make support-table) -->\n", "<!-- support table: end -->"
 
 # column -> the tests that show it, as (function, mode or None for tests without modes)
@@ -95,11 +95,11 @@ def unproven(families: Mapping[str, object], results: Results) -> list[tuple[str
 
 
 def read() -> str:
-    """The table that the README has."""
-    text = README.read_text()
+    """The table that the page has."""
+    text = PAGE.read_text()
     return text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
 
 
 def write(new: str) -> None:
-    text = README.read_text()
-    README.write_text(text[: text.index(BEGIN) + len(BEGIN)] + new + text[text.index(END) :])
+    text = PAGE.read_text()
+    PAGE.write_text(text[: text.index(BEGIN) + len(BEGIN)] + new + text[text.index(END) :])
