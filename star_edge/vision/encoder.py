@@ -263,7 +263,9 @@ class VisionEncoder:
             return TextChunk(raw)
         n = raw.n_tokens
         self._check_size(raw)
-        grid = (raw.ny, raw.nx) if self.mrope and raw.nx * raw.ny == n else self.profile.grid(n, raw.nx, raw.ny)
+        # Slices (MiniCPM-V 4.6) are numbered one after the other beside M-RoPE too, and have no rows and columns then
+        has_rows = self.mrope and raw.nx * raw.ny == n and not raw.positions[0].any()
+        grid = (raw.ny, raw.nx) if has_rows else self.profile.grid(n, raw.nx, raw.ny)
         if grid is None and self.profile.sized_grid:
             grid = self.profile.sized_grid(n, raw.size) if raw.size else None
         special = self.profile.special(n, grid) if self.profile.special else None
@@ -417,7 +419,7 @@ class VisionEncoder:
         return scores
 
     def _run_scored(self, chunk: ImageChunk, attention: str, plan: Plan) -> tuple[Outcome, np.ndarray | None]:
-        max_rows = self.max_rows(chunk)
+        max_rows = (self.profile.n_last_rows or self.profile.n_rows)(chunk.n_tokens)
         for attempt in (1, 2):
             rows = (0, -1, -(-max_rows // MAX_QUERY_ROWS))
             profile = self.profile

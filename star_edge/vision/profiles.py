@@ -147,6 +147,7 @@ class EncoderProfile:
             over their rows. None: there is no such map, and the encoder's attention is not read.
         n_rows: n_rows(n_tokens) is an upper bound of the rows of the encoder's sequence. n_tokens includes special
             tokens.
+        n_last_rows: The same for the layer that is read, where the graph merges rows on its way. None: `n_rows`.
         n_layers: n_layers(metadata) is the expected number of attention layers. The graph itself decides: scores are of
             its last layer without a window mask.
         grid: grid(n_tokens, nx, ny) is (rows, columns) of the ordinary tokens, or None. nx, ny: what libmtmd says.
@@ -171,6 +172,7 @@ class EncoderProfile:
     to_cells: Callable[[np.ndarray], np.ndarray] | None = None
     cls_row: Callable[[int], int] | None = None
     cls_first: EncoderProfile | None = None
+    n_last_rows: Callable[[int], int] | None = None
 
     @property
     def reads_attention(self) -> bool:
@@ -261,6 +263,16 @@ PROFILES: dict[str, EncoderProfile] = {
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
     # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
     "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
+    # MiniCPM-V 4.6: patches are merged 2 x 2 within the encoder, after an attention in windows of them, and once more at
+    # its end (clip_graph_minicpmv4_6)
+    "minicpmv4_6": EncoderProfile(
+        on_raster,
+        lambda n: 16 * n,
+        lambda metadata: all_layers(metadata) + 1,
+        grid=given_grid,
+        sized_grid=plain_grid,
+        n_last_rows=lambda n: 4 * n,
+    ),
     # LFM2-VL and LFM2.5-VL: any image size, 2 x 2 patches of the raster for a token
     "lfm2": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
 }
