@@ -68,6 +68,7 @@ PRINTED = {
     "docs/attention.md": "(8, 22, 22)",
     "docs/presets.md": "36.0 of 144",  # (2 x 72 + 4 x 18) / 6
     "docs/python.md": "36 of 144 image tokens",
+    "docs/video.md": " 288\n",
 }
 
 
