@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import statistics
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import click
@@ -150,3 +157,30 @@ def _print(result: dict[str, Any]) -> None:
     )
     for path in result["overlay"]:
         console.print(f"Kept tokens for the last question: {path}")
+    click.echo(_next_steps())  # not by the console, which would break a long path into lines
+
+
+def program() -> str:
+    """How this command is called from any folder: by name where the shell finds it, else by its path. `make demo` puts
+    it where no shell looks.
+    """
+    own = Path(sysconfig.get_path("scripts"), "star-edge.exe" if os.name == "nt" else "star-edge")
+    found = shutil.which("star-edge")
+    if found and own.exists() and os.path.samefile(found, own):
+        return "star-edge"
+    words = [str(own)] if own.exists() else [sys.executable, "-m", "star_edge"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _next_steps() -> str:
+    call, picture = program(), shlex.quote(str(refvlm.DEMO_IMAGE))
+    return "\n".join(
+        (
+            "",
+            "Next, with a model of yours (docs/first-steps.md goes on from here):",
+            f'  {call} run -m text.gguf --mmproj mmproj.gguf --image receipt.png "What is the total?"',
+            f"  {call} serve -m text.gguf --mmproj mmproj.gguf",
+            "Or with this small one, and any of the questions above:",
+            f'  {call} run --image {picture} "what digit is green?"',
+        )
+    )
