@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import refvlm
 from ..benchmarking import plots
 from ..benchmarking.run import BASELINES, make_request, picture, run, shape_context, shape_request
-from ..benchmarking.summary import table
+from ..benchmarking.summary import tables
 from ..errors import ConfigError, OutputError
 from ..io.images import load_image
 from ..synthetic import SHAPES, model_files
@@ -298,8 +298,9 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _print(result: dict[str, Any], written: list[str]) -> None:
-    console = Console()
-    console.print(table(result))
+    console = make_console()
+    for table in tables(result):
+        print_table(console, table.title, table.header, table.rows)
     hook = result["idle_hook"]
 
     def say(text: str) -> None:
@@ -318,6 +319,6 @@ def _print(result: dict[str, Any], written: list[str]) -> None:
     for note in result["notes"] + sorted(
         {f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}
     ):
-        say(f"note: {note}")
+        say(f"note: {cli_words(note)}")
     for path in written:
         say(f"written: {Path(path)}")

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-
 from ..errors import ConfigError, EvaluationError
 from ..evaluation import plots
 from ..evaluation.summary import summarise, tables
 from .asking import QuestionOptions, asking, question_options
 from .grid import config_options, grid_configs
-from .options import FilePath, print_json
+from .options import FilePath, cli_words, complete_file, examples, print_json, quiet_option
+from .tables import make_console, print_table
 
 
 @click.command()
@@ -78,17 +77,21 @@ def eval(
 
 
 def _print(summary: dict[str, Any], written: list[str]) -> None:
-    console = Console()
+    console = make_console()
     for table in tables(summary):
-        console.print(table)
+        print_table(console, table.title, table.header, table.rows)
     for note in summary["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {cli_words(note)}", markup=False, highlight=False)
     for row in summary["configs"]:
         for note, n in row["notes"].items():
-            console.print(f"note: {row['name']}: {note} ({n} of {row['n']} questions)", markup=False, highlight=False)
+            console.print(
+                f"note: {row['name']}: {cli_words(note)} ({n} of {row['n']} questions)", markup=False, highlight=False
+            )
     for error in summary["errors"][:3]:
         console.print(
-            f"failed: question {error['task']}, {error['config']}: {error['error']}", markup=False, highlight=False
+            f"failed: question {error['task']}, {error['config']}: {cli_words(error['error'])}",
+            markup=False,
+            highlight=False,
         )
     if summary["n_errors"] > 3:
         console.print(f"failed: {summary['n_errors']} answers in all")
