@@ -28,7 +28,7 @@ from .io.results_file import ResultsFile, Stamp
 from .pruning.config import PruneConfig, override
 from .suggestions import use_one_of
 
-_TASK_FIELDS: dict[str, tuple[type, ...]] = {
+TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "id": (str, int),
     "image": (str,),
     "images": (list,),
@@ -188,11 +188,11 @@ def read_tasks(path: str | PathLike[str] | io.TextIOBase, prompt: str | None, se
 
 def _check_fields(fields: Fields) -> None:
     for field, value in fields.items():
-        if field in _QUESTION_FIELDS and field not in _TASK_FIELDS:
+        if field in _QUESTION_FIELDS and field not in TASK_FIELDS:
             continue  # the reader of questions checks them
-        if field not in _TASK_FIELDS:
-            raise ConfigError(f"{field[:60]!r} is not a field of a task", use_one_of(field, _TASK_FIELDS))
-        kinds = _TASK_FIELDS[field]
+        if field not in TASK_FIELDS:
+            raise ConfigError(f"{field[:60]!r} is not a field of a task", use_one_of(field, TASK_FIELDS))
+        kinds = TASK_FIELDS[field]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(
                 f"{field}={str(value)[:60]!r} is {_JSON_NAMES.get(type(value), 'null')}",

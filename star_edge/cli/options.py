@@ -77,6 +77,7 @@ class FilePath(click.Path):
 
 _INT32 = 2**31 - 1
 SEED = click.IntRange(0, 2**32 - 1)
+_MAX_SIDE = 16384
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
@@ -118,8 +119,8 @@ class Choice(_ChoiceParam):
 
 def complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of presets, and .json files, for the shell."""
-    files = [path for path in glob.glob(f"{glob.escape(incomplete)}*.json")]
-    return [CompletionItem(name) for name in [*PRESETS, *sorted(files)] if name.startswith(incomplete)]
+    files = sorted(glob.glob(f"{glob.escape(incomplete)}*.json"))
+    return [CompletionItem(name) for name in (*PRESETS, *files) if name.startswith(incomplete)]
 
 
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -134,9 +135,9 @@ def examples(*lines: str) -> str:
 
 def quiet_option(command: Command) -> Command:
     """--quiet. It reaches the command as `quiet`."""
-    return click.option(
-        "-q", "--quiet", is_flag=True, help="Print results and errors alone: no progress, no remarks."
-    )(command)
+    return click.option("-q", "--quiet", is_flag=True, help="Print results and errors alone: no progress, no remarks.")(
+        command
+    )
 
 
 def model_options(command: Command) -> Command:
@@ -149,9 +150,7 @@ def model_options(command: Command) -> Command:
             shell_complete=complete_file,
             help="Text model, GGUF. Default: the reference model that ships with star_edge.",
         ),
-        click.option(
-            "--mmproj", type=str, shell_complete=complete_file, help="Vision projector of that model, GGUF."
-        ),
+        click.option("--mmproj", type=str, shell_complete=complete_file, help="Vision projector of that model, GGUF."),
         click.option(
             "-hf",
             "-hfr",
@@ -376,9 +375,36 @@ def make_config(
     )
 
 
+def parse_size(text: str, option: str = "--image-size") -> tuple[int, int]:
+    """Width and height of a text such as 672x672.
+
+    Raises:
+        click.BadParameter: It is not one, or is out of range.
+    """
+    try:
+        width, height = (int(n) for n in text.lower().split("x"))
+        if 0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE:
+            return width, height
+    except ValueError:
+        pass
+    raise click.BadParameter(
+        f"{text[:60]!r} is not a size such as 672x672, of {_MAX_SIDE} pixels a side at most.", param_hint=option
+    )
+
+
 def print_json(data: Any) -> None:
     """Prints one line."""
     click.echo(json.dumps(data, allow_nan=False))
+
+
+def report_json(report: PruneReport, kept: bool) -> dict[str, Any]:
+    """A report for `print_json`: counts and times; with `kept` also the arrays, such as kept indices and scores."""
+    short = report.summary()
+    if not kept:
+        return short
+    whole = report.to_dict()
+    images = [{**arrays, **counts} for arrays, counts in zip(whole["images"], short["images"])]
+    return {**whole, **short, "images": images}
 
 
 def save_picture(picture: Any, path: str) -> None:

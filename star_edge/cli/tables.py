@@ -16,16 +16,17 @@ from rich.table import Table
 # are not here, such as categories of questions and stages of a benchmark, go before them, from the right. The first
 # column of a table, which has the names, always stays.
 STAY_LONGEST = (
-    "answer: stock | pruned",
+    "answer",
+    "description",
     "after the encoder",
     "from layer K on",
     "all",
     "accuracy",
     "F1",
-    "tokens per layer",
-    "image tokens per layer",
     "first token, ms",
     "speed-up",
+    "tokens per layer",
+    "image tokens per layer",
     "relative accuracy, %",
     "same answer, %",
     "errors",
@@ -70,16 +71,25 @@ def print_table(
     Args:
         console: See `make_console`.
         title: The line above it.
-        header: Titles of the columns, which are broken at spaces where the column is narrower.
+        header: Titles of the columns, which are broken at spaces where the table would not fit otherwise.
         rows: Cells, as many in each row as there are titles.
         n_left: So many columns are aligned at the left, the others at the right.
         styles: rich's style of each row.
     """
     shown = list(range(len(header)))
-    while len(shown) > 1 and _width(console, header, rows, shown) > console.width:
+
+    def table(broken: bool) -> Table:
+        return _table(console, header, rows, shown, broken, n_left, styles)
+
+    def fits(broken: bool) -> bool:
+        options = console.options.update(width=_UNLIMITED)
+        return console.measure(table(broken), options=options).maximum <= console.width
+
+    broken = not fits(False)
+    while broken and len(shown) > 1 and not fits(True):
         shown.remove(_next_to_go(header, shown))
     console.print(title, markup=False, highlight=False)
-    console.print(_table(header, rows, shown, n_left, styles))
+    console.print(table(broken))
     left_out = [title for i, title in enumerate(header) if i not in shown]
     if left_out:
         console.print(
@@ -94,25 +104,25 @@ def _next_to_go(header: Sequence[str], shown: Sequence[int]) -> int:
     return max(shown[1:], key=lambda i: (rank.get(header[i], len(rank)), i))
 
 
-def _width(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> int:
-    options = console.options.update(width=_UNLIMITED)
-    return console.measure(_table(header, rows, shown, 1, ()), options=options).maximum
-
-
 def _table(
+    console: Console,
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     shown: Sequence[int],
+    broken: bool,
     n_left: int,
     styles: Sequence[str | None],
 ) -> Table:
     table = Table()
-    for i in shown:
+    for place, i in enumerate(shown):
         cells = max((len(row[i]) for row in rows), default=0)
         words = max((len(word) for word in header[i].split()), default=1)
-        title = textwrap.fill(header[i], max(cells, words, 1), break_long_words=False, break_on_hyphens=False)
-        # What no column that goes can make fit, a name longer than the line, is continued on the next one
-        table.add_column(escape(title), justify="left" if i < n_left else "right", overflow="fold")
+        title = header[i]
+        if broken:
+            title = textwrap.fill(title, max(cells, words), break_long_words=False, break_on_hyphens=False)
+        # A name longer than half of the width goes on in the next line
+        most = None if place else max(console.width // 2, 20)
+        table.add_column(escape(title), justify="left" if i < n_left else "right", overflow="fold", max_width=most)
     for row, style in zip(rows, styles or [None] * len(rows)):
         table.add_row(*(escape(row[i]) for i in shown), style=style)
     return table

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from ..io.questions import Question
 from ..io.results_file import Record
 from .configs import OFF, NamedConfig
