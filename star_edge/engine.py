@@ -37,7 +37,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
 from .stopwatch import Stopwatch
-from .suggestions import did_you_mean, use_one_of
+from .suggestions import did_you_mean
 from .vision.chunks import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
@@ -285,11 +285,10 @@ class StarVLM:
             EngineError: llama.cpp failed.
             EngineClosedError: The engine is closed.
         """
-        unknown = sorted(set(sampling) - _SAMPLING)
+        unknown = set(sampling) - _SAMPLING
         if unknown:
             raise ConfigError(
-                f"{', '.join(unknown)} is not an option of generate",
-                use_one_of(unknown[0], [*parameters(StarVLM.generate), *sorted(_SAMPLING)]),
+                f"{', '.join(sorted(unknown))} is not a sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
             )
         with self._lock:
             self._check_open()

@@ -140,7 +140,7 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="With --each or --tasks: use again what an earlier request has encoded or read. Results say where. "
             "--no-cache makes times comparable: it uses nothing again, and reads one request to warm up.",
         ),
-        click.option("-q", "--quiet", is_flag=True, help="Print results and errors alone: no progress, no remarks."),
+        click.option("-q", "--quiet", is_flag=True, help="Show results and errors alone: no progress, no summary."),
     ]
 
     @functools.wraps(command)

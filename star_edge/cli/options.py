@@ -6,6 +6,7 @@ import glob
 import json
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,7 @@ from ..llamacpp.names import KV_TYPES
 from ..options import AFRESH as AFRESH  # for the commands
 from ..options import EncoderOptions, LoadOptions
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
-from ..report import PruneReport
+from ..report import ImageReport, PruneReport
 from ..suggestions import nearest
 from .words import cli_words as cli_words  # for the commands
 from .words import in_cli_words as in_cli_words
@@ -135,9 +136,7 @@ def examples(*lines: str) -> str:
 
 def quiet_option(command: Command) -> Command:
     """--quiet. It reaches the command as `quiet`."""
-    return click.option("-q", "--quiet", is_flag=True, help="Print results and errors alone: no progress, no remarks.")(
-        command
-    )
+    return click.option("-q", "--quiet", is_flag=True, help="Show results and errors alone, and no progress.")(command)
 
 
 def model_options(command: Command) -> Command:
@@ -234,7 +233,11 @@ def model_options(command: Command) -> Command:
             "the model's own, otherwise its family's.",
         ),
         click.option(
-            "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
+            "-t",
+            "--threads",
+            "n_threads",
+            type=click.IntRange(1, MAX_THREADS),
+            help="CPU threads. Default: physical cores.",
         ),
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
     ]
@@ -398,13 +401,12 @@ def print_json(data: Any) -> None:
 
 
 def report_json(report: PruneReport, kept: bool) -> dict[str, Any]:
-    """A report for `print_json`: counts and times; with `kept` also the arrays, such as kept indices and scores."""
-    short = report.summary()
+    """A report for `print_json`. The arrays of its images, such as kept indices and scores, are there with `kept`."""
+    data: dict[str, Any] = dict(report.to_dict())
     if not kept:
-        return short
-    whole = report.to_dict()
-    images = [{**arrays, **counts} for arrays, counts in zip(whole["images"], short["images"])]
-    return {**whole, **short, "images": images}
+        arrays = {field.name for field in fields(ImageReport) if "ndarray" in str(field.type)}
+        data["images"] = [{k: v for k, v in image.items() if k not in arrays} for image in data["images"]]
+    return data
 
 
 def save_picture(picture: Any, path: str) -> None:

@@ -35,8 +35,8 @@ from .options import (
 
 @click.command(
     epilog=examples(
-        'star-edge run -m text.gguf --mmproj mmproj.gguf --image receipt.jpg "What is the total?"',
-        "star-edge run --image 'photos/*.jpg' --each --out results.jsonl \"How many people?\"",
+        'star-edge run -m text.gguf --mmproj mmproj.gguf --image a.jpg "What is it?"',
+        "star-edge run --image 'photos/*.jpg' --each --out out.jsonl \"How many?\"",
     )
 )
 @click.argument("prompt", required=False)
