@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -195,7 +196,7 @@ def _check_fields(fields: Fields) -> None:
         kinds = TASK_FIELDS[field]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(
-                f"{field}={str(value)[:60]!r} is {_JSON_NAMES.get(type(value), 'null')}",
+                f"{field}={json.dumps(value)[:60]} is {_JSON_NAMES.get(type(value), 'null')}",
                 f"use {' or '.join(dict.fromkeys(_JSON_NAMES[kind] for kind in kinds))}",
             )
     if "image" in fields and "images" in fields:

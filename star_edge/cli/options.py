@@ -6,11 +6,11 @@ import glob
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import click
+import numpy as np
 import PIL.Image
 from click.shell_completion import CompletionItem
 
@@ -404,7 +404,7 @@ def report_json(report: PruneReport, kept: bool) -> dict[str, Any]:
     """A report for `print_json`. The arrays of its images, such as kept indices and scores, are there with `kept`."""
     data: dict[str, Any] = dict(report.to_dict())
     if not kept:
-        arrays = {field.name for field in fields(ImageReport) if "ndarray" in str(field.type)}
+        arrays = {name for name, kind in get_type_hints(ImageReport).items() if np.ndarray in (kind, *get_args(kind))}
         data["images"] = [{k: v for k, v in image.items() if k not in arrays} for image in data["images"]]
     return data
 

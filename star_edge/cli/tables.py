@@ -31,6 +31,10 @@ STAY_LONGEST = (
     "same answer, %",
     "errors",
     "tokens/s",
+    "encode",
+    "prefill",
+    "resume",
+    "probe",
     "95% interval of difference",
     "KV MiB",
     "peak RSS, MiB",
@@ -53,7 +57,8 @@ _UNLIMITED = 100_000  # characters a line
 def make_console() -> Console:
     """A console on stdout. Its width is COLUMNS, otherwise the terminal's; a pipe and a file have no width."""
     if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
-        return Console(width=shutil.get_terminal_size().columns)
+        width, height = shutil.get_terminal_size()
+        return Console(width=width, height=height)  # both: rich takes one alone for a hint
     return Console(width=_UNLIMITED)
 
 
