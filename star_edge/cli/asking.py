@@ -17,13 +17,13 @@ from .. import __version__
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import NamedConfig
 from ..evaluation.metrics import METRICS, choose_metric
-from ..evaluation.published import read_question_set
+from ..evaluation.published import QuestionSet, read_question_set
 from ..evaluation.results import Records
 from ..evaluation.runner import ask_questions
 from ..io.fingerprints import fingerprint_file
-from ..io.questions import FORMAT, Question, sample_questions
+from ..io.questions import FORMAT, Question, read_questions, sample_questions
 from ..io.results_file import Record
-from .options import AFRESH, Choice, FilePath, load_engine, model_options, quiet_option
+from .options import AFRESH, Choice, FilePath, load_engine, model_options, open_stdin, quiet_option
 
 Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
 
@@ -50,7 +50,10 @@ class QuestionOptions:
         Raises:
             EvaluationError: The file cannot be used, or the metric does not fit its answers.
         """
-        found = read_question_set(self.tasks, self.image_root)
+        if self.tasks == "-":  # a published file is read twice, and stdin once
+            found = QuestionSet(read_questions(open_stdin(), self.image_root))
+        else:
+            found = read_question_set(self.tasks, self.image_root)
         labelled = any(question.answers for question in found.questions)
         name = found.metric if self.metric == "auto" and labelled else self.metric
         suffix = found.prompt_suffix if self.prompt_suffix is None else self.prompt_suffix.replace("\\n", "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from ..batch import (
     run_tasks,
 )
 from ..errors import ConfigError, ImageError
-from .options import AFRESH, cli_words, complete_file, find_model, load_engine
+from .options import AFRESH, cli_words, complete_file, find_model, load_engine, open_stdin
 
 SOME_FAILED = 3  # exit status
 _CAUSES = 3  # reasons of failures that are shown
@@ -171,7 +170,7 @@ def run_batch(
     """
     tasks_file, out = options.tasks_file, options.out
     if tasks_file == "-":
-        tasks = read_tasks(_stdin(), prompt, settings)
+        tasks = read_tasks(open_stdin(), prompt, settings)
     elif tasks_file is not None:
         if out is not None and os.path.exists(out) and os.path.exists(tasks_file) and os.path.samefile(out, tasks_file):
             raise ConfigError(f"--out {out} is the file of tasks", "write the results to another file")
@@ -239,11 +238,6 @@ def _answer(tasks: list[Task], emit: Any, options: BatchOptions, model: dict[str
         use_gpu=model["n_gpu_layers"] != 0,
         warm=not options.cache,
     )
-
-
-def _stdin() -> io.TextIOBase:
-    """Stdin as UTF-8, whatever the locale says."""
-    return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
 
 
 class _Progress:

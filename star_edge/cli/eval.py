@@ -50,8 +50,8 @@ def eval(
 
     TASKS is a file with one JSON object a line: image (a path or URL), question, and where they are known answer,
     category and id. Field names of POPE, LLaVA and VQA files are understood. TASKS may also be a file of TextVQA,
-    DocVQA, ChartQA, OCRBench, MMBench or GQA as it is published. Without answers, agreement with the unpruned model
-    is compared.
+    DocVQA, ChartQA, OCRBench, MMBench or GQA as it is published. `-` reads JSON lines from stdin. Without answers,
+    agreement with the unpruned model is compared.
 
     A time to the first token is a median. Configs take turns question by question. Reading image files does not
     count.

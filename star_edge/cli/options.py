@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -393,6 +395,11 @@ def parse_size(text: str, option: str = "--image-size") -> tuple[int, int]:
     raise click.BadParameter(
         f"{text[:60]!r} is not a size such as 672x672, of {_MAX_SIDE} pixels a side at most.", param_hint=option
     )
+
+
+def open_stdin() -> io.TextIOBase:
+    """Stdin as UTF-8, whatever the locale says."""
+    return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
 
 
 def print_json(data: Any) -> None:

@@ -59,7 +59,9 @@ class Question:
         return fingerprint([self.images, self.prompt, self.answers])
 
 
-def read_questions(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None = None) -> list[Question]:
+def read_questions(
+    path: str | os.PathLike[str] | io.TextIOBase, image_root: str | os.PathLike[str] | None = None
+) -> list[Question]:
     """Reads questions, one JSON object a line. Empty lines are skipped.
 
     Fields:
@@ -71,8 +73,8 @@ def read_questions(path: str | os.PathLike[str], image_root: str | os.PathLike[s
     - id (or question_id), optional: by default the number of the line.
 
     Args:
-        path: The file.
-        image_root: Folder that image paths are relative to. None: the file's folder.
+        path: The file, or one that is open as text.
+        image_root: Folder that image paths are relative to. None: the file's folder, of an open file the current one.
 
     Raises:
         InputFileError: The file cannot be used. The message names the file and the line.
