@@ -101,7 +101,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         "",
     ]
     header, rows = text_table(result)
-    # Sides as columns, as the command prints them
+    # Sides as columns: there are fewer of them than of quantities
     lines.append("| | " + " | ".join(row[0] for row in rows) + " |")
     lines.append("|---|" + "---:|" * len(rows))
     lines += [

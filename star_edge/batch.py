@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +27,9 @@ from .io.images import FORMATS
 from .io.questions import FIELDS, Fields, find_field, image_folder, is_url, locate, parse_question, read_objects
 from .io.results_file import ResultsFile, Stamp
 from .pruning.config import PruneConfig, override
+from .suggestions import use_one_of
 
-_TASK_FIELDS: dict[str, tuple[type, ...]] = {
+TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "id": (str, int),
     "image": (str,),
     "images": (list,),
@@ -44,6 +47,14 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "temperature": (int, float),
     "seed": (int,),
     "raw": (bool,),
+}
+_JSON_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
 }
 _OVERRIDES = (
     "vision_keep",
@@ -144,16 +155,16 @@ def _expand(image: str) -> list[str]:
 
 
 @checked()
-def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings) -> list[Task]:
+def read_tasks(path: str | PathLike[str] | io.TextIOBase, prompt: str | None, settings: Settings) -> list[Task]:
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
     A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
     image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. The names of
     question files (`io.questions`) are understood too, answers and categories are not used. Image paths are relative to
-    the file's folder. The id defaults to a hash of the task.
+    the file's folder, of an open file to the current one. The id defaults to a hash of the task.
 
     Args:
-        path: The file.
+        path: The file, or one that is open as text.
         prompt: The question of tasks without one.
         settings: The settings of tasks without their own.
 
@@ -178,14 +189,15 @@ def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings
 
 def _check_fields(fields: Fields) -> None:
     for field, value in fields.items():
-        if field in _QUESTION_FIELDS and field not in _TASK_FIELDS:
+        if field in _QUESTION_FIELDS and field not in TASK_FIELDS:
             continue  # the reader of questions checks them
-        if field not in _TASK_FIELDS:
-            raise ConfigError(f"{field!r} is not a field of a task", f"use {', '.join(_TASK_FIELDS)}")
-        kinds = _TASK_FIELDS[field]
+        if field not in TASK_FIELDS:
+            raise ConfigError(f"{field[:60]!r} is not a field of a task", use_one_of(field, TASK_FIELDS))
+        kinds = TASK_FIELDS[field]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(
-                f"{field}={value!r} is a {type(value).__name__}", f"use {' or '.join(kind.__name__ for kind in kinds)}"
+                f"{field}={json.dumps(value)[:60]} is {_JSON_NAMES.get(type(value), 'null')}",
+                f"use {' or '.join(dict.fromkeys(_JSON_NAMES[kind] for kind in kinds))}",
             )
     if "image" in fields and "images" in fields:
         raise ConfigError("it has both image and images", "give one of them")

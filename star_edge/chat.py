@@ -35,6 +35,7 @@ from .messages import (
     system_to_user,
     tools_to_text,
 )
+from .suggestions import use_one_of
 
 # For files without a template: the name of llama.cpp's own, by projector type (the first two as in
 # tools/mtmd/mtmd-cli.cpp)
@@ -93,7 +94,7 @@ def find_template(template: str | PathLike[str]) -> str:
         ) from error
     raise UnsupportedModelError(
         f"the chat template {text[:60]!r} is neither a file, nor Jinja source, nor a known name",
-        f"give a file, or one of {', '.join(template_names())}",
+        use_one_of(text, template_names(), ", or give a file"),
     )
 
 

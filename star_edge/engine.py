@@ -17,7 +17,7 @@ import numpy as np
 from llama_cpp import Llama
 
 from .answers import Answer, AnswerStream
-from .arguments import Range, checked
+from .arguments import Range, checked, parameters
 from .chat import ChatFormat
 from .decoder.prefill import Prefill
 from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
@@ -38,6 +38,7 @@ from .reader import PromptReader
 from .report import PruneReport
 from .request import Request
 from .stopwatch import Stopwatch
+from .suggestions import did_you_mean
 from .vision.chunks import Prompt, TextChunk
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
@@ -125,11 +126,13 @@ class StarVLM:
         load = LoadOptions(n_ctx, n_batch, n_ubatch, n_gpu_layers, flash_attn, type_k, type_v, n_threads, verbose)
         of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
         cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
-        unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
+        of_llama = parameters(Llama.__init__)
+        unknown = sorted(set(llama_options) - set(of_llama))
         if unknown or llama_options.get("vocab_only"):
+            remedy = "see help(StarVLM) and llama_cpp.Llama"
             raise ConfigError(
-                f"{', '.join(sorted(unknown)) or 'vocab_only'} is not an option of StarVLM",
-                "see help(StarVLM) and llama_cpp.Llama",
+                f"{', '.join(unknown) or 'vocab_only'} is not an option of StarVLM",
+                did_you_mean(unknown[0], [*parameters(StarVLM.__init__), *of_llama], remedy) if unknown else remedy,
             )
         for name in ("chat_format", "chat_handler"):  # for Llama.create_chat_completion, which nothing here calls
             if llama_options.get(name) is not None:

@@ -111,7 +111,7 @@ def test_tasks_of_a_file(album):
         ('{"prompt": "x", "preset": "zzz"}', "zzz"),
         ('{"prompt": "x", "vision_keep": 2.0}', "vision_keep=2.0"),
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
-        ('{"prompt": "x", "max_tokens": true}', "is a bool"),
+        ('{"prompt": "x", "max_tokens": true}', "max_tokens=true is true or false: use a whole number"),
         ('{"prompt": "x", "temperature": NaN}', "temperature"),
         ('{"prompt": "first"}', "repeats line 1"),
     ],

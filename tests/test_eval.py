@@ -364,7 +364,7 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
         assert words in err and len(err.splitlines()) == 1, err
         assert Path(args[args.index("--out") + 1]).read_bytes() == before
 
-    refused("prompt_suffix '', and now it is '!'", *args, "--prompt-suffix", "!")
+    refused("--prompt-suffix '', and now it is '!'", *args, "--prompt-suffix", "!")
     refused("max_tokens 4, and now it is 5", *args, "-n", 5)
     refused("n_ubatch 512", *args, "-ub", 64)
     Path("c.json").write_text('[{"name": "mine", "vision_keep": 0.25}]')
@@ -422,7 +422,7 @@ def test_a_header_cut_short_is_written_again(tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["no questions", '"image"']),
+        ([], ["TASKS is missing", '"image"']),
         (["nope.jsonl"], ["nope.jsonl"]),
         (["q.jsonl", "--preset", "zzz"], ["zzz", "balanced"]),
         (["q.jsonl", "--set", "nope=1"], ["nope", "vision_share"]),

@@ -369,7 +369,7 @@ def test_circular_evaluation_by_hand(tmp_path):
     }
     summary = summarise(found.questions, [OFF], records, "choice")
     assert (summary["configs"][0]["accuracy"], summary["configs"][0]["group_accuracy"]) == (0.8, 0.5)
-    assert "whole groups" in [column.header for column in tables(summary)[0].columns]
+    assert "whole groups" in tables(summary)[0].header
     ungrouped = summarise(read_question_set(FOLDER / "questions.jsonl").questions[:1], [OFF], {}, "exact")
     assert ungrouped["configs"][0]["group_accuracy"] is None
 
@@ -513,7 +513,7 @@ def test_eval_runs_them(star_edge, tmp_path, layout, metric, title):
     assert title in table
     if layout != "OCRBench":  # it has no suffix
         error = star_edge(*args, status=2).stderr
-        assert "prompt_suffix '', and now it is " in error and "Answer" in error
+        assert "--prompt-suffix '', and now it is " in error and "Answer" in error
 
 
 def test_a_metric_can_be_chosen(star_edge, tmp_path):

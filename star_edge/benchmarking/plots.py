@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = ["check", "save"]
 _COLORS = dict(zip(STAGES, ("#999999", "#56B4E9", "#F0E442", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#555555")))
 _NAMES = {name: name.replace("_", " ") for name in STAGES} | {"prefill": "prefill (stock), or text before the image"}
 _GREY = "#555555"
+_LONGEST = 30  # characters of a name in one line
 
 
 def save(result: Mapping[str, Any], path: str) -> None:
@@ -33,7 +35,7 @@ def save(result: Mapping[str, Any], path: str) -> None:
 
 
 def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:
-    names = [row["name"] for row in sides]
+    names = [textwrap.fill(row["name"], _LONGEST) for row in sides]
     left = [0.0] * len(sides)
     for stage in STAGES:
         widths = [row["stages_ms"][stage] for row in sides]
@@ -72,6 +74,7 @@ def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tu
 def _waterfall(axis: Any, sides: list[dict[str, Any]], reference: str) -> None:
     best, steps = waterfall(sides, reference)
     level = next(row for row in sides if row["name"] == reference)["first_token_ms"]["median"]
+    reference, best = textwrap.fill(reference, _LONGEST), textwrap.fill(best, _LONGEST)
     axis.bar([reference], [level], color=_GREY, width=0.6)
     for title, change in steps:
         axis.bar([title], [change], bottom=[level], color="#009E73" if change <= 0 else "#D55E00", width=0.6)

@@ -1,14 +1,12 @@
-"""The summary of a benchmark's samples: plain data for JSON, and one table."""
+"""The summary of a benchmark's samples: plain data for JSON, and tables of texts."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
+from ..evaluation.summary import TextTable
 from ..report import round_n_ctx
 from .sides import DECODER_STAGES, STAGES, Sample, SideSpec
 
@@ -114,16 +112,21 @@ def _token_layers(sample: Sample, n_layers: int) -> float:
     return n_layers * (sample.n_text + sample.average_tokens)
 
 
-def table(result: Mapping[str, Any]) -> Table:
-    """A table with a column for each side and a row for each quantity, since a terminal is narrow."""
+def tables(result: Mapping[str, Any]) -> list[TextTable]:
+    """What counts, where the time to the first token goes, and memory: the columns of `text_table` in three tables."""
     header, rows = text_table(result)
-    styled = Table(title=escape(result.get("title", "")), title_justify="left")
-    styled.add_column("", no_wrap=True)
-    for row in rows:
-        styled.add_column(escape(row[0]), justify="right")
-    for i, quantity in enumerate(header[1:], 1):
-        styled.add_row(quantity, *(escape(row[i]) for row in rows))
-    return styled
+    memory = {"KV cells", "KV MiB", "n_ctx needed", "KV MiB with it", *_MEMORY.values()}
+    stages = set(_TITLES.values())
+
+    def some(title: str, names: Container[str]) -> TextTable:
+        places = [0, *(i for i, name in enumerate(header) if name in names)]
+        return TextTable(title, [header[i].strip() for i in places], [[row[i] for i in places] for row in rows])
+
+    return [
+        some(result.get("title", ""), set(header[1:]) - memory - stages),
+        some("Time to the first token, ms", {"first token, ms", *stages, "selection"}),
+        some("Memory", memory),
+    ]
 
 
 def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -2,17 +2,23 @@
 
 Each subcommand is a thin front end in a module of its own. An error that a user can fix is one line on stderr, with a
 remedy, and exit status 2. A traceback means a bug.
+
+Errors are put into the words of the command line here, for all commands (see `words`).
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import signal
 import sys
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from ..suggestions import did_you_mean
+from .words import in_cli_words
 
 # Imported when used: `star-edge --help` should not load llama.cpp.
 COMMANDS = {
@@ -24,6 +30,14 @@ COMMANDS = {
     "eval": "Accuracy and speed of presets and other configs on your own questions, beside the unpruned model.",
     "bench": "Time to the first token, decoding speed and memory, beside stock llama-cpp-python.",
     "doctor": "Versions, devices, what a model supports, and what would be pruned how.",
+    "completion": "Completion of commands, options, presets and files by bash, zsh or fish.",
+}
+EXIT_STATUSES = {
+    0: "done",
+    1: "whoever reads the output has gone",
+    2: "wrong use, or an error: one line on stderr says what and what to do",
+    3: "some requests of a batch failed, or a picture could not be drawn",
+    130: "ended by Ctrl-C",
 }
 
 
@@ -41,16 +55,29 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            ctx.fail(
-                f"No such command {args[0]!r}. "
-                + (f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(COMMANDS)}.")
-            )
+            remedy = did_you_mean(args[0], COMMANDS, f"use one of {', '.join(COMMANDS)}.")
+            ctx.fail(f"No such command {args[0][:60]!r}. {remedy[0].upper()}{remedy[1:]}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with in_cli_words(lambda: self.get_command(ctx, ctx.invoked_subcommand or "")):
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            if error.ctx is None:  # raised inside a command
+                command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
+                error.ctx = click.Context(command, parent=ctx, info_name=ctx.invoked_subcommand)
+            raise
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(name, help=about) for name, about in COMMANDS.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+        with formatter.section("Exit status"):
+            formatter.write_dl([(str(status), meaning) for status, meaning in EXIT_STATUSES.items()])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,22 +107,24 @@ def _open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _help_of(error: click.ClickException) -> str:
-    """The help page of the options that were used wrongly."""
-    context = getattr(error, "ctx", None)
-    if context is not None:
-        return f"{context.command_path} --help"
-    command = next((argument for argument in sys.argv[1:2] if argument in COMMANDS), None)
-    return f"star-edge {command} --help" if command else "star-edge --help"
-
-
 def _drop_stdout() -> None:
     """Discards what is still buffered, so that the interpreter does not fail on it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main() -> None:
-    """Entry point: runs a command and turns errors into one line and exit status 2."""
+def _usage(error: click.ClickException, program: str) -> str:
+    """One line: what is wrong, and the help page of the command that was used wrongly."""
+    context = getattr(error, "ctx", None)
+    path = program if context is None else context.command_path
+    return f"{' '.join(error.format_message().split())} (see {path} --help)"
+
+
+def main(program: str = "star-edge") -> None:
+    """Entry point: runs a command and turns errors into one line and exit status 2.
+
+    Args:
+        program: What the user has typed to start it.
+    """
     # Ctrl-C ends the process where it stands: llama_cpp's log callback is Python, in which a KeyboardInterrupt would be
     # lost.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -103,7 +132,7 @@ def main() -> None:
     from ..errors import StarEdgeError
 
     try:
-        status = cli.main(prog_name="star-edge", standalone_mode=False)
+        status = cli.main(prog_name=program, complete_var="_STAR_EDGE_COMPLETE", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except click.exceptions.Abort:
@@ -112,7 +141,7 @@ def main() -> None:
         click.echo(error.ctx.get_help())
         status = 2
     except click.ClickException as error:
-        click.echo(f"error: {' '.join(error.format_message().split())} (see {_help_of(error)})", err=True)
+        click.echo(f"error: {_usage(error, program)}", err=True)
         status = 2
     except StarEdgeError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)

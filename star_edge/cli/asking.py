@@ -1,6 +1,4 @@
-"""What `star-edge eval` and `star-edge tune` share: the engine, the results file and the progress bar around the
-questions.
-"""
+"""What `star-edge eval` and `star-edge tune` share: options, the engine, the file of results and the progress bar."""
 
 from __future__ import annotations
 
@@ -19,20 +17,20 @@ from .. import __version__
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import NamedConfig
 from ..evaluation.metrics import METRICS, choose_metric
-from ..evaluation.published import read_question_set
+from ..evaluation.published import QuestionSet, read_question_set
 from ..evaluation.results import Records
 from ..evaluation.runner import ask_questions
 from ..io.fingerprints import fingerprint_file
-from ..io.questions import FORMAT, Question, sample_questions
+from ..io.questions import FORMAT, Question, read_questions, sample_questions
 from ..io.results_file import Record
-from .options import AFRESH, FilePath, load_engine, model_options
+from .options import AFRESH, Choice, FilePath, load_engine, model_options, open_stdin, quiet_option
 
 Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
 
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """What is asked and where answers go, as it was typed."""
+    """What is asked and where answers go, as it was typed. quiet: no progress bar, no notes."""
 
     tasks: str
     image_root: str | None
@@ -44,6 +42,7 @@ class QuestionOptions:
     out: str | None
     fresh: bool
     as_json: bool
+    quiet: bool
 
     def read(self) -> Asked:
         """The questions, with what the options and the file say of how they are asked and scored.
@@ -51,7 +50,10 @@ class QuestionOptions:
         Raises:
             EvaluationError: The file cannot be used, or the metric does not fit its answers.
         """
-        found = read_question_set(self.tasks, self.image_root)
+        if self.tasks == "-":  # a published file is read twice, and stdin once
+            found = QuestionSet(read_questions(open_stdin(), self.image_root))
+        else:
+            found = read_question_set(self.tasks, self.image_root)
         labelled = any(question.answers for question in found.questions)
         name = found.metric if self.metric == "auto" and labelled else self.metric
         suffix = found.prompt_suffix if self.prompt_suffix is None else self.prompt_suffix.replace("\\n", "\n")
@@ -76,31 +78,54 @@ class Asked:
 def question_options(
     limit_help: str, seed: int | None, seed_help: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """TASKS, the options of a model, and how its questions are asked. The latter reach the command as `options`, a
-    QuestionOptions.
+    """Adds TASKS, the options of a model, and those of how questions are asked.
+
+    The last reach the command as `options`, a QuestionOptions.
+
+    Args:
+        limit_help: Says what --limit does.
+        seed: Default of --seed.
+        seed_help: Says what --seed does.
     """
     parameters = [
         click.argument("tasks", required=False, type=FilePath()),
         model_options,
         click.option(
-            "--image-root", type=FilePath(), help="Folder that image paths are relative to. Default: that of TASKS."
+            "--image-root",
+            type=FilePath(),
+            help="Image paths are relative to this folder. Default: the folder of TASKS.",
         ),
-        click.option("--metric", type=click.Choice(["auto", *METRICS]), default="auto", show_default=True),
-        click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=16, show_default=True),
+        click.option(
+            "--metric",
+            type=Choice(["auto", *METRICS]),
+            metavar="NAME",
+            default="auto",
+            show_default=True,
+            help=f"How answers are scored: {', '.join(['auto', *METRICS])}. auto takes what fits the answers.",
+        ),
+        click.option(
+            "-n",
+            "--max-tokens",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="An answer has so many tokens at most.",
+        ),
         click.option(
             "--prompt-suffix",
-            help=r"Put after each question; \n is a new line. Default: nothing, or for a benchmark's file what "
-            "LLaVA-1.5 was asked with.",
+            help=r"This text goes after each question; \n is a new line. Default: for a published benchmark the text "
+            "that LLaVA-1.5 was asked with, otherwise nothing.",
         ),
         click.option("--limit", type=click.IntRange(min=1), help=limit_help),
         click.option("--seed", type=int, default=seed, show_default=True, help=seed_help),
         click.option(
             "--out",
             type=FilePath(dir_okay=False),
-            help="Append results here as they come; the same command goes on where it stopped.",
+            help="Results are appended to this file as they come. The same command goes on where it stopped.",
         ),
-        click.option("--fresh", is_flag=True, help="Start --out again."),
-        click.option("--json", "as_json", is_flag=True),
+        click.option("--fresh", is_flag=True, help="Start the file of --out again."),
+        click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of tables."),
+        quiet_option,
     ]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +134,7 @@ def question_options(
             options = QuestionOptions(**{field.name: given.pop(field.name) for field in fields(QuestionOptions)})
             if options.tasks is None:
                 raise EvaluationError(
-                    "there are no questions", f"give a JSONL file with one object for each line, such as {FORMAT}"
+                    "TASKS is missing", f"give a file of questions, one JSON object a line, such as {FORMAT}"
                 )
             if options.fresh and options.out is None:
                 raise ConfigError("--fresh has no results to start again", "add --out FILE")
@@ -129,10 +154,15 @@ def asking(
     model: dict[str, Any],
     configs: Sequence[NamedConfig],
 ) -> Iterator[Ask]:
-    """Yields ask(questions, configs): answers what is missing, with a progress bar unless the output is JSON or no
-    terminal, and returns all records.
+    """Yields ask(questions, configs), which answers what is missing and returns all records.
 
-    asked: what `options.read` gave. model: the parameters of `options.model_options`. configs: all that may be asked.
+    A progress bar shows how far it is, on a terminal and without --quiet and --json.
+
+    Args:
+        options: The options.
+        asked: What `options.read` gave.
+        model: The parameters of `options.model_options`.
+        configs: All configs that may be asked.
 
     Raises:
         EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
@@ -160,7 +190,7 @@ def asking(
                 TimeRemainingColumn(),
                 console=console,
                 transient=True,
-                disable=options.as_json or not console.is_terminal,
+                disable=options.as_json or options.quiet or not console.is_terminal,
             )
 
             def ask(questions: Sequence[Question], configs: Sequence[NamedConfig]) -> Mapping[tuple[str, str], Record]:

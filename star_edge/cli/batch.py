@@ -1,4 +1,4 @@
-"""star-edge run for many requests: --each and --tasks."""
+"""`star-edge run` with many requests: --each and --tasks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ from typing import Any
 
 import click
 
-from ..batch import Settings, Task, describe_model, each_image, names_several, open_results, read_tasks, run_tasks
+from ..batch import (
+    TASK_FIELDS,
+    Settings,
+    Task,
+    describe_model,
+    each_image,
+    names_several,
+    open_results,
+    read_tasks,
+    run_tasks,
+)
 from ..errors import ConfigError, ImageError
-from .options import AFRESH, find_model, load_engine
+from .options import AFRESH, cli_words, complete_file, find_model, load_engine, open_stdin
 
 SOME_FAILED = 3  # exit status
 _CAUSES = 3  # reasons of failures that are shown
@@ -26,7 +36,18 @@ _PLACE = ("model", "mmproj", "hf_repo", "no_mmproj", "n_threads", "n_gpu_layers"
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """Whether there are many requests, and what becomes of them, as it was typed."""
+    """Whether there are many requests, and what becomes of them, as it was typed.
+
+    Attributes:
+        each: Each image is a request.
+        tasks_file: The file of tasks, "-" for stdin.
+        out: The file of results. None: stdout.
+        fresh: Start that file again.
+        use_ray: Answer on Ray.
+        workers: Engines there.
+        cache: Use again what an earlier request has done.
+        quiet: No progress bar, no counts at the end.
+    """
 
     each: bool
     tasks_file: str | None
@@ -35,13 +56,15 @@ class BatchOptions:
     use_ray: bool
     workers: int | None
     cache: bool
+    quiet: bool
 
     @property
     def is_wanted(self) -> bool:
+        """Whether there are many requests."""
         return self.each or self.tasks_file is not None
 
-    def check(self, images: tuple[str, ...], overlay: str | None) -> None:
-        """A folder or a pattern never becomes one request about many images unseen: --each has to be said.
+    def check(self, images: tuple[str, ...], overlay: str | None, prompt: str | None = None) -> None:
+        """Checks options against each other. A folder or a pattern needs --each: it is no single request by accident.
 
         Raises:
             ConfigError: Options exclude each other, or are for many requests and there is one.
@@ -51,6 +74,8 @@ class BatchOptions:
             raise ConfigError("--each and --tasks exclude each other", "the tasks name their images")
         if self.tasks_file is not None and images:
             raise ConfigError("--image and --tasks exclude each other", "the tasks name their images")
+        if self.tasks_file == "-" and prompt == "-":
+            raise ConfigError("the prompt and --tasks both read stdin", "give one of them otherwise")
         if self.each and not images:
             raise ImageError("--each needs images", "add --image 'FOLDER/*.jpg'")
         if self.is_wanted:
@@ -80,38 +105,41 @@ class BatchOptions:
 def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of many requests; they reach the command as `batch`, a BatchOptions."""
     parameters = [
-        click.option(
-            "--each", is_flag=True, help="Ask about each image on its own, instead of about all in one request."
-        ),
+        click.option("--each", is_flag=True, help="Ask about each image in a request of its own."),
         click.option(
             "--tasks",
             "tasks_file",
-            help="JSON Lines file of requests: image or images, prompt, and optionally id, preset, max_tokens, ...",
+            metavar="FILE|-",
+            shell_complete=complete_file,
+            help="Answer the requests of this file, one JSON object a line: image or images, prompt, and if wanted id, "
+            "preset, max_tokens, ... `-` reads stdin.",
         ),
         click.option(
             "--out",
-            help="With --each or --tasks: a JSON Lines file of results, which a second run goes on with. Default: "
-            "stdout.",
+            metavar="FILE",
+            shell_complete=complete_file,
+            help="With --each or --tasks: results go to this file, one JSON object a line. The same command goes on "
+            "where it stopped. Default: stdout.",
         ),
-        click.option("--fresh", is_flag=True, help="Drop what --out holds."),
+        click.option("--fresh", is_flag=True, help="Start the file of --out again."),
         click.option(
             "--ray",
             "use_ray",
             is_flag=True,
-            help="With --each or --tasks: several engines, on Ray (RAY_ADDRESS, or started here).",
+            help="With --each or --tasks: answer with several engines on Ray (RAY_ADDRESS, or started here).",
         ),
         click.option(
             "--workers",
             type=click.IntRange(min=1),
-            help="With --ray: engines. Default: one for each GPU with -ngl, else for each machine.",
+            help="With --ray: number of engines. Default: one for each GPU with -ngl, otherwise one for each machine.",
         ),
         click.option(
             "--cache/--no-cache",
             default=True,
-            help="With --each or --tasks: whether what an earlier request has done (encoding a picture, reading the "
-            "same beginning) is used again. Results say where it was. --no-cache also reads one request to warm up: "
-            "times of the results can be compared then.",
+            help="With --each or --tasks: use again what an earlier request has encoded or read. Results say where. "
+            "--no-cache makes times comparable: it uses nothing again, and reads one request to warm up.",
         ),
+        click.option("-q", "--quiet", is_flag=True, help="Show results and errors alone: no progress, no summary."),
     ]
 
     @functools.wraps(command)
@@ -131,9 +159,19 @@ def run_batch(
     options: BatchOptions,
     model: dict[str, Any],
 ) -> int:
-    """Answers every task and returns the exit status: 0, or SOME_FAILED."""
+    """Answers every task and returns the exit status: 0, or SOME_FAILED.
+
+    Args:
+        prompt: The question of tasks without one.
+        images: Values of --image.
+        settings: Settings of tasks without their own.
+        options: The options of many requests.
+        model: The parameters of `options.model_options`.
+    """
     tasks_file, out = options.tasks_file, options.out
-    if tasks_file is not None:
+    if tasks_file == "-":
+        tasks = read_tasks(open_stdin(), prompt, settings)
+    elif tasks_file is not None:
         if out is not None and os.path.exists(out) and os.path.exists(tasks_file) and os.path.samefile(out, tasks_file):
             raise ConfigError(f"--out {out} is the file of tasks", "write the results to another file")
         tasks = read_tasks(tasks_file, prompt, settings)
@@ -155,10 +193,18 @@ def run_batch(
     progress = _Progress(
         len(tasks),
         len(tasks) - len(waiting),
-        shown=sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()),
+        shown=not options.quiet and sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()),
+        quiet=options.quiet,
     )
+    own_words = TASK_FIELDS if tasks_file is not None else ()
+
+    def in_words(result: dict[str, Any]) -> dict[str, Any]:
+        if "error" in result:
+            return {**result, "error": cli_words(result["error"], keep=own_words)}
+        return {**result, "notes": [cli_words(note, keep=own_words) for note in result.get("notes", ())]}
 
     def emit(result: dict[str, Any]) -> None:
+        result = in_words(result)
         if results is not None:
             results.add(result)
         else:
@@ -195,12 +241,13 @@ def _answer(tasks: list[Task], emit: Any, options: BatchOptions, model: dict[str
 
 
 class _Progress:
-    """A bar on stderr while it is shown, and a line at the end. Unlike rich's it does not hide the cursor, which Ctrl-C
-    would leave hidden.
+    """A bar on stderr while it is shown, and at the end how many failed and why.
+
+    Unlike rich's bar it does not hide the cursor, which Ctrl-C would leave hidden.
     """
 
-    def __init__(self, total: int, before: int, shown: bool) -> None:
-        self.total, self.before, self.shown = total, before, shown
+    def __init__(self, total: int, before: int, shown: bool, quiet: bool = False) -> None:
+        self.total, self.before, self.shown, self.quiet = total, before, shown, quiet
         self.answered = self.failed = 0
         self._causes: dict[str, list[str]] = {}  # errors that differ in the image's name alone
         self._start = time.monotonic()
@@ -232,7 +279,8 @@ class _Progress:
         parts = [f"{self.answered} answered"]
         parts += [f"{self.before} done before"] if self.before else []
         parts += [f"{self.failed} failed"] if self.failed else []
-        click.echo(("\r\033[K" if self.shown else "") + ", ".join(parts), err=True)
+        if not self.quiet:
+            click.echo(("\r\033[K" if self.shown else "") + ", ".join(parts), err=True)
         causes = sorted(self._causes.values(), key=len, reverse=True)
         for errors in causes[:_CAUSES]:
             click.echo(

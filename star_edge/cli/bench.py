@@ -24,20 +24,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .. import refvlm
 from ..benchmarking import plots
 from ..benchmarking.run import BASELINES, make_request, picture, run, shape_context, shape_request
-from ..benchmarking.summary import table
+from ..benchmarking.summary import tables
 from ..errors import ConfigError, OutputError
 from ..io.images import load_image
 from ..synthetic import SHAPES, model_files
 from .grid import config_options, grid_configs
-from .options import FilePath, Number, find_model, fit_reference_model, in_cli_words, model_options, print_json
+from .options import (
+    Choice,
+    FilePath,
+    Number,
+    cli_words,
+    examples,
+    find_model,
+    fit_reference_model,
+    model_options,
+    parse_size,
+    print_json,
+    quiet_option,
+)
+from .tables import make_console, print_table
 
 _QUESTION = "Describe this picture in detail."
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "star-edge bench -m text.gguf --mmproj mmproj.gguf --preset balanced",
+        "star-edge bench --shape llava-1.1b --out bench.json --plot bench.png",
+    )
+)
 @model_options
 @click.option(
-    "--shape", type=click.Choice(list(SHAPES)), help="A random model of this shape, made on the spot, in place of -m."
+    "--shape",
+    type=Choice(list(SHAPES)),
+    metavar="NAME",
+    help=f"A random model of a real shape, made on the spot, in place of -m: {', '.join(SHAPES)}.",
 )
 @click.option(
     "--folder",
@@ -59,9 +80,10 @@ _QUESTION = "Describe this picture in detail."
 @click.option(
     "--baseline",
     "baselines",
-    type=click.Choice([*BASELINES, "none"]),
+    type=Choice([*BASELINES, "none"]),
+    metavar="NAME",
     multiple=True,
-    help="Stock side to measure; repeat for several. Default: all.",
+    help=f"Stock side to measure: {', '.join(BASELINES)}, or none. Repeat for several. Default: all.",
 )
 @click.option(
     "--unpruned/--no-unpruned", default=True, show_default=True, help="Measure star_edge without pruning too."
@@ -102,7 +124,8 @@ _QUESTION = "Describe this picture in detail."
 @click.option(
     "--plot", type=FilePath(dir_okay=False), help="Draw bars and a waterfall, .png or .svg (needs matplotlib)."
 )
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of tables.")
+@quiet_option
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -129,14 +152,14 @@ def bench(
     out: str | None,
     plot: str | None,
     as_json: bool,
+    quiet: bool,
     **model: Any,
 ) -> None:
-    """Time to the first token, stage by stage, decoding speed and memory, of stock llama-cpp-python and of several
-    configs.
+    """Measure the time to the first token, decoding speed and memory of stock llama-cpp-python and of several configs.
 
-    Every side answers the same request through Llama.create_chat_completion, from one copy of the weights, interleaved
-    in rotated order. Times are medians over the repeats, and stages those of the median repeat (of an even number, the
-    mean of the two middle ones). "ideal" is what the token-layers that are saved would allow.
+    All sides answer one request through Llama.create_chat_completion, with one copy of the weights, and take turns. A
+    time is the median of the repeats. Stages are those of the median repeat. "ideal" is the speed-up that the saved
+    token-layers would allow.
     """
 
     def given(name: str) -> bool:
@@ -162,7 +185,7 @@ def bench(
         )
     if images and given("image_size"):
         raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
-    size = _parse_size(image_size)
+    size = parse_size(image_size)
     if "none" in baselines and len(baselines) > 1:
         raise ConfigError("--baseline none excludes other baselines", "leave out one of them")
     for path in (out, plot):
@@ -229,7 +252,7 @@ def bench(
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=as_json or not console.is_terminal,
+            disable=as_json or quiet or not console.is_terminal,
         )
         with bar:
             console.show_cursor(True)  # Ctrl-C ends the process at once, and would leave it hidden
@@ -237,28 +260,27 @@ def bench(
             n_done = itertools.count(1)
 
             def progress(what: str) -> None:
-                if bar.disable and not as_json:  # in a log, a line for each request
+                if bar.disable and not as_json and not quiet:  # in a log, a line for each request
                     console.print(f"{next(n_done)} of {total}: {what}", highlight=False)
                 bar.update(task, advance=1, description=what)
 
             assert mmproj is not None
-            with in_cli_words():
-                result = run(
-                    text,
-                    mmproj,
-                    options,
-                    configs,
-                    names,
-                    request,
-                    fewer=fewer_tokens,
-                    repeats=repeats,
-                    n_generate=max_tokens,
-                    hook_tokens=idle_hook,
-                    with_memory=memory,
-                    title=title,
-                    progress=progress,
-                    save=save,
-                )
+            result = run(
+                text,
+                mmproj,
+                options,
+                configs,
+                names,
+                request,
+                fewer=fewer_tokens,
+                repeats=repeats,
+                n_generate=max_tokens,
+                hook_tokens=idle_hook,
+                with_memory=memory,
+                title=title,
+                progress=progress,
+                save=save,
+            )
     save(result, is_final=True)
     if plot:
         plots.save(result, plot)
@@ -287,19 +309,10 @@ def _temporary_folder() -> Iterator[str]:
                 signal.signal(number, handler)
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    try:
-        width, height = (int(n) for n in text.lower().split("x"))
-        if 0 < width <= 16384 and 0 < height <= 16384:
-            return width, height
-    except ValueError:
-        pass
-    raise click.BadParameter(f"{text!r} is not a size such as 672x672")
-
-
 def _print(result: dict[str, Any], written: list[str]) -> None:
-    console = Console()
-    console.print(table(result))
+    console = make_console()
+    for table in tables(result):
+        print_table(console, table.title, table.header, table.rows)
     hook = result["idle_hook"]
 
     def say(text: str) -> None:
@@ -318,6 +331,6 @@ def _print(result: dict[str, Any], written: list[str]) -> None:
     for note in result["notes"] + sorted(
         {f"{row['name']}: {note}" for row in result["sides"] for note in row["notes"]}
     ):
-        say(f"note: {note}")
+        say(f"note: {cli_words(note)}")
     for path in written:
         say(f"written: {Path(path)}")

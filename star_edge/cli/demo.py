@@ -15,7 +15,6 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from .. import refvlm
 from .options import (
@@ -23,16 +22,18 @@ from .options import (
     FilePath,
     check_picture_path,
     encoder_prune_options,
-    in_cli_words,
+    examples,
     load_engine,
     make_config,
     print_json,
     prune_options,
+    quiet_option,
     save_overlay,
 )
+from .tables import make_console, print_table
 
 
-@click.command()
+@click.command(epilog=examples("star-edge demo", "star-edge demo --preset fast --overlay kept.png"))
 @prune_options
 @encoder_prune_options
 @click.option(
@@ -42,8 +43,15 @@ from .options import (
     show_default=True,
     help="Timed runs of each question, stock and pruned in turn.",
 )
-@click.option("--overlay", type=FilePath(dir_okay=False), default="star-edge-demo.png", show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--overlay",
+    type=FilePath(dir_okay=False),
+    default="star-edge-demo.png",
+    show_default=True,
+    help="The picture with dropped tokens dimmed is written to this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of the table.")
+@quiet_option
 def demo(
     preset: str,
     vision_keep: Any,
@@ -57,6 +65,7 @@ def demo(
     repeats: int,
     overlay: str,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Ask the shipped reference model about a picture, stock beside pruned.
 
@@ -76,10 +85,14 @@ def demo(
     )
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
-    with load_engine(None, None, **AFRESH) as vlm, in_cli_words():
+    with load_engine(None, None, **AFRESH) as vlm:
         console = Console(stderr=True)
         for question in track(
-            refvlm.demo_questions(), "asking", console=console, transient=True, disable=not console.is_terminal
+            refvlm.demo_questions(),
+            "asking",
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
         ):
             times: dict[str, list[float]] = {"stock": [], "pruned": []}
             row: dict[str, Any] = {"question": question["question"], "truth": question["answer"]}
@@ -123,27 +136,25 @@ def demo(
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title="Reference model, one picture: stock | pruned")
-    for title in ("question", "truth", "answer", "first token, ms", "image tokens per layer", "KV cells"):
-        table.add_column(title, justify="left" if title in ("question", "truth", "answer") else "right")
-
     def pair(row: dict[str, Any], key: str, form: str = "{}") -> str:
         return f"{form.format(row['stock'][key])} | {form.format(row['pruned'][key])}"
 
+    rows, styles = [], []
     for row in result["questions"]:
         wrong = row["pruned"]["answer"] != row["truth"]
         answers = pair(row, "answer") + (" (wrong)" if wrong else "")
-        table.add_row(
-            row["question"],
-            row["truth"],
-            answers,
-            pair(row, "first_token_ms", "{:.1f}"),
-            pair(row, "average_tokens", "{:.0f}"),
-            pair(row, "kv_cells"),
-            style="yellow" if wrong else None,
-        )
-    console = Console()
-    console.print(table)
+        times, tokens = pair(row, "first_token_ms", "{:.1f}"), pair(row, "average_tokens", "{:.0f}")
+        rows.append([row["question"], row["truth"], answers, times, tokens, pair(row, "kv_cells")])
+        styles.append("yellow" if wrong else None)
+    console = make_console()
+    print_table(
+        console,
+        "Reference model, one picture: stock | pruned",
+        ["question", "truth", "answer", "first token, ms", "image tokens per layer", "KV cells"],
+        rows,
+        n_left=3,
+        styles=styles,
+    )
     n = len(result["questions"])
     console.print(
         f"Right: stock {result['n_right']['stock']} of {n}, pruned {result['n_right']['pruned']} of {n}. First token "

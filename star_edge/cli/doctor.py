@@ -10,8 +10,6 @@ from typing import Any
 import click
 import llama_cpp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
@@ -19,19 +17,50 @@ from ..errors import StarEdgeError
 from ..io.images import load_image
 from ..llamacpp.devices import can_offload, cpu_features, list_devices
 from ..llamacpp.native import ffi, lib
-from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
+from ..pruning.config import PRESETS, Keep, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
 from ..vision.chunks import ImageChunk
-from .options import AFRESH, FilePath, load_engine, model_options, print_json
+from ..vision.resolution import Resolution
+from .options import (
+    AFRESH,
+    FilePath,
+    KeepType,
+    cli_words,
+    complete_file,
+    examples,
+    load_engine,
+    model_options,
+    parse_size,
+    print_json,
+)
+from .tables import make_console, print_table
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "star-edge doctor",
+        "star-edge doctor -m text.gguf --mmproj mmproj.gguf --image receipt.jpg",
+    )
+)
 @model_options
 @click.option(
-    "--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the picture that the plan is for."
+    "--image-size",
+    metavar="WIDTHxHEIGHT",
+    default="672x672",
+    show_default=True,
+    help="Size of the picture that the plan is for.",
 )
 @click.option(
-    "--image", type=FilePath(dir_okay=False), help="A picture that the plan is for, in place of --image-size."
+    "--image",
+    type=FilePath(dir_okay=False),
+    shell_complete=complete_file,
+    help="A picture that the plan is for, in place of --image-size.",
+)
+@click.option(
+    "--image-max-tokens",
+    type=KeepType(),
+    help="The plan is for the picture made smaller, until it takes so many image tokens: a fraction of those at full "
+    "size (0.5) or a count.",
 )
 @click.option(
     "--check/--no-check",
@@ -39,15 +68,13 @@ from .options import AFRESH, FilePath, load_engine, model_options, print_json
     show_default=True,
     help="Run a short prompt with and without the layer window, and compare.",
 )
-@click.option("--json", "as_json", is_flag=True)
-def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **model: Any) -> None:
-    """Show versions, devices, what the model supports, and what each preset would keep."""
-    try:
-        width, height = (int(n) for n in image_size.lower().split("x"))
-        if not (0 < width <= 16384 and 0 < height <= 16384):
-            raise ValueError
-    except ValueError:
-        raise click.BadParameter(f"{image_size!r} is not a size such as 672x672") from None
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of tables.")
+def doctor(
+    image_size: str, image: str | None, image_max_tokens: Keep | None, check: bool, as_json: bool, **model: Any
+) -> None:
+    """Show versions, devices, what the model supports, and what each preset would keep of a picture."""
+    width, height = parse_size(image_size)
+    smaller = PruneConfig(image_max_tokens=1.0 if image_max_tokens is None else image_max_tokens)
     if image is not None:
         height, width = load_image(image).shape[:2]
     result: dict[str, Any] = {
@@ -68,7 +95,7 @@ def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **mod
             result["check"] = _or_reason(_check, vlm, width, height)
         result["model"] = _describe(vlm)
         if vlm.encoder is not None:
-            result["plan"] = _or_reason(_plan, vlm, width, height)
+            result["plan"] = _or_reason(_plan, vlm, width, height, smaller)
     print_json(result) if as_json else _print(result)
 
 
@@ -77,7 +104,7 @@ def _or_reason(part: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any
     try:
         return part(*args)
     except StarEdgeError as error:
-        return {"done": False, "reason": str(error)}
+        return {"done": False, "reason": cli_words(str(error))}
 
 
 def _describe(vlm: StarVLM) -> dict[str, Any]:
@@ -88,14 +115,17 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
     else:
         vision = "yes"
+    architecture = vlm.llama.metadata.get("general.architecture")
+    trained = vlm.llama.metadata.get(f"{architecture}.context_length", "")
     problem = decoder.stage_problem or decoder.layer_problems.get((_layer(vlm),))
     return {
         "text_model": vlm.llama.model_path,
-        "architecture": vlm.llama.metadata.get("general.architecture"),
+        "architecture": architecture,
         "layers": decoder.n_layers,
         "embedding_width": decoder.n_embd,
         "rope": "M-RoPE" if decoder.mrope else "RoPE",
-        "context": decoder.n_ctx,
+        "context_trained": int(trained) if trained.isdecimal() else None,
+        "context_used": decoder.n_ctx,
         "mmproj": encoder.path if encoder else None,
         "projector": encoder.projector if encoder else None,
         "encoder_repairs": encoder.repairs if encoder else [],
@@ -110,8 +140,12 @@ def _layer(vlm: StarVLM) -> int:
     return vlm.decoder.nearest_attention(choose_layer(None, vlm.decoder.n_layers))
 
 
-def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
+def _plan(vlm: StarVLM, width: int, height: int, smaller: PruneConfig) -> dict[str, Any]:
+    assert vlm.encoder is not None  # the caller has looked
     picture = np.full((height, width, 3), 128, np.uint8)
+    n_full = vlm.count_tokens(picture)
+    if smaller.limits_images:
+        picture = Resolution(vlm.encoder).fit(picture, smaller.image_max_tokens).pixels
     prompt = vlm.tokenize("<__media__>", [picture], chat=False)
     try:
         images = [c for c in prompt.chunks if isinstance(c, ImageChunk)]
@@ -134,7 +168,7 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
                     )
         average = average_tokens(n1, windows, vlm.decoder.n_layers)
         presets[name] = {"vision_kept": n1, "windows": windows, "average_tokens": average}
-    return {"image": f"{width}x{height}", "image_tokens": n, "presets": presets}
+    return {"image": f"{width}x{height}", "full_tokens": n_full, "image_tokens": n, "presets": presets}
 
 
 def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
@@ -160,42 +194,52 @@ def _check(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    console = Console()
-    for title in ("versions", "model"):
-        table = Table(title=title, show_header=False)
-        for key, value in result[title].items():
-            table.add_row(key, str(value))
-        console.print(table)
-    table = Table("device", "description", "free GiB", "total GiB", title="devices")
-    for d in result["devices"]:
-        table.add_row(d["name"], d["description"], f"{d['free_bytes'] / 2**30:.1f}", f"{d['total_bytes'] / 2**30:.1f}")
-    console.print(table)
-    console.print(
-        f"GPU offload: {'yes' if result['gpu_offload'] else 'no, this build of llama-cpp-python is for the CPU'}; "
-        f"{result['cpu_features']}",
-        highlight=False,
+    console = make_console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    model = dict(result["model"])
+    used, trained = model.pop("context_used"), model.pop("context_trained")
+    model["context"] = f"{used} tokens here (--ctx-size), {trained or 'an unknown number of'} in training"
+    model = {name.replace("_", " "): value for name, value in model.items()}
+    for title, values in (("versions", result["versions"]), ("model", model)):
+        say(f"{title}:")
+        for key, value in values.items():
+            shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            say(f"  {key:{max(map(len, values))}}  {'none' if shown is None else shown}")
+    print_table(
+        console,
+        "devices",
+        ["device", "description", "free GiB", "total GiB"],
+        [
+            [d["name"], d["description"], f"{d['free_bytes'] / 2**30:.1f}", f"{d['total_bytes'] / 2**30:.1f}"]
+            for d in result["devices"]
+        ],
+        n_left=2,
     )
+    offload = "yes" if result["gpu_offload"] else "no, this build of llama-cpp-python is for the CPU"
+    say(f"GPU offload: {offload}; {result['cpu_features']}")
     if "reason" in result.get("plan", {}):
-        console.print(f"plan: not done, {result['plan']['reason']}")
+        say(f"plan: not done, {result['plan']['reason']}")
     elif "plan" in result:
         plan = result["plan"]
-        table = Table(
-            "preset",
-            "after the encoder",
-            "layer K",
-            "from layer K on",
-            "average per layer",
-            title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens",
-        )
+        full = f" ({plan['full_tokens']} at full size)" if plan["full_tokens"] != plan["image_tokens"] else ""
+        rows = []
         for name, p in plan["presets"].items():
             layers, kept = (", ".join(str(w[i]) for w in p["windows"]) or "-" for i in (0, 1))
-            table.add_row(name, str(p["vision_kept"]), layers, kept, f"{p['average_tokens']:.1f}")
-        console.print(table)
+            rows.append([name, str(p["vision_kept"]), layers, kept, f"{p['average_tokens']:.1f}"])
+        print_table(
+            console,
+            f"a {plan['image']} picture: {plan['image_tokens']} image tokens{full}",
+            ["preset", "after the encoder", "layer K", "from layer K on", "average per layer"],
+            rows,
+        )
     check = result.get("check", {})
     if check.get("done"):
-        console.print(
+        say(
             f"check: keep-all through layer {check['layer']} against an ordinary decode: largest logit difference "
-            f"{check['max_logit_difference']:.2g}, same token: {check['same_token']}"
+            f"{check['max_logit_difference']:.2g}, same token: {'yes' if check['same_token'] else 'no'}"
         )
     elif check:
-        console.print(f"check: not done, {check['reason']}")
+        say(f"check: not done, {check['reason']}")

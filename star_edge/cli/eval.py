@@ -6,27 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ..errors import ConfigError, EvaluationError
 from ..evaluation import plots
 from ..evaluation.summary import summarise, tables
 from .asking import QuestionOptions, asking, question_options
 from .grid import config_options, grid_configs
-from .options import FilePath, print_json
+from .options import FilePath, cli_words, examples, print_json
+from .tables import make_console, print_table
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "star-edge eval questions.jsonl --preset balanced --preset fast",
+        "star-edge eval questions.jsonl -m text.gguf --mmproj mmproj.gguf \\",
+        "    --image-max-tokens 0.5,0.25 --out results.jsonl --plot accuracy.png",
+    )
+)
 @question_options(
-    "Only so many questions: the first ones, or with --seed a random choice.",
+    "Ask so many questions: the first ones, or with --seed a random choice.",
     None,
-    "Choose the --limit questions at random.",
+    "Choose the questions of --limit at random.",
 )
 @config_options
 @click.option(
     "--plot",
     type=FilePath(dir_okay=False),
-    help="Draw accuracy against tokens and time, .png or .svg (needs matplotlib).",
+    help="Draw accuracy against tokens and time into this file, .png or .svg. It needs matplotlib.",
 )
 def eval(
     options: QuestionOptions,
@@ -40,14 +46,15 @@ def eval(
     plot: str | None,
     **model: Any,
 ) -> None:
-    """Ask the questions of TASKS with several configs and the unpruned model, and compare answers and times.
+    """Ask questions with several configs and with the unpruned model, and compare answers and times.
 
-    TASKS is a JSONL file: image (path or URL), question, and as far as known answer, category and id; the names of
-    POPE, LLaVA and VQA files are understood. Or it is a file of TextVQA, DocVQA, ChartQA, OCRBench, MMBench or GQA as
-    it is published. Without answers, agreement with the unpruned model is what is compared.
+    TASKS is a file with one JSON object a line: image (a path or URL), question, and where they are known answer,
+    category and id. Field names of POPE, LLaVA and VQA files are understood. TASKS may also be a file of TextVQA,
+    DocVQA, ChartQA, OCRBench, MMBench or GQA as it is published. `-` reads JSON lines from stdin. Without answers,
+    agreement with the unpruned model is compared.
 
-    Times to the first token are medians over runs that are interleaved question by question; reading image files is not
-    in them.
+    A time to the first token is a median. Configs take turns question by question. Reading image files does not
+    count.
     """
     if options.seed is not None and options.limit is None:
         raise ConfigError("--seed chooses among questions, and no --limit was given", "add --limit N")
@@ -78,17 +85,21 @@ def eval(
 
 
 def _print(summary: dict[str, Any], written: list[str]) -> None:
-    console = Console()
+    console = make_console()
     for table in tables(summary):
-        console.print(table)
+        print_table(console, table.title, table.header, table.rows)
     for note in summary["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {cli_words(note)}", markup=False, highlight=False)
     for row in summary["configs"]:
         for note, n in row["notes"].items():
-            console.print(f"note: {row['name']}: {note} ({n} of {row['n']} questions)", markup=False, highlight=False)
+            console.print(
+                f"note: {row['name']}: {cli_words(note)} ({n} of {row['n']} questions)", markup=False, highlight=False
+            )
     for error in summary["errors"][:3]:
         console.print(
-            f"failed: question {error['task']}, {error['config']}: {error['error']}", markup=False, highlight=False
+            f"failed: question {error['task']}, {error['config']}: {cli_words(error['error'])}",
+            markup=False,
+            highlight=False,
         )
     if summary["n_errors"] > 3:
         console.print(f"failed: {summary['n_errors']} answers in all")

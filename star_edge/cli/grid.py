@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from ..errors import ConfigError
 from ..evaluation.configs import NamedConfig, choose_configs, parse_values
 from ..pruning.config import PRESETS
-from .options import KEEP_HELP, Command, FilePath, in_cli_words
+from .options import KEEP_HELP, Command, FilePath, complete_preset
 
 
 def config_options(command: Command) -> Command:
@@ -20,28 +19,39 @@ def config_options(command: Command) -> Command:
             "--preset",
             "presets",
             multiple=True,
-            help=f"One of {', '.join(PRESETS)}; repeat for several. Default: quality, balanced and fast.",
+            metavar="NAME|FILE.json",
+            shell_complete=complete_preset,
+            help=f"One of {', '.join(PRESETS)}, or a file of star-edge tune. Repeat for several. Default: quality, "
+            "balanced and fast.",
         ),
-        click.option("--vision-keep", help=f"Grid: values separated by commas, such as 0.5,0.25; {KEEP_HELP}."),
-        click.option("--decoder-keep", help="Grid, likewise."),
-        click.option("--decoder-layer", help="Grid: comma-separated layers, or none for the one chosen for the model."),
+        click.option(
+            "--vision-keep",
+            metavar="A,B,...",
+            help=f"Image tokens to keep after the encoder: values separated by commas, such as 0.5,0.25; {KEEP_HELP}. "
+            "Each combination with values of the next three options is a config.",
+        ),
+        click.option("--decoder-keep", metavar="A,B,...", help="Image tokens to keep from layer K on, likewise."),
+        click.option(
+            "--decoder-layer", metavar="A,B,...", help="Layers K. `none` is the layer that is chosen for the model."
+        ),
         click.option(
             "--image-max-tokens",
-            help="Grid: smaller pictures, by shares (0.5) or counts of image tokens. Without another grid nothing else "
-            "is done to them: they are what pruning is compared with.",
+            metavar="A,B,...",
+            help="Smaller pictures, by shares (0.5) or counts of image tokens. Alone, it makes configs that "
+            "do not prune, to compare pruning with.",
         ),
         click.option(
             "--set",
             "sets",
             multiple=True,
             metavar="FIELD=A,B",
-            help="Vary another field of PruneConfig, in the presets and in the grid.",
+            help="Vary another field of PruneConfig, in presets and combinations. Repeat for several.",
         ),
         click.option(
             "--configs",
             "config_file",
             type=FilePath(),
-            help='JSON list of {"name": ..., "method": ..., fields of PruneConfig}.',
+            help='A file with a JSON list of configs: {"name": ..., "method": ..., fields of PruneConfig}.',
         ),
     ]
     for option in reversed(options):
@@ -63,8 +73,7 @@ def grid_configs(
     Raises:
         ConfigError: A field does not take a value.
     """
-    with in_cli_words():
-        grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}
+    grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}
     for name, values in grid.items():
         fractions = [value for value in values if isinstance(value, float)]
         if fractions and 1.0 not in fractions and any(type(value) is int and value == 1 for value in values):
@@ -72,8 +81,7 @@ def grid_configs(
             raise ConfigError(
                 f"{flag} {budget[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all"
             )
-    with in_cli_words() if config_file is None else nullcontext():  # a file's words are its own
-        return choose_configs(presets, grid, _parse_sets(sets), config_file)
+    return choose_configs(presets, grid, _parse_sets(sets), config_file)
 
 
 def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -13,21 +13,33 @@ from ..io.overlay import draw_heatmap, draw_matrix, fit_to_grid
 from .options import (
     FilePath,
     check_picture_path,
-    in_cli_words,
+    complete_file,
+    examples,
     load_engine,
     make_config,
     model_options,
     print_json,
     prune_options,
+    quiet_option,
     save_overlay,
     save_picture,
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "star-edge inspect -m text.gguf --mmproj mmproj.gguf --image a.jpg -L 4 \\",
+        '    --picture attention.png "Where is the cat?"',
+        'star-edge inspect -m text.gguf -L 0 -L 5 "A plain text model works too"',
+    )
+)
 @click.argument("prompt")
 @click.option(
-    "--image", "images", multiple=True, help="Image file or URL; repeat for several. Without one: a plain text model."
+    "--image",
+    "images",
+    multiple=True,
+    shell_complete=complete_file,
+    help="Image file or URL; repeat for several. Without one: a plain text model.",
 )
 @model_options
 @prune_options
@@ -49,14 +61,22 @@ from .options import (
 )
 @click.option("--mean-heads", is_flag=True, help="Average over heads.")
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
-@click.option("-o", "--out", type=FilePath(dir_okay=False), default="attention.npz", show_default=True)
+@click.option(
+    "-o",
+    "--out",
+    type=FilePath(dir_okay=False),
+    default="attention.npz",
+    show_default=True,
+    help="The arrays are written to this file.",
+)
 @click.option(
     "--picture",
     type=FilePath(dir_okay=False),
     help="Draw the attention of the first decoder layer asked for: to the image, or token by token.",
 )
 @click.option("--overlay", type=FilePath(dir_okay=False), help="Draw the tokens that the prune options would keep.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON: files, and shapes of the arrays.")
+@quiet_option
 def inspect(
     prompt: str,
     images: tuple[str, ...],
@@ -68,6 +88,7 @@ def inspect(
     picture: str | None,
     overlay: str | None,
     as_json: bool,
+    quiet: bool,
     preset: str,
     vision_keep: Any,
     decoder_keep: Any,
@@ -89,7 +110,7 @@ def inspect(
     if overlay and (not images or config is None):
         raise ConfigError("--overlay needs an image and a preset that prunes", "add --image FILE")
     problems: list[str] = []
-    with load_engine(**model) as vlm, in_cli_words():
+    with load_engine(**model) as vlm:
         more: dict[str, np.ndarray] = {}
         report = None
         if images:
@@ -129,7 +150,8 @@ def inspect(
         click.echo(f"no overlay of {problem}", err=True)
     arrays = {name: list(a.shape) for name, a in {**result.arrays(), **more}.items()}
     if as_json:
-        print_json({"written": written, "arrays": arrays, "tokens": result.tokens})
+        print_json({"written": written, "n_tokens": len(result.tokens), "arrays": arrays})
+    if as_json or quiet:
         return
     for name, shape in arrays.items():
         click.echo(f"{name}: {tuple(shape)}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import glob
+import io
 import json
 import math
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import click
+import numpy as np
 import PIL.Image
+from click.shell_completion import CompletionItem
 
 from .. import refvlm
 from ..chat import find_template
@@ -24,13 +27,18 @@ from ..llamacpp.names import KV_TYPES
 from ..options import AFRESH as AFRESH  # for the commands
 from ..options import EncoderOptions, LoadOptions
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
-from ..report import PruneReport
+from ..report import ImageReport, PruneReport
+from ..suggestions import nearest
+from .words import cli_words as cli_words  # for the commands
+from .words import in_cli_words as in_cli_words
 
 if TYPE_CHECKING:
     _KeepParam = click.ParamType[Keep]
     _RedundancyParam = click.ParamType[str | float]
+    _ChoiceParam = click.Choice[str]
 else:  # click 8.1 has no generic types of parameters
     _KeepParam = _RedundancyParam = click.ParamType
+    _ChoiceParam = click.Choice
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -72,6 +80,7 @@ class FilePath(click.Path):
 
 _INT32 = 2**31 - 1
 SEED = click.IntRange(0, 2**32 - 1)
+_MAX_SIDE = 16384
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
 
@@ -100,39 +109,49 @@ class RedundancyType(_RedundancyParam):
             self.fail(f"{value!r} is neither off nor exact nor a number.", param, ctx)
 
 
-@contextmanager
-def in_cli_words() -> Iterator[None]:
-    """Errors inside the block name options as they are typed (--vision-keep 2), not as in Python (vision_keep=2)."""
-    try:
-        yield
-    except StarEdgeError as error:
-        raise type(error)(cli_words(error.cause), cli_words(error.remedy)) from error
+class Choice(_ChoiceParam):
+    """One of some words. A mistyped one gets a suggestion."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = nearest(value, self.choices)
+            self.fail(f"{error.message} Did you mean {near}?" if near is not None else error.message, param, ctx)
 
 
-def cli_words(text: str) -> str:
-    """The text, with names of Python parameters replaced by the running command's options."""
-    context = click.get_current_context(silent=True)
-    for param in context.command.params if context is not None else ():
-        if not isinstance(param, click.Option):
-            continue
-        flag = max(param.opts, key=len)
-        if param.is_flag:
-            off = max(param.secondary_opts, key=len) if param.secondary_opts else None
-            text = re.sub(rf"\b{param.name}=True\b", flag, text)
-            text = re.sub(rf"\b{param.name}=False\b", off, text) if off else text
-        text = re.sub(rf"\b{param.name}=(?=\S)", f"{flag} ", text)
-        if "_" in param.name:  # other names are English words too
-            text = re.sub(rf"(?<![-\w.]){param.name}(?![\w.])", flag, text)
-    return text
+def complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of presets, and .json files, for the shell."""
+    files = sorted(glob.glob(f"{glob.escape(incomplete)}*.json"))
+    return [CompletionItem(name) for name in (*PRESETS, *files) if name.startswith(incomplete)]
+
+
+def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Leaves the completion to the shell, which knows files."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help page."""
+    return "\n".join(["\b", "Examples:" if len(lines) > 1 else "Example:", *(f"  {line}" for line in lines)])
+
+
+def quiet_option(command: Command) -> Command:
+    """--quiet. It reaches the command as `quiet`."""
+    return click.option("-q", "--quiet", is_flag=True, help="Show results and errors alone, and no progress.")(command)
 
 
 def model_options(command: Command) -> Command:
     """-m, --mmproj, -hf and how to load them. The parameters reach `load_engine` as keyword arguments."""
     options = [
         click.option(
-            "-m", "--model", type=str, help="Text model, GGUF. Default: the reference model that ships with star_edge."
+            "-m",
+            "--model",
+            type=str,
+            shell_complete=complete_file,
+            help="Text model, GGUF. Default: the reference model that ships with star_edge.",
         ),
-        click.option("--mmproj", type=str, help="Vision projector of that model, GGUF."),
+        click.option("--mmproj", type=str, shell_complete=complete_file, help="Vision projector of that model, GGUF."),
         click.option(
             "-hf",
             "-hfr",
@@ -176,26 +195,31 @@ def model_options(command: Command) -> Command:
             "flash_attn",
             default=LoadOptions.flash_attn,
             show_default=True,
+            help="Flash attention in decoder and encoder.",
         ),
         click.option(
             "-ctk",
             "--cache-type-k",
             "type_k",
-            type=click.Choice(list(KV_TYPES)),
+            type=Choice(list(KV_TYPES)),
+            metavar="TYPE",
             default=LoadOptions.type_k,
             show_default=True,
+            help=f"Type of the cached K: {', '.join(KV_TYPES)}.",
         ),
         click.option(
             "-ctv",
             "--cache-type-v",
             "type_v",
-            type=click.Choice(list(KV_TYPES)),
+            type=Choice(list(KV_TYPES)),
+            metavar="TYPE",
             default=LoadOptions.type_v,
             show_default=True,
+            help="Type of the cached V, likewise.",
         ),
         click.option(
             "--encoder",
-            type=click.Choice(["repaired", "stock"]),
+            type=Choice(["repaired", "stock"]),
             default=EncoderOptions.encoder,
             show_default=True,
             help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
@@ -203,6 +227,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--chat-template",
             metavar="FILE|NAME|JINJA",
+            shell_complete=complete_file,
             callback=lambda ctx, param, value: (
                 None if value is None else find_template(value)
             ),  # now: a worker may have another current folder
@@ -210,7 +235,11 @@ def model_options(command: Command) -> Command:
             "the model's own, otherwise its family's.",
         ),
         click.option(
-            "-t", "--threads", "n_threads", type=click.IntRange(1, MAX_THREADS), help="Default: physical cores."
+            "-t",
+            "--threads",
+            "n_threads",
+            type=click.IntRange(1, MAX_THREADS),
+            help="CPU threads. Default: physical cores.",
         ),
         click.option("--verbose", is_flag=True, help="Show llama.cpp's log."),
     ]
@@ -232,6 +261,8 @@ def prune_options(command: Command) -> Command:
             type=str,
             default=DEFAULT_PRESET,
             show_default=True,
+            metavar="NAME|FILE.json",
+            shell_complete=complete_preset,
             help=f"One of {', '.join(PRESETS)}, or a file of star-edge tune.",
         ),
         click.option("--vision-keep", type=KeepType(), help=f"Image tokens to keep after the encoder: {KEEP_HELP}."),
@@ -244,7 +275,7 @@ def prune_options(command: Command) -> Command:
         click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
         click.option(
             "--budget",
-            type=click.Choice(["image", "crop", "prompt"]),
+            type=Choice(["image", "crop", "prompt"]),
             help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
             "video.",
         ),
@@ -291,8 +322,7 @@ def load_engine(
     """Loads the given files, those of a repository of the hub, or the reference model if none are given."""
     files = find_model(model, mmproj, hf_repo, no_mmproj)
     fit_reference_model(files[0], options)
-    with in_cli_words():
-        return StarVLM(*files, **options)
+    return StarVLM(*files, **options)
 
 
 def fit_reference_model(text: str | Path, options: dict[str, Any]) -> bool:
@@ -340,20 +370,50 @@ def make_config(
     **more: Any,
 ) -> PruneConfig | None:
     """The config of `prune_options`. more: the fields of the other options."""
-    config = resolve_prune(preset)  # errors in a file keep the file's words
-    with in_cli_words():
-        return override(
-            config,
-            vision_keep=vision_keep,
-            decoder_keep=decoder_keep,
-            decoder_layer=decoder_layer,
-            budget=budget,
-            **more,
-        )
+    return override(
+        resolve_prune(preset),
+        vision_keep=vision_keep,
+        decoder_keep=decoder_keep,
+        decoder_layer=decoder_layer,
+        budget=budget,
+        **more,
+    )
+
+
+def parse_size(text: str, option: str = "--image-size") -> tuple[int, int]:
+    """Width and height of a text such as 672x672.
+
+    Raises:
+        click.BadParameter: It is not one, or is out of range.
+    """
+    try:
+        width, height = (int(n) for n in text.lower().split("x"))
+        if 0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE:
+            return width, height
+    except ValueError:
+        pass
+    raise click.BadParameter(
+        f"{text[:60]!r} is not a size such as 672x672, of {_MAX_SIDE} pixels a side at most.", param_hint=option
+    )
+
+
+def open_stdin() -> io.TextIOBase:
+    """Stdin as UTF-8, whatever the locale says."""
+    return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, allow_nan=False))
+    """Prints one line."""
+    click.echo(json.dumps(data, allow_nan=False))
+
+
+def report_json(report: PruneReport, kept: bool) -> dict[str, Any]:
+    """A report for `print_json`. The arrays of its images, such as kept indices and scores, are there with `kept`."""
+    data: dict[str, Any] = dict(report.to_dict())
+    if not kept:
+        arrays = {name for name, kind in get_type_hints(ImageReport).items() if np.ndarray in (kind, *get_args(kind))}
+        data["images"] = [{k: v for k, v in image.items() if k not in arrays} for image in data["images"]]
+    return data
 
 
 def save_picture(picture: Any, path: str) -> None:

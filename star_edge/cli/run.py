@@ -20,23 +20,32 @@ from .options import (
     Number,
     check_picture_path,
     cli_words,
+    complete_file,
     encoder_prune_options,
+    examples,
     in_cli_words,
     load_engine,
     make_config,
     model_options,
     print_json,
     prune_options,
+    report_json,
     save_overlay,
 )
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        'star-edge run -m text.gguf --mmproj mmproj.gguf --image a.jpg "What is it?"',
+        "star-edge run --image 'photos/*.jpg' --each --out out.jsonl \"How many?\"",
+    )
+)
 @click.argument("prompt", required=False)
 @click.option(
     "--image",
     "images",
     multiple=True,
+    shell_complete=complete_file,
     help="Image file or URL; repeat for several in one request. With --each also a folder or a quoted pattern.",
 )
 @click.option(
@@ -62,7 +71,8 @@ from .options import (
 @click.option(
     "--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the answer and the whole report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer and the report as one line of JSON.")
+@click.option("--kept", is_flag=True, help="With --json: add which tokens are kept, and their scores.")
 def run(
     prompt: str | None,
     images: tuple[str, ...],
@@ -85,6 +95,7 @@ def run(
     raw: bool,
     overlay: str | None,
     as_json: bool,
+    kept: bool,
     **model: Any,
 ) -> int:
     """Answer PROMPT about the images.
@@ -106,7 +117,7 @@ def run(
         encoder_layer=encoder_layer,
         image_max_tokens=image_max_tokens,
     )
-    batch.check(images, overlay)
+    batch.check(images, overlay, prompt)
     if batch.each and budget == "prompt":
         raise ConfigError(
             "--budget prompt is for several images of one request, and --each makes a request of each",
@@ -147,7 +158,8 @@ def run(
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()
-            click.echo(summary(answer.report), err=True)
+            if not batch.quiet:
+                click.echo(summary(answer.report), err=True)
         written, problems = (
             save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else ([], [])
         )
@@ -157,7 +169,7 @@ def run(
                     "text": answer.text,
                     "finish_reason": answer.finish_reason,
                     "overlay": written,
-                    "report": answer.report.to_dict(),
+                    "report": report_json(answer.report, kept),
                 }
             )
         for path in written:

@@ -19,13 +19,13 @@ from ..errors import ConfigError, MissingDependencyError
 from ..io.configs import resolve_prune
 from ..pruning.config import DEFAULT_PRESET, PRESETS
 from ..server.settings import Policy
-from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
+from .options import check_load_options, examples, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
 _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llama.cpp
 
 
-@click.command()
+@click.command(epilog=examples("star-edge serve -m text.gguf --mmproj mmproj.gguf --preset balanced"))
 @click.option(
     "--host", default=Policy.host, show_default=True, help="Address to listen on. Others than localhost: use --api-key."
 )

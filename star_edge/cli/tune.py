@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from .. import __version__
 from ..errors import ConfigError, EvaluationError
@@ -17,13 +15,23 @@ from ..evaluation.summary import summarise
 from ..evaluation.tuning import candidates, split
 from ..evaluation.tuning import tune as search
 from .asking import QuestionOptions, asking, question_options
-from .options import FilePath, Number, print_json
+from .options import FilePath, Number, examples, print_json
+from .tables import make_console, print_table
 
 
-@click.command()
-@question_options("Only so many questions, chosen at random.", 0, "For --limit.")
+@click.command(
+    epilog=examples(
+        "star-edge tune questions.jsonl -m text.gguf --mmproj mmproj.gguf",
+        "star-edge tune questions.jsonl --keep 0.98 --limit 300 -o mine.json",
+    )
+)
+@question_options("Ask so many questions, chosen at random.", 0, "Seed of that choice.")
 @click.option(
-    "--keep", type=Number(0, 1, min_open=True), default=0.99, show_default=True, help="Share of the unpruned accuracy."
+    "--keep",
+    type=Number(0, 1, min_open=True),
+    default=0.99,
+    show_default=True,
+    help="Keep this share of the unpruned model's accuracy.",
 )
 @click.option(
     "-o",
@@ -31,7 +39,7 @@ from .options import FilePath, Number, print_json
     type=FilePath(dir_okay=False),
     default="star-edge.json",
     show_default=True,
-    help="The config found.",
+    help="The config is written to this file.",
 )
 def tune(
     options: QuestionOptions,
@@ -39,14 +47,13 @@ def tune(
     config_out: str,
     **model: Any,
 ) -> None:
-    """Find the cheapest config that keeps --keep of the unpruned model's accuracy on the questions of TASKS, and write
-    it to a file.
+    """Find the cheapest config that keeps the accuracy on your own questions, and write it to a file.
 
-    TASKS is a JSONL file as for `star-edge eval`. Without answers, what is kept is agreement with the unpruned model.
-    The file can be given to --preset, and as `prune` in Python.
+    TASKS is a file of questions as for `star-edge eval`. Without answers, agreement with the unpruned model is kept.
+    The file that is written can be given to --preset, and as `prune` in Python.
 
-    A third of the images is held out where there are enough questions: the choice is made on the others and reported on
-    those.
+    Where there are enough questions, a third of the images is held out. The choice is made on the others, and its
+    accuracy on the held-out ones is reported.
     """
     if not config_out.endswith(".json"):
         raise ConfigError(
@@ -105,7 +112,7 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: str) -> None:
-    console = Console()
+    console = make_console()
 
     def share(value: float | None) -> str:
         return "" if value is None else f"{100 * value:.1f}"
@@ -114,18 +121,20 @@ def _print(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], path: s
         return "" if value is None else f"{value:.1f}"
 
     columns = ("config", "tokens per layer", "relative accuracy, %", "same answer, %", "first token, ms", "errors")
-    table = Table(*columns, title=f"asked about {result['n_choosing']} questions", title_justify="left")
+    cells, styles = [], []
     for row in sorted(rows, key=lambda row: -(row["average_tokens"] or 0)):
-        figures = (
-            number(row["average_tokens"]),
-            share(row["relative_accuracy"]),
-            share(row["agreement"]),
-            number(row["first_token_ms"]),
+        cells.append(
+            [
+                row["name"],
+                number(row["average_tokens"]),
+                share(row["relative_accuracy"]),
+                share(row["agreement"]),
+                number(row["first_token_ms"]),
+                str(row["n_errors"] or ""),
+            ]
         )
-        table.add_row(
-            row["name"], *figures, str(row["n_errors"] or ""), style="bold" if row["name"] == result["name"] else ""
-        )
-    console.print(table)
+        styles.append("bold" if row["name"] == result["name"] else None)
+    print_table(console, f"asked about {result['n_choosing']} questions", columns, cells, styles=styles)
     if result["config"] is None:
         console.print(f"no config keeps {100 * result['keep']:g}%: {path} says not to prune", highlight=False)
         return

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..errors import ConfigError, StarEdgeError
+from ..errors import ConfigError, InputFileError, StarEdgeError
 from ..io.configs import resolve_prune
 from ..io.fingerprints import changed_fields, fingerprint
 from ..io.json_input import parse_json, read_json
 from ..pruning.config import PruneConfig
+from ..suggestions import did_you_mean, nearest, use_one_of
 
 _HINTS = typing.get_type_hints(PruneConfig)
 # field -> its short name
@@ -60,7 +61,7 @@ def parse_values(field: str, text: str) -> list[Any]:
     """
     if field not in _HINTS:
         raise ConfigError(
-            f"PruneConfig has no field {field!r}", f"use one of {', '.join(f.name for f in fields(PruneConfig))}"
+            f"PruneConfig has no field {field[:60]!r}", use_one_of(field, [f.name for f in fields(PruneConfig)])
         )
     parts = [part.strip() for part in _split(text)]
     if not all(parts):
@@ -123,21 +124,21 @@ def file_configs(path: str | os.PathLike[str]) -> list[NamedConfig]:
     "method" defaults to the name.
 
     Raises:
-        ConfigError: The file cannot be used. The message names the file and the entry.
+        InputFileError: The file cannot be used. The message names the file and the entry.
     """
     name = os.fspath(path)
     try:
         entries = read_json(path)
     except OSError as error:
-        raise ConfigError(f"{name} cannot be read ({error.strerror})", "check the path of the configs") from error
+        raise InputFileError(f"{name} cannot be read ({error.strerror})", "check the path of the configs") from error
     except ValueError as error:
-        raise ConfigError(
+        raise InputFileError(
             f"{name} is not valid JSON ({error})", 'write a list such as [{"name": "half", "vision_keep": 0.5}]'
         ) from error
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries
     ):
-        raise ConfigError(
+        raise InputFileError(
             f"{name} is not a list of objects with a name",
             'write a list such as [{"name": "half", "vision_keep": 0.5}]',
         )
@@ -146,13 +147,14 @@ def file_configs(path: str | os.PathLike[str]) -> list[NamedConfig]:
         values = {k: _tuples(v) for k, v in entry.items() if k not in ("name", "method")}
         unknown = sorted(set(values) - set(_HINTS))
         if unknown:
-            raise ConfigError(
-                f"{name}: {entry['name']!r} has unknown fields: {', '.join(unknown)}", f"use {', '.join(_HINTS)}"
+            raise InputFileError(
+                f"{name}: {entry['name']!r} has unknown fields: {', '.join(unknown)}",
+                did_you_mean(unknown[0], ("name", "method", *_HINTS), f"use {', '.join(_HINTS)}"),
             )
         try:
             prune = _build(functools.partial(PruneConfig, **values))
         except ConfigError as error:
-            raise ConfigError(f"{name}: {entry['name']!r}: {error.cause}", error.remedy) from error
+            raise InputFileError(f"{name}: {entry['name']!r}: {error.cause}", error.remedy) from error
         configs.append(NamedConfig(entry["name"], str(entry.get("method", entry["name"])), prune))
     return configs
 
@@ -265,7 +267,12 @@ def _parse(field: str, hint: Any, text: str) -> Any:
             return _tuples(parse_json(text))
         except ValueError:
             pass
-    raise ConfigError(f"{field}={text[:40]!r} does not fit its type", f"use {_readable(kinds)}")
+    choices = [str(c) for k in kinds if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)]
+    near = nearest(text, choices)
+    raise ConfigError(
+        f"{field}={text[:40]!r} does not fit its type",
+        f"{f'did you mean {near}? Use' if near else 'use'} {_readable(kinds)}",
+    )
 
 
 def _is_container(kind: Any) -> bool:

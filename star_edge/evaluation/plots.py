@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,9 +90,29 @@ def set_title(figure: Any, title: str) -> None:
 
 
 def set_legend(figure: Any, axis: Any) -> None:
-    """One legend below all, of what the axis shows."""
+    """One legend below all, of what the axis shows: as many columns as fit the figure, which grows by their height.
+
+    Names too long for a line are continued on the next one.
+    """
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    width = figure.bbox.width
+    for ncols in range(min(4, len(labels)), 0, -1):
+        legend = _legend(figure, handles, labels, ncols)
+        if legend.get_window_extent().width <= width or ncols == 1:
+            break
+        legend.remove()
+    for longest in (100, 70, 50, 35):
+        if legend.get_window_extent().width <= width:
+            break
+        legend.remove()
+        legend = _legend(figure, handles, [textwrap.fill(label, longest) for label in labels], 1)
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+
+
+def _legend(figure: Any, handles: Any, labels: list[str], ncols: int) -> Any:
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
+    figure.canvas.draw()  # before that it has no size
+    return legend
 
 
 def _draw(axis: Any, methods: Mapping[str, list[dict[str, Any]]], off: Mapping[str, Any], x: str, key: str) -> None:

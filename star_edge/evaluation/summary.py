@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from ..io.questions import Question
 from ..io.results_file import Record
@@ -134,7 +133,16 @@ def _median(values: Iterable[float]) -> float | None:
 # ---- tables ----
 
 
-def tables(summary: Mapping[str, Any]) -> list[Table]:
+@dataclass(frozen=True)
+class TextTable:
+    """A table as texts: the title above it, titles of columns, and rows. The first column has the names."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def tables(summary: Mapping[str, Any]) -> list[TextTable]:
     """Tables of accuracy, of POPE's figures if they apply, and of the comparison with the unpruned model."""
     result = []
     rows = summary["configs"]
@@ -142,48 +150,35 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     if summary["metric"] is not None:
         categories = list(dict.fromkeys(c for row in rows for c in row["accuracy_by_category"]))
         grouped = any(row["group_accuracy"] is not None for row in rows)
-        table = _table(
-            f"{METRIC_TITLES[summary['metric']]} in %: {title}",
-            "config",
-            "n",
-            *categories,
-            "all",
-            *(["whole groups"] if grouped else []),
-            "95% interval of difference",
-            "p",
-        )
-        for row in rows:
-            interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
-            p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}"
-            shares = [_percent(row["accuracy_by_category"].get(c)) for c in categories]
-            shares += [_percent(row["accuracy"]), *([_percent(row["group_accuracy"])] if grouped else [])]
-            table.add_row(escape(row["name"]), str(row["n_scored"]), *shares, interval, p)
-        result.append(table)
-    if summary["metric"] == "pope":
-        table = _table("POPE, yes is positive, in %", "config", "accuracy", "precision", "recall", "F1", "yes ratio")
-        for row in rows:
-            figures = row["pope"] or {}
-            table.add_row(
-                escape(row["name"]),
-                *(_percent(figures.get(key)) for key in ("accuracy", "precision", "recall", "f1", "yes_ratio")),
+        header = ["config", "n", *categories, "all", *(["whole groups"] if grouped else [])]
+        header += ["95% interval of difference", "p"]
+        result.append(
+            TextTable(
+                f"{METRIC_TITLES[summary['metric']]} in %: {title}",
+                header,
+                [_accuracy_cells(row, categories, grouped) for row in rows],
             )
-        result.append(table)
-    table = _table(
-        f"Beside the unpruned model: {title}",
-        *(
-            "config",
-            "tokens per layer",
-            "relative accuracy, %",
-            "same answer, %",
-            "KL, nats",
-            "first token, ms",
-            "speed-up",
-            "errors",
-        ),
-    )
-    for row in rows:
-        table.add_row(
-            escape(row["name"]),
+        )
+    if summary["metric"] == "pope":
+        figures = {
+            "accuracy": "accuracy",
+            "precision": "precision",
+            "recall": "recall",
+            "F1": "f1",
+            "yes ratio": "yes_ratio",
+        }
+        result.append(
+            TextTable(
+                "POPE, yes is positive, in %",
+                ["config", *figures],
+                [[row["name"], *(_percent((row["pope"] or {}).get(key)) for key in figures.values())] for row in rows],
+            )
+        )
+    header = ["config", "tokens per layer", "relative accuracy, %", "same answer, %", "KL, nats", "first token, ms"]
+    header += ["speed-up", "errors"]
+    cells = [
+        [
+            row["name"],
             _number(row["average_tokens"], ".1f"),
             _percent(row["relative_accuracy"]),
             _percent(row["agreement"]),
@@ -191,17 +186,19 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             _number(row["first_token_ms"], ".1f"),
             _number(row["speed_up"], ".2f"),
             str(row["n_errors"] or ""),
-        )
-    result.append(table)
+        ]
+        for row in rows
+    ]
+    result.append(TextTable(f"Beside the unpruned model: {title}", header, cells))
     return result
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for name in others:
-        table.add_column(escape(name), justify="right")
-    return table
+def _accuracy_cells(row: Mapping[str, Any], categories: Sequence[str], grouped: bool) -> list[str]:
+    interval = "" if row["interval"] is None else " to ".join(f"{100 * x:+.1f}" for x in row["interval"])
+    p = "" if row["mcnemar_p"] is None else f"{row['mcnemar_p']:.2g}"
+    shares = [_percent(row["accuracy_by_category"].get(c)) for c in categories]
+    shares += [_percent(row["accuracy"]), *([_percent(row["group_accuracy"])] if grouped else [])]
+    return [row["name"], str(row["n_scored"]), *shares, interval, p]
 
 
 def _percent(share: float | None) -> str:

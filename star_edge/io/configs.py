@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ..errors import ConfigError
+from ..errors import ConfigError, InputFileError
 from ..pruning.config import PRESETS, PruneConfig
+from ..suggestions import did_you_mean, use_one_of
 from .json_input import read_json
 
 
@@ -30,8 +31,8 @@ def resolve_prune(prune: PruneConfig | str | None) -> PruneConfig | None:
         if prune.endswith(".json"):
             return load_config(prune)
         raise ConfigError(
-            f"there is no preset {prune!r}",
-            f"use one of {', '.join(PRESETS)}, a .json file of star-edge tune, or a PruneConfig",
+            f"there is no preset {prune[:60]!r}",
+            use_one_of(prune, PRESETS, ", or a .json file of star-edge tune, or a PruneConfig"),
         )
     raise ConfigError(
         f"prune={prune!r} is a {type(prune).__name__}", "use a PruneConfig, the name of a preset, or None"
@@ -48,19 +49,28 @@ def load_config(path: str) -> PruneConfig | None:
         The config, or None for null.
 
     Raises:
-        ConfigError: The file cannot be read or holds no config. The message names both.
+        InputFileError: The file cannot be read, or holds no config that can be used. The message names the file.
     """
     remedy = 'use a file that star-edge tune wrote, or {"config": {"vision_keep": 0.5}}'
     try:
         data = read_json(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})", "check the path of the config") from error
+        raise InputFileError(f"{path} cannot be read ({error.strerror})", "check the path of the config") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error})", remedy) from error
+        raise InputFileError(f"{path} is not valid JSON ({error})", remedy) from error
     values = data.get("config", {}) if isinstance(data, dict) else {}
     if values is None:
         return None
-    unknown = sorted(set(values) - {f.name for f in fields(PruneConfig)}) if isinstance(values, dict) else ["config"]
-    if unknown or not values:
-        raise ConfigError(f"{path} has {'unknown fields: ' + ', '.join(unknown) if unknown else 'no config'}", remedy)
-    return PruneConfig(**values)
+    if not values or not isinstance(values, dict):
+        raise InputFileError(f"{path} has no config", remedy)
+    names = [field.name for field in fields(PruneConfig)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise InputFileError(
+            f"{path} has unknown fields: {', '.join(unknown)}",
+            did_you_mean(unknown[0], names, f"use {', '.join(names)}"),
+        )
+    try:
+        return PruneConfig(**values)
+    except ConfigError as error:
+        raise InputFileError(f"{path}: {error.cause}", error.remedy) from error

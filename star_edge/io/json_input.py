@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any, TextIO
+from typing import Any
 
 MAX_CHARACTERS = (
     2**26
@@ -50,8 +51,8 @@ def read_json(path: str | PathLike[str]) -> Any:
     return parse_json(text)
 
 
-def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line that is not blank.
+def read_lines(source: str | PathLike[str] | io.TextIOBase) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank, of a path or an open file.
 
     Only a newline ends a line: JSON strings may hold U+2028.
 
@@ -59,13 +60,14 @@ def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
         OSError: The file cannot be read.
         ValueError: It is not UTF-8, or a line is longer than MAX_CHARACTERS.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(bounded_lines(file), 1):
-            if line.strip():
-                yield number, line
+    if isinstance(source, io.TextIOBase):
+        yield from ((number, line) for number, line in enumerate(bounded_lines(source), 1) if line.strip())
+        return
+    with open(source, encoding="utf-8-sig") as file:
+        yield from read_lines(file)
 
 
-def bounded_lines(file: TextIO) -> Iterator[str]:
+def bounded_lines(file: io.TextIOBase) -> Iterator[str]:
     """Each line of a file.
 
     Raises:

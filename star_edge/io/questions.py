@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import InputFileError
+from ..suggestions import nearest
 from .fingerprints import fingerprint
 from .json_input import parse_json, read_lines
 
@@ -24,6 +26,7 @@ FIELDS = {
     "answer": ("answer", "answers", "label"),
     "category": ("category", "family"),
 }
+OPEN_FILE = "standard input"  # an open file, in messages
 Fields = Mapping[str, Any]
 Item = TypeVar("Item")
 
@@ -56,7 +59,9 @@ class Question:
         return fingerprint([self.images, self.prompt, self.answers])
 
 
-def read_questions(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None = None) -> list[Question]:
+def read_questions(
+    path: str | os.PathLike[str] | io.TextIOBase, image_root: str | os.PathLike[str] | None = None
+) -> list[Question]:
     """Reads questions, one JSON object a line. Empty lines are skipped.
 
     Fields:
@@ -68,8 +73,8 @@ def read_questions(path: str | os.PathLike[str], image_root: str | os.PathLike[s
     - id (or question_id), optional: by default the number of the line.
 
     Args:
-        path: The file.
-        image_root: Folder that image paths are relative to. None: the file's folder.
+        path: The file, or one that is open as text.
+        image_root: Folder that image paths are relative to. None: the file's folder, of an open file the current one.
 
     Raises:
         InputFileError: The file cannot be used. The message names the file and the line.
@@ -79,19 +84,22 @@ def read_questions(path: str | os.PathLike[str], image_root: str | os.PathLike[s
     def make(fields: Fields, where: str, number: int) -> tuple[str, Question]:
         question = parse_question(fields, where, folder, str(number))
         if not question.images:
-            raise InputFileError(f"{where} names no image", 'add "image": a path or URL, or a list of them')
+            raise InputFileError(f"{where} names no image", _missing("image", fields))
         return question.id, question
 
     return read_objects(path, make, "question", FORMAT)
 
 
 def read_objects(
-    path: str | os.PathLike[str], make: Callable[[Fields, str, int], tuple[str, Item]], noun: str, form: str
+    path: str | os.PathLike[str] | io.TextIOBase,
+    make: Callable[[Fields, str, int], tuple[str, Item]],
+    noun: str,
+    form: str,
 ) -> list[Item]:
     """Reads a file of JSON objects, one a line.
 
     Args:
-        path: The file.
+        path: The file, or one that is open as text.
         make: make(object, where, number of the line) returns an id and what becomes of the object. `where` names the
             file and the line, for messages.
         noun: What a line is, for messages.
@@ -100,7 +108,7 @@ def read_objects(
     Raises:
         InputFileError: The file cannot be read, a line is not an object, two have one id, or there is none.
     """
-    name = os.fspath(path)
+    name = OPEN_FILE if isinstance(path, io.TextIOBase) else os.fspath(path)
     remedy = f"write one JSON object per line: {form}"
     try:
         lines = list(read_lines(path))
@@ -185,7 +193,7 @@ def parse_question(
         raise InputFileError(f"{where} has images={images!r}, which are not all str with text", "use paths or URLs")
     prompt = default_prompt if found["question"] is None else found["question"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputFileError(f"{where} has no question and no prompt", 'add "question" or "prompt" as a string')
+        raise InputFileError(f"{where} has no question and no prompt", _missing("question", fields))
     answers = found["answer"] if isinstance(found["answer"], list) else [found["answer"]]
     texts = [text for answer in answers if (text := answer_text(answer, where))]
     id = default_id if found["id"] is None else found["id"]
@@ -199,6 +207,19 @@ def parse_question(
         tuple(texts),
         None if found["category"] is None else str(found["category"]),
     )
+
+
+def _missing(field: str, fields: Fields) -> str:
+    """The remedy for a field that an object lacks. It may have it under a mistyped name."""
+    known = {name for names in FIELDS.values() for name in names}
+    for name in fields:
+        near = nearest(name, FIELDS[field])
+        if near is not None and name not in known:
+            return f"did you mean {near} by {str(name)[:60]}?"
+    return {
+        "question": 'add "question" or "prompt" as a string',
+        "image": 'add "image": a path or URL, or a list of them',
+    }[field]
 
 
 def find_field(fields: Fields, field: str) -> Any:
@@ -237,14 +258,14 @@ def sample_questions(questions: Sequence[Question], limit: int | None, seed: int
     return [q for q in questions if (q.id, None) in chosen or (None, q.group) in chosen]
 
 
-def image_folder(path: str | os.PathLike[str], image_root: str | os.PathLike[str] | None) -> str:
-    """The folder that image paths of a file are relative to.
+def image_folder(path: str | os.PathLike[str] | io.TextIOBase, image_root: str | os.PathLike[str] | None) -> str:
+    """The folder that image paths of a file are relative to. Of an open file it is the current one.
 
     Raises:
         InputFileError: image_root is not a folder.
     """
     if image_root is None:
-        return os.path.dirname(os.fspath(path))
+        return "" if isinstance(path, io.TextIOBase) else os.path.dirname(os.fspath(path))
     if not os.path.isdir(image_root):
         raise InputFileError(
             f"the image root {os.fspath(image_root)} is not a folder",

@@ -17,6 +17,7 @@ import llama_cpp
 import llama_cpp.mtmd_cpp
 
 from ..errors import EngineError, LayerWindowError, VersionMismatchError
+from . import log_levels
 
 try:
     from .._core import ffi as ffi  # for the modules beside this one
@@ -133,6 +134,7 @@ check_layout(_layouts(), llama_cpp, llama_cpp.mtmd_cpp)
 check_llama(
     ffi.string(lib.se_built_against_llama()).decode(), (getattr(llama_cpp, "llama_version", bytes)() or b"").decode()
 )
+log_levels.correct()
 GGML = find_ggml()
 for _name in BOUND_FUNCTIONS:
     lib.se_bind(_name.encode(), ctypes.cast(getattr(GGML, _name), ctypes.c_void_p).value)

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeGuard
 
 from ..errors import ConfigError
+from ..suggestions import use_one_of
 from .representatives import REPRESENTATIVES
 from .scorers import DECODER_SCORERS, VISION_SCORERS
 
@@ -168,8 +169,7 @@ class PruneConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, (str, type(None))) or value not in tuple(names):
-                known = ", ".join(str(one) for one in names)
-                raise ConfigError(f"{name}={value!r} is unknown", f"use one of {known}")
+                raise ConfigError(f"{name}={value!r} is unknown", use_one_of(value, names))
         if not isinstance(self.seen_below, bool):
             raise ConfigError(f"seen_below={self.seen_below!r} is neither True nor False", "use one of them")
         if not _is_int(self.seed) or self.seed < 0:

@@ -6,13 +6,13 @@ deals with what a chat template makes of roles and lists. Knows neither models n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError, PromptError
 from ..io.video import Video
 from ..messages import VIDEO_KINDS
+from ..suggestions import did_you_mean
 
 _KEYS = {
     "role",
@@ -46,8 +46,7 @@ class FieldError(PromptError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name[:60], list(known), 1)
-    return f"did you mean {close[0]}?" if close else "leave it out"
+    return did_you_mean(name, known, "leave it out")
 
 
 def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:

@@ -59,6 +59,7 @@ import numpy as np
 from ..errors import ConfigError, UnsupportedModelError
 from ..llamacpp.gguf import GGUFInfo, copy_with_metadata, read_tensor
 from ..llamacpp.names import CLASS_EMBEDDING, PATCH_NORM, PATCHES, POSITION_EMBEDDINGS, POSITIONS, POST_NORM
+from ..suggestions import use_one_of
 
 LAYOUT_KEY, STOCK_LAYOUT = "star_edge.encoder_layout", "stock"
 _LAYERS, _GELU, _SILU = "clip.vision.feature_layer", "clip.use_gelu", "clip.use_silu"
@@ -168,7 +169,8 @@ def check_encoder(encoder: str) -> None:
     """Raises ConfigError unless it is "repaired" or "stock"."""
     if not isinstance(encoder, str) or encoder not in ("repaired", "stock"):
         raise ConfigError(
-            f"encoder={encoder!r} is unknown", 'use "repaired", or "stock" for what llama.cpp computes by itself'
+            f"encoder={encoder!r} is unknown",
+            use_one_of(encoder, ("repaired", "stock"), " (what llama.cpp computes by itself)"),
         )
 
 
