@@ -276,6 +276,27 @@ def _resampler(c: MmprojHeader) -> None:
             c.vector(f"resampler.ln_{name}{end}", n, why, required=True)
 
 
+def _minicpmv4_6(c: MmprojHeader) -> None:
+    n_merge = c.merge(4)
+    if n_merge not in (2, 4):
+        c.header.refuse(f"{c.merge_key} = {n_merge}, and this projector merges by 2 or 4")
+    c.patches()
+    c.positions(_RESAMPLER_BUCKETS**2, exact=False, added=False)
+    c.layers()
+    why = f"{V}embedding_length = {c.d}"
+    four = 4 * c.d  # rows of 2 x 2 side by side
+    if n_merge == 4:
+        merger = "v.vit_merger."
+        c.norm(merger + "ln1", c.d)
+        for name in ("q", "k", "v", "out"):
+            c.linear(f"{merger}attn_{name}", c.d, why, c.d)
+        c.norm(merger + "ds_ln", four, why)
+        c.linear(merger + "ds_ffn_down", c.linear(merger + "ds_ffn_up", four, why), merger + "ds_ffn_up", c.d)
+    c.vector("mm.input_norm.weight", four, why, required=True)
+    c.vector("mm.input_norm.bias", four, why)
+    c.linear("mm.down", c.linear("mm.up", four, why), "mm.up")
+
+
 _PROJECTORS: dict[str, Callable[[MmprojHeader], None]] = {
     "mlp": _llava,
     "ldp": _llava,
@@ -285,6 +306,7 @@ _PROJECTORS: dict[str, Callable[[MmprojHeader], None]] = {
     "internvl": _internvl,
     "lfm2": _lfm2,
     "pixtral": _pixtral,
+    "minicpmv4_6": _minicpmv4_6,
     "qwen2vl_merger": _qwen,
     "qwen2.5vl_merger": _qwen,
     "qwen3vl_merger": _qwen,

@@ -101,7 +101,18 @@ _TAKE_FUSED = (  # clip_graph::build_vit
     "paddleocr",
 )
 # Projectors whose file may have up and down the wrong way round (clip_model_loader::load_tensors, is_ffn_swapped)
-_SWAPPED = ("mlp", "ldp", "ldpv2", "adapter", "qwen2vl_merger", "qwen2.5vl_merger", "gemma3", "idefics3", "resampler")
+_SWAPPED = (
+    "mlp",
+    "ldp",
+    "ldpv2",
+    "adapter",
+    "qwen2vl_merger",
+    "qwen2.5vl_merger",
+    "gemma3",
+    "idefics3",
+    "resampler",
+    "minicpmv4_6",
+)
 _LARGEST_F16 = 65504.0  # llama.cpp rounds pixels to f16 before the first convolution
 _MAX_SIDE = 8192  # pixels: clip_model_loader's own bound for image_size
 

@@ -263,8 +263,8 @@ PROFILES: dict[str, EncoderProfile] = {
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
     # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
     "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
-    # MiniCPM-V 4.6: patches are merged 2 x 2 within the encoder, after an attention in windows of them, and once more at
-    # its end (clip_graph_minicpmv4_6)
+    # MiniCPM-V 4.6: patches are merged 2 x 2 within the encoder, after attention in such windows, and once more at its
+    # end (clip_graph_minicpmv4_6)
     "minicpmv4_6": EncoderProfile(
         on_raster,
         lambda n: 16 * n,
