@@ -271,7 +271,12 @@ REQUIRED = {
     "internvl": ["v.class_embd", "mm.model.mlp.0.bias", "v.position_embd.weight"],
     "mistral3": ["mm.input_norm.weight", "mm.patch_merger.weight"],
     "minicpmv": ["resampler.query", "resampler.attn.q.bias", "v.position_embd.weight"],
-    "minicpmv4.6": ["v.vit_merger.attn_q.weight", "v.vit_merger.ds_ffn_up.weight", "mm.up.weight", "mm.input_norm.weight"],
+    "minicpmv4.6": [
+        "v.vit_merger.attn_q.weight",
+        "v.vit_merger.ds_ffn_up.weight",
+        "mm.up.weight",
+        "mm.input_norm.weight",
+    ],
 }
 
 
@@ -322,6 +327,8 @@ def test_the_handler_refuses_at_once(tmp_path):
         ("llava", "llama.rope.freq_base", 0.0),
         ("llava", "llama.rope.freq_base", math.inf),
         ("gemma4", "gemma4.final_logit_softcapping", math.nan),
+        ("qwen3.5", "qwen35.ssm.inner_size", 129),
+        ("qwen3.5-moe", "qwen35moe.ssm.inner_size", 32),
     ],
 )
 def test_numbers_of_a_text_model(tmp_path, family, key, value):

@@ -28,6 +28,7 @@ F32, F16, BF16 = 0, 1, 30
 REMEDY = "convert the model again, or download the file again"
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _MAX_WINDOW = 2**30  # llama_kv_cache_iswa multiplies it by the number of sequences, as uint32
+_DELTA_NETS = ("qwen35", "qwen35moe", "qwen3next")  # architectures with gated delta nets
 # Architectures whose graph asserts that RoPE turns whole heads, and that keys and values are as long
 # (src/models/*.cpp). Others may differ.
 _WHOLE_HEADS = frozenset(
@@ -252,6 +253,8 @@ def check_text_model(info: GGUFInfo) -> None:
         header.whole(key("nextn_predict_layers"), 0, n_layers)
     _check_attention(header, key, n_layers if isinstance(n_layers, int) else 0)
     _check_experts(header, key)
+    if arch in _DELTA_NETS:
+        _check_delta_net(header, key)
     header.whole(
         key("attention.sliding_window"), 0, _MAX_WINDOW, of_layers=n_layers if isinstance(n_layers, int) else 0
     )
@@ -329,6 +332,22 @@ def _check_experts(header: Header, key: Callable[[str], str]) -> None:
     most = max(used) if isinstance(used, list) and used else used
     if isinstance(n, int) and isinstance(most, int) and (most > n or (n > 0 and most <= 0)):
         header.refuse(f"{key('expert_used_count')} = {most}, and {key('expert_count')} = {n}")
+
+
+def _check_delta_net(header: Header, key: Callable[[str], str]) -> None:
+    """Checks the width of the recurrent layers: tensors are made by heads and their size, states by the width alone
+    (src/models/qwen35.cpp; llama_hparams::n_embd_s).
+    """
+    width = header.whole(key("ssm.inner_size"), 1, 2**20)
+    size = header.whole(key("ssm.state_size"), 1, 2**16)
+    heads = header.whole(key("ssm.time_step_rank"), 1, 2**16)
+    header.whole(key("ssm.group_count"), 1, 2**16)
+    header.whole(key("ssm.conv_kernel"), 1, 2**16)
+    if all(isinstance(n, int) for n in (width, size, heads)) and width != size * heads:
+        header.refuse(
+            f"{key('ssm.inner_size')} = {width}, and {heads} heads ({key('ssm.time_step_rank')}) of {size} values "
+            f"({key('ssm.state_size')}) have {heads * size}"
+        )
 
 
 def read_lora(path: str | PathLike[str], model: GGUFInfo) -> GGUFInfo:
