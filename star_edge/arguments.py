@@ -17,6 +17,7 @@ from os import PathLike, fspath
 from typing import Any, Literal, TypeVar, Union
 
 from .errors import ConfigError
+from .suggestions import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,14 +98,23 @@ def check_value(name: str, value: Any, annotation: Any, allowed: Range | None = 
 
 
 def checked(ranges: Mapping[str, Range] = {}, skip: Container[str] = ()) -> Callable[[F], F]:
-    """Decorator: checks and converts arguments. skip: parameters that the function checks itself."""
+    """Decorator: checks and converts arguments. skip: parameters that the function checks itself.
+
+    An argument of an unknown name is a ConfigError too, which says what may have been meant.
+    """
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                unknown = [name for name in kwargs if name not in signature.parameters]
+                if not unknown:
+                    raise
+                raise unknown_argument(function, unknown[0]) from None
             for name, value in bound.arguments.items():
                 if name in parameters(function) and name not in skip:
                     bound.arguments[name] = check_value(name, value, parameters(function)[name], ranges.get(name))
@@ -113,6 +123,15 @@ def checked(ranges: Mapping[str, Range] = {}, skip: Container[str] = ()) -> Call
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def unknown_argument(function: Callable[..., Any], name: str) -> ConfigError:
+    """The error for an argument that a function does not have."""
+    names = list(parameters(function))
+    owner = function.__qualname__.removesuffix(".__init__")
+    return ConfigError(
+        f"{owner} has no argument {name[:60]!r}", did_you_mean(name, names, f"it takes {', '.join(names)}")
+    )
 
 
 def _shown(value: Any) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 
 import click
 import pytest
 
-from star_edge import StarVLM, refvlm
+from star_edge import StarChatHandler, StarVLM, refvlm
 from star_edge.batch import Settings, read_tasks
 from star_edge.chat import find_template
 from star_edge.cli import COMMANDS, cli, main
@@ -20,7 +21,7 @@ from star_edge.io.configs import load_config, resolve_prune
 from star_edge.io.image_bytes import PASS_ONE_OF
 from star_edge.io.questions import read_questions
 from star_edge.options import EncoderOptions, LoadOptions
-from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.config import PruneConfig, override
 from star_edge.server.messages import suggestion
 from star_edge.suggestions import did_you_mean, nearest, use_one_of
 
@@ -81,6 +82,11 @@ def test_nearest():
         (lambda: find_template("vicunna"), "vicuna"),
         (lambda: parse_values("vision_sahre", "1"), "vision_share"),
         (lambda: parse_values("budget", "imge"), "image"),
+        (lambda: PruneConfig(vision_kep=0.5), "vision_keep"),
+        (lambda: replace(PruneConfig(), decoder_leyer=2), "decoder_layer"),
+        (lambda: override(None, buget="crop"), "budget"),
+        (lambda: StarChatHandler(clip_model_path="x", prun="fast"), "prune"),
+        (lambda: read_tasks("x", promt="?"), "prompt"),
         (lambda: StarVLM(refvlm.TEXT_MODEL, n_cxt=512), "n_ctx"),
         (lambda: StarVLM(refvlm.TEXT_MODEL, rope_freq_bse=1.0), "rope_freq_base"),
     ],

@@ -26,7 +26,7 @@ from ..batch import (
     run_tasks,
 )
 from ..errors import ConfigError, ImageError
-from .options import AFRESH, cli_words, complete_file, find_model, load_engine, open_stdin
+from .options import AFRESH, cli_words, complete_file, find_model, load_engine, open_stdin, quiet_option
 
 SOME_FAILED = 3  # exit status
 _CAUSES = 3  # reasons of failures that are shown
@@ -139,7 +139,7 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="With --each or --tasks: use again what an earlier request has encoded or read. Results say where. "
             "--no-cache makes times comparable: it uses nothing again, and reads one request to warm up.",
         ),
-        click.option("-q", "--quiet", is_flag=True, help="Show results and errors alone: no progress, no summary."),
+        quiet_option,
     ]
 
     @functools.wraps(command)

@@ -6,6 +6,7 @@ import glob
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     _KeepParam = click.ParamType[Keep]
     _RedundancyParam = click.ParamType[str | float]
     _ChoiceParam = click.Choice[str]
-else:  # click 8.1 has no generic types of parameters
+else:  # not every click since 8.2 has generic types of parameters
     _KeepParam = _RedundancyParam = click.ParamType
     _ChoiceParam = click.Choice
 
@@ -136,9 +137,17 @@ def examples(*lines: str) -> str:
     return "\n".join(["\b", "Examples:" if len(lines) > 1 else "Example:", *(f"  {line}" for line in lines)])
 
 
+def _be_quiet(ctx: click.Context, param: click.Parameter, quiet: bool) -> bool:
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # huggingface_hub's own, read when it is imported
+    return quiet
+
+
 def quiet_option(command: Command) -> Command:
     """--quiet. It reaches the command as `quiet`."""
-    return click.option("-q", "--quiet", is_flag=True, help="Show results and errors alone, and no progress.")(command)
+    return click.option(
+        "-q", "--quiet", is_flag=True, callback=_be_quiet, help="Show results and errors alone, and no progress."
+    )(command)
 
 
 def model_options(command: Command) -> Command:

@@ -5,12 +5,13 @@ Knows numbers only: no image, no model. The number of a model's layers and of an
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from ..errors import ConfigError
 from ..suggestions import use_one_of
@@ -18,6 +19,7 @@ from .representatives import REPRESENTATIVES
 from .scorers import DECODER_SCORERS, VISION_SCORERS
 
 Keep = float | int
+_Class = TypeVar("_Class", bound=type)
 
 
 MAX_WINDOWS = 6  # each parks the rows it drops in its own sequence (llamacpp.context.N_SEQUENCES)
@@ -65,6 +67,23 @@ def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> No
         )
 
 
+def _with_suggestions(kind: _Class) -> _Class:
+    """Decorator of a dataclass: a field that it does not have is a ConfigError, which says what may have been meant."""
+    plain = kind.__init__  # type: ignore[misc]
+    names = [field.name for field in fields(kind)]
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        unknown = next((name for name in values if name not in names), None)
+        if unknown is not None:
+            raise ConfigError(f"{kind.__name__} has no field {unknown[:60]!r}", use_one_of(unknown, names))
+        plain(self, *args, **values)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+    return kind
+
+
+@_with_suggestions
 @dataclass(frozen=True)
 class PruneConfig:
     """How many image tokens to keep at each stage, and which.
