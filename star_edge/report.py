@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -12,9 +12,10 @@ import PIL.Image
 from .arguments import checked
 from .errors import ConfigError
 from .io.images import ImageLimits, ImageSource, load_image
-from .io.overlay import Stage, draw_crops, draw_overlay, fit_to_grid
+from .io.overlay import Layer, Stage, apart, draw_crops, draw_layers, draw_overlay, fit_to_grid, stack
 from .pruning.config import PruneConfig
 from .pruning.selection import average_tokens
+from .vision.places import Place
 
 _TOTALS = (
     "encoder_layer",
@@ -111,6 +112,22 @@ class ImageReport:
         return on_grid.reshape(self.grid)
 
 
+Kept = Callable[[ImageReport], np.ndarray]
+
+
+def _left_encoder(image: ImageReport) -> np.ndarray:
+    return np.arange(image.n_tokens) if image.encoder_kept is None else image.encoder_kept
+
+
+def _count(images: Sequence[ImageReport], kept: Kept) -> str:
+    return f"{sum(len(kept(image)) for image in images)} of {sum(image.n_tokens for image in images)}"
+
+
+def _share(image: ImageReport, kept: Kept) -> np.ndarray:
+    """The share of an image's tokens that was kept, as a grid of one cell."""
+    return np.array([[len(kept(image)) / image.n_tokens]])
+
+
 @dataclass
 class PruneReport:
     """What was dropped, and where the time went.
@@ -136,6 +153,7 @@ class PruneReport:
         notes: What a user should know, such as a stage that this model cannot have.
         full_tokens: Image tokens that each picture would take at its own size, None for one that the encoder could not
             take. Empty if no picture was made smaller (PruneConfig.image_max_tokens).
+        locate: Asks the encoder for `places`. None: nobody can be asked.
     """
 
     config: PruneConfig | None
@@ -152,6 +170,20 @@ class PruneReport:
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     full_tokens: list[int | None] = field(default_factory=list)
+    locate: Callable[[], list[Place | None]] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but `locate`, which is of this process."""
+        return {**self.__dict__, "locate": None}
+
+    @property
+    def places(self) -> list[Place | None]:
+        """Where each image lies on its picture, such as a tile; None where that is not known.
+
+        The encoder is asked for it the first time, without encoding anything, so the engine must be open then.
+        """
+        found = [] if self.locate is None else self.locate()
+        return found if len(found) == len(self.images) else [None] * len(self.images)
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
@@ -259,14 +291,18 @@ class PruneReport:
         return round_n_ctx(n)
 
     @checked(skip=("source",))
-    def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
+    def picture(
+        self, source: ImageSource | Sequence[ImageSource], index: int = 0, limits: ImageLimits = ImageLimits()
+    ) -> PIL.Image.Image:
         """Draws a picture of the prompt beside what each stage kept of it. Dropped tokens are dimmed.
 
-        If the model got the picture in crops, the crops' grids stand beside it, because llama.cpp does not say where in
-        the picture they lie.
+        If the model got the picture in crops, each lies where it belongs: the overview has a row of panels, and the
+        tiles have one. Of crops without a grid the share of their tokens that was kept is drawn. Where the crops lie is
+        asked of the encoder; once the engine is closed, their grids stand beside the picture, and their titles say so.
 
         Args:
-            source: The picture that was asked about.
+            source: The picture that was asked about. A list or tuple: all pictures of the prompt, such as the frames of
+                a video, which are drawn under each other.
             index: Its index among the prompt's pictures.
             limits: What an image may be.
 
@@ -274,38 +310,72 @@ class PruneReport:
             An RGB image, which a notebook shows inline.
 
         Raises:
-            ConfigError: The report has no such picture, or its tokens have no grid.
+            ConfigError: The report has no such picture, or its tokens have no place on it.
             ImageError: The image cannot be read.
         """
+        if isinstance(source, (list, tuple)):
+            if len(source) != len(self.pictures):
+                raise ConfigError(f"{len(source)} pictures were given", f"the report has {len(self.pictures)}")
+            return stack([self.picture(one, i, limits) for i, one in enumerate(source)])
         pictures = self.pictures
         if not 0 <= index < len(pictures):
             raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
         crops = pictures[index]["images"]
-        images = [self.images[i] for i in crops]
+        places = [self.places[i] for i in crops]
+        return self._draw([self.images[i] for i in crops], places, load_image(cast(ImageSource, source), limits))
+
+    def _stages(self, images: Sequence[ImageReport]) -> list[tuple[str, Kept]]:
+        """The stages that some images went through: titles, and what each kept."""
+        stages: list[tuple[str, Kept]] = []
+        if any(len(image.redundant) for image in images):
+            stages.append(("into the encoder", lambda image: image.entered))
+        if any(image.encoder_layer is not None for image in images):
+            stages.append((f"encoder, from layer {self.encoder_layer}", _left_encoder))
+        stages.append(("vision stage", lambda image: image.vision_kept))
+        if self.decoder_layer is not None:
+            stages.append((f"decoder, from layer {self.decoder_layer}", lambda image: image.decoder_kept))
+        return stages
+
+    def _draw(
+        self, images: Sequence[ImageReport], places: Sequence[Place | None], pixels: np.ndarray
+    ) -> PIL.Image.Image:
+        """One picture. images: it, or its crops. pixels: (h, w, 3) uint8."""
+        placed = [(image, place) for image, place in zip(images, places) if place is not None]
         on_grid = [image for image in images if image.grid is not None]
-        if not on_grid:
+        if not on_grid and (len(images) == 1 or not placed):
             raise ConfigError(
-                "this model's image tokens have no grid",
+                "this model's image tokens have no place on the picture: they have no grid",
                 "leave the picture (--overlay) out: report.images has the kept indices",
             )
-        kept: dict[str, Callable[[ImageReport], np.ndarray]] = {"vision stage": lambda image: image.vision_kept}
-        if any(image.encoder_layer is not None for image in images):
-            everything = lambda image: np.arange(image.n_tokens) if image.encoder_kept is None else image.encoder_kept
-            kept = {f"encoder, from layer {self.encoder_layer}": everything, **kept}
-        if any(len(image.redundant) for image in images):
-            kept = {"into the encoder": lambda image: image.entered, **kept}
-        if self.decoder_layer is not None:
-            kept[f"decoder, from layer {self.decoder_layer}"] = lambda image: image.decoder_kept
-        total = sum(image.n_tokens for image in images)
+        if not placed:
+            return self._draw_unplaced(images, on_grid, pixels)
+        layers: list[Layer] = []
+        for group in apart([place for _, place in placed]):
+            some = [placed[i][0] for i in group]
+            title = "image" if len(images) == 1 else "whole picture" if len(group) == 1 else f"{len(group)} tiles"
+            if not layers and len(placed) < len(images):
+                title += f"; places of {len(images) - len(placed)} more are not known"
+            how = "" if on_grid else ", share of each"
+            stages = []
+            for name, kept in self._stages(images):
+                grids = [image.kept_on_grid(kept(image)) if on_grid else _share(image, kept) for image in some]
+                stages.append((f"{name}: {_count(some, kept)}{how}", grids))
+            layers.append(Layer(title, [placed[i][1] for i in group], stages))
+        return draw_layers(pixels, layers)
+
+    def _draw_unplaced(
+        self, images: Sequence[ImageReport], on_grid: Sequence[ImageReport], pixels: np.ndarray
+    ) -> PIL.Image.Image:
+        """One picture when nobody can be asked where its images lie."""
+        where = f"; places of the {len(images)} crops are not known" if len(images) > 1 else ""
         stages = []
-        for title, of in kept.items():
-            title = f"{title}: {sum(len(of(image)) for image in images)} of {total}"
-            stages.append((title, [image.kept_on_grid(of(image)) for image in on_grid]))
-        pixels = load_image(source, limits)
+        for name, kept in self._stages(images):
+            grids = [grid for image in on_grid if (grid := image.kept_on_grid(kept(image))) is not None]
+            stages.append((f"{name}: {_count(images, kept)}{where}", grids))
         if len(images) > 1:
-            missing = f", {len(images) - len(on_grid)} without a grid" if len(on_grid) < len(images) else ""
-            return draw_crops(pixels, [(f"{title}, in {len(images)} crops{missing}", grids) for title, grids in stages])
-        return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
+            return draw_crops(pixels, stages)
+        assert on_grid[0].grid is not None
+        return draw_overlay(fit_to_grid(pixels, on_grid[0].grid), [Stage(title, grids[0]) for title, grids in stages])
 
     def summary(self) -> dict[str, Any]:
         """The report without its arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
@@ -339,7 +409,8 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain JSON values, arrays as lists."""
-        data = asdict(self)
+        data = asdict(replace(self, locate=None))
+        del data["locate"]
         data["config"] = self.config.to_dict() if self.config is not None else None
         data["windows"] = [list(window) for window in self.windows]
         for image in data["images"]:
