@@ -213,7 +213,7 @@ async function answer(side, body, card, signal) {
 
 function showReport(card, report) {
   card.querySelector(".words").textContent = `${readText(report, report.milliseconds.first_token)} ${cacheText(report)}`;
-  card.querySelector(".notes").textContent += report.notes.join(" ");
+  card.querySelector(".notes").textContent += report.notes.map((note) => `${/^[a-z]+ /.test(note) ? note[0].toUpperCase() : note[0]}${note.slice(1)}.`).join(" ");
   card.querySelector(".times").hidden = false;
   card.querySelector("tbody").replaceChildren(
     ...steps(report.milliseconds).map(([what, howLong]) => {
@@ -354,6 +354,8 @@ document.addEventListener("paste", (event) => {
   event.preventDefault();
   usePicture(file, file.name || "pasted.png");
 });
+
+new ResizeObserver(() => document.documentElement.style.setProperty("--form-height", `${$("form").offsetHeight}px`)).observe($("form"));
 
 async function begin() {
   explain();

@@ -82,6 +82,7 @@ export function draw(canvas, picture, images = [], kept = null) {
   for (const image of images) cover(paper, image, kept(image), [top, left, height, width]);
   if (images.length > 1) {
     paper.strokeStyle = "#5aaaff"; // between tiles
+    paper.lineWidth = 3;
     for (const { place } of images) paper.strokeRect((place[1] - left) * width, (place[0] - top) * height, (place[3] - place[1]) * width, (place[2] - place[0]) * height);
   }
 }
@@ -102,7 +103,7 @@ function cover(paper, image, tokens, [top, left, height, width]) {
   const cell = Math.min((x(columns) - x(0)) / columns, (y(rows) - y(0)) / rows);
   if (cell < 5 || kept.size >= rows * columns) return;
   paper.strokeStyle = "#ffb52e";
-  paper.lineWidth = cell < 16 ? 1 : 2;
+  paper.lineWidth = cell < 16 ? 1 : 3;
   paper.beginPath();
   for (let row = 0; row <= rows; row++) {
     for (let column = 0; column <= columns; column++) {
