@@ -118,7 +118,7 @@ class Inspection:
         values = [self._on_grid(layer, i) for i in drawn]
         regions = [place for i in drawn if (place := self.places[i]) is not None]
         title = f"decoder layer {layer}: from the question to each image token"
-        header = f"Question: {self.question}"
+        header = f"Question, as the model reads it: {self.question}"
         if len(drawn) < len(crops):
             header += f" (places of {len(crops) - len(drawn)} of {len(crops)} crops are not known)"
         return draw_heatmap(

@@ -1,10 +1,11 @@
 """Drives the server's page in a headless Chromium, as people use it, and looks at it with axe-core.
 
-    python tools/check_page.py [--pictures FOLDER]
+    python tools/check_page.py [--pictures FOLDER] [--docs]
 
 A real server answers with the shipped reference model: upload, question, stop, both sides, a further question, errors,
 the copied code. At each stop axe-core must find nothing serious or critical (WCAG 2.2 AA), in both colour schemes, and
-nothing may reach over the page's edge at widths of 320 to 1,440 pixels. --pictures keeps screenshots.
+nothing may reach over the page's edge at widths of 320 to 1,440 pixels. --pictures keeps screenshots; --docs takes
+those of docs/ anew.
 
 Needs a Chromium (CHROMIUM names one; on Debian: apt-get install chromium) and `pip install playwright
 axe-playwright-python`, which `make test-page` does. Where something is missing it says so and ends with status 0.
@@ -322,10 +323,33 @@ def quiet(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
     return visit.close()
 
 
+def documents(browser: Any, url: str) -> None:
+    """The pictures of the page in docs/."""
+    for name, width, height, more in (
+        ("page", 1180, 860, {}),
+        ("page-phone", 390, 844, {"is_mobile": True, "has_touch": True}),
+    ):
+        visit = Visit(browser, url, "", None, **more)
+        page = visit.page
+        page.set_viewport_size({"width": width, "height": height})
+        page.click("#demo")
+        page.wait_for_selector("#examples:visible")
+        page.check("input[value=both]", force=True)
+        visit.ask("what number is shown?")
+        page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+        page.wait_for_timeout(500)
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            page.screenshot(path=file.name)
+            PIL.Image.open(file.name).convert("RGB").save(ROOT / "docs" / f"{name}.jpg", quality=82, optimize=True)
+        visit.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pictures", type=Path, help="folder for screenshots")
-    pictures = parser.parse_args().pictures
+    parser.add_argument("--docs", action="store_true", help="take the pictures of docs/ anew, and check nothing")
+    arguments = parser.parse_args()
+    pictures = arguments.pictures
     executable = find_browser()
     try:
         import axe_playwright_python
@@ -339,6 +363,10 @@ def main() -> None:
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        if arguments.docs:
+            with serving() as url:
+                documents(browser, url)
+            return
         with serving() as url:
             problems += conversation(browser, url, axe, pictures) + quiet(browser, url, axe, pictures)
         with serving("--api-key", KEY) as url:

@@ -140,5 +140,5 @@ def _draw(result: Any, layer: int, images: tuple[str, ...], vlm: Any) -> Any:
         return result.picture(images[0], layer, limits=vlm.image_limits)
     attention = result.decoder[layer]
     mean = attention.mean(axis=0) if attention.ndim == 3 else attention
-    title = f"decoder layer {layer}, mean over heads: from each token (rows) to each (columns)"
-    return draw_matrix(mean, title, header=f"Prompt: {result.question}")
+    title = f"decoder layer {layer}: from token (row) to token (column)"
+    return draw_matrix(mean, title, header=f"Prompt, as the model reads it: {result.question}")

@@ -275,5 +275,5 @@ def draw_matrix(values: np.ndarray, title: str, *, header: str = "") -> PIL.Imag
     top = grid.max(axis=1, keepdims=True)
     level = np.divide(np.maximum(grid, 0), top, out=np.zeros_like(grid), where=top > 0)
     picture = sheet([[(title, fit((colours(level) + 0.5).astype(np.uint8)))]], extra_width=LEGEND_WIDTH)
-    draw_legend(picture, picture.height - MARGIN - TITLE_HEIGHT, 0.0, 1.0, "of the row's maximum")
+    draw_legend(picture, picture.height - MARGIN - TITLE_HEIGHT, 0.0, 1.0, "attention, of the row's maximum")
     return under_header(picture, header)

@@ -9,7 +9,7 @@ const NAMES = { pruned: "Pruned", stock: "Stock" };
 let setup = { max_image_bytes: Infinity, demo_questions: [], needs_key: false, presets: {}, default: null };
 let model = "star-edge";
 let picture = null; // {image: ImageBitmap, url: data URL, name}
-let turns = []; // {question, answers: {side: text}}: what the next question goes on from
+let turns = []; // {turn: its element, question, answers: {side: text}}: what the next question goes on from
 let running = null; // AbortController of the question under way
 
 const settings = () => ({
@@ -240,7 +240,7 @@ async function compare(results, bodies, { turn, cards }, signal) {
     }
     return verdict(medians.pruned, medians.stock, results.pruned.text === results.stock.text);
   };
-  show();
+  turn.querySelector(".verdict").textContent = show();
   const once = Object.values(times).reduce((sum, [first]) => sum + first, 0);
   for (let round = 0; round < 2 && once < MEASURE_AGAIN_MS; round++) {
     since = performance.now();
@@ -270,7 +270,7 @@ async function ask(question) {
   const results = {};
   try {
     for (const side of sides) results[side] = await answer(side, bodies[side], shown.cards[side], mine.signal);
-    turns.push({ question, answers: Object.fromEntries(sides.map((side) => [side, results[side].text])) });
+    turns.push({ turn: shown.turn, question, answers: Object.fromEntries(sides.map((side) => [side, results[side].text])) });
     $("question").value = "";
     const { report } = results[sides[0]];
     if (sides[0] === "pruned" && report) {
@@ -282,7 +282,11 @@ async function ask(question) {
     if (chosen === "both") await compare(results, bodies, shown, mine.signal);
     say("Done.");
   } catch (error) {
-    for (const card of Object.values(shown.cards)) card.classList.remove("working");
+    const isKept = turns.at(-1)?.turn === shown.turn;
+    for (const card of Object.values(shown.cards)) {
+      card.classList.remove("working");
+      if (!isKept) card.querySelector(".notes").textContent += "This question did not come to its end: the conversation goes on without it.";
+    }
     if (!mine.signal.aborted) {
       say("");
       if (!Object.values(shown.cards).some((card) => card.querySelector(".answer").textContent)) shown.turn.remove();
