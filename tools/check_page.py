@@ -325,16 +325,16 @@ def quiet(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
 
 def documents(browser: Any, url: str) -> None:
     """The pictures of the page in docs/."""
-    for name, width, height, more in (
-        ("page", 1180, 860, {}),
-        ("page-phone", 390, 844, {"is_mobile": True, "has_touch": True}),
+    for name, mode, width, height, more in (
+        ("page", "both", 1180, 900, {}),
+        ("page-phone", "pruned", 390, 844, {"is_mobile": True, "has_touch": True}),
     ):
         visit = Visit(browser, url, "", None, **more)
         page = visit.page
         page.set_viewport_size({"width": width, "height": height})
         page.click("#demo")
         page.wait_for_selector("#examples:visible")
-        page.check("input[value=both]", force=True)
+        page.check(f"input[value={mode}]", force=True)
         visit.ask("what number is shown?")
         page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
         page.wait_for_timeout(500)

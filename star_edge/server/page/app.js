@@ -102,7 +102,7 @@ async function watchQueue(name, signal, isReading) {
     const health = await getJSON("health", "").catch(() => null);
     if (signal.aborted || !isReading()) return;
     const others = health ? health.waiting : 0;
-    say(others ? `${name}: the server works for others too, ${others} ${others === 1 ? "request waits" : "requests wait"}` : `${name}: reading the picture and the question`, true);
+    say(others ? `${name}: reading, or waiting for its turn (${others} in line)` : `${name}: reading the picture and the question`, true);
   }
 }
 
