@@ -12,7 +12,7 @@ import PIL.Image
 from .arguments import checked
 from .errors import ConfigError
 from .io.images import ImageLimits, ImageSource, load_image
-from .io.overlay import Layer, Stage, apart, draw_crops, draw_layers, draw_overlay, fit_to_grid, stack
+from .io.overlay import Shown, draw_shown, stack
 from .pruning.config import PruneConfig
 from .pruning.selection import average_tokens
 from .vision.places import Place
@@ -110,22 +110,6 @@ class ImageReport:
         on_grid = np.zeros(self.grid[0] * self.grid[1], np.float32)
         on_grid[cells[cells >= 0]] = 1.0
         return on_grid.reshape(self.grid)
-
-
-Kept = Callable[[ImageReport], np.ndarray]
-
-
-def _left_encoder(image: ImageReport) -> np.ndarray:
-    return np.arange(image.n_tokens) if image.encoder_kept is None else image.encoder_kept
-
-
-def _count(images: Sequence[ImageReport], kept: Kept) -> str:
-    return f"{sum(len(kept(image)) for image in images)} of {sum(image.n_tokens for image in images)}"
-
-
-def _share(image: ImageReport, kept: Kept) -> np.ndarray:
-    """The share of an image's tokens that was kept, as a grid of one cell."""
-    return np.array([[len(kept(image)) / image.n_tokens]])
 
 
 @dataclass
@@ -321,61 +305,26 @@ class PruneReport:
         if not 0 <= index < len(pictures):
             raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
         crops = pictures[index]["images"]
-        places = [self.places[i] for i in crops]
-        return self._draw([self.images[i] for i in crops], places, load_image(cast(ImageSource, source), limits))
-
-    def _stages(self, images: Sequence[ImageReport]) -> list[tuple[str, Kept]]:
-        """The stages that some images went through: titles, and what each kept."""
-        stages: list[tuple[str, Kept]] = []
-        if any(len(image.redundant) for image in images):
-            stages.append(("into the encoder", lambda image: image.entered))
+        images = [self.images[i] for i in crops]
+        kept: dict[str, Callable[[ImageReport], np.ndarray]] = {"vision stage": lambda image: image.vision_kept}
         if any(image.encoder_layer is not None for image in images):
-            stages.append((f"encoder, from layer {self.encoder_layer}", _left_encoder))
-        stages.append(("vision stage", lambda image: image.vision_kept))
+            everything = lambda image: np.arange(image.n_tokens) if image.encoder_kept is None else image.encoder_kept
+            kept = {f"encoder, from layer {self.encoder_layer}": everything, **kept}
+        if any(len(image.redundant) for image in images):
+            kept = {"into the encoder": lambda image: image.entered, **kept}
         if self.decoder_layer is not None:
-            stages.append((f"decoder, from layer {self.decoder_layer}", lambda image: image.decoder_kept))
-        return stages
-
-    def _draw(
-        self, images: Sequence[ImageReport], places: Sequence[Place | None], pixels: np.ndarray
-    ) -> PIL.Image.Image:
-        """One picture. images: it, or its crops. pixels: (h, w, 3) uint8."""
-        placed = [(image, place) for image, place in zip(images, places) if place is not None]
-        on_grid = [image for image in images if image.grid is not None]
-        if not on_grid and (len(images) == 1 or not placed):
-            raise ConfigError(
-                "this model's image tokens have no place on the picture: they have no grid",
-                "leave the picture (--overlay) out: report.images has the kept indices",
+            kept[f"decoder, from layer {self.decoder_layer}"] = lambda image: image.decoder_kept
+        places = self.places
+        shown = [
+            Shown(
+                image.n_tokens,
+                image.grid,
+                places[i],
+                [(len(of(image)), image.kept_on_grid(of(image))) for of in kept.values()],
             )
-        if not placed:
-            return self._draw_unplaced(images, on_grid, pixels)
-        layers: list[Layer] = []
-        for group in apart([place for _, place in placed]):
-            some = [placed[i][0] for i in group]
-            title = "image" if len(images) == 1 else "whole picture" if len(group) == 1 else f"{len(group)} tiles"
-            if not layers and len(placed) < len(images):
-                title += f"; places of {len(images) - len(placed)} more are not known"
-            how = "" if on_grid else ", share of each"
-            stages = []
-            for name, kept in self._stages(images):
-                grids = [image.kept_on_grid(kept(image)) if on_grid else _share(image, kept) for image in some]
-                stages.append((f"{name}: {_count(some, kept)}{how}", grids))
-            layers.append(Layer(title, [placed[i][1] for i in group], stages))
-        return draw_layers(pixels, layers)
-
-    def _draw_unplaced(
-        self, images: Sequence[ImageReport], on_grid: Sequence[ImageReport], pixels: np.ndarray
-    ) -> PIL.Image.Image:
-        """One picture when nobody can be asked where its images lie."""
-        where = f"; places of the {len(images)} crops are not known" if len(images) > 1 else ""
-        stages = []
-        for name, kept in self._stages(images):
-            grids = [grid for image in on_grid if (grid := image.kept_on_grid(kept(image))) is not None]
-            stages.append((f"{name}: {_count(images, kept)}{where}", grids))
-        if len(images) > 1:
-            return draw_crops(pixels, stages)
-        assert on_grid[0].grid is not None
-        return draw_overlay(fit_to_grid(pixels, on_grid[0].grid), [Stage(title, grids[0]) for title, grids in stages])
+            for i, image in zip(crops, images)
+        ]
+        return draw_shown(load_image(cast(ImageSource, source), limits), list(kept), shown)
 
     def summary(self) -> dict[str, Any]:
         """The report without its arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""

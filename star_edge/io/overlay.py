@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
+from ..errors import ConfigError
 from .panels import (
     BACKGROUND,
     LEGEND_WIDTH,
@@ -67,6 +68,83 @@ class Layer:
     title: str
     regions: Sequence[Region]
     stages: Sequence[tuple[str, Sequence[np.ndarray | None]]]
+
+
+@dataclass(eq=False)
+class Shown:
+    """An image that a model got of a picture: all of it, or one crop.
+
+    Attributes:
+        n_tokens: Its tokens.
+        grid: (rows, columns) of them, or None.
+        region: What it shows of the picture. None: that is not known.
+        kept: Of each step of pruning how many tokens stayed, and which, (rows, columns) of 0 and 1, or None without a
+            grid.
+    """
+
+    n_tokens: int
+    grid: tuple[int, int] | None
+    region: Region | None
+    kept: Sequence[tuple[int, np.ndarray | None]]
+
+
+def draw_shown(pixels: np.ndarray, titles: Sequence[str], images: Sequence[Shown]) -> PIL.Image.Image:
+    """Draws a picture and what pruning kept of its images, each where it lies.
+
+    Where nobody knows that, the grids of several images stand beside the picture, and their titles say so. Where tokens
+    have no grid, the share of each image's tokens that stayed is drawn.
+
+    Args:
+        pixels: The picture, (height, width, 3) uint8.
+        titles: Of each step of pruning.
+        images: It, or its crops.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ConfigError: The tokens have no place on the picture.
+    """
+    placed = [(image, image.region) for image in images if image.region is not None]
+    on_grid = [image for image in images if image.grid is not None]
+    if not on_grid and (len(images) == 1 or not placed):
+        raise ConfigError(
+            "this model's image tokens have no place on the picture: they have no grid",
+            "leave the picture (--overlay) out: report.images has the kept indices",
+        )
+    if not placed:
+        return _draw_unplaced(pixels, titles, images)
+    layers: list[Layer] = []
+    for group in apart([region for _, region in placed]):
+        some = [placed[i][0] for i in group]
+        name = "image" if len(images) == 1 else "whole picture" if len(group) == 1 else f"{len(group)} tiles"
+        if not layers and len(placed) < len(images):
+            name += f"; places of {len(images) - len(placed)} more are not known"
+        how = "" if on_grid else ", share of each"
+        stages = []
+        for step, title in enumerate(titles):
+            grids = [
+                image.kept[step][1] if on_grid else np.array([[image.kept[step][0] / image.n_tokens]]) for image in some
+            ]
+            stages.append((f"{title}: {_count(some, step)}{how}", grids))
+        layers.append(Layer(name, [placed[i][1] for i in group], stages))
+    return draw_layers(pixels, layers)
+
+
+def _count(images: Sequence[Shown], step: int) -> str:
+    return f"{sum(image.kept[step][0] for image in images)} of {sum(image.n_tokens for image in images)}"
+
+
+def _draw_unplaced(pixels: np.ndarray, titles: Sequence[str], images: Sequence[Shown]) -> PIL.Image.Image:
+    where = f"; places of the {len(images)} crops are not known" if len(images) > 1 else ""
+    stages = []
+    for step, title in enumerate(titles):
+        grids = [grid for image in images if (grid := image.kept[step][1]) is not None]
+        stages.append((f"{title}: {_count(images, step)}{where}", grids))
+    if len(images) > 1:
+        return draw_crops(pixels, stages)
+    assert images[0].grid is not None  # draw_shown has looked
+    return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
 
 
 def draw_overlay(image: np.ndarray, stages: Sequence[Stage]) -> PIL.Image.Image:
