@@ -92,7 +92,7 @@ class Request:
     def _locator(self, report: PruneReport) -> Callable[[], list[Place | None]] | None:
         """Asks for `report.places`. It keeps neither the Llama nor the encoder alive, and is asked once."""
         pictures, sizes, lock = report.pictures, self._sizes, self._lock
-        if len(sizes) != len(pictures) or self._reader.places is None:
+        if not pictures or len(sizes) != len(pictures) or self._reader.places is None:
             return None
         places, found = weakref.ref(self._reader.places), list[Place | None]()
 

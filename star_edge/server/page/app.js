@@ -290,6 +290,7 @@ async function ask(question) {
     if (!mine.signal.aborted) {
       say("");
       if (!Object.values(shown.cards).some((card) => card.querySelector(".answer").textContent)) shown.turn.remove();
+      if (turns.length && /context/.test(error.message)) error.message += ' Or begin a new conversation: its questions and answers take room too.';
       showError(error instanceof Problem ? error : new Problem(`The page failed (${error.message}). Load it again.`));
     }
   } finally {

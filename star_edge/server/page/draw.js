@@ -35,7 +35,7 @@ function stagesOf(report) {
   if (images.some((image) => image.redundant?.length)) {
     stages.push(["Into the encoder", (image) => { const out = new Set(image.redundant); return [...Array(image.n_tokens).keys()].filter((i) => !out.has(i)); }]);
   }
-  if (images.some((image) => image.encoder_kept)) stages.push(["Encoder stage", (image) => image.encoder_kept || [...Array(image.n_tokens).keys()]]);
+  if (report.encoder_layer !== null) stages.push([`Encoder stage, from layer ${report.encoder_layer}`, (image) => image.encoder_kept || [...Array(image.n_tokens).keys()]]);
   stages.push(["Vision stage", (image) => image.vision_kept]);
   if (report.decoder_layer !== null) stages.push([`Decoder stage, from layer ${report.decoder_layer}`, (image) => image.decoder_kept]);
   return stages;
