@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.chatting import data_url, load, user
 from helpers.families import load_fixtures
 
+from star_edge import StarChatHandler
 from star_edge.errors import ImageError
 from star_edge.vision.places import Place, Places, locate, places_or_none
 
@@ -144,3 +146,20 @@ def test_asking_leaves_the_engine_as_it_was():
             state, _ = engine.read_prompt(prompt.text, prompt.pictures, "off", chat=False)
             logits.append(state.logits.copy())
     assert np.array_equal(*logits)
+
+
+def test_both_fronts_say_the_same():
+    """StarChatHandler's report knows the places of crops as StarVLM's does: of the picture as it was asked about."""
+    fixture = load_fixtures()["llava-next"]
+    picture = fixture.prompts[1].pictures[1]
+    with fixture.engine() as engine:
+        _, report = engine.read_prompt("<__media__> what is it?", [picture], "balanced", chat=False)
+        expected = report.places
+    handler = StarChatHandler(fixture.mmproj, chat_template="vicuna")
+    llm = load(handler, fixture.text, n_ctx=1024)
+    try:
+        llm.create_chat_completion([user(data_url(picture), "what is it?")], max_tokens=1)
+        assert handler.last_report.places == expected and None not in expected and len(expected) == 5
+        assert handler.last_report.picture(picture).height > 2 * 336
+    finally:
+        llm.close()
