@@ -10,7 +10,7 @@ LLAMA  := $(shell sed -n 's/.*"llama-cpp-python>=[0-9.]*,<=\([0-9.]*\)".*/llama-
 DEV_TOOLS := $(shell sed -n 's/^dev = \[\(.*\)"star-edge.*/\1/p' pyproject.toml | tr -d '",')
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard bindings/*)
 
-.PHONY: demo test test-slow test-processors test-vulkan lint format format-check typecheck sanitize fuzz check-llama test-wheel support-table bench bench-all cross docs clean
+.PHONY: demo test test-slow test-processors test-vulkan test-page lint format format-check typecheck sanitize fuzz check-llama test-wheel support-table bench bench-all cross docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/star-edge demo
@@ -63,6 +63,11 @@ test-processors: $(VENV)/installed-tests
 # the suites. Builds ggml's Vulkan backend once, in .processors/vulkan.
 test-vulkan: $(VENV)/installed-tests
 	$(BIN)/python tools/vulkan.py $(if $(PLACEMENT),--placement $(PLACEMENT)) $(TESTS)
+
+# The server's page in a headless Chromium, with axe-core: make test-page PICTURES=folder keeps screenshots. Without a Chromium it says so.
+test-page: $(VENV)/installed-tests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "playwright>=1.50" "axe-playwright-python>=0.1.7"
+	$(BIN)/python tools/check_page.py $(if $(PICTURES),--pictures $(PICTURES))
 
 # Which assumptions about llama.cpp hold in another version of llama-cpp-python: make check-llama VERSION=0.3.35
 # TESTS: files of the suite to run there too. The environment stays in .check-llama.

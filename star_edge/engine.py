@@ -40,6 +40,7 @@ from .request import Request
 from .stopwatch import Stopwatch
 from .suggestions import did_you_mean
 from .vision.chunks import Prompt, TextChunk
+from .vision.places import Place, places_or_none
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
@@ -457,7 +458,21 @@ class StarVLM:
                     ]
                 else:
                     tokens += [f"<image {segment.image}>"] * n
-            return Inspection(tokens, np.array(owner), grids, decoder_maps, encoder_maps)
+            places: list[Place | None] = []
+            of_picture = [chunk.picture for chunk in plan.images]
+            for i, pixels in enumerate(pictures):
+                assert self._reader.places is not None  # of the encoder that has made the images
+                places += places_or_none(self._reader.places, pixels.shape[0], pixels.shape[1], of_picture.count(i))
+            return Inspection(
+                tokens,
+                np.array(owner),
+                grids,
+                decoder_maps,
+                encoder_maps,
+                of_picture,
+                places,
+                [image.special for image in encoded],
+            )
 
     # ---- inside ----
 

@@ -11,14 +11,18 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from .arguments import checked
 from .errors import ConfigError, EngineError, OutputError
+from .io.images import ImageLimits, ImageSource, load_image
+from .io.overlay import draw_heatmap
 from .llamacpp.context import DecoderContext
 from .llamacpp.tap import MEAN_HEADS, AttentionRead, Plan
 from .rows import Segment
 from .vision.chunks import ImageChunk
 from .vision.encoder import VisionEncoder
+from .vision.places import Place
 
 
 @dataclass
@@ -29,6 +33,9 @@ class Inspection:
         tokens: Text of each token. An image token is "<image I>", with I counted from 0.
         image_of_token: Index of each token's image, -1 for text, (n,) int64.
         grids: (rows, columns) of each image's tokens, or None.
+        pictures: Index of each image's picture in the prompt: the crops of a picture are images of their own.
+        places: Where each image lies on its picture, None where that is not known.
+        special: Tokens of each image that show no place, such as row ends, (n_tokens,) bool. None: none.
         decoder: Layer -> softmax attention, (n_heads, n, n) float32: [head, query row, key row]. With averaged heads
             (n, n).
         encoder: For each image, layer -> attention over the encoder's own rows, (n_heads, n_rows, n_rows) float32. With
@@ -40,6 +47,9 @@ class Inspection:
     grids: list[tuple[int, int] | None]
     decoder: dict[int, np.ndarray] = field(default_factory=dict)
     encoder: list[dict[int, np.ndarray]] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    places: list[Place | None] = field(default_factory=list)
+    special: list[np.ndarray | None] = field(default_factory=list)
 
     @checked()
     def to_image(self, layer: int, image: int = 0) -> np.ndarray:
@@ -78,6 +88,57 @@ class Inspection:
         for i, layers in enumerate(self.encoder):
             data.update({f"encoder_image_{i}_layer_{layer}": a for layer, a in layers.items()})
         return data
+
+    @checked()
+    def picture(self, source: ImageSource, layer: int, index: int = 0, limits: ImageLimits = ImageLimits()) -> Image:
+        """Draws `to_image` over a picture of the prompt, with the question and a colour scale.
+
+        Args:
+            source: The picture that was asked about.
+            layer: Decoder layer, one of those that were read.
+            index: Its index among the prompt's pictures.
+            limits: What an image may be.
+
+        Returns:
+            An RGB image, which a notebook shows inline.
+
+        Raises:
+            ConfigError: As `to_image`; or there is no such picture, or its tokens have no place on it.
+            ImageError: The image cannot be read.
+        """
+        crops = [i for i, picture in enumerate(self.pictures) if picture == index]
+        if not crops:
+            count = len(set(self.pictures))
+            raise ConfigError(f"the prompt has no picture {index}", f"it has {count}, counted from 0")
+        drawn = [i for i in crops if self.grids[i] is not None and self.places[i] is not None]
+        if not drawn:
+            raise ConfigError(
+                "this model's image tokens have no place on the picture", "leave the picture out: to_image has numbers"
+            )
+        values = [self._on_grid(layer, i) for i in drawn]
+        regions = [place for i in drawn if (place := self.places[i]) is not None]
+        title = f"decoder layer {layer}: from the question to each image token"
+        header = f"Question, as the model reads it: {self.question}"
+        if len(drawn) < len(crops):
+            header += f" (places of {len(crops) - len(drawn)} of {len(crops)} crops are not known)"
+        return draw_heatmap(
+            load_image(source, limits), values, title, regions=regions, header=header, unit="attention, mean over heads"
+        )
+
+    def _on_grid(self, layer: int, image: int) -> np.ndarray:
+        """`to_image` as a grid; tokens that show no place are left out."""
+        grid, values = self.grids[image], self.to_image(layer, image)
+        assert grid is not None
+        special = self.special[image] if self.special else None
+        if special is not None:
+            values = values[~special]
+        return values.reshape(grid)
+
+    @property
+    def question(self) -> str:
+        """The text after the last image, as the model reads it, in one line."""
+        images = np.flatnonzero(self.image_of_token >= 0)
+        return " ".join("".join(self.tokens[int(images[-1]) + 1 if len(images) else 0 :]).split())
 
     @checked()
     def save(self, path: str | PathLike[str], **more: np.ndarray) -> None:

@@ -34,6 +34,7 @@ from .stopwatch import Stopwatch
 from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
 from .vision.encode import ImageEncoding
 from .vision.encoder import VisionEncoder
+from .vision.places import Places
 from .vision.resolution import Fitted, Resolution
 from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
 
@@ -73,6 +74,7 @@ class PromptReader:
         self.reuse = cache.reuse
         self.llama = cast(Llama, weakref.proxy(llama))  # acts as the Llama
         self.encoder: VisionEncoder | None = None
+        self.places: Places | None = None
         if mmproj is not None:
             flash_attn = encoder.encoder_flash_attn
             self.encoder = VisionEncoder(
@@ -88,6 +90,7 @@ class PromptReader:
             )
             free_with(llama, self.encoder.close)  # before the model that it points to
             self._resolution = Resolution(self.encoder)
+            self.places = Places(self.encoder)
             self.encoding = ImageEncoding(self.encoder)
         try:
             self.context = tapped_context(llama)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -12,9 +12,10 @@ import PIL.Image
 from .arguments import checked
 from .errors import ConfigError
 from .io.images import ImageLimits, ImageSource, load_image
-from .io.overlay import Stage, draw_crops, draw_overlay, fit_to_grid
+from .io.overlay import Shown, draw_shown, stack
 from .pruning.config import PruneConfig
 from .pruning.selection import average_tokens
+from .vision.places import Place
 
 _TOTALS = (
     "encoder_layer",
@@ -136,6 +137,7 @@ class PruneReport:
         notes: What a user should know, such as a stage that this model cannot have.
         full_tokens: Image tokens that each picture would take at its own size, None for one that the encoder could not
             take. Empty if no picture was made smaller (PruneConfig.image_max_tokens).
+        locate: Asks the encoder for `places`. None: nobody can be asked.
     """
 
     config: PruneConfig | None
@@ -152,6 +154,20 @@ class PruneReport:
     repairs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     full_tokens: list[int | None] = field(default_factory=list)
+    locate: Callable[[], list[Place | None]] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but `locate`, which is of this process."""
+        return {**self.__dict__, "locate": None}
+
+    @property
+    def places(self) -> list[Place | None]:
+        """Where each image lies on its picture, such as a tile; None where that is not known.
+
+        The encoder is asked for it the first time, without encoding anything, so the engine must be open then.
+        """
+        found = [] if self.locate is None else self.locate()
+        return found if len(found) == len(self.images) else [None] * len(self.images)
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
@@ -259,14 +275,18 @@ class PruneReport:
         return round_n_ctx(n)
 
     @checked(skip=("source",))
-    def picture(self, source: ImageSource, index: int = 0, limits: ImageLimits = ImageLimits()) -> PIL.Image.Image:
+    def picture(
+        self, source: ImageSource | Sequence[ImageSource], index: int = 0, limits: ImageLimits = ImageLimits()
+    ) -> PIL.Image.Image:
         """Draws a picture of the prompt beside what each stage kept of it. Dropped tokens are dimmed.
 
-        If the model got the picture in crops, the crops' grids stand beside it, because llama.cpp does not say where in
-        the picture they lie.
+        If the model got the picture in crops, each lies where it belongs: the overview has a row of panels, and the
+        tiles have one. Of crops without a grid the share of their tokens that was kept is drawn. Where the crops lie is
+        asked of the encoder; once the engine is closed, their grids stand beside the picture, and their titles say so.
 
         Args:
-            source: The picture that was asked about.
+            source: The picture that was asked about. A list or tuple: all pictures of the prompt, such as the frames of
+                a video, which are drawn under each other.
             index: Its index among the prompt's pictures.
             limits: What an image may be.
 
@@ -274,20 +294,18 @@ class PruneReport:
             An RGB image, which a notebook shows inline.
 
         Raises:
-            ConfigError: The report has no such picture, or its tokens have no grid.
+            ConfigError: The report has no such picture, or its tokens have no place on it.
             ImageError: The image cannot be read.
         """
+        if isinstance(source, (list, tuple)):
+            if len(source) != len(self.pictures):
+                raise ConfigError(f"{len(source)} pictures were given", f"the report has {len(self.pictures)}")
+            return stack([self.picture(one, i, limits) for i, one in enumerate(source)])
         pictures = self.pictures
         if not 0 <= index < len(pictures):
             raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
         crops = pictures[index]["images"]
         images = [self.images[i] for i in crops]
-        on_grid = [image for image in images if image.grid is not None]
-        if not on_grid:
-            raise ConfigError(
-                "this model's image tokens have no grid",
-                "leave the picture (--overlay) out: report.images has the kept indices",
-            )
         kept: dict[str, Callable[[ImageReport], np.ndarray]] = {"vision stage": lambda image: image.vision_kept}
         if any(image.encoder_layer is not None for image in images):
             everything = lambda image: np.arange(image.n_tokens) if image.encoder_kept is None else image.encoder_kept
@@ -296,16 +314,17 @@ class PruneReport:
             kept = {"into the encoder": lambda image: image.entered, **kept}
         if self.decoder_layer is not None:
             kept[f"decoder, from layer {self.decoder_layer}"] = lambda image: image.decoder_kept
-        total = sum(image.n_tokens for image in images)
-        stages = []
-        for title, of in kept.items():
-            title = f"{title}: {sum(len(of(image)) for image in images)} of {total}"
-            stages.append((title, [image.kept_on_grid(of(image)) for image in on_grid]))
-        pixels = load_image(source, limits)
-        if len(images) > 1:
-            missing = f", {len(images) - len(on_grid)} without a grid" if len(on_grid) < len(images) else ""
-            return draw_crops(pixels, [(f"{title}, in {len(images)} crops{missing}", grids) for title, grids in stages])
-        return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
+        places = self.places
+        shown = [
+            Shown(
+                image.n_tokens,
+                image.grid,
+                places[i],
+                [(len(of(image)), image.kept_on_grid(of(image))) for of in kept.values()],
+            )
+            for i, image in zip(crops, images)
+        ]
+        return draw_shown(load_image(cast(ImageSource, source), limits), list(kept), shown)
 
     def summary(self) -> dict[str, Any]:
         """The report without its arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
@@ -339,7 +358,8 @@ class PruneReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain JSON values, arrays as lists."""
-        data = asdict(self)
+        data = asdict(replace(self, locate=None))
+        del data["locate"]
         data["config"] = self.config.to_dict() if self.config is not None else None
         data["windows"] = [list(window) for window in self.windows]
         for image in data["images"]:

@@ -9,6 +9,7 @@ StarVLM, StarChatHandler and the server share this life cycle. Knows neither ima
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from .pruning.config import PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.chunks import Prompt
+from .vision.places import Place, places_or_none
 from .vision.resolution import FittedSize
 
 
@@ -59,6 +61,7 @@ class Request:
         self.report: PruneReport | None = None
         self.n_prompt = 0
         self._fitted: list[FittedSize | None] = []
+        self._sizes: list[tuple[int, int]] = []  # (height, width) of each picture
         self.finish_reason: str | None = None
 
     # ---- the prompt ----
@@ -71,6 +74,7 @@ class Request:
         """
         fitted = self._reader.fit(pixels, self._config)
         self._fitted.append(fitted.size)
+        self._sizes.append((fitted.pixels.shape[0], fitted.pixels.shape[1]))
         return fitted.pixels
 
     def read(self, prompt: Prompt) -> Prefill:
@@ -82,7 +86,25 @@ class Request:
         state, self.report = self._reader.read(prompt, self._config, self._start)
         self.n_prompt = state.next_position
         self._add_full_tokens(self.report)
+        self.report.locate = self._locator(self.report)
         return state
+
+    def _locator(self, report: PruneReport) -> Callable[[], list[Place | None]] | None:
+        """Asks for `report.places`. It keeps neither the Llama nor the encoder alive, and is asked once."""
+        pictures, sizes, lock = report.pictures, self._sizes, self._lock
+        if not pictures or len(sizes) != len(pictures) or self._reader.places is None:
+            return None
+        places, found = weakref.ref(self._reader.places), list[Place | None]()
+
+        def locate() -> list[Place | None]:
+            known = places()
+            if not found and known is not None:
+                with lock:
+                    for picture, size in zip(pictures, sizes):
+                        found.extend(places_or_none(known, *size, len(picture["images"])))
+            return found
+
+        return locate
 
     def _add_full_tokens(self, report: PruneReport) -> None:
         """Says how many tokens each picture would take at its own size, and whether it takes more than it should."""

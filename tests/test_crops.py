@@ -3,6 +3,7 @@
 test_families.py."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from star_edge.cli import cli
 from star_edge.cli.options import save_overlay
 from star_edge.errors import ConfigError
 from star_edge.io.images import ImageLimits
+from star_edge.io.panels import MARGIN, TITLE_HEIGHT
 from star_edge.pruning.config import PRESETS
 
 FIXTURE = load_fixtures()["llava-next"]
@@ -66,26 +68,52 @@ def test_pictures_are_told_apart_without_a_cache():
     assert [image.picture for image in report.images] == PICTURES
 
 
-def test_tokens_of_crops_are_drawn_beside_the_picture(vlm, tmp_path):
-    """Nobody says where they lie: each crop is a grid of its own, of its own kept cells."""
+def test_tokens_of_crops_are_drawn_where_they_lie(vlm, tmp_path):
+    """Each tile dims the part of the picture that it shows, and no other; the overview has a row of its own."""
     config = PruneConfig(0.5, 0.25, 1)
     _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
     written, problems = save_overlay(report, PROMPT.pictures, str(tmp_path / "a.png"), ImageLimits())
     assert [Path(path).name for path in written] == ["a-0.png", "a-1.png"] and not problems
-    drawn = np.asarray(report.picture(PROMPT.pictures[1], 1)).reshape(-1, 3)
-    colours = {tuple(int(c) for c in pixel) for pixel in np.unique(drawn, axis=0)}
-    assert {(255, 224, 150), (70, 70, 80)} <= colours  # kept and dropped cells
-    for image in report.images[1:]:
+    crops = report.images[1:]
+    places = report.places[1:]
+    assert None not in places
+    tile = next(i for i, place in enumerate(places) if place.top > 0.4 and place.left > 0.4)  # at the lower right
+    for image in crops:
         image.vision_kept = image.decoder_kept = np.arange(36)
-    everything = np.asarray(report.picture(PROMPT.pictures[1], 1)).reshape(-1, 3)
-    assert not (everything == (70, 70, 80)).all(axis=1).any()  # nothing is dropped
-    for image in report.images[1:3]:
-        image.grid = None
-    report.picture(PROMPT.pictures[1], 1)
+    everything = np.asarray(report.picture(PROMPT.pictures[1], 1)).astype(int)
+    crops[tile].vision_kept = np.empty(0, np.int64)
+    y, x = np.nonzero((np.asarray(report.picture(PROMPT.pictures[1], 1)) != everything).any(axis=2))
+    side, row = 336, 336 + TITLE_HEIGHT
+    inside = y < MARGIN + row + side  # below are the titles, whose counts differ
+    y, x = y[inside] - MARGIN - row, x[inside] - 2 * MARGIN - side
+    assert side // 2 - 3 <= y.min() < side // 2 + 3 and side - 3 <= y.max() < side
+    assert side // 2 - 3 <= x.min() < side // 2 + 3 and side - 3 <= x.max() < side
+
+
+def test_where_nobody_knows_the_places_the_picture_says_so(vlm, tmp_path):
+    config = PruneConfig(0.5, 0.25, 1)
+    _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    known = report.picture(PROMPT.pictures[1], 1)
+    report = pickle.loads(pickle.dumps(report))  # as in another process
+    assert report.places == [None] * 6 and "locate" not in report.to_dict()
+    drawn = report.picture(PROMPT.pictures[1], 1)
+    assert drawn.size != known.size
+    drawn = np.asarray(drawn).reshape(-1, 3)
+    colours = {tuple(int(c) for c in pixel) for pixel in np.unique(drawn, axis=0)}
+    assert {(255, 224, 150), (70, 70, 80)} <= colours  # kept and dropped cells, on their own
     for image in report.images[1:]:
         image.grid = None
     written, problems = save_overlay(report, PROMPT.pictures, str(tmp_path / "c.png"), ImageLimits())
     assert len(written) == 1 and len(problems) == 1 and "image 1" in problems[0] and "no grid" in problems[0]
+
+
+def test_all_pictures_of_a_prompt_on_one_sheet(vlm):
+    _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, PruneConfig(0.5, 0.25, 1), chat=False)
+    alone = [report.picture(picture, i) for i, picture in enumerate(PROMPT.pictures)]
+    sheet = report.picture(list(PROMPT.pictures))
+    assert sheet.height == sum(one.height for one in alone) and sheet.width == max(one.width for one in alone)
+    with pytest.raises(ConfigError, match="1 pictures were given"):
+        report.picture(PROMPT.pictures[:1])
 
 
 def test_an_overlay_never_costs_the_answer(tmp_path):
@@ -105,13 +133,31 @@ def test_an_overlay_never_costs_the_answer(tmp_path):
         assert (json.loads(failed.stdout)["text"] + "\n" if extra else failed.stdout) == plain.stdout
 
 
-def test_attention_over_a_picture_in_crops_is_refused(tmp_path):
+def test_attention_over_a_picture_in_crops(vlm, tmp_path):
+    """The brightest cell is drawn where its tile lies. The picture names the layer, the scale and the question."""
+    result = vlm.inspect(PROMPT.text, PROMPT.pictures, decoder_layers=[1], mean_heads=True, chat=False)
+    assert result.pictures == PICTURES and None not in result.places
+    assert result.question and "<image" not in result.question
+    place = next(i for i, p in enumerate(result.places) if i and p.top > 0.4 and p.left > 0.4)
+    token = int(np.flatnonzero(result.image_of_token == place)[7])  # row 1, column 1 of that tile
+    result.decoder[1][:] = 0.001
+    result.decoder[1][:, token] = 1.0
+    drawn = np.asarray(result.picture(PROMPT.pictures[1], 1, 1)).astype(int)
+    light = drawn.sum(axis=2)
+    header = drawn.shape[0] - MARGIN - 2 * (336 + TITLE_HEIGHT)
+    heat = light[header + MARGIN + 336 + TITLE_HEIGHT :][:336, 2 * MARGIN + 336 :][:, :336]
+    y, x = np.unravel_index(np.argmax(heat), heat.shape)
+    cell = 168 / 6
+    assert 168 + cell - 2 <= y < 168 + 2 * cell + 2 and 168 + cell - 2 <= x < 168 + 2 * cell + 2
+    assert header >= 22 and light[:header].min() < 200  # the question
+    with pytest.raises(ConfigError, match="no picture 2"):
+        result.picture(PROMPT.pictures[1], 1, 2)
     for name, pixels in zip("ab", PROMPT.pictures):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     model = ["-m", str(FIXTURE.text), "--mmproj", str(FIXTURE.mmproj), "-c", "512", "--raw"]
     out = ["--out", str(tmp_path / "o.npz"), "--picture", str(tmp_path / "p.png")]
-    image = lambda name: ["--image", str(tmp_path / f"{name}.png"), "<__media__> what is in the red part?"]
-    run = lambda name: CliRunner().invoke(cli, ["inspect", *model, *out, *image(name)])
-    assert run("a").exit_code == 0
-    done = run("b")
-    assert isinstance(done.exception, ConfigError) and "crops" in str(done.exception)
+    for name in "ab":
+        image = ["--image", str(tmp_path / f"{name}.png"), "<__media__> what is in the red part?"]
+        done = CliRunner().invoke(cli, ["inspect", *model, *out, *image])
+        assert done.exit_code == 0, done.output
+    assert Image.open(tmp_path / "p.png").height > 2 * 336

@@ -20,7 +20,7 @@ import PIL.ImageOps
 import pytest
 
 from star_edge.errors import ImageError, ImageTooLargeError
-from star_edge.io import overlay
+from star_edge.io import panels
 from star_edge.io.images import ImageLimits, load_image
 from star_edge.io.overlay import Stage, draw_heatmap, draw_overlay
 
@@ -630,13 +630,13 @@ def test_http_refused_and_malformed(server):
 
 # --- overlay ---
 
-PANEL_GAP = overlay.MARGIN
+PANEL_GAP = panels.MARGIN
 
 
 def panels_of(picture: PIL.Image.Image, count: int, height: int, width: int) -> list[np.ndarray]:
     pixels = np.asarray(picture).astype(int)
     assert picture.mode == "RGB"
-    assert picture.size == (PANEL_GAP + count * (width + PANEL_GAP), PANEL_GAP + height + overlay.TITLE_HEIGHT)
+    assert picture.size == (PANEL_GAP + count * (width + PANEL_GAP), PANEL_GAP + height + panels.TITLE_HEIGHT)
     lefts = [PANEL_GAP + i * (width + PANEL_GAP) for i in range(count)]
     return [pixels[PANEL_GAP : PANEL_GAP + height, left : left + width] for left in lefts]
 
@@ -662,7 +662,7 @@ def test_overlay_enlarges_by_an_integer_and_keeps_kept_pixels():
                 assert (panel[inside] < 0.8 * enlarged[inside]).all()
                 assert panel[inside].std() > 3  # the content is still there
     line = panel[1 * 56 + 28, 2 * 56 - 1]
-    assert (line == panel[1 * 56 + 28, 3 * 56]).all() and (line == overlay._LINE).all()
+    assert (line == panel[1 * 56 + 28, 3 * 56]).all() and (line == panels._LINE).all()
     assert (panel[4 * 56 + 28, 5 * 56 - 1] == enlarged[4 * 56 + 28, 5 * 56 - 1]).all()  # no line between two kept cells
 
 
@@ -749,7 +749,7 @@ def test_heatmap():
     values = np.linspace(0.001, 0.3, 16).reshape(4, 4)
     picture = draw_heatmap(image, values, "attention")
     assert picture.mode == "RGB"
-    assert picture.size == (3 * PANEL_GAP + 2 * 336 + overlay.LEGEND_WIDTH, PANEL_GAP + 336 + overlay.TITLE_HEIGHT)
+    assert picture.size == (3 * PANEL_GAP + 2 * 336 + panels.LEGEND_WIDTH, PANEL_GAP + 336 + panels.TITLE_HEIGHT)
     pixels = np.asarray(picture).astype(int)
     assert (pixels[PANEL_GAP : PANEL_GAP + 336, PANEL_GAP : PANEL_GAP + 336] == 128).all()
     heat = pixels[PANEL_GAP : PANEL_GAP + 336, 2 * PANEL_GAP + 336 : 2 * PANEL_GAP + 2 * 336]
@@ -761,4 +761,4 @@ def test_heatmap():
 
 def test_heatmap_of_equal_values():
     picture = np.asarray(draw_heatmap(bright(336, 336), np.full((3, 3), 0.2), "flat"))
-    assert picture.shape[0] == PANEL_GAP + 336 + overlay.TITLE_HEIGHT
+    assert picture.shape[0] == PANEL_GAP + 336 + panels.TITLE_HEIGHT

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import signal
 import socket
 import threading
@@ -25,10 +26,12 @@ from PIL import Image
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.cli.serve import serve
+from star_edge.pruning.config import PRESETS
 from star_edge.server import remote
 from star_edge.server.app import make_app
 from star_edge.server.bodies import Bodies
 from star_edge.server.guard import Guard
+from star_edge.server.schema import parse_prune
 from star_edge.server.settings import Policy
 
 COLOR = "what color is the triangle?"
@@ -546,18 +549,27 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     status, headers, html = server.request("GET", "/")
     policy = headers["Content-Security-Policy"]
     assert status == 200 and "default-src 'none'" in policy and "http" not in policy and "unsafe" not in policy
-    files = {name: server.request("GET", f"/page/{name}") for name in ("app.js", "style.css", "demo.png", "setup.json")}
+    scripts = ("app.js", "api.js", "draw.js", "words.js")
+    files = {name: server.request("GET", f"/page/{name}") for name in (*scripts, "style.css", "demo.png", "setup.json")}
     assert all(status == 200 for status, _, _ in files.values())
-    for text in (html, files["app.js"][2], files["style.css"][2]):
+    for text in (html, *(files[name][2] for name in (*scripts, "style.css"))):
         assert text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", ""), (
             "a URL of elsewhere"
         )
+    assert set(re.findall(r'from "\./([^"]+)"', "".join(files[name][2] for name in scripts))) <= set(scripts)
     assert server.request("GET", "/page/../serve.py")[0] == server.request("GET", "/page/%2e%2e%2fapp.py")[0] == 404
     assert len(files["setup.json"][2]["demo_questions"]) == 7
-    script = files["app.js"][
-        2
-    ]  # both sides ask through one function, and everything is computed for each: neither finds what the other left
-    assert script.count("v1/chat/completions") == 1 and "afresh: true" in script and "star_edge: FAIR" in script
+
+
+def test_presets_of_the_page_are_those_of_the_server(server):
+    """The page may send the fields of a preset, as JavaScript writes them: it has no 1.0, and 1 is one token."""
+    setup = server.request("GET", "/page/setup.json")[2]
+    assert setup["default"] == "balanced"
+    for name, changes in setup["presets"].items():
+        as_javascript = json.loads(
+            json.dumps(changes), parse_float=lambda n: int(float(n)) if float(n) % 1 == 0 else float(n)
+        )
+        assert parse_prune(as_javascript) == PRESETS[name]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

@@ -8,8 +8,7 @@ import click
 import numpy as np
 
 from ..errors import ConfigError
-from ..io.images import load_image
-from ..io.overlay import draw_heatmap, draw_matrix, fit_to_grid
+from ..io.overlay import draw_matrix
 from .options import (
     FilePath,
     check_picture_path,
@@ -159,15 +158,9 @@ def inspect(
 
 
 def _draw(result: Any, layer: int, images: tuple[str, ...], vlm: Any) -> Any:
-    if not images:
-        attention = result.decoder[layer]
-        return draw_matrix(
-            attention.mean(axis=0) if attention.ndim == 3 else attention, f"decoder layer {layer}, mean over heads"
-        )
-    grid = result.grids[0]
-    if len(result.grids) > len(images):
-        raise ConfigError("this model cuts so large a picture into crops", "give a smaller one, or leave --picture out")
-    if grid is None:
-        raise ConfigError("this model's image tokens have no grid", "leave --picture out")
-    image = fit_to_grid(load_image(images[0], vlm.image_limits), grid)
-    return draw_heatmap(image, result.to_image(layer).reshape(grid), f"decoder layer {layer}: text to image")
+    if images:
+        return result.picture(images[0], layer, limits=vlm.image_limits)
+    attention = result.decoder[layer]
+    mean = attention.mean(axis=0) if attention.ndim == 3 else attention
+    title = f"decoder layer {layer}: from token (row) to token (column)"
+    return draw_matrix(mean, title, header=f"Prompt, as the model reads it: {result.question}")

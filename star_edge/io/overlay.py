@@ -1,4 +1,4 @@
-"""Pictures that show what pruning did to an image: which grid cells were kept, and where attention lay.
+"""Pictures that show what pruning did to a picture: which grid cells were kept, and where attention lay.
 
 Knows how to draw grids over pixels. Knows nothing of models, tokens or how the grids were computed.
 """
@@ -10,42 +10,33 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 
-MIN_SHORT_SIDE = 336  # pixels; smaller images are enlarged by an integer factor
-MAX_LONG_SIDE = 1024  # pixels; larger images are shrunk
-MIN_COLUMN_WIDTH = 160  # pixels; leaves room for a title under a very narrow image
-MARGIN = 12  # pixels around and between panels
-TITLE_HEIGHT = 34  # pixels below each panel
-LEGEND_WIDTH = 72  # pixels right of a heatmap
-
-_BACKGROUND = (250, 250, 250)
-_TEXT = (30, 30, 30)
-_LINE = (255, 176, 0)
-_KEPT, _DROPPED = (
-    np.array((255, 224, 150), np.float32),
-    np.array((70, 70, 80), np.float32),
-)  # cells that are drawn without pixels
-_GAP = 6  # pixels between crops
-_TITLE_SIZES = (18, 16, 14, 12, 11)
-_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-
-# Dark violet through red and orange to pale yellow: lightness rises evenly, so the order also survives in print and for
-# colour-blind readers.
-_COLOURS = np.array(
-    [
-        (0, 0, 4),
-        (40, 11, 84),
-        (101, 21, 110),
-        (159, 42, 99),
-        (212, 72, 66),
-        (245, 125, 21),
-        (250, 193, 39),
-        (252, 255, 164),
-    ],
-    dtype=np.float32,
+from ..errors import ConfigError
+from .panels import (
+    BACKGROUND,
+    LEGEND_WIDTH,
+    LUMINANCE,
+    MARGIN,
+    PADDING,
+    TITLE_HEIGHT,
+    WHOLE,
+    Canvas,
+    Region,
+    checked_grid,
+    checked_image,
+    checked_share,
+    colours,
+    dim_dropped,
+    draw_legend,
+    fit,
+    mosaic,
+    sheet,
+    under_header,
+    with_lines,
 )
+
+MAX_SHEET = 16_000  # pixels that pictures under each other may be high
+_OVERLAP = 0.05  # of the smaller of two regions: they do not lie beside each other
 _HEAT_OPACITY = 0.55
 
 
@@ -61,6 +52,99 @@ class Stage:
 
     title: str
     kept: np.ndarray
+
+
+@dataclass(eq=False)
+class Layer:
+    """Images that lie beside each other on a picture: one that shows all of it, or its tiles.
+
+    Attributes:
+        title: Shown under the picture.
+        regions: What each image shows of the picture.
+        stages: Of each step of pruning its title, and for each image (grid_h, grid_w) values in 0..1, as in `Stage`.
+            None: an image without a grid.
+    """
+
+    title: str
+    regions: Sequence[Region]
+    stages: Sequence[tuple[str, Sequence[np.ndarray | None]]]
+
+
+@dataclass(eq=False)
+class Shown:
+    """An image that a model got of a picture: all of it, or one crop.
+
+    Attributes:
+        n_tokens: Its tokens.
+        grid: (rows, columns) of them, or None.
+        region: What it shows of the picture. None: that is not known.
+        kept: Of each step of pruning how many tokens stayed, and which, (rows, columns) of 0 and 1, or None without a
+            grid.
+    """
+
+    n_tokens: int
+    grid: tuple[int, int] | None
+    region: Region | None
+    kept: Sequence[tuple[int, np.ndarray | None]]
+
+
+def draw_shown(pixels: np.ndarray, titles: Sequence[str], images: Sequence[Shown]) -> PIL.Image.Image:
+    """Draws a picture and what pruning kept of its images, each where it lies.
+
+    Where nobody knows that, the grids of several images stand beside the picture, and their titles say so. Where tokens
+    have no grid, the share of each image's tokens that stayed is drawn.
+
+    Args:
+        pixels: The picture, (height, width, 3) uint8.
+        titles: Of each step of pruning.
+        images: It, or its crops.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ConfigError: The tokens have no place on the picture.
+    """
+    placed = [(image, image.region) for image in images if image.region is not None]
+    on_grid = [image for image in images if image.grid is not None]
+    if not on_grid and (len(images) == 1 or not placed):
+        raise ConfigError(
+            "this model's image tokens have no place on the picture: they have no grid",
+            "leave the picture (--overlay) out: report.images has the kept indices",
+        )
+    if not placed:
+        return _draw_unplaced(pixels, titles, images)
+    layers: list[Layer] = []
+    for group in apart([region for _, region in placed]):
+        some = [placed[i][0] for i in group]
+        name = "image" if len(images) == 1 else "whole picture" if len(group) == 1 else f"{len(group)} tiles"
+        if not layers and len(placed) < len(images):
+            name += f"; places of {len(images) - len(placed)} more are not known"
+        how = "" if on_grid else ", share of each"
+        stages = []
+        for step, title in enumerate(titles):
+            grids = [
+                image.kept[step][1] if on_grid else np.array([[image.kept[step][0] / image.n_tokens]]) for image in some
+            ]
+            stages.append((f"{title}: {_count(some, step)}{how}", grids))
+        layers.append(Layer(name, [placed[i][1] for i in group], stages))
+    return draw_layers(pixels, layers)
+
+
+def _count(images: Sequence[Shown], step: int) -> str:
+    return f"{sum(image.kept[step][0] for image in images)} of {sum(image.n_tokens for image in images)}"
+
+
+def _draw_unplaced(pixels: np.ndarray, titles: Sequence[str], images: Sequence[Shown]) -> PIL.Image.Image:
+    where = f"; places of the {len(images)} crops are not known" if len(images) > 1 else ""
+    stages = []
+    for step, title in enumerate(titles):
+        grids = [grid for image in images if (grid := image.kept[step][1]) is not None]
+        stages.append((f"{title}: {_count(images, step)}{where}", grids))
+    if len(images) > 1:
+        return draw_crops(pixels, stages)
+    assert images[0].grid is not None  # draw_shown has looked
+    return draw_overlay(fit_to_grid(pixels, images[0].grid), [Stage(title, grids[0]) for title, grids in stages])
 
 
 def draw_overlay(image: np.ndarray, stages: Sequence[Stage]) -> PIL.Image.Image:
@@ -81,14 +165,35 @@ def draw_overlay(image: np.ndarray, stages: Sequence[Stage]) -> PIL.Image.Image:
     Raises:
         ValueError: An image or a grid has another shape or type, or grid values are outside 0..1.
     """
-    pixels = _fit(_checked_image(image))
-    panels = [("image", pixels)]
-    for stage in stages:
-        kept = _checked_grid(stage.kept, f"kept of stage {stage.title!r}")
-        if not (kept.min() >= 0 and kept.max() <= 1):
-            raise ValueError(f"kept of stage {stage.title!r} must lie in 0..1")
-        panels.append((stage.title, _dim_dropped(pixels, kept)))
-    return _side_by_side(panels)
+    return draw_layers(image, [Layer("image", [WHOLE], [(stage.title, [stage.kept]) for stage in stages])])
+
+
+def draw_layers(image: np.ndarray, layers: Sequence[Layer]) -> PIL.Image.Image:
+    """Like `draw_overlay`, with a row of panels for each layer. Lines show where tiles meet.
+
+    Where images reach over the picture's edges, as padded ones do, the panels show the padding in grey.
+
+    Args:
+        image: (height, width, 3) uint8.
+        layers: The layers, such as the whole picture and its tiles.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: As `draw_overlay`.
+    """
+    canvas = Canvas(checked_image(image), [region for layer in layers for region in layer.regions])
+    rows = []
+    for layer in layers:
+        lines = canvas.lines(layer.regions)
+        rows.append([(layer.title, with_lines(canvas.pixels, lines))])
+        for title, grids in layer.stages:
+            checked = [None if grid is None else checked_share(grid, title) for grid in grids]
+            share = canvas.spread(list(zip(layer.regions, checked)), 1.0)
+            panel = dim_dropped(canvas.pixels, share, canvas.line_width(layer.regions, checked))
+            rows[-1].append((title, with_lines(panel, lines)))
+    return sheet(rows)
 
 
 def draw_crops(image: np.ndarray, stages: Sequence[tuple[str, Sequence[np.ndarray]]]) -> PIL.Image.Image:
@@ -107,23 +212,75 @@ def draw_crops(image: np.ndarray, stages: Sequence[tuple[str, Sequence[np.ndarra
     Raises:
         ValueError: As `draw_overlay`.
     """
-    pixels = _fit(_checked_image(image))
+    pixels = fit(checked_image(image))
     panels = [("image", pixels)]
     for title, grids in stages:
-        checked = [_checked_grid(grid, f"kept of stage {title!r}") for grid in grids]
-        if not checked or not all(grid.min() >= 0 and grid.max() <= 1 for grid in checked):
-            raise ValueError(f"kept of stage {title!r} must lie in 0..1")
-        panels.append((title, _mosaic(checked, pixels.shape[:2])))
-    return _side_by_side(panels)
+        checked = [checked_share(grid, title) for grid in grids]
+        if not checked:
+            raise ValueError(f"stage {title!r} has no grid")
+        panels.append((title, mosaic(checked, pixels.shape[:2])))
+    return sheet([panels])
 
 
-def draw_heatmap(image: np.ndarray, values: np.ndarray, title: str) -> PIL.Image.Image:
+def apart(regions: Sequence[Region]) -> list[list[int]]:
+    """Indices of regions, in groups whose members lie beside each other; the group of the largest region first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(regions)), key=lambda i: -_area(regions[i])):
+        for group in groups:
+            if all(_beside(regions[i], regions[j]) for j in group):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return [sorted(group) for group in groups]
+
+
+def _area(region: Region) -> float:
+    return max(0.0, region[2] - region[0]) * max(0.0, region[3] - region[1])
+
+
+def _beside(a: Region, b: Region) -> bool:
+    common = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return _area(common) <= _OVERLAP * min(_area(a), _area(b))
+
+
+def stack(pictures: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
+    """Pictures under each other, such as the overlays of the frames of a video; of many each is smaller."""
+    scale = min(1.0, MAX_SHEET / sum(picture.height for picture in pictures))
+    scaled = [
+        picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+        if scale < 1
+        else picture
+        for picture in pictures
+    ]
+    paper = PIL.Image.new("RGB", (max(p.width for p in scaled), sum(p.height for p in scaled)), BACKGROUND)
+    top = 0
+    for picture in scaled:
+        paper.paste(picture, (0, top))
+        top += picture.height
+    return paper
+
+
+def draw_heatmap(
+    image: np.ndarray,
+    values: np.ndarray | Sequence[np.ndarray],
+    title: str,
+    *,
+    regions: Sequence[Region] = (WHOLE,),
+    header: str = "",
+    unit: str = "",
+) -> PIL.Image.Image:
     """Draws the image and, right of it, values as colours over a grey copy, with a colour scale.
 
     Args:
         image: (height, width, 3) uint8, scaled as in `draw_overlay`.
-        values: (grid_h, grid_w) finite floats in any unit. The lowest is darkest, the highest brightest, linearly.
+        values: (grid_h, grid_w) finite floats in any unit, or several such grids. The lowest of all is darkest, the
+            highest brightest, linearly.
         title: Shown under the coloured panel.
+        regions: What each grid covers of the image. Those that overlap, such as the whole and its tiles, get a row
+            each.
+        header: Text above all, such as the question. It is wrapped.
+        unit: What the values are, beside the colour scale.
 
     Returns:
         An RGB picture.
@@ -131,18 +288,30 @@ def draw_heatmap(image: np.ndarray, values: np.ndarray, title: str) -> PIL.Image
     Raises:
         ValueError: An image or a grid has another shape or type, or values are not finite.
     """
-    pixels = _fit(_checked_image(image))
-    grid = _checked_grid(values, "values")
-    if not np.isfinite(grid).all():
+    grids = [checked_grid(grid, "values") for grid in ([values] if isinstance(values, np.ndarray) else values)]
+    if not grids or not all(np.isfinite(grid).all() for grid in grids):
         raise ValueError("values must be finite")
-    low, high = float(grid.min()), float(grid.max())
-    level = (grid - low) / (high - low) if high > low else np.zeros_like(grid)
-    colours = _over_pixels(_colours(level), pixels)
-    grey = (pixels @ _LUMINANCE)[:, :, None]
-    heat = (_HEAT_OPACITY * colours + (1 - _HEAT_OPACITY) * grey + 0.5).astype(np.uint8)
-    picture = _side_by_side([("image", pixels), (title, heat)], extra_width=LEGEND_WIDTH)
-    _draw_legend(picture, len(pixels), low, high)
-    return picture
+    canvas = Canvas(checked_image(image), regions)
+    low, high = min(float(grid.min()) for grid in grids), max(float(grid.max()) for grid in grids)
+    grey = (canvas.pixels @ LUMINANCE)[:, :, None]
+    rows = []
+    for group in apart(regions):
+        level = canvas.spread([(regions[i], grids[i]) for i in group], np.nan)[:, :, None]
+        level = np.clip((level - low) / (high - low), 0, 1) if high > low else np.zeros_like(level)
+        heat = np.where(
+            np.isnan(level), grey, _HEAT_OPACITY * colours(np.nan_to_num(level[:, :, 0])) + (1 - _HEAT_OPACITY) * grey
+        )
+        lines = canvas.lines([regions[i] for i in group])
+        name = "image" if len(regions) == 1 else "whole picture" if len(group) == 1 else f"{len(group)} tiles"
+        rows.append(
+            [
+                (name, with_lines(canvas.pixels, lines)),
+                (title, with_lines((heat + 0.5).astype(np.uint8), lines)),
+            ]
+        )
+    picture = sheet(rows, extra_width=LEGEND_WIDTH)
+    draw_legend(picture, canvas.pixels.shape[0], low, high, unit)
+    return under_header(picture, header)
 
 
 def fit_to_grid(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -158,18 +327,19 @@ def fit_to_grid(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     height, width = image.shape[:2]
     side = max(height / grid[0], width / grid[1])  # pixels of one cell
     full_height, full_width = max(height, round(side * grid[0])), max(width, round(side * grid[1]))
-    canvas = np.full((full_height, full_width, 3), 118, np.uint8)
+    canvas = np.full((full_height, full_width, 3), PADDING, np.uint8)
     top, left = (full_height - height) // 2, (full_width - width) // 2
     canvas[top : top + height, left : left + width] = image
     return canvas
 
 
-def draw_matrix(values: np.ndarray, title: str) -> PIL.Image.Image:
+def draw_matrix(values: np.ndarray, title: str, *, header: str = "") -> PIL.Image.Image:
     """Draws a matrix as colours, such as the attention of a text prompt (query rows down, key columns across).
 
     Args:
         values: (rows, columns) finite floats. Each row is scaled to its own maximum, since softmax rows sum to one.
         title: Shown under the matrix.
+        header: Text above it, such as the prompt. It is wrapped.
 
     Returns:
         An RGB picture.
@@ -177,133 +347,11 @@ def draw_matrix(values: np.ndarray, title: str) -> PIL.Image.Image:
     Raises:
         ValueError: The values have another shape, or are not finite.
     """
-    grid = _checked_grid(values, "values")
+    grid = checked_grid(values, "values")
     if not np.isfinite(grid).all():
         raise ValueError("values must be finite")
     top = grid.max(axis=1, keepdims=True)
     level = np.divide(np.maximum(grid, 0), top, out=np.zeros_like(grid), where=top > 0)
-    return _side_by_side([(title, _fit((_colours(level) + 0.5).astype(np.uint8)))])
-
-
-# --- panels ---
-
-
-def _dim_dropped(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    share = _over_pixels(kept.astype(np.float32), pixels)[:, :, None]
-    half_grey = 0.5 * pixels + 0.5 * (pixels @ _LUMINANCE)[:, :, None]
-    dimmed = 0.4 * half_grey + 20
-    panel: np.ndarray = (share * pixels + (1 - share) * dimmed + 0.5).astype(np.uint8)
-    panel[_border(share[:, :, 0] > 0, _line_width(kept.shape, pixels.shape))] = _LINE
-    return panel
-
-
-def _mosaic(grids: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """The grids in as many columns as rows, or one more, with gaps between: (*size, 3) uint8."""
-    n_columns = int(np.ceil(np.sqrt(len(grids))))
-    n_rows = -(-len(grids) // n_columns)
-    panel = np.full((*size, 3), _BACKGROUND, np.uint8)
-    height, width = max(1, size[0] // n_rows - _GAP), max(1, size[1] // n_columns - _GAP)
-    for i, grid in enumerate(grids):
-        row, column = divmod(i, n_columns)
-        top, left = row * size[0] // n_rows, column * size[1] // n_columns
-        share = _over_pixels(grid.astype(np.float32), np.empty((height, width)))[:, :, None]
-        panel[top : top + height, left : left + width] = (share * _KEPT + (1 - share) * _DROPPED + 0.5).astype(np.uint8)
-    return panel
-
-
-def _border(kept: np.ndarray, width: int) -> np.ndarray:
-    """The dropped pixels within `width` of a kept one, along rows, columns and diagonals: bool, as large as `kept`."""
-    near = kept
-    for _ in range(width):
-        padded = np.pad(near, 1)
-        rows = padded[:-2] | padded[1:-1] | padded[2:]
-        near = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
-    ring: np.ndarray = near & ~kept
-    return ring
-
-
-def _line_width(grid: tuple[int, ...], panel: tuple[int, ...]) -> int:
-    """Pixels; none where cells are so small that lines would hide them."""
-    cell = min(panel[0] / grid[0], panel[1] / grid[1])
-    return 0 if cell < 5 else 1 if cell < 16 else 2
-
-
-def _over_pixels(grid: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Gives each pixel the value of the cell that its centre falls into."""
-    rows, columns = (
-        ((np.arange(size) + 0.5) * cells / size).astype(int) for size, cells in zip(pixels.shape[:2], grid.shape[:2])
-    )
-    spread: np.ndarray = grid[rows[:, None], columns]
-    return spread
-
-
-def _colours(level: np.ndarray) -> np.ndarray:
-    """Values in 0..1 to colours: any shape to (*shape, 3) float32 in 0..255."""
-    anchors = np.linspace(0, 1, len(_COLOURS))
-    return np.stack([np.interp(level, anchors, channel) for channel in _COLOURS.T], axis=-1).astype(np.float32)
-
-
-# --- composition ---
-
-
-def _side_by_side(panels: list[tuple[str, np.ndarray]], extra_width: int = 0) -> PIL.Image.Image:
-    height, width = panels[0][1].shape[:2]
-    column = max(width, MIN_COLUMN_WIDTH)
-    size = (MARGIN + len(panels) * (column + MARGIN) + extra_width, MARGIN + height + TITLE_HEIGHT)
-    picture = PIL.Image.new("RGB", size, _BACKGROUND)
-    draw = PIL.ImageDraw.Draw(picture)
-    for index, (title, pixels) in enumerate(panels):
-        left = MARGIN + index * (column + MARGIN)
-        picture.paste(PIL.Image.fromarray(pixels), (left + (column - width) // 2, MARGIN))
-        text, font = _fit_title(title, column)
-        draw.text((left + column / 2, MARGIN + height + TITLE_HEIGHT / 2), text, _TEXT, font, anchor="mm")
-    return picture
-
-
-def _fit_title(title: str, width: int) -> tuple[str, PIL.ImageFont.ImageFont | PIL.ImageFont.FreeTypeFont]:
-    """The title in the largest font that fits; cut off where even the smallest does not."""
-    text = " ".join(title.split())
-    for size in _TITLE_SIZES:
-        font = PIL.ImageFont.load_default(size=size)
-        if font.getlength(text) <= width:
-            return text, font
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "...", font
-
-
-def _draw_legend(picture: PIL.Image.Image, height: int, low: float, high: float) -> None:
-    left = picture.width - LEGEND_WIDTH - MARGIN + 8
-    ramp = np.repeat(_colours(np.linspace(1, 0, height))[:, None], 14, axis=1)
-    picture.paste(PIL.Image.fromarray((ramp + 0.5).astype(np.uint8)), (left, MARGIN))
-    draw = PIL.ImageDraw.Draw(picture)
-    font = PIL.ImageFont.load_default(size=12)
-    draw.text((left + 19, MARGIN), f"{high:.3g}", _TEXT, font, anchor="lt")
-    draw.text((left + 19, MARGIN + height), f"{low:.3g}", _TEXT, font, anchor="lb")
-
-
-# --- input ---
-
-
-def _fit(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    if max(height, width) > MAX_LONG_SIDE:
-        scale = MAX_LONG_SIDE / max(height, width)
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        return np.asarray(PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.LANCZOS))
-    factor = min(-(-MIN_SHORT_SIDE // min(height, width)), MAX_LONG_SIDE // max(height, width))
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-def _checked_image(image: np.ndarray) -> np.ndarray:
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise ValueError(f"image must be (height, width, 3) uint8, not {image.shape} {image.dtype}")
-    return np.ascontiguousarray(image)
-
-
-def _checked_grid(grid: np.ndarray, name: str) -> np.ndarray:
-    grid = np.asarray(grid)
-    if grid.ndim != 2 or grid.size == 0 or grid.dtype.kind not in "fbiu":
-        raise ValueError(f"{name} must be (grid_h, grid_w) numbers, not {grid.shape} {grid.dtype}")
-    return grid.astype(np.float64)
+    picture = sheet([[(title, fit((colours(level) + 0.5).astype(np.uint8)))]], extra_width=LEGEND_WIDTH)
+    draw_legend(picture, picture.height - MARGIN - TITLE_HEIGHT, 0.0, 1.0, "attention, of the row's maximum")
+    return under_header(picture, header)

@@ -250,6 +250,8 @@ class Job:
                 result = engine.llama.create_chat_completion(messages, **kwargs)
                 request = engine.handler.last_request
                 assert request is not None  # this one
+                if body.star_edge.kept:
+                    _ = request.answered[1].places  # now, because this thread has the Llama; the report remembers them
                 return result, request
         finally:
             engine.pictures.sources = self._images = {}
@@ -278,14 +280,18 @@ def _biases(llama: Llama, body: ChatRequest) -> dict[int, float]:
 
 
 def _kept(report: PruneReport) -> list[dict[str, Any]]:
-    """For each image, which tokens stayed and where they lie. Names are those of ImageReport."""
+    """For each image, which tokens stayed and where they lie. Names are those of ImageReport, and of Place."""
     return [
         {
             "picture": image.picture,
             "grid": image.grid,
             "cells": image.cells.tolist(),
+            "place": None if place is None else [round(edge, 5) for edge in place],
+            "n_tokens": image.n_tokens,
+            "redundant": image.redundant.tolist(),
+            "encoder_kept": None if image.encoder_kept is None else image.encoder_kept.tolist(),
             "vision_kept": image.vision_kept.tolist(),
             "decoder_kept": image.decoder_kept.tolist(),
         }
-        for image in report.images
+        for image, place in zip(report.images, report.places)
     ]

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _BASE64 = re.compile(r"[0-9A-Za-z+/_\s-]{60,}={0,2}", re.ASCII)
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
-    "app.js": (_PAGE / "app.js", "text/javascript"),
+    **{name: (_PAGE / name, "text/javascript") for name in ("app.js", "api.js", "draw.js", "words.js")},
     "style.css": (_PAGE / "style.css", "text/css"),
     "demo.png": (refvlm.DEMO_IMAGE, "image/png"),
 }
@@ -129,7 +129,8 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
                 "version": __version__,
                 "needs_key": policy.api_key is not None,
                 "max_image_bytes": policy.max_image_bytes,
-                "presets": [name for name in PRESETS if name != "off"],
+                "presets": {name: _changes(config) for name, config in PRESETS.items() if config is not None},
+                "default": next((name for name, config in PRESETS.items() if config == default), None),
                 "demo_questions": [question["question"] for question in refvlm.demo_questions()],
             }
         )
@@ -152,6 +153,12 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         Route("/page/setup.json", setup),
         Route("/page/{name}", page_file),
     ]
+
+
+def _changes(config: PruneConfig) -> dict[str, Any]:
+    """The fields of a config that are not the default. JavaScript would send a 1.0 as 1, which means one token."""
+    usual = PruneConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != usual[name]}
 
 
 def _model(engine: Engine) -> dict[str, Any]:

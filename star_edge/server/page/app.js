@@ -1,29 +1,37 @@
-"use strict";
+import { Problem, asCurl, asPython, getJSON, messagesOf, pruneOf, stream } from "./api.js";
+import { draw, panelsOf } from "./draw.js";
+import { MODES, PRESETS, cacheText, median, readText, steps, time, verdict } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
-const MAX_SIDE = 720; // pixels of a drawn picture
-const MEASURE_AGAIN_MS = 3000; // first tokens that took less together are asked for twice more
-// Every answer is computed afresh, of both sides: what an earlier question left in the caches would shorten the time of one of them alone.
-const FAIR = { kept: true, afresh: true };
-let setup = { max_image_bytes: Infinity, demo_questions: [], needs_key: false };
-let picture = null; // {image: ImageBitmap, url: data URL}
-let running = null; // AbortController of the questions under way
-let asked = null; // the question that has been answered, for another budget
-const firstToken = {}; // milliseconds by card, of each time it was asked
-const generation = {}; // milliseconds by card, of the answer after its first token
+const MEASURE_AGAIN_MS = 3000; // first words that took less together are asked for twice more
+const NAMES = { pruned: "Pruned", stock: "Stock" };
+
+let setup = { max_image_bytes: Infinity, demo_questions: [], needs_key: false, presets: {}, default: null };
+let model = "star-edge";
+let picture = null; // {image: ImageBitmap, url: data URL, name}
+let turns = []; // {turn: its element, question, answers: {side: text}}: what the next question goes on from
+let running = null; // AbortController of the question under way
+
+const settings = () => ({
+  preset: $("preset").value,
+  share: Number($("share").value),
+  size: Number($("size").value),
+  repeats: $("repeats").checked,
+});
+const mode = () => document.querySelector("input[name=mode]:checked").value;
 
 // ---- the picture ----
 
-async function usePicture(blob) {
-  showError("");
+async function usePicture(blob, name) {
+  showError(null);
   if (blob.size > setup.max_image_bytes) {
-    return showError(`The picture has ${blob.size} bytes; this server takes ${setup.max_image_bytes}.`);
+    return showError(new Problem(`The picture has ${blob.size} bytes and this server takes ${setup.max_image_bytes}. Make it smaller, or start the server with a higher --max-image-bytes.`));
   }
   let image;
   try {
     image = await createImageBitmap(blob);
   } catch {
-    return showError("This file is no picture that the browser can show.");
+    return showError(new Problem("The browser cannot show this file as a picture. Choose a PNG, JPEG, WebP or GIF."));
   }
   const url = await new Promise((resolve, reject) => {
     const reader = new FileReader();
@@ -31,282 +39,347 @@ async function usePicture(blob) {
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(blob);
   });
-  stop();
-  picture = { image, url };
-  asked = null;
+  newConversation();
+  picture = { image, url, name };
+  draw($("picture"), image);
   $("drop").classList.add("has-picture");
-  draw($("picture"), null, null);
-  $("picture").setAttribute("aria-label", `The picture, ${image.width} by ${image.height} pixels`);
-  clearStage("vision", "before the decoder");
-  clearStage("decoder", "chosen by your question");
-  for (const name of ["pruned", "stock"]) clearCard(name);
+  $("picture-name").textContent = `${name}, ${image.width} × ${image.height} pixels`;
+  $("drop").setAttribute("aria-label", `${$("picture-name").textContent}. Choose another picture`);
+  $("examples").hidden = true;
+  $("intro").textContent = "Ask about the picture. Further questions go on from there; another picture begins anew.";
 }
 
-function clearStage(name, caption) {
-  $(name).width = $(name).height = 0;
-  $(name).setAttribute("aria-label", "Nothing asked yet");
-  $(`${name}-count`).textContent = caption;
+function newConversation() {
+  stop();
+  turns = [];
+  $("turns").replaceChildren();
+  $("read-part").hidden = $("again").hidden = true;
+  $("intro").hidden = false;
+  say("");
 }
 
-// Draws the picture and, with a grid, dims what was dropped. Encoders pad pictures to the grid's shape, centred.
-function draw(canvas, grid, keptCells) {
-  const { image } = picture;
-  const [rows, columns] = grid || [image.height, image.width];
-  const side = Math.max(image.height / rows, image.width / columns);
-  const scale = MAX_SIDE / (side * Math.max(rows, columns));
-  const cell = side * scale;
-  canvas.width = Math.round(columns * cell);
-  canvas.height = Math.round(rows * cell);
-  const paper = canvas.getContext("2d");
-  paper.fillStyle = "#767676";
-  paper.fillRect(0, 0, canvas.width, canvas.height);
-  paper.imageSmoothingEnabled = scale < 1;
-  const [width, height] = [image.width * scale, image.height * scale];
-  paper.drawImage(image, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
-  if (!keptCells) return;
-  const kept = new Set(keptCells);
-  const isKept = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns && kept.has(r * columns + c);
-  paper.fillStyle = "rgba(22, 21, 19, 0.76)";
-  for (let r = 0; r < rows; r++) {
-    for (let c = 0; c < columns; c++) {
-      if (isKept(r, c)) continue;
-      const [x, y] = [Math.round(c * cell), Math.round(r * cell)];
-      paper.fillRect(x, y, Math.round((c + 1) * cell) - x, Math.round((r + 1) * cell) - y);
-    }
-  }
-  if (cell < 5) return;
-  paper.strokeStyle = "#ffb52e";
-  paper.lineWidth = cell < 16 ? 1 : 2;
-  paper.beginPath();
-  for (let r = 0; r <= rows; r++) {
-    for (let c = 0; c <= columns; c++) {
-      if (isKept(r, c) !== isKept(r - 1, c) && kept.size < rows * columns) paper.moveTo(c * cell, r * cell), paper.lineTo((c + 1) * cell, r * cell);
-      if (isKept(r, c) !== isKept(r, c - 1) && kept.size < rows * columns) paper.moveTo(c * cell, r * cell), paper.lineTo(c * cell, (r + 1) * cell);
-    }
-  }
-  paper.stroke();
+function showRead(report, what) {
+  const panels = panelsOf(report, picture.image);
+  $("read-part").hidden = false;
+  $("read-text").textContent = panels.length ? `For "${what}". Dimmed: dropped. ${panels.problem}` : panels.problem;
+  $("panels").replaceChildren(
+    ...panels.map((panel) => {
+      const figure = document.createElement("figure");
+      const canvas = document.createElement("canvas");
+      canvas.setAttribute("role", "img");
+      canvas.setAttribute("aria-label", `${panel.title}: ${panel.count} stayed`);
+      panel.draw(canvas);
+      const caption = document.createElement("figcaption");
+      const [name, count] = [document.createElement("b"), document.createElement("span")];
+      [name.textContent, count.textContent] = [panel.title, panel.count];
+      caption.append(name, count);
+      figure.append(canvas, caption);
+      return figure;
+    }),
+  );
 }
 
-function showKept(report) {
-  if (!report.kept || !report.kept.length) return;
-  const [picture] = report.pictures;
-  const [image] = report.kept;
-  for (const [name, where] of [
-    ["vision", ""],
-    ["decoder", report.decoder_layer === null ? "" : `, from layer ${report.decoder_layer}`],
-  ]) {
-    const text = `${picture[`n_${name}_kept`]} of ${picture.n_tokens}${where}`;
-    $(`${name}-count`).textContent = text;
-    $(name).setAttribute("aria-label", `The ${name} stage kept ${text}`);
-    // Where the crops of a picture lie is not known
-    if (image.grid && picture.images.length === 1) draw($(name), image.grid, image[`${name}_kept`].map((token) => image.cells[token]));
+// ---- what goes on ----
+
+let since = 0;
+let ticking = null;
+
+// Says what goes on. Only the words are read out, not the seconds.
+function say(text, hasClock = false) {
+  if ($("status").textContent !== text) $("status").textContent = text;
+  clearInterval(ticking);
+  $("clock").textContent = "";
+  if (!hasClock) return;
+  const tick = () => ($("clock").textContent = time(performance.now() - since));
+  ticking = setInterval(tick, 100);
+  tick();
+}
+
+// While nothing comes, the server may be answering others.
+async function watchQueue(name, signal, isReading) {
+  while (!signal.aborted && isReading()) {
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    const health = await getJSON("health", "").catch(() => null);
+    if (signal.aborted || !isReading()) return;
+    const others = health ? health.waiting : 0;
+    say(others ? `${name}: reading, or waiting for its turn (${others} in line)` : `${name}: reading the picture and the question`, true);
   }
 }
 
-// ---- the budget ----
-
-// Of the image's tokens, averaged over the layers, when the decoder stage comes a third of the way in: v / 3 + 2 d / 3.
-function pruneFor(percent) {
-  const share = percent / 100;
-  if (share >= 1) return "off";
-  const vision = Math.min(1, 1.5 * share);
-  const decoder = vision < 1 ? vision / 2 : 1.5 * share - 0.5;
-  const config = { decoder_keep: decoder };
-  if (vision < 1) config.vision_keep = vision; // left out is all; 1 would be one token
-  return config;
+function showError(error) {
+  $("error").hidden = !error;
+  $("error").textContent = error ? error.message : "";
+  if (!error?.needsKey) return;
+  $("settings").open = true;
+  $("key").focus();
 }
 
-function showBudget() {
-  const percent = Number($("budget").value);
-  $("budget-text").textContent = percent >= 100 ? "all image tokens, as stock" : `about ${percent}% of the image tokens`;
+function setRunning(controller) {
+  const [shown, hidden] = controller ? [$("stop"), $("ask")] : [$("ask"), $("stop")];
+  const hadFocus = document.activeElement === hidden;
+  running = controller;
+  shown.hidden = false;
+  hidden.hidden = true;
+  if (hadFocus) (controller ? shown : $("question")).focus();
+}
+
+function stop() {
+  if (!running) return;
+  running.abort();
+  setRunning(null);
+  say("Stopped.");
 }
 
 // ---- questions ----
 
-async function* chat(body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  const response = await fetch("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
-  if (!response.ok) {
-    const problem = await response.json().catch(() => null);
-    throw new Error(problem?.error?.message || `The server answered ${response.status}.`);
-  }
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    text += value.replaceAll("\r", "");
-    const events = text.split("\n\n");
-    text = events.pop();
-    for (const event of events) {
-      const data = event.split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
-      if (!data || data === "[DONE]") continue;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
-      yield chunk;
-    }
-  }
-}
-
-function clearCard(name) {
-  const card = $(name);
-  for (const part of ["answer", "first", "tokens", "total", "notes"]) card.querySelector(`.${part}`).textContent = "";
-  card.querySelector(".bar").style.width = "0";
-  card.classList.remove("working");
-  delete firstToken[name];
-  $("verdict").textContent = "";
-}
-
-function request(name, question, maxTokens) {
-  const parts = [{ type: "text", text: question }];
-  if (picture) parts.unshift({ type: "image_url", image_url: { url: picture.url } });
+function bodyOf(side, question, isFair) {
+  const prune = side === "stock" ? "off" : pruneOf(settings(), setup.presets);
   return {
-    messages: [{ role: "user", content: parts }],
-    prune: name === "stock" ? "off" : pruneFor(Number($("budget").value)),
-    star_edge: FAIR,
-    stream: true,
+    messages: messagesOf(turns, side, question, picture.url),
+    ...(prune === undefined ? {} : { prune }),
+    max_tokens: Number($("length").value) || 256,
     temperature: 0,
     repeat_penalty: 1,
-    max_tokens: maxTokens,
+    // Fair: nothing that an earlier question left in the caches shortens the time of one side alone.
+    star_edge: { kept: true, afresh: isFair },
   };
 }
 
-async function answer(name, question, signal) {
-  const card = $(name);
+function makeTurn(question, sides, bodies) {
+  const turn = $("turn-template").content.cloneNode(true).firstElementChild;
+  turn.querySelector(".asked").textContent = question;
+  const cards = {};
+  for (const side of sides) {
+    const card = $("side-template").content.cloneNode(true).firstElementChild;
+    card.classList.add(side, "working");
+    card.querySelector("h4").textContent = side === "pruned" ? `${NAMES[side]}: ${presetName()}` : NAMES[side];
+    card.querySelector(".answer").setAttribute("aria-busy", "true");
+    cards[side] = card;
+    turn.querySelector(".sides").append(card);
+  }
+  const body = bodies[sides[0]];
+  const file = picture.name;
+  const snippet = (make) => make(body, model, file, setup.needs_key);
+  const code = turn.querySelector(".snippet pre");
+  turn.querySelector(".code").addEventListener("click", (event) => {
+    const box = turn.querySelector(".snippet");
+    box.hidden = !box.hidden;
+    event.target.setAttribute("aria-expanded", String(!box.hidden));
+    if (!code.textContent) code.textContent = snippet(asCurl);
+  });
+  for (const [button, make] of [[".copy-curl", asCurl], [".copy-python", asPython]]) {
+    turn.querySelector(button).addEventListener("click", async () => {
+      code.textContent = snippet(make);
+      turn.querySelector(".copied").textContent = await navigator.clipboard.writeText(code.textContent).then(() => "Copied.", () => "Select it below to copy.");
+    });
+  }
+  $("intro").hidden = true;
+  $("again").hidden = false;
+  $("turns").append(turn);
+  turn.scrollIntoView({ block: "nearest" });
+  return { turn, cards };
+}
+
+const presetName = () => $("preset").selectedOptions[0].textContent.toLowerCase();
+
+// Asks one side, and shows its answer as it comes. Returns the text and the report.
+async function answer(side, body, card, signal) {
   const put = (part, text) => (card.querySelector(`.${part}`).textContent = text);
-  clearCard(name);
-  card.classList.add("working");
-  let text = "";
+  since = performance.now();
+  let [text, report, isReading] = ["", null, true];
+  say(`${NAMES[side]}: reading the picture and the question`, true);
+  watchQueue(NAMES[side], signal, () => isReading);
   try {
-    for await (const chunk of chat(request(name, question, 256), signal)) {
-      text += chunk.choices[0].delta.content || "";
-      put("answer", text.trimStart());
-      const report = chunk.star_edge;
-      if (!report) continue;
-      const { first_token: first, generate } = report.milliseconds;
-      firstToken[name] = [first];
-      generation[name] = generate;
-      put("tokens", `${Number(report.average_tokens.toFixed(1))} of ${report.n_image_tokens}`);
-      put("notes", report.notes.join(" "));
-      if (name === "pruned") showKept(report);
-      compare();
+    for await (const chunk of stream(body, $("key").value, signal)) {
+      const [choice] = chunk.choices;
+      if (choice?.delta?.content) {
+        if (isReading) say(`${NAMES[side]}: answering`, true);
+        isReading = false;
+        text += choice.delta.content;
+        put("answer", text.trimStart());
+      }
+      if (choice?.finish_reason === "length") put("notes", `The answer was cut at ${body.max_tokens} tokens: raise "Longest answer" under Settings. `);
+      report = chunk.star_edge || report;
     }
   } finally {
-    if (!signal.aborted) card.classList.remove("working");
+    isReading = false;
+    card.classList.remove("working");
+    card.querySelector(".answer").removeAttribute("aria-busy");
   }
+  if (!text.trim()) put("answer", "(no words)");
+  if (report) showReport(card, report);
+  return { text, report };
+}
+
+function showReport(card, report) {
+  card.querySelector(".words").textContent = `${readText(report, report.milliseconds.first_token)} ${cacheText(report)}`;
+  card.querySelector(".notes").textContent += report.notes.map((note) => `${/^[a-z]+ /.test(note) ? note[0].toUpperCase() : note[0]}${note.slice(1)}.`).join(" ");
+  card.querySelector(".times").hidden = false;
+  card.querySelector("tbody").replaceChildren(
+    ...steps(report.milliseconds).map(([what, howLong]) => {
+      const row = document.createElement("tr");
+      const [name, value] = [document.createElement("th"), document.createElement("td")];
+      name.scope = "row";
+      [name.textContent, value.textContent] = [what, howLong];
+      row.append(name, value);
+      return row;
+    }),
+  );
 }
 
 // A single short time says little on a machine that does other things too, such as to draw this page.
-async function measureAgain(names, question, signal) {
-  const once = Object.values(firstToken).reduce((sum, times) => sum + times[0], 0);
+async function compare(results, bodies, { turn, cards }, signal) {
+  const times = Object.fromEntries(Object.entries(results).map(([side, { report }]) => [side, [report.milliseconds.first_token]]));
+  const show = () => {
+    const medians = Object.fromEntries(Object.entries(times).map(([side, values]) => [side, median(values)]));
+    const longest = Math.max(...Object.values(medians));
+    for (const [side, ms] of Object.entries(medians)) {
+      cards[side].querySelector(".words").textContent = readText(results[side].report, ms);
+      cards[side].querySelector(".bar").style.width = `${(100 * ms) / longest}%`;
+      cards[side].classList.add("compared");
+    }
+    return verdict(medians.pruned, medians.stock, results.pruned.text === results.stock.text);
+  };
+  turn.querySelector(".verdict").textContent = show();
+  const once = Object.values(times).reduce((sum, [first]) => sum + first, 0);
   for (let round = 0; round < 2 && once < MEASURE_AGAIN_MS; round++) {
-    for (const name of names) {
-      for await (const chunk of chat(request(name, question, 1), signal)) {
-        if (chunk.star_edge) firstToken[name].push(chunk.star_edge.milliseconds.first_token);
+    since = performance.now();
+    say("Both times are short: measured again", true);
+    for (const side of Object.keys(times)) {
+      for await (const chunk of stream({ ...bodies[side], max_tokens: 1, star_edge: { afresh: true } }, $("key").value, signal)) {
+        if (chunk.star_edge) times[side].push(chunk.star_edge.milliseconds.first_token);
       }
-      compare();
     }
   }
+  turn.querySelector(".verdict").textContent = show();
 }
 
-function median(values) {
-  const sorted = [...values].sort((a, b) => a - b);
-  const half = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
-}
-const milliseconds = (ms) => (ms < 10000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`);
-
-function compare() {
-  const medians = Object.fromEntries(Object.entries(firstToken).map(([name, times]) => [name, median(times)]));
-  const longest = Math.max(...Object.values(medians));
-  for (const [name, ms] of Object.entries(medians)) {
-    $(name).querySelector(".first").textContent = milliseconds(ms);
-    $(name).querySelector(".total").textContent = milliseconds(ms + generation[name]);
-    $(name).querySelector(".bar").style.width = `${(100 * ms) / longest}%`;
-  }
-  const { pruned, stock } = medians;
-  if (!pruned || !stock) return;
-  const same = $("pruned").querySelector(".answer").textContent === $("stock").querySelector(".answer").textContent;
-  const times = stock >= pruned ? `First token ${(stock / pruned).toFixed(2)}× sooner` : `First token ${(pruned / stock).toFixed(2)}× later`;
-  $("verdict").textContent = `${times}; ${same ? "the same answer." : "another answer than stock's."}`;
-}
-
-function stop() {
-  running?.abort();
-  running = null;
-  $("ask").disabled = false;
-}
-
-async function ask(question, names) {
+async function ask(question) {
   stop();
-  showError("");
-  if (!picture) return showError("Choose a picture first, or take the demo picture.");
-  const mine = (running = new AbortController());
-  $("ask").disabled = true;
+  showError(null);
+  if (!picture) {
+    showError(new Problem("There is no picture yet. Choose one, or take the demo picture."));
+    return $("drop").focus();
+  }
+  const chosen = mode();
+  const sides = chosen === "both" ? ["pruned", "stock"] : [chosen];
+  const mine = new AbortController();
+  setRunning(mine);
+  const bodies = Object.fromEntries(sides.map((side) => [side, bodyOf(side, question, chosen === "both")]));
+  const shown = makeTurn(question, sides, bodies);
+  const results = {};
   try {
-    for (const name of names) await answer(name, question, mine.signal);
-    asked = question;
-    await measureAgain(names, question, mine.signal);
+    for (const side of sides) results[side] = await answer(side, bodies[side], shown.cards[side], mine.signal);
+    turns.push({ turn: shown.turn, question, answers: Object.fromEntries(sides.map((side) => [side, results[side].text])) });
+    $("question").value = "";
+    const { report } = results[sides[0]];
+    if (sides[0] === "pruned" && report) {
+      const button = shown.turn.querySelector(".show");
+      button.addEventListener("click", () => (showRead(report, question), $("read-part").scrollIntoView({ block: "nearest" })));
+      button.hidden = false;
+      showRead(report, question);
+    }
+    if (chosen === "both") await compare(results, bodies, shown, mine.signal);
+    say("Done.");
   } catch (error) {
-    if (!mine.signal.aborted) showError(error.message);
+    const isKept = turns.at(-1)?.turn === shown.turn;
+    for (const card of Object.values(shown.cards)) {
+      card.classList.remove("working");
+      if (!isKept) card.querySelector(".notes").textContent += "This question did not come to its end: the conversation goes on without it.";
+    }
+    if (!mine.signal.aborted) {
+      say("");
+      if (!Object.values(shown.cards).some((card) => card.querySelector(".answer").textContent)) shown.turn.remove();
+      if (turns.length && /context/.test(error.message)) error.message += ' Or begin a new conversation: its questions and answers take room too.';
+      showError(error instanceof Problem ? error : new Problem(`The page failed (${error.message}). Load it again.`));
+    }
   } finally {
-    if (running === mine) stop();
+    if (running === mine) setRunning(null);
+    if (!mine.signal.aborted) shown.turn.scrollIntoView({ block: "nearest" });
   }
 }
 
-function showError(text) {
-  $("error").textContent = text;
-  $("error").hidden = !text;
+// ---- settings ----
+
+function explain() {
+  const { preset, share } = settings();
+  $("mode-text").textContent = MODES[mode()];
+  $("preset-text").textContent = PRESETS[preset] || "";
+  $("share-row").hidden = preset !== "share";
+  $("share-text").textContent = `about ${share}%`;
+}
+
+function fillPresets() {
+  const options = Object.keys(setup.presets).map((name) => [name, name]);
+  if (!(setup.default in setup.presets)) options.unshift(["server", "the server's own"]);
+  options.push(["share", "my own share"]);
+  $("preset").replaceChildren(...options.map(([value, text]) => new Option(text, value, false, value === (setup.default ?? "server"))));
 }
 
 // ---- events ----
 
-const useDemo = async () => usePicture(await (await fetch("page/demo.png")).blob());
+async function useDemo() {
+  await usePicture(await (await fetch("page/demo.png")).blob(), "demo.png");
+  $("examples").hidden = false;
+  if (!$("question").value) $("question").value = setup.demo_questions[0];
+}
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = $("question").value.trim();
-  if (question) ask(question, ["pruned", "stock"]);
+  if (question && !running) ask(question);
 });
-$("budget").addEventListener("input", showBudget);
-$("budget").addEventListener("change", () => asked && ask(asked, ["pruned"].concat(firstToken.stock ? [] : ["stock"])));
-$("file").addEventListener("change", (event) => event.target.files[0] && usePicture(event.target.files[0]));
-$("demo").addEventListener("click", async () => {
-  await useDemo();
-  $("examples").hidden = false;
-  if (!$("question").value) $("question").value = setup.demo_questions[0];
+$("question").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("form").requestSubmit();
 });
+document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
+$("stop").addEventListener("click", stop);
+$("again").addEventListener("click", () => (newConversation(), $("question").focus()));
+$("drop").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", (event) => {
+  const [file] = event.target.files;
+  if (file) usePicture(file, file.name);
+  event.target.value = ""; // the same file may be chosen again
+});
+$("demo").addEventListener("click", () => useDemo().catch(showError));
+for (const id of ["preset", "share", "modes"]) $(id).addEventListener("input", explain);
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", kind === "dragover");
     const file = kind === "drop" && event.dataTransfer.files[0];
-    if (file) usePicture(file);
+    if (file) usePicture(file, file.name);
   });
 }
 document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((f) => f.type.startsWith("image/"));
-  if (file) usePicture(file);
+  const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
+  if (!file) return;
+  event.preventDefault();
+  usePicture(file, file.name || "pasted.png");
 });
 
+new ResizeObserver(() => document.documentElement.style.setProperty("--form-height", `${$("form").offsetHeight}px`)).observe($("form"));
+
 async function begin() {
-  showBudget();
-  setup = await (await fetch("page/setup.json")).json();
-  $("key-row").hidden = !setup.needs_key;
+  explain();
+  setup = { ...setup, ...(await getJSON("page/setup.json", "")) };
+  fillPresets();
+  explain();
+  if (setup.needs_key) $("key-text").textContent = "This server was started with one. It stays in this tab.";
   for (const question of setup.demo_questions) {
     const button = document.createElement("button");
     button.type = "button";
     button.textContent = question;
-    button.addEventListener("click", async () => {
+    button.addEventListener("click", () => {
       $("question").value = question;
-      await ask(question, ["pruned", "stock"]);
+      if (!running) ask(question);
     });
     $("examples").append(button);
   }
-  if (!setup.needs_key) {
-    const models = await (await fetch("v1/models")).json();
-    $("model").textContent = models.data[0].id;
-  }
+  if (setup.needs_key) return;
+  model = (await getJSON("v1/models", "")).data[0].id;
+  $("model").textContent = model;
 }
-begin().catch(() => showError("The server does not answer."));
+begin().catch(showError);
