@@ -79,6 +79,7 @@ class StarVLM:
         image_min_tokens: As in EncoderOptions.
         image_max_tokens: As in EncoderOptions.
         encoder: As in EncoderOptions.
+        mmproj_type: As in EncoderOptions.
         image_cache_bytes: As in CacheOptions.
         image_cache_dir: As in CacheOptions.
         reuse: As in CacheOptions.
@@ -114,6 +115,7 @@ class StarVLM:
         image_min_tokens: int = EncoderOptions.image_min_tokens,
         image_max_tokens: int = EncoderOptions.image_max_tokens,
         encoder: str = EncoderOptions.encoder,
+        mmproj_type: str = EncoderOptions.mmproj_type,
         image_cache_bytes: int = CacheOptions.image_cache_bytes,
         image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
         reuse: bool = CacheOptions.reuse,
@@ -122,7 +124,7 @@ class StarVLM:
         **llama_options: Any,
     ) -> None:
         load = LoadOptions(n_ctx, n_batch, n_ubatch, n_gpu_layers, flash_attn, type_k, type_v, n_threads, verbose)
-        of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder, mmproj_type)
         cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         unknown = set(llama_options) - set(inspect.signature(Llama.__init__).parameters)
         if unknown or llama_options.get("vocab_only"):

@@ -22,6 +22,8 @@ from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
 from ..vision.chunks import ImageChunk
+from ..vision.encoder import VisionEncoder
+from ..vision.precision import fastest_type
 from .options import AFRESH, FilePath, load_engine, model_options, print_json
 
 
@@ -98,11 +100,23 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "context": decoder.n_ctx,
         "mmproj": encoder.path if encoder else None,
         "projector": encoder.projector if encoder else None,
+        "encoder_type": _encoder_type(encoder) if encoder else None,
         "encoder_repairs": encoder.repairs if encoder else [],
         "chat_template": vlm.chat_template_origin,
         "vision_stage": vision,
         "decoder_stage": f"no: {problem}" if problem else "yes",
     }
+
+
+def _encoder_type(encoder: VisionEncoder) -> str:
+    """The type that the encoder computes in, and the faster one if it is another."""
+    used = encoder.precision
+    if used.is_converted:
+        return f"{used.kind}, converted: the file has {used.of_file}"
+    best = fastest_type(used.info)
+    if encoder.on_gpu or best == used.kind:
+        return used.kind
+    return f"{used.kind}; {best} is faster on this processor and rounds otherwise: --mmproj-type auto"
 
 
 def _layer(vlm: StarVLM) -> int:

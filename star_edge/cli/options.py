@@ -25,6 +25,7 @@ from ..options import AFRESH as AFRESH  # for the commands
 from ..options import EncoderOptions, LoadOptions
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import PruneReport
+from ..vision.precision import MMPROJ_TYPES
 
 if TYPE_CHECKING:
     _KeepParam = click.ParamType[Keep]
@@ -199,6 +200,14 @@ def model_options(command: Command) -> Command:
             default=EncoderOptions.encoder,
             show_default=True,
             help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
+        ),
+        click.option(
+            "--mmproj-type",
+            type=click.Choice(MMPROJ_TYPES),
+            default=EncoderOptions.mmproj_type,
+            show_default=True,
+            help="Type that the encoder computes in: the mmproj file's, the fastest on this processor (auto), or another "
+            "one. A converted copy is kept in the user's cache folder.",
         ),
         click.option(
             "--chat-template",
