@@ -142,8 +142,8 @@ def test_everything_kept_is_bit_identical_to_stock_on_the_converted_file(family,
     ) as vlm:
         multimodal = stock.Multimodal(llama, vlm.encoder.file, True)
         image = random_image(3)
-        theirs, _ = multimodal.ask("<__media__>What is this?", image, 0)
-        state, report = vlm.read_prompt("<__media__>What is this?", image, None, chat=False)
+        theirs, _ = multimodal.ask("<__media__>What is this?", [image], 0)
+        state, report = vlm.read_prompt("<__media__>What is this?", [image], None, chat=False)
         assert np.array_equal(state.logits, theirs[0])
         assert vlm.encoder.path == str(folder / "mmproj.gguf") and vlm.encoder.file != vlm.encoder.path
         of_file = read_gguf_info(folder / "mmproj.gguf")

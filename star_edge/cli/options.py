@@ -206,8 +206,8 @@ def model_options(command: Command) -> Command:
             type=click.Choice(MMPROJ_TYPES),
             default=EncoderOptions.mmproj_type,
             show_default=True,
-            help="Type that the encoder computes in: the mmproj file's, the fastest on this processor (auto), or another "
-            "one. A converted copy is kept in the user's cache folder.",
+            help="Type that the encoder computes in: the mmproj file's, the fastest on this processor (auto), or "
+            "another. A converted copy is kept in the user's cache folder.",
         ),
         click.option(
             "--chat-template",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -172,7 +173,7 @@ class ImageEncoding:
         works = []
         for i in group:
             if i not in done:
-                with watch.step("redundancy"):
+                with nullcontext() if config.redundancy == "off" else watch.step("redundancy"):
                     work = self._units(i, plan.images[i], config, notes)
                 if work is not None and (layer is not None or work.picture is not None):
                     works.append(work)
