@@ -141,14 +141,22 @@ class Picture:
     Attributes:
         chunk: The image.
         grid: (rows, columns) of its units.
-        pixels: Preprocessed pixels of each unit, (n_units, 3, side, side) float32.
-        places: Position embeddings of each unit's patches, (n_units, patches, n_embd) float32, or None.
+        pixels: Preprocessed pixels of the units, (n, 3, side, side) float32.
+        places: Position embeddings of their patches, (n, patches, n_embd) float32, or None.
+        units: Raster numbers of the units that these are of, ascending, (n,) int64: all, or those that stay.
     """
 
     chunk: ImageChunk
     grid: Grid
     pixels: np.ndarray
     places: np.ndarray | None
+    units: np.ndarray
+
+    def only(self, units: np.ndarray) -> Picture:
+        """The same of some of its units, ascending. It holds no more than that."""
+        at = np.searchsorted(self.units, units)
+        places = None if self.places is None else self.places[at]
+        return Picture(self.chunk, self.grid, self.pixels[at], places, units)
 
 
 @dataclass
@@ -225,7 +233,8 @@ class Composer:
         if self.encoder.tap.watched() != raw.nbytes:
             return None
         blocks = raw.reshape(3, rows, g.pixels, columns, g.pixels).transpose(1, 3, 0, 2, 4)
-        return Picture(chunk, chunk.grid, np.ascontiguousarray(blocks).reshape(n, 3, g.pixels, g.pixels), places)
+        pixels = np.ascontiguousarray(blocks).reshape(n, 3, g.pixels, g.pixels)
+        return Picture(chunk, chunk.grid, pixels, places, np.arange(n))
 
     def inputs(self, units: np.ndarray, grid: Grid, composed: Grid) -> dict[str, np.ndarray]:
         """Inputs of a composed picture's graph, by name, all int32 but the mask.
@@ -241,10 +250,14 @@ class Composer:
             by_row = np.empty((2, len(rows)), np.int32)
             by_row[:, rows] = y, x
             return {ROW_POSITIONS: by_row[0], COLUMN_POSITIONS: by_row[1]}
-        inputs = {POSITIONS: np.concatenate([y, x, y, x]).astype(np.int32)}
+        inputs: dict[str, np.ndarray] = {POSITIONS: np.concatenate([y, x, y, x]).astype(np.int32)}
         if g.window:
             window = np.repeat(g.windows(units, grid), g.patches)
-            inputs[WINDOW_MASK] = np.where(window[:, None] == window, np.float32(0), _LOWEST)
+            mask = np.full((len(window), len(window)), _LOWEST)  # megabytes: no copy is made of it here
+            for number in np.unique(window):
+                rows = np.flatnonzero(window == number)
+                mask[rows[:, None], rows] = 0
+            inputs[WINDOW_MASK] = mask
             inputs[TO_WINDOWS] = inputs[WINDOW_INDEX] = np.arange(len(units), dtype=np.int32)
         return inputs
 
@@ -274,9 +287,11 @@ class Composer:
             inputs = self.inputs(units, grid, composed)
             if pixels is not None:
                 inputs[PIXELS] = pixels.reshape(r, c, 3, side, side).transpose(2, 0, 3, 1, 4)
+            del pixels
             for name in list(inputs):
                 stack.callback(self.encoder.tap.set_input, name, None)
-                self.encoder.tap.set_input(name, inputs.pop(name))  # which copies them: a mask can have megabytes
+                # which copies them, and has the only copy while the encoder runs: a mask can have megabytes
+                self.encoder.tap.set_input(name, inputs.pop(name))
             yield small
 
     # ---- what it makes of it ----
@@ -286,14 +301,15 @@ class Composer:
 
         Args:
             picture: The picture.
-            units: Raster numbers, ascending; as many as `fitting` allows.
+            units: Raster numbers, ascending; as many as `fitting` allows, and the picture has them.
             attention: As for `VisionEncoder.encode`.
         """
         order = self.geometry.ordered(units, picture.grid)
+        at = np.searchsorted(picture.units, order)
         plan = Plan()
         if picture.places is not None:
-            self.place(plan, picture.places[order])
-        with self.composed(order, picture.grid, picture.chunk, picture.pixels[order]) as small:
+            self.place(plan, picture.places[at])
+        with self.composed(order, picture.grid, picture.chunk, picture.pixels[at]) as small:
             encoded = self.encoder.encode(small, attention, want_cells=False, plan=plan)
             return self.collect(picture.chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds)
 
