@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..benchmarking.encoder import measure_encoder
+from ..benchmarking.threads import measure_tokens
 from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
 from ..errors import StarEdgeError
@@ -41,8 +43,14 @@ from .options import AFRESH, FilePath, load_engine, model_options, print_json
     show_default=True,
     help="Run a short prompt with and without the layer window, and compare.",
 )
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Time the encoder with and without flash attention and in the type that is fastest on this processor, and "
+    "tokens by the number of threads. Takes some encodes of a small picture, on a machine with nothing else to do.",
+)
 @click.option("--json", "as_json", is_flag=True)
-def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **model: Any) -> None:
+def doctor(image_size: str, image: str | None, check: bool, measure: bool, as_json: bool, **model: Any) -> None:
     """Show versions, devices, what the model supports, and what each preset would keep."""
     try:
         width, height = (int(n) for n in image_size.lower().split("x"))
@@ -71,6 +79,8 @@ def doctor(image_size: str, image: str | None, check: bool, as_json: bool, **mod
         result["model"] = _describe(vlm)
         if vlm.encoder is not None:
             result["plan"] = _or_reason(_plan, vlm, width, height)
+        if measure:
+            result["measured"] = _or_reason(_measure, vlm)
     print_json(result) if as_json else _print(result)
 
 
@@ -122,6 +132,11 @@ def _encoder_type(encoder: VisionEncoder) -> str:
 def _layer(vlm: StarVLM) -> int:
     """Layer K of a decoder stage when none is asked for."""
     return vlm.decoder.nearest_attention(choose_layer(None, vlm.decoder.n_layers))
+
+
+def _measure(vlm: StarVLM) -> dict[str, Any]:
+    tokens = measure_tokens(vlm)
+    return {"tokens": tokens, "encoder": measure_encoder(vlm) if vlm.encoder is not None else []}
 
 
 def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
@@ -213,3 +228,25 @@ def _print(result: dict[str, Any]) -> None:
         )
     elif check:
         console.print(f"check: not done, {check['reason']}")
+    if "measured" in result:
+        _print_measured(console, result["measured"])
+
+
+def _print_measured(console: Console, measured: dict[str, Any]) -> None:
+    if "reason" in measured:
+        console.print(f"measured: not done, {measured['reason']}")
+        return
+    rows = measured["encoder"]
+    if rows:
+        table = Table("flash attention", "type", "ms", "", title=f"encode of {rows[0]['n_tokens']} tokens, measured")
+        best = min(rows, key=lambda row: float(row["milliseconds"]))
+        for row in rows:
+            note = ", ".join(["fastest"] * (row is best) + ["now"] * row["is_used"])
+            table.add_row("on" if row["flash_attn"] else "off", row["type"], f"{row['milliseconds']:.0f}", note)
+        console.print(table)
+    table = Table("threads", "ms for a token", "", title="tokens, measured")
+    best = min(measured["tokens"], key=lambda row: float(row["milliseconds"]))
+    for row in measured["tokens"]:
+        note = ", ".join(["fastest"] * (row is best) + ["now"] * row["is_used"])
+        table.add_row(str(row["threads"]), f"{row['milliseconds']:.1f}", note)
+    console.print(table)

@@ -62,6 +62,7 @@ class VisionEncoder:
         path: The mmproj file.
         file: The file that is loaded: the mmproj file, or its converted copy.
         precision: Types of the two.
+        flash_attn, mmproj_type: As given.
         on_gpu: Whether it may use a GPU.
     """
 
@@ -87,6 +88,7 @@ class VisionEncoder:
             )
         check_mmproj(info)
         self.path = info.path
+        self.flash_attn, self.mmproj_type = flash_attn, mmproj_type
         self.on_gpu = use_gpu and can_offload()
         self.precision = with_type(info, mmproj_type, self.on_gpu)
         info = self.precision.info
