@@ -7,7 +7,7 @@ from helpers.families import FOLDER, load_fixtures
 from star_edge import PruneConfig, StarVLM
 
 FIXTURES = load_fixtures()
-ANY_SIZE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "pixtral", "mistral3")
+ANY_SIZE = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "pixtral", "mistral3", "glm4.5v", "paddleocr-vl")
 FIXED = ("smolvlm", "gemma3", "internvl", "gemma4", "lfm2-vl", "llava")
 BOTH = PruneConfig(0.75, 0.5, redundancy=0.2, encoder_keep=0.75, encoder_layer=1)
 

@@ -150,9 +150,10 @@ class ComposedWindow:
             at = np.searchsorted(picture.units, order)
             with self.composer.composed(order, grid, chunk, picture.pixels[at]) as small:
                 if picture.places is not None:
-                    self.composer.place(plan, picture.places[at])
+                    assert small.grid is not None  # `composed` has made sure of it
+                    self.composer.place(plan, picture.places[at], small.grid)
                 outcome = self.encoder.run(small, plan)
-                assert small.grid is not None  # `composed` has made sure of it
+                assert small.grid is not None
                 composed = small.grid
         rows_of = g.rows(composed)[np.argsort(order)]  # of each unit, ascending
         attention = outcome.attention[0][rows_of].mean(axis=1) if outcome.attention else None
