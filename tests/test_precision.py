@@ -17,7 +17,7 @@ from helpers.models import random_image
 
 from star_edge import StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
-from star_edge.errors import ConfigError, ModelFileError, UnsupportedModelError
+from star_edge.errors import ConfigError, ModelFileError, OutputError, UnsupportedModelError
 from star_edge.llamacpp.gguf import read_gguf_info
 from star_edge.llamacpp.gguf_check import BF16, F16, F32
 from star_edge.llamacpp.gguf_convert import convert
@@ -246,3 +246,16 @@ def test_the_fronts_say_what_they_compute_in(cache):
     llama.close()
     ran = CliRunner().invoke(cli, ["doctor", "--no-check", "--json", "--mmproj-type", "bf16"])
     assert json.loads(ran.stdout)["model"]["encoder_type"] == "bf16, converted: the file has f16"
+
+
+def test_results_in_another_type_are_not_gone_on_with(cache, tmp_path):
+    """And the default is not in the header, so that older files of results are."""
+    questions, out = tmp_path / "q.jsonl", tmp_path / "r.jsonl"
+    question = {"image": str(refvlm.DEMO_IMAGE), "question": "what color is the star?", "answer": "red"}
+    questions.write_text(json.dumps(question) + "\n")
+    asked = ["eval", str(questions), "--out", str(out), "--preset", "fast", "--metric", "exact", "-t", "1"]
+    assert CliRunner().invoke(cli, asked).exit_code == 0
+    assert "mmproj_type" not in out.read_text()
+    assert CliRunner().invoke(cli, asked).exit_code == 0
+    refused = CliRunner().invoke(cli, [*asked, "--mmproj-type", "bf16"])
+    assert isinstance(refused.exception, OutputError) and "mmproj_type" in str(refused.exception)

@@ -16,7 +16,7 @@ import click
 
 from ..batch import Settings, Task, describe_model, each_image, names_several, open_results, read_tasks, run_tasks
 from ..errors import ConfigError, ImageError
-from .options import AFRESH, find_model, load_engine
+from .options import AFRESH, LATER_OPTIONS, find_model, load_engine
 
 SOME_FAILED = 3  # exit status
 _CAUSES = 3  # reasons of failures that are shown
@@ -146,9 +146,7 @@ def run_batch(
         results = open_results(
             out,
             tasks,
-            describe_model(
-                *files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) != ("chat_template", None)}
-            ),
+            describe_model(*files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) not in LATER_OPTIONS}),
             options.fresh,
         )
     waiting = [task for task in tasks if results is None or (str(task.id),) not in results.done]

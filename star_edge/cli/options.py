@@ -127,6 +127,10 @@ def cli_words(text: str) -> str:
     return text
 
 
+# Options of `model_options` at their defaults that older files of results do not have: they say the same without them
+LATER_OPTIONS = (("chat_template", None), ("mmproj_type", EncoderOptions.mmproj_type))
+
+
 def model_options(command: Command) -> Command:
     """-m, --mmproj, -hf and how to load them. The parameters reach `load_engine` as keyword arguments."""
     options = [
