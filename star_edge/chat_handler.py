@@ -74,6 +74,7 @@ class StarChatHandler(ChatHook):
         image_min_tokens: As in EncoderOptions.
         image_max_tokens: As in EncoderOptions.
         encoder: As in EncoderOptions.
+        mmproj_type: As in EncoderOptions.
         image_cache_bytes: As in CacheOptions.
         image_cache_dir: As in CacheOptions.
         reuse: As in CacheOptions.
@@ -103,6 +104,7 @@ class StarChatHandler(ChatHook):
         image_min_tokens: int = EncoderOptions.image_min_tokens,
         image_max_tokens: int = EncoderOptions.image_max_tokens,
         encoder: str = EncoderOptions.encoder,
+        mmproj_type: str = EncoderOptions.mmproj_type,
         image_cache_bytes: int = CacheOptions.image_cache_bytes,
         image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
         reuse: bool = CacheOptions.reuse,
@@ -111,7 +113,7 @@ class StarChatHandler(ChatHook):
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         open_standard_streams()
-        self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder, mmproj_type)
         self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)

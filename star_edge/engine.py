@@ -82,6 +82,7 @@ class StarVLM:
         image_min_tokens: As in EncoderOptions.
         image_max_tokens: As in EncoderOptions.
         encoder: As in EncoderOptions.
+        mmproj_type: As in EncoderOptions.
         image_cache_bytes: As in CacheOptions.
         image_cache_dir: As in CacheOptions.
         reuse: As in CacheOptions.
@@ -117,6 +118,7 @@ class StarVLM:
         image_min_tokens: int = EncoderOptions.image_min_tokens,
         image_max_tokens: int = EncoderOptions.image_max_tokens,
         encoder: str = EncoderOptions.encoder,
+        mmproj_type: str = EncoderOptions.mmproj_type,
         image_cache_bytes: int = CacheOptions.image_cache_bytes,
         image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
         reuse: bool = CacheOptions.reuse,
@@ -125,7 +127,7 @@ class StarVLM:
         **llama_options: Any,
     ) -> None:
         load = LoadOptions(n_ctx, n_batch, n_ubatch, n_gpu_layers, flash_attn, type_k, type_v, n_threads, verbose)
-        of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
+        of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder, mmproj_type)
         cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
         of_llama = parameters(Llama.__init__)
         unknown = sorted(set(llama_options) - set(of_llama))
@@ -460,7 +462,8 @@ class StarVLM:
                     tokens += [f"<image {segment.image}>"] * n
             places: list[Place | None] = []
             of_picture = [chunk.picture for chunk in plan.images]
-            for i, pixels in enumerate(pictures):
+            shown = [f for p in pictures for f in (p.pictures if isinstance(p, Frames) else (p,))]
+            for i, pixels in enumerate(shown):
                 assert self._reader.places is not None  # of the encoder that has made the images
                 places += places_or_none(self._reader.places, pixels.shape[0], pixels.shape[1], of_picture.count(i))
             return Inspection(

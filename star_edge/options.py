@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .llamacpp.names import KV_TYPES
 from .suggestions import use_one_of
 from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
+from .vision.precision import check_type
 from .vision.repair import check_encoder
 
 _INT32 = 2**31 - 1
@@ -126,6 +127,9 @@ class EncoderOptions(_Options):
         encoder: "repaired" puts right what this llama.cpp gets wrong with some encoders, and the report says so
             (star_edge.vision.repair). "stock" leaves it. A model that was trained with one answers worse with the
             other.
+        mmproj_type: Type of the matrices that the encoder computes with: "file" is that of the mmproj file, "f16" or
+            "bf16" another, and "auto" the fastest on this processor (star_edge.vision.precision). A converted copy of
+            the file is kept in the user's cache folder, or in the one that STAR_EDGE_CACHE names.
 
     Raises:
         ConfigError: A value cannot be used.
@@ -135,16 +139,18 @@ class EncoderOptions(_Options):
     image_min_tokens: int = -1
     image_max_tokens: int = -1
     encoder: str = "repaired"
+    mmproj_type: str = "file"
 
     ranges: ClassVar[Mapping[str, Range]] = {
         "image_min_tokens": Range(-1, _INT32),
         "image_max_tokens": Range(-1, _INT32),
     }
-    own_checks: ClassVar[tuple[str, ...]] = ("encoder",)
+    own_checks: ClassVar[tuple[str, ...]] = ("encoder", "mmproj_type")
 
     def check(self) -> None:
-        """Raises ConfigError for an unknown encoder, and where no image can have as few and as many tokens."""
+        """Raises ConfigError for an unknown encoder or type, and where no image can have as few and as many tokens."""
         check_encoder(self.encoder)
+        check_type(self.mmproj_type)
         least, most = self.image_min_tokens, self.image_max_tokens
         if 0 < most < least:
             raise ConfigError(f"image_min_tokens={least} is more than image_max_tokens={most}", "lower it")

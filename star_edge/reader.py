@@ -85,6 +85,7 @@ class PromptReader:
                 image_min_tokens=encoder.image_min_tokens,
                 image_max_tokens=encoder.image_max_tokens,
                 repaired=encoder.encoder == "repaired",
+                mmproj_type=encoder.mmproj_type,
                 cache_bytes=cache.image_cache_bytes,
                 cache_dir=cache.image_cache_dir,
             )

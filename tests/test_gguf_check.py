@@ -272,11 +272,6 @@ REQUIRED = {
     "mistral3": ["mm.input_norm.weight", "mm.patch_merger.weight"],
     "minicpmv": ["resampler.query", "resampler.attn.q.bias", "v.position_embd.weight"],
     "minicpmv4.6": ["v.vit_merger.attn_q.weight", "v.vit_merger.ds_ffn_up.weight", "mm.up.weight"],
-        "v.vit_merger.attn_q.weight",
-        "v.vit_merger.ds_ffn_up.weight",
-        "mm.up.weight",
-        "mm.input_norm.weight",
-    ],
 }
 
 

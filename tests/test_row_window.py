@@ -100,7 +100,7 @@ def test_all_rows_that_stay_give_what_stock_gives(name, mode):
             assert np.array_equal(o.whole()[0], stock)
             if 1 <= layer < o.window.n_layers:
                 first = o.window.first(o.chunk, layer, True)
-                assert first.attention.shape == (o.n,) and first.vectors.shape == (o.n, first.hidden.shape[2])
+                assert first.attention.shape == (o.n,) and first.vectors.shape == (o.n, first.hidden.shape[1])
                 both = o.window.rest(first, every, "received")
                 assert np.array_equal(both.embeddings, stock) and np.array_equal(both.scores, scores)
                 assert np.array_equal(o.window.rest(first, o.some(layer), None).embeddings, few)  # the same rows

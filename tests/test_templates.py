@@ -438,11 +438,12 @@ def test_eval_takes_placeholders_of_question_files(tmp_path):
 
 def test_all_sides_of_a_benchmark_have_the_same_prompt():
     """A file without a template: MTMDChatHandler alone would refuse it."""
-    from star_edge.benchmarking.run import make_request, picture
+    from star_edge.benchmarking.run import make_request
     from star_edge.benchmarking.sides import SideSpec, Workbench
+    from star_edge.synthetic.pictures import blocks
 
     folder = FOLDER / "llava-vicuna"
-    request = make_request([picture(112, 112)], "", "what?", 0.25)
+    request = make_request([blocks(112, 112)], "", "what?", (0.25,))
     for template in (
         None,
         "chatml",

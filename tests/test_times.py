@@ -192,7 +192,7 @@ def bench():
 def test_bench_says_which_encoders_attention_it_cannot_read(bench, monkeypatch):
     bench.ask(
         SideSpec("pruned", "star_edge", PruneConfig(0.5)),
-        make_request([load_image(refvlm.DEMO_IMAGE)], "", PLATE, 0.25),
+        make_request([load_image(refvlm.DEMO_IMAGE)], "", PLATE, (0.25,)),
         1,
     )
     assert _describe(bench, refvlm.TEXT_MODEL, {})["vision_stage"] == "yes"

@@ -8,11 +8,23 @@ from typing import Any
 
 from ..evaluation.plots import check, drawing, set_legend, set_title
 from .sides import STAGES
+from .summary import SELECTION_STAGES
 
 __all__ = ["check", "save"]
 
 # Okabe and Ito's colours (2008): colour-blind readers can tell them apart
-_COLORS = dict(zip(STAGES, ("#999999", "#56B4E9", "#F0E442", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#555555")))
+_COLORS = {
+    "preprocess": "#999999",
+    "redundancy": "#DDCC77",
+    "encode": "#56B4E9",
+    "encoder_stage": "#B3A000",
+    "vision_stage": "#F0E442",
+    "prefill": "#0072B2",
+    "probe": "#009E73",
+    "decoder_stage": "#E69F00",
+    "resume": "#CC79A7",
+    "first_token": "#555555",
+}
 _NAMES = {name: name.replace("_", " ") for name in STAGES} | {"prefill": "prefill (stock), or text before the image"}
 _GREY = "#555555"
 _LONGEST = 30  # characters of a name in one line
@@ -38,7 +50,7 @@ def _bars(axis: Any, sides: list[dict[str, Any]]) -> None:
     names = [textwrap.fill(row["name"], _LONGEST) for row in sides]
     left = [0.0] * len(sides)
     for stage in STAGES:
-        widths = [row["stages_ms"][stage] for row in sides]
+        widths = [row["stages_ms"].get(stage, 0.0) for row in sides]  # older results have fewer stages
         if any(widths):
             axis.barh(names, widths, left=left, color=_COLORS[stage], label=_NAMES[stage], height=0.7)
             left = [a + b for a, b in zip(left, widths)]
@@ -60,12 +72,12 @@ def waterfall(sides: list[dict[str, Any]], reference: str) -> tuple[str, list[tu
     best = min((row for row in sides if row["kind"] == "star_edge"), key=lambda row: row["first_token_ms"]["median"])
 
     def of(row: dict[str, Any], *names: str) -> float:
-        return float(sum(row["stages_ms"][name] for name in names))
+        return float(sum(row["stages_ms"].get(name, 0.0) for name in names))
 
     parts = {
         "encoder": ("encode",),
         "decoder": ("prefill", "probe", "resume"),
-        "selection": ("vision_stage", "decoder_stage"),
+        "selection": SELECTION_STAGES,
         "rest": ("preprocess", "first_token"),
     }
     return best["name"], [(title, of(best, *names) - of(base, *names)) for title, names in parts.items()]

@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..evaluation.configs import NamedConfig
 from ..llamacpp.devices import list_devices
 from ..options import LoadOptions
 from ..report import round_n_ctx
-from ..synthetic import ModelShape
+from ..synthetic import DEFAULT_PICTURE, PICTURES, ModelShape
 from . import memory
 from .measure import run_sides, time_idle_hook
 from .sides import Request, Sample, SideSpec, Workbench
@@ -32,6 +33,7 @@ from .summary import summarise
 BASELINES = {
     "shipped": "stock as shipped",  # Llama's defaults: no flash attention in decoder and encoder
     "flash": "stock, flash attn",
+    "converted": "stock, converted mmproj",  # where mmproj_type has the star_edge sides compute in another type
     "fewer": "stock, fewer tokens",
 }
 # Text tokens of a synthetic shape's prompt, BOS and the chat template's own text included
@@ -39,60 +41,70 @@ TEXT_BEFORE, TEXT_AFTER = 35, 40
 _TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len("\u2581ASSISTANT:".encode())  # SentencePiece's space
 
 
-def make_specs(configs: Sequence[NamedConfig], baselines: Sequence[str], max_tokens: int) -> list[SideSpec]:
+def make_specs(
+    configs: Sequence[NamedConfig], baselines: Sequence[str], fewer: Sequence[float], n_tokens: float
+) -> list[SideSpec]:
     """The stock sides, then star_edge without pruning and with each config.
 
-    max_tokens: most image tokens of a picture on the side "stock, fewer tokens".
+    Args:
+        configs: The configs to measure.
+        baselines: Names in BASELINES.
+        fewer: Shares of the image tokens for the baseline "fewer", which becomes a side for each.
+        n_tokens: Image tokens of a picture.
     """
     specs = []
     for name in baselines:
-        specs.append(
-            SideSpec(BASELINES[name], "stock", None, name != "shipped", max_tokens if name == "fewer" else None)
-        )
+        if name != "fewer":
+            specs.append(SideSpec(BASELINES[name], "stock", None, name != "shipped", converted=name == "converted"))
+            continue
+        for i, share in enumerate(fewer):
+            title = BASELINES[name] if len(fewer) == 1 else f"stock, {100 * share:g}% of the tokens"
+            specs.append(SideSpec(title, "stock", image_max_tokens=max(1, round(share * n_tokens)), fewer=i))
     return specs + [
         SideSpec(c.name if c.prune is not None else "star_edge, unpruned", "star_edge", c.prune) for c in configs
     ]
 
 
-def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer: float) -> Request:
+def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer: Sequence[float]) -> Request:
     """A request of one user message: text, pictures, text.
 
     Args:
         pictures: Pixels, (h, w, 3) uint8 each.
         before: Text before the pictures.
         after: Text after them.
-        fewer: Share of the pixels that the smaller pictures have.
+        fewer: Shares of the pixels that smaller pictures have.
 
     Raises:
         ConfigError: The text has a media marker.
     """
     if MEDIA_MARKER in before + after:
         raise ConfigError(f"the prompt holds {MEDIA_MARKER}", "leave it out: pictures stand before the prompt")
-    full, small = [], []
-    for pixels in pictures:
-        image = Image.fromarray(pixels)
-        side = math.sqrt(fewer)
-        full.append(_data_url(image))
-        small.append(_data_url(image.resize((max(1, round(side * image.width)), max(1, round(side * image.height))))))
+    images = [Image.fromarray(pixels) for pixels in pictures]
+
+    def smaller(image: Image.Image, share: float) -> Image.Image:
+        side = math.sqrt(share)
+        return image.resize((max(1, round(side * image.width)), max(1, round(side * image.height))))
 
     def text(value: str) -> list[dict[str, Any]]:
         return [{"type": "text", "text": value}] if value else []
 
-    def message(urls: list[str]) -> list[dict[str, Any]]:
-        pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    def message(images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        pictures = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
         return [{"role": "user", "content": [*text(before), *pictures, *text(after)]}]
 
-    return Request(message(full), message(small))
+    return Request(message(images), [message([smaller(image, share) for image in images]) for share in fewer])
 
 
-def shape_request(shape: ModelShape, fewer: float) -> Request:
+def shape_request(shape: ModelShape, fewer: Sequence[float], kind: str = DEFAULT_PICTURE) -> Request:
     """A request of TEXT_BEFORE text tokens, a picture, and TEXT_AFTER text tokens, with the chat template's own text.
 
-    A byte is a token. Encoders that put tokens around images add those.
+    A byte is a token. Encoders that put tokens around images add those. kind: of the picture, one of PICTURES.
     """
-    width, height = shape.picture
     return make_request(
-        [picture(width, height)], "a" * (TEXT_BEFORE - _TEMPLATE_BEFORE), "b" * (TEXT_AFTER - _TEMPLATE_AFTER), fewer
+        [PICTURES[kind](*shape.picture)],
+        "a" * (TEXT_BEFORE - _TEMPLATE_BEFORE),
+        "b" * (TEXT_AFTER - _TEMPLATE_AFTER),
+        fewer,
     )
 
 
@@ -100,16 +112,6 @@ def shape_context(shape: ModelShape, n_generate: int) -> int:
     """A context that the shape's request and answer fit, with room for tokens around tiles, as llama.cpp rounds it."""
     n = TEXT_BEFORE + TEXT_AFTER + shape.n_image_tokens + 128 + n_generate
     return round_n_ctx(n)
-
-
-def picture(width: int, height: int) -> np.ndarray:
-    """A picture with structure at several scales, (height, width, 3) uint8."""
-    rng = np.random.default_rng(0)
-    image = np.zeros((height, width, 3))
-    for n in (3, 12, 48):
-        block = rng.integers(0, 256, (n, n, 3))
-        image += block[np.arange(height)[:, None] * n // height, np.arange(width)[None] * n // width]
-    return (image / 3).astype(np.uint8)
 
 
 def run(
@@ -120,7 +122,7 @@ def run(
     baselines: Sequence[str],
     request: Request,
     *,
-    fewer: float,
+    fewer: Sequence[float],
     repeats: int,
     n_generate: int,
     hook_tokens: int = 0,
@@ -138,7 +140,7 @@ def run(
         configs: The configs to measure.
         baselines: Names in BASELINES.
         request: What each side is asked.
-        fewer: Share of the image tokens that the baseline "fewer" may have.
+        fewer: Shares of the image tokens for the baseline "fewer", those that `request` was made with.
         repeats: Number of repeats.
         n_generate: Tokens of each answer.
         hook_tokens: Tokens for the cost of an idle callback, 0 for no such measurement.
@@ -159,7 +161,9 @@ def run(
     hook: dict[str, float] | None = None
     with Workbench(model, mmproj, **options) as bench:
         n_tokens, n_pictures = bench.count_image_tokens(request)
-        specs = make_specs(configs, baselines, max(1, round(fewer * n_tokens / n_pictures)))
+        if bench.converted is None:
+            baselines = [name for name in baselines if name != "converted"]
+        specs = make_specs(configs, baselines, fewer, n_tokens / n_pictures)
 
         def result(
             samples: dict[str, list[Sample]], cache_bytes: dict[str, int], notes: Sequence[str]
@@ -205,12 +209,14 @@ def run(
         elif hook_tokens:
             notes.append("cost of an idle hook not measured: it needs a stock side with the same flash attention")
         finished = result(samples, cache_bytes, notes)
+        converted = bench.converted
     if with_memory:
         save(finished)
         for spec in present:
             progress("memory")
             try:
-                used = memory.measure(str(model), str(mmproj), options, spec, request)
+                file = converted if spec.converted and converted else str(mmproj)
+                used = memory.measure(str(model), file, options, replace(spec, converted=False), request)
                 next(row for row in finished["sides"] if row["name"] == spec.name).update(used)
             except StarEdgeError as error:
                 finished["notes"].append(str(error))
@@ -242,6 +248,7 @@ def _describe(bench: Workbench, model: str | os.PathLike[str], options: dict[str
         "file": Path(model).name,
         "architecture": metadata.get("general.architecture"),
         "projector": bench.projector,
+        "encoder_type": bench.encoder_type,
         "vision_stage": bench.encoder_problem() or "yes",
         "bytes": os.path.getsize(model),
         "n_ctx": bench.n_ctx,

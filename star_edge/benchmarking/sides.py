@@ -35,11 +35,24 @@ from ..pruning.config import PruneConfig
 from ..pruning.selection import average_tokens
 from ..report import PruneReport
 from ..vision.chunks import ImageChunk
+from ..vision.encoder import VisionEncoder
 from ..vision.profiles import METADATA_KEYS, find_profile
 
-# In order of time. prefill is all decoder work but probe and resume: everything on stock, and the text before the first
-# image with a decoder stage. first_token is the rest of the time to the first token: sampling, and Python.
-STAGES = ("preprocess", "encode", "vision_stage", "prefill", "probe", "decoder_stage", "resume", "first_token")
+# In order of time. redundancy, encoder_stage, vision_stage and decoder_stage are scoring and choosing alone. prefill is
+# all decoder work but probe and resume: everything on stock, and the text before the first image with a decoder stage.
+# first_token is the rest of the time to the first token: sampling, and Python.
+STAGES = (
+    "preprocess",
+    "redundancy",
+    "encode",
+    "encoder_stage",
+    "vision_stage",
+    "prefill",
+    "probe",
+    "decoder_stage",
+    "resume",
+    "first_token",
+)
 DECODER_STAGES = ("prefill", "probe", "decoder_stage", "resume")
 
 
@@ -49,11 +62,11 @@ class Request:
 
     Attributes:
         messages: As `Llama.create_chat_completion` takes them.
-        fewer: The same with smaller pictures.
+        fewer: The same with smaller pictures, for each share of the tokens that stock is asked with.
     """
 
     messages: list[Any]
-    fewer: list[Any]
+    fewer: list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,9 @@ class SideSpec:
         kind: "stock" or "star_edge".
         prune: Config of a star_edge side.
         flash_attn: Flash attention of a stock side, in decoder and encoder.
-        image_max_tokens: For a stock side that asks with `Request.fewer`, otherwise None.
+        image_max_tokens: For a stock side that asks with smaller pictures, otherwise None.
+        fewer: Its index into `Request.fewer`.
+        converted: A stock side with the converted mmproj file that the star_edge sides have.
     """
 
     name: str
@@ -73,6 +88,8 @@ class SideSpec:
     prune: PruneConfig | None = None
     flash_attn: bool = True
     image_max_tokens: int | None = None
+    fewer: int = 0
+    converted: bool = False
 
 
 @dataclass
@@ -195,7 +212,7 @@ class Workbench:
             watch.begin()
         llama.chat_handler = side.handler
         llama.sample = clock  # type: ignore[assignment, method-assign]  # a clock in its place, for this answer
-        messages = request.messages if spec.image_max_tokens is None else request.fewer
+        messages = request.messages if spec.image_max_tokens is None else request.fewer[spec.fewer]
         pruning = self._star.pruning(spec.prune) if watch is None and self._star else contextlib.nullcontext()
         try:
             start = time.perf_counter()
@@ -240,16 +257,33 @@ class Workbench:
 
     def encoder_problem(self) -> str | None:
         """What the vision stage cannot do with this encoder, once a star_edge side has been asked."""
-        reader = self._star._reader if self._star is not None else None
-        encoder = reader.encoder if reader is not None else None
+        encoder = self._encoder
         if encoder is None or encoder.profile.reads_attention:
             return None
         return f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
 
     @property
     def projector(self) -> str | None:
+        encoder = self._encoder
+        return None if encoder is None else encoder.projector
+
+    @property
+    def encoder_type(self) -> str | None:
+        """The type that the encoder of the star_edge sides computes in."""
+        encoder = self._encoder
+        return None if encoder is None else encoder.precision.kind
+
+    @property
+    def converted(self) -> str | None:
+        """The converted mmproj file of the star_edge sides, once one has been asked. None: there is none."""
+        encoder = self._encoder
+        return encoder.file if encoder is not None and encoder.precision.is_converted else None
+
+    @property
+    def _encoder(self) -> VisionEncoder | None:
+        """Of the star_edge sides, once one has been asked."""
         reader = self._star._reader if self._star is not None else None
-        return None if reader is None or reader.encoder is None else reader.encoder.projector
+        return None if reader is None else reader.encoder
 
     def _sample(self, start: float, clock: _Clock, watch: Watched | None, text: str) -> Sample:
         times = clock.times
@@ -306,14 +340,19 @@ class Workbench:
     def _stock_side(self, spec: SideSpec) -> _Side:
         context, params = stock_context(self.llama, self._params, spec.flash_attn)
         watch = Watched(spec.image_max_tokens, self.n_ctx)
-        return _Side(spec, context, params, stock_handler(self._mmproj, self._use_gpu, watch), watch)
+        mmproj = self.converted if spec.converted else self._mmproj
+        if mmproj is None:
+            raise EngineError("the mmproj file is not converted", "add --mmproj-type, or leave the side out")
+        return _Side(spec, context, params, stock_handler(mmproj, self._use_gpu, watch), watch)
 
 
 # Steps of a report in each of STAGES
 _STEPS = {
     "preprocess": ("preprocess",),
+    "redundancy": ("redundancy",),
     "encode": ("encode",),
-    "vision_stage": ("redundancy", "encoder_stage", "vision_stage"),
+    "encoder_stage": ("encoder_stage",),
+    "vision_stage": ("vision_stage",),
     "prefill": ("prefix", "prefill", "fallback"),
     "probe": ("probe",),
     "decoder_stage": ("decoder_scores", "decoder_stage"),

@@ -10,7 +10,7 @@ from ..evaluation.summary import TextTable
 from ..report import round_n_ctx
 from .sides import DECODER_STAGES, STAGES, Sample, SideSpec
 
-SELECTION_STAGES = ("vision_stage", "decoder_stage")
+SELECTION_STAGES = ("redundancy", "encoder_stage", "vision_stage", "decoder_stage")
 
 
 def summarise(
@@ -23,6 +23,7 @@ def summarise(
 
     The reference is stock with flash attention, or else the first side. Speed-ups are over it. For each side:
 
+    - encoder_entered, encoder_kept: image tokens that enter the encoder, and those that leave it.
     - first_token_ms: median, min and max over the repeats, and all values in order of time.
     - stages_ms: of the median repeat, or the mean of the two middle ones of an even number. They add up to the median.
     - tokens_per_s: of tokens after the first, 1 / (median time of a token); median, min and max over the repeats.
@@ -33,14 +34,15 @@ def summarise(
     - ideal: the same for the time to the first token, if the rest takes as long as on the reference:
       T / (T - D + D / decoder_ideal), where D is the decoder's part of the reference's time T.
     - of_ideal: decoder_speed_up / decoder_ideal.
-    - selection_share: scoring and choosing in both stages, as a share of the time to the first token. None on stock.
+    - selection_share: scoring and choosing in all stages, as a share of the time to the first token. None on stock.
     - kv_cells, kv_bytes: KV cells of the prompt when generation starts (in one layer), and their bytes (in all layers).
     - n_ctx_needed, kv_bytes_needed: the smallest n_ctx that request and answer fit, and the cache's size with it.
     - peak_rss_bytes, device_bytes: None, for `memory.measure` to fill in.
     """
     present = [spec for spec in specs if spec.name in samples]
     reference = next(
-        (s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None), present[0]
+        (s for s in present if s.kind == "stock" and s.flash_attn and s.image_max_tokens is None and not s.converted),
+        present[0],
     )
     base = samples[reference.name][0]  # for its tokens, which are those of every repeat
     base_time, _ = _median_stages(samples[reference.name])
@@ -61,6 +63,9 @@ def summarise(
                 "config": None if spec.prune is None else spec.prune.to_dict(),
                 "text_tokens": first.n_text,
                 "image_tokens": first.n_image,
+                "encoder_entered": first.n_image - report.n_redundant if report else first.n_image,
+                "encoder_kept": report.n_encoder_kept if report else first.n_image,
+                "encoder_layer": report.encoder_layer if report else None,
                 "vision_kept": report.n_vision_kept if report else None,
                 "decoder_kept": report.n_decoder_kept if report else None,
                 "decoder_layer": report.decoder_layer if report else None,
@@ -132,10 +137,14 @@ def tables(result: Mapping[str, Any]) -> list[TextTable]:
 def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The header, and one row of texts for each side. Stages that no side has are left out."""
     sides = result["sides"]
-    stages = [name for name in STAGES if any(row["stages_ms"][name] for row in sides)]
+    stages = [name for name in STAGES if any(row["stages_ms"].get(name) for row in sides)]
     memory = [key for key in _MEMORY if any(row[key] is not None for row in sides)]
+    encoder = [
+        key for key in _ENCODER if any(row.get(key, row["image_tokens"]) != row["image_tokens"] for row in sides)
+    ]
     header = [
         "side",
+        *(_ENCODER[key] for key in encoder),
         "image tokens per layer",
         "first token, ms",
         "min to max",
@@ -154,17 +163,18 @@ def text_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "KV MiB with it",
         *(_MEMORY[key] for key in memory),
     ]
-    return header, [_cells(row, stages, memory) for row in sides]
+    return header, [_cells(row, stages, memory, encoder) for row in sides]
 
 
-def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str]) -> list[str]:
+def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str], encoder: Sequence[str]) -> list[str]:
     time, rate, share = row["first_token_ms"], row["tokens_per_s"], row["selection_share"]
 
     def mib(n: int | None) -> str:
         return "-" if n is None else f"{n / 2**20:.1f}" if n < 100 * 2**20 else f"{n / 2**20:.0f}"
 
-    texts = [row["name"], f"{row['average_tokens']:.1f}", _ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
-    texts += [_ms(row["stages_ms"][name]) if row["stages_ms"][name] else "-" for name in stages]
+    texts = [row["name"], *(str(row[key]) for key in encoder), f"{row['average_tokens']:.1f}"]
+    texts += [_ms(time["median"]), f"{_ms(time['min'])}-{_ms(time['max'])}"]
+    texts += [_ms(row["stages_ms"][name]) if row["stages_ms"].get(name) else "-" for name in stages]
     texts += [f"{row[key]:.2f}" for key in ("speed_up", "ideal", "decoder_speed_up", "of_ideal")]
     texts += [
         "-" if share is None else f"{100 * share:.2f}%",
@@ -176,6 +186,7 @@ def _cells(row: Mapping[str, Any], stages: Sequence[str], memory: Sequence[str])
 
 
 _TITLES = {name: f"  {name.replace('_', ' ')}" for name in STAGES} | {"first_token": "  sampling, Python"}
+_ENCODER = {"encoder_entered": "tokens into the encoder", "encoder_kept": "tokens out of it"}
 _MEMORY = {"peak_rss_bytes": "peak RSS, MiB", "device_bytes": "GPU memory, MiB"}
 
 

@@ -23,7 +23,7 @@ from ..evaluation.runner import ask_questions
 from ..io.fingerprints import fingerprint_file
 from ..io.questions import FORMAT, Question, read_questions, sample_questions
 from ..io.results_file import Record
-from .options import AFRESH, Choice, FilePath, load_engine, model_options, open_stdin, quiet_option
+from .options import AFRESH, LATER_OPTIONS, Choice, FilePath, load_engine, model_options, open_stdin, quiet_option
 
 Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
 
@@ -167,9 +167,9 @@ def asking(
     Raises:
         EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
     """
-    settings = {name: value for name, value in model.items() if name not in _FILES}
-    if settings["chat_template"] is None:  # as in files of results from before it could be given
-        del settings["chat_template"]
+    settings = {
+        name: value for name, value in model.items() if name not in _FILES and (name, value) not in LATER_OPTIONS
+    }
     header = {
         "star_edge": __version__,
         "llama_cpp_python": llama_cpp.__version__,

@@ -26,7 +26,16 @@ from ..batch import (
     run_tasks,
 )
 from ..errors import ConfigError, ImageError
-from .options import AFRESH, cli_words, complete_file, find_model, load_engine, open_stdin, quiet_option
+from .options import (
+    AFRESH,
+    LATER_OPTIONS,
+    cli_words,
+    complete_file,
+    find_model,
+    load_engine,
+    open_stdin,
+    quiet_option,
+)
 
 SOME_FAILED = 3  # exit status
 _CAUSES = 3  # reasons of failures that are shown
@@ -184,9 +193,7 @@ def run_batch(
         results = open_results(
             out,
             tasks,
-            describe_model(
-                *files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) != ("chat_template", None)}
-            ),
+            describe_model(*files, {k: v for k, v in model.items() if k not in _PLACE and (k, v) not in LATER_OPTIONS}),
             options.fresh,
         )
     waiting = [task for task in tasks if results is None or (str(task.id),) not in results.done]

@@ -23,11 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import refvlm
 from ..benchmarking import plots
-from ..benchmarking.run import BASELINES, make_request, picture, run, shape_context, shape_request
+from ..benchmarking.run import BASELINES, make_request, run, shape_context, shape_request
 from ..benchmarking.summary import tables
 from ..errors import ConfigError, OutputError
 from ..io.images import load_image
-from ..synthetic import SHAPES, model_files
+from ..synthetic import DEFAULT_PICTURE, PICTURE_TITLES, PICTURES, SHAPES, model_files
 from .grid import config_options, grid_configs
 from .options import (
     Choice,
@@ -75,6 +75,13 @@ _QUESTION = "Describe this picture in detail."
 @click.option(
     "--image-size", default="672x672", show_default=True, help="WIDTHxHEIGHT of the generated picture, with -m."
 )
+@click.option(
+    "--picture",
+    type=click.Choice(list(PICTURES)),
+    default=DEFAULT_PICTURE,
+    show_default=True,
+    help="What the generated picture is like. Leaving out redundant tokens depends on it.",
+)
 @click.option("--prompt", default=_QUESTION, show_default=True, help="Question after the picture, with -m.")
 @config_options
 @click.option(
@@ -91,9 +98,11 @@ _QUESTION = "Describe this picture in detail."
 @click.option(
     "--fewer-tokens",
     type=Number(0, 1, min_open=True, max_open=True),
-    default=0.25,
+    multiple=True,
+    default=(0.25,),
     show_default=True,
-    help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture.",
+    help="Share of the image tokens for the baseline 'fewer': by image_max_tokens and a smaller picture. Repeat for "
+    "several such sides.",
 )
 @click.option(
     "-r",
@@ -144,7 +153,8 @@ def bench(
     config_file: str | None,
     baselines: tuple[str, ...],
     unpruned: bool,
-    fewer_tokens: float,
+    fewer_tokens: tuple[float, ...],
+    picture: str,
     repeats: int,
     max_tokens: int,
     idle_hook: int,
@@ -183,8 +193,10 @@ def bench(
         raise ConfigError(
             "--folder keeps the model of a --shape, and none was named", "add --shape NAME, or leave it out"
         )
-    if images and given("image_size"):
-        raise ConfigError("--image-size is for a generated picture, and --image names one", "leave out one of them")
+    for name, flag in (("image_size", "--image-size"), ("picture", "--picture")):
+        if images and given(name):
+            raise ConfigError(f"{flag} is for a generated picture, and --image names one", "leave out one of them")
+    fewer = tuple(dict.fromkeys(fewer_tokens))
     size = parse_size(image_size)
     if "none" in baselines and len(baselines) > 1:
         raise ConfigError("--baseline none excludes other baselines", "leave out one of them")
@@ -211,15 +223,18 @@ def bench(
         about = SHAPES[shape]
         if not given("n_ctx"):
             options["n_ctx"] = shape_context(about, max(max_tokens, idle_hook + idle_hook // 4 + 4))
-        request, title = shape_request(about, fewer_tokens), f"{about.about}, random weights, {about.dtype}"
+        request, title = shape_request(about, fewer, picture), f"{about.about}, random weights, {about.dtype}"
+        if picture != DEFAULT_PICTURE:
+            title += f", {PICTURE_TITLES[picture]}"
     else:
         text, mmproj = find_model(model["model"], model["mmproj"], model["hf_repo"], model["no_mmproj"])
         if mmproj is None:
             raise ConfigError("a benchmark asks about a picture, and no mmproj was given", "add --mmproj FILE")
         if fit_reference_model(text, options):
-            images = images or (() if given("image_size") else (str(refvlm.DEMO_IMAGE),))
-        pictures = [load_image(source) for source in images] or [picture(*size)]
-        request, title = make_request(pictures, "", prompt, fewer_tokens), Path(text).name
+            is_generated = given("image_size") or given("picture")
+            images = images or (() if is_generated else (str(refvlm.DEMO_IMAGE),))
+        pictures = [load_image(source) for source in images] or [PICTURES[picture](*size)]
+        request, title = make_request(pictures, "", prompt, fewer), Path(text).name
 
     def save(result: dict[str, Any], is_final: bool = False) -> None:
         result["command"] = shlex.join(["star-edge", *sys.argv[1:]])
@@ -272,7 +287,7 @@ def bench(
                 configs,
                 names,
                 request,
-                fewer=fewer_tokens,
+                fewer=fewer,
                 repeats=repeats,
                 n_generate=max_tokens,
                 hook_tokens=idle_hook,

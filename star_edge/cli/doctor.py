@@ -10,7 +10,10 @@ from typing import Any
 import click
 import llama_cpp
 import numpy as np
+from rich.console import Console
 
+from ..benchmarking.encoder import measure_encoder
+from ..benchmarking.threads import measure_tokens
 from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
 from ..errors import StarEdgeError
@@ -20,6 +23,8 @@ from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, Keep, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
 from ..vision.chunks import ImageChunk
+from ..vision.encoder import VisionEncoder
+from ..vision.precision import fastest_type
 from ..vision.resolution import Resolution
 from .options import (
     AFRESH,
@@ -68,9 +73,21 @@ from .tables import make_console, print_table
     show_default=True,
     help="Run a short prompt with and without the layer window, and compare.",
 )
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Time the encoder with and without flash attention and in the type that is fastest on this processor, and "
+    "tokens by the number of threads. Takes some encodes of a small picture, on a machine with nothing else to do.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of tables.")
 def doctor(
-    image_size: str, image: str | None, image_max_tokens: Keep | None, check: bool, as_json: bool, **model: Any
+    image_size: str,
+    image: str | None,
+    image_max_tokens: Keep | None,
+    check: bool,
+    measure: bool,
+    as_json: bool,
+    **model: Any,
 ) -> None:
     """Show versions, devices, what the model supports, and what each preset would keep of a picture."""
     width, height = parse_size(image_size)
@@ -96,6 +113,8 @@ def doctor(
         result["model"] = _describe(vlm)
         if vlm.encoder is not None:
             result["plan"] = _or_reason(_plan, vlm, width, height, smaller)
+        if measure:
+            result["measured"] = _or_reason(_measure, vlm)
     print_json(result) if as_json else _print(result)
 
 
@@ -128,6 +147,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "context_used": decoder.n_ctx,
         "mmproj": encoder.path if encoder else None,
         "projector": encoder.projector if encoder else None,
+        "encoder_type": _encoder_type(encoder) if encoder else None,
         "encoder_repairs": encoder.repairs if encoder else [],
         "chat_template": vlm.chat_template_origin,
         "vision_stage": vision,
@@ -135,9 +155,25 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
     }
 
 
+def _encoder_type(encoder: VisionEncoder) -> str:
+    """The type that the encoder computes in, and the faster one if it is another."""
+    used = encoder.precision
+    if used.is_converted:
+        return f"{used.kind}, converted: the file has {used.of_file}"
+    best = fastest_type(used.info)
+    if encoder.on_gpu or best == used.kind:
+        return used.kind
+    return f"{used.kind}; {best} is faster on this processor and rounds otherwise: --mmproj-type auto"
+
+
 def _layer(vlm: StarVLM) -> int:
     """Layer K of a decoder stage when none is asked for."""
     return vlm.decoder.nearest_attention(choose_layer(None, vlm.decoder.n_layers))
+
+
+def _measure(vlm: StarVLM) -> dict[str, Any]:
+    tokens = measure_tokens(vlm)
+    return {"tokens": tokens, "encoder": measure_encoder(vlm) if vlm.encoder is not None else []}
 
 
 def _plan(vlm: StarVLM, width: int, height: int, smaller: PruneConfig) -> dict[str, Any]:
@@ -243,3 +279,35 @@ def _print(result: dict[str, Any]) -> None:
         )
     elif check:
         say(f"check: not done, {check['reason']}")
+    if "measured" in result:
+        _print_measured(console, say, result["measured"])
+
+
+def _print_measured(console: Console, say: Callable[[str], None], measured: dict[str, Any]) -> None:
+    if "reason" in measured:
+        say(f"measured: not done, {measured['reason']}")
+        return
+    rows = measured["encoder"]
+    if rows:
+        print_table(
+            console,
+            f"encode of {rows[0]['n_tokens']} tokens, measured",
+            ["flash attention", "type", "ms", "note"],
+            [
+                ["on" if row["flash_attn"] else "off", row["type"], f"{row['milliseconds']:.0f}", _note(row, rows)]
+                for row in rows
+            ],
+            n_left=2,
+        )
+    rows = measured["tokens"]
+    print_table(
+        console,
+        "tokens, measured",
+        ["threads", "ms for a token", "note"],
+        [[str(row["threads"]), f"{row['milliseconds']:.1f}", _note(row, rows)] for row in rows],
+    )
+
+
+def _note(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    fastest = min(float(one["milliseconds"]) for one in rows)
+    return ", ".join(["fastest"] * (float(row["milliseconds"]) == fastest) + ["now"] * row["is_used"])

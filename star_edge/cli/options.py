@@ -30,6 +30,7 @@ from ..options import EncoderOptions, LoadOptions
 from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import ImageReport, PruneReport
 from ..suggestions import nearest
+from ..vision.precision import MMPROJ_TYPES
 from .words import cli_words as cli_words  # for the commands
 from .words import in_cli_words as in_cli_words
 
@@ -150,6 +151,10 @@ def quiet_option(command: Command) -> Command:
     )(command)
 
 
+# Options of `model_options` at their defaults that older files of results do not have: they say the same without them
+LATER_OPTIONS = (("chat_template", None), ("mmproj_type", EncoderOptions.mmproj_type))
+
+
 def model_options(command: Command) -> Command:
     """-m, --mmproj, -hf and how to load them. The parameters reach `load_engine` as keyword arguments."""
     options = [
@@ -232,6 +237,14 @@ def model_options(command: Command) -> Command:
             default=EncoderOptions.encoder,
             show_default=True,
             help="Put right what this llama.cpp gets wrong with the encoders of LLaVA files, or leave it.",
+        ),
+        click.option(
+            "--mmproj-type",
+            type=click.Choice(MMPROJ_TYPES),
+            default=EncoderOptions.mmproj_type,
+            show_default=True,
+            help="Type that the encoder computes in: the mmproj file's, the fastest on this processor (auto), or "
+            "another. A converted copy is kept in the user's cache folder.",
         ),
         click.option(
             "--chat-template",

@@ -37,6 +37,11 @@ EXPERTS_IN_HOST_MEMORY = (
 )
 
 
+def set_threads(llama: Llama, n: int) -> None:
+    """The number of threads that the next decodes of a Llama use."""
+    llama_cpp.llama_set_n_threads(llama.ctx, n, n)
+
+
 class TappedContext(_internals.LlamaContext):
     """A LlamaContext that tells its tap when a plain decode begins.
 

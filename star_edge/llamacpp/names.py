@@ -11,6 +11,7 @@ PIXELS = "inp_raw"  # (width, height, 3) float32, normalized: rows of a channel 
 WINDOW_MASK, TO_WINDOWS = "window_mask", "inv_window_idx"  # Qwen2.5-VL: of rows, and which unit comes into which place
 ROW_POSITIONS, COLUMN_POSITIONS = "pos_h", "pos_w"  # Pixtral
 PLACED = ("inp_pos_emb", 1)  # Qwen3-VL: the node that adds position embeddings to patches, and which source they are
+ADDED = ("pos_embed", 1)  # GLM-4.xV, PaddleOCR-VL: the same (clip_graph::build_vit)
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
 PATCH_NORM = "v.norm_embd.weight"
 

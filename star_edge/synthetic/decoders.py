@@ -1,5 +1,5 @@
-"""GGUF files of random text decoders: Llama, Qwen2-VL (and 2.5), Qwen3.5, LFM2, Gemma 3. Tensor names are llama.cpp's
-(src/llama-arch.cpp).
+"""GGUF files of random text decoders: Llama, Qwen2-VL (and 2.5), Qwen3-VL, Qwen3.5, LFM2, Gemma 3. Tensor names are
+llama.cpp's (src/llama-arch.cpp).
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def write_decoder(
         w.add_ssm_time_step_rank(s.delta_net.n_heads_v)
         w.add_ssm_inner_size(s.delta_net.n_heads_v * s.delta_net.d_head)
         w.add_array(f"{s.arch}.attention.recurrent_layers", [i not in s.attention_layers for i in range(s.n_layers)])
+    if s.n_deepstack:
+        w.add_uint32(f"{s.arch}.n_deepstack_layers", s.n_deepstack)
     if s.kernel:
         w.add_uint32(f"{s.arch}.shortconv.l_cache", s.kernel)
     w.add_vocab_size(s.n_vocab)
@@ -96,14 +98,14 @@ def write_decoder(
         if s.attention_layers and i not in s.attention_layers:
             _add_recurrent(file, s, b)
         else:
-            if s.attention_layers:
+            if s.attention_layers or s.n_deepstack:
                 norm(b + "attn_q_norm.weight", s.d_head, sharpness)
                 norm(b + "attn_k_norm.weight", s.d_head)
             # Qwen3.5 has an output gate beside each query
             file.matrix(b + "attn_q.weight", 2 * q if s.delta_net else q, s.n_embd, gain=sharpness)
             file.matrix(b + "attn_k.weight", kv, s.n_embd)
             file.matrix(b + "attn_v.weight", kv, s.n_embd, more_bits=more)
-            if s.rope_sections and not s.delta_net:
+            if s.arch == "qwen2vl":
                 for name, n in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
                     file.normal(f"{b}{name}.bias", n)
             file.matrix(b + "attn_output.weight", s.n_embd, q)

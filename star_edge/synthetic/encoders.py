@@ -15,10 +15,12 @@ _PROJECTORS = {
     "clip": "mlp",
     "qwen2vl": "qwen2vl_merger",
     "qwen2.5vl": "qwen2.5vl_merger",
+    "qwen3vl": "qwen3vl_merger",
     "qwen3.5": "qwen3vl_merger",
     "idefics3": "idefics3",
     "gemma3": "gemma3",
 }
+_QWEN3 = ("qwen3vl", "qwen3.5")
 _CLIP_COLORS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 _SIGLIP_COLORS = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 
@@ -71,13 +73,13 @@ def write_encoder(
     else:
         patch("v.patch_embd.weight")
         patch("v.patch_embd.weight.1")
-        if s.kind == "qwen3.5":
+        if s.kind in _QWEN3:
             file.normal("v.patch_embd.bias", d)
             file.normal("v.position_embd.weight", n_patches, d, std=0.5)
         norm("v.post_ln")
     for i in range(s.n_layers):
         b = f"v.blk.{i}."
-        if s.kind == "qwen3.5":
+        if s.kind in _QWEN3:
             linear(b + "attn_qkv", 3 * d, d)
             linear(b + "attn_out", d, d)
         else:
@@ -102,6 +104,11 @@ def write_encoder(
         n_hidden = projection_dim if s.kind == "clip" else n_in
         linear("mm.0", n_hidden, n_in)
         linear("mm.2", projection_dim, n_hidden)
+    for i in s.deepstack:
+        file.normal(f"v.deepstack.{i}.norm.weight", 4 * d, mean=1.0)
+        file.normal(f"v.deepstack.{i}.norm.bias", 4 * d)
+        linear(f"v.deepstack.{i}.fc1", 4 * d, 4 * d)
+        linear(f"v.deepstack.{i}.fc2", projection_dim, 4 * d)
     file.finish()
 
 
@@ -120,16 +127,16 @@ def _add_metadata(file: TensorFile, s: EncoderShape, projection_dim: int) -> Non
     ):
         w.add_uint32(p + key, value)
     w.add_float32(p + "attention.layer_norm_epsilon", 1e-5)
-    mean, std = _SIGLIP_COLORS if s.kind in ("idefics3", "gemma3", "qwen3.5") else _CLIP_COLORS
+    mean, std = _SIGLIP_COLORS if s.kind in ("idefics3", "gemma3", *_QWEN3) else _CLIP_COLORS
     w.add_array(p + "image_mean", mean)
     w.add_array(p + "image_std", std)
     if s.kind in ("idefics3", "gemma3"):
         w.add_bool("clip.use_gelu", True)
         w.add_uint32(p + "projector.scale_factor", s.n_merge)
-    if s.kind == "qwen3.5":
+    if s.kind in _QWEN3:
         w.add_bool("clip.use_gelu", True)
         w.add_uint32(p + "spatial_merge_size", 2)
-        w.add_array(p + "is_deepstack_layers", [False] * s.n_layers)
+        w.add_array(p + "is_deepstack_layers", [i in s.deepstack for i in range(s.n_layers)])
     if s.longest_edge:
         w.add_uint32(p + "preproc_image_size", s.longest_edge)
     if s.kind == "qwen2.5vl":

@@ -31,6 +31,7 @@ class DecoderShape:
 
     Attributes:
         rope_sections: (t, y, x, unused), which sum to head size / 2: makes it a Qwen2-VL or Qwen2.5-VL decoder.
+        n_deepstack: Layers to whose output states of earlier encoder layers are added: makes it a Qwen3-VL decoder.
         sliding_window: Tokens that all layers but every sixth see: makes it a Gemma 3 decoder.
         head_size: 0: n_embd / n_heads.
         tied: The output matrix is that of the token embeddings.
@@ -56,11 +57,14 @@ class DecoderShape:
     attention_layers: tuple[int, ...] = ()
     delta_net: DeltaNetShape | None = None
     kernel: int = 0
+    n_deepstack: int = 0
 
     @property
     def arch(self) -> str:
         if self.attention_layers:
             return "qwen35" if self.delta_net else "lfm2"
+        if self.n_deepstack:
+            return "qwen3vl"
         return "qwen2vl" if self.rope_sections else "gemma3" if self.sliding_window else "llama"
 
     @property
@@ -73,13 +77,14 @@ class EncoderShape:
     """Sizes of a vision encoder and its projector. Others than these are explained by their names.
 
     Attributes:
-        kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "qwen3.5" (Qwen3-VL's without DeepStack), "idefics3" (SmolVLM) or
-            "gemma3".
+        kind: "clip" (LLaVA), "qwen2vl", "qwen2.5vl", "qwen3vl", "qwen3.5" (the same without DeepStack), "idefics3"
+            (SmolVLM) or "gemma3".
         n_layers: Layers in the file. Stock llama.cpp runs one fewer for CLIP.
         n_merge: Side, in patches, of the square that becomes a token (idefics3, gemma3; Qwen has 2, CLIP 1).
         longest_edge: Pixels of the longer side that idefics3 scales a picture to before it cuts tiles of image_size.
         full_attention_every: qwen2.5vl: one layer in so many sees the whole image, the others windows of 112 pixels.
         pinpoints: (width, height) of the resolutions that LLaVA-NeXT cuts into crops of image_size.
+        deepstack: qwen3vl: layers whose states the projector's output also has.
     """
 
     image_size: int
@@ -93,6 +98,7 @@ class EncoderShape:
     longest_edge: int = 0
     full_attention_every: int = 8
     pinpoints: tuple[tuple[int, int], ...] = ()
+    deepstack: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,36 @@ QWEN25_3B = DecoderShape(
     rope_base=1e6,
     tied=True,
 )
+QWEN3_4B = DecoderShape(
+    n_layers=36,
+    n_embd=2560,
+    n_heads=32,
+    n_heads_kv=8,
+    n_ff=9728,
+    n_vocab=151936,
+    n_ctx=32768,
+    rope_sections=(24, 20, 20, 0),
+    rope_base=5e6,
+    head_size=128,
+    tied=True,
+    n_deepstack=3,
+)
+QWEN35_4B = DecoderShape(
+    n_layers=32,
+    n_embd=2560,
+    n_heads=16,
+    n_heads_kv=4,
+    n_ff=9216,
+    n_vocab=248320,
+    n_ctx=32768,
+    rope_sections=(11, 11, 10, 0),
+    rope_base=1e7,
+    head_size=256,
+    tied=True,
+    rope_size=64,
+    attention_layers=tuple(range(3, 32, 4)),
+    delta_net=DeltaNetShape(n_heads_k=16, n_heads_v=32, d_head=128),
+)
 QWEN35_08B = DecoderShape(
     n_layers=24,
     n_embd=1024,
@@ -210,6 +246,19 @@ QWEN2_VISION = EncoderShape(
 QWEN25_VISION = EncoderShape(
     image_size=560, patch_size=14, n_layers=32, n_embd=1280, n_heads=16, n_ff=3420, kind="qwen2.5vl"
 )
+QWEN3_VISION = EncoderShape(
+    image_size=768,
+    patch_size=16,
+    n_layers=24,
+    n_embd=1024,
+    n_heads=16,
+    n_ff=4096,
+    kind="qwen3vl",
+    deepstack=(5, 11, 17),
+)
+QWEN35_VISION_L = EncoderShape(
+    image_size=768, patch_size=16, n_layers=24, n_embd=1024, n_heads=16, n_ff=4096, kind="qwen3.5"
+)
 QWEN35_VISION = EncoderShape(
     image_size=768, patch_size=16, n_layers=12, n_embd=768, n_heads=12, n_ff=3072, kind="qwen3.5"
 )
@@ -240,6 +289,12 @@ SHAPES = {
     ),
     "qwen2.5-vl-3b": ModelShape(
         QWEN25_3B, QWEN25_VISION, "q4_k_m", (896, 896), 1024, "Qwen2.5-VL-3B, 4,096 patches, 1,024 tokens"
+    ),
+    "qwen3-vl-4b": ModelShape(
+        QWEN3_4B, QWEN3_VISION, "q4_k_m", (1024, 1024), 1024, "Qwen3-VL-4B, 4,096 patches, 1,024 tokens"
+    ),
+    "qwen3.5-4b": ModelShape(
+        QWEN35_4B, QWEN35_VISION_L, "q4_k_m", (1024, 1024), 1024, "Qwen3.5-4B, 4,096 patches, 1,024 tokens"
     ),
     "qwen3.5-0.8b": ModelShape(
         QWEN35_08B, QWEN35_VISION, "q8_0", (768, 768), 576, "Qwen3.5-0.8B, 2,304 patches, 576 tokens"

@@ -20,6 +20,7 @@ CHAT_TEMPLATE = (
 _SPECIAL = {
     "qwen2vl": ("<|vision_start|>", "<|vision_end|>"),
     "qwen2.5vl": ("<|vision_start|>", "<|vision_end|>"),
+    "qwen3vl": ("<|vision_start|>", "<|vision_end|>"),
     "qwen3.5": ("<|vision_start|>", "<|vision_end|>"),
     "gemma3": ("<start_of_image>", "<end_of_image>"),
     "idefics3": (

@@ -2,9 +2,10 @@
 patch its true position.
 
 A unit is the square of patches that becomes one image token. For encoders of any picture size: Qwen2-VL, Qwen2.5-VL,
-Qwen3-VL, Pixtral and Mistral-Small 3.1. What a composed picture's graph takes from outside is the composed pixels and
-what depends on the place of a patch: positions, and for some encoders position embeddings or the mask of windows. With
-all units, in the encoder's own order, the output is bit-identical to that of the picture itself.
+Qwen3-VL, Pixtral, Mistral-Small 3.1, GLM-4.xV, GLM-OCR and PaddleOCR-VL. What a composed picture's graph takes from
+outside is the composed pixels and what depends on the place of a patch: positions, and for some encoders position
+embeddings or the mask of windows. With all units, in the encoder's own order, the output is bit-identical to that of
+the picture itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ import numpy as np
 from ..errors import EngineError
 from ..llamacpp.mtmd import MEDIA_MARKER
 from ..llamacpp.names import (
+    ADDED,
     COLUMN_POSITIONS,
     PIXELS,
     PLACED,
+    POSITION_EMBEDDINGS,
     POSITIONS,
     ROW_POSITIONS,
     TO_WINDOWS,
@@ -34,10 +37,12 @@ from .chunks import ImageChunk
 from .encoder import VisionEncoder
 
 MAX_SIDE = 46000  # pixels: clip_image_size::area multiplies two sides as int
-MIN_TOKENS = (
-    8  # libmtmd enlarges smaller pictures (set_limit_image_tokens in clip.cpp), unless image_min_tokens says more
-)
+# libmtmd enlarges smaller pictures (set_limit_image_tokens in clip.cpp), unless the file or image_min_tokens says more
+MIN_TOKENS = 8
+MIN_PIXELS = "clip.vision.image_min_pixels"
 _LOWEST = np.finfo(np.float32).min  # what clip_encode masks with
+
+HAS_POSITIONS = "has position embeddings"  # beside a file's metadata: whether it has a tensor of them
 
 Grid = tuple[int, int]
 
@@ -50,18 +55,22 @@ class Geometry:
         patch: Pixels along a patch's side.
         side: Patches along a unit's side.
         grouped: True: the rows of a unit's patches are adjacent. False: rows are the raster of patches.
+        rotary: Whether the graph has one input with the positions of all patches, [y | x | y | x]. Otherwise rows and
+            columns are two.
         window: Units along the side of a window, for encoders with window attention. 0: none.
         full_every: With windows: one layer in so many sees the whole picture, the last of them.
-        places: Whether position embeddings are added to the patches.
+        places: The node that adds position embeddings to the patches, and which of its sources they are. None: there is
+            no such node.
         planes: Layers whose states the encoder's output also has (DeepStack), ascending.
     """
 
     patch: int
     side: int
     grouped: bool
+    rotary: bool = True
     window: int = 0
     full_every: int = 1
-    places: bool = False
+    places: tuple[str, int] | None = None
     planes: tuple[int, ...] = ()
 
     @property
@@ -110,12 +119,22 @@ def _qwen25(metadata: dict[str, Any]) -> Geometry | None:
 def _qwen3(metadata: dict[str, Any]) -> Geometry | None:
     flags = metadata["clip.vision.is_deepstack_layers"]
     planes = tuple(i for i, flag in enumerate(flags) if flag) if isinstance(flags, list) else ()
-    return _qwen(metadata, places=True, planes=planes)
+    return _qwen(metadata, places=PLACED, planes=planes)
+
+
+def _glm(metadata: dict[str, Any]) -> Geometry | None:
+    """GLM-4.xV, and GLM-OCR, which has no position embeddings."""
+    return _qwen(metadata, places=ADDED if metadata[HAS_POSITIONS] else None)
+
+
+def _paddle(metadata: dict[str, Any]) -> Geometry | None:
+    geometry = _qwen(metadata, places=ADDED)
+    return None if geometry is None else replace(geometry, grouped=False)
 
 
 def _pixtral(metadata: dict[str, Any]) -> Geometry:
     side = int(metadata["clip.vision.spatial_merge_size"] or 1)
-    return Geometry(int(metadata["clip.vision.patch_size"]), side, False)
+    return Geometry(int(metadata["clip.vision.patch_size"]), side, False, rotary=False)
 
 
 # What clip_encode gives the graph of each projector type, and what its graph makes of it (tools/mtmd/models)
@@ -125,13 +144,16 @@ GEOMETRIES: dict[str, Callable[[dict[str, Any]], Geometry | None]] = {
     "qwen2.5o": _qwen25,
     "qwen3vl_merger": _qwen3,
     "pixtral": _pixtral,
+    "glm4v": _glm,
+    "paddleocr": _paddle,
 }
 
 
 def find_geometry(encoder: VisionEncoder) -> Geometry | None:
     """The geometry of an encoder of any picture size, or None."""
     make = GEOMETRIES.get(encoder.projector)
-    return make(encoder.metadata) if make else None
+    has_positions = POSITION_EMBEDDINGS in encoder.precision.info.tensors
+    return make(encoder.metadata | {HAS_POSITIONS: has_positions}) if make else None
 
 
 @dataclass
@@ -141,14 +163,22 @@ class Picture:
     Attributes:
         chunk: The image.
         grid: (rows, columns) of its units.
-        pixels: Preprocessed pixels of each unit, (n_units, 3, side, side) float32.
-        places: Position embeddings of each unit's patches, (n_units, patches, n_embd) float32, or None.
+        pixels: Preprocessed pixels of the units, (n, 3, side, side) float32.
+        places: Position embeddings of their patches, (n, patches, n_embd) float32, or None.
+        units: Raster numbers of the units that these are of, ascending, (n,) int64: all, or those that stay.
     """
 
     chunk: ImageChunk
     grid: Grid
     pixels: np.ndarray
     places: np.ndarray | None
+    units: np.ndarray
+
+    def only(self, units: np.ndarray) -> Picture:
+        """The same of some of its units, ascending. It holds no more than that."""
+        at = np.searchsorted(self.units, units)
+        places = None if self.places is None else self.places[at]
+        return Picture(self.chunk, self.grid, self.pixels[at], places, units)
 
 
 @dataclass
@@ -173,7 +203,8 @@ class Composer:
 
     def __init__(self, encoder: VisionEncoder, geometry: Geometry) -> None:
         self.encoder, self.geometry = encoder, geometry
-        self.least = max(MIN_TOKENS, encoder.image_min_tokens)
+        by_file = -(-int(encoder.metadata[MIN_PIXELS] or 0) // geometry.pixels**2)
+        self.least = max(MIN_TOKENS, encoder.image_min_tokens, by_file)
 
     # ---- sizes ----
 
@@ -199,6 +230,17 @@ class Composer:
         """2 where row ends are copied from the composed picture: the last row has none."""
         return 1 if chunk.special is None or not chunk.special.any() else 2
 
+    def composed_grid(self, units: np.ndarray, grid: Grid, chunk: ImageChunk) -> Grid:
+        """(rows, columns) of the picture that is composed of these units of a picture of that grid.
+
+        Raises:
+            EngineError: There is none.
+        """
+        composed = grid if len(units) == grid[0] * grid[1] else self.grid_of(len(units), self._rows_needed(chunk))
+        if composed is None:
+            raise EngineError(f"no picture can be composed of {len(units)} units")
+        return composed
+
     # ---- what the encoder gets ----
 
     def look(self, chunk: ImageChunk) -> Picture | None:
@@ -216,7 +258,7 @@ class Composer:
         plan = Plan(count_only=True)
         if g.places:
             places = np.empty((n, g.patches, int(self.encoder.metadata["clip.vision.embedding_length"])), np.float32)
-            plan = Plan(source=PLACED, source_out=places)
+            plan = Plan(source=g.places, source_out=places)
         try:
             with self.encoder.tap.watching(PIXELS, raw):
                 self.encoder.run(chunk, plan)
@@ -225,7 +267,10 @@ class Composer:
         if self.encoder.tap.watched() != raw.nbytes:
             return None
         blocks = raw.reshape(3, rows, g.pixels, columns, g.pixels).transpose(1, 3, 0, 2, 4)
-        return Picture(chunk, chunk.grid, np.ascontiguousarray(blocks).reshape(n, 3, g.pixels, g.pixels), places)
+        pixels = np.ascontiguousarray(blocks).reshape(n, 3, g.pixels, g.pixels)
+        if places is not None:
+            places = places.reshape(-1, places.shape[-1])[g.rows(chunk.grid)]
+        return Picture(chunk, chunk.grid, pixels, places, np.arange(n))
 
     def inputs(self, units: np.ndarray, grid: Grid, composed: Grid) -> dict[str, np.ndarray]:
         """Inputs of a composed picture's graph, by name, all int32 but the mask.
@@ -240,11 +285,17 @@ class Composer:
             rows = g.rows(composed).ravel()
             by_row = np.empty((2, len(rows)), np.int32)
             by_row[:, rows] = y, x
-            return {ROW_POSITIONS: by_row[0], COLUMN_POSITIONS: by_row[1]}
-        inputs = {POSITIONS: np.concatenate([y, x, y, x]).astype(np.int32)}
+            y, x = by_row
+        if not g.rotary:
+            return {ROW_POSITIONS: y, COLUMN_POSITIONS: x}
+        inputs: dict[str, np.ndarray] = {POSITIONS: np.concatenate([y, x, y, x]).astype(np.int32)}
         if g.window:
             window = np.repeat(g.windows(units, grid), g.patches)
-            inputs[WINDOW_MASK] = np.where(window[:, None] == window, np.float32(0), _LOWEST)
+            mask = np.full((len(window), len(window)), _LOWEST)  # megabytes: no copy is made of it here
+            for number in np.unique(window):
+                rows = np.flatnonzero(window == number)
+                mask[rows[:, None], rows] = 0
+            inputs[WINDOW_MASK] = mask
             inputs[TO_WINDOWS] = inputs[WINDOW_INDEX] = np.arange(len(units), dtype=np.int32)
         return inputs
 
@@ -261,9 +312,7 @@ class Composer:
             pixels: Of each unit in that order, as in `Picture`. None: whatever; the layers that see them do not run.
         """
         side = self.geometry.pixels
-        composed = grid if len(units) == grid[0] * grid[1] else self.grid_of(len(units), self._rows_needed(chunk))
-        if composed is None:
-            raise EngineError(f"no picture can be composed of {len(units)} units")
+        composed = self.composed_grid(units, grid, chunk)
         r, c = composed
         prompt = self.encoder.tokenize(MEDIA_MARKER, [np.zeros((r * side, c * side, 3), np.uint8)])
         with ExitStack() as stack:
@@ -274,9 +323,11 @@ class Composer:
             inputs = self.inputs(units, grid, composed)
             if pixels is not None:
                 inputs[PIXELS] = pixels.reshape(r, c, 3, side, side).transpose(2, 0, 3, 1, 4)
+            del pixels
             for name in list(inputs):
                 stack.callback(self.encoder.tap.set_input, name, None)
-                self.encoder.tap.set_input(name, inputs.pop(name))  # which copies them: a mask can have megabytes
+                # which copies them, and has the only copy while the encoder runs: a mask can have megabytes
+                self.encoder.tap.set_input(name, inputs.pop(name))
             yield small
 
     # ---- what it makes of it ----
@@ -286,21 +337,29 @@ class Composer:
 
         Args:
             picture: The picture.
-            units: Raster numbers, ascending; as many as `fitting` allows.
+            units: Raster numbers, ascending; as many as `fitting` allows, and the picture has them.
             attention: As for `VisionEncoder.encode`.
         """
         order = self.geometry.ordered(units, picture.grid)
+        at = np.searchsorted(picture.units, order)
         plan = Plan()
         if picture.places is not None:
-            self.place(plan, picture.places[order])
-        with self.composed(order, picture.grid, picture.chunk, picture.pixels[order]) as small:
+            self.place(plan, picture.places[at], self.composed_grid(order, picture.grid, picture.chunk))
+        with self.composed(order, picture.grid, picture.chunk, picture.pixels[at]) as small:
             encoded = self.encoder.encode(small, attention, want_cells=False, plan=plan)
             return self.collect(picture.chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds)
 
-    @staticmethod
-    def place(plan: Plan, places: np.ndarray) -> None:
-        """Gives a composed picture's graph its position embeddings. places: (n_units, patches, n_embd) float32."""
-        plan.source, plan.source_in = PLACED, np.ascontiguousarray(places)
+    def place(self, plan: Plan, places: np.ndarray, composed: Grid) -> None:
+        """Gives a composed picture's graph its position embeddings.
+
+        Args:
+            plan: What gets them.
+            places: Of the units in the order of the encoder's rows, (n_units, patches, n_embd) float32.
+            composed: (rows, columns) of the composed picture.
+        """
+        by_row = np.empty((places.shape[0] * places.shape[1], places.shape[2]), np.float32)
+        by_row[self.geometry.rows(composed)] = places
+        plan.source, plan.source_in = self.geometry.places, by_row
 
     @staticmethod
     def ordinary(chunk: ImageChunk, tokens: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +42,7 @@ class _Work:
         number: Its index among the prompt's images.
         units: Units that enter the encoder, ascending.
         mass: Units that each stands for, (n,) float64.
-        picture: What the encoder gets. None: all units enter.
+        picture: What the encoder gets of these units, until it has it. None: all units enter.
     """
 
     number: int
@@ -170,16 +171,18 @@ class ImageEncoding:
         if layer is not None and len(group) > 1 and len(done) < len(group):
             done = {}  # they share what stays
         works = []
+        features: dict[int, UnitFeatures | None] = {}
+        selections: dict[int, Selection] = {}
         for i in group:
             if i not in done:
-                with watch.step("redundancy"):
+                with nullcontext() if config.redundancy == "off" else watch.step("redundancy"):
                     work = self._units(i, plan.images[i], config, notes)
-                if work is not None and (layer is not None or work.picture is not None):
-                    works.append(work)
-        if layer is None:
-            features = {w.number: self._encode_units(w, attention, notes) for w in works}
-            selections: dict[int, Selection] = {}
-        else:
+                if work is None or (layer is None and work.picture is None):
+                    continue
+                works.append(work)
+                if layer is None:  # at once: pixels have megabytes
+                    features[i] = self._encode_units(work, attention, notes)
+        if layer is not None:
             features, selections = self._encode_in_windows(plan, config, works, layer, watch, notes)
         for work in works:
             i, made = work.number, features[work.number]
@@ -208,7 +211,8 @@ class ImageEncoding:
         n_kept = self.composer.fitting(int((stands == np.arange(n)).sum()), image)
         if n_kept >= n:
             return whole
-        return _Work(i, *masses(with_more(stands, n_kept)), picture)
+        units, mass = masses(with_more(stands, n_kept))
+        return _Work(i, units, mass, picture.only(units))
 
     def _encode_units(self, work: _Work, attention: str | None, notes: list[str]) -> UnitFeatures | None:
         assert self.composer is not None and work.picture is not None  # `_units` has left some out
@@ -217,6 +221,8 @@ class ImageEncoding:
         except EngineError as error:
             notes.append(f"no tokens were left out before the encoder: {error.cause}")
             return None
+        finally:
+            work.picture = None
 
     def _encode_in_windows(
         self,
@@ -236,7 +242,8 @@ class ImageEncoding:
             with watch.step("encoder_stage"):
                 selections = self._choose(plan, config, works, firsts)
             features: dict[int, UnitFeatures | None] = {}
-            for w, first in zip(works, firsts):
+            for w in works:
+                first = firsts.pop(0)  # whose hidden states go as soon as they have been used
                 features[w.number] = self.window.rest(first, selections[w.number].kept, config.encoder_attention)
             return features, selections
         except EngineError as error:
@@ -246,7 +253,8 @@ class ImageEncoding:
     def _first(self, image: ImageChunk, work: _Work, layer: int, config: PruneConfig) -> FirstPass:
         assert self.window is not None  # `possible` has made sure of it
         wants = VISION_SCORERS[config.vision_scorer].reads is not None and config.chooses_by_score
-        return self.window.first(image, layer, wants, work.picture, None if work.picture is None else work.units)
+        picture, work.picture = work.picture, None
+        return self.window.first(image, layer, wants, picture, None if picture is None else work.units)
 
     def _choose(
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], firsts: Sequence[FirstPass]

@@ -21,6 +21,7 @@ from ..errors import (
     PromptError,
     UnsupportedModelError,
 )
+from ..llamacpp.devices import can_offload
 from ..llamacpp.gguf import GGUFInfo, count_rows, read_gguf_info
 from ..llamacpp.mmproj_check import check_mmproj
 from ..llamacpp.mtmd import MEDIA_MARKER, Mtmd, RawImage, load_error, logged
@@ -30,6 +31,7 @@ from ..llamacpp.tap import CONCAT_FIRST, CONCAT_LAST, MEAN_ALL, NO_ATTENTION, At
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
 from .chunks import Encoded, ImageChunk, Prompt, TextChunk, cells_of
+from .precision import with_type
 from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
 MAX_QUERY_ROWS = 1024  # attention received is a mean over query rows: a sample of them is enough
@@ -46,13 +48,22 @@ class VisionEncoder:
         image_min_tokens: For encoders with dynamic resolution; -1: the model's own.
         image_max_tokens: The same.
         repaired: Put right what this llama.cpp gets wrong with the file (vision/repair.py).
+        mmproj_type: The type that the encoder computes in (vision/precision.py).
         cache_bytes: Bytes that `encode_once` keeps in memory.
         cache_dir: A directory where it keeps more, or None.
 
     Raises:
         ModelFileError: The file is missing, truncated, or not an mmproj file.
         ModelMismatchError: The file was made for a text model of another embedding width.
-        UnsupportedModelError: The file has no vision encoder.
+        UnsupportedModelError: The file has no vision encoder, or its matrices cannot get that type.
+        ConfigError: A converted file cannot be kept.
+
+    Attributes:
+        path: The mmproj file.
+        file: The file that is loaded: the mmproj file, or its converted copy.
+        precision: Types of the two.
+        flash_attn, mmproj_type: As given.
+        on_gpu: Whether it may use a GPU.
     """
 
     def __init__(
@@ -65,6 +76,7 @@ class VisionEncoder:
         image_min_tokens: int = -1,
         image_max_tokens: int = -1,
         repaired: bool = True,
+        mmproj_type: str = "file",
         cache_bytes: int = 0,
         cache_dir: str | PathLike[str] | None = None,
     ) -> None:
@@ -75,7 +87,12 @@ class VisionEncoder:
                 "give the projector that belongs to the text model",
             )
         check_mmproj(info)
-        self.path, self.metadata = info.path, info.values
+        self.path = info.path
+        self.flash_attn, self.mmproj_type = flash_attn, mmproj_type
+        self.on_gpu = use_gpu and can_offload()
+        self.precision = with_type(info, mmproj_type, self.on_gpu)
+        info = self.precision.info
+        self.file, self.metadata = info.path, info.values
         self.projector, self.profile = find_profile(info.values)
         if repaired:
             repair.check_graph(info, self.projector, version_and_features()[0])
@@ -109,7 +126,9 @@ class VisionEncoder:
             min_tokens=image_min_tokens,
             max_tokens=image_max_tokens,
         )
-        self.notes: list[str] = []
+        self.notes = [self.precision.note] if self.precision.note else []
+        if self.precision.is_converted:
+            self.notes.append(f"the encoder computes in {self.precision.kind}; the file has {self.precision.of_file}")
         if not self._load(info, repaired):
             self.tap.close()
             raise load_error(self.path)

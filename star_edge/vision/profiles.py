@@ -36,6 +36,7 @@ METADATA_KEYS = (
     "clip.vision.n_wa_pattern",
     "clip.vision.window_size",
     "clip.vision.is_deepstack_layers",
+    "clip.vision.image_min_pixels",
     "clip.vision.embedding_length",
     "clip.vision.image_std",
 )

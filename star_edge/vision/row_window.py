@@ -19,7 +19,7 @@ from .chunks import ImageChunk
 from .composed import Grid, Picture, UnitFeatures
 from .encoder import MAX_QUERY_ROWS, VisionEncoder
 from .profiles import Layout
-from .window import FirstPass
+from .window import FirstPass, mean_states
 
 # Projector types whose tokens are squares of the raster of patches, in its order, and those whose tokens are single
 # rows that the graph's input `patches` names (tools/mtmd/models)
@@ -187,32 +187,26 @@ class RowWindow:
             plan.attention = AttentionRead([layer - 1], n_rows, rows, MEAN_ALL, n_threads=self.encoder.n_threads)
         outcome = self.encoder.run(chunk, plan)
         attention = self._scores(outcome, layout)
-        hidden = states[rows_of]
-        others = states[[layout.cls_row] if layout.cls else []]
         return FirstPass(
             chunk,
             layer,
             np.arange(chunk.n_tokens),
-            hidden.mean(axis=1),
+            mean_states(states, rows_of),
             attention,
             outcome.score_seconds,
-            hidden,
-            np.empty((0, *hidden.shape), np.float32),
-            others,
+            states,
+            np.empty((0, *states.shape), np.float32),
+            rows_of,
         )
 
     def rest(self, first: FirstPass, kept: np.ndarray, attention: str | None) -> UnitFeatures:
         chunk, layout = first.chunk, self._layout(first.chunk)
-        states = np.empty((layout.n_patches + bool(layout.cls), first.hidden.shape[-1]), np.float32)
-        states[layout.of_tokens()] = first.hidden
-        if layout.cls:
-            states[layout.cls_row] = first.others[0]
         after = layout.kept(len(kept))
         keep = KeepRows(first.layer, layout.keep(kept), self._rehearse(chunk, first.layer, layout, kept))
         plan = Plan(
-            n_rows=len(states),
+            n_rows=len(first.hidden),
             window=(first.layer, self.n_layers, self.n_layers),
-            inject=states,
+            inject=first.hidden,
             encoder=True,
             keep=keep,
         )

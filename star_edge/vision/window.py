@@ -6,7 +6,7 @@ second pass runs on a picture that is composed of the kept units, whose hidden s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -30,9 +30,9 @@ class FirstPass:
         attention: Attention that each receives in a layer below M, (n,) float32. None: not read, or no layer below M
             sees the whole image.
         score_seconds: Time spent on reading attention.
-        hidden: Hidden states entering layer M, (n, rows of a unit, n_embd) float32.
-        planes: The same of earlier layers that the encoder's output also has, (n_planes, n, rows of a unit, n_embd).
-        others: Hidden states entering layer M of rows that no unit has (CLS), (n_others, n_embd).
+        hidden: Hidden states entering layer M, (n_rows, n_embd) float32: all rows, in the encoder's order.
+        planes: The same of earlier layers that the encoder's output also has, (n_planes, n_rows, n_embd).
+        rows: Rows of each unit, (n, rows of a unit) int64. CLS is in none.
     """
 
     chunk: ImageChunk
@@ -43,7 +43,16 @@ class FirstPass:
     score_seconds: float
     hidden: np.ndarray
     planes: np.ndarray
-    others: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    rows: np.ndarray
+
+
+def mean_states(hidden: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Mean hidden state of each unit, (n, n_embd) float32, as mean(axis=1) of hidden[rows], which is never held."""
+    total: np.ndarray = hidden[rows[:, 0]]
+    for column in rows.T[1:]:
+        total += hidden[column]
+    total /= np.float32(rows.shape[1])
+    return total
 
 
 class EncoderWindow(Protocol):
@@ -138,23 +147,20 @@ class ComposedWindow:
             outcome: Outcome = self.encoder.run(chunk, plan)
         else:
             assert picture is not None  # which the units are of
-            with self.composer.composed(order, grid, chunk, picture.pixels[order]) as small:
+            at = np.searchsorted(picture.units, order)
+            with self.composer.composed(order, grid, chunk, picture.pixels[at]) as small:
                 if picture.places is not None:
-                    self.composer.place(plan, picture.places[order])
+                    assert small.grid is not None  # `composed` has made sure of it
+                    self.composer.place(plan, picture.places[at], small.grid)
                 outcome = self.encoder.run(small, plan)
-                assert small.grid is not None  # `composed` has made sure of it
+                assert small.grid is not None
                 composed = small.grid
         rows_of = g.rows(composed)[np.argsort(order)]  # of each unit, ascending
-        if np.array_equal(rows_of.ravel(), np.arange(n_rows)):  # in order: no copy
-            states, planes_of = (
-                hidden.reshape(*rows_of.shape, n_embd),
-                extra.reshape(len(planes), *rows_of.shape, n_embd),
-            )
-        else:
-            states, planes_of = hidden[rows_of], extra[:, rows_of]
         attention = outcome.attention[0][rows_of].mean(axis=1) if outcome.attention else None
-        vectors = states.mean(axis=1)
-        return FirstPass(chunk, layer, np.sort(order), vectors, attention, outcome.score_seconds, states, planes_of)
+        vectors = mean_states(hidden, rows_of)
+        return FirstPass(
+            chunk, layer, np.sort(order), vectors, attention, outcome.score_seconds, hidden, extra, rows_of
+        )
 
     def rest(self, first: FirstPass, kept: np.ndarray, attention: str | None) -> UnitFeatures:
         g, chunk = self.composer.geometry, first.chunk
@@ -165,19 +171,13 @@ class ComposedWindow:
         with self.composer.composed(order, chunk.grid, chunk) as small:
             assert small.grid is not None  # `composed` has made sure of it
             rows_of = g.rows(small.grid)
-            n_rows = rows_of.size
-
-            def rows(states: np.ndarray) -> np.ndarray:
-                """(..., n, rows of a unit, n_embd) of the first pass -> (..., n_rows, n_embd) of the second."""
-                out = np.empty((*states.shape[:-3], n_rows, states.shape[-1]), np.float32)
-                out[..., rows_of, :] = states[..., place, :, :]
-                return out
-
-            plan = Plan(n_rows=n_rows, window=(first.layer, self.n_layers, self.n_layers), encoder=True)
-            plan.inject = rows(first.hidden)
+            source = np.empty(rows_of.size, np.int64)  # of each row of the second pass, in the first
+            source[rows_of] = first.rows[place]
+            plan = Plan(n_rows=len(source), window=(first.layer, self.n_layers, self.n_layers), encoder=True)
+            plan.inject = first.hidden[source]
             if len(first.planes):
                 plan.extra_layers = [plane for plane in g.planes if plane < first.layer - 1]
-                plan.extra_inject = rows(first.planes)
+                plan.extra_inject = first.planes[:, source]
             encoded = self.encoder.encode(small, read, want_cells=False, plan=plan)
             features = self.composer.collect(
                 chunk, small, order, encoded.embeddings, encoded.scores, encoded.score_seconds

@@ -1,13 +1,14 @@
 """Float64 NumPy reference of encoders of any picture size, over some of a picture's units, from any layer on.
 
-Written from the models' definitions in Hugging Face transformers (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Pixtral and Mistral
-3.1): it shares no code with the engine. A unit is the square of patches that becomes one image token; (n, side * side,
-...) arrays hold the patches of n units, row by row within each unit. Activations are what llama.cpp takes for the same
-files. With all units it is checked against transformers' own features (tests/fixtures).
+Written from the models' definitions in Hugging Face transformers (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Pixtral, Mistral 3.1,
+GLM-4.1V, GLM-OCR and PaddleOCR-VL): it shares no code with the engine. A unit is the square of patches that becomes one
+image token; (n, side * side, ...) arrays hold the patches of n units, row by row within each unit. Activations are what
+llama.cpp takes for the same files. With all units it is checked against transformers' own features (tests/fixtures).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -41,7 +42,8 @@ class UnitEncoder:
             int(get(name)) for name in ("patch_size", "block_count", "attention.head_count")
         )
         self.eps = float(get("attention.layer_norm_epsilon"))
-        self.is_qwen = self.kind != "pixtral"
+        self.is_glm, self.is_paddle = self.kind == "glm4v", self.kind == "paddleocr"
+        self.is_qwen = self.kind != "pixtral"  # in how positions turn, and how large a unit is
         self.side = 2 if self.is_qwen else int(get("spatial_merge_size", 1))
         self.full_every = int(get("n_wa_pattern", 0)) or 1
         self.window = int(get("window_size", 112)) // self.patch // self.side
@@ -77,8 +79,11 @@ class UnitEncoder:
         filters = t["v.patch_embd.weight"] + t.get("v.patch_embd.weight.1", 0)  # a still image: both frames are one
         x = pixels.reshape(*pixels.shape[:2], -1) @ filters.reshape(len(filters), -1).T
         x = x + t.get("v.patch_embd.bias", 0)
+        if "v.norm_embd.weight" in t:
+            x = self._norm(x, "v.norm_embd")
         if "v.position_embd.weight" in t:
-            x = x + self._position_embeddings(image)
+            qwen = not (self.is_glm or self.is_paddle)
+            x = x + (self._position_embeddings(image) if qwen else self._resampled_embeddings(image))
         if "v.pre_ln.weight" in t:
             x = self._norm(x, "v.pre_ln")
         return x
@@ -96,6 +101,31 @@ class UnitEncoder:
         dy, dx = (y - y0)[..., None], (x - x0)[..., None]
         at = lambda a, b: table[a * n + b]
         return (1 - dy) * ((1 - dx) * at(y0, x0) + dx * at(y0, x1)) + dy * ((1 - dx) * at(y1, x0) + dx * at(y1, x1))
+
+    def _resampled_embeddings(self, image: Array) -> Array:
+        """Sampled at the centres of patches, edges repeated: bicubic with a = -0.75 (torch's grid_sample, which
+        Glm4vVisionEmbeddings uses), or bilinear (torch's interpolate, as PaddleOCRVisionEmbeddings).
+        """
+        table = self.t["v.position_embd.weight"]
+        n = int(len(table) ** 0.5)
+        sizes = [side * self.side for side in self.grid(image)]
+        places = [(place + 0.5) * n / size - 0.5 for place, size in zip(self.places(image), sizes)]
+        total = 0.0
+        for dy, wy in self._kernel(places[0]):
+            for dx, wx in self._kernel(places[1]):
+                y, x = (np.clip(np.floor(p).astype(int) + d, 0, n - 1) for p, d in zip(places, (dy, dx)))
+                total = total + (wy * wx)[..., None] * table[y * n + x]
+        return total
+
+    def _kernel(self, place: Array) -> list[tuple[int, Array]]:
+        """(offset, weight of the entry there) for each neighbour of a place between two entries."""
+        t = place - np.floor(place)
+        if self.is_paddle:
+            return [(0, 1 - t), (1, t)]
+        a = -0.75
+        near = lambda s: (a + 2) * s**3 - (a + 3) * s**2 + 1
+        far = lambda s: a * s**3 - 5 * a * s**2 + 8 * a * s - 4 * a
+        return [(-1, far(t + 1)), (0, near(t)), (1, near(1 - t)), (2, far(2 - t))]
 
     # ---- the layers ----
 
@@ -145,6 +175,8 @@ class UnitEncoder:
         else:
             parts = [linear(h, t, b + "attn_" + name) for name in "qkv"]
         q, k, v = (split_heads(part, self.n_head) for part in parts)
+        if b + "attn_q_norm.weight" in t:
+            q, k = (rms_norm(a, t[f"{b}attn_{name}_norm.weight"], self.eps) for a, name in ((q, "q"), (k, "k")))
         rotate = rotate_halves if self.is_qwen else rotate_pairs
         q, k = (rotate(a, py.ravel(), px.ravel()) for a in (q, k))
         attention = softmax(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1]) + mask)
@@ -163,6 +195,15 @@ class UnitEncoder:
 
     def _project(self, x: Array) -> Array:
         t = self.t
+        if self.is_glm:  # Glm4vVisionPatchMerger behind a convolution over each unit
+            x = self._norm(x, "v.post_ln").reshape(len(x), self.side, self.side, -1)
+            x = np.einsum("nyxc,ocyx->no", x, t["mm.patch_merger.weight"]) + t["mm.patch_merger.bias"]
+            x = layer_norm(linear(x, t, "mm.model.fc"), t["mm.post_norm.weight"], t["mm.post_norm.bias"], 1e-5)
+            x = gelu_exact(x)
+            return linear(silu(linear(x, t, "mm.gate")) * linear(x, t, "mm.up"), t, "mm.down")
+        if self.is_paddle:
+            x = layer_norm(self._norm(x, "v.post_ln"), t["mm.input_norm.weight"], t["mm.input_norm.bias"], 1e-5)
+            return linear(gelu(linear(x.reshape(len(x), -1), t, "mm.1")), t, "mm.2")
         if self.is_qwen:
             x = self._norm(x, "v.post_ln").reshape(len(x), -1)
             return linear(gelu(linear(x, t, "mm.0")), t, "mm.2")
@@ -176,6 +217,11 @@ class UnitEncoder:
         if name + ".bias" in t:
             return layer_norm(x, t[name + ".weight"], t[name + ".bias"], self.eps)
         return rms_norm(x, t[name + ".weight"], self.eps)
+
+
+def gelu_exact(x: Array) -> Array:
+    """x times the normal distribution's integral, which is what ggml_gelu_erf computes."""
+    return 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
 
 
 def rotate_halves(x: Array, y_of: Array, x_of: Array) -> Array:

@@ -11,20 +11,25 @@ _ENCODERS = {
     "smolvlm-500m": {"image_size": 128, "longest_edge": 256},
     "qwen2-vl-2b": {},
     "qwen2.5-vl-3b": {"n_layers": 4, "full_attention_every": 2},
+    "qwen3-vl-4b": {"image_size": 128, "n_layers": 4, "deepstack": (0, 2)},
+    "qwen3.5-4b": {"image_size": 128},
     "qwen3.5-0.8b": {"image_size": 128},
     "gemma-3-4b": {"image_size": 112},
+}
+_HYBRID = {
+    "rope_sections": (3, 3, 2, 0),
+    "rope_size": 16,
+    "tied": True,
+    "attention_layers": (2, 4),
+    "delta_net": DeltaNetShape(n_heads_k=2, n_heads_v=4, d_head=64),
 }
 _DECODERS = {
     "smolvlm-500m": {"tied": True},
     "qwen2-vl-2b": {"rope_sections": (4, 6, 6, 0), "tied": True},
     "qwen2.5-vl-3b": {"rope_sections": (4, 6, 6, 0), "tied": True},
-    "qwen3.5-0.8b": {
-        "rope_sections": (3, 3, 2, 0),
-        "rope_size": 16,
-        "tied": True,
-        "attention_layers": (2, 4),
-        "delta_net": DeltaNetShape(n_heads_k=2, n_heads_v=4, d_head=32),
-    },
+    "qwen3-vl-4b": {"rope_sections": (6, 5, 5, 0), "n_deepstack": 2, "head_size": 32, "tied": True},
+    "qwen3.5-4b": _HYBRID,
+    "qwen3.5-0.8b": _HYBRID,
     "gemma-3-4b": {"sliding_window": 512, "head_size": 64, "tied": True},
 }
 # Picture, and the image tokens that the encoder makes of it by hand: (98 / 14)^2; an overview and 2 x 2 crops of that;
@@ -36,6 +41,8 @@ _REQUESTS = {
     "smolvlm-500m": ((200, 200), 5 * 4),
     "qwen2-vl-2b": ((168, 168), 36),
     "qwen2.5-vl-3b": ((168, 168), 36),
+    "qwen3-vl-4b": ((192, 192), 36),
+    "qwen3.5-4b": ((192, 192), 36),
     "qwen3.5-0.8b": ((192, 192), 36),
     "gemma-3-4b": ((112, 112), 4),
 }
