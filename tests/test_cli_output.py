@@ -387,6 +387,11 @@ def test_help_pages(name):
     assert not [opts for opts in without if name not in ("serve", "run")], without
 
 
+def test_documented_exit_statuses():
+    text = DOCUMENTED.read_text(encoding="utf-8").split("| exit status |")[1].split("\n\n")[0]
+    assert [int(line.split("|")[1]) for line in text.splitlines()[2:]] == list(EXIT_STATUSES)
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_examples_name_options_that_exist(name):
     """Each option in an example is one of the command's."""

@@ -32,6 +32,7 @@ COMMANDS = {
     "doctor": "Versions, devices, what a model supports, and what would be pruned how.",
     "completion": "Completion of commands, options, presets and files by bash, zsh or fish.",
 }
+COMPLETE_VARIABLE = "_STAR_EDGE_COMPLETE"  # click's own name for a command called star-edge
 EXIT_STATUSES = {
     0: "done",
     1: "whoever reads the output has gone",
@@ -132,7 +133,7 @@ def main(program: str = "star-edge") -> None:
     from ..errors import StarEdgeError
 
     try:
-        status = cli.main(prog_name=program, complete_var="_STAR_EDGE_COMPLETE", standalone_mode=False)
+        status = cli.main(prog_name=program, complete_var=COMPLETE_VARIABLE, standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except click.exceptions.Abort:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from . import COMPLETE_VARIABLE, cli
 from .options import Choice, examples
-
-VARIABLE = "_STAR_EDGE_COMPLETE"  # click's own name for a command called star-edge
 
 
 @click.command(
@@ -20,8 +19,6 @@ VARIABLE = "_STAR_EDGE_COMPLETE"  # click's own name for a command called star-e
 @click.argument("shell", type=Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script for SHELL (bash, zsh or fish). It completes commands, options, presets and files."""
-    from . import cli
-
     found = get_completion_class(shell)
     assert found is not None
-    click.echo(found(cli, {}, "star-edge", VARIABLE).source())
+    click.echo(found(cli, {}, "star-edge", COMPLETE_VARIABLE).source())
