@@ -76,6 +76,7 @@ class StarChatHandler(ChatHook):
         image_cache_bytes: As in CacheOptions.
         image_cache_dir: As in CacheOptions.
         reuse: As in CacheOptions.
+        prompt_cache_bytes: As in CacheOptions.
         chat_template: As in StarVLM.
         image_limits: What an image may be. Sources are data:, http(s): and file: URLs and local paths. For requests
             from strangers, give an image_loader.
@@ -105,13 +106,14 @@ class StarChatHandler(ChatHook):
         image_cache_bytes: int = CacheOptions.image_cache_bytes,
         image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
         reuse: bool = CacheOptions.reuse,
+        prompt_cache_bytes: int = CacheOptions.prompt_cache_bytes,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         open_standard_streams()
         self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder)
-        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
+        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse, prompt_cache_bytes)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
         super().__init__(info.path, verbose, use_gpu)

@@ -158,6 +158,8 @@ class CacheOptions(_Options):
         image_cache_dir: A directory to keep them in as well (2 GiB at most), for later processes. Only you and people
             you trust should be able to write there.
         reuse: Keep what the decoder read of a prompt, up to its last image, for the next prompt that begins alike.
+        prompt_cache_bytes: Bytes of memory in which the same of earlier prompts waits while others are answered, for
+            conversations that take turns. 0: the last prompt's alone is kept. With reuse=False nothing is kept.
 
     Raises:
         ConfigError: A value cannot be used.
@@ -166,7 +168,9 @@ class CacheOptions(_Options):
     image_cache_bytes: int = DEFAULT_BYTES
     image_cache_dir: str | PathLike[str] | None = None
     reuse: bool = True
+    prompt_cache_bytes: int = 0
 
+    ranges: ClassVar[Mapping[str, Range]] = {"prompt_cache_bytes": Range(0, 2**63 - 1)}
     own_checks: ClassVar[tuple[str, ...]] = ("image_cache_bytes", "image_cache_dir")
 
     def check(self) -> None:

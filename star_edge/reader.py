@@ -21,6 +21,7 @@ from llama_cpp import Llama
 
 from .decoder.hybrid import at_attention
 from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
+from .decoder.saved import SavedStems
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
@@ -97,6 +98,9 @@ class PromptReader:
             raise
         guard(llama)
         self.decoder = DecoderContext(self.llama, self.context.tap)
+        self.saved = self.context.saved = SavedStems(cache.prompt_cache_bytes)
+        me = weakref.proxy(self)  # the context must not keep its reader, which holds the encoder
+        self.context.save_stem = lambda: me.saved.save(me.decoder, answering=True)
 
     @property
     def request(self) -> int:
@@ -176,6 +180,7 @@ class PromptReader:
         # sequence, the parked ones too.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
         if not keep:
+            self.saved.save(self.decoder)
             self.decoder.clear()
         try:
             state = prefill(self.decoder, segments, next_position, stage, keep=keep)
