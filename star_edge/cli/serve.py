@@ -22,6 +22,7 @@ from ..server.settings import Policy
 from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
+_PROMPT_CACHE_BYTES = 2**30
 _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llama.cpp
 
 
@@ -73,6 +74,14 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     default=Policy.body_seconds,
     show_default=True,
     help="Time for one request to arrive, or for a client to take what is sent.",
+)
+@click.option(
+    "--prompt-cache-bytes",
+    type=click.IntRange(0, 2**63 - 1),
+    default=_PROMPT_CACHE_BYTES,
+    show_default=True,
+    help="Memory for what the decoder read of earlier prompts, up to their last image, so that conversations which "
+    "take turns do not read their pictures again. 0: the last prompt's alone is kept.",
 )
 @click.option(
     "--max-queue",
