@@ -36,6 +36,12 @@ _REFUSED = {
     "reasoning": "the model's reasoning is not told apart from its answer",
     "max_tool_calls": "tools are called by the client",
 }
+_OF_CHAT = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text",
+}  # names that chat completions have for it
 _INSTEAD = {
     "previous_response_id": "send the earlier input and output in input",
     "conversation": "send its items in input",
@@ -61,7 +67,8 @@ class ResponseRequest:
             if name in _ALLOWED and value not in _ALLOWED[name]:
                 raise FieldError(name, "not supported", f"use {_ALLOWED[name][0]!r}, or leave it out")
             if name not in _SAME | _TRANSLATED | set(_ALLOWED):
-                raise FieldError(name[:60], "unknown field", suggestion(name, _SAME | _TRANSLATED))
+                near = f"write {_OF_CHAT[name]}" if name in _OF_CHAT else suggestion(name, _SAME | _TRANSLATED)
+                raise FieldError(name[:60], "unknown field", near)
         if values.get("store"):
             raise FieldError("store", "responses are not kept", "use false, or leave it out")
         messages, self.places = _messages(values)
@@ -200,9 +207,7 @@ def _format(text: Any) -> dict[str, Any] | None:
 
 
 def _check_stream_options(options: Any) -> None:
-    if not isinstance(options, dict) or any(
-        name != "include_obfuscation" or value for name, value in options.items()
-    ):
+    if not isinstance(options, dict) or any(name != "include_obfuscation" or value for name, value in options.items()):
         raise FieldError("stream_options", "not supported", "leave it out")
 
 
@@ -325,9 +330,7 @@ class _Items:
             if function.get("arguments"):
                 self._item["arguments"] += function["arguments"]
                 at = {"item_id": self._item["id"], "output_index": len(self.done)}
-                events.append(
-                    self._event("response.function_call_arguments.delta", **at, delta=function["arguments"])
-                )
+                events.append(self._event("response.function_call_arguments.delta", **at, delta=function["arguments"]))
         return events
 
     def end(self, finish_reason: str) -> list[dict[str, Any]]:

@@ -266,7 +266,7 @@ class Configs:
         return config, name
 
 
-def parse_prune(value: Any, named: Mapping[str, PruneConfig | None] = {}) -> PruneConfig | None:  # noqa: B006 (read only)
+def parse_prune(value: Any, named: Mapping[str, PruneConfig | None] = {}) -> PruneConfig | None:
     """The config of a request's `prune` field. null turns pruning off. A name is never that of a file.
 
     named: Configs by name, beside the presets.
