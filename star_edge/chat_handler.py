@@ -78,6 +78,7 @@ class StarChatHandler(ChatHook):
         image_cache_bytes: As in CacheOptions.
         image_cache_dir: As in CacheOptions.
         reuse: As in CacheOptions.
+        prompt_cache_bytes: As in CacheOptions.
         chat_template: As in StarVLM.
         image_limits: What an image may be. Sources are data:, http(s): and file: URLs and local paths. For requests
             from strangers, give an image_loader.
@@ -108,13 +109,14 @@ class StarChatHandler(ChatHook):
         image_cache_bytes: int = CacheOptions.image_cache_bytes,
         image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
         reuse: bool = CacheOptions.reuse,
+        prompt_cache_bytes: int = CacheOptions.prompt_cache_bytes,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         image_loader: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         open_standard_streams()
         self._of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder, mmproj_type)
-        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
+        self._cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse, prompt_cache_bytes)
         info = read_gguf_info(clip_model_path)
         check_mmproj(info)
         super().__init__(info.path, verbose, use_gpu)
@@ -338,6 +340,9 @@ class StarChatHandler(ChatHook):
         if self._chat.source is None:  # llama.cpp renders it: MTMDChatHandler's template prints the result as it is
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
+
+    def encoder_lock(self) -> contextlib.AbstractContextManager[object]:
+        return self._vision.lock
 
     def template_source(self) -> str:
         assert self._chat is not None  # since `attach`

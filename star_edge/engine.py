@@ -86,6 +86,7 @@ class StarVLM:
         image_cache_bytes: As in CacheOptions.
         image_cache_dir: As in CacheOptions.
         reuse: As in CacheOptions.
+        prompt_cache_bytes: As in CacheOptions.
         chat_template: A file with Jinja source, the source, or a name that llama.cpp knows (vicuna, chatml, ...). None:
             the model file's own template, or that of its family.
         image_limits: What an image may be.
@@ -122,13 +123,14 @@ class StarVLM:
         image_cache_bytes: int = CacheOptions.image_cache_bytes,
         image_cache_dir: str | PathLike[str] | None = CacheOptions.image_cache_dir,
         reuse: bool = CacheOptions.reuse,
+        prompt_cache_bytes: int = CacheOptions.prompt_cache_bytes,
         chat_template: str | PathLike[str] | None = None,
         image_limits: ImageLimits = ImageLimits(),
         **llama_options: Any,
     ) -> None:
         load = LoadOptions(n_ctx, n_batch, n_ubatch, n_gpu_layers, flash_attn, type_k, type_v, n_threads, verbose)
         of_encoder = EncoderOptions(encoder_flash_attn, image_min_tokens, image_max_tokens, encoder, mmproj_type)
-        cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse)
+        cache = CacheOptions(image_cache_bytes, image_cache_dir, reuse, prompt_cache_bytes)
         of_llama = parameters(Llama.__init__)
         unknown = sorted(set(llama_options) - set(of_llama))
         if unknown or llama_options.get("vocab_only"):

@@ -108,6 +108,12 @@ class LoadOptions(_Options):
         """Whether any layer is on the GPU. The encoder is there too then."""
         return self.n_gpu_layers != 0
 
+    @property
+    def has_spare_cores(self) -> bool:
+        """Whether decoder and encoder can work at the same time with a core for each of their threads."""
+        cores = _physical_cores()
+        return 2 * (self.n_threads or cores) <= cores
+
     def for_llama(self) -> dict[str, Any]:
         """The same as arguments of llama_cpp.Llama."""
         values = {name: getattr(self, name) for name in names_of(type(self))}
@@ -165,6 +171,8 @@ class CacheOptions(_Options):
         image_cache_dir: A directory to keep them in as well (2 GiB at most), for later processes. Only you and people
             you trust should be able to write there.
         reuse: Keep what the decoder read of a prompt, up to its last image, for the next prompt that begins alike.
+        prompt_cache_bytes: Bytes of memory in which the same of earlier prompts waits while others are answered, for
+            conversations that take turns. 0: the last prompt's alone is kept. With reuse=False nothing is kept.
 
     Raises:
         ConfigError: A value cannot be used.
@@ -173,7 +181,9 @@ class CacheOptions(_Options):
     image_cache_bytes: int = DEFAULT_BYTES
     image_cache_dir: str | PathLike[str] | None = None
     reuse: bool = True
+    prompt_cache_bytes: int = 0
 
+    ranges: ClassVar[Mapping[str, Range]] = {"prompt_cache_bytes": Range(0, 2**63 - 1)}
     own_checks: ClassVar[tuple[str, ...]] = ("image_cache_bytes", "image_cache_dir")
 
     def check(self) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it for its workers, whose output no terminal shows
+
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))

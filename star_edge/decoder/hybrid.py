@@ -35,30 +35,40 @@ from .cells import Cells, StemRows, runs_of
 
 
 @dataclass
-class HybridStem:
-    """Rows that may be used again.
+class HybridStem(reuse.KeptRows):
+    """Rows in MAIN, with what was decoded after them.
 
     Attributes:
-        segments: The rows, as they were read.
-        n_prefix: Rows of the text before the first image.
-        n_rows: All rows.
-        layer: K of the first decoder stage, or None.
-        hidden: With a decoder stage, the states that enter layer K, (n_rows - n_prefix, n_embd) float32.
         state: Recurrent state after the last image; with a decoder stage, of layers from K on that after the prefix.
         prefix_state: Recurrent state after the prefix, or None.
-        n_ubatch: Rows of one decode.
-        buffer: `Llama.input_ids` at that time, see reuse.attach.
     """
 
-    segments: list[Segment]
-    n_prefix: int
-    n_rows: int
-    layer: int | None
-    hidden: np.ndarray | None
     state: np.ndarray
     prefix_state: np.ndarray | None
-    n_ubatch: int
-    buffer: np.ndarray
+
+    def is_intact(self, context: DecoderContext) -> bool:
+        return (
+            self.buffer is context.buffer
+            and self.n_ubatch == context.n_ubatch
+            and context.span(MAIN)[1] == context.owner.stem_end - 1
+        )
+
+    def n_usable(self, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> int:
+        n = reuse.common_rows(self.segments, segments, self.n_ubatch)
+        if n == self.n_rows and layer == self.layer:
+            return n
+        return n_prefix if n >= n_prefix == self.n_prefix and self.prefix_state is not None else 0
+
+    def save(self, context: DecoderContext, most: int) -> np.ndarray | None:
+        return context.save_rows(MAIN, most)  # what follows the stem too: it cannot be cut off without its state
+
+    def restore(self, context: DecoderContext, data: np.ndarray) -> None:
+        context.restore_rows(MAIN, data)
+        context.owner.stem_end = context.span(MAIN)[1] + 1
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return super().arrays + [array for array in (self.state, self.prefix_state) if array is not None]
 
 
 class HybridCells(Cells):
@@ -80,15 +90,10 @@ class HybridCells(Cells):
     def attach(self, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> reuse.Attached:
         context, owner = self.context, self.context.owner
         stem, owner.stem, owner.n_parked, owner.dropped = owner.stem, None, 0, None
-        if (
-            stem is None
-            or stem.buffer is not context.buffer  # Llama.load_state replaces it, and the memory with it
-            or stem.n_ubatch != context.n_ubatch
-            or context.span(MAIN)[1] != owner.stem_end - 1
-        ):
+        if stem is None or not stem.is_intact(context):
             context.clear()
             return reuse.Attached()
-        n = reuse.common_rows(stem.segments, segments, stem.n_ubatch)
+        n = stem.n_usable(segments, n_prefix, layer)
         if n == stem.n_rows and layer == stem.layer:
             n_main = n if layer is None else stem.n_prefix
             context.restore_state(stem.state, n_main - 1)
@@ -98,7 +103,7 @@ class HybridCells(Cells):
             if sum(len(s.rows) for s in _up_to_last_image(segments)) == n:
                 self.state = stem.state
             return reuse.Attached(n_main, stem.hidden)
-        if n >= n_prefix == stem.n_prefix and stem.prefix_state is not None:
+        if n:
             context.restore_state(stem.prefix_state, n_prefix - 1)
             context.remove(MAIN, n_prefix)
             self.prefix_state = stem.prefix_state
@@ -178,10 +183,10 @@ class HybridCells(Cells):
                 n_rows,
                 stem.layer,
                 stem.hidden,
-                self.state,
-                self.prefix_state,
                 context.n_ubatch,
                 context.buffer,
+                self.state,
+                self.prefix_state,
             )
             owner.n_parked = int(self.hidden.sum())
             if self.dropped is not None:

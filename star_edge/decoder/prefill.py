@@ -146,6 +146,7 @@ def prefill(
         context.clear()
         context.tap.set_cell_bias(None)
         again = _Run(context, segments, next_position, keep)
+        again.may_change = False
         again.watch.seconds["fallback"] = sum(run.watch.seconds.values())
         return again.run(stage)
 
@@ -156,6 +157,7 @@ class _Run:
     ) -> None:
         self.context = context
         self.keep = keep
+        self.may_change = True  # to the stem of another conversation
         self.attached = reuse.Attached()
         self.segments = list(segments)
         self.next_position = next_position
@@ -177,6 +179,8 @@ class _Run:
         layer = stage.windows[0][0] if stage is not None else None
         if self.keep:
             with self.watch.step("reuse"):
+                if self.may_change and self.context.owner.saved is not None:
+                    self.context.owner.saved.change_to(self.context, self.segments, n_prefix, layer)
                 self.attached = self.cells.attach(self.segments, n_prefix, layer)
                 self.cells.n_cells = self.attached.n_main
         self.cells.begin(n_prefix, layer)

@@ -9,7 +9,8 @@ text after them: causal attention only looks back, and an image's rows look at e
                                  with one: layers < K are in the cells, of dropped rows too, and the states that enter
                                  layer K are in `hidden`
 
-Hybrid decoders keep a stem in another way: hybrid.py.
+Hybrid decoders keep a stem in another way: hybrid.py. One stem is in the cache at a time; those of other conversations
+wait in host memory: saved.py.
 
 `attach` relies on these invariants, and checks all that llama.cpp lets it see:
 
@@ -28,6 +29,7 @@ Hybrid decoders keep a stem in another way: hybrid.py.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +40,7 @@ from ..rows import Segment
 
 
 @dataclass
-class Stem:
+class KeptRows(ABC):
     """Rows that may be used again.
 
     Attributes:
@@ -48,8 +50,7 @@ class Stem:
         layer: K of the first decoder stage, or None.
         hidden: With a decoder stage, the states that enter layer K, (n_rows - n_prefix, n_embd) float32.
         n_ubatch: Rows of one decode.
-        span: First and last position of sequence PARKED.
-        buffer: `Llama.input_ids` at that time, see `attach`.
+        buffer: `Llama.input_ids` at that time. Llama.load_state replaces it, and the cache with it.
     """
 
     segments: list[Segment]
@@ -58,8 +59,58 @@ class Stem:
     layer: int | None
     hidden: np.ndarray | None
     n_ubatch: int
-    span: tuple[int, int]
     buffer: np.ndarray
+
+    @abstractmethod
+    def is_intact(self, context: DecoderContext) -> bool:
+        """Whether the cache still holds these rows, as far as llama.cpp lets it be seen."""
+
+    @abstractmethod
+    def n_usable(self, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> int:
+        """Rows that a new prompt may use. n_prefix: its rows before its first image. layer: K of its first decoder
+        stage, or None.
+        """
+
+    @abstractmethod
+    def save(self, context: DecoderContext, most: int) -> np.ndarray | None:
+        """What the cache holds of these rows, (n,) uint8, or None if that is more than `most` bytes."""
+
+    @abstractmethod
+    def restore(self, context: DecoderContext, data: np.ndarray) -> None:
+        """Puts them back into an empty cache, as they were when `save` gave the data."""
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """What these rows hold in host memory."""
+        of_segments = [(s.rows.tokens, s.rows.embeddings, s.rows.positions, s.mass) for s in self.segments]
+        return [array for four in (*of_segments, (self.hidden,)) for array in four if array is not None]
+
+
+@dataclass
+class Stem(KeptRows):
+    """Rows in sequence PARKED. span: its first and last position."""
+
+    span: tuple[int, int]
+
+    def is_intact(self, context: DecoderContext) -> bool:
+        others = [MAIN, *range(PARKED + 1, N_SEQUENCES)]
+        return (
+            self.buffer is context.buffer
+            and self.n_ubatch == context.n_ubatch
+            and context.span(PARKED) == self.span
+            and all(context.span(sequence) == (-1, -1) for sequence in others)
+        )
+
+    def n_usable(self, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> int:
+        n = common_rows(self.segments, segments, self.n_ubatch)
+        # whole pieces, as the prefix ends with one
+        return n_prefix if n > n_prefix and layer != self.layer else n
+
+    def save(self, context: DecoderContext, most: int) -> np.ndarray | None:
+        return context.save_rows(PARKED, most)
+
+    def restore(self, context: DecoderContext, data: np.ndarray) -> None:
+        context.restore_rows(PARKED, data)
 
 
 @dataclass
@@ -109,7 +160,7 @@ def keep(
     n_rows = sum(len(s.rows) for s in segments)
     owner = context.owner
     span, buffer = context.span(PARKED), context.buffer
-    owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, span, buffer)
+    owner.stem = Stem(list(segments), n_prefix, n_rows, layer, hidden, context.n_ubatch, buffer, span)
     owner.n_parked = n_rows - n_live
 
 
@@ -124,19 +175,10 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
     """
     owner = context.owner
     stem, owner.stem, owner.n_parked = owner.stem, None, 0
-    others = [MAIN, *range(PARKED + 1, N_SEQUENCES)]
-    if (
-        stem is None
-        or stem.buffer is not context.buffer  # Llama.load_state replaces it, and the cache with it
-        or stem.n_ubatch != context.n_ubatch
-        or context.span(PARKED) != stem.span
-        or any(context.span(sequence) != (-1, -1) for sequence in others)
-    ):
+    if stem is None or not stem.is_intact(context):
         context.clear()
         return Attached()
-    n = common_rows(stem.segments, segments, stem.n_ubatch)
-    if n > n_prefix and layer != stem.layer:
-        n = n_prefix  # whole pieces, as the prefix ends with one
+    n = stem.n_usable(segments, n_prefix, layer)
     n_main = n if layer is None else min(n, n_prefix)
     context.copy(PARKED, MAIN, 0, n_main)
     context.remove(PARKED, 0)
@@ -161,6 +203,8 @@ def _equal(one: Segment, other: Segment, first: int, last: int) -> bool:
     if (one.image is None) != (other.image is None) or one.causal != other.causal:
         return False
     a, b = one.rows.slice(first, last), other.rows.slice(first, last)
+    if a.embeddings is not None and b.embeddings is not None and not np.array_equal(a.embeddings[0], b.embeddings[0]):
+        return False  # another picture, mostly: no need to compare megabytes
 
     def mass(s: Segment) -> np.ndarray | None:
         return None if s.mass is None else s.mass[first:last]

@@ -55,6 +55,8 @@ class TappedContext(_internals.LlamaContext):
         dropped: Dense positions [start, stop) of such rows in MAIN, or None. The tap hides them.
         stem_end: Of a hybrid decoder with a stem, the dense position after the last row.
         clears_to_stem: The next kv_cache_clear begins a request, and leaves the stem.
+        saved: Stems of other conversations (decoder.saved.SavedStems), or None.
+        save_stem: Called before an answer takes the cells of the stem, or None.
     """
 
     def __init__(self, tap: Tap, **kwargs: Any) -> None:
@@ -66,6 +68,8 @@ class TappedContext(_internals.LlamaContext):
         self.dropped: tuple[int, int] | None = None
         self.stem_end = 0
         self.clears_to_stem = False
+        self.saved: Any = None
+        self.save_stem: Callable[[], None] | None = None
         self.attention_layers: list[int] = []
         self.has_rope = True
         self._n_prompt = 0
@@ -166,6 +170,8 @@ class TappedContext(_internals.LlamaContext):
         elif self.n_parked:
             n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 - self._gap + self.n_parked
             if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
+                if self.save_stem is not None and self.stem is not None:
+                    self.save_stem()
                 self.forget_stem()
         for i in range(batch.batch.n_tokens if self._gap else 0):  # set_batch writes them anew before every decode
             batch.batch.pos[i] += self._gap
@@ -453,6 +459,34 @@ class DecoderContext:
         """
         self.copy(MAIN, parking, start)
         self.remove(MAIN, start)
+
+    def save_rows(self, sequence: int, most: int) -> np.ndarray | None:
+        """A sequence as llama.cpp writes it, (n,) uint8: positions, K and V of its cells in the order of the cells, and
+        the recurrent state where there is one. None if that is more than `most` bytes.
+
+        Raises:
+            EngineError: llama.cpp did not give it.
+        """
+        size = llama_cpp.llama_state_seq_get_size(self.llama.ctx, sequence)
+        if size > most:
+            return None
+        data = np.empty(size, np.uint8)
+        if llama_cpp.llama_state_seq_get_data(self.llama.ctx, _bytes_of(data), size, sequence) != size:
+            raise EngineError("llama.cpp did not give the rows of a prompt", "use prompt_cache_bytes=0")
+        return data
+
+    def restore_rows(self, sequence: int, data: np.ndarray) -> None:
+        """Puts a saved sequence into an empty cache: row i into cell i, since llama_kv_cache::find_slot fills an empty
+        cache from its first cell on.
+
+        data: from `save_rows`; not changed.
+
+        Raises:
+            EngineError: llama.cpp did not take it.
+        """
+        n = llama_cpp.llama_state_seq_set_data(self.llama.ctx, _bytes_of(data), len(data), sequence)
+        if n != len(data):
+            raise EngineError("llama.cpp did not take the rows of a prompt back", "ask again")
 
     # ---- recurrent state ----
 

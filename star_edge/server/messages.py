@@ -6,7 +6,7 @@ deals with what a chat template makes of roles and lists. Knows neither models n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, PromptError
@@ -49,12 +49,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, known, "leave it out")
 
 
-def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:
+def read_messages(
+    messages: list[dict[str, Any]], max_parts: int, places: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Reads messages.
 
     Args:
         messages: As the client sent them.
         max_parts: Messages and parts at most. Each takes at least one token.
+        places: Where in the request each of them is, for errors. None: messages.0, messages.1, ...
 
     Returns:
         The messages in one form, with `image_name` in place of each image's URL, a Video for each video, and without
@@ -71,11 +74,25 @@ def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[
             f"{n_parts} messages and parts are more than the context has tokens",
             f"send at most {max_parts}",
         )
-    read = [_message(message, f"messages.{i}", urls) for i, message in enumerate(messages)]
+    places = places or [f"messages.{i}" for i in range(len(messages))]
+    read = [_message(message, place, urls) for message, place in zip(messages, places)]
     parts = [part for message in read if isinstance(message["content"], list) for part in message["content"]]
     if sum(part["type"] == "video" for part in parts) > _MAX_VIDEOS:
         raise FieldError("messages", f"more than {_MAX_VIDEOS} videos", "send fewer")
     return read, urls
+
+
+def without_videos(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as JSON values: a video's part without the video."""
+
+    def part(one: dict[str, Any]) -> dict[str, Any]:
+        video = one.get("video")
+        return {"type": "video", "nframes": video.count, "fps": video.rate} if isinstance(video, Video) else one
+
+    return [
+        {**m, "content": [part(one) for one in m["content"]] if isinstance(m["content"], list) else m["content"]}
+        for m in messages
+    ]
 
 
 def image_name(number: int) -> str:

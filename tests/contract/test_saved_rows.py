@@ -1,0 +1,28 @@
+"""A saved sequence goes back into an empty cache: row i into cell i, bit for bit (llama_kv_cache::state_read)."""
+
+import numpy as np
+import pytest
+from helpers.reusing import cells, engine
+
+from star_edge.llamacpp.context import MAIN, PARKED
+
+PROMPTS = ("the first prompt is of some length", "another one")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2vl", "qwen35", "lfm2"])
+def test_rows_come_back_bit_for_bit_and_to_their_cells(families, family):
+    with engine(families[family]) as vlm:
+        decoder = vlm.decoder
+        vlm.read_prompt(PROMPTS[0], chat=False, prune=None)
+        sequence = MAIN if decoder.is_hybrid else PARKED
+        spans, data = cells(vlm), decoder.save_rows(sequence, 2**40)
+        size = len(data)
+        assert decoder.save_rows(sequence, size - 1) is None
+        own = data.copy()
+        decoder.clear()
+        vlm.read_prompt(PROMPTS[1], chat=False, prune=None)
+        decoder.clear()
+        decoder.restore_rows(sequence, data)
+        assert np.array_equal(own, data)
+        assert cells(vlm)[sequence] == spans[sequence]
+        assert np.array_equal(decoder.save_rows(sequence, 2**40), data)
