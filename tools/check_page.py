@@ -252,7 +252,7 @@ def stopping(visit: Visit) -> None:
     page = visit.page
     page.click("#again")
     held: list[Any] = []
-    page.route("**/v1/chat/completions", held.append)  # not answered
+    page.route("**/v1/chat/completions", lambda route: held.append(route))  # not answered
     visit.ask("what number is shown?", wait=False)
     page.wait_for_selector("#stop:visible")
     visit.expect("reading the picture" in visit.text("#status"), f"while waiting: {visit.text('#status')}")
