@@ -167,6 +167,14 @@ class Visit:
         if not condition:
             self.problems.append(what)
 
+    def choose(self, picture: PIL.Image.Image) -> None:
+        """Gives the page a picture, and waits until it has read it."""
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            picture.save(file.name)
+            self.page.set_input_files("#file", file.name)
+            name = re.compile(rf"{picture.width} . {picture.height} pixels")
+            self.page.locator("#picture-name", has_text=name).wait_for()
+
     def ask(self, question: str, wait: bool = True) -> None:
         self.page.fill("#question", question)
         self.page.press("#question", "Enter")
@@ -252,7 +260,7 @@ def stopping(visit: Visit) -> None:
     page = visit.page
     page.click("#again")
     held: list[Any] = []
-    page.route("**/v1/chat/completions", held.append)  # not answered
+    page.route("**/v1/chat/completions", lambda route: held.append(route))  # not answered
     visit.ask("what number is shown?", wait=False)
     page.wait_for_selector("#stop:visible")
     visit.expect("reading the picture" in visit.text("#status"), f"while waiting: {visit.text('#status')}")
@@ -292,11 +300,7 @@ def errors(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]
     )
     page.wait_for_selector("#error:visible")
     visit.expect("cannot show this file" in visit.text("#error"), visit.text("#error"))
-    picture = PIL.Image.fromarray(np.full((40, 60, 3), 200, np.uint8))
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        picture.save(file.name)
-        page.set_input_files("#file", file.name)
-    page.locator("#picture-name", has_text=re.compile("60 . 40 pixels")).wait_for()
+    visit.choose(PIL.Image.new("RGB", (60, 40), "gray"))
     visit.expect(page.locator(".turn").count() == 0, "another picture begins a new conversation")
     page.route("**/v1/chat/completions", lambda route: route.abort("connectionrefused"))
     visit.ask("what number is shown?", wait=False)
@@ -312,11 +316,7 @@ def crops(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
     """A picture that the model gets as an overview and four tiles: each stage has a panel for either."""
     visit = Visit(browser, url, axe, pictures, width=1440)
     page = visit.page
-    picture = PIL.Image.open(refvlm.DEMO_IMAGE).convert("RGB").resize((300, 200))
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        picture.save(file.name)
-        page.set_input_files("#file", file.name)
-        page.wait_for_selector("#drop.has-picture")
+    visit.choose(PIL.Image.open(refvlm.DEMO_IMAGE).convert("RGB").resize((300, 200)))
     page.locator("#settings summary").first.click()
     page.fill("#length", "4")
     visit.ask("what is in the red part?")
@@ -339,10 +339,7 @@ def units(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
     page = visit.page
     pixels = np.full((168, 196, 3), 255, np.uint8)
     pixels[40:80, 40:120] = np.random.default_rng(0).integers(0, 255, (40, 80, 3))
-    with tempfile.NamedTemporaryFile(suffix=".png") as file:
-        PIL.Image.fromarray(pixels).save(file.name)
-        page.set_input_files("#file", file.name)
-        page.wait_for_selector("#drop.has-picture")
+    visit.choose(PIL.Image.fromarray(pixels))
     page.locator("#settings summary").first.click()
     page.fill("#length", "4")
     page.check("#repeats")
