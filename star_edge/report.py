@@ -13,6 +13,7 @@ from .arguments import checked
 from .errors import ConfigError
 from .io.images import ImageLimits, ImageSource, load_image
 from .io.overlay import Shown, draw_shown, stack
+from .io.video import Video, read_video
 from .pruning.config import PruneConfig
 from .pruning.selection import average_tokens
 from .vision.places import Place
@@ -276,7 +277,7 @@ class PruneReport:
 
     @checked(skip=("source",))
     def picture(
-        self, source: ImageSource | Sequence[ImageSource], index: int = 0, limits: ImageLimits = ImageLimits()
+        self, source: ImageSource | Video | Sequence[ImageSource], index: int = 0, limits: ImageLimits = ImageLimits()
     ) -> PIL.Image.Image:
         """Draws a picture of the prompt beside what each stage kept of it. Dropped tokens are dimmed.
 
@@ -285,9 +286,9 @@ class PruneReport:
         asked of the encoder; once the engine is closed, their grids stand beside the picture, and their titles say so.
 
         Args:
-            source: The picture that was asked about. A list or tuple: all pictures of the prompt, such as the frames of
-                a video, which are drawn under each other.
-            index: Its index among the prompt's pictures.
+            source: The picture that was asked about. A list or tuple: that one and those after it, drawn under
+                each other. A video: its frames, drawn so.
+            index: Its index among the prompt's pictures. Each frame of a video is one.
             limits: What an image may be.
 
         Returns:
@@ -297,11 +298,16 @@ class PruneReport:
             ConfigError: The report has no such picture, or its tokens have no place on it.
             ImageError: The image cannot be read.
         """
-        if isinstance(source, (list, tuple)):
-            if len(source) != len(self.pictures):
-                raise ConfigError(f"{len(source)} pictures were given", f"the report has {len(self.pictures)}")
-            return stack([self.picture(one, i, limits) for i, one in enumerate(source)])
+        if isinstance(source, Video):
+            source = list(read_video(source, limits).pictures)
         pictures = self.pictures
+        if isinstance(source, (list, tuple)):
+            if not source or index + len(source) > len(pictures):
+                raise ConfigError(
+                    f"{len(source)} pictures were given",
+                    f"the report has {max(0, len(pictures) - index)} from there on",
+                )
+            return stack([self.picture(one, index + i, limits) for i, one in enumerate(source)])
         if not 0 <= index < len(pictures):
             raise ConfigError(f"the report has no image {index}", f"it has {len(pictures)}, counted from 0")
         crops = pictures[index]["images"]

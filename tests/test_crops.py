@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from helpers.families import load_fixtures
 from PIL import Image
 
-from star_edge import PruneConfig, StarVLM
+from star_edge import PruneConfig, StarVLM, Video
 from star_edge.cli import cli
 from star_edge.cli.options import save_overlay
 from star_edge.errors import ConfigError
@@ -107,13 +107,31 @@ def test_where_nobody_knows_the_places_the_picture_says_so(vlm, tmp_path):
     assert len(written) == 1 and len(problems) == 1 and "image 1" in problems[0] and "no grid" in problems[0]
 
 
-def test_all_pictures_of_a_prompt_on_one_sheet(vlm):
+def test_pictures_and_frames_on_one_sheet(vlm, tmp_path):
     _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, PruneConfig(0.5, 0.25, 1), chat=False)
     alone = [report.picture(picture, i) for i, picture in enumerate(PROMPT.pictures)]
     sheet = report.picture(list(PROMPT.pictures))
     assert sheet.height == sum(one.height for one in alone) and sheet.width == max(one.width for one in alone)
-    with pytest.raises(ConfigError, match="1 pictures were given"):
-        report.picture(PROMPT.pictures[:1])
+    assert report.picture(PROMPT.pictures[1:], 1).size == alone[1].size
+    for some, index in (([], 0), ([*PROMPT.pictures, PROMPT.pictures[0]], 0), (PROMPT.pictures, 1)):
+        with pytest.raises(ConfigError, match=f"{len(some)} pictures were given"):
+            report.picture(some, index)
+
+
+def test_frames_of_a_video_are_drawn_under_each_other(vlm, tmp_path):
+    """After an image, whose overlay is a file of its own."""
+    frames = [np.full((84, 84, 3), shade, np.uint8) for shade in (40, 120, 200)]
+    question = "<__media__><__media__> what is in the red part?"
+    images = [PROMPT.pictures[0], Video(frames, count=3)]
+    _, report = vlm.read_prompt(question, images, PruneConfig(0.5, 0.25, 1), chat=False)
+    assert len(report.pictures) == 4
+    assert report.picture(images[1], 1).size == report.picture(frames, 1).size
+    written, problems = save_overlay(report, images, str(tmp_path / "a.png"), ImageLimits())
+    assert [Path(path).name for path in written] == ["a-0.png", "a-1.png"] and not problems
+    one, sheet = (np.asarray(Image.open(path)).astype(int) for path in written)
+    assert sheet.shape[0] == 3 * one.shape[0]
+    tops = [i * one.shape[0] + MARGIN + 168 for i in range(3)]
+    assert [int(sheet[top, MARGIN + 168, 0]) for top in tops] == [40, 120, 200]
 
 
 def test_an_overlay_never_costs_the_answer(tmp_path):
@@ -161,3 +179,11 @@ def test_attention_over_a_picture_in_crops(vlm, tmp_path):
         done = CliRunner().invoke(cli, ["inspect", *model, *out, *image])
         assert done.exit_code == 0, done.output
     assert Image.open(tmp_path / "p.png").height > 2 * 336
+
+
+def test_attention_over_frames(vlm):
+    """Frames are pictures of the prompt, each at its place."""
+    frames = [np.full((84, 84, 3), shade, np.uint8) for shade in (40, 120)]
+    result = vlm.inspect("<__media__> what is it?", Video(frames, count=2), decoder_layers=[1], chat=False)
+    assert result.pictures == [0, 1] and None not in result.places
+    assert np.asarray(result.picture(frames[1], 1, 1)).shape[1] > 2 * 336

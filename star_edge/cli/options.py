@@ -23,6 +23,7 @@ from ..engine import StarVLM
 from ..errors import ConfigError, StarEdgeError
 from ..io.configs import resolve_prune
 from ..io.hub import fetch
+from ..io.video import Video, read_video
 from ..llamacpp.devices import can_offload
 from ..llamacpp.names import KV_TYPES
 from ..options import AFRESH as AFRESH  # for the commands
@@ -466,19 +467,27 @@ def check_picture_path(path: str) -> None:
 
 
 def save_overlay(report: PruneReport, sources: list[Any], path: str, limits: Any) -> tuple[list[str], list[str]]:
-    """Draws each image, with dropped tokens dimmed for each stage. Several images get -0, -1, ... before the ending.
+    """Draws each image, with dropped tokens dimmed for each stage; frames of a video on one sheet. Several images get
+    -0, -1, ... before the ending.
 
     Returns:
         The paths that were written, and what could not be drawn or written, with the reason. A problem never costs the
         answer.
     """
     written, problems = [], []
+    first = 0  # among the report's pictures
     for i, source in enumerate(sources):
         target = Path(path)
         if len(sources) > 1:
             target = target.with_name(f"{target.stem}-{i}{target.suffix}")
         try:
-            save_picture(report.picture(source, i, limits), str(target))
+            picture: Any = list(read_video(source, limits).pictures) if isinstance(source, Video) else source
+        except StarEdgeError as error:
+            problems.append(f"image {i}: {error}")
+            break  # nobody knows how many frames it had
+        at, first = first, first + (len(picture) if isinstance(source, Video) else 1)
+        try:
+            save_picture(report.picture(picture, at, limits), str(target))
         except StarEdgeError as error:
             problems.append(f"image {i}: {error}")
         else:

@@ -129,10 +129,8 @@ def run(
         raise ConfigError("--video is for one request, and --each and --tasks make several", "leave out one of them")
     if not videos and (frames is not None or fps is not None):
         raise ConfigError("--frames and --fps are for videos", "add --video FILE")
-    if overlay and videos:
-        raise ConfigError("--overlay cannot draw frames of a video", "leave out one of them")
-    if overlay and not images:
-        raise ImageError("--overlay needs an image", "add --image FILE")
+    if overlay and not (images or videos):
+        raise ImageError("--overlay needs an image", "add --image FILE or --video FILE")
     if overlay:
         check_picture_path(overlay)
     if prompt == "-" or (prompt is None and batch.tasks_file is None):
@@ -143,10 +141,11 @@ def run(
         return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model)
     assert prompt is not None  # only tasks do without
     with load_engine(**model) as vlm:
+        sources: list[Any] = [*images, *(Video(path, frames, fps) for path in videos)]
         with in_cli_words():
             answer = vlm.generate(
                 prompt,
-                [*images, *(Video(path, frames, fps) for path in videos)],
+                sources,
                 config,
                 max_tokens,
                 stream=not as_json,
@@ -160,9 +159,7 @@ def run(
             click.echo()
             if not batch.quiet:
                 click.echo(summary(answer.report), err=True)
-        written, problems = (
-            save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else ([], [])
-        )
+        written, problems = save_overlay(answer.report, sources, overlay, vlm.image_limits) if overlay else ([], [])
         if as_json:
             print_json(
                 {
