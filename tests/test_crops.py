@@ -132,6 +132,15 @@ def test_frames_of_a_video_are_drawn_under_each_other(vlm, tmp_path):
     assert sheet.shape[0] == 3 * one.shape[0]
     tops = [i * one.shape[0] + MARGIN + 168 for i in range(3)]
     assert [int(sheet[top, MARGIN + 168, 0]) for top in tops] == [40, 120, 200]
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{i}.png")
+    model = ["-m", str(FIXTURE.text), "--mmproj", str(FIXTURE.mmproj), "-c", "512", "--raw", "-n", "2"]
+    command = ["run", *model, "--video", str(folder), "--frames", "3", "--overlay", str(tmp_path / "v.png")]
+    done = CliRunner().invoke(cli, [*command, "<__media__> what is it?"], standalone_mode=False)
+    assert done.return_value == 0, done.output
+    assert Image.open(tmp_path / "v.png").height == sheet.shape[0]
 
 
 def test_an_overlay_never_costs_the_answer(tmp_path):
