@@ -82,6 +82,13 @@ def test_models_say_what_each_supports(server):
         assert report["config"] == ask(client, max_tokens=1, extra_body={"prune": name}).star_edge["config"]
 
 
+def test_the_page_offers_them(server):
+    """A server without a key says what it was started with; one with a key does not (test_serve.py)."""
+    setup = server.request("GET", "/page/setup.json")[2]
+    assert setup["presets"]["receipts"] == {"vision_keep": 0.5, "decoder_keep": 12}
+    assert setup["default"] == "receipts" and "everything" not in setup["presets"] and "fast" in setup["presets"]
+
+
 def test_the_file_gives_what_the_command_line_does_not(server):
     with pytest.raises(openai.BadRequestError, match="2 images: send at most 1"):
         ask(server.client(), DEMO, DEMO)

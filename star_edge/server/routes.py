@@ -181,13 +181,15 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
 
     async def setup(_: Request) -> Response:
         """What the page needs before it has a key. Nothing that the key protects is in it."""
+        named = configs.named if policy.api_key is None else {}
+        known = {name: config for name, config in {**named, **PRESETS, **named}.items() if config is not None}
         return JSONResponse(
             {
                 "version": __version__,
                 "needs_key": policy.api_key is not None,
                 "max_image_bytes": policy.max_image_bytes,
-                "presets": {name: _changes(config) for name, config in PRESETS.items() if config is not None},
-                "default": next((name for name, config in PRESETS.items() if config == configs.default), None),
+                "presets": {name: _changes(config) for name, config in known.items()},
+                "default": next((name for name, config in known.items() if config == configs.default), None),
                 "demo_questions": [question["question"] for question in refvlm.demo_questions()],
             }
         )
@@ -214,7 +216,7 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
 
 
 def _changes(config: PruneConfig) -> dict[str, Any]:
-    """The fields of a config that are not the default. JavaScript would send a 1.0 as 1, which means one token."""
+    """The fields of a config that are not the default. JavaScript would write a 1.0 as 1, which means one token."""
     usual = PruneConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != usual[name]}
 
@@ -226,12 +228,8 @@ def _model(engine: Engine) -> dict[str, Any]:
 def _supported(engine: Engine, policy: Policy, configs: Configs) -> dict[str, Any]:
     """What the model and the server can do, for clients that ask for the models."""
 
-    usual = PruneConfig().to_dict()
-
     def fields(config: PruneConfig | None) -> dict[str, Any] | None:
-        """What a request would write as `prune`: the fields that are not the usual ones."""
-        given = None if config is None else config.to_dict()
-        return given and {name: value for name, value in given.items() if value != usual[name]}
+        return None if config is None else _changes(config)
 
     reader = engine.handler.reader
     return {

@@ -304,7 +304,7 @@ async function ask(question) {
 function explain() {
   const { preset, share } = settings();
   $("mode-text").textContent = MODES[mode()];
-  $("preset-text").textContent = PRESETS[preset] || "";
+  $("preset-text").textContent = PRESETS[preset] || "A config that the server was started with.";
   $("share-row").hidden = preset !== "share";
   $("share-text").textContent = `about ${share}%`;
 }
