@@ -28,6 +28,7 @@ from .options import (
     model_options,
     print_json,
     prune_options,
+    quiet_option,
     report_json,
     save_overlay,
 )
@@ -59,6 +60,7 @@ from .options import (
     "--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and the report as one line of JSON.")
+@quiet_option
 @click.option("--kept", is_flag=True, help="With --json: add which tokens are kept, and their scores.")
 def run(
     prompt: str | None,
@@ -80,6 +82,7 @@ def run(
     overlay: str | None,
     as_json: bool,
     kept: bool,
+    quiet: bool,
     **model: Any,
 ) -> int:
     """Answer PROMPT about the images.
@@ -118,7 +121,7 @@ def run(
     if not prompt and batch.tasks_file is None:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
     if batch.is_wanted:
-        return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model)
+        return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model, quiet)
     assert prompt is not None  # only tasks do without
     with load_engine(**model) as vlm:
         with in_cli_words():
@@ -136,7 +139,7 @@ def run(
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()
-            if not batch.quiet:
+            if not quiet:
                 click.echo(summary(answer.report), err=True)
         written, problems = (
             save_overlay(answer.report, list(images), overlay, vlm.image_limits) if overlay else ([], [])
@@ -150,7 +153,7 @@ def run(
                     "report": report_json(answer.report, kept),
                 }
             )
-        for path in written:
+        for path in () if quiet else written:
             click.echo(f"overlay: {path}", err=True)
         for problem in problems:
             click.echo(f"no overlay of {problem}", err=True)
