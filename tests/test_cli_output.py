@@ -355,7 +355,7 @@ def test_doctor_plans_for_a_smaller_picture(star_edge):
 @pytest.mark.parametrize(
     "args",
     [
-        ["run", QUESTION, "--image", IMAGE, "-n", "2"],
+        ["run", QUESTION, "--image", IMAGE, "-n", "2", "--overlay", "o.png"],
         ["run", QUESTION, "--image", IMAGE, "-n", "2", "--each"],
         ["inspect", QUESTION],
         ["demo", "--repeats", "1"],

@@ -365,8 +365,8 @@ def test_results_of_something_else_are_refused(ask, tmp_path):
         assert Path(args[args.index("--out") + 1]).read_bytes() == before
 
     refused("--prompt-suffix '', and now it is '!'", *args, "--prompt-suffix", "!")
-    refused("max_tokens 4, and now it is 5", *args, "-n", 5)
-    refused("n_ubatch 512", *args, "-ub", 64)
+    refused("--max-tokens 4, and now it is 5", *args, "-n", 5)
+    refused("--ubatch-size 512, and now it is 64", *args, "-ub", 64)
     Path("c.json").write_text('[{"name": "mine", "vision_keep": 0.25}]')
     refused("config 'mine' has changed", *args)
     Path("c.json").write_text('[{"name": "mine", "vision_keep": 0.5}]')

@@ -109,7 +109,7 @@ def question_options(
             type=click.IntRange(min=1),
             default=16,
             show_default=True,
-            help="An answer has so many tokens at most.",
+            help="Most tokens of an answer.",
         ),
         click.option(
             "--prompt-suffix",

@@ -34,7 +34,6 @@ from .options import (
     find_model,
     load_engine,
     open_stdin,
-    quiet_option,
 )
 
 SOME_FAILED = 3  # exit status
@@ -55,7 +54,6 @@ class BatchOptions:
         use_ray: Answer on Ray.
         workers: Engines there.
         cache: Use again what an earlier request has done.
-        quiet: No progress bar, no counts at the end.
     """
 
     each: bool
@@ -65,7 +63,6 @@ class BatchOptions:
     use_ray: bool
     workers: int | None
     cache: bool
-    quiet: bool
 
     @property
     def is_wanted(self) -> bool:
@@ -148,7 +145,6 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="With --each or --tasks: use again what an earlier request has encoded or read. Results say where. "
             "--no-cache makes times comparable: it uses nothing again, and reads one request to warm up.",
         ),
-        quiet_option,
     ]
 
     @functools.wraps(command)
@@ -167,6 +163,7 @@ def run_batch(
     settings: Settings,
     options: BatchOptions,
     model: dict[str, Any],
+    quiet: bool = False,
 ) -> int:
     """Answers every task and returns the exit status: 0, or SOME_FAILED.
 
@@ -176,6 +173,7 @@ def run_batch(
         settings: Settings of tasks without their own.
         options: The options of many requests.
         model: The parameters of `options.model_options`.
+        quiet: No progress bar, no counts at the end.
     """
     tasks_file, out = options.tasks_file, options.out
     if tasks_file == "-":
@@ -200,8 +198,8 @@ def run_batch(
     progress = _Progress(
         len(tasks),
         len(tasks) - len(waiting),
-        shown=not options.quiet and sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()),
-        quiet=options.quiet,
+        shown=not quiet and sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()),
+        quiet=quiet,
     )
     own_words = TASK_FIELDS if tasks_file is not None else ()
 

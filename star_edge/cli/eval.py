@@ -24,7 +24,7 @@ from .tables import make_console, print_table
     )
 )
 @question_options(
-    "Ask so many questions: the first ones, or with --seed a random choice.",
+    "Ask only this many questions: the first ones, or with --seed a random choice.",
     None,
     "Choose the questions of --limit at random.",
 )

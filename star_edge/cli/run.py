@@ -29,6 +29,7 @@ from .options import (
     model_options,
     print_json,
     prune_options,
+    quiet_option,
     report_json,
     save_overlay,
 )
@@ -72,6 +73,7 @@ from .options import (
     "--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and the report as one line of JSON.")
+@quiet_option
 @click.option("--kept", is_flag=True, help="With --json: add which tokens are kept, and their scores.")
 def run(
     prompt: str | None,
@@ -96,6 +98,7 @@ def run(
     overlay: str | None,
     as_json: bool,
     kept: bool,
+    quiet: bool,
     **model: Any,
 ) -> int:
     """Answer PROMPT about the images.
@@ -138,7 +141,7 @@ def run(
     if not prompt and batch.tasks_file is None:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
     if batch.is_wanted:
-        return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model)
+        return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model, quiet)
     assert prompt is not None  # only tasks do without
     with load_engine(**model) as vlm:
         sources: list[Any] = [*images, *(Video(path, frames, fps) for path in videos)]
@@ -157,7 +160,7 @@ def run(
             for piece in answer:
                 click.echo(piece, nl=False)
             click.echo()
-            if not batch.quiet:
+            if not quiet:
                 click.echo(summary(answer.report), err=True)
         written, problems = save_overlay(answer.report, sources, overlay, vlm.image_limits) if overlay else ([], [])
         if as_json:
@@ -169,7 +172,7 @@ def run(
                     "report": report_json(answer.report, kept),
                 }
             )
-        for path in written:
+        for path in () if quiet else written:
             click.echo(f"overlay: {path}", err=True)
         for problem in problems:
             click.echo(f"no overlay of {problem}", err=True)

@@ -25,7 +25,7 @@ from .tables import make_console, print_table
         "star-edge tune questions.jsonl --keep 0.98 --limit 300 -o mine.json",
     )
 )
-@question_options("Ask so many questions, chosen at random.", 0, "Seed of that choice.")
+@question_options("Ask only this many questions, chosen at random.", 0, "Seed of that choice.")
 @click.option(
     "--keep",
     type=Number(0, 1, min_open=True),
