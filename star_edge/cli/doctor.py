@@ -19,7 +19,7 @@ from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
 from ..errors import StarEdgeError
 from ..io.images import load_image
-from ..llamacpp.devices import can_offload, cpu_features, list_devices
+from ..llamacpp.devices import can_offload, cpu_features, list_devices, openmp_waits
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
@@ -72,6 +72,7 @@ def doctor(image_size: str, image: str | None, check: bool, measure: bool, as_js
         "devices": list_devices(),
         "gpu_offload": can_offload(),
         "cpu_features": cpu_features(),
+        "threads_wait": openmp_waits(),
     }
     with load_engine(**model, **AFRESH) as vlm:
         if check:  # first: running may show what the model does not support
@@ -204,6 +205,13 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['cpu_features']}",
         highlight=False,
     )
+    if result["threads_wait"] is not None:
+        advice = (
+            "; on a machine that does other work too, start with OMP_WAIT_POLICY=passive in the environment"
+            if result["threads_wait"] == "spinning"
+            else ""
+        )
+        console.print(f"threads wait for each other {result['threads_wait']}{advice}", highlight=False)
     if "reason" in result.get("plan", {}):
         console.print(f"plan: not done, {result['plan']['reason']}")
     elif "plan" in result:
