@@ -575,6 +575,8 @@ def test_a_killed_command_leaves_no_model(number, tmp_path):
         (("-m", "nowhere.gguf", "--mmproj", str(refvlm.MMPROJ)), ModelFileError, "nowhere.gguf"),
         (("--prompt", "a <__media__>"), ConfigError, "leave it out"),
         (("--preset", "nosuch"), ConfigError, "preset"),
+        (("--baseline", "converted"), ConfigError, "add --mmproj-type"),
+        (("--picture", "page", "--image", "a.png"), ConfigError, "--picture is for a generated picture"),
         (("--plot", "a.gif"), EvaluationError, "endings"),
         (("--out", "nosuch/a.json"), OutputError, "folder"),
         (("-c", "32", "--preset", "fast"), ContextLengthError, "--ctx-size"),

@@ -14,6 +14,7 @@ from star_edge.benchmarking.encoder import measure_encoder
 from star_edge.benchmarking.threads import measure_tokens
 from star_edge.cli import cli
 from star_edge.errors import EngineError
+from star_edge.llamacpp import devices
 
 QUESTION = "what color is the star?"
 
@@ -63,4 +64,25 @@ def test_the_command(tmp_path):
     )
     assert "flash attention" in ran.stdout and "threads" in ran.stdout and "fastest" in ran.stdout
     ran = CliRunner().invoke(cli, ["doctor", "--no-check", "--json"])
-    assert "measured" not in json.loads(ran.stdout)
+    assert "measured" not in json.loads(ran.stdout) and "threads_wait" in json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "spinning"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "sleeping"),
+        ({"OMP_WAIT_POLICY": "active"}, "spinning"),
+        ({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}, "spinning"),  # libgomp: the count comes first
+        ({"GOMP_SPINCOUNT": "0"}, "sleeping"),
+    ],
+)
+def test_how_threads_wait(variables, expected, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(devices, "cpu_features", lambda: "CPU : AVX2 = 1 | OPENMP = 1 | REPACK = 1 |")
+    assert devices.openmp_waits() == expected
+    monkeypatch.setattr(devices, "cpu_features", lambda: "CPU : NEON = 1 |")
+    assert devices.openmp_waits() is None

@@ -15,7 +15,7 @@ from helpers import stock
 from helpers.families import FOLDER, load_fixtures
 from helpers.models import random_image
 
-from star_edge import StarChatHandler, StarVLM, refvlm
+from star_edge import PruneConfig, StarChatHandler, StarVLM, refvlm
 from star_edge.cli import cli
 from star_edge.errors import ConfigError, ModelFileError, OutputError, UnsupportedModelError
 from star_edge.llamacpp.gguf import read_gguf_info
@@ -145,6 +145,10 @@ def test_everything_kept_is_bit_identical_to_stock_on_the_converted_file(family,
         theirs, _ = multimodal.ask("<__media__>What is this?", [image], 0)
         state, report = vlm.read_prompt("<__media__>What is this?", [image], None, chat=False)
         assert np.array_equal(state.logits, theirs[0])
+        if family != "llava":  # whose stock encoder makes a token of CLS, which no encoder stage can keep
+            config = PruneConfig(encoder_layer=1, decoder_layer=1, redundancy="exact")
+            state, windows = vlm.read_prompt("<__media__>What is this?", [image], config, chat=False)
+            assert windows.encoder_layer == 1 and np.array_equal(state.logits, theirs[0])
         assert vlm.encoder.path == str(folder / "mmproj.gguf") and vlm.encoder.file != vlm.encoder.path
         of_file = read_gguf_info(folder / "mmproj.gguf")
         assert report.notes == [f"the encoder computes in bf16; the file has {precision.type_of(of_file)}"]

@@ -27,6 +27,7 @@ from ..benchmarking.run import BASELINES, make_request, run, shape_context, shap
 from ..benchmarking.summary import tables
 from ..errors import ConfigError, OutputError
 from ..io.images import load_image
+from ..options import EncoderOptions
 from ..synthetic import DEFAULT_PICTURE, PICTURE_TITLES, PICTURES, SHAPES, model_files
 from .grid import config_options, grid_configs
 from .options import (
@@ -218,6 +219,13 @@ def bench(
     if not configs:
         raise ConfigError("--no-unpruned leaves nothing of star_edge to measure", "add --preset NAME, or leave it out")
     names = () if "none" in baselines else baselines or tuple(BASELINES)
+    is_converted = model["mmproj_type"] != EncoderOptions.mmproj_type
+    if "converted" in baselines and not is_converted:
+        raise ConfigError(
+            "--baseline converted is stock with a converted mmproj file, and none is asked for",
+            "add --mmproj-type, or leave it out",
+        )
+    names = tuple(name for name in names if name != "converted" or is_converted)
     options = {name: value for name, value in model.items() if name not in ("model", "mmproj", "hf_repo", "no_mmproj")}
     if shape is not None:
         about = SHAPES[shape]
@@ -259,7 +267,8 @@ def bench(
             text, mmproj = stack.enter_context(
                 model_files(SHAPES[shape], folder or stack.enter_context(_temporary_folder()))
             )
-        total = (len(names) + len(configs)) * (1 + repeats + memory) + bool(idle_hook)
+        n_stock = sum(len(fewer) if name == "fewer" else 1 for name in names)
+        total = (n_stock + len(configs)) * (1 + repeats + memory) + bool(idle_hook)
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

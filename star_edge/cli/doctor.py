@@ -18,7 +18,7 @@ from ..decoder.hybrid import at_attention
 from ..engine import StarVLM
 from ..errors import StarEdgeError
 from ..io.images import load_image
-from ..llamacpp.devices import can_offload, cpu_features, list_devices
+from ..llamacpp.devices import can_offload, cpu_features, list_devices, openmp_waits
 from ..llamacpp.native import ffi, lib
 from ..pruning.config import PRESETS, Keep, PruneConfig, choose_layer, keep_count
 from ..pruning.selection import average_tokens
@@ -106,6 +106,7 @@ def doctor(
         "devices": list_devices(),
         "gpu_offload": can_offload(),
         "cpu_features": cpu_features(),
+        "threads_wait": openmp_waits(),
     }
     with load_engine(**model, **AFRESH) as vlm:
         if check:  # first: running may show what the model does not support
@@ -256,6 +257,13 @@ def _print(result: dict[str, Any]) -> None:
     )
     offload = "yes" if result["gpu_offload"] else "no, this build of llama-cpp-python is for the CPU"
     say(f"GPU offload: {offload}; {result['cpu_features']}")
+    if result["threads_wait"] is not None:
+        advice = (
+            "; on a machine that does other work too, start with OMP_WAIT_POLICY=passive in the environment"
+            if result["threads_wait"] == "spinning"
+            else ""
+        )
+        say(f"threads wait for each other {result['threads_wait']}{advice}")
     if "reason" in result.get("plan", {}):
         say(f"plan: not done, {result['plan']['reason']}")
     elif "plan" in result:

@@ -50,3 +50,17 @@ def can_offload() -> bool:
 def cpu_features() -> str:
     """The processor's features, as llama.cpp uses them."""
     return str(llama_cpp.llama_print_system_info().decode().strip())
+
+
+def openmp_waits() -> str | None:
+    """How llama.cpp's threads wait for each other, as the environment says: "spinning" or "sleeping".
+
+    None: its threads are not OpenMP's. libgomp reads the variables when it is loaded, so a later change does nothing.
+    Threads that spin take the time of a processor from the very thread that they wait for, if other work runs there.
+    """
+    if "OPENMP = 1" not in cpu_features():
+        return None
+    spins = os.environ.get("GOMP_SPINCOUNT", "").strip()  # which libgomp takes before the policy
+    if spins:
+        return "sleeping" if spins == "0" else "spinning"
+    return "sleeping" if os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive" else "spinning"

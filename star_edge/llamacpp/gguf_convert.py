@@ -25,14 +25,19 @@ FLOATS = {"f16": F16, "bf16": BF16}  # types that matrices can get
 _BLOCK = 2**20  # values that are converted at a time
 
 _declare("gguf_set_tensor_type", None, _P, ctypes.c_char_p, ctypes.c_int)
+_declare("gguf_get_alignment", ctypes.c_size_t, _P)
 
 
 def is_readable(kind: int) -> bool:
     """Whether the values of a tensor of that ggml_type can be computed here."""
+    if kind in (F32, F16, BF16):
+        return True
     try:
-        return kind in (F32, F16, BF16) or gguf.GGMLQuantizationType(kind) in gguf.quants._type_traits
-    except ValueError:  # a type that this version of gguf does not know
+        quantized = gguf.GGMLQuantizationType(kind)
+        gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[quantized][1], np.uint8), quantized)
+    except (ValueError, KeyError, NotImplementedError):  # a type that this version of gguf does not know, or not read
         return False
+    return True
 
 
 def convert(info: GGUFInfo, target: str | PathLike[str], kinds: Mapping[str, int]) -> None:
@@ -77,7 +82,8 @@ def convert(info: GGUFInfo, target: str | PathLike[str], kinds: Mapping[str, int
                     _convert(original, out, n_bytes, kind, kinds[name], f"tensor {name} of {info.path}")
                 else:
                     _copy(original, out, n_bytes)
-            out.truncate(data + max((-(-(s + n) // 32) * 32 for s, n in zip(starts, sizes)), default=0))
+            end, alignment = max(map(sum, zip(starts, sizes)), default=0), GGML.gguf_get_alignment(copy)
+            out.truncate(data + -(-end // alignment) * alignment)
     finally:
         for handle in (source, copy):
             if handle:
@@ -98,7 +104,7 @@ def _convert(original: BinaryIO, out: BinaryIO, n_bytes: int, kind: int, to: int
     step = max(1, _BLOCK // n_values) * n_type
     while n_bytes:
         raw = np.frombuffer(original.read(min(n_bytes, step)), np.uint8)
-        if not raw.size:
+        if not raw.size or raw.size % n_type:
             raise ModelFileError(f"{original.name} has changed: it has become shorter", "load it again")
         values = _floats(raw, kind)
         if to == BF16:

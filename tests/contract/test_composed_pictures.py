@@ -15,6 +15,8 @@ PLACES = {
     "qwen3-vl": {"positions"},
     "pixtral": {"pos_h", "pos_w"},
     "mistral3": {"pos_h", "pos_w"},
+    "glm4.1v": {"positions"},
+    "paddleocr-vl": {"positions"},
 }
 
 
@@ -74,12 +76,21 @@ def test_qwen3_adds_position_embeddings_that_the_graph_has_computed(encoders):
     assert node.op == "ADD" and node.sources[1].op == "CONT" and node.kind == F32
 
 
+@pytest.mark.parametrize("name", ["glm4.1v", "paddleocr-vl"])
+def test_others_add_them_under_another_name(encoders, name):
+    (node,) = [node for node in encoders(name).encode(IMAGE) if node.name == "pos_embed"]
+    assert node.op == "ADD" and node.sources[1].op == "CONT" and node.kind == F32
+
+
 def test_what_the_encoder_gets_of_a_picture_of_whole_units(encoders, family):
     """(width, height, 3) float32, unscaled: a composed picture keeps its number of units."""
     metadata, _ = load_tensors(FOLDER / family / "mmproj.gguf")
     side = metadata["clip.vision.patch_size"]
     side *= metadata.get("clip.vision.spatial_merge_size", 1) if "pixtral" in metadata["clip.projector_type"] else 2
+    least = -(-metadata.get("clip.vision.image_min_pixels", 0) // side**2)
     for rows, columns in ((2, 4), (1, 11), (13, 2)):
+        if rows * columns < least:
+            continue
         picture = np.full((rows * side, columns * side, 3), 9, np.uint8)
         encoder = encoders(family)
         pixels = {}

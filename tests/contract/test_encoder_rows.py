@@ -10,6 +10,8 @@ from helpers.families import FOLDER
 from helpers.models import random_image
 from helpers.reference import load_tensors
 
+from star_edge.vision.precision import _MATRIX
+
 IMAGE = random_image(1, 112, 112)
 INPUT = 1  # GGML_TENSOR_FLAG_INPUT
 # the node that enters the first layer
@@ -110,3 +112,15 @@ def test_a_backend_reads_shapes_when_it_computes(encoders):
     encoder.recorder.on_done.clear()
     assert not encoder.recorder.errors
     assert np.array_equal(made["all"][:2], made["two"][:2]) and not np.array_equal(made["all"][2:], made["two"][2:])
+
+
+@pytest.mark.parametrize("name", [f.name for f in sorted(FOLDER.iterdir()) if (f / "mmproj.gguf").is_file()])
+def test_matrices_of_layers_are_multiplied_and_nothing_else(encoders, name):
+    """What star_edge/vision/precision.py converts: any type that ggml multiplies by will do there."""
+    encoder, image = encoders(name), random_image(2, 64, 64)
+    used = {}
+    for node in encoder.encode(image):
+        for i, source in enumerate(node.sources):
+            if source is not None and _MATRIX.fullmatch(source.name):
+                used.setdefault(source.name, set()).add((node.op, i))
+    assert used and all(readers == {("MUL_MAT", 0)} for readers in used.values())
