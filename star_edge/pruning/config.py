@@ -54,6 +54,18 @@ def _check_redundancy(value: object) -> Literal["off", "exact"] | float:
     )
 
 
+def _check_tolerance(value: object) -> float | None:
+    if value is None:
+        return None
+    number: Any = value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < number < math.inf:
+        return float(number)
+    raise ConfigError(
+        f"vision_tolerance={value!r} is neither None nor a number over 0",
+        "use a share of the mean distance between tokens: 0.2, for example",
+    )
+
+
 def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> None:
     if isinstance(first, int) and isinstance(then, int) and then > first:
         raise ConfigError(f"{then_name}={then} is more than {first_name}={first} leaves", f"lower {then_name}")
@@ -89,6 +101,11 @@ class PruneConfig:
         vision_share: Share of the vision stage's budget, 0..1, that represents dropped tokens. The rest is chosen by
             score.
         decoder_share: The same for the decoder stages.
+        vision_tolerance: Lets the vision stage keep more than vision_keep, as many tokens as the picture needs: until
+            each dropped token is within this distance of the token that represents it. The distance is 1 - cosine of
+            projected embeddings, over the mean of that between two of the picture's tokens. A page of text then keeps
+            its letters and merges its paper. vision_keep is the least that stays; the context may hold it down
+            (a note in the report says so). For representatives="cluster" alone. None: vision_keep is what stays.
         windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
             (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
             model's layers.
@@ -126,6 +143,7 @@ class PruneConfig:
     decoder_representatives: str | None = None
     vision_share: float = 1.0
     decoder_share: float = 0.5
+    vision_tolerance: float | None = None
     windows: tuple[tuple[int | float, Keep], ...] = ()
     seen_below: bool = False
     budget: Literal["image", "crop", "prompt"] = "image"
@@ -145,6 +163,7 @@ class PruneConfig:
                     f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
+        object.__setattr__(self, "vision_tolerance", _check_tolerance(self.vision_tolerance))
         for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
             object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
@@ -228,6 +247,11 @@ class PruneConfig:
     def prunes_in_vision(self) -> bool:
         """Whether the vision stage may drop tokens."""
         return self.vision_keep != 1.0 or isinstance(self.vision_keep, int)
+
+    @property
+    def adapts_to_picture(self) -> bool:
+        """Whether the vision stage keeps as many tokens as a picture needs, vision_keep at least."""
+        return self.vision_tolerance is not None and self.representatives == "cluster" and self.prunes_in_vision
 
     @property
     def limits_images(self) -> bool:
