@@ -33,6 +33,7 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "preset": (str,),
     "vision_keep": (int, float),
+    "vision_tolerance": (int, float),
     "decoder_keep": (int, float),
     "decoder_layer": (int,),
     "image_max_tokens": (int, float),
@@ -47,6 +48,7 @@ _TASK_FIELDS: dict[str, tuple[type, ...]] = {
 }
 _OVERRIDES = (
     "vision_keep",
+    "vision_tolerance",
     "decoder_keep",
     "decoder_layer",
     "budget",
@@ -147,10 +149,10 @@ def _expand(image: str) -> list[str]:
 def read_tasks(path: str | PathLike[str], prompt: str | None, settings: Settings) -> list[Task]:
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
-    A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
-    image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. The names of
-    question files (`io.questions`) are understood too, answers and categories are not used. Image paths are relative to
-    the file's folder. The id defaults to a hash of the task.
+    A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, vision_tolerance,
+    decoder_keep, decoder_layer, image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens,
+    temperature, seed, raw. The names of question files (`io.questions`) are understood too, answers and categories are
+    not used. Image paths are relative to the file's folder. The id defaults to a hash of the task.
 
     Args:
         path: The file.

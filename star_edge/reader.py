@@ -27,7 +27,7 @@ from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over, uses_flash_attention
 from .options import CacheOptions, EncoderOptions
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
-from .pruning.config import Keep, PruneConfig, one_token_notes
+from .pruning.config import Keep, PruneConfig, one_token_notes, tolerance_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
@@ -235,7 +235,7 @@ class PromptReader:
         if has_images:
             assert self.encoder is not None  # which made the images
             notes += self.encoder.notes
-            notes += one_token_notes(config)
+            notes += one_token_notes(config) + tolerance_notes(config)
         encoder = self.encoder
         if prune is not None:
             prune, impossible = self.encoding.possible(prune, [c for c in prompt.chunks if isinstance(c, ImageChunk)])

@@ -76,7 +76,7 @@ def test_halves_round_up_and_counts_are_checked():
 
 
 def test_default_layer():
-    assert [choose_layer(None, n) for n in (2, 3, 6, 22, 28, 32, 80)] == [1, 1, 2, 7, 9, 11, 27]
+    assert [choose_layer(None, n) for n in (2, 3, 6, 22, 28, 32, 80)] == [1, 2, 4, 15, 19, 21, 53]
     assert choose_layer(5, 6) == 5
 
 

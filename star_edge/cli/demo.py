@@ -40,6 +40,7 @@ from .options import (
 def demo(
     preset: str,
     vision_keep: Any,
+    vision_tolerance: float | None,
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
@@ -66,6 +67,7 @@ def demo(
         encoder_keep=encoder_keep,
         encoder_layer=encoder_layer,
         image_max_tokens=image_max_tokens,
+        vision_tolerance=vision_tolerance,
     )
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []

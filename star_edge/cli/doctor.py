@@ -133,7 +133,12 @@ def _plan(vlm: StarVLM, width: int, height: int) -> dict[str, Any]:
                         (layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special)))
                     )
         average = average_tokens(n1, windows, vlm.decoder.n_layers)
-        presets[name] = {"vision_kept": n1, "windows": windows, "average_tokens": average}
+        presets[name] = {
+            "vision_kept": n1,
+            "windows": windows,
+            "average_tokens": average,
+            "at_least": config is not None and config.adapts_to_picture,
+        }
     return {"image": f"{width}x{height}", "image_tokens": n, "presets": presets}
 
 
@@ -185,11 +190,12 @@ def _print(result: dict[str, Any]) -> None:
             "layer K",
             "from layer K on",
             "average per layer",
-            title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens",
+            title=f"a {plan['image']} picture: {plan['image_tokens']} image tokens (+: or more, where it needs them)",
         )
         for name, p in plan["presets"].items():
             layers, kept = (", ".join(str(w[i]) for w in p["windows"]) or "-" for i in (0, 1))
-            table.add_row(name, str(p["vision_kept"]), layers, kept, f"{p['average_tokens']:.1f}")
+            more = "+" if p["at_least"] else ""
+            table.add_row(name, f"{p['vision_kept']}{more}", layers, kept, f"{p['average_tokens']:.1f}{more}")
         console.print(table)
     check = result.get("check", {})
     if check.get("done"):

@@ -105,12 +105,12 @@ function showKept(report) {
 
 // ---- the budget ----
 
-// Of the image's tokens, averaged over the layers, when the decoder stage comes a third of the way in: v / 3 + 2 d / 3.
+// Of the image's tokens, averaged over the layers, when the decoder stage comes two thirds of the way in: 2 v / 3 + d / 3.
 function pruneFor(percent) {
   const share = percent / 100;
   if (share >= 1) return "off";
-  const vision = Math.min(1, 1.5 * share);
-  const decoder = vision < 1 ? vision / 2 : 1.5 * share - 0.5;
+  const vision = Math.min(1, 1.2 * share);
+  const decoder = vision < 1 ? vision / 2 : 3 * share - 2;
   const config = { decoder_keep: decoder };
   if (vision < 1) config.vision_keep = vision; // left out is all; 1 would be one token
   return config;
