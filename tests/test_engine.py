@@ -168,7 +168,7 @@ def test_cells_of_dropped_tokens(reuse):
     somebody needs the room.
     """
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, reuse=reuse) as vlm:
-        _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+        _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2, seen_below=False))
         last = lambda sequence: llama_cpp.llama_memory_seq_pos_max(vlm.decoder.memory, sequence)
         assert report.n_kv_cells == last(0) + 1 == 9 + 18
         assert vlm.llama._ctx.n_parked == (72 - 18 if reuse else 0)
