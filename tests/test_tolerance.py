@@ -62,7 +62,9 @@ def test_the_context_holds_it_down():
         with pytest.raises(ContextLengthError):
             engine.read_prompt(QUESTION, noise, replace(NEEDS, vision_keep=0.95))
         _, report = engine.read_prompt(QUESTION, noise, replace(NEEDS, vision_keep=0.75, decoder_keep=0.1))
-        assert report.n_vision_kept == 216 and len(report.notes) == 1  # more than leaves room for an answer, but it fits
+        assert (
+            report.n_vision_kept == 216 and len(report.notes) == 1
+        )  # more than leaves room for an answer, but it fits
 
 
 def test_images_that_share_a_budget(vlm):

@@ -301,9 +301,9 @@ class PruneConfig:
 _PLAIN: dict[str, Any] = {"representatives": "none", "vision_share": 0.0, "decoder_share": 0.0}
 PRESETS: dict[str, PruneConfig | None] = {
     "off": None,
-    # Averages of a half, a quarter and a tenth of the tokens with K at two thirds of the layers, or more where a picture
-    # needs more (vision_tolerance). "quality": answers stay. "balanced": scenes and screens are cheap, pages stay
-    # legible. "fast": small text goes first. "document": pages, and no two words become one token.
+    # Averages of a half, a quarter and a tenth of the tokens, with K at two thirds of the layers, or more where a
+    # picture needs more (vision_tolerance). "quality": answers stay. "balanced": scenes are cheap, pages stay legible.
+    # "fast": small text goes first. "document": pages, where little is merged and the decoder stage is late.
     "quality": PruneConfig(vision_keep=0.6, decoder_keep=0.3, vision_tolerance=0.1),
     "balanced": PruneConfig(vision_keep=0.3, decoder_keep=0.15, vision_tolerance=0.2),
     "fast": PruneConfig(vision_keep=0.12, decoder_keep=0.06, vision_tolerance=0.4),

@@ -224,9 +224,7 @@ def _assign(far: np.ndarray, chosen: np.ndarray, too_far: np.ndarray | None) -> 
     return group
 
 
-def _medoids(
-    far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, too_far: np.ndarray | None
-) -> np.ndarray:
+def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, too_far: np.ndarray | None) -> np.ndarray:
     """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances, among
     those with the fewest members too far away.
     """
@@ -247,9 +245,7 @@ def _medoids(
     return np.sort(medoids)
 
 
-def _by_bands(
-    tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance: float, most: int
-) -> Selection:
+def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance: float, most: int) -> Selection:
     """`cluster` on bands of the image that are small enough, each with its share of k."""
     n = len(scores)
     n_bands = -(-n // MAX_CLUSTERED)

@@ -51,8 +51,8 @@ class PromptPlan:
         n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
         n_encoder: Tokens of each image that leave the encoder, special ones included: at most that many before the
             images are encoded, for of some of them more can be left out than was asked for, or only fewer.
-        n_vision: Tokens of each image that the vision stage leaves, special ones included: at most that many if it adapts
-            to the picture.
+        n_vision: Tokens of each image that the vision stage leaves, special ones included: at most that many if it
+            adapts to the picture.
         n_least: Tokens of each image that the vision stage leaves at least. `n_vision` unless it adapts to the picture.
         windows: (layer K, tokens of each image that stay from there on) of each decoder stage. At most that many if the
             vision stage adapts to the picture.
@@ -96,8 +96,7 @@ class Room:
         """Tokens of each image that the vision stage may leave: between `least` and `most`, as far as there is room."""
         if self.n_batch is not None:
             most = [
-                n if image.causal else min(n, max(first, self.n_batch))
-                for image, first, n in zip(images, least, most)
+                n if image.causal else min(n, max(first, self.n_batch)) for image, first, n in zip(images, least, most)
             ]
         taken = n_text + sum(least)
         free = next((n - taken for n in sorted(self.n_cells) if n >= taken), 0) if self.n_cells else sum(most)

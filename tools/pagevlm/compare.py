@@ -1,6 +1,6 @@
 """Answers of configs to held-out questions, without times: `star-edge eval` for many questions and few processors.
 
-python tools/pagevlm/compare.py ask QUESTIONS/questions.jsonl CONFIGS.json --out RESULTS.jsonl [--pictures N] [--cache DIR]
+python tools/pagevlm/compare.py ask QUESTIONS/questions.jsonl CONFIGS.json --out RESULTS.jsonl [--pictures N]
 python tools/pagevlm/compare.py table RESULTS.jsonl
 
 CONFIGS.json is a file of `star-edge eval --configs`, in which an entry may be {"name": "balanced", "preset":
@@ -96,7 +96,8 @@ def table(args: argparse.Namespace) -> None:
         for family in (*families, None):
             mine = [(r["right"], o["right"]) for r, o in both if family in (None, r["category"])]
             cells.append(f"{100 * sum(a for a, _ in mine) / max(1, sum(b for _, b in mine)):.1f}" if mine else "")
-        low, high = interval([r["right"] for r, _ in both], [o["right"] for _, o in both], [r["image"] for r, _ in both])
+        right = [[r["right"] for r, _ in both], [o["right"] for _, o in both]]
+        low, high = interval(*right, [r["image"] for r, _ in both])
         print("|", " | ".join([*cells, f"{100 * low:.1f} to {100 * high:.1f}"]), "|")
 
 
