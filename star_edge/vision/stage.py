@@ -84,8 +84,8 @@ class Room:
     """What the decoder has room for.
 
     Attributes:
-        n_cells: Sizes of a prompt, in KV cells, from which on it loses something: the smallest one holds that leaves room
-            for what the vision stage keeps at least.
+        n_cells: Sizes of a prompt, in KV cells, above which it loses something. The smallest one holds into which what
+            the vision stage keeps at least fits.
         n_batch: Rows that are processed at once at most.
     """
 
