@@ -243,7 +243,7 @@ def test_generation_through_llama_cpp_has_the_true_positions(families, decoder_r
         seen.append(np.array(scores, np.float64))
         return scores
 
-    config = PruneConfig(0.75, 0.5, 3, representatives="none")
+    config = PruneConfig(0.75, 0.5, 3, representatives="none", seen_below=False)
     with StarVLM(
         models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2
     ) as vlm:
@@ -408,7 +408,7 @@ def test_inspection_of_a_text_model(families, decoder_rounding):
 
 def test_inspection_agrees_with_the_decoder_stage(vlm):
     seen = vlm.inspect(COLOR, refvlm.DEMO_IMAGE, decoder_layers=[2], encoder_layers=[3])
-    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(1.0, 0.5, 2))
+    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(1.0, 0.5, 2, decoder_scorer="text"))
     assert np.allclose(seen.to_image(2), report.images[0].decoder_scores, atol=1e-6)
     _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, representatives="none"))
     assert np.allclose(seen.encoder[0][3].mean(axis=(0, 1))[1:], report.images[0].vision_scores, atol=1e-6)

@@ -130,6 +130,7 @@ def within(tokens, k, tolerance, most=None):
         if min(alone[worst, j] for j in chosen) <= tolerance * mean:
             break
         chosen.append(worst)
+    too_few = max(min(alone[i, j] for j in chosen) for i in range(n)) > tolerance * mean
 
     def assign(chosen):
         near = lambda i: [j for j in chosen if alone[i, j] <= tolerance * mean] or chosen
@@ -142,7 +143,7 @@ def within(tokens, k, tolerance, most=None):
         n_far = {i: sum(alone[i, m] > tolerance * mean for m in members) for i in members}
         best = [i for i in members if n_far[i] == min(n_far.values())]
         medoids.append(min(best, key=lambda i: sum(far[i, m] * mass[m] for m in members)))
-    return alone, tolerance * mean, assign(medoids)
+    return alone, tolerance * mean, assign(medoids), too_few
 
 
 @pytest.mark.parametrize("tolerance", [0.15, 0.3, 0.6, 0.9, 1.2])
@@ -152,16 +153,15 @@ def test_a_tolerance_keeps_what_the_picture_needs(tolerance, k, most):
     vectors = (centres[RNG.integers(0, 9, 30)] + 0.3 * RNG.standard_normal((30, 12))).astype(np.float32)
     tokens = Tokens(vectors, RNG.permutation(30), (5, 6), mass=RNG.integers(1, 4, 30).astype(float))
     selection = select("cluster", tokens, np.zeros(30), k, 1.0, tolerance, most)
-    alone, bound, owner = within(tokens, k, tolerance, most)
+    alone, bound, owner, too_few = within(tokens, k, tolerance, most)
     assert selection.kept.tolist() == sorted(set(owner.values()))
     assert selection.kept[selection.group].tolist() == [owner[i] for i in range(30)]
     assert selection.mass.sum() == pytest.approx(tokens.mass.sum())
     distance = alone[np.arange(30), selection.kept[selection.group]]
     assert k <= len(selection.kept) <= (most or 30)
+    assert selection.too_few == too_few
     if most is None:  # the promise itself
-        assert distance.max() <= bound * (1 + 1e-6) and not selection.too_few
-    else:
-        assert selection.too_few == (len(selection.kept) == most and distance.max() > bound)
+        assert distance.max() <= bound * (1 + 1e-6) and not too_few
 
 
 def test_a_loose_tolerance_changes_nothing():
@@ -327,7 +327,9 @@ def test_nothing_is_read_that_is_not_needed():
 @pytest.mark.parametrize("name", [name for name, config in PRESETS.items() if config])
 def test_presets_run(name, vlm):
     _, report = vlm.read_prompt("how many squares?", refvlm.DEMO_IMAGE, name)
-    assert report.average_tokens < 144 and not report.notes
+    assert report.average_tokens < 144
+    whole = ["no tokens are left out before the encoder"] if name == "document" else []  # a model of one picture size
+    assert [note.partition(":")[0] for note in report.notes] == whole
 
 
 def test_renumbered_positions(vlm, families):

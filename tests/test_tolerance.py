@@ -68,11 +68,11 @@ def test_the_context_holds_it_down():
 
 
 def test_images_that_share_a_budget(vlm):
-    for budget in ("image", "prompt"):
-        config = replace(NEEDS, budget=budget)
-        _, report = vlm.read_prompt(QUESTION, [PLAIN, random_image(1, 168, 168)], config)
-        plain, noise = (len(image.vision_kept) for image in report.images)
-        assert plain < 72 < noise and sum(len(image.decoder_kept) for image in report.images) == 6
+    """One budget for all is kept to: what a frame repeats is not needed again, which a frame alone cannot tell."""
+    pictures = [PLAIN, random_image(1, 168, 168)]
+    _, report = vlm.read_prompt(QUESTION, pictures, replace(NEEDS, budget="prompt"))
+    assert report.n_vision_kept == 14 and report.notes == ['vision_tolerance=0.05 changes nothing: budget="prompt"']
+    assert override(NEEDS, budget="prompt") == replace(NEEDS, budget="prompt", vision_tolerance=None)
 
 
 def test_notes_where_it_changes_nothing(vlm):

@@ -105,7 +105,8 @@ class PruneConfig:
             each dropped token is within this distance of the token that represents it. The distance is 1 - cosine of
             projected embeddings, over the mean of that between two of the picture's tokens. A page of text then keeps
             its letters and merges its paper. vision_keep is the least that stays; the context may hold it down
-            (a note in the report says so). For representatives="cluster" alone. None: vision_keep is what stays.
+            (a note in the report says so). For representatives="cluster" alone, and not where all images share one
+            budget (budget="prompt"). None: vision_keep is what stays.
         windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
             (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
             model's layers.
@@ -251,7 +252,14 @@ class PruneConfig:
     @property
     def adapts_to_picture(self) -> bool:
         """Whether the vision stage keeps as many tokens as a picture needs, vision_keep at least."""
-        return self.vision_tolerance is not None and self.representatives == "cluster" and self.prunes_in_vision
+        return self.vision_tolerance is not None and self._why_not_adapt() is None
+
+    def _why_not_adapt(self) -> str | None:
+        if not self.prunes_in_vision:
+            return "vision_keep keeps all tokens"
+        if self.representatives != "cluster":
+            return f'representatives="{self.representatives}"'
+        return 'budget="prompt"' if self.budget == "prompt" else None
 
     @property
     def limits_images(self) -> bool:
@@ -331,7 +339,8 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
 
     What contradicts the changes is left out, because the caller need not know the config: a decoder stage that would
     keep more than the vision stage leaves, a vision stage that would leave less than the decoder stage keeps, windows
-    if decoder_keep is given, and vision_tolerance if vision_keep is given, which then is what stays.
+    if decoder_keep is given, and vision_tolerance if vision_keep or a budget of all images is given, which then is
+    what stays.
 
     Args:
         config: The config, or None for no pruning.
@@ -364,7 +373,7 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
     elif "vision_keep" not in changes and exceeds(decoder, vision):
         changes["vision_keep"] = 1.0
     changes = _without_encoder_conflicts(config, changes, exceeds)
-    if "vision_keep" in changes and "vision_tolerance" not in changes:
+    if ("vision_keep" in changes or changes.get("budget") == "prompt") and "vision_tolerance" not in changes:
         config = replace(config, vision_tolerance=None)
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
@@ -398,10 +407,12 @@ def one_token_notes(config: PruneConfig | None) -> list[str]:
 
 def tolerance_notes(config: PruneConfig | None) -> list[str]:
     """A note if vision_tolerance changes nothing."""
-    if config is None or config.vision_tolerance is None or config.adapts_to_picture:
-        return []
-    why = f'representatives="{config.representatives}"' if config.prunes_in_vision else "vision_keep keeps all tokens"
-    return [f"vision_tolerance={config.vision_tolerance:g} changes nothing: {why}"]
+    why = None if config is None or config.vision_tolerance is None else config._why_not_adapt()
+    return (
+        []
+        if config is None or why is None
+        else [f"vision_tolerance={config.vision_tolerance:g} changes nothing: {why}"]
+    )
 
 
 def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:
