@@ -19,6 +19,8 @@ from pathlib import Path
 N_LAYERS = 6
 BUDGETS = (0.5, 0.25, 0.1)  # average tokens over the image's tokens
 PLAIN = {"representatives": "none"}
+# Defaults of decoder stages when the tables were taken
+THEN = {"decoder_scorer": "text", "decoder_share": 0.5, "seen_below": False}
 EVEN = {"representatives": "even", "vision_share": 0.5, "decoder_share": 0.5}
 
 
@@ -38,7 +40,7 @@ def methods() -> Iterator[dict]:
     for b in BUDGETS:
 
         def row(method: str, fields: dict, b: float = b) -> dict:
-            return {"name": f"{method} {b:g}", "method": method, **fields}
+            return {"name": f"{method} {b:g}", "method": method, **THEN, **fields}
 
         yield row("random", {"vision_keep": b, "vision_scorer": "random", **PLAIN})
         yield row("uniform", {"vision_keep": b, "vision_scorer": "uniform", **PLAIN})
@@ -90,7 +92,7 @@ def shapes() -> Iterator[dict]:
         for layer in (1, 2, 3, 4):
             for share in (0.25, 0.5, 1.0):
                 name = f"K={layer}, share {share:g}"
-                yield {"name": f"{name}, {b:g}", "method": name, **both(b, layer), "decoder_share": share}
+                yield {"name": f"{name}, {b:g}", "method": name, **THEN, **both(b, layer), "decoder_share": share}
 
 
 def table(summary: dict) -> None:

@@ -36,6 +36,7 @@ TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "preset": (str,),
     "vision_keep": (int, float),
+    "vision_tolerance": (int, float),
     "decoder_keep": (int, float),
     "decoder_layer": (int,),
     "image_max_tokens": (int, float),
@@ -58,6 +59,7 @@ _JSON_NAMES: dict[type, str] = {
 }
 _OVERRIDES = (
     "vision_keep",
+    "vision_tolerance",
     "decoder_keep",
     "decoder_layer",
     "budget",
@@ -158,10 +160,11 @@ def _expand(image: str) -> list[str]:
 def read_tasks(path: str | PathLike[str] | io.TextIOBase, prompt: str | None, settings: Settings) -> list[Task]:
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
-    A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, decoder_keep, decoder_layer,
-    image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens, temperature, seed, raw. The names of
-    question files (`io.questions`) are understood too, answers and categories are not used. Image paths are relative to
-    the file's folder, of an open file to the current one. The id defaults to a hash of the task.
+    A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, vision_tolerance,
+    decoder_keep, decoder_layer, image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens,
+    temperature, seed, raw. The names of question files (`io.questions`) are understood too, answers and categories are
+    not used. Image paths are relative to the file's folder, of an open file to the current one. The id defaults to a
+    hash of the task.
 
     Args:
         path: The file, or one that is open as text.

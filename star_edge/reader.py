@@ -29,7 +29,7 @@ from .llamacpp.handover import free_with, hand_over, uses_flash_attention
 from .llamacpp.mtmd import MEDIA_MARKER
 from .options import CacheOptions, EncoderOptions
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
-from .pruning.config import Keep, PruneConfig, one_token_notes
+from .pruning.config import Keep, PruneConfig, one_token_notes, tolerance_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
@@ -38,8 +38,9 @@ from .vision.encode import ImageEncoding
 from .vision.encoder import VisionEncoder
 from .vision.places import Places
 from .vision.resolution import Fitted, Resolution
-from .vision.stage import PromptPlan, StagedImage, plan_prompt, run_vision_stage
+from .vision.stage import PromptPlan, Room, StagedImage, plan_prompt, run_vision_stage
 
+_ANSWER_TOKENS = 256  # that a vision stage which adapts to the picture leaves room for
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
 
@@ -230,6 +231,8 @@ class PromptReader:
             plan, notes = self.plan(prompt, config, encoded)
         notes += undone
         segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
+        if config is not None and config.adapts_to_picture:
+            notes += _adapt(plan, images)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
         stage = _decoder_stage(plan, images) if windows else None
@@ -294,7 +297,7 @@ class PromptReader:
         if has_images:
             assert self.encoder is not None  # which made the images
             notes += self.encoder.notes
-            notes += one_token_notes(config)
+            notes += one_token_notes(config) + tolerance_notes(config)
         encoder = self.encoder
         if prune is not None:
             prune, impossible = self.encoding.possible(prune, [c for c in prompt.chunks if isinstance(c, ImageChunk)])
@@ -324,14 +327,18 @@ class PromptReader:
             if problem:
                 windows = []
                 notes.append(f"no decoder stage: {problem}")
-        plan = plan_prompt(prompt.chunks, prune, windows, encoded)
+        decoder = self.decoder
+        answer = min(_ANSWER_TOKENS, decoder.n_ctx // 4)
+        sizes = [n for n in (decoder.n_swa, decoder.n_ctx - answer) if n > 0]
+        room = Room(sizes, decoder.n_ubatch)
+        plan = plan_prompt(prompt.chunks, prune, windows, encoded, room)
         if windows and 0 < self.decoder.n_swa < plan.n_cells:
             # llama_kv_cache::find_slot hands out parked cells that have left the sliding window. Rows would not
             # come back to their own.
             notes.append(
                 f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}"
             )
-            plan = plan_prompt(prompt.chunks, prune, [], encoded)
+            plan = plan_prompt(prompt.chunks, prune, [], encoded, room)
         if prune is not None and prune.representatives != "none":
             problem = None
             if 0 < self.decoder.n_swa < plan.n_cells:  # the bias is made for the cells of another cache
@@ -401,6 +408,21 @@ def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
     return Candidates(
         tokens, None if special is None else special[rows], image.chunk.picture, image.chunk.n_tokens - n_special
     )
+
+
+def _adapt(plan: PromptPlan, images: Sequence[StagedImage]) -> list[str]:
+    """Lowers the plan's counts of decoder stages to what a vision stage that adapts to the picture has left.
+
+    Returns:
+        A note if there was no room for what the pictures need.
+    """
+    kept = [len(image.selection.kept) for image in images]
+    plan.windows = [(layer, [min(n, left) for n, left in zip(counts, kept)]) for layer, counts in plan.windows]
+    full = [i for i, image in enumerate(images) if image.selection.too_few]
+    if not full:
+        return []
+    n, n_tokens = sum(kept[i] for i in full), sum(images[i].chunk.n_tokens for i in full)
+    return [f"there is room for {n} of {n_tokens} image tokens, which is less than vision_tolerance asks for"]
 
 
 def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderStage:

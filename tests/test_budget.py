@@ -169,7 +169,9 @@ def test_crops_share_the_tokens_of_their_picture(families, sliced, method):
                 else {"decoder_keep": 0.15 if keep == 0.3 else 25, "decoder_layer": 3}
             )
             _, report = vlm.read_prompt(
-                "what?", [busy_corner(), random_image(2, 196, 196)], replace(config, vision_keep=keep, **stages)
+                "what?",
+                [busy_corner(), random_image(2, 196, 196)],
+                replace(config, vision_keep=keep, vision_tolerance=None, **stages),
             )
             total = keep_count("k", keep, 245)
             last = 20 if config.windows else keep_count("k", stages["decoder_keep"], 245)
@@ -222,7 +224,7 @@ def test_a_frame_that_repeats_another_gets_few_tokens(families, method, repeat):
     models = families["qwen2vl"]
     frame, other = random_image(1, 168, 168), random_image(2, 168, 168)
     frames = [frame, frame if repeat == "same" else noisy(frame), other]
-    own = replace(PRESETS[method], vision_keep=0.4, decoder_keep=0.2, decoder_layer=3)
+    own = replace(PRESETS[method], vision_keep=0.4, vision_tolerance=None, decoder_keep=0.2, decoder_layer=3)
     with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
         _, alone = vlm.read_prompt("what?", frames, own)
         _, shared = vlm.read_prompt("what?", frames, replace(own, budget="prompt"))

@@ -145,7 +145,7 @@ def test_report_comes_back_with_the_response(llm, handler):
     ]
     assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (
         PRESETS["balanced"].vision_keep,
-        2,
+        4,
         6,
     )
     assert summary["n_kv_cells"] == summary["n_text_tokens"] + kept("balanced").decoder

@@ -28,7 +28,7 @@ def test_help(star_edge):
 def test_run(star_edge, tmp_path):
     done = star_edge("run", "what color is the triangle?", "--image", IMAGE, "--overlay", "o.png")
     assert done.stdout.strip() == "red"
-    assert f"144 -> {kept('balanced').vision} -> {kept('balanced').decoder} from layer 2" in done.stderr
+    assert f"144 -> {kept('balanced').vision} -> {kept('balanced').decoder} from layer 4" in done.stderr
     picture = Image.open(tmp_path / "o.png")
     assert picture.width > 3 * 336 and picture.height > 336
 
@@ -130,10 +130,11 @@ def test_doctor(star_edge):
     assert data["model"]["encoder_repairs"] == []  # it was trained on what stock llama.cpp computes
     assert data["plan"]["presets"]["balanced"] == {
         "vision_kept": kept("balanced").vision,
-        "windows": [[2, kept("balanced").decoder]],
+        "windows": [[4, kept("balanced").decoder]],
         "average_tokens": kept("balanced").average,
+        "at_least": True,
     }
-    assert data["check"] == {"done": True, "layer": 2, "max_logit_difference": 0.0, "same_token": True}
+    assert data["check"] == {"done": True, "layer": 4, "max_logit_difference": 0.0, "same_token": True}
     text = star_edge("doctor", "--no-check").stdout
     assert "balanced" in text and "mlp" in text
 

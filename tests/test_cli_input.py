@@ -129,7 +129,7 @@ def test_a_count_of_one_says_so(star_edge):
 
 # ---- overrides ----
 
-PLAIN = replace(PRESETS["balanced"], decoder_keep=1.0)
+PLAIN = replace(PRESETS["balanced"], decoder_keep=1.0, vision_tolerance=None)
 
 
 def test_an_override_does_not_collide_with_the_encoder_stage():
@@ -148,10 +148,10 @@ def test_an_override_does_not_collide_with_the_preset():
     """A stage of the preset that contradicts what is given is left out; whatever else it says stays."""
     assert override(PRESETS["balanced"], vision_keep=0.1) == replace(PLAIN, vision_keep=0.1)
     assert override(PRESETS["balanced"], vision_keep=0.2) == replace(
-        PRESETS["balanced"], vision_keep=0.2
-    )  # 0.1875 still fits
+        PRESETS["balanced"], vision_keep=0.2, vision_tolerance=None
+    )  # 0.15 still fits
     assert override(PRESETS["balanced"], decoder_keep=0.5) == replace(
-        PRESETS["balanced"], vision_keep=1.0, decoder_keep=0.5
+        PRESETS["balanced"], vision_keep=1.0, decoder_keep=0.5, vision_tolerance=None
     )
     assert override(PRESETS["fastv"], vision_keep=0.2).prunes_in_decoder is False
     drop = PRESETS["pyramiddrop"]

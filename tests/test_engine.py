@@ -76,7 +76,7 @@ def test_halves_round_up_and_counts_are_checked():
 
 
 def test_default_layer():
-    assert [choose_layer(None, n) for n in (2, 3, 6, 22, 28, 32, 80)] == [1, 1, 2, 7, 9, 11, 27]
+    assert [choose_layer(None, n) for n in (2, 3, 6, 22, 28, 32, 80)] == [1, 2, 4, 15, 19, 21, 53]
     assert choose_layer(5, 6) == 5
 
 
@@ -168,7 +168,7 @@ def test_cells_of_dropped_tokens(reuse):
     somebody needs the room.
     """
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256, reuse=reuse) as vlm:
-        _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2))
+        _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, 0.125, 2, seen_below=False))
         last = lambda sequence: llama_cpp.llama_memory_seq_pos_max(vlm.decoder.memory, sequence)
         assert report.n_kv_cells == last(0) + 1 == 9 + 18
         assert vlm.llama._ctx.n_parked == (72 - 18 if reuse else 0)
@@ -243,7 +243,7 @@ def test_generation_through_llama_cpp_has_the_true_positions(families, decoder_r
         seen.append(np.array(scores, np.float64))
         return scores
 
-    config = PruneConfig(0.75, 0.5, 3, representatives="none")
+    config = PruneConfig(0.75, 0.5, 3, representatives="none", seen_below=False)
     with StarVLM(
         models.text, models.mmproj, n_ctx=512, flash_attn=False, type_k="f32", type_v="f32", n_threads=2
     ) as vlm:
@@ -408,7 +408,7 @@ def test_inspection_of_a_text_model(families, decoder_rounding):
 
 def test_inspection_agrees_with_the_decoder_stage(vlm):
     seen = vlm.inspect(COLOR, refvlm.DEMO_IMAGE, decoder_layers=[2], encoder_layers=[3])
-    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(1.0, 0.5, 2))
+    _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(1.0, 0.5, 2, decoder_scorer="text"))
     assert np.allclose(seen.to_image(2), report.images[0].decoder_scores, atol=1e-6)
     _, report = vlm.read_prompt(COLOR, refvlm.DEMO_IMAGE, PruneConfig(0.5, representatives="none"))
     assert np.allclose(seen.encoder[0][3].mean(axis=(0, 1))[1:], report.images[0].vision_scores, atol=1e-6)

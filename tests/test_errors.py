@@ -184,7 +184,7 @@ def test_prompt_over_the_context_is_refused_before_any_compute(vlm, fails, monke
     with monkeypatch.context() as patch:
         patch.setattr(vlm.encoder, "encode", must_not_run)
         with pytest.raises(errors.ContextLengthError, match="context of 256"):
-            ask(vlm, [refvlm.DEMO_IMAGE] * 5)
+            ask(vlm, [refvlm.DEMO_IMAGE] * 6)
     fails(errors.ContextLengthError, ["256", "n_ctx"], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 4, None, prompt=QUESTION))
     # the same two images fit once half of their tokens are dropped
     fails(errors.ContextLengthError, [], lambda: ask(vlm, [refvlm.DEMO_IMAGE] * 2, None))
@@ -500,11 +500,11 @@ def test_doctor_says_what_a_request_has_found(vlm, monkeypatch):
 
 
 def test_prompts_past_the_sliding_window(vlm, monkeypatch):
-    monkeypatch.setattr(vlm.decoder, "n_swa", 50)
+    monkeypatch.setattr(vlm.decoder, "n_swa", 40)
     answer = ask(vlm)
-    assert answer.report.decoder_layer is None and "sliding window of 50" in answer.report.notes[0]
+    assert answer.report.decoder_layer is None and "sliding window of 40" in answer.report.notes[0]
     monkeypatch.setattr(vlm.decoder, "n_swa", 100)
-    assert ask(vlm).report.decoder_layer == 2
+    assert ask(vlm).report.decoder_layer == 4
 
 
 def test_shapes_of_random_models_are_checked(tmp_path):

@@ -190,7 +190,7 @@ def test_json_plot_and_tables(ask, tmp_path):
         and off["difference"] is None
     )
     assert (
-        hard["average_tokens"] == (2 * 36 + 4 * 9) / 6
+        hard["average_tokens"] == (4 * 36 + 2 * 9) / 6
         and hard["kl"] > 0
         and 0 <= hard["mcnemar_p"] <= 1
         and hard["interval"] is None

@@ -203,4 +203,7 @@ def test_a_field_that_is_added_later_changes_no_fingerprint():
     assert changed_fields(PruneConfig()) == {} and changed_fields(PruneConfig(0.5)) == {"vision_keep": 0.5}
     tasks = [task("a"), Task("a", (), (), "p", Settings(None)), Task("a", (), (), "p", Settings(PruneConfig()))]
     assert len({t.key for t in tasks}) == 3
+    first = {"decoder_scorer": "text", "decoder_share": 0.5, "seen_below": False}
+    assert changed_fields(PruneConfig(decoder_keep=0.5, **first)) == {"decoder_keep": 0.5}
+    assert set(changed_fields(PruneConfig(decoder_keep=0.5))) == {"decoder_keep", *first}  # defaults that have changed
     assert fingerprint([(), "p"]) == fingerprint([[], "p"]) != fingerprint([[], "q"])

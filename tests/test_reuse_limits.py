@@ -14,7 +14,7 @@ from helpers.models import LLAMA, random_image
 from helpers.reusing import QUESTIONS, cells, engine, first_tokens, fresh, same
 from llama_cpp import Llama
 
-from star_edge import PruneConfig, StarChatHandler, errors, refvlm
+from star_edge import PRESETS, PruneConfig, StarChatHandler, errors, refvlm
 from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED
 from star_edge.llamacpp.tap import Plan
 from star_edge.rows import Rows
@@ -30,7 +30,7 @@ def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
     with engine(models) as vlm:
         assert vlm.decoder.n_swa == window
         for i, question in enumerate((*QUESTIONS, QUESTIONS[0])):
-            for preset in (None, "balanced", "star"):
+            for preset in (None, *(replace(PRESETS[name], seen_below=False) for name in ("balanced", "star"))):
                 request = (f"ab <__media__> {question}", random_image(1), preset)
                 report = same(vlm.read_prompt(*request, chat=False), fresh(models, request))
                 assert report.reused_tokens == 0 and (report.images[0].cached or not i)
@@ -147,7 +147,7 @@ def test_rows_that_move_are_read_again(families, monkeypatch):
 def test_nothing_is_left_when_it_is_off(families):
     with engine(families["llama"], reuse=False) as vlm:
         for _ in range(2):
-            state, report = vlm.read_prompt("a", random_image(1), "star")
+            state, report = vlm.read_prompt("a", random_image(1), replace(PRESETS["star"], seen_below=False))
             assert report.reused_tokens == 0
         assert cells(vlm) == [(0, state.n_cells - 1)] + [(-1, -1)] * (N_SEQUENCES - 1)
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..benchmarking import plots
 from ..benchmarking.run import BASELINES, make_request, run, shape_context, shape_request
 from ..benchmarking.summary import tables
 from ..errors import ConfigError, OutputError
+from ..evaluation.configs import NamedConfig
 from ..io.images import load_image
 from ..options import EncoderOptions
 from ..synthetic import DEFAULT_PICTURE, PICTURE_TITLES, PICTURES, SHAPES, model_files
@@ -216,6 +218,12 @@ def bench(
         image_max_tokens=image_max_tokens,
     )
     configs = [config for config in configs if unpruned or config.prune is not None]
+    if shape is not None:
+        # Embeddings of random weights say nothing about how many tokens a picture needs
+        fixed = [_without_tolerance(config) for config in configs]
+        if configs != fixed:
+            configs = fixed
+            dropped.append("random weights: vision_keep is what stays, without vision_tolerance")
     if not configs:
         raise ConfigError("--no-unpruned leaves nothing of star_edge to measure", "add --preset NAME, or leave it out")
     names = () if "none" in baselines else baselines or tuple(BASELINES)
@@ -331,6 +339,10 @@ def _temporary_folder() -> Iterator[str]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _without_tolerance(config: NamedConfig) -> NamedConfig:
+    return replace(config, prune=None if config.prune is None else replace(config.prune, vision_tolerance=None))
 
 
 def _print(result: dict[str, Any], written: list[str]) -> None:

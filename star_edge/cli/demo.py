@@ -55,6 +55,7 @@ from .tables import make_console, print_table
 def demo(
     preset: str,
     vision_keep: Any,
+    vision_tolerance: float | None,
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
@@ -82,6 +83,7 @@ def demo(
         encoder_keep=encoder_keep,
         encoder_layer=encoder_layer,
         image_max_tokens=image_max_tokens,
+        vision_tolerance=vision_tolerance,
     )
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []

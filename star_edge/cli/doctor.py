@@ -204,7 +204,12 @@ def _plan(vlm: StarVLM, width: int, height: int, smaller: PruneConfig) -> dict[s
                         (layer, min(windows[-1][1] if windows else n1, keep_count("decoder_keep", keep, n, n_special)))
                     )
         average = average_tokens(n1, windows, vlm.decoder.n_layers)
-        presets[name] = {"vision_kept": n1, "windows": windows, "average_tokens": average}
+        presets[name] = {
+            "vision_kept": n1,
+            "windows": windows,
+            "average_tokens": average,
+            "at_least": config is not None and config.adapts_to_picture,
+        }
     return {"image": f"{width}x{height}", "full_tokens": n_full, "image_tokens": n, "presets": presets}
 
 
@@ -272,10 +277,11 @@ def _print(result: dict[str, Any]) -> None:
         rows = []
         for name, p in plan["presets"].items():
             layers, kept = (", ".join(str(w[i]) for w in p["windows"]) or "-" for i in (0, 1))
-            rows.append([name, str(p["vision_kept"]), layers, kept, f"{p['average_tokens']:.1f}"])
+            more = "+" if p["at_least"] else ""
+            rows.append([name, f"{p['vision_kept']}{more}", layers, kept, f"{p['average_tokens']:.1f}{more}"])
         print_table(
             console,
-            f"a {plan['image']} picture: {plan['image_tokens']} image tokens{full}",
+            f"a {plan['image']} picture: {plan['image_tokens']} image tokens{full} (+: or more, where it needs them)",
             ["preset", "after the encoder", "layer K", "from layer K on", "average per layer"],
             rows,
         )

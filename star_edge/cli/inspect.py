@@ -90,6 +90,7 @@ def inspect(
     quiet: bool,
     preset: str,
     vision_keep: Any,
+    vision_tolerance: float | None,
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
@@ -101,7 +102,15 @@ def inspect(
     Arrays: tokens, image_of_token, decoder_L (heads, query, key), encoder_image_I_layer_L, and for each image
     kept_vision_I and kept_decoder_I (indices of kept image tokens) with scores_vision_I and scores_decoder_I.
     """
-    config = make_config(preset, vision_keep, decoder_keep, decoder_layer, budget, image_max_tokens=image_max_tokens)
+    config = make_config(
+        preset,
+        vision_keep,
+        decoder_keep,
+        decoder_layer,
+        budget,
+        image_max_tokens=image_max_tokens,
+        vision_tolerance=vision_tolerance,
+    )
     if not out.endswith(".npz"):
         raise ConfigError(f"{out} does not end in .npz", "arrays are written in NumPy's format")
     for path in filter(None, (picture, overlay)):

@@ -290,6 +290,13 @@ def prune_options(command: Command) -> Command:
         ),
         click.option("--vision-keep", type=KeepType(), help=f"Image tokens to keep after the encoder: {KEEP_HELP}."),
         click.option(
+            "--vision-tolerance",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Keep more than --vision-keep where the picture needs it: until each dropped token is within this "
+            "share of the mean distance between tokens from the one that stands for it, such as 0.2. "
+            "--vision-keep without it leaves the preset's out.",
+        ),
+        click.option(
             "--decoder-keep",
             type=KeepType(),
             help="Image tokens to keep from layer K on, likewise. A stage of the preset that contradicts "

@@ -84,6 +84,7 @@ def run(
     batch: BatchOptions,
     preset: str,
     vision_keep: Any,
+    vision_tolerance: float | None,
     decoder_keep: Any,
     decoder_layer: int | None,
     budget: str | None,
@@ -119,6 +120,7 @@ def run(
         encoder_keep=encoder_keep,
         encoder_layer=encoder_layer,
         image_max_tokens=image_max_tokens,
+        vision_tolerance=vision_tolerance,
     )
     batch.check(images, overlay, prompt)
     if batch.each and budget == "prompt":

@@ -44,7 +44,9 @@ class NamedConfig:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the fields that are not at their defaults. A field that is added later does not change it."""
+        """A hash of the fields that are not at their first defaults (`changed_fields`). A field that is added later
+        does not change it.
+        """
         return fingerprint([self.prune is None, {} if self.prune is None else changed_fields(self.prune)])
 
 

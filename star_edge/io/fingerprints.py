@@ -11,6 +11,9 @@ from typing import Any
 from ..errors import InputFileError
 from ..pruning.config import PruneConfig
 
+# Defaults of decoder stages as they were when results were first kept. A run with other defaults does not go on with
+# those results.
+_FIRST_DEFAULTS = {"decoder_scorer": "text", "decoder_share": 0.5, "seen_below": False}
 _PIECES, _PIECE_BYTES = 64, 16384
 
 
@@ -43,6 +46,8 @@ def fingerprint_file(path: str | os.PathLike[str]) -> str:
 
 
 def changed_fields(prune: PruneConfig) -> dict[str, Any]:
-    """Fields of a config that are not at their defaults: a field that is added later changes no fingerprint."""
-    default = asdict(PruneConfig())
+    """Fields of a config that are not at their first defaults: a field that is added later changes no fingerprint, and
+    a default that changes does.
+    """
+    default = asdict(PruneConfig()) | (_FIRST_DEFAULTS if prune.prunes_in_decoder else {})
     return {name: value for name, value in asdict(prune).items() if value != default.get(name)}

@@ -7,6 +7,7 @@ prompts.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class Policy:
         compares: Counting takes time in the square of the tokens (`budget.divide`).
         equal_images: Each image's attention is divided by its mean before images are compared. Attention adds up to 1
             in each image, so it is smaller where there are more tokens.
+        tolerance: `PruneConfig.vision_tolerance`, infinite for none.
     """
 
     scorer: Scorer
@@ -44,6 +46,7 @@ class Policy:
     counts_by_score: bool
     compares: bool
     equal_images: bool
+    tolerance: float = math.inf
 
 
 @dataclass
@@ -86,6 +89,7 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
         by_score,
         not by_score or name in ("maxmin", "scope"),
         equal_images=True,
+        tolerance=math.inf if config.vision_tolerance is None else config.vision_tolerance,
     )
 
 
@@ -124,16 +128,17 @@ def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int
 
 
 @one_blas_thread()
-def choose(policy: Policy, image: Candidates, n_keep: int) -> Selection:
+def choose(policy: Policy, image: Candidates, n_keep: int, most: int | None = None) -> Selection:
     """Keeps n_keep of an image's ordinary tokens, and all special ones.
 
-    Selection.scores is None if no token is chosen by score.
+    With a tolerance n_keep is the least that stays, and `most` what stays at most (None: all). Selection.scores is None
+    if no token is chosen by score.
     """
     n_by_score = n_keep - round(policy.share * n_keep)
 
     def among(tokens: Tokens) -> Selection:
         scores = np.zeros(len(tokens)) if policy.share == 1.0 else policy.scorer.score(tokens, max(1, n_by_score))
-        return select(policy.representatives, tokens, scores, n_keep, policy.share)
+        return select(policy.representatives, tokens, scores, n_keep, policy.share, policy.tolerance, most)
 
     selection = apart(image.special, _drawn(policy, image.tokens), among)
     if policy.share == 1.0:

@@ -10,6 +10,7 @@ n_rep represent the rest. Knows nothing of models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy as np
 from .selection import Selection, Tokens, top_k
 
 MAX_CLUSTERED = 4096  # tokens whose distances are held at once (64 MiB); larger images are clustered in bands
+
+ROUNDING = 1e-5  # of 1 - cosine of float32 vectors: tokens this near are equal
 
 
 def drop(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
@@ -43,7 +46,14 @@ def spread_evenly(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Sel
     return Selection(kept, weights[kept])
 
 
-def cluster(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+def cluster(
+    tokens: Tokens,
+    scores: np.ndarray,
+    k: int,
+    n_rep: int,
+    tolerance: float = math.inf,
+    most: int | None = None,
+) -> Selection:
     """Representatives are far from all kept tokens. A dropped token's mass goes to the nearest kept token.
 
     1. The k - n_rep best tokens stay, by score / sqrt(mass): a middle way between total attention and attention per
@@ -52,11 +62,24 @@ def cluster(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection
        2503.02175), by Tokens.distances. Small objects unlike the rest are found first; large areas get few tokens.
     3. Every token goes to the nearest kept token. If no token was chosen by score, each group's medoid replaces its
        representative, and tokens are assigned once more (one step of k-medoids).
+
+    With a tolerance, more tokens are picked after step 2, each the farthest from all kept ones by 1 - cosine alone,
+    until none is farther than the tolerance times the mean of that distance between two of the image's original tokens.
+    PACT (arXiv 2504.08966, DBDPC) bounds the distances within its clusters in the same way. In step 3 a token goes to
+    a token within that bound, and a medoid is within it of its whole group.
+
+    Args:
+        tokens: The tokens.
+        scores: What they are ranked by, (n,).
+        k: Tokens that stay at least.
+        n_rep: Those of them that represent others.
+        tolerance: Largest distance between a token and its representative, as above.
+        most: Tokens that stay at most, whatever the tolerance asks for. None: all.
     """
     n = len(scores)
     if n > MAX_CLUSTERED:
         return (
-            _by_bands(tokens, scores, k, n_rep)
+            _by_bands(tokens, scores, k, n_rep, tolerance, n if most is None else most)
             if k >= -(-n // MAX_CLUSTERED)
             else spread_evenly(tokens, scores, k, n_rep)
         )
@@ -72,12 +95,38 @@ def cluster(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection
         kept[pick] = True
         np.minimum(nearest, far[pick], out=nearest)
         nearest[pick] = -1.0
+    too_far, too_few = None, False
+    if tolerance < math.inf:
+        alone = tokens.vector_distances()
+        mean = float(tokens.masses @ (alone @ tokens.masses)) / tokens.masses.sum() ** 2
+        bound = max(tolerance * mean, ROUNDING)
+        too_few = _pick_within(alone, kept, bound, n if most is None else most)
+        too_far = alone > bound
     chosen = np.flatnonzero(kept)
-    group = _assign(far, chosen)
+    group = _assign(far, chosen, too_far)
     if n_rep == k:
-        chosen = _medoids(far, group, k, tokens.masses)
-        group = _assign(far, chosen)
-    return Selection(chosen, np.bincount(group, weights=tokens.masses, minlength=k), group)
+        chosen = _medoids(far, group, len(chosen), tokens.masses, too_far)
+        group = _assign(far, chosen, too_far)
+    mass = np.bincount(group, weights=tokens.masses, minlength=len(chosen))
+    return Selection(chosen, mass, group, too_few=too_few)
+
+
+def _pick_within(far: np.ndarray, kept: np.ndarray, bound: float, most: int) -> bool:
+    """Adds the farthest token to `kept`, (n,) bool, again and again, until all are within the bound or `most` stay.
+
+    Returns:
+        Whether some are still too far.
+    """
+    nearest = far[kept].min(axis=0)
+    nearest[kept] = -1.0
+    for _ in range(most - int(kept.sum())):
+        pick = int(nearest.argmax())
+        if nearest[pick] <= bound:
+            return False
+        kept[pick] = True
+        np.minimum(nearest, far[pick], out=nearest)
+        nearest[pick] = -1.0
+    return bool(nearest.max() > bound)
 
 
 def contextual(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
@@ -107,14 +156,36 @@ REPRESENTATIVES: dict[str, Callable[[Tokens, np.ndarray, int, int], Selection]] 
 }
 
 
-def select(kind: str, tokens: Tokens, scores: np.ndarray, k: int, share: float) -> Selection:
-    """Keeps k tokens. kind: a name in REPRESENTATIVES. share: part of k, 0..1, that represents dropped tokens."""
+def select(
+    kind: str,
+    tokens: Tokens,
+    scores: np.ndarray,
+    k: int,
+    share: float,
+    tolerance: float = math.inf,
+    most: int | None = None,
+) -> Selection:
+    """Keeps k tokens, or more if there is a tolerance.
+
+    Args:
+        kind: A name in REPRESENTATIVES.
+        tokens: The tokens.
+        scores: What they are ranked by, (n,).
+        k: Tokens that stay.
+        share: Part of k, 0..1, that represents dropped tokens.
+        tolerance: As in `cluster`, and for that kind alone.
+        most: As in `cluster`.
+    """
     if k == len(scores):
         return Selection(np.arange(k), tokens.mass, None, np.asarray(scores, np.float32))
     n_rep = round(share * k)
     if share > 0 and kind != "cluster":  # mass goes to representatives only: there must be one
         n_rep = max(1, n_rep)
-    selection = REPRESENTATIVES[kind](tokens, np.asarray(scores, np.float64), k, n_rep)
+    ranks = np.asarray(scores, np.float64)
+    if kind == "cluster":
+        selection = cluster(tokens, ranks, k, n_rep, tolerance, most)
+    else:
+        selection = REPRESENTATIVES[kind](tokens, ranks, k, n_rep)
     selection.scores = np.asarray(scores, np.float32)
     return selection
 
@@ -138,28 +209,43 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
     return sums
 
 
-def _assign(far: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """For each token the index into `chosen` of the nearest, (n,) int64. Chosen tokens are their own nearest."""
-    group: np.ndarray = far[:, chosen].argmin(axis=1)
+def _assign(far: np.ndarray, chosen: np.ndarray, too_far: np.ndarray | None) -> np.ndarray:
+    """For each token the index into `chosen` of the nearest, (n,) int64. Chosen tokens are their own nearest.
+
+    too_far: pairs that should not be in one group, (n, n) bool, or None. A token for which there are only such pairs
+    goes to the nearest.
+    """
+    away = far[:, chosen]
+    if too_far is not None:
+        away = away + np.where(too_far[:, chosen], np.float32(far.max() + 1), np.float32(0))
+    group: np.ndarray = away.argmin(axis=1)
     # equal tokens have distance 0: each chosen one still keeps a place of its own
     group[chosen] = np.arange(len(chosen))
     return group
 
 
-def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray) -> np.ndarray:
-    """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances."""
+def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, too_far: np.ndarray | None) -> np.ndarray:
+    """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances, among
+    those with the fewest members too far away.
+    """
     order = np.argsort(group, kind="stable")
     edges = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=k))])
     medoids = np.empty(k, np.int64)
     for g in range(k):
         members = order[edges[g] : edges[g + 1]]
-        medoids[g] = (
-            members[0] if len(members) < 2 else members[(far[np.ix_(members, members)] @ mass[members]).argmin()]
-        )
+        if len(members) < 2:
+            medoids[g] = members[0]
+            continue
+        pairs = np.ix_(members, members)
+        if too_far is not None:
+            n_far = too_far[pairs].sum(axis=1)
+            members = members[n_far == n_far.min()]
+            pairs = np.ix_(members, order[edges[g] : edges[g + 1]])
+        medoids[g] = members[(far[pairs] @ mass[order[edges[g] : edges[g + 1]]]).argmin()]
     return np.sort(medoids)
 
 
-def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance: float, most: int) -> Selection:
     """`cluster` on bands of the image that are small enough, each with its share of k."""
     n = len(scores)
     n_bands = -(-n // MAX_CLUSTERED)
@@ -169,11 +255,16 @@ def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selecti
     kept: list[np.ndarray] = []
     mass: list[np.ndarray] = []
     group: list[np.ndarray] = []
+    too_few = False
     for first, last, share, reps in zip(edges, edges[1:], shares, n_reps):
         part = tokens.part(slice(first, last))
-        selection = cluster(part, scores[first:last], int(share), int(share if n_rep == k else reps))
+        at_most = int(share) + (most - k) * (last - first - int(share)) // max(1, n - k)
+        selection = cluster(
+            part, scores[first:last], int(share), int(share if n_rep == k else reps), tolerance, at_most
+        )
         assert selection.group is not None and selection.mass is not None  # clusters have both
         group.append(selection.group + sum(len(p) for p in kept))
         kept.append(selection.kept + first)
         mass.append(selection.mass)
-    return Selection(np.concatenate(kept), np.concatenate(mass), np.concatenate(group))
+        too_few |= selection.too_few
+    return Selection(np.concatenate(kept), np.concatenate(mass), np.concatenate(group), too_few=too_few)

@@ -29,12 +29,14 @@ class Selection:
         mass: Original tokens that each kept one stands for, (k,) float64. None: one each.
         group: Index into `kept` of the token that each of the n went to, (n,) int64. None: dropped tokens are gone.
         scores: What the tokens were ranked by, (n,) float32, or None.
+        too_few: A tolerance asked for more tokens than might stay.
     """
 
     kept: np.ndarray
     mass: np.ndarray | None = None
     group: np.ndarray | None = None
     scores: np.ndarray | None = None
+    too_few: bool = False
 
 
 @dataclass
@@ -121,14 +123,19 @@ class Tokens:
         Both parts are divided by their mean over all pairs. The weight then means the same for every model. A token
         without a grid cell is at the mean distance from all others.
         """
-        unit = self.unit_vectors
-        far: np.ndarray = 1.0 - unit @ unit.T
-        np.maximum(far, 0.0, out=far)
+        far = self.vector_distances()
         far /= max(float(far.mean()), 1e-12)
         places = self.place_distances()
         if places is not None:
             far += PLACE_WEIGHT * places
         np.fill_diagonal(far, 0.0)
+        return far
+
+    def vector_distances(self) -> np.ndarray:
+        """1 - cosine of all pairs of vectors, (n, n) float32."""
+        unit = self.unit_vectors
+        far: np.ndarray = 1.0 - unit @ unit.T
+        np.maximum(far, 0.0, out=far)
         return far
 
     def place_distances(self) -> np.ndarray | None:
@@ -185,7 +192,7 @@ def apart(special: np.ndarray | None, tokens: Tokens, choose: Callable[[Tokens],
     chosen = choose(tokens.part(ordinary))
     kept = np.concatenate([ordinary[chosen.kept], rows])
     order = np.argsort(kept)
-    selection = Selection(kept[order])
+    selection = Selection(kept[order], too_few=chosen.too_few)
     if chosen.mass is not None:
         selection.mass = np.concatenate([chosen.mass, np.ones(len(rows))])[order]
     if chosen.group is not None:

@@ -52,8 +52,11 @@ class PromptPlan:
         n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
         n_encoder: Tokens of each image that leave the encoder, special ones included: at most that many before the
             images are encoded, for of some of them more can be left out than was asked for, or only fewer.
-        n_vision: Tokens of each image that the vision stage leaves, special ones included.
-        windows: (layer K, tokens of each image that stay from there on) of each decoder stage.
+        n_vision: Tokens of each image that the vision stage leaves, special ones included: at most that many if it
+            adapts to the picture.
+        n_least: Tokens of each image that the vision stage leaves at least. `n_vision` unless it adapts to the picture.
+        windows: (layer K, tokens of each image that stay from there on) of each decoder stage. At most that many if the
+            vision stage adapts to the picture.
         n_text: Text tokens of the prompt.
     """
 
@@ -63,6 +66,7 @@ class PromptPlan:
     n_special: list[int]
     n_encoder: list[int]
     n_vision: list[int]
+    n_least: list[int]
     windows: list[tuple[int, list[int]]]
     n_text: int
 
@@ -76,11 +80,40 @@ class PromptPlan:
         return self.n_text + sum(self.n_vision)
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the decoder has room for.
+
+    Attributes:
+        n_cells: Sizes of a prompt, in KV cells, above which it loses something. The smallest one holds into which what
+            the vision stage keeps at least fits.
+        n_batch: Rows that are processed at once at most.
+    """
+
+    n_cells: Sequence[int] = ()
+    n_batch: int | None = None
+
+    def fill(self, images: Sequence[ImageChunk], least: list[int], most: list[int], n_text: int) -> list[int]:
+        """Tokens of each image that the vision stage may leave: between `least` and `most`, as far as there is room."""
+        if self.n_batch is not None:
+            most = [
+                n if image.causal else min(n, max(first, self.n_batch)) for image, first, n in zip(images, least, most)
+            ]
+        taken = n_text + sum(least)
+        free = next((n - taken for n in sorted(self.n_cells) if n >= taken), 0) if self.n_cells else sum(most)
+        dropped = [n - first for first, n in zip(least, most)]
+        if free < np.count_nonzero(dropped):
+            return least
+        more = budget.in_proportion(min(free, sum(dropped)), dropped)
+        return [first + n for first, n in zip(least, more)]
+
+
 def plan_prompt(
     chunks: Sequence[TextChunk | ImageChunk],
     config: PruneConfig | None,
     windows: Sequence[tuple[int, Keep]],
     encoded: Sequence[Encoded] | None = None,
+    room: Room = Room(),
 ) -> PromptPlan:
     """Counts what each stage leaves. At least one ordinary token of each image stays, and all special ones.
 
@@ -89,6 +122,7 @@ def plan_prompt(
         config: What is done, or None for no pruning.
         windows: (layer, keep) of the decoder stages that are possible.
         encoded: The images, if they are encoded already.
+        room: What a vision stage that adapts to the picture may fill.
 
     Raises:
         ConfigError: A count is over an image's tokens.
@@ -121,15 +155,17 @@ def plan_prompt(
 
     if config is not None and encoded is None:
         left = keep_of("encoder_keep", config.encoder_keep, left)
-    n_encoder = n_vision = left
+    n_encoder = n_least = n_vision = left
+    n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
     if config is not None:
-        n_vision = left = keep_of("vision_keep", config.vision_keep, left)
+        n_least = n_vision = left = keep_of("vision_keep", config.vision_keep, left)
+        if config.adapts_to_picture:
+            n_vision = left = room.fill(images, n_least, n_encoder, n_text)
     counts = []
     for layer, keep in windows:
         left = keep_of("decoder_keep", keep, left)
         counts.append((layer, left))
-    n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
-    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_vision, counts, n_text)
+    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_vision, n_least, counts, n_text)
 
 
 def _join_frames(groups: Sequence[list[int]], images: Sequence[ImageChunk]) -> list[list[int]]:
@@ -207,8 +243,9 @@ def _run_vision_stage(
         selection, embeddings = Selection(np.arange(len(tokens)), encoded[i].mass), encoded[i].embeddings
         if n_keep[i] < len(tokens):
             assert config is not None  # without one everything stays
-            has_attention = encoded[i].scores is not None
-            selection = choose(vision_policy(config, has_attention), candidates[i], n_keep[i] - plan.n_special[i])
+            policy = vision_policy(config, encoded[i].scores is not None)
+            n_ordinary, room = n_keep[i] - plan.n_special[i], plan.n_vision[i] - plan.n_least[i]
+            selection = choose(policy, candidates[i], n_ordinary, n_ordinary + room)
             embeddings = merge(embeddings, selection)
         selection = _of_image(selection, tokens, chunk.n_tokens)
         kept = selection.kept
@@ -229,12 +266,14 @@ def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Select
     if selection.scores is not None:
         scores = np.zeros(n_tokens, np.float32)
         scores[tokens] = selection.scores
-    return Selection(tokens[selection.kept], selection.mass, None, scores)
+    return Selection(tokens[selection.kept], selection.mass, None, scores, selection.too_few)
 
 
 def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
-    """Tokens of each image that stay, special ones included: the plan's counts, with shared budgets divided anew."""
-    n_keep = list(plan.n_vision)
+    """Tokens of each image that stay at least, special ones included: the plan's counts, with shared budgets divided
+    anew.
+    """
+    n_keep = list(plan.n_least)
     for group in plan.groups:
         images = [candidates[i] for i in group]
         if len(group) > 1 and any(n_keep[i] < len(candidates[i].tokens) for i in group):

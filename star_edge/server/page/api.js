@@ -72,11 +72,11 @@ export async function* stream(body, key, signal) {
   }
 }
 
-// Of the picture's tokens, averaged over the layers, when the decoder stage comes a third of the way in: v / 3 + 2 d / 3.
+// Of the picture's tokens, averaged over the layers, when the decoder stage comes two thirds of the way in: 2 v / 3 + d / 3.
 function shareConfig(percent) {
   const share = percent / 100;
-  const vision = Math.min(1, 1.5 * share);
-  const config = { decoder_keep: vision < 1 ? vision / 2 : 1.5 * share - 0.5 };
+  const vision = Math.min(1, 1.2 * share);
+  const config = { decoder_keep: vision < 1 ? vision / 2 : 3 * share - 2 };
   if (vision < 1) config.vision_keep = vision; // left out is all; JSON has no 1.0, and 1 would be one token
   return config;
 }
