@@ -107,6 +107,25 @@ class PromptReader:
         """A number that changes whenever the prompt in the cache goes. A stream whose number is another one is over."""
         return self.context.request
 
+    @property
+    def stages(self) -> dict[str, str]:
+        """What each stage can do with this model: "yes", or what it does instead and why. By name: redundancy,
+        encoder_stage, vision_stage, decoder_stage.
+        """
+        encoder, problem = self.encoder, self.decoder.stage_problem
+        found = {"decoder_stage": f"no: {problem}" if problem else "yes"}
+        if encoder is None:
+            return dict.fromkeys(("redundancy", "encoder_stage", "vision_stage"), "no: there is no encoder") | found
+        kind = f"projector type {encoder.projector!r}"
+        whole = f"no: the encoder of {kind} encodes whole pictures only"
+        parts = f"no: the encoder of {kind} cannot run in two parts"
+        by_embeddings = f"by embeddings alone: {kind} has no profile"
+        return {
+            "redundancy": whole if self.encoding.composer is None else "yes",
+            "encoder_stage": parts if self.encoding.window is None else "yes",
+            "vision_stage": "yes" if encoder.profile.reads_attention else by_embeddings,
+        } | found
+
     def begin(self) -> None:
         """Ends an unfinished request. Empties the cache, except for what the next prompt may use."""
         self.context.clears_to_stem = False

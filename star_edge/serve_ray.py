@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.applications import Starlette
 from .cluster import joined_ray, share_out
 from .errors import MissingDependencyError, WorkerError
 from .server.front import Message, ServerLostError, make_front
+from .server.request_log import RECORD
 from .server.settings import Policy
 
 _PICTURES = 64  # of which a replica tells Ray; its cache of encoder outputs is bounded by bytes
@@ -27,7 +29,9 @@ _running: set[asyncio.Task[Any]] = set()  # asyncio itself may forget a task tha
 
 
 async def messages_of(app: Any, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
-    """The ASGI messages with which an app answers a request. Closing it tells the app that the client has left."""
+    """The ASGI messages with which an app answers a request, and last what a server's log would say of it. Closing it
+    tells the app that the client has left.
+    """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     left = asyncio.Event()
     parts = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -45,6 +49,8 @@ async def messages_of(app: Any, scope: dict[str, Any], body: bytes) -> AsyncGene
     try:
         while (message := await messages.get()) is not None:
             yield message
+        if RECORD in scope:
+            yield {"type": RECORD, "facts": scope[RECORD].facts}
     finally:
         left.set()
 
@@ -100,6 +106,8 @@ def served_on_ray(
             raise MissingDependencyError("serve --ray needs Ray Serve", 'pip install "star-edge[ray]"') from error
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         replicas, n_cpus, n_gpus = share_out(resources, replicas, use_gpu)
+        files, (own_policy, *more) = arguments[:2], arguments[2:]
+        arguments = (*files, replace(own_policy, request_log=None), *more)  # the front writes it
         options = {**options, "n_threads": options.get("n_threads") or n_cpus}
         name = f"star-edge-{uuid.uuid4().hex[:8]}"
 

@@ -1,4 +1,4 @@
-"""Conversations that take turns: what the decoder read of each waits in memory, and every answer equals a fresh engine's."""
+"""Conversations that take turns: what the decoder read of each waits in memory. Every answer equals a fresh engine's."""
 
 import contextlib
 

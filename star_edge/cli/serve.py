@@ -14,18 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ConfigError, MissingDependencyError
-from ..io.configs import resolve_prune
+from ..io.configs import read_named, resolve_prune
 from ..pruning.config import DEFAULT_PRESET, PRESETS
 from ..server.settings import Policy
+from .config_file import config_option
 from .options import check_load_options, find_model, fit_reference_model, in_cli_words, model_options
 
 _SHUTDOWN_SECONDS = 5  # for clients to take what was sent to them
+_PROMPT_CACHE_BYTES = 2**30
 _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llama.cpp
 
 
 @click.command()
+@config_option(
+    {
+        **dict.fromkeys(("model", "mmproj", "request_log"), "file"),
+        **dict.fromkeys(("preset", "chat_template"), "maybe"),
+        "prune_configs": "named",
+    },
+    frozenset({"as_json"}),
+)
 @click.option(
     "--host", default=Policy.host, show_default=True, help="Address to listen on. Others than localhost: use --api-key."
 )
@@ -36,7 +47,14 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     metavar="NAME|FILE.json",
     default=DEFAULT_PRESET,
     show_default=True,
-    help=f"For requests without `prune`: {', '.join(PRESETS)}, or a file of star-edge tune.",
+    help=f"For requests without `prune`: {', '.join(PRESETS)}, a file of star-edge tune, or a name of --prune-config.",
+)
+@click.option(
+    "--prune-config",
+    "prune_configs",
+    metavar="NAME=FILE",
+    multiple=True,
+    help="A file of star-edge tune that requests may name in `prune`; repeat for several.",
 )
 @click.option(
     "--api-key", envvar="STAR_EDGE_API_KEY", help="Clients must send it as Bearer token. Also: STAR_EDGE_API_KEY."
@@ -75,6 +93,14 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     help="Time for one request to arrive, or for a client to take what is sent.",
 )
 @click.option(
+    "--prompt-cache-bytes",
+    type=click.IntRange(0, 2**63 - 1),
+    default=_PROMPT_CACHE_BYTES,
+    show_default=True,
+    help="Memory for what the decoder read of earlier prompts, up to their last image, so that conversations which "
+    "take turns do not read their pictures again. 0: the last prompt's alone is kept.",
+)
+@click.option(
     "--max-queue",
     type=int,
     default=Policy.max_queue,
@@ -87,6 +113,19 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     multiple=True,
     help="Site whose pages may call, such as https://example.org; repeat for several.",
 )
+@click.option(
+    "--request-log",
+    metavar="FILE|-",
+    help="Add a line for each request to FILE, or print it: client, status, what was pruned, times. No prompts.",
+)
+@click.option(
+    "--request-log-format",
+    type=click.Choice(["text", "json"]),
+    default=Policy.request_log_format,
+    show_default=True,
+    help="name=value pairs, or a JSON object a line.",
+)
+@click.option("--request-log-prompts", is_flag=True, help="The lines have the texts of messages too. Never pictures.")
 @click.option("--ray", "use_ray", is_flag=True, help="Answer by replicas on Ray: RAY_ADDRESS, or this machine.")
 @click.option("--workers", type=click.IntRange(min=1), help="With --ray: replicas, each with a model of its own.")
 @click.option("--json", "as_json", is_flag=True, help="When ready, print one line of JSON with the address.")
@@ -94,6 +133,7 @@ def serve(
     host: str,
     port: int,
     preset: str,
+    prune_configs: tuple[str, ...],
     use_ray: bool,
     workers: int | None,
     as_json: bool,
@@ -105,8 +145,8 @@ def serve(
 ) -> int:
     """Serve a model: OpenAI's API under /v1, a page to try it at /, /health and /metrics.
 
-    A request may have a field `prune`: a preset's name, an object of PruneConfig's fields, or null for none. Ctrl-C or
-    SIGTERM ends the server within 10 seconds.
+    A request may have a field `prune`: a name of a preset or of --prune-config, an object of PruneConfig's fields, or
+    null for none. Ctrl-C or SIGTERM ends the server within 10 seconds.
     """
     try:
         from ..server.app import make_app
@@ -117,7 +157,10 @@ def serve(
     policy = Policy(host=host, **limits)
     with in_cli_words():
         check_load_options(options)
-    resolve_prune(preset)  # a wrong one shows before a model is downloaded
+    configs = read_named(prune_configs)
+    if preset not in configs:
+        resolve_prune(preset)  # a wrong one shows before a model is downloaded
+    model, mmproj, hf_repo, no_mmproj = _given_model(model, mmproj, hf_repo, no_mmproj)
     text, projector = find_model(model, mmproj, hf_repo, no_mmproj)
     if projector is None:
         raise ConfigError("the model has no mmproj", "add --mmproj FILE; for text alone use python -m llama_cpp.server")
@@ -139,12 +182,27 @@ def serve(
             use_gpu = options["n_gpu_layers"] != 0
             arguments = (*files, policy, preset)
             app = stack.enter_context(
-                served_on_ray(arguments, {"alias": alias, **options}, policy, workers, use_gpu=use_gpu)
+                served_on_ray(
+                    arguments, {"alias": alias, "configs": configs, **options}, policy, workers, use_gpu=use_gpu
+                )
             )
         else:
-            app = make_app(text, projector, policy, preset, alias=alias, **options)
+            with in_cli_words():
+                app = make_app(text, projector, policy, preset, alias=alias, configs=configs, **options)
         _run(app, listener, policy, alias, as_json, options["verbose"])
     return 0
+
+
+def _given_model(
+    model: str | None, mmproj: str | None, hf_repo: str | None, no_mmproj: bool
+) -> tuple[str | None, str | None, str | None, bool]:
+    """The model of the command line, or else that of the file of --config: not a half of each."""
+    context = click.get_current_context()
+    values = {"model": model, "mmproj": mmproj, "hf_repo": hf_repo, "no_mmproj": no_mmproj}
+    typed = {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if typed & {"model", "hf_repo"}:
+        values = {name: value if name in typed else None for name, value in values.items()}
+    return values["model"], values["mmproj"], values["hf_repo"], bool(values["no_mmproj"])  # type: ignore[return-value]
 
 
 def _run(app: Any, listener: socket.socket, policy: Policy, alias: str, as_json: bool, verbose: bool) -> None:

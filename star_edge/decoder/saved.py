@@ -59,9 +59,7 @@ class SavedStems:
         self._saved.clear()
         self.used = 0
 
-    def change_to(
-        self, context: DecoderContext, segments: Sequence[Segment], n_prefix: int, layer: int | None
-    ) -> None:
+    def change_to(self, context: DecoderContext, segments: Sequence[Segment], n_prefix: int, layer: int | None) -> None:
         """Puts the stem into the cache that a new prompt can use most of, and saves the one that goes.
 
         The prompt is attached next. Arguments are those of reuse.attach.

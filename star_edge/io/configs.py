@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import fields
 
 from ..errors import ConfigError
@@ -64,3 +66,24 @@ def load_config(path: str) -> PruneConfig | None:
     if unknown or not values:
         raise ConfigError(f"{path} has {'unknown fields: ' + ', '.join(unknown) if unknown else 'no config'}", remedy)
     return PruneConfig(**values)
+
+
+def read_named(pairs: Iterable[str]) -> dict[str, PruneConfig | None]:
+    """Configs by name, of texts NAME=FILE. FILE is as for `load_config`.
+
+    Raises:
+        ConfigError: A text has another form, a name is taken or cannot be one, or a file cannot be used.
+    """
+    configs: dict[str, PruneConfig | None] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"prune config {pair!r} is not NAME=FILE", "write receipts=receipts.json")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+            raise ConfigError(f"prune config {name!r} is not a name", "use letters, digits, '.', '_' and '-'")
+        if name in PRESETS or name == "custom" or name.endswith(".json"):
+            raise ConfigError(f"prune config {name!r} is the name of something else", "choose another name")
+        if name in configs:
+            raise ConfigError(f"prune config {name!r} is there twice", "choose another name")
+        configs[name] = load_config(path)
+    return configs

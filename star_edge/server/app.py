@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from os import PathLike
 from typing import Any
 
@@ -20,7 +20,9 @@ from ..pruning.config import PruneConfig
 from .bodies import Bodies
 from .guard import Guard
 from .jobs import Engine, Pictures
+from .request_log import RequestLog
 from .routes import error_handlers, make_routes
+from .schema import Configs
 from .settings import Policy
 
 
@@ -31,6 +33,7 @@ def make_app(
     prune: PruneConfig | str | None = "balanced",
     *,
     alias: str,
+    configs: Mapping[str, PruneConfig | None] = {},
     chat_template: str | PathLike[str] | None = None,
     **options: Any,
 ) -> Starlette:
@@ -40,8 +43,9 @@ def make_app(
         model: As in StarVLM.
         mmproj: As in StarVLM.
         policy: What is allowed.
-        prune: Config of requests without `prune`.
+        prune: Config of requests without `prune`; it may be the name of one of `configs`.
         alias: Name of the model for clients.
+        configs: Further configs that requests may name, beside the presets.
         chat_template: As in StarVLM.
         **options: Of LoadOptions, EncoderOptions and CacheOptions.
 
@@ -52,7 +56,8 @@ def make_app(
         UnsupportedModelError: A file cannot be used, or has no chat template.
         EngineError: llama.cpp could not create a context.
     """
-    default = resolve_prune(prune)
+    of_requests = choose_default(prune, configs)
+    log = None if policy.request_log is None else RequestLog(policy.request_log, policy.request_log_format)
     load = LoadOptions.take(options)
     path = read_text_model(model).path
     pictures = Pictures(policy.image_limits)
@@ -60,7 +65,7 @@ def make_app(
         mmproj,
         verbose=load.verbose,
         use_gpu=load.uses_gpu,
-        prune=default,
+        prune=of_requests.default,
         chat_template=chat_template,
         image_loader=pictures,
         **options,
@@ -74,9 +79,12 @@ def make_app(
         raise
     engine = Engine(llama, handler, pictures, alias)
     bodies = Bodies(policy.max_body_bytes, policy.max_held_bytes, policy.body_seconds)
-    routes = make_routes(engine, policy, default, bodies)
+    routes = make_routes(engine, policy, of_requests, bodies)
     posts = {route.path for route in routes if "POST" in (route.methods or ())}
-    middleware = [Middleware(Guard, policy=policy, on_post=engine.metrics.request, paths=posts, bodies=bodies)]
+    on_line = None if log is None else log.write
+    middleware = [
+        Middleware(Guard, policy=policy, on_post=engine.metrics.request, paths=posts, bodies=bodies, log=on_line)
+    ]
     if policy.cors_origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=list(policy.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -90,8 +98,22 @@ def make_app(
         finally:
             await engine.stop()
             llama.close()
+            if log is not None:
+                log.close()
 
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=error_handlers(routes), lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would repeat whatever Host a client has sent
     app.state.engine = engine
     return app
+
+
+def choose_default(prune: PruneConfig | str | None, configs: Mapping[str, PruneConfig | None]) -> Configs:
+    """The configs of a server: those by name, and the one for requests that say nothing.
+
+    Raises:
+        ConfigError: `prune` is unknown.
+    """
+    if isinstance(prune, str) and prune in configs:
+        return Configs(configs[prune], prune, configs)
+    name = "off" if prune is None else prune if isinstance(prune, str) else "custom"
+    return Configs(resolve_prune(prune), name, configs)

@@ -7,6 +7,7 @@ for that request: nobody sees it. An answer that is not a stream counts as sent 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -26,6 +27,8 @@ from ..errors import RequestCancelledError, StarEdgeError
 from .bodies import Bodies
 from .guard import TICKET, Guard
 from .messages import read_messages
+from .request_log import RECORD, RequestLog
+from .responses import ResponseRequest
 from .routes import cancel_when_gone, error_handlers
 from .schema import describe, error_response, read_request
 from .settings import Policy
@@ -41,10 +44,11 @@ class ServerLostError(Exception):
     """The server that was to answer is gone."""
 
 
-def picture_name(body: bytes) -> str:
+def picture_name(body: bytes, path: str = "/v1/chat/completions") -> str:
     """A name for a request's first picture, the same for the same picture. "": it has none, or cannot be read."""
     try:
-        _, urls = read_messages(read_request(body).messages, sys.maxsize)
+        chat = ResponseRequest(body).chat if path == "/v1/responses" else read_request(body)
+        _, urls = read_messages(chat.messages, sys.maxsize)
     except (StarEdgeError, ValueError, RecursionError):
         return ""  # the server that gets it says what is wrong
     return hashlib.sha256(urls[0].encode()).hexdigest() if urls else ""
@@ -70,13 +74,14 @@ class Front:
             for name in ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
         }
         scope |= {"asgi": {"version": "3.0"}, "root_path": "", "client": None, "server": None}
-        picture = await anyio.to_thread.run_sync(picture_name, body) if body else ""
+        picture = await anyio.to_thread.run_sync(picture_name, body, request.url.path) if body else ""
         cancel = anyio.CancelScope()
         self._scopes.add(cancel)
         watcher = asyncio.create_task(cancel_when_gone(request, cancel))
+        facts = request.scope[RECORD].facts
         try:
             with cancel:
-                return await self._attempt(scope, body, picture)
+                return await self._attempt(scope, body, picture, facts)
         finally:
             watcher.cancel()
             self._scopes.discard(cancel)
@@ -84,9 +89,9 @@ class Front:
             return error_response(RequestCancelledError("the request was cancelled"))
         return Response(status_code=499)  # the client left
 
-    async def _attempt(self, scope: dict[str, Any], body: bytes, picture: str) -> Response:
+    async def _attempt(self, scope: dict[str, Any], body: bytes, picture: str, facts: dict[str, Any]) -> Response:
         for attempt in range(1, _MAX_ATTEMPTS + 1):
-            messages = self._ask(scope, body, picture)
+            messages = _without_records(self._ask(scope, body, picture), facts)
             try:
                 start = await anext(messages)
                 headers = dict(start["headers"])
@@ -103,6 +108,7 @@ class Front:
             except (ServerLostError, StopAsyncIteration) as error:
                 _log.warning("a server was lost (%s), attempt %d of %d", error, attempt, _MAX_ATTEMPTS)
         lost = "the servers that were to answer are gone: ask again"
+        facts["error"] = "ServerLost"
         return JSONResponse({"error": {"message": lost, "type": "server_error", "param": None, "code": "lost"}}, 503)
 
     async def _events(self, first: Message, messages: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:
@@ -123,6 +129,18 @@ class Front:
                 await messages.aclose()
 
 
+async def _without_records(
+    messages: AsyncGenerator[Message, None], facts: dict[str, Any]
+) -> AsyncGenerator[Message, None]:
+    """A server's messages. What its record says of the request goes into `facts`."""
+    async with contextlib.aclosing(messages):
+        async for message in messages:
+            if message["type"] == RECORD:
+                facts |= message["facts"]
+            else:
+                yield message
+
+
 def make_front(policy: Policy, ask: Ask, count: Callable[[], int]) -> Starlette:
     """The app. `app.state.engine.stop_jobs` ends running requests.
 
@@ -137,13 +155,15 @@ def make_front(policy: Policy, ask: Ask, count: Callable[[], int]) -> Starlette:
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "receiving": len(bodies.arriving), "replicas": count()})
 
+    posts = {"/v1/chat/completions", "/v1/responses", "/v1/image_tokens"}
     routes = [
-        Route("/v1/chat/completions", front.forward, methods=["POST"]),
+        *(Route(path, front.forward, methods=["POST"]) for path in sorted(posts)),
         Route("/health", health),
         *(Route(path, front.forward) for path in ("/v1/models", "/v1/models/{name:path}", "/", "/page/{name}")),
     ]
-    posts = {"/v1/chat/completions"}
-    middleware = [Middleware(Guard, policy=policy, on_post=lambda *_: None, paths=posts, bodies=bodies)]
+    log = None if policy.request_log is None else RequestLog(policy.request_log, policy.request_log_format)
+    on_line = None if log is None else log.write
+    middleware = [Middleware(Guard, policy=policy, on_post=lambda *_: None, paths=posts, bodies=bodies, log=on_line)]
     if policy.cors_origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=list(policy.cors_origins), allow_methods=["*"], allow_headers=["*"]

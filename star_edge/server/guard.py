@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from .bodies import Bodies, Body, Refusal
+from .request_log import RECORD, Record
 from .schema import error_body
 from .settings import Policy
 
@@ -51,16 +52,23 @@ class Guard:
         on_post: Called with the path and status of every answered POST request.
         paths: Paths that on_post names; others are "other".
         bodies: The bodies that arrive.
+        log: Called with the line of every POST request, when it is over.
 
     Attributes:
         n_waiting: Requests that have arrived and are not answered yet.
     """
 
     def __init__(
-        self, app: Any, policy: Policy, on_post: Callable[[str, int], None], paths: set[str], bodies: Bodies
+        self,
+        app: Any,
+        policy: Policy,
+        on_post: Callable[[str, int], None],
+        paths: set[str],
+        bodies: Bodies,
+        log: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.app, self.policy, self.on_post, self.paths = app, policy, on_post, paths
-        self.bodies = bodies
+        self.bodies, self.log = bodies, log
         self.n_waiting = 0
         self._names = _LOCAL_NAMES | {policy.host.strip("[]").lower()}
 
@@ -71,11 +79,17 @@ class Guard:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         status = 499  # nginx's code: the client left before there was a status
+        client = scope.get("client")
+        record = scope[RECORD] = Record(client[0] if client else None, scope["path"])
 
         async def note_status(message: dict[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if scope["method"] == "POST":
+                    name = b"x-request-id"
+                    headers = [header for header in message.get("headers", []) if header[0].lower() != name]
+                    message["headers"] = [*headers, (name, record.id.encode())]
             await send(message)
 
         try:
@@ -85,10 +99,13 @@ class Guard:
             else:
                 await self.app(scope, receive, note_status)
         except Refusal as refusal:
+            record.facts["error"] = refusal.code
             await _answer(note_status, refusal)
         finally:
             if scope["method"] == "POST":  # other paths are a stranger's text, and each would be kept for ever
                 self.on_post(scope["path"] if scope["path"] in self.paths else "other", status)
+                if self.log is not None:
+                    self.log(record.line(status))
 
     async def _post(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         length = dict(scope["headers"]).get(b"content-length", b"").lstrip(b"0")

@@ -25,6 +25,7 @@ from ..pruning.config import Keep, PruneConfig
 from ..report import PruneReport
 from ..request import Request
 from .metrics import Metrics
+from .request_log import Record
 from .schema import ChatRequest
 
 # Fields of a request that Llama.create_chat_completion takes by the same name
@@ -134,10 +135,11 @@ class Job:
         images: dict[str, str | bytes],
         arrived: float,
         on_end: Callable[[], None],
+        record: Record,
     ) -> None:
         """messages, images: see `messages` and `Pictures`. on_end: called when the job no longer needs its request."""
         self._engine, self._body, self._messages, self._config, self._images = engine, body, messages, config, images
-        self._arrived, self._on_end = arrived, on_end
+        self._arrived, self._on_end, self._record = arrived, on_end, record
         self._scope = anyio.CancelScope()
         self._stopped = threading.Event()
         self._is_waiting = False
@@ -201,6 +203,7 @@ class Job:
         result, request = await engine.in_thread(self._begin)
         report = request.answered[1]
         engine.metrics.prompt(report, waited)
+        self._record.read(report, waited)
         if not self._body.stream:
             self._finish(result, report, waited)
             return
@@ -226,6 +229,8 @@ class Job:
             result["star_edge"]["milliseconds"]["queue"] = 1e3 * waited
             if self._body.star_edge.kept:
                 result["star_edge"]["kept"] = _kept(report)
+            finish_reason = result["choices"][0]["finish_reason"]
+            self._record.facts |= {"tokens": report.n_generated, "finish_reason": finish_reason}
             self._engine.metrics.generated(report.n_generated)
         self._send.send_nowait(result)
 

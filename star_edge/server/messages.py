@@ -7,7 +7,7 @@ deals with what a chat template makes of roles and lists. Knows neither models n
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import PromptError
@@ -45,12 +45,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else "leave it out"
 
 
-def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[dict[str, Any]], list[str]]:
+def read_messages(
+    messages: list[dict[str, Any]], max_parts: int, places: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Reads messages.
 
     Args:
         messages: As the client sent them.
         max_parts: Messages and parts at most. Each takes at least one token.
+        places: Where in the request each of them is, for errors. None: messages.0, messages.1, ...
 
     Returns:
         The messages in one form, with `image_name` in place of each URL and without nulls (but for an assistant's
@@ -67,7 +70,8 @@ def read_messages(messages: list[dict[str, Any]], max_parts: int) -> tuple[list[
             f"{n_parts} messages and parts are more than the context has tokens",
             f"send at most {max_parts}",
         )
-    return [_message(message, f"messages.{i}", urls) for i, message in enumerate(messages)], urls
+    places = places or [f"messages.{i}" for i in range(len(messages))]
+    return [_message(message, place, urls) for message, place in zip(messages, places)], urls
 
 
 def image_name(number: int) -> str:

@@ -28,7 +28,9 @@ from .bodies import Bodies
 from .guard import TICKET
 from .jobs import Engine, Job
 from .messages import image_name, read_messages
-from .schema import describe, error_body, error_response, parse_prune, read_request
+from .request_log import RECORD, Record
+from .responses import ResponseBuilder, ResponseRequest
+from .schema import ChatRequest, Configs, describe, error_body, error_response, read_request
 from .settings import Policy
 
 _log = logging.getLogger(__name__)
@@ -48,7 +50,47 @@ _PAGE_HEADERS = {
 }
 
 
-def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bodies: Bodies) -> list[Route]:
+class _Chat:
+    """The form of chat completions: results as they are, events of data alone, and one that says it is over."""
+
+    def __init__(self, request: ChatRequest) -> None:
+        self.chat, self.places = request, None
+
+    def whole(self, result: dict[str, Any]) -> dict[str, Any]:
+        return result
+
+    async def events(
+        self, first: dict[str, Any], results: AsyncIterator[dict[str, Any]]
+    ) -> AsyncIterator[dict[str, str]]:
+        yield {"data": json.dumps(first)}
+        async for chunk in results:
+            yield {"data": json.dumps(chunk)}
+        yield {"data": "[DONE]"}
+
+    def error(self, error: Exception) -> dict[str, str]:
+        return {"data": json.dumps(describe(error)[1])}
+
+
+class _Responses:
+    """The form of the Responses API: results translated, events with names."""
+
+    def __init__(self, request: ResponseRequest) -> None:
+        self.chat, self.places = request.chat, request.places
+        self._builder = ResponseBuilder(request)
+        self.whole = self._builder.whole
+
+    async def events(
+        self, first: dict[str, Any], results: AsyncIterator[dict[str, Any]]
+    ) -> AsyncIterator[dict[str, str]]:
+        async for event in self._builder.events(first, results):
+            yield {"event": event["type"], "data": json.dumps(event)}
+
+    def error(self, error: Exception) -> dict[str, str]:
+        event = self._builder.error(error)
+        return {"event": event["type"], "data": json.dumps(event)}
+
+
+def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies) -> list[Route]:
     # Downloads may be slow: they have their own threads, so that nothing else waits for them.
     fetch = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(8))
 
@@ -60,56 +102,71 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
         return {image_name(i): await _source(url, policy, fetch) for i, url in enumerate(urls)}
 
     async def chat(request: Request) -> Response:
+        return await complete(request, lambda data: _Chat(read_request(data)))
+
+    async def responses(request: Request) -> Response:
+        return await complete(request, lambda data: _Responses(ResponseRequest(data)))
+
+    async def complete(request: Request, read: Callable[[bytearray], _Chat | _Responses]) -> Response:
+        """Answers a chat completion, in the form that `read` gives it."""
         arrived = time.perf_counter()
         job, first = None, None
         scope = anyio.CancelScope()
-        ticket = request.scope[TICKET]
+        ticket, record = request.scope[TICKET], request.scope[RECORD]
         watcher = asyncio.create_task(cancel_when_gone(request, scope))
         try:
             with scope:
-                body = read_request(ticket.take_body())
-                config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
-                messages, urls = read_messages(body.messages, engine.llama.n_ctx())
+                form = read(ticket.take_body())
+                body = form.chat
+                config, name = configs.of(body)
+                messages, urls = read_messages(body.messages, engine.llama.n_ctx(), form.places)
                 body.messages = []  # the images are now in urls only
+                record.asked(body.model or engine.model, name, body.stream)
+                if policy.request_log_prompts:
+                    record.facts["messages"] = messages
                 images = await sources(urls)
                 del urls
-                job = Job(engine, body, messages, config, images, arrived, ticket.release)
+                job = Job(engine, body, messages, config, images, arrived, ticket.release, record)
                 del images
                 job.start()
                 results = job.results()
                 first = await anext(results)  # before the status line is sent, so that an error still has a status
         except Exception as error:
-            return _failed(error, engine)
+            return _failed(error, engine, record)
         finally:
             watcher.cancel()
             if first is None and job is not None:
                 job.stop()
         if first is None or job is None:
             engine.metrics.error("ClientLeft")
+            record.facts["error"] = "ClientLeft"
             return Response(status_code=499)  # nginx's, which nobody reads but the metrics
         if not body.stream:
-            return JSONResponse(first)
-        return EventSourceResponse(_events(job, first, results, engine), sep="\n", send_timeout=policy.body_seconds)
+            return JSONResponse(form.whole(first))
+        events = _events(form, job, first, results, engine, record)
+        return EventSourceResponse(events, sep="\n", send_timeout=policy.body_seconds)
 
     async def image_tokens(request: Request) -> Response:
         """How many image tokens the pictures of a chat completion would take. The body is that of the completion."""
         ticket = request.scope[TICKET]
         try:
             body = read_request(ticket.take_body())
-            config = parse_prune(body.prune) if "prune" in body.model_fields_set else default
+            config, _ = configs.of(body)
             images = await sources(read_messages(body.messages, engine.llama.n_ctx())[1])
             body.messages = []  # the images are now in their sources only
             return JSONResponse(await engine.count_tokens(images, 1.0 if config is None else config.image_max_tokens))
         except Exception as error:
-            return _failed(error, engine)
+            return _failed(error, engine, request.scope[RECORD])
+
+    supported = _supported(engine, policy, configs)
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(engine)]})
+        return JSONResponse({"object": "list", "data": [_model(engine) | {"star_edge": supported}]})
 
     async def model(request: Request) -> Response:
         if request.path_params["name"] != engine.model:
             raise HTTPException(404, f"there is no model of that name: this server has {engine.model}")
-        return JSONResponse(_model(engine))
+        return JSONResponse(_model(engine) | {"star_edge": supported})
 
     async def health(_: Request) -> Response:
         """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while one runs."""
@@ -143,6 +200,7 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
 
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/image_tokens", image_tokens, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
@@ -156,6 +214,35 @@ def make_routes(engine: Engine, policy: Policy, default: PruneConfig | None, bod
 
 def _model(engine: Engine) -> dict[str, Any]:
     return {"id": engine.model, "object": "model", "created": 0, "owned_by": "me"}
+
+
+def _supported(engine: Engine, policy: Policy, configs: Configs) -> dict[str, Any]:
+    """What the model and the server can do, for clients that ask for the models."""
+
+    usual = PruneConfig().to_dict()
+
+    def fields(config: PruneConfig | None) -> dict[str, Any] | None:
+        """What a request would write as `prune`: the fields that are not the usual ones."""
+        given = None if config is None else config.to_dict()
+        return given and {name: value for name, value in given.items() if value != usual[name]}
+
+    reader = engine.handler.reader
+    return {
+        "version": __version__,
+        "stages": reader.stages,
+        "presets": {name: fields(config) for name, config in PRESETS.items()},
+        "configs": {name: fields(config) for name, config in configs.named.items()},
+        "default": {"name": configs.default_name, "config": fields(configs.default)},
+        "n_ctx": reader.decoder.n_ctx,
+        "images": {
+            "max_images": policy.max_images,
+            "max_image_bytes": policy.max_image_bytes,
+            "max_image_pixels": policy.max_image_pixels,
+            "max_body_bytes": policy.max_body_bytes,
+            "remote": policy.allow_remote_images,
+        },
+        "prompt_cache_bytes": reader.saved.n_bytes,
+    }
 
 
 def error_handlers(routes: list[Route]) -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
@@ -188,31 +275,40 @@ async def cancel_when_gone(request: Request, scope: anyio.CancelScope) -> None:
     scope.cancel()
 
 
-def _failed(error: Exception, engine: Engine) -> Response:
-    engine.metrics.error(type(error).__name__)
-    if describe(error)[0] == 500:
-        _log.error("a request failed", exc_info=error)
+def _failed(error: Exception, engine: Engine, record: Record) -> Response:
+    _note(error, engine, record)
     return error_response(error)
 
 
+def _note(error: Exception, engine: Engine, record: Record) -> None:
+    engine.metrics.error(type(error).__name__)
+    record.facts["error"] = type(error).__name__
+    if describe(error)[0] == 500:
+        _log.error("a request failed", exc_info=error)
+
+
 async def _events(
-    job: Job, first: dict[str, Any], results: AsyncIterator[dict[str, Any]], engine: Engine
+    form: _Chat | _Responses,
+    job: Job,
+    first: dict[str, Any],
+    results: AsyncIterator[dict[str, Any]],
+    engine: Engine,
+    record: Record,
 ) -> AsyncIterator[dict[str, str]]:
     """The chunks as server-sent events. The status line is sent already, so an error is an event too."""
     finished = False
     try:
-        yield {"data": json.dumps(first)}
-        async for chunk in results:
-            yield {"data": json.dumps(chunk)}
-        yield {"data": "[DONE]"}
+        async for event in form.events(first, results):
+            yield event
         finished = True
     except Exception as error:
         finished = True
-        _failed(error, engine)
-        yield {"data": json.dumps(describe(error)[1])}
+        _note(error, engine, record)
+        yield form.error(error)
     finally:
         if not finished:
             engine.metrics.error("ClientLeft")
+            record.facts["error"] = "ClientLeft"
         job.stop()
 
 

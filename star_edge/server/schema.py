@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from llama_cpp.server.types import CreateChatCompletionRequest
@@ -141,12 +142,16 @@ def read_request(body: bytes | bytearray) -> ChatRequest:
         FieldError: The first field that cannot be used.
         PromptError: The body is not a JSON object.
     """
-    values = _parse(body)
+    return as_chat_request(read_json_object(body))
+
+
+def as_chat_request(values: dict[str, Any]) -> ChatRequest:
+    """The request that some fields make. Raises FieldError for the first one that cannot be used."""
     unknown = sorted(set(values) - set(ChatRequest.model_fields))
     if unknown:
         raise FieldError(unknown[0][:60], "unknown field", suggestion(unknown[0], ChatRequest.model_fields))
-    prune = {"prune": values.pop("prune")} if "prune" in values else {}
-    values = _without_nulls(values)
+    prune = {"prune": values["prune"]} if "prune" in values else {}
+    values = _without_nulls({name: value for name, value in values.items() if name != "prune"})
     for name in ("star_edge", "stream_options"):
         if isinstance(values.get(name), dict):
             values[name] = _without_nulls(values[name])
@@ -184,7 +189,7 @@ def _invalid(error: ValidationError) -> FieldError:
     )
 
 
-def _parse(body: bytes | bytearray) -> dict[str, Any]:
+def read_json_object(body: bytes | bytearray) -> dict[str, Any]:
     """The object in a body. Raises PromptError unless it is one, without NaN, infinity and half surrogate pairs."""
     n = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if n > _MAX_VALUES:
@@ -234,19 +239,49 @@ def _check_text(value: Any, depth: int = 0) -> None:
             _check_text(item, depth + 1)
 
 
-def parse_prune(value: Any) -> PruneConfig | None:
+@dataclass(frozen=True)
+class Configs:
+    """The configs that requests may name.
+
+    Attributes:
+        default: Of requests without `prune`.
+        default_name: What it is called.
+        named: Those that the server was started with, by name. None: no pruning.
+    """
+
+    default: PruneConfig | None
+    default_name: str
+    named: Mapping[str, PruneConfig | None] = field(default_factory=dict)
+
+    def of(self, request: ChatRequest) -> tuple[PruneConfig | None, str]:
+        """The config of a request, and its name: "custom" for one by fields.
+
+        Raises:
+            ConfigError: See `parse_prune`.
+        """
+        if "prune" not in request.model_fields_set:
+            return self.default, self.default_name
+        config = parse_prune(request.prune, self.named)
+        name = request.prune if isinstance(request.prune, str) else "off" if request.prune is None else "custom"
+        return config, name
+
+
+def parse_prune(value: Any, named: Mapping[str, PruneConfig | None] = {}) -> PruneConfig | None:
     """The config of a request's `prune` field. null turns pruning off. A name is never that of a file.
 
+    named: Configs by name, beside the presets.
+
     Raises:
-        ConfigError: The preset or a field is unknown, or PruneConfig refuses a value.
+        ConfigError: The name or a field is unknown, or PruneConfig refuses a value.
     """
     if value is None:
         return None
     if isinstance(value, str):
+        if value in named:
+            return named[value]
         if value not in PRESETS:
-            raise ConfigError(
-                f"prune: there is no preset {value[:60]!r}", f"use one of {', '.join(PRESETS)}, or an object"
-            )
+            known = ", ".join((*named, *PRESETS))
+            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {known}, or an object")
         return PRESETS[value]
     if not isinstance(value, dict):
         raise ConfigError(

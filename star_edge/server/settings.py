@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import urllib.parse
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import ConfigError
 from ..io.images import ImageLimits
@@ -26,6 +27,9 @@ class Policy:
         max_queue: Requests that wait while one is answered.
         body_seconds: Seconds that a body may take to arrive.
         cors_origins: Other sites whose pages may call, such as https://example.org; "*" for any.
+        request_log: File that gets a line for each POST request, "-" for stdout. None: none.
+        request_log_format: "text" or "json".
+        request_log_prompts: The line has the texts of the request's messages. Pictures are never in it.
 
     Raises:
         ConfigError: The key is empty or cannot be sent, a number allows nothing, or a site is not valid.
@@ -42,6 +46,9 @@ class Policy:
     max_queue: int = 64
     body_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
+    request_log: str | None = None
+    request_log_format: Literal["text", "json"] = "text"
+    request_log_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():

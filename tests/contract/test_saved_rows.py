@@ -1,4 +1,4 @@
-"""A sequence that was saved goes back into an empty cache: row i into cell i, and bit for bit (llama_kv_cache::state_read)."""
+"""A saved sequence goes back into an empty cache: row i into cell i, bit for bit (llama_kv_cache::state_read)."""
 
 import numpy as np
 import pytest
