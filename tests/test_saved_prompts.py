@@ -1,4 +1,4 @@
-"""Conversations that take turns: what the decoder read of each waits in memory. Every answer equals a fresh engine's."""
+"""Conversations that take turns: what the decoder read of each waits in memory. Answers equal a fresh engine's."""
 
 import contextlib
 
