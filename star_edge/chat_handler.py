@@ -338,6 +338,9 @@ class StarChatHandler(ChatHook):
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
 
+    def encoder_lock(self) -> contextlib.AbstractContextManager[object]:
+        return self._vision.lock
+
     def template_source(self) -> str:
         assert self._chat is not None  # since `attach`
         return self._chat.source or "{{ messages[0]['content'] }}"

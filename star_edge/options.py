@@ -106,6 +106,12 @@ class LoadOptions(_Options):
         """Whether any layer is on the GPU. The encoder is there too then."""
         return self.n_gpu_layers != 0
 
+    @property
+    def has_spare_cores(self) -> bool:
+        """Whether decoder and encoder can work at the same time with a core for each of their threads."""
+        cores = _physical_cores()
+        return 2 * (self.n_threads or cores) <= cores
+
     def for_llama(self) -> dict[str, Any]:
         """The same as arguments of llama_cpp.Llama."""
         values = {name: getattr(self, name) for name in names_of(type(self))}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
 from typing import cast
@@ -26,6 +26,7 @@ from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowErr
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over, uses_flash_attention
+from .llamacpp.mtmd import MEDIA_MARKER
 from .options import CacheOptions, EncoderOptions
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes
@@ -136,16 +137,46 @@ class PromptReader:
     def afresh(self) -> Iterator[None]:
         """A prompt that is read inside the block uses nothing of earlier prompts, and leaves nothing for later ones."""
         encoder, reuse = self.encoder, self.reuse
-        cache = None if encoder is None else encoder.cache
-        self.reuse = False
-        if encoder is not None:
-            encoder.cache = None
-        try:
-            yield
-        finally:
-            self.reuse = reuse
+        with self._with_encoder():  # nothing is encoded ahead meanwhile, which would cost time
+            cache = None if encoder is None else encoder.cache
+            self.reuse = False
             if encoder is not None:
-                encoder.cache = cache
+                encoder.cache = None
+            try:
+                yield
+            finally:
+                self.reuse = reuse
+                if encoder is not None:
+                    encoder.cache = cache
+
+    def _with_encoder(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.encoder is None else self.encoder.lock
+
+    def encode_ahead(self, pictures: Sequence[np.ndarray], config: PruneConfig | None) -> None:
+        """Puts what the encoder makes of pictures into its cache, for a prompt that will be read with that config.
+
+        Another thread may generate an answer meanwhile, or read a prompt. Without a cache nothing is done.
+
+        Args:
+            pictures: The prompt's pictures in order, (h, w, 3) uint8 each.
+            config: What that prompt prunes, or None.
+
+        Raises:
+            StarEdgeError: As `read` would for these pictures alone.
+        """
+        with self._with_encoder():
+            encoder = self.encoder
+            if encoder is None or encoder.cache is None or not pictures:
+                return
+            fitted = [self.fit(pixels, config).pixels for pixels in pictures]
+            prompt = encoder.tokenize("\n".join([MEDIA_MARKER] * len(fitted)) + "\n", fitted)
+            encoder.cache.ahead = True
+            try:
+                plan, _ = self.plan(prompt, config)
+                self.encoding.encode(plan, Stopwatch(), [])
+            finally:
+                encoder.cache.ahead = False
+                prompt.close()
 
     def count_tokens(self, height: int, width: int) -> int:
         """Counts the image tokens of a picture of that size, in pixels. Nothing is encoded.
@@ -156,13 +187,15 @@ class PromptReader:
         """
         if self.encoder is None:
             raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
-        return self._resolution.count(height, width)
+        with self._with_encoder():
+            return self._resolution.count(height, width)
 
     def fit(self, pixels: np.ndarray, config: PruneConfig | None) -> Fitted:
         """A picture, (h, w, 3) uint8, as a request gets it: smaller, if the config says so."""
         if self.encoder is None or config is None or not config.limits_images:
             return Fitted(pixels)
-        return self._resolution.fit(pixels, config.image_max_tokens)
+        with self._with_encoder():
+            return self._resolution.fit(pixels, config.image_max_tokens)
 
     def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
         """Computes everything before the first answer token, and closes the prompt. `begin` must come first.
@@ -183,9 +216,10 @@ class PromptReader:
         try:
             watch = Stopwatch()
             watch.seconds["preprocess"] = time.perf_counter() - start
-            plan, notes = self.plan(prompt, config)
             undone: list[str] = []
-            encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
+            with watch.step("preprocess"), self._with_encoder():  # which may be at work for the next request
+                plan, notes = self.plan(prompt, config)
+                encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
         finally:
             prompt.close()
         if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):

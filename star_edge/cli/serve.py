@@ -101,6 +101,12 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     "take turns do not read their pictures again. 0: the last prompt's alone is kept.",
 )
 @click.option(
+    "--encode-ahead/--no-encode-ahead",
+    default=None,
+    help="Encode the pictures of the next request while one is answered. Default: if no GPU is used, and there are "
+    "cores for twice --threads.",
+)
+@click.option(
     "--max-queue",
     type=int,
     default=Policy.max_queue,

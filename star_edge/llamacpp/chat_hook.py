@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import llama_cpp.mtmd_cpp as mtmd
@@ -33,19 +34,20 @@ class _Libmtmd:
     MTMDChatHandler asks for the chunk count just before it evaluates. We evaluate the prompt there and report zero.
     """
 
-    def __init__(self, read: Callable[[object], None]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[object], None], lock: Callable[[], AbstractContextManager[object]]) -> None:
+        self._read, self._lock = read, lock
 
     def __getattr__(self, name: str) -> Any:
         return getattr(mtmd, name)
 
     def mtmd_tokenize(self, context: object, chunks: object, text: object, bitmaps: Any, n_bitmaps: int) -> int:
-        clear_log()
-        name_joined(list(bitmaps))
-        status: int = mtmd.mtmd_tokenize(context, chunks, text, bitmaps, n_bitmaps)
-        if status:
-            raise unprepared(status)
-        return status
+        with self._lock():
+            clear_log()
+            name_joined(list(bitmaps))
+            status: int = mtmd.mtmd_tokenize(context, chunks, text, bitmaps, n_bitmaps)
+            if status:
+                raise unprepared(status)
+            return status
 
     def mtmd_input_chunks_size(self, chunks: object) -> int:
         self._read(chunks)
@@ -57,11 +59,15 @@ class ChatHook(MTMDChatHandler):
 
     def __init__(self, clip_model_path: str, verbose: bool, use_gpu: bool) -> None:
         super().__init__(clip_model_path, verbose, use_gpu)
-        libmtmd: Any = _Libmtmd(self.read_chunks)  # in place of the module
+        libmtmd: Any = _Libmtmd(self.read_chunks, self.encoder_lock)  # in place of the module
         self._mtmd_cpp = libmtmd
 
     def attach(self, llama: Llama) -> Any:
         """The mtmd_context for requests of a Llama, called at the beginning of each."""
+        raise NotImplementedError
+
+    def encoder_lock(self) -> AbstractContextManager[object]:
+        """Held by whoever uses the encoder."""
         raise NotImplementedError
 
     def template_source(self) -> str:

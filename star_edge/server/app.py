@@ -34,6 +34,7 @@ def make_app(
     *,
     alias: str,
     configs: Mapping[str, PruneConfig | None] = {},
+    encode_ahead: bool | None = None,
     chat_template: str | PathLike[str] | None = None,
     **options: Any,
 ) -> Starlette:
@@ -46,6 +47,7 @@ def make_app(
         prune: Config of requests without `prune`; it may be the name of one of `configs`.
         alias: Name of the model for clients.
         configs: Further configs that requests may name, beside the presets.
+        encode_ahead: Encode the pictures of the next request while one is answered. None: if there are cores for both.
         chat_template: As in StarVLM.
         **options: Of LoadOptions, EncoderOptions and CacheOptions.
 
@@ -78,6 +80,7 @@ def make_app(
         llama.close()
         raise
     engine = Engine(llama, handler, pictures, alias)
+    engine.encodes_ahead = load.has_spare_cores and not load.uses_gpu if encode_ahead is None else encode_ahead
     bodies = Bodies(policy.max_body_bytes, policy.max_held_bytes, policy.body_seconds)
     routes = make_routes(engine, policy, of_requests, bodies)
     posts = {route.path for route in routes if "POST" in (route.methods or ())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import math
 import threading
 import time
@@ -19,7 +20,7 @@ from llama_cpp import Llama
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from ..chat_handler import StarChatHandler
-from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancelledError
+from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancelledError, StarEdgeError
 from ..io.images import ImageLimits, load_image
 from ..pruning.config import Keep, PruneConfig
 from ..report import PruneReport
@@ -52,19 +53,28 @@ _TO_LLAMA = {
     "top_logprobs",
 }
 _MAX_BIASES = 4096
+_MAX_AHEAD_BYTES = 128 * 2**20  # of pixels that wait for their request's turn; of larger pictures they are read twice
+_log = logging.getLogger(__name__)
+Source = str | bytes | np.ndarray  # of an image: data: URL, encoded bytes, or pixels
 
 
 class Pictures:
     """The handler's image_loader: the images of the request under way, by the names in its messages."""
 
     def __init__(self, limits: ImageLimits) -> None:
-        self.sources: dict[str, str | bytes] = {}
+        self.sources: dict[str, Source] = {}
         self._limits = limits
 
     def __call__(self, name: str) -> np.ndarray:
         source = self.sources.get(name)
         if source is None:
             raise ImageError("an image is given where none is read", "give images as image_url parts of messages")
+        return self.load(source)
+
+    def load(self, source: Source) -> np.ndarray:
+        """The pixels of an image, within the limits. Those that are loaded already are returned as they are."""
+        if isinstance(source, np.ndarray):
+            return source
         try:
             return load_image(source, self._limits)
         except ImageTooLargeError as error:
@@ -83,13 +93,16 @@ class Engine:
     def __init__(self, llama: Llama, handler: StarChatHandler, pictures: Pictures, model: str) -> None:
         self.llama, self.handler, self.pictures, self.model = llama, handler, pictures, model
         self.turn = anyio.Lock()  # handed on in order of arrival
+        self.next = anyio.Lock()  # held by the job that gets the turn next
+        self.encodes_ahead = False
         self.waiting = self.answering = 0
         self.jobs: set[Job] = set()
         self.metrics = Metrics(lambda: self.waiting)
         # Its own thread: slow downloads and other routes may occupy all default ones.
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
+        self.in_thread_ahead = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
 
-    async def count_tokens(self, images: dict[str, str | bytes], image_max_tokens: Keep) -> dict[str, Any]:
+    async def count_tokens(self, images: dict[str, Source], image_max_tokens: Keep) -> dict[str, Any]:
         """Image tokens of pictures, counted without encoding when nobody else has the Llama.
 
         images: see `Pictures`. image_max_tokens: as in PruneConfig.
@@ -132,7 +145,7 @@ class Job:
         body: ChatRequest,
         messages: list[dict[str, Any]],
         config: PruneConfig | None,
-        images: dict[str, str | bytes],
+        images: dict[str, Source],
         arrived: float,
         on_end: Callable[[], None],
         record: Record,
@@ -143,6 +156,7 @@ class Job:
         self._scope = anyio.CancelScope()
         self._stopped = threading.Event()
         self._is_waiting = False
+        self._ahead_ms: float | None = None
         self._error: Exception | None = None
         self._n_chunks = 0
         # No bound: the engine must not wait for a client that reads slowly, and an answer is never longer than the
@@ -172,13 +186,19 @@ class Job:
         self._count_waiting(1)
         try:
             with self._scope:
-                async with engine.turn:
+                async with engine.next:
+                    if engine.encodes_ahead and engine.answering and self._images and not self._body.star_edge.afresh:
+                        await engine.in_thread_ahead(self._encode_ahead)
+                    await engine.turn.acquire()
+                try:
                     self._count_waiting(-1)
                     engine.answering += 1
                     try:
                         await self._answer()
                     finally:
                         engine.answering -= 1
+                finally:
+                    engine.turn.release()
         except Exception as error:
             self._error = error
         finally:
@@ -227,12 +247,31 @@ class Job:
     def _finish(self, result: dict[str, Any], report: PruneReport, waited: float) -> None:
         if "star_edge" in result:
             result["star_edge"]["milliseconds"]["queue"] = 1e3 * waited
+            if self._ahead_ms is not None:
+                result["star_edge"]["milliseconds"]["ahead"] = self._ahead_ms
             if self._body.star_edge.kept:
                 result["star_edge"]["kept"] = _kept(report)
             finish_reason = result["choices"][0]["finish_reason"]
             self._record.facts |= {"tokens": report.n_generated, "finish_reason": finish_reason}
             self._engine.metrics.generated(report.n_generated)
         self._send.send_nowait(result)
+
+    def _encode_ahead(self) -> None:
+        """Loads and encodes the images while another job has the Llama. What goes wrong shows when the turn comes."""
+        engine = self._engine
+        start = time.perf_counter()
+        try:
+            pixels = {name: engine.pictures.load(source) for name, source in self._images.items()}
+            engine.handler.reader.encode_ahead(list(pixels.values()), self._config)
+        except StarEdgeError:
+            return
+        except Exception:
+            _log.exception("images could not be encoded ahead")
+            return
+        if sum(image.nbytes for image in pixels.values()) <= _MAX_AHEAD_BYTES:
+            self._images = dict(pixels)
+        self._ahead_ms = 1e3 * (time.perf_counter() - start)
+        self._record.facts["ahead_ms"] = round(self._ahead_ms, 1)
 
     def _begin(self) -> tuple[Any, Request]:
         """Reads the prompt, and answers unless the answer is streamed. Runs in a thread that has the Llama."""

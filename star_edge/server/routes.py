@@ -26,7 +26,7 @@ from ..pruning.config import PRESETS, PruneConfig
 from . import remote
 from .bodies import Bodies
 from .guard import TICKET
-from .jobs import Engine, Job
+from .jobs import Engine, Job, Source
 from .messages import image_name, read_messages
 from .request_log import RECORD, Record
 from .responses import ResponseBuilder, ResponseRequest
@@ -94,7 +94,7 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
     # Downloads may be slow: they have their own threads, so that nothing else waits for them.
     fetch = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(8))
 
-    async def sources(urls: list[str]) -> dict[str, str | bytes]:
+    async def sources(urls: list[str]) -> dict[str, Source]:
         """By `image_name` what the images are loaded from."""
         if len(urls) > policy.max_images:
             remedy = f"send at most {policy.max_images}, or start the server with --max-images"

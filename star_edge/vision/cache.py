@@ -92,6 +92,9 @@ class ImageCache:
         directory: A directory to keep images in as well, or None.
         fingerprint: Stands for everything but the image that changes the encoder's output.
 
+    Attributes:
+        ahead: While it is true, images are put in for a request that waits: `is_of_earlier` tells them apart.
+
     Raises:
         ConfigError: `n_bytes` is not a size, or the directory cannot be used.
     """
@@ -100,6 +103,8 @@ class ImageCache:
         check_bytes(n_bytes)
         self.n_bytes, self.fingerprint = n_bytes, fingerprint
         self.used = 0
+        self.ahead = False
+        self._ahead: set[bytes] = set()  # put in ahead, and not used yet
         self._images: OrderedDict[bytes, CachedImage] = OrderedDict()
         self.directory = check_directory(directory)
         if directory is not None and self.directory is not None:
@@ -143,7 +148,17 @@ class ImageCache:
     def clear(self) -> None:
         """Forgets what is in memory."""
         self._images.clear()
+        self._ahead.clear()
         self.used = 0
+
+    def is_of_earlier(self, key: bytes) -> bool:
+        """Whether an image that was found comes from an earlier request. Not so the first time after it was put in
+        ahead: then it was encoded for this one.
+        """
+        if self.ahead or key not in self._ahead:
+            return True
+        self._ahead.discard(key)
+        return False
 
     # ---- memory ----
 
@@ -151,8 +166,12 @@ class ImageCache:
         before = self._images.pop(key, None)
         self.used += image.n_bytes - (before.n_bytes if before else 0)
         self._images[key] = image
+        if self.ahead and before is None:
+            self._ahead.add(key)
         while self.used > self.n_bytes:
-            self.used -= self._images.popitem(last=False)[1].n_bytes
+            gone, old = self._images.popitem(last=False)
+            self._ahead.discard(gone)
+            self.used -= old.n_bytes
 
     # ---- directory ----
 

@@ -350,7 +350,7 @@ class ImageEncoding:
             cells,
             0.0,
             image.special,
-            cached=True,
+            cached=cache.is_of_earlier(key),
             kept=found.kept,
             mass=found.mass,
             redundant=redundant,

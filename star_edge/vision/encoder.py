@@ -6,6 +6,7 @@ Knows chunks, pixels and encoder rows. Does not decide which tokens stay.
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -80,6 +81,7 @@ class VisionEncoder:
         if repaired:
             repair.check_graph(info, self.projector, version_and_features()[0])
         self.n_threads = llama.n_threads_batch
+        self.lock = threading.RLock()  # whoever uses the encoder holds it; while an answer is generated, nobody does
         self.image_min_tokens = image_min_tokens
         self.cache: ImageCache | None = None
         if cache_bytes or cache_dir is not None:
@@ -222,7 +224,8 @@ class VisionEncoder:
                 f"write {MEDIA_MARKER} once for each image, or none at all",
             )
         names = [self.bitmap_name(image, i) for i, image in enumerate(images)]
-        prompt = Prompt([], self._mtmd.tokenize(text, images, names))
+        with self.lock:
+            prompt = Prompt([], self._mtmd.tokenize(text, images, names))
         try:
             prompt.chunks = self.chunks(prompt._handle)
         except BaseException:
@@ -310,7 +313,7 @@ class VisionEncoder:
             scores = None if attention is None else found.scores[attention]
             special = self._special(chunk, found.embeddings)
             cells = found.cells if want_cells and found.cells is not None else cells_of(n, special)
-            return Encoded(found.embeddings, scores, cells, 0.0, special, cached=True)
+            return Encoded(found.embeddings, scores, cells, 0.0, special, cached=self.cache.is_of_earlier(key))
         encoded = self.encode(chunk, attention, want_cells=want_cells)
         encoded = replace(encoded, embeddings=encoded.embeddings.copy())
         self.remember(chunk, encoded, attention, want_cells=want_cells)
