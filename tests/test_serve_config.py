@@ -2,19 +2,21 @@
 
 import json
 import sys
+from pathlib import Path
 
 import click
 import openai
 import pytest
 from helpers.serving import DEMO, Server, message
 
-from star_edge import errors
+from star_edge import errors, refvlm
 from star_edge.cli import config_file
 from star_edge.cli.serve import serve
 from star_edge.io.configs import read_named
 from star_edge.report import PruneReport
 from star_edge.server.request_log import Record, RequestLog, as_text
 
+PAGE = Path(__file__).parent.parent / "docs" / "server-conversations.md"
 COLOR = "what color is the triangle?"
 
 
@@ -269,3 +271,27 @@ def test_times_of_a_record():
     record = Record(None, "/")
     record.read(report, 1.5)
     assert record.facts["queue_ms"] == 1500 and record.facts["first_token_ms"] == 1750
+
+
+# ---- the page ----
+
+
+def test_the_page_s_client(server, tmp_path, monkeypatch, capsys):
+    """The block after the marker runs as it is, but for the port, against the reference model."""
+    code = (
+        PAGE.read_text().split("<!-- executed: conversations -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    )
+    assert "http://127.0.0.1:8000" in code
+    (tmp_path / "receipt.png").symlink_to(refvlm.DEMO_IMAGE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("http://127.0.0.1:8000", server.url), str(PAGE), "exec"), {})
+    n, _, words = capsys.readouterr().out.strip().splitlines()[-1].partition(" ")
+    assert int(n) > 50 and words.startswith("rows")
+
+
+def test_the_page_s_file_of_options(tmp_path):
+    text = PAGE.read_text().split("```toml\n", 1)[1].split("```", 1)[0]
+    values = read(tmp_path, text)
+    assert values["n_ctx"] == 8192 and values["cors_origins"] == ["https://example.org"]
+    assert values["model"] == str(tmp_path / "models/text.gguf")
+    assert values["prune_configs"][1] == f"charts={tmp_path / 'tuned/charts.json'}"

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from star_edge.serve_ray import messages_of
 from star_edge.server.front import ServerLostError, make_front, picture_name
+from star_edge.server.request_log import RECORD
 from star_edge.server.settings import Policy
 
 QUESTIONS = Path(__file__).parent / "refvlm_questions"
@@ -76,6 +77,24 @@ def test_a_stream_that_is_cut_off_ends_with_an_error():
     first, last = answer.text.strip().split("\n\n")
     assert first == "data: 1" and json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     assert len(asked) == 1
+
+
+def test_the_front_logs_what_the_server_says(tmp_path):
+    log = tmp_path / "requests.jsonl"
+    facts = {"image_tokens": 144, "finish_reason": "stop"}
+
+    async def ask(scope, body, picture):
+        yield start("stream")
+        yield part("data: 1\n\n", more=False)
+        yield {"type": RECORD, "facts": facts}
+
+    policy = Policy(host="testserver", request_log=str(log), request_log_format="json")
+    web = TestClient(make_front(policy, ask, lambda: 2), base_url="http://testserver")
+    answer = web.post("/v1/chat/completions", content=body_of(stream=True))
+    assert answer.text == "data: 1\n\n"
+    line = json.loads(log.read_text())
+    assert line["id"] == answer.headers["x-request-id"] and line["status"] == 200
+    assert {name: line[name] for name in facts} == facts
 
 
 def test_three_servers_are_tried():

@@ -9,7 +9,8 @@ import pytest
 from helpers.serving import DEMO, Server
 from pydantic import BaseModel
 
-from star_edge.server.messages import FieldError
+from star_edge.errors import ConfigError, PromptError
+from star_edge.server.messages import FieldError, read_messages
 from star_edge.server.responses import ResponseRequest
 
 COLOR = "what color is the triangle?"
@@ -196,3 +197,56 @@ def test_errors_of_the_picture(client):
     for url in ("data:image/png;base64,AAAA", "https://example.org/a.png"):
         with pytest.raises(openai.BadRequestError, match="image"):
             client.responses.create(**asked(COLOR, url))
+
+
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "",
+    "x",
+    [],
+    [[]],
+    [5],
+    {},
+    {"type": 5},
+    {"type": []},
+    [{"type": "function"}],
+    [{"a": 1}],
+)
+FIELDS = (
+    *(
+        "input",
+        "instructions",
+        "max_output_tokens",
+        "tools",
+        "tool_choice",
+        "text",
+        "stream_options",
+        "stream",
+        "store",
+    ),
+    *("include", "truncation", "background", "metadata", "temperature", "model", "prune", "star_edge", "top_logprobs"),
+)
+
+
+def test_odd_values_have_typed_errors():
+    n_refused = 0
+    items = [{"role": "user", "content": value} for value in ODD] + [
+        {"type": kind, **fields}
+        for kind in ("function_call", "function_call_output", "message")
+        for fields in ({"call_id": 5}, {"call_id": "a", "output": 5}, {"call_id": "a", "name": [], "arguments": 5})
+    ]
+    bodies = [{"input": "hi", name: value} for name in FIELDS for value in ODD]
+    bodies += [{"input": [item]} for item in items]
+    bodies += [{"input": "hi", "text": {"format": value}} for value in ODD]
+    bodies += [{"input": "hi", "tool_choice": {"type": "function", "name": value}} for value in ODD]
+    for body in bodies:
+        try:
+            request = ResponseRequest(json.dumps(body).encode())
+            read_messages(request.chat.messages, 1000, request.places)
+        except (PromptError, ConfigError):
+            n_refused += 1
+    assert len(bodies) > n_refused > len(bodies) / 3

@@ -156,6 +156,7 @@ def serve(
     """
     try:
         from ..server.app import make_app
+        from ..server.request_log import RequestLog
     except ImportError as error:
         raise MissingDependencyError("serve needs more packages", 'pip install "star-edge[serve]"') from error
     _refuse_empty_key(options["api_key"])
@@ -163,6 +164,9 @@ def serve(
     policy = Policy(host=host, **limits)
     with in_cli_words():
         check_load_options(options)
+    if policy.request_log is not None:
+        with in_cli_words():
+            RequestLog(policy.request_log, policy.request_log_format).close()  # a wrong one shows now, too
     configs = read_named(prune_configs)
     if preset not in configs:
         resolve_prune(preset)  # a wrong one shows before a model is downloaded
