@@ -13,13 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingDependencyError
 from ..io.json_input import read_json
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -90,8 +85,7 @@ def _read(path: str) -> Mapping[str, Any]:
         if path.lower().endswith(".json"):
             data = read_json(path)
         else:
-            with open(path, "rb") as file:
-                data = tomllib.load(file)
+            data = _read_toml(path)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read ({error.strerror})", "check its path") from error
     except ValueError as error:  # of TOML too
@@ -101,6 +95,18 @@ def _read(path: str) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"--config {path} is a JSON {type(data).__name__}", 'write {"ctx-size": 8192}')
     return data
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise MissingDependencyError("TOML needs tomli on Python 3.10", 'pip install "star-edge[serve]"') from error
+    with open(path, "rb") as file:
+        return tomllib.load(file)
 
 
 def _checked(param: click.Option, value: Any, where: str) -> Any:
