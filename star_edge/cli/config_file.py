@@ -82,10 +82,7 @@ def read_config(ctx: click.Context, path: str, paths: Mapping[str, str], not_in_
 
 def _read(path: str) -> Mapping[str, Any]:
     try:
-        if path.lower().endswith(".json"):
-            data = read_json(path)
-        else:
-            data = _read_toml(path)
+        data = read_json(path) if path.lower().endswith(".json") else _read_toml(path)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read ({error.strerror})", "check its path") from error
     except ValueError as error:  # of TOML too
