@@ -6,11 +6,12 @@ Two-stage pruning (STAR, arXiv 2505.12359) on stock llama.cpp, through llama-cpp
 import importlib
 from typing import Any
 
-from .answers import Answer, AnswerStream
+from .answers import Answer, AnswerStream, AsyncAnswerStream
 from .chat_handler import StarChatHandler
 from .engine import StarVLM
 from .errors import StarEdgeError
 from .llamacpp.mtmd import MEDIA_MARKER
+from .progress import Progress
 from .pruning.config import PRESETS, PruneConfig
 from .report import ImageReport, PruneReport
 
@@ -25,7 +26,9 @@ __all__ = [
     "PRESETS",
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
     "ImageReport",
+    "Progress",
     "PruneConfig",
     "PruneReport",
     "StarChatHandler",

@@ -221,7 +221,9 @@ class ChatFormat:
         if not self.exists:
             raise UnsupportedModelError("the model has no chat template", _REMEDY)
 
-    def prepare(self, messages: Any, options: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], list[Any]]:
+    def prepare(
+        self, messages: Any, options: Mapping[str, Any] = {}, images: Sequence[Any] = ()
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
         """Brings messages into the form that the template takes.
 
         If the template has no system messages, their text joins the user's. If it has no role `developer`, such
@@ -230,6 +232,7 @@ class ChatFormat:
         Args:
             messages: As in Llama.create_chat_completion.
             options: What else the template gets (tools, ...).
+            images: As in `read_messages`.
 
         Returns:
             The messages, with a marker for each image; and the images' sources, in the order of the markers.
@@ -239,7 +242,7 @@ class ChatFormat:
             PromptError: A message cannot be read, or the template would not show a text or an image.
         """
         self.check_exists()
-        read = read_messages(messages)
+        read = read_messages(messages, images)
         for message in read:
             if message.role == "developer" and not self._knows_developer:
                 message.role = "system"

@@ -6,7 +6,7 @@ Knows chunks, pixels and encoder rows. Does not decide which tokens stay.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 
@@ -100,6 +100,7 @@ class VisionEncoder:
             )  # within a process the encoder stays the same
             self.cache = ImageCache(cache_bytes, cache_dir, model + repr(settings).encode())
         self.tap = Tap()
+        self.before_run: Callable[[], None] | None = None  # an exception of it ends the request
 
         self._mtmd = Mtmd(
             llama,
@@ -452,6 +453,8 @@ class VisionEncoder:
         return outcome, index[: self.tap.watched() // 4]
 
     def run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
+        if self.before_run is not None and not plan.count_only:
+            self.before_run()
         with self.tap.armed(plan, "vision encoder") as self.last_outcome:
             problem = self._mtmd.encode(chunk.handle)
         if problem:
