@@ -453,10 +453,9 @@ class Answering:
         turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         ending = Ending(timeout, since=since)
         try:
-            await asyncio.wait_for(turn.acquire(), timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            ending.check()
-            raise
+            await (turn.acquire() if timeout is None else asyncio.wait_for(turn.acquire(), timeout))
+        except (asyncio.TimeoutError, TimeoutError):  # two classes before Python 3.11
+            raise ending.timeout_error() from None
         try:
             job = StreamJob(turn.release)
             self._jobs.add(job)

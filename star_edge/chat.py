@@ -20,7 +20,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from .errors import PromptError, UnsupportedModelError
 from .llamacpp.mtmd import MEDIA_MARKER
-from .llamacpp.vocabulary import apply_template, template_names, token_text
+from .llamacpp.vocabulary import apply_template, shown_text, template_names
 from .messages import (
     Message,
     Picture,
@@ -123,9 +123,10 @@ class ChatFormat:
             return
         if self.source is not None:
             try:
-                # The tokenizer adds BOS itself, as for llama_cpp's MTMDChatHandler.
+                # Both as in llama_cpp's MTMDChatHandler, so that StarVLM and StarChatHandler read the same prompt. The
+                # tokenizer adds BOS itself.
                 self._formatter = Jinja2ChatFormatter(
-                    template=self.source, eos_token=token_text(llama, llama.token_eos()), bos_token=""
+                    template=self.source, eos_token=shown_text(llama, llama.token_eos()), bos_token=""
                 )
             except (jinja2.TemplateError, RecursionError) as error:
                 reason = " ".join(str(error).split())

@@ -92,11 +92,14 @@ class Ending:
             RequestTimeoutError: Its time is over.
         """
         if self._until is not None and perf_counter() >= self._until:
-            raise RequestTimeoutError(
-                f"timeout={self._timeout:g} seconds have passed {self.during}",
-                "allow more, keep fewer image tokens, or ask for a shorter answer",
-            )
+            raise self.timeout_error()
         return any(signal() for signal in self._signals)
+
+    def timeout_error(self) -> RequestTimeoutError:
+        return RequestTimeoutError(
+            f"timeout={self._timeout:g} seconds have passed {self.during}",
+            "allow more, keep fewer image tokens, or ask for a shorter answer",
+        )
 
     def check(self) -> None:
         """Raises RequestTimeoutError or RequestCancelledError if the request has to end."""

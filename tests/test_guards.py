@@ -25,7 +25,7 @@ from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.arguments import parameters
-from star_edge.answering import SAMPLING
+from star_edge.asked import SAMPLING
 from star_edge.llamacpp.guarded import RANGES, check_length, guard
 
 QUESTION = "what color is the star?"
