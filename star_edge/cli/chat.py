@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import shlex
@@ -32,7 +33,6 @@ from .options import (
     load_engine,
     make_config,
     model_options,
-    print_json,
     prune_options,
 )
 from .run import summary
@@ -213,8 +213,7 @@ class _Conversation:
         report = answer.report
         if self.as_json:
             reason = answer.finish_reason or "stopped"
-            print_json({"text": answer.text, "finish_reason": reason, "report": report.figures()})
-            sys.stdout.flush()
+            _print_json({"text": answer.text, "finish_reason": reason, "report": report.figures()})
         if self.quiet:
             return
         if answer.finish_reason == "length":
@@ -317,8 +316,8 @@ class _Conversation:
 
 
 class _Interrupts:
-    """What Ctrl-C does at a terminal: it drops the line that is typed, or ends the answer that comes. A second one in the
-    same answer ends the process. Through a pipe it ends the process, as in all commands.
+    """What Ctrl-C does. At a terminal it drops the line that is typed, or ends the answer that comes; a second one in
+    the same answer ends the process. Through a pipe it ends the process, as in all commands.
     """
 
     def __init__(self, is_terminal: bool) -> None:
@@ -446,10 +445,15 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _print_json(data: dict[str, Any]) -> None:
+    """One line."""
+    click.echo(json.dumps(data, allow_nan=False))
+    sys.stdout.flush()
+
+
 def _tell(error: StarEdgeError, as_json: bool) -> None:
     text = cli_words(" ".join(str(error).split()))
     if as_json:
-        print_json({"error": text})
-        sys.stdout.flush()
+        _print_json({"error": text})
     else:
         _say(f"error: {text}")

@@ -36,6 +36,7 @@ class Waiting:
                 TextColumn("{task.fields[left]}"),
                 console=console,
                 transient=True,
+                refresh_per_second=5,
             )
             self._task = self._bar.add_task("starting", total=None, share="", left="")
             self._bar.start()
@@ -67,14 +68,14 @@ class Waiting:
         if progress.phase == "encode":
             which = f" {progress.picture} of {progress.n_pictures}" if progress.n_pictures > 1 else ""
             text = f"encoding picture{which}" if which else "encoding the picture"
-        known = progress.done > 0
+        known, known_all = progress.done > 0, progress.done == 1
         bar.update(
             self._task,
             description=text,
             total=1.0 if known else None,
             completed=progress.done,
             share=f"{progress.done:.0%}" if known else "",
-            left="" if progress.seconds_left is None else f"about {_duration(progress.seconds_left)} left",
+            left="" if progress.seconds_left is None or known_all else f"about {_duration(progress.seconds_left)} left",
         )
 
 
