@@ -118,15 +118,23 @@ def test_a_question_of_several_lines(star_edge, vlm):
     assert done.stdout.splitlines() == talk(vlm, "is there\na red star?", "is it?", "the end", max_tokens=6)
 
 
-def test_options_of_the_answer(star_edge, vlm, tmp_path):
+def test_options_of_the_answer(monkeypatch, vlm, tmp_path, capsys):
+    """In this process, on an engine that stays open: what `run` asks is what the same options of Python give."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("star_edge.cli.run.load_engine", lambda **model: vlm)
+    monkeypatch.setattr(StarVLM, "__exit__", lambda self, *exc: None)
     (tmp_path / "g.gbnf").write_text('root ::= "yes" | "no"\n')
-    (tmp_path / "s.json").write_text(
-        '{"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}'
-    )
-    run = lambda *args: star_edge("run", PLATE, "--image", IMAGE, "--quiet", *args).stdout.strip()
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+
+    def run(*args):
+        assert cli.main(["run", PLATE, "--image", IMAGE, "--quiet", *args], standalone_mode=False) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out.strip()
+
     assert run("--grammar", "g.gbnf") in ("yes", "no")
     assert isinstance(json.loads(run("--json-schema", "s.json"))["n"], int)
-    assert star_edge("chat", "--json-schema", "s.json", "-q", stdin="n?").stdout.startswith("{")
     options = {
         "temperature": 1.5,
         "top_p": 0.9,
@@ -142,10 +150,14 @@ def test_options_of_the_answer(star_edge, vlm, tmp_path):
     assert len(whole) > 2 and run("--stop", whole[2:]) == whole[:2].strip()
     system = {"role": "system", "content": "Be brief."}
     question = {"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": PLATE}]}
-    done = star_edge("run", PLATE, "--image", IMAGE, "--system", "Be brief.", "--json")
-    report = json.loads(done.stdout)["report"]
+    report = json.loads(run("--system", "Be brief.", "--json"))["report"]
     assert report["n_text_tokens"] == vlm.chat([system, question]).report.n_text_tokens
-    assert done.stderr == ""
+
+
+def test_a_schema_holds_in_a_conversation(monkeypatch, vlm, tmp_path, capsys):
+    (tmp_path / "s.json").write_text('{"enum": ["a", "b"]}')
+    assert converse(monkeypatch, vlm, "x\ny\n", "--json-schema", str(tmp_path / "s.json"), "-q") == 0
+    assert {json.loads(line) for line in capsys.readouterr().out.splitlines()} <= {"a", "b"}
 
 
 def test_defaults_are_those_of_llama_cpp_python():
@@ -168,16 +180,8 @@ def test_an_image_from_stdin(tmp_path, star_edge):
     done = run(COLOR, "--image", "-", "--quiet", "--overlay", "o.png")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, b"red", b"")
     assert (tmp_path / "o.png").stat().st_size > 1000
-    for args, data, words in (
-        ((COLOR, "--image", "-"), b"", b"image of 0 bytes"),
-        ((COLOR, "--image", "-"), b"xx", b"is not an image"),
-        (("--image", "-"), b"", b"and so does the prompt"),
-        (("-", "--image", "-"), b"", b"and so does the prompt"),
-        ((COLOR, "--image", "-", "--image", "-"), b"", b"--image - was given twice"),
-        ((COLOR, "--image", "-", "--each"), b"", b"--image - is for one request"),
-    ):
-        done = run(*args, data=data)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count(b"\n") == 1, (args, done.stderr)
+    done = run(COLOR, "--image", "-", data=b"xx")
+    assert done.returncode == 2 and b"is not an image" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 # ---- wrong use ----
@@ -231,6 +235,13 @@ def test_values_are_checked_before_a_model_is_loaded(no_model, tmp_path, monkeyp
 
 
 def test_what_run_and_chat_refuse(no_model, star_edge):
+    for args, words in (
+        (("run", "--image", "-"), "and so does the prompt"),
+        (("run", "-", "--image", "-"), "and so does the prompt"),
+        (("run", COLOR, "--image", "-", "--image", "-"), "--image - was given twice"),
+        (("run", COLOR, "--image", "-", "--each"), "--image - is for one request"),
+    ):
+        assert words in no_model(*args)
     assert "--system needs the chat template" in no_model("run", "x", "--raw", "--system", "y")
     assert "--top-p is for one request" in no_model("run", "x", "--each", "--image", IMAGE, "--top-p", "0.5")
     assert "--stop is for one request" in no_model("run", "x", "--each", "--image", IMAGE, "--stop", "a")
@@ -366,7 +377,7 @@ def on_a_terminal(arguments, typed=()):
     os.close(slave)
     killer = threading.Timer(GUARD, process.kill)
     killer.start()
-    shown, typed = b"", list(typed)
+    shown, typed, last, silence = b"", list(typed), b"", 0
     try:
         while True:
             ready, _, _ = select.select([master], [], [], 0.1)
@@ -376,8 +387,15 @@ def on_a_terminal(arguments, typed=()):
                 except OSError:  # the other end is closed
                     break
                 shown += piece
+            silence = 0 if ready else silence + 1
+            if last.endswith(b"\x03") and silence > 20:
+                # CPython's readline looks for signals before it waits for input: one in between is seen with the next
+                # key
+                os.write(master, last)
+                silence = 0
             if typed and shown.rstrip(b"\x1b[?2004h").endswith(b"> "):
-                os.write(master, typed.pop(0))
+                last = typed.pop(0)
+                os.write(master, last)
                 shown += b"|"
     finally:
         status = process.wait(GUARD)
