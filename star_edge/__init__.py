@@ -6,12 +6,13 @@ Two-stage pruning (STAR, arXiv 2505.12359) on stock llama.cpp, through llama-cpp
 import importlib
 from typing import Any
 
-from .answers import Answer, AnswerStream
+from .answers import Answer, AnswerStream, AsyncAnswerStream
 from .chat_handler import StarChatHandler
 from .engine import StarVLM
 from .errors import StarEdgeError
 from .io.video import Video
 from .llamacpp.mtmd import MEDIA_MARKER
+from .progress import Progress
 from .pruning.config import PRESETS, PruneConfig
 from .report import ImageReport, PruneReport
 
@@ -26,7 +27,9 @@ __all__ = [
     "PRESETS",
     "Answer",
     "AnswerStream",
+    "AsyncAnswerStream",
     "ImageReport",
+    "Progress",
     "PruneConfig",
     "PruneReport",
     "StarChatHandler",

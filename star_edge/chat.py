@@ -23,7 +23,7 @@ from .frame_texts import frame_texts
 from .io.image_limits import ImageLimits
 from .io.video import Frames, Video, VideoFrame, read_video
 from .llamacpp.mtmd import MEDIA_MARKER
-from .llamacpp.vocabulary import apply_template, template_names, token_text
+from .llamacpp.vocabulary import apply_template, shown_text, template_names
 from .messages import (
     Message,
     Picture,
@@ -129,9 +129,10 @@ class ChatFormat:
             return
         if self.source is not None:
             try:
-                # The tokenizer adds BOS itself, as for llama_cpp's MTMDChatHandler.
+                # Both as in llama_cpp's MTMDChatHandler, so that StarVLM and StarChatHandler read the same prompt. The
+                # tokenizer adds BOS itself.
                 self._formatter = Jinja2ChatFormatter(
-                    template=self.source, eos_token=token_text(llama, llama.token_eos()), bos_token=""
+                    template=self.source, eos_token=shown_text(llama, llama.token_eos()), bos_token=""
                 )
             except (jinja2.TemplateError, RecursionError) as error:
                 reason = " ".join(str(error).split())
@@ -228,7 +229,11 @@ class ChatFormat:
             raise UnsupportedModelError("the model has no chat template", _REMEDY)
 
     def prepare(
-        self, messages: Any, options: Mapping[str, Any] = {}, limits: ImageLimits = ImageLimits()
+        self,
+        messages: Any,
+        options: Mapping[str, Any] = {},
+        images: Sequence[Any] = (),
+        limits: ImageLimits = ImageLimits(),
     ) -> tuple[list[dict[str, Any]], list[Any]]:
         """Brings messages into the form that the template takes.
 
@@ -239,6 +244,7 @@ class ChatFormat:
             messages: As in Llama.create_chat_completion.
             options: What else the template gets (tools, ...).
             limits: What frames of videos may cost.
+            images: As in `read_messages`.
 
         Returns:
             The messages, with a marker for each image; and the images' sources, in the order of the markers. A video
@@ -250,7 +256,7 @@ class ChatFormat:
             ImageError: A video cannot be read, or is over the limits.
         """
         self.check_exists()
-        read = read_messages(messages)
+        read = read_messages(messages, images)
         for message in read:
             if message.role == "developer" and not self._knows_developer:
                 message.role = "system"
@@ -269,7 +275,9 @@ class ChatFormat:
         for message in messages:
             parts: list[str | Picture] = []
             for part in message.parts:
-                if not isinstance(part, VideoPart):
+                if not isinstance(part, Picture) or not (
+                    isinstance(part, VideoPart) or isinstance(part.source, (Frames, Video))
+                ):
                     parts.append(part)
                     continue
                 frames = _frames(part, limits)
@@ -419,12 +427,14 @@ class ChatFormat:
         return apply_template(self.name, [(m["role"], m["content"]) for m in messages])
 
 
-def _frames(part: VideoPart, limits: ImageLimits) -> Frames:
+def _frames(part: Picture, limits: ImageLimits) -> Frames:
     if isinstance(part.source, Frames):
         return part.source
     video = part.source if isinstance(part.source, Video) else None
     try:
-        video = video or Video(part.source, part.count, part.rate)
+        if video is None:
+            assert isinstance(part, VideoPart)  # the caller has looked
+            video = Video(part.source, part.count, part.rate)
     except ConfigError as error:
         raise PromptError(f"a video of the messages: {error.cause}", error.remedy) from error
     return read_video(video, limits)

@@ -11,8 +11,6 @@ import contextlib
 import itertools
 import threading
 import time
-import urllib.parse
-import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -26,9 +24,9 @@ from llama_cpp import Llama
 from .arguments import checked
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
-from .errors import ConfigError, EngineClosedError, EngineError, ImageError, PromptError, StarEdgeError
+from .errors import ConfigError, EngineClosedError, EngineError, PromptError, StarEdgeError
 from .io.configs import resolve_prune
-from .io.images import ImageLimits, check_pixels, load_image
+from .io.images import ImageLimits, check_pixels, load_message_image
 from .io.video import VideoFrame
 from .llamacpp.chat_hook import ChatHook, template_options
 from .llamacpp.gguf import read_gguf_info
@@ -41,7 +39,7 @@ from .options import CacheOptions, EncoderOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
-from .request import Request
+from .request import Request, cancellable, cancellation
 from .vision.chunks import Prompt
 from .vision.encoder import VisionEncoder
 from .vision.profiles import METADATA_KEYS, find_profile
@@ -49,16 +47,13 @@ from .vision.profiles import METADATA_KEYS, find_profile
 _REPORT_KEY = "star_edge"  # of a response
 # Configs of `pruning` blocks, by handler. Other threads and tasks do not see them: it is a context variable.
 _overrides: ContextVar[dict[StarChatHandler, PruneConfig | None] | None] = ContextVar("star_edge_prune", default=None)
-_is_cancelled: ContextVar[Callable[[], bool] | None] = ContextVar(
-    "star_edge_is_cancelled", default=None
-)  # of `cancellable` blocks
 
 
 @describe_options(EncoderOptions, CacheOptions)
 class StarChatHandler(ChatHook):
     """Chat handler with image-token pruning: `Llama(model_path=..., chat_handler=StarChatHandler(...))`.
 
-    A response has one key more than MTMDChatHandler's, "star_edge", with PruneReport.summary(). In a stream the last
+    A response has one key more than MTMDChatHandler's, "star_edge", with PruneReport.figures(). In a stream the last
     chunk has it. `usage` counts the prompt before pruning.
 
     On first use the Llama gets a new context, so its cache is empty. A handler serves one Llama. One request runs at a
@@ -182,13 +177,8 @@ class StarChatHandler(ChatHook):
         Args:
             is_cancelled: A function without arguments.
         """
-        if not callable(is_cancelled):
-            raise ConfigError(f"is_cancelled is a {type(is_cancelled).__name__}", "give a function")
-        token = _is_cancelled.set(is_cancelled)
-        try:
+        with cancellable(is_cancelled):
             yield
-        finally:
-            _is_cancelled.reset(token)
 
     # ---- a request ----
 
@@ -222,7 +212,7 @@ class StarChatHandler(ChatHook):
             self.attach(llama)
             reader = self.reader
             config = (_overrides.get() or {}).get(self, self.prune)
-            request = Request(reader, self._lock, config, start, _is_cancelled.get())
+            request = Request(reader, self._lock, config, start, cancellation())
             guards = cast(GuardedLlama, llama)  # the reader has made it one
             with request_of(llama):
                 options, guards.grammar_instead = check_chat_options(
@@ -264,7 +254,7 @@ class StarChatHandler(ChatHook):
             request.drop()
 
     def _add_report(self, response: dict[str, Any], request: Request) -> None:
-        response[_REPORT_KEY] = request.answered[1].summary()
+        response[_REPORT_KEY] = request.answered[1].figures()
 
     @contextlib.contextmanager
     def _typed_errors(self, request: Request) -> Iterator[None]:
@@ -336,7 +326,7 @@ class StarChatHandler(ChatHook):
     def _prepare(self, messages: list[Any], options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         """Messages for the template, and the sources of the images."""
         assert self._chat is not None  # since `attach`
-        prepared, images = self._chat.prepare(messages, template_options(options), self.image_limits)
+        prepared, images = self._chat.prepare(messages, template_options(options), limits=self.image_limits)
         if self._chat.source is None:  # llama.cpp renders it: MTMDChatHandler's template prints the result as it is
             prepared = [{"role": "user", "content": self._chat.render(prepared)}]
         return prepared, images
@@ -411,12 +401,7 @@ class StarChatHandler(ChatHook):
         return self._vision.bitmap_name(image, next(self._bitmap_numbers))
 
     def _load_source(self, url: str) -> np.ndarray:
-        if isinstance(url, str) and url[:5].lower() == "file:":  # MTMDChatHandler reads such URLs through urllib
-            parts = urllib.parse.urlsplit(url)
-            if parts.netloc not in ("", "localhost"):
-                raise ImageError(f"{url[:200]} is on another host", "write file:///path, or give the path itself")
-            url = urllib.request.url2pathname(parts.path)
-        return load_image(url, self.image_limits)
+        return load_message_image(url, self.image_limits)  # MTMDChatHandler reads file: URLs
 
     def read_chunks(self, chunks: object) -> None:
         request = self._request

@@ -6,7 +6,7 @@ Knows OpenAI's names and what llama_cpp makes of them. Knows neither images nor 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
@@ -21,12 +21,13 @@ from .errors import ConfigError
 from .llamacpp.guarded import RANGES, check_llama_grammar, check_options
 from .llamacpp.handover import keeps_logits
 from .llamacpp.json_schema import response_grammar, schema_grammar
+from .suggestions import nearest
 
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 def check_chat_options(
-    llama: Llama, options: Mapping[str, Any], template: Callable[[], str]
+    llama: Llama, options: Mapping[str, Any], template: Callable[[], str], named: Iterable[str] = ()
 ) -> tuple[dict[str, Any], LlamaGrammar | None]:
     """Checks options, and translates them for MTMDChatHandler.
 
@@ -34,6 +35,7 @@ def check_chat_options(
         llama: The Llama.
         options: The options.
         template: Gives the chat template's source. Further options are its variables.
+        named: Names that the caller takes itself, for suggestions.
 
     Returns:
         Arguments of MTMDChatHandler.__call__; and the grammar to use in place of the one that it makes of a chosen
@@ -45,7 +47,7 @@ def check_chat_options(
     options = dict(options)
     known = parameters(MTMDChatHandler.__call__)
     for_template = check_template_variables(
-        {name: value for name, value in options.items() if name not in known}, template
+        {name: value for name, value in options.items() if name not in known}, template, [*named, *known]
     )
     options = {name: value for name, value in options.items() if name in known}
 
@@ -137,8 +139,10 @@ def _check_tools(name: str, tools: Any) -> list[Any]:
     return checked
 
 
-def check_template_variables(options: Mapping[str, Any], template: Callable[[], str]) -> dict[str, Any]:
-    """The options, and those in chat_template_kwargs, as variables of the chat template.
+def check_template_variables(
+    options: Mapping[str, Any], template: Callable[[], str], known: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The options, and those in chat_template_kwargs, as variables of the chat template. known: for suggestions.
 
     Raises:
         ConfigError: The template does not read one of them.
@@ -154,10 +158,11 @@ def check_template_variables(options: Mapping[str, Any], template: Callable[[], 
         unread = sorted(set(options) - _variables(template()))
         taken = sorted(set(options) & (set(parameters(MTMDChatHandler.__call__)) | _RENDERED))
         if unread or taken:
+            name = (unread or taken)[0]
+            near = nearest(name, (one for one in known if one != name))
             raise ConfigError(
-                f"{(unread or taken)[0][:60]!r} is neither an option nor a variable of the chat template that can be "
-                "set",
-                "leave it out",
+                f"{name[:60]!r} is neither an option nor a variable of the chat template that can be set",
+                "leave it out" if near is None else f"did you mean {near}=?",
             )
     return options
 

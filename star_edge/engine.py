@@ -1,67 +1,47 @@
 """StarVLM: a vision-language GGUF model with image-token pruning.
 
-Loads the files and checks arguments. `PromptReader` reads a prompt; `llama_cpp.Llama` samples the answer from there.
+Loads the files. What it answers, and how requests take turns, is in answering.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import threading
-import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal, NoReturn, cast, overload
+from typing import Any, NoReturn
 
 import numpy as np
 from llama_cpp import Llama
 
-from .answers import Answer, AnswerStream
-from .arguments import Range, checked, parameters
+from .answering import Answering
+from .arguments import checked, parameters
+from .asked import ask_prompt, frames_apart, image_list, load_picture, whole_prompt
 from .chat import ChatFormat
 from .decoder.prefill import Prefill
-from .errors import ConfigError, EngineClosedError, EngineError, UnsupportedModelError
+from .errors import ConfigError, EngineError
 from .inspection import Inspection, read_decoder, read_encoder
-from .io.configs import resolve_prune
-from .io.images import ImageLimits, ImageSource, check_pixels, load_image
-from .io.video import Frames, Video, read_video
+from .io.images import ImageLimits, ImageSource, check_pixels
+from .io.video import Frames, Video
 from .llamacpp.gguf import read_gguf_info
 from .llamacpp.gguf_check import read_lora, read_text_model
-from .llamacpp.guarded import check_length, check_options, request_of
 from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
-from .messages import check_text
 from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
 from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
-from .request import Request
+from .request import Ending
 from .stopwatch import Stopwatch
 from .suggestions import did_you_mean
-from .vision.chunks import Prompt, TextChunk
+from .vision.chunks import Prompt
 from .vision.places import Place, places_or_none
 from .vision.profiles import METADATA_KEYS, find_profile
 from .vision.stage import encode_images, run_vision_stage
 
-_RANGES = {"max_tokens": Range(1, 2**31 - 1)}
-# Arguments of create_completion, without those that change the prompt or the form of the result, and those that
-# `generate` names itself
-_SAMPLING = set(inspect.signature(Llama.create_completion).parameters) - {
-    "self",
-    "prompt",
-    "suffix",
-    "echo",
-    "logprobs",
-    "stream",
-    "model",
-    "max_tokens",
-    "temperature",
-}
-
 
 @describe_options(LoadOptions, EncoderOptions, CacheOptions)
-class StarVLM:
+class StarVLM(Answering):
     """A text model and its vision projector, ready to answer questions about images.
 
     One request runs at a time; threads may share an engine. It is a context manager, and `close` frees its memory.
@@ -152,8 +132,7 @@ class StarVLM:
             llama_options["lora_path"] = read_lora(llama_options["lora_path"], info).path
         if mmproj is not None:
             check_mmproj(read_gguf_info(mmproj))  # first: to load the text model takes longer
-        self._lock = threading.RLock()  # one request at a time; other threads wait
-        self._closed = False
+        super().__init__()
         self.image_limits = image_limits
         self.llama = load_llama(info.path, **load.for_llama(), **llama_options)
         try:
@@ -171,11 +150,13 @@ class StarVLM:
         self.decoder, self.encoder = self._reader.decoder, self._reader.encoder
 
     def close(self) -> None:
-        """Frees the models. Any later use raises EngineClosedError.
+        """Frees the models, and ends asynchronous requests. Any later use raises EngineClosedError.
 
         Raises:
             EngineClosedError: A callback of a request called it.
         """
+        for job in list(self._jobs):
+            job.stopped.set()
         with self._lock:
             self.llama.close()
             self._closed = True
@@ -204,111 +185,7 @@ class StarVLM:
         """Where the chat template comes from, as text for people. None without one."""
         return self._chat.origin if self._chat.exists else None
 
-    # ---- answers ----
-
-    @overload
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
-        prune: PruneConfig | str | None = DEFAULT_PRESET,
-        max_tokens: int | None = 256,
-        *,
-        stream: Literal[False] = False,
-        chat: bool = True,
-        temperature: float = 0.0,
-        **sampling: Any,
-    ) -> Answer: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
-        prune: PruneConfig | str | None = DEFAULT_PRESET,
-        max_tokens: int | None = 256,
-        *,
-        stream: Literal[True],
-        chat: bool = True,
-        temperature: float = 0.0,
-        **sampling: Any,
-    ) -> AnswerStream: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
-        prune: PruneConfig | str | None = DEFAULT_PRESET,
-        max_tokens: int | None = 256,
-        *,
-        stream: bool,
-        chat: bool = True,
-        temperature: float = 0.0,
-        **sampling: Any,
-    ) -> Answer | AnswerStream: ...
-
-    @checked(_RANGES, skip=("prompt", "images", "prune"))
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource | Video] | ImageSource | Video = (),
-        prune: PruneConfig | str | None = DEFAULT_PRESET,
-        max_tokens: int | None = 256,
-        *,
-        stream: bool = False,
-        chat: bool = True,
-        temperature: float = 0.0,
-        **sampling: Any,
-    ) -> Answer | AnswerStream:
-        """Answers a prompt about images.
-
-        One request runs at a time: other threads wait, and a new request ends an unfinished stream. The engine can be
-        used again after any error. All errors but EngineError come before anything is computed.
-
-        Args:
-            prompt: The question. Images stand before it, or where it has markers (star_edge.MEDIA_MARKER), one for each
-                image. `<image>` and other models' placeholders count as markers if there are as many as images, and are
-                text otherwise.
-            images: Paths, bytes, open files, PIL images, NumPy arrays, data: or http(s): URLs (`load_image`), and
-                videos (`Video`).
-            prune: A PruneConfig, a preset's name, the path of a .json file of `star-edge tune`, or None for stock
-                behaviour on the same code path.
-            max_tokens: Most tokens of the answer. None: until the context is full.
-            stream: Return an AnswerStream once the prompt has been read.
-            chat: Put the prompt into the model's chat template. False: the prompt is complete as it is.
-            temperature: Sampling temperature, 0 for greedy.
-            **sampling: Further arguments of llama_cpp.Llama.create_completion: top_p, seed, stop, grammar, ...
-
-        Returns:
-            An Answer, or with `stream` an AnswerStream.
-
-        Raises:
-            ConfigError: An argument cannot be used.
-            PromptError: The prompt cannot be used, or its markers do not match the images.
-            ImageError: An image cannot be read, or is over the limits.
-            ContextLengthError: The prompt does not fit the context.
-            UnsupportedModelError: There are images, and the model was loaded without a vision encoder.
-            EngineError: llama.cpp failed.
-            EngineClosedError: The engine is closed.
-        """
-        unknown = set(sampling) - _SAMPLING
-        if unknown:
-            raise ConfigError(
-                f"{', '.join(sorted(unknown))} is not a sampling option", f"use one of {', '.join(sorted(_SAMPLING))}"
-            )
-        with self._lock:
-            self._check_open()
-            options = check_options(self.llama, {"max_tokens": max_tokens, "temperature": temperature, **sampling})
-            request, state = self._read(prompt, images, prune, chat)
-            ids = request.hand_over(state)
-            chunks = self.llama.create_completion(prompt=ids, stream=True, **options)
-            answer = AnswerStream(request, cast(Generator[Any, None, None], chunks), self._check_open)
-            if stream:
-                return answer
-            for _ in answer:
-                pass
-            return Answer(answer.text, answer.finish_reason or "length", answer.report)
+    # ---- prompts and pictures without an answer ----
 
     @checked(skip=("prompt", "images", "prune"))
     def read_prompt(
@@ -334,7 +211,11 @@ class StarVLM:
         Raises:
             StarEdgeError: As for `generate`.
         """
-        request, state = self._read(prompt, images, prune, chat)
+        with self._lock:
+            self._check_open()
+            self._check_takes(len(image_list(images)))
+            asked = ask_prompt(self.llama, self._chat, prompt, images, chat, self.image_limits)
+            request, state = self._read(asked, prune, Ending(), None)
         assert request.report is not None  # of a prompt that was read
         return state, request.report
 
@@ -360,10 +241,9 @@ class StarVLM:
         with self._lock:
             self._check_open()
             n_tokens = 0
-            for picture in self._load(image):
-                for frame in picture.pictures if isinstance(picture, Frames) else (picture,):
-                    pixels = self._reader.fit(frame, config).pixels
-                    n_tokens += self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
+            for frame in frames_apart([load_picture(image, self.image_limits)])[0]:
+                pixels = self._reader.fit(frame, config).pixels
+                n_tokens += self._reader.count_tokens(pixels.shape[0], pixels.shape[1])
             return n_tokens
 
     @checked(skip=("prompt",))
@@ -382,26 +262,10 @@ class StarVLM:
             StarEdgeError: As for `generate`.
         """
         self._check_open()
-        videos = {i: picture for i, picture in enumerate(pictures) if isinstance(picture, Frames)}
-        pixels: list[np.ndarray] = []
-        of_video: list[int | None] = []  # of each of them
-        for i, picture in enumerate(pictures):
-            frames = picture.pictures if isinstance(picture, Frames) else (picture,)
-            pixels += [check_pixels(frame) for frame in frames]
-            of_video += [i if i in videos else None] * len(frames)
-        check_text(prompt, "the prompt")
-        if pictures and self.encoder is None:
-            raise UnsupportedModelError("this model was loaded without a vision encoder", "give its mmproj file")
-        check_length(self.llama, prompt)
-        place = self._chat.format if chat else self._chat.mark
-        text = place(prompt, len(pictures), videos)
-        if self.encoder is None:
-            return Prompt(
-                [TextChunk(np.array(self.llama.tokenize(text.encode(), add_bos=True, special=True), np.int32))]
-            )
-        tokenized = self.encoder.tokenize(text, pixels)
-        tokenized.join_frames(of_video)
-        return tokenized
+        pixels, videos, of_video = frames_apart(pictures)
+        self._check_takes(len(pictures))
+        text = whole_prompt(self.llama, self._chat, prompt, len(pictures), chat, videos)
+        return self._chunks(text, [check_pixels(one) for one in pixels], of_video)
 
     @checked(skip=("prompt", "images"))
     def inspect(
@@ -433,7 +297,7 @@ class StarVLM:
         """
         with self._turn():
             self.decoder.clear()
-            pictures = list(self._load(images))
+            pictures = [load_picture(source, self.image_limits) for source in image_list(images)]
             tokenized = self.tokenize(prompt, pictures, chat=chat)
             try:
                 plan, _ = self._reader.plan(tokenized, None)
@@ -464,8 +328,7 @@ class StarVLM:
                     tokens += [f"<image {segment.image}>"] * n
             places: list[Place | None] = []
             of_picture = [chunk.picture for chunk in plan.images]
-            shown = [f for p in pictures for f in (p.pictures if isinstance(p, Frames) else (p,))]
-            for i, pixels in enumerate(shown):
+            for i, pixels in enumerate(frames_apart(pictures)[0]):
                 assert self._reader.places is not None  # of the encoder that has made the images
                 places += places_or_none(self._reader.places, pixels.shape[0], pixels.shape[1], of_picture.count(i))
             return Inspection(
@@ -478,61 +341,3 @@ class StarVLM:
                 places,
                 [image.special for image in encoded],
             )
-
-    # ---- inside ----
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineClosedError("the engine is closed", "make a new StarVLM")
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[float]:
-        """A turn at the Llama. Ends an unfinished request, and empties the cache except for the stem.
-
-        Yields:
-            When the turn began, in seconds of time.perf_counter.
-        """
-        with self._lock:
-            start = time.perf_counter()
-            self._check_open()
-            with request_of(self.llama):
-                self._reader.begin()
-                yield start
-
-    def _read(
-        self,
-        prompt: str,
-        images: Sequence[ImageSource | Video] | ImageSource | Video,
-        prune: PruneConfig | str | None,
-        chat: bool,
-    ) -> tuple[Request, Prefill]:
-        """Reads a prompt, as a request of its own."""
-        config = resolve_prune(prune)
-        with self._turn() as start:
-            request = Request(self._reader, self._lock, config, start)
-            pictures: list[np.ndarray | Frames] = []
-            for picture in self._load(images):
-                if isinstance(picture, Frames):
-                    pictures.append(picture.with_pictures([request.fit(frame) for frame in picture.pictures]))
-                else:
-                    pictures.append(request.fit(picture))
-            return request, request.read(self.tokenize(prompt, pictures, chat=chat))
-
-    def _load(self, images: Sequence[ImageSource | Video] | ImageSource | Video) -> Iterator[np.ndarray | Frames]:
-        """The pixels of each image, and the frames of each video."""
-        for source in self._image_list(images):
-            if isinstance(source, Video):
-                yield read_video(source, self.image_limits)
-            else:
-                yield load_image(source, self.image_limits)
-
-    @staticmethod
-    def _image_list(images: Sequence[ImageSource | Video] | ImageSource | Video) -> list[ImageSource | Video]:
-        if images is None:
-            return []
-        is_one = isinstance(images, (str, bytes, bytearray, memoryview, np.ndarray, PathLike)) or hasattr(
-            images, "read"
-        )
-        if is_one or not isinstance(images, Iterable):
-            return [cast(ImageSource | Video, images)]  # one image needs no list
-        return list(cast(Iterable[ImageSource | Video], images))

@@ -83,6 +83,16 @@ class RequestCancelledError(StarEdgeError, RuntimeError):
     """The caller cancelled the request."""
 
 
+class RequestTimeoutError(StarEdgeError, TimeoutError):
+    """A request took longer than its `timeout`.
+
+    Attributes:
+        text: The answer's text so far, "" while the prompt was read.
+    """
+
+    text = ""
+
+
 class HubError(StarEdgeError, RuntimeError):
     """The Hugging Face hub lacks a model, refuses it, or cannot be reached."""
 

@@ -76,6 +76,9 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 _FORMS = '{"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ...}}'
 
 
+_UNNAMED = object()  # the source of an image that the caller gives beside the messages
+
+
 @dataclass(frozen=True)
 class Picture:
     """An image of a message. source: a URL or path, bytes, a PIL image or an array, as given."""
@@ -119,21 +122,51 @@ class Message:
         return [part for part in self.parts if isinstance(part, Picture)]
 
 
-def read_messages(messages: Any) -> list[Message]:
+def read_messages(messages: Any, images: Sequence[Any] = ()) -> list[Message]:
     """Reads messages in OpenAI's form, and in the forms of transformers and of the Responses API.
 
+    Args:
+        messages: The messages.
+        images: Sources of images that the messages do not name: of parts {"type": "image"} without one, in order. If
+            there is no such part, they stand first in the user's first message.
+
     Raises:
-        PromptError: A message cannot be used. The error names the message and the part.
+        PromptError: A message cannot be used. The error names the message and the part. Or the images are more or fewer
+            than the places for them.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise PromptError(f"messages is a {type(messages).__name__}", "give a list of messages with role and content")
-    read = [_read_message(message, f"message {i}") for i, message in enumerate(messages)]
+    images = list(images)
+    read = [_read_message(message, f"message {i}", bool(images)) for i, message in enumerate(messages)]
     if not read:
         raise PromptError("there are no messages", "give a list of messages with role and content")
+    _fill_in(read, images)
     return read
 
 
-def _read_message(message: Any, where: str) -> Message:
+def _fill_in(messages: Sequence[Message], images: Sequence[Any]) -> None:
+    """Puts images where the messages leave a place for them, otherwise first in the user's first message."""
+    n_places = sum(part.source is _UNNAMED for message in messages for part in message.pictures)
+    if n_places and n_places != len(images):
+        raise PromptError(
+            f'the messages have {n_places} parts {{"type": "image"}} without an image, and images has {len(images)}',
+            "give an image for each of them, in the part or in images",
+        )
+    if n_places:
+        sources = iter(images)
+        for message in messages:
+            message.parts = [
+                Picture(next(sources)) if isinstance(part, Picture) and part.source is _UNNAMED else part
+                for part in message.parts
+            ]
+    elif images:
+        first = next((message for message in messages if message.role == "user"), None)
+        if first is None:
+            raise PromptError("images were given, and no message of the user", "add one")
+        first.parts, first.is_list = [*map(Picture, images), *first.parts], True
+
+
+def _read_message(message: Any, where: str, has_images: bool) -> Message:
     if not isinstance(message, Mapping):
         raise PromptError(f"{where} is a {type(message).__name__}", 'write {"role": "user", "content": "..."}')
     role = message.get("role")
@@ -150,10 +183,11 @@ def _read_message(message: Any, where: str) -> Message:
         return Message(role, [], has_content=False, rest=rest)
     if isinstance(content, (bytes, Mapping)) or not isinstance(content, Iterable):
         raise PromptError(f"the content of {where} is a {type(content).__name__}", "give a string or a list of parts")
-    return Message(role, [_read_part(part, f"part {i} of {where}") for i, part in enumerate(content)], True, rest=rest)
+    parts = [_read_part(part, f"part {i} of {where}", has_images) for i, part in enumerate(content)]
+    return Message(role, parts, True, rest=rest)
 
 
-def _read_part(part: Any, where: str) -> str | Picture:
+def _read_part(part: Any, where: str, has_images: bool) -> str | Picture:
     if isinstance(part, str):
         return check_text(part, f"the text of {where}")
     if not isinstance(part, Mapping):
@@ -169,6 +203,8 @@ def _read_part(part: Any, where: str) -> str | Picture:
         raise PromptError(
             f"{where} is of type {str(kind)[:60]!r}, which is neither text nor an image nor a video", f"use {_FORMS}"
         )
+    if has_images and kind == "image" and set(part) == {"type"}:
+        return Picture(_UNNAMED)
     found = [
         _source(part[name]) for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None
     ]

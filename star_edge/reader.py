@@ -28,6 +28,7 @@ from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over, uses_flash_attention
 from .llamacpp.mtmd import MEDIA_MARKER
 from .options import CacheOptions, EncoderOptions
+from .progress import Meter
 from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes, tolerance_notes
 from .pruning.selection import Tokens
@@ -202,13 +203,16 @@ class PromptReader:
         with self._with_encoder():
             return self._resolution.fit(pixels, config.image_max_tokens)
 
-    def read(self, prompt: Prompt, config: PruneConfig | None, start: float) -> tuple[Prefill, PruneReport]:
+    def read(
+        self, prompt: Prompt, config: PruneConfig | None, start: float, meter: Meter | None = None
+    ) -> tuple[Prefill, PruneReport]:
         """Computes everything before the first answer token, and closes the prompt. `begin` must come first.
 
         Args:
             prompt: The prompt.
             config: What to prune, or None.
             start: When the request began, in seconds of time.perf_counter.
+            meter: Is told how far the reading is.
 
         Returns:
             The state after the prompt, and the report.
@@ -217,7 +221,34 @@ class PromptReader:
             ConfigError: The config does not fit the prompt or the model. Nothing has been computed.
             ContextLengthError: The prompt does not fit the context. Nothing has been computed.
             EngineError: llama.cpp failed. `begin` makes the Llama usable again.
+            RequestCancelledError: The context's is_cancelled says so, before an image or a decode.
         """
+        with self._watched(prompt, meter):
+            return self._read(prompt, config, start, meter)
+
+    @contextmanager
+    def _watched(self, prompt: Prompt, meter: Meter | None) -> Iterator[None]:
+        """Inside the block the encoder and the decoder tell the meter, and the encoder can be interrupted as well."""
+        pictures = [chunk.picture for chunk in prompt.chunks if isinstance(chunk, ImageChunk)]
+
+        def before_image() -> None:
+            self.context.check_cancelled()
+            if meter is not None:
+                meter.encode(self.encoding.image, pictures)
+
+        self.decoder.meter = meter
+        if self.encoder is not None:
+            self.encoder.before_run = before_image
+        try:
+            yield
+        finally:
+            self.decoder.meter = None
+            if self.encoder is not None:
+                self.encoder.before_run = None
+
+    def _read(
+        self, prompt: Prompt, config: PruneConfig | None, start: float, meter: Meter | None
+    ) -> tuple[Prefill, PruneReport]:
         try:
             watch = Stopwatch()
             watch.seconds["preprocess"] = time.perf_counter() - start
@@ -230,6 +261,8 @@ class PromptReader:
         if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
             plan, notes = self.plan(prompt, config, encoded)
         notes += undone
+        if meter is not None and plan.config is not None and plan.config.prunes_in_vision:
+            meter.choose()
         segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
         if config is not None and config.adapts_to_picture:
             notes += _adapt(plan, images)

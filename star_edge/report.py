@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import PIL.Image
@@ -18,21 +18,97 @@ from .pruning.config import PruneConfig
 from .pruning.selection import average_tokens
 from .vision.places import Place
 
-_TOTALS = (
-    "encoder_layer",
-    "decoder_layer",
-    "n_full_tokens",
-    "n_image_tokens",
-    "n_redundant",
-    "n_encoder_kept",
-    "n_vision_kept",
-    "n_decoder_kept",
-    "average_tokens",
-    "token_layer_ratio",
-    "n_ctx_needed",
-    "n_cached",
-    "tokens_per_s",
-)
+
+class PictureFigures(TypedDict):
+    """A picture of the prompt, without arrays. images: indices of its images (one, or its crops); the others are counts
+    over them, named as in ImageReport.
+    """
+
+    images: list[int]
+    n_tokens: int
+    n_special: int
+    n_redundant: int
+    n_encoder_kept: int
+    n_vision_kept: int
+    n_decoder_kept: int
+
+
+class ImageFigures(TypedDict):
+    """An image of the prompt, without arrays. Names are those of ImageReport."""
+
+    picture: int
+    n_tokens: int
+    n_special: int
+    n_redundant: int
+    n_encoder_kept: int
+    n_vision_kept: int
+    n_decoder_kept: int
+    cached: bool
+
+
+class _Figures(TypedDict):
+    """What both forms of a report say in the same way. Names are those of PruneReport."""
+
+    config: dict[str, Any] | None
+    pictures: list[PictureFigures]
+    n_layers: int
+    n_text_tokens: int
+    n_kv_cells: int
+    n_generated: int
+    n_sampled: int
+    reused_tokens: int
+    encoder_layer: int | None
+    decoder_layer: int | None
+    n_full_tokens: int | None
+    n_image_tokens: int
+    n_redundant: int
+    n_encoder_kept: int
+    n_vision_kept: int
+    n_decoder_kept: int
+    average_tokens: float
+    token_layer_ratio: float
+    n_ctx_needed: int
+    n_cached: int
+    tokens_per_s: float | None
+    milliseconds: dict[str, float]
+    in_place: bool
+    repairs: list[str]
+    full_tokens: list[int | None]
+    notes: list[str]
+
+
+class ReportFigures(_Figures):
+    """PruneReport.figures(): counts and times, without arrays."""
+
+    images: list[ImageFigures]
+
+
+class ImageDict(TypedDict):
+    """An image in PruneReport.to_dict(): the fields of ImageReport, arrays as lists."""
+
+    picture: int
+    n_tokens: int
+    grid: list[int] | None
+    cells: list[int]
+    vision_kept: list[int]
+    decoder_kept: list[int]
+    vision_scores: list[float] | None
+    decoder_scores: list[float] | None
+    vision_mass: list[float] | None
+    decoder_mass: list[float] | None
+    special: list[bool] | None
+    cached: bool
+    redundant: list[int]
+    encoder_kept: list[int] | None
+    encoder_layer: int | None
+    same_as: int | None
+
+
+class ReportDict(_Figures):
+    """PruneReport.to_dict(): everything. windows: [layer K, image tokens from there on] of each decoder stage."""
+
+    images: list[ImageDict]
+    windows: list[list[int]]
 
 
 def round_n_ctx(n: int) -> int:
@@ -113,9 +189,9 @@ class ImageReport:
         return on_grid.reshape(self.grid)
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneReport:
-    """What was dropped, and where the time went.
+    """What was dropped, and where the time went. Its repr is `summary`.
 
     Attributes:
         config: The config of the request. None: no pruning.
@@ -171,11 +247,8 @@ class PruneReport:
         return found if len(found) == len(self.images) else [None] * len(self.images)
 
     @property
-    def pictures(self) -> list[dict[str, Any]]:
-        """Each picture of the prompt: the indices of its images (one, or its crops), and their tokens together.
-
-        Plain JSON values: images, n_tokens, n_special, n_redundant, n_encoder_kept, n_vision_kept, n_decoder_kept.
-        """
+    def pictures(self) -> list[PictureFigures]:
+        """Each picture of the prompt: the indices of its images (one, or its crops), and their tokens together."""
         of_picture: dict[int, list[int]] = {}
         for i, image in enumerate(self.images):
             of_picture.setdefault(image.picture, []).append(i)
@@ -332,10 +405,45 @@ class PruneReport:
         ]
         return draw_shown(load_image(cast(ImageSource, source), limits), list(kept), shown)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> str:
+        """The report in words: a line on what was read and how long it took, and a line for each note."""
+        return "\n".join([f"{self._read()}, {self._times()}", *(f"note: {note}" for note in self.notes)])
+
+    __repr__ = summary
+
+    def _read(self) -> str:
+        """What was read of the pictures."""
+        if not self.images:
+            return f"read {_count(self.n_text_tokens, 'text token')}"
+        n = self.n_full_tokens or self.n_image_tokens
+        if self.n_vision_kept == n:
+            text = f"read all {_count(n, 'image token')}"
+        else:
+            text = f"read {self.n_vision_kept} of {_count(n, 'image token')} ({self.n_vision_kept / n:.0%})"
+        if self.windows:
+            text += f", {self.windows[-1][1]} from layer {self.windows[-1][0]} on"
+        if len(self.pictures) > 1:
+            text += f" in {len(self.pictures)} pictures"
+        return text
+
+    def _times(self) -> str:
+        """What it took."""
+        parts = []
+        if self.n_cached:
+            whose = "the picture" if len(self.pictures) == 1 else _count(self.n_cached, "picture")
+            parts.append(f"{whose} not encoded again")
+        if self.reused_tokens:
+            parts.append(f"{_count(self.reused_tokens, 'token')} reused")
+        if "first_token" in self.milliseconds:
+            parts.append(f"first token {_seconds(self.milliseconds['first_token'])}")
+        if self.n_generated:
+            speed = "" if self.tokens_per_s is None or self.n_generated < 2 else f" at {self.tokens_per_s:.1f} tokens/s"
+            parts.append(f"answer of {_count(self.n_generated, 'token')}{speed}")
+        return ", ".join(parts) or "no times"
+
+    def figures(self) -> ReportFigures:
         """The report without its arrays, as plain JSON values of a few hundred bytes. Names are those of `to_dict`."""
         return {
-            "config": self.config.to_dict() if self.config is not None else None,
             "images": [
                 {
                     "picture": i.picture,
@@ -349,12 +457,32 @@ class PruneReport:
                 }
                 for i in self.images
             ],
+            **self._figures(),
+        }
+
+    def _figures(self) -> _Figures:
+        return {
+            "config": self.config.to_dict() if self.config is not None else None,
             "pictures": self.pictures,
-            **{
-                name: getattr(self, name)
-                for name in ("n_layers", "n_text_tokens", "n_kv_cells", "n_generated", "n_sampled", "reused_tokens")
-            },
-            **{name: getattr(self, name) for name in _TOTALS},
+            "n_layers": self.n_layers,
+            "n_text_tokens": self.n_text_tokens,
+            "n_kv_cells": self.n_kv_cells,
+            "n_generated": self.n_generated,
+            "n_sampled": self.n_sampled,
+            "reused_tokens": self.reused_tokens,
+            "encoder_layer": self.encoder_layer,
+            "decoder_layer": self.decoder_layer,
+            "n_full_tokens": self.n_full_tokens,
+            "n_image_tokens": self.n_image_tokens,
+            "n_redundant": self.n_redundant,
+            "n_encoder_kept": self.n_encoder_kept,
+            "n_vision_kept": self.n_vision_kept,
+            "n_decoder_kept": self.n_decoder_kept,
+            "average_tokens": self.average_tokens,
+            "token_layer_ratio": self.token_layer_ratio,
+            "n_ctx_needed": self.n_ctx_needed,
+            "n_cached": self.n_cached,
+            "tokens_per_s": self.tokens_per_s,
             "milliseconds": dict(self.milliseconds),
             "in_place": self.in_place,
             "repairs": list(self.repairs),
@@ -362,16 +490,27 @@ class PruneReport:
             "notes": list(self.notes),
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """The whole report as plain JSON values, arrays as lists."""
-        data = asdict(replace(self, locate=None))
-        del data["locate"]
-        data["config"] = self.config.to_dict() if self.config is not None else None
-        data["windows"] = [list(window) for window in self.windows]
-        for image in data["images"]:
-            for name, value in image.items():
-                if isinstance(value, np.ndarray):
-                    image[name] = value.tolist()
-        data["pictures"] = self.pictures
-        data.update({name: getattr(self, name) for name in _TOTALS})
-        return data
+    def to_dict(self) -> ReportDict:
+        """The whole report as plain JSON values: `json.dumps` takes it as it is. Arrays are lists.
+
+        It has every field of PruneReport and of ImageReport by its name, and the properties that `figures` has:
+        pictures, n_image_tokens, n_vision_kept, average_tokens, tokens_per_s, ...
+        """
+        images: list[ImageDict] = []
+        for image in self.images:
+            values: Any = {name: _plain(value) for name, value in vars(image).items()}
+            images.append(values)
+        return {"images": images, "windows": [list(window) for window in self.windows], **self._figures()}
+
+
+def _plain(value: Any) -> Any:
+    """A field of an ImageReport as JSON has it."""
+    return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def _seconds(milliseconds: float) -> str:
+    return f"{milliseconds:.0f} ms" if milliseconds < 995 else f"{milliseconds / 1e3:.1f} s"

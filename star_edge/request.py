@@ -10,21 +10,114 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from .decoder.prefill import Prefill
-from .errors import EngineClosedError
+from .errors import ConfigError, EngineClosedError, RequestCancelledError, RequestTimeoutError
 from .generation import Generation
+from .progress import Meter, Progress
 from .pruning.config import PruneConfig
 from .reader import PromptReader
 from .report import PruneReport
 from .vision.chunks import Prompt
 from .vision.places import Place, places_or_none
 from .vision.resolution import FittedSize
+
+IsCancelled = Callable[[], bool]
+_is_cancelled: ContextVar[IsCancelled | None] = ContextVar("star_edge_is_cancelled", default=None)
+_asked_at: ContextVar[float | None] = ContextVar("star_edge_asked_at", default=None)
+_POLL_SECONDS = 0.05  # while a request that may end waits for its turn
+
+
+@contextmanager
+def cancellable(is_cancelled: IsCancelled) -> Iterator[None]:
+    """Requests that this thread or task begins inside the block end when `is_cancelled()` becomes true.
+
+    Raises:
+        ConfigError: is_cancelled is no function.
+    """
+    if not callable(is_cancelled):
+        raise ConfigError(f"is_cancelled is a {type(is_cancelled).__name__}", "give a function")
+    token = _is_cancelled.set(is_cancelled)
+    try:
+        yield
+    finally:
+        _is_cancelled.reset(token)
+
+
+@contextmanager
+def asked_at(time: float) -> Iterator[None]:
+    """Timeouts of requests that begin inside the block count from an earlier time, in seconds of time.perf_counter."""
+    token = _asked_at.set(time)
+    try:
+        yield
+    finally:
+        _asked_at.reset(token)
+
+
+def cancellation() -> IsCancelled | None:
+    """What the innermost `cancellable` block says, or None outside of all."""
+    return _is_cancelled.get()
+
+
+class Ending:
+    """Says when a request has to end before its answer is complete. It is asked before each decode.
+
+    Args:
+        timeout: Seconds that it may take, or None.
+        signals: Functions that say whether the request is cancelled.
+        since: From when the seconds count. None: from now, or as `asked_at` says.
+
+    Attributes:
+        during: What the request is doing, for the error.
+    """
+
+    def __init__(
+        self, timeout: float | None = None, signals: Sequence[IsCancelled | None] = (), since: float | None = None
+    ) -> None:
+        self._timeout = timeout
+        since = _asked_at.get() if since is None else since
+        self._until = None if timeout is None else timeout + (perf_counter() if since is None else since)
+        self._signals = [signal for signal in signals if signal is not None]
+        self.during = "before the request's turn came"
+
+    def __call__(self) -> bool:
+        """Whether the request is cancelled.
+
+        Raises:
+            RequestTimeoutError: Its time is over.
+        """
+        if self._until is not None and perf_counter() >= self._until:
+            raise self.timeout_error()
+        return any(signal() for signal in self._signals)
+
+    def timeout_error(self) -> RequestTimeoutError:
+        return RequestTimeoutError(
+            f"timeout={self._timeout:g} seconds have passed {self.during}",
+            "allow more, keep fewer image tokens, or ask for a shorter answer",
+        )
+
+    def check(self) -> None:
+        """Raises RequestTimeoutError or RequestCancelledError if the request has to end."""
+        if self():
+            raise RequestCancelledError("the request was cancelled")
+
+    @contextmanager
+    def holding(self, lock: threading.RLock) -> Iterator[None]:
+        """Holds the lock inside the block. Does not wait for it longer than the request may take."""
+        may_end = self._until is not None or self._signals
+        while not lock.acquire(timeout=_POLL_SECONDS if may_end else -1):
+            self.check()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 class Request:
@@ -77,13 +170,16 @@ class Request:
         self._sizes.append((fitted.pixels.shape[0], fitted.pixels.shape[1]))
         return fitted.pixels
 
-    def read(self, prompt: Prompt) -> Prefill:
+    def read(self, prompt: Prompt, progress: Callable[[Progress], None] | None = None) -> Prefill:
         """Reads the prompt, and closes it.
+
+        progress: Is told how far the reading is.
 
         Raises:
             StarEdgeError: As PromptReader.read.
         """
-        state, self.report = self._reader.read(prompt, self._config, self._start)
+        meter = None if progress is None else Meter(progress, self._start)
+        state, self.report = self._reader.read(prompt, self._config, self._start, meter)
         self.n_prompt = state.next_position
         self._add_full_tokens(self.report)
         self.report.locate = self._locator(self.report)

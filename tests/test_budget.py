@@ -154,7 +154,7 @@ def test_crops_of_a_picture_are_known(families, sliced, cached):
             assert of == sorted(of) and set(of) == {0, 1, 2} and of.count(0) == of.count(2) == 5
             assert [p["n_tokens"] for p in report.pictures] == [49 * of.count(n) for n in range(3)]
             assert sum(p["n_vision_kept"] for p in report.pictures) == report.n_vision_kept
-            assert report.summary()["pictures"] == report.to_dict()["pictures"] == report.pictures
+            assert report.figures()["pictures"] == report.to_dict()["pictures"] == report.pictures
         assert min(report.picture(pictures[0], 0).size) > 100  # each crop's grid beside the picture: test_crops.py
 
 

@@ -152,7 +152,7 @@ def test_report_comes_back_with_the_response(llm, handler):
     assert summary["n_generated"] == 2 and summary["n_sampled"] == 3  # two digits, and the end
     assert {"preprocess", "encode", "probe", "resume", "first_token", "generate"} <= set(summary["milliseconds"])
     report = handler.last_report
-    assert report.summary() == summary and len(report.images[0].decoder_kept) == kept("balanced").decoder
+    assert report.figures() == summary and len(report.images[0].decoder_kept) == kept("balanced").decoder
     assert {k: report.to_dict()[k] for k in summary if k != "images"} == {
         k: v for k, v in summary.items() if k != "images"
     }

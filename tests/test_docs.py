@@ -108,10 +108,21 @@ def test_makefile_targets_that_pages_name_exist():
 
 # ---- docstrings ----
 
-DATACLASSES = (star_edge.Answer, star_edge.PruneConfig, star_edge.PruneReport, star_edge.ImageReport, ImageLimits)
+DATACLASSES = (
+    star_edge.Answer,
+    star_edge.PruneConfig,
+    star_edge.PruneReport,
+    star_edge.ImageReport,
+    star_edge.Progress,
+    ImageLimits,
+)
 CALLABLES = (
     star_edge.StarVLM,
     star_edge.StarVLM.generate,
+    star_edge.StarVLM.chat,
+    star_edge.StarVLM.agenerate,
+    star_edge.StarVLM.achat,
+    star_edge.StarVLM.cancellable,
     star_edge.StarVLM.read_prompt,
     star_edge.StarVLM.tokenize,
     star_edge.StarVLM.inspect,
@@ -181,7 +192,17 @@ def test_errors_say_what_they_mean(name):
     assert vars(errors)[name].__dict__.get("__doc__")
 
 
-@pytest.mark.parametrize("kind", (star_edge.StarVLM, star_edge.StarChatHandler, star_edge.AnswerStream, *DATACLASSES))
+@pytest.mark.parametrize(
+    "kind",
+    (
+        star_edge.StarVLM,
+        *star_edge.StarVLM.__bases__,
+        star_edge.StarChatHandler,
+        star_edge.AnswerStream,
+        star_edge.AsyncAnswerStream,
+        *DATACLASSES,
+    ),
+)
 def test_public_members_have_docstrings(kind):
     own = {
         name: member

@@ -289,7 +289,7 @@ def test_stages_follow_each_other(fixture, vlm):
     titles = report.picture(pictures[0]).size
     plain = ask(vlm, fixture, PruneConfig(0.4, 0.2, 1), pictures)[1].picture(pictures[0]).size
     assert titles[0] * titles[1] > plain[0] * plain[1]  # more panels
-    summary = report.summary()
+    summary = report.figures()
     assert (summary["n_redundant"], summary["n_encoder_kept"]) == (report.n_redundant, report.n_encoder_kept)
     fresh_state, _ = ask(vlm, fixture, config, pictures)
     assert np.array_equal(fresh_state.logits, state.logits)

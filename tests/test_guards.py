@@ -25,7 +25,7 @@ from llama_cpp.llama_chat_format import MTMDChatHandler
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.arguments import parameters
-from star_edge.engine import _SAMPLING
+from star_edge.asked import SAMPLING
 from star_edge.llamacpp.guarded import RANGES, check_length, guard
 
 QUESTION = "what color is the star?"
@@ -71,7 +71,7 @@ def refuses(llm):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in parameters(StarVLM.generate) if n not in ("prompt", "images", "prune")] + sorted(_SAMPLING)
+    "name", [n for n in parameters(StarVLM.generate) if n not in ("prompt", "images", "prune")] + sorted(SAMPLING)
 )
 def test_arguments_of_generate(vlm, name):
     """Each value is answered or refused with a typed error that names the argument, before anything is computed."""

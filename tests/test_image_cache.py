@@ -45,7 +45,7 @@ def test_a_hit_equals_a_miss(families, family, tmp_path, monkeypatch):
         for config, want in zip(configs, expected):
             report = same(vlm.read_prompt("a", images, config), want)
             assert all(image.cached for image in report.images)
-        assert report.summary()["images"][0]["cached"] is True and not runs
+        assert report.figures()["images"][0]["cached"] is True and not runs
 
 
 def test_attention_that_was_not_read_is_a_miss(families):

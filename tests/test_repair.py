@@ -85,7 +85,7 @@ def test_repaired_features_are_clips_own(families, legacy, flash_attn):
             and "25814" in report.repairs[0]
             and "all 4 layers run instead of 3" in report.repairs[1]
         )
-        assert report.summary()["repairs"] == report.repairs and not report.notes
+        assert report.figures()["repairs"] == report.repairs and not report.notes
         assert vlm.read_prompt("what?")[1].repairs == []
     with load(families, legacy, flash_attn=flash_attn, encoder="stock") as vlm:
         stock = encode(vlm, image)

@@ -149,7 +149,7 @@ def test_a_request_is_one_about_the_smaller_picture(family, prune):
     assert family == "internvl" or not [note for note in report.notes if "image_max_tokens" in note]
     assert report.full_tokens[0] == full and report.n_image_tokens == plain.n_image_tokens
     assert report.pictures[0]["n_tokens"] == n and report.n_full_tokens > report.n_image_tokens
-    assert report.summary()["n_full_tokens"] == sum(report.to_dict()["full_tokens"])
+    assert report.figures()["n_full_tokens"] == sum(report.to_dict()["full_tokens"])
 
 
 def test_no_more_than_stock_with_the_option(qwen):

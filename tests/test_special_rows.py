@@ -109,7 +109,7 @@ def test_vision_stage(families, request, known, vision_scorer):
             config = PruneConfig(vision_keep=0.5, vision_scorer=vision_scorer, representatives=kind, vision_share=0.5)
             _, report = vlm.read_prompt("what?", random_image(1), config)
             check(report.images[0], 28, 28)
-            assert report.summary()["images"][0]["n_special"] == 7
+            assert report.figures()["images"][0]["n_special"] == 7
             if report.images[0].vision_scores is not None:
                 assert (report.images[0].vision_scores[ENDS] == 0).all()
 
@@ -178,7 +178,7 @@ def test_images_that_share_their_tokens(families, request, tmp_path, known, budg
     with StarVLM(families["llama"].text, mmproj, n_ctx=1024, n_threads=1) as vlm:
         pictures = [random_image(1, 196, 196), random_image(2, 196, 196)]
         _, report = vlm.read_prompt("what?", pictures, PruneConfig(0.3, 40, 3, budget=budget))
-    assert len(report.images) == 10 and report.summary()["pictures"][0]["n_special"] == 35
+    assert len(report.images) == 10 and report.figures()["pictures"][0]["n_special"] == 35
     kept = [(p["n_vision_kept"], p["n_decoder_kept"]) for p in report.pictures]
     assert report.n_vision_kept == 2 * (35 + 63) and report.n_decoder_kept == 2 * (35 + 40)
     if budget == "image":

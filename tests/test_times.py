@@ -114,7 +114,7 @@ def test_tokens_are_counted_as_usage_counts_them(vlm, llm, options, n_generated,
     assert (last["star_edge"]["n_generated"], last["star_edge"]["n_sampled"]) == (n_generated, n_sampled)
     report = vlm.generate(PLATE, refvlm.DEMO_IMAGE, **options).report
     assert (report.n_generated, report.n_sampled) == (n_generated, n_sampled)
-    assert report.summary()["n_sampled"] == n_sampled
+    assert report.figures()["n_sampled"] == n_sampled
 
 
 def test_tokens_of_a_stream_grow_with_it(vlm):
@@ -156,7 +156,7 @@ def test_the_report_counts_pictures_from_the_cache(vlm):
     report = lambda images: vlm.read_prompt(PLATE, images)[1]
     assert report([refvlm.DEMO_IMAGE]).n_cached == 0
     again = report([refvlm.DEMO_IMAGE])
-    assert again.n_cached == 1 and again.summary()["n_cached"] == 1
+    assert again.n_cached == 1 and again.figures()["n_cached"] == 1
     assert report([]).n_cached == 0
 
 

@@ -23,6 +23,7 @@ from .words import in_cli_words
 # Imported when used: `star-edge --help` should not load llama.cpp.
 COMMANDS = {
     "run": "Answer a question about images.",
+    "chat": "Chat about pictures: several turns, several pictures.",
     "serve": "Serve a model: OpenAI's API, and a page that shows what is pruned.",
     "demo": "Ask the shipped reference model about a picture, stock beside pruned.",
     "tune": "Find the cheapest config that keeps the accuracy on your own questions.",

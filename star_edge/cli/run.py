@@ -7,15 +7,14 @@ from typing import Any
 
 import click
 
-from ..answers import AnswerStream
 from ..batch import Settings
 from ..errors import ConfigError, ImageError
+from ..io.images import ImageLimits
 from ..io.json_input import MAX_CHARACTERS
 from ..io.video import MAX_FRAMES, Video
 from ..report import PruneReport
 from .batch import SOME_FAILED, BatchOptions, batch_options, run_batch
 from .options import (
-    SEED,
     FilePath,
     Number,
     check_picture_path,
@@ -33,6 +32,8 @@ from .options import (
     report_json,
     save_overlay,
 )
+from .sampling import Sampling, sampling_options
+from .waiting import Waiting
 
 
 @click.command(
@@ -47,7 +48,8 @@ from .options import (
     "images",
     multiple=True,
     shell_complete=complete_file,
-    help="Image file or URL; repeat for several in one request. With --each also a folder or a quoted pattern.",
+    help="Image file or URL, or - for stdin; repeat for several in one request. With --each also a folder or a quoted "
+    "pattern.",
 )
 @click.option(
     "--video",
@@ -65,9 +67,7 @@ from .options import (
 @model_options
 @prune_options
 @encoder_prune_options
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temp", "temperature", type=Number(min=0), default=0.0, show_default=True)
-@click.option("--seed", type=SEED)
+@sampling_options
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
 @click.option(
     "--overlay", type=FilePath(dir_okay=False), help="Draw the image with dropped tokens dimmed for each stage."
@@ -92,9 +92,7 @@ def run(
     redundancy: str | float | None,
     encoder_keep: Any,
     encoder_layer: int | None,
-    max_tokens: int,
-    temperature: float,
-    seed: int | None,
+    sampling: Sampling,
     raw: bool,
     overlay: str | None,
     as_json: bool,
@@ -138,32 +136,45 @@ def run(
         raise ImageError("--overlay needs an image", "add --image FILE or --video FILE")
     if overlay:
         check_picture_path(overlay)
+    options = sampling.options()
+    if batch.is_wanted:
+        sampling.check_batch()
+    if raw and sampling.system is not None:
+        raise ConfigError("--system needs the chat template, and --raw leaves it out", "leave out one of them")
+    sources = [*_read_images(images, prompt, batch), *(Video(path, frames, fps) for path in videos)]
     if prompt == "-" or (prompt is None and batch.tasks_file is None):
         prompt = _read_stdin()
     if not prompt and batch.tasks_file is None:
         raise ConfigError("there is no prompt", "give it as an argument or on stdin")
     if batch.is_wanted:
-        return run_batch(prompt, images, Settings(config, max_tokens, temperature, seed, raw), batch, model, quiet)
+        return run_batch(
+            prompt,
+            images,
+            Settings(config, sampling.max_tokens, sampling.temperature, sampling.seed, raw),
+            batch,
+            model,
+            quiet,
+        )
     assert prompt is not None  # only tasks do without
-    with load_engine(**model) as vlm:
-        sources: list[Any] = [*images, *(Video(path, frames, fps) for path in videos)]
-        with in_cli_words():
-            answer = vlm.generate(
-                prompt,
-                sources,
-                config,
-                max_tokens,
-                stream=not as_json,
-                chat=not raw,
-                temperature=temperature,
-                seed=seed,
-            )
-        if isinstance(answer, AnswerStream):
-            for piece in answer:
+    waiting = Waiting(quiet)
+    with waiting:
+        waiting.say("loading the model")
+        vlm = load_engine(**model)
+    with vlm:
+        with waiting, in_cli_words():
+            limits: dict[str, Any] = {"max_tokens": sampling.max_tokens, "progress": waiting.tell, **options}
+            if sampling.system is None:
+                answer = vlm.generate(prompt, sources, config, stream=True, chat=not raw, **limits)
+            else:
+                messages = [{"role": "system", "content": sampling.system}, {"role": "user", "content": prompt}]
+                answer = vlm.chat(messages, sources, config, stream=True, **limits)
+        for piece in answer:
+            if not as_json:
                 click.echo(piece, nl=False)
+        if not as_json:
             click.echo()
-            if not quiet:
-                click.echo(summary(answer.report), err=True)
+        if not as_json and not quiet:
+            click.echo(summary(answer.report), err=True)
         written, problems = save_overlay(answer.report, sources, overlay, vlm.image_limits) if overlay else ([], [])
         if as_json:
             print_json(
@@ -179,6 +190,24 @@ def run(
         for problem in problems:
             click.echo(f"no overlay of {problem}", err=True)
     return SOME_FAILED if problems else 0
+
+
+def _read_images(images: tuple[str, ...], prompt: str | None, batch: BatchOptions) -> list[Any]:
+    """Sources of the images. - is the image on stdin."""
+    if "-" not in images:
+        return list(images)
+    if batch.is_wanted:
+        raise ConfigError("--image - is for one request, and --each makes several", "give files")
+    if images.count("-") > 1:
+        raise ConfigError("--image - was given twice, and stdin holds one image", "give files")
+    if prompt is None or prompt == "-":
+        raise ConfigError(
+            "--image - reads the image from stdin, and so does the prompt", "give the prompt as an argument"
+        )
+    if sys.stdin.isatty():
+        raise ImageError("--image - has no image: stdin is a terminal", "pipe an image file into it")
+    data = sys.stdin.buffer.read(ImageLimits().max_bytes + 1)
+    return [data if image == "-" else image for image in images]
 
 
 def _read_stdin() -> str:

@@ -185,6 +185,8 @@ class _Run:
                 self.cells.n_cells = self.attached.n_main
         self.cells.begin(n_prefix, layer)
         n_reused = self.attached.n_main
+        if self.context.meter is not None:
+            self.context.meter.begin_read(self.n_work(stage, n_prefix))
         # 1) text before the first image
         with self.watch.step("prefix"):
             cells = self.windows.plain(prefix, last_has_logits=not rest, skip=n_reused)
@@ -221,6 +223,8 @@ class _Run:
         all_scores, all_selections, joined = [], [], False
         for w, (first, n_keep) in enumerate(stage.windows):
             # 3) choose
+            if self.context.meter is not None:
+                self.context.meter.choose()
             with self.watch.step("decoder_stage"):
                 selections = self.choose(live, kept_rows, end, n_keep, stage)
                 all_scores.append([end.attention[p] for p in self.places(live) if p is not None])
@@ -257,6 +261,19 @@ class _Run:
             selections=all_selections,
             in_place=in_place,
         )
+
+    def n_work(self, stage: DecoderStage | None, n_prefix: int) -> int:
+        """Rows times layers of the decodes to come."""
+        n_layers, n = self.context.n_layers, sum(len(s.rows) for s in self.segments)
+        if stage is None:
+            return int((n - self.attached.n_main) * n_layers)
+        n_images = sum(len(s.rows) for s in self.segments if s.image is not None)
+        n_known = 0 if self.attached.hidden is None else len(self.attached.hidden)
+        ends = [layer for layer, _ in stage.windows] + [n_layers]
+        work = (n_prefix - self.attached.n_main) * n_layers + (n - n_prefix - n_known) * ends[0]
+        for (first, n_keep), last in zip(stage.windows, ends[1:]):
+            work += (n - n_prefix - n_images + sum(n_keep)) * (last - first)
+        return int(work)
 
     def result(self, segments: Sequence[Segment], stem: StemRows | None, **fields: Any) -> Prefill:
         """segments: the rows that are left. stem: None if nothing can be kept."""

@@ -175,4 +175,7 @@ class Windows:
             if not causal:
                 self.context.set_causal(True)
         self.cells.n_cells += len(rows)
+        if self.context.meter is not None:
+            first, last, _ = plan.window or (0, self.context.n_layers, 0)
+            self.context.meter.decoded(len(rows) * (last - first))
         return outcome

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import urllib.parse
+import urllib.request
 from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
 
+from ..errors import ImageError
 from .image_bytes import USER_AGENT, read_bytes
 from .image_limits import ImageLimits
 from .pixels import FORMATS, check_pixels, decode, from_array, from_pil
 
-__all__ = ["FORMATS", "USER_AGENT", "ImageLimits", "ImageSource", "check_pixels", "load_image"]
+__all__ = ["FORMATS", "USER_AGENT", "ImageLimits", "ImageSource", "check_pixels", "load_image", "load_message_image"]
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray
 
@@ -47,3 +50,17 @@ def load_image(source: ImageSource, limits: ImageLimits = ImageLimits()) -> np.n
         return from_pil(source, "PIL image", limits)
     data, name = read_bytes(source, limits)
     return decode(data, name, limits)
+
+
+def load_message_image(source: ImageSource, limits: ImageLimits = ImageLimits()) -> np.ndarray:
+    """As `load_image`, and reads file: URLs of this machine too. Clients write those into messages.
+
+    Raises:
+        ImageError: As `load_image`, or the URL names another host.
+    """
+    if isinstance(source, str) and source[:5].lower() == "file:":
+        parts = urllib.parse.urlsplit(source)
+        if parts.netloc not in ("", "localhost"):
+            raise ImageError(f"{source[:200]} is on another host", "write file:///path, or give the path itself")
+        source = urllib.request.url2pathname(parts.path)
+    return load_image(source, limits)

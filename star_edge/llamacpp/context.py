@@ -15,6 +15,7 @@ import numpy as np
 from llama_cpp import Llama, _internals
 
 from ..errors import ContextLengthError, EngineError, RequestCancelledError
+from ..progress import Meter
 from ..rows import Rows
 from .devices import can_offload
 from .handover import free_with, keep_memory_on_reset
@@ -48,7 +49,7 @@ class TappedContext(_internals.LlamaContext):
     Attributes:
         request: A number that changes whenever the prompt in the cache goes.
         is_cancelled: Asked before every decode, also while a prompt is read. If it returns true,
-            RequestCancelledError is raised.
+            RequestCancelledError is raised. It may raise an error of its own.
         stem: Rows of the last prompt that a later one may use (decoder.reuse.Stem), or None.
         n_parked: How many of those rows are only in the sequence PARKED, or in MAIN though no row may see them (hybrid
             decoders).
@@ -278,6 +279,7 @@ class DecoderContext:
             tuple[int, ...], str
         ] = {}  # layers of decoder stages -> why they cannot be, found while running
         self.n_threads = llama.n_threads_batch
+        self.meter: Meter | None = None  # is told of the decodes of a prompt
         # As Llama.eval does it: a matrix product rounds differently for one row than for several, and logprobs show it.
         self.all_logits = llama._logits_all
 

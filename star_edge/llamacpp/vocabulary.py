@@ -9,11 +9,12 @@ import llama_cpp
 from llama_cpp import Llama
 
 
-def token_text(llama: Llama, token: int) -> str:
-    """The text of a token in the vocabulary, "" if there is none. llama.cpp itself aborts for an unknown token."""
+def shown_text(llama: Llama, token: int) -> str:
+    """What Llama.detokenize shows of a token: "" for a control token of most vocabularies, and if there is none.
+    llama.cpp itself aborts for an unknown token.
+    """
     known = 0 <= token < llama.n_vocab()
-    text = llama_cpp.llama_vocab_get_text(llama._model.vocab, token) if known else None
-    return (text or b"").decode("utf-8", "replace")
+    return llama.detokenize([token]).decode("utf-8", "ignore") if known else ""
 
 
 def template_names() -> list[str]:

@@ -56,6 +56,7 @@ class ImageEncoding:
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self.encoder = encoder
+        self.image = 0  # index among the prompt's images of the one in the encoder
         geometry = find_geometry(encoder)
         self.composer = None if geometry is None else Composer(encoder, geometry)
         self.window: EncoderWindow | None = find_window(encoder) or find_row_window(encoder)
@@ -124,7 +125,7 @@ class ImageEncoding:
         done: dict[int, Encoded],
     ) -> Encoded:
         """One image. Crops of equal pixels are encoded once. seen: by what the encoder gets, the first such image."""
-        image = images[i]
+        self.image, image = i, images[i]
         crops = sum(other.picture == image.picture for other in images)
         if crops > 1 and not self.encoder.is_cached(image, attention, want_cells=want_cells):
             what = self._fingerprint(image)
@@ -216,6 +217,7 @@ class ImageEncoding:
 
     def _encode_units(self, work: _Work, attention: str | None, notes: list[str]) -> UnitFeatures | None:
         assert self.composer is not None and work.picture is not None  # `_units` has left some out
+        self.image = work.number
         try:
             return self.composer.encode(work.picture, work.units, attention)
         except EngineError as error:
@@ -243,6 +245,7 @@ class ImageEncoding:
                 selections = self._choose(plan, config, works, firsts)
             features: dict[int, UnitFeatures | None] = {}
             for w in works:
+                self.image = w.number
                 first = firsts.pop(0)  # whose hidden states go as soon as they have been used
                 features[w.number] = self.window.rest(first, selections[w.number].kept, config.encoder_attention)
             return features, selections
@@ -252,6 +255,7 @@ class ImageEncoding:
 
     def _first(self, image: ImageChunk, work: _Work, layer: int, config: PruneConfig) -> FirstPass:
         assert self.window is not None  # `possible` has made sure of it
+        self.image = work.number
         wants = VISION_SCORERS[config.vision_scorer].reads is not None and config.chooses_by_score
         picture, work.picture = work.picture, None
         return self.window.first(image, layer, wants, picture, None if picture is None else work.units)

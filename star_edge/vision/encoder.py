@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 
@@ -119,6 +119,7 @@ class VisionEncoder:
             )  # within a process the encoder stays the same
             self.cache = ImageCache(cache_bytes, cache_dir, model + repr(settings).encode())
         self.tap = Tap()
+        self.before_run: Callable[[], None] | None = None  # an exception of it ends the request
 
         self._mtmd = Mtmd(
             llama,
@@ -476,6 +477,8 @@ class VisionEncoder:
         return outcome, index[: self.tap.watched() // 4]
 
     def run(self, chunk: ImageChunk, plan: Plan) -> Outcome:
+        if self.before_run is not None and not plan.count_only:
+            self.before_run()
         with self.tap.armed(plan, "vision encoder") as self.last_outcome:
             problem = self._mtmd.encode(chunk.handle)
         if problem:
