@@ -8,6 +8,7 @@ stage, no chat templates, and not where images come from.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -230,8 +231,11 @@ class PromptReader:
     def _watched(self, prompt: Prompt, meter: Meter | None) -> Iterator[None]:
         """Inside the block the encoder and the decoder tell the meter, and the encoder can be interrupted as well."""
         pictures = [chunk.picture for chunk in prompt.chunks if isinstance(chunk, ImageChunk)]
+        reads = threading.get_ident()
 
         def before_image() -> None:
+            if threading.get_ident() != reads:  # an image of another request
+                return
             self.context.check_cancelled()
             if meter is not None:
                 meter.encode(self.encoding.image, pictures)

@@ -508,3 +508,29 @@ def test_a_prompt_that_is_too_long(vlm):
     with pytest.raises(ContextLengthError, match="of a context of 512"):
         vlm.chat(messages)
     assert usable(vlm)
+
+
+def test_images_that_another_thread_encodes_are_not_the_request_s(vlm):
+    """A server encodes the next request's pictures meanwhile: they are neither told of nor cancelled with this one."""
+    prompt = vlm.tokenize("x", [random_image(31, 168, 168)])
+    image = next(chunk for chunk in prompt.chunks if hasattr(chunk, "n_tokens"))
+    told, errors, stop = [], [], threading.Event()
+
+    def encode():
+        try:
+            vlm.encoder.encode(image, None)
+        except BaseException as error:
+            errors.append(error)
+
+    def progress(p):
+        told.append(p.phase)
+        if p.phase == "read":
+            stop.set()
+            thread = threading.Thread(target=encode)
+            thread.start()
+            thread.join()
+
+    with vlm.cancellable(stop.is_set), pytest.raises(RequestCancelledError):
+        vlm.generate("x", random_image(32, 168, 168), progress=progress)
+    prompt.close()
+    assert told == ["encode", "choose", "read"] and not errors
