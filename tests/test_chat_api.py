@@ -297,7 +297,7 @@ def test_a_timeout_ends_the_reading_between_two_decodes(small, clock, prune):
     n_all = len(told := [])
     small.chat([user(DEMO, PLATE)], prune=prune, max_tokens=1, progress=told.append, timeout=5)
     n_all = sum(p.phase == "read" and p.done > 0 for p in told)
-    assert n_all > 8
+    assert n_all > 4
     reads = []
 
     def slow(progress):
@@ -472,7 +472,7 @@ def test_summary_says_what_the_figures_say(vlm):
         "the picture not encoded again" in again.summary() and f"{again.reused_tokens} tokens reused" in again.summary()
     )
     both = vlm.generate(COLOR, [refvlm.DEMO_IMAGE, random_image(21, 168, 168)], "balanced", 1).report.summary()
-    assert "of 288 image tokens" in both and "in 2 pictures" in both and "from layer 2 on" in both
+    assert "of 288 image tokens" in both and "in 2 pictures" in both and "from layer 4 on" in both
     assert vlm.generate(COLOR, refvlm.DEMO_IMAGE, None, 1).report.summary().startswith("read all 144 image tokens, ")
     text = vlm.generate("x", max_tokens=1).report
     assert text.summary().startswith(f"read {text.n_text_tokens} text tokens, ")
@@ -494,7 +494,7 @@ def test_dicts_are_json_and_have_the_fields_that_their_types_say(vlm):
         assert set(whole["images"][0]) == keys(report.ImageDict) == set(vars(made.images[0]))
         assert set(figures["images"][0]) == keys(report.ImageFigures)
         assert set(made.pictures[0]) == keys(report.PictureFigures)
-        assert set(vars(made)) <= set(whole)
+        assert set(vars(made)) - {"locate"} <= set(whole)  # which asks the encoder
         image = made.images[0]
         assert whole["images"][0]["vision_kept"] == image.vision_kept.tolist()
         assert whole["images"][0]["grid"] == [12, 12]

@@ -307,7 +307,7 @@ def test_equal_frames_are_encoded_once(vlm, still):
 
 
 def test_handler_and_engine_agree(still):
-    handler = StarChatHandler(clip_model_path=refvlm.MMPROJ, prune="balanced")
+    handler = StarChatHandler(clip_model_path=refvlm.MMPROJ, prune=PruneConfig(vision_keep=0.375))
     llama = Llama(str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=2048, n_threads=1, flash_attn=True, verbose=False)
     content = [{"type": "video", "video": Video(still)}, {"type": "text", "text": "what color is the triangle?"}]
     llama.create_chat_completion([{"role": "user", "content": content}], max_tokens=2, temperature=0)
