@@ -135,7 +135,8 @@ class Tokens:
         """1 - cosine of all pairs of vectors, (n, n) float32."""
         unit = self.unit_vectors
         far: np.ndarray = 1.0 - unit @ unit.T
-        return np.maximum(far, 0.0, out=far)
+        np.maximum(far, 0.0, out=far)
+        return far
 
     def place_distances(self) -> np.ndarray | None:
         """Distances on the grid divided by their mean, (n, n) float32, or None without a grid."""
