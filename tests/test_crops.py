@@ -33,7 +33,12 @@ def vlm():
 
 
 @pytest.mark.parametrize(
-    "config", [PruneConfig(0.5, 0.25, 1), PruneConfig(35, 15, 2, representatives="none"), PRESETS["balanced"]]
+    "config",
+    [
+        PruneConfig(0.5, 0.25, 1),
+        PruneConfig(35, 15, 2, representatives="none"),
+        replace(PRESETS["balanced"], vision_tolerance=None),
+    ],
 )
 def test_no_crop_starves(vlm, config):
     """The crops of a picture share its tokens, and none has less than a quarter of an equal share; by the crop, all

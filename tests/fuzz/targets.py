@@ -388,6 +388,7 @@ _FIELDS = (
     "representatives",
     "vision_share",
     "decoder_share",
+    "vision_tolerance",
     "windows",
     "budget",
     "positions",
