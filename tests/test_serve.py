@@ -543,7 +543,7 @@ def run_client(blocks, server, tmp_path, monkeypatch, capsys):
 
 def test_client_of_the_page(server, tmp_path, monkeypatch, capsys):
     printed = run_client(pages.executed("docs/server.md", "server"), server, tmp_path, monkeypatch, capsys)
-    assert "36.0 image tokens per layer" in printed and printed.endswith("36.0 image tokens per layer\n"), printed
+    assert "36.0 image tokens per layer" in printed and printed.endswith("54.0 image tokens per layer\n"), printed
 
 
 def test_client_of_the_readme(server, tmp_path, monkeypatch, capsys):
