@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..engine import StarVLM
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import NamedConfig
 from ..evaluation.metrics import METRICS, choose_metric
@@ -28,6 +29,28 @@ from ..io.results_file import Record
 from .options import AFRESH, FilePath, load_engine, model_options
 
 Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """ask(questions, configs), with the engine and the results behind it.
+
+    Attributes:
+        ask: See `asking`.
+        vlm: The engine.
+        results: The results so far.
+        files: Fingerprints of the model's files, by "model" and "mmproj".
+    """
+
+    ask: Ask
+    vlm: StarVLM
+    results: Records
+    files: dict[str, str | None]
+
+    def __call__(
+        self, questions: Sequence[Question], configs: Sequence[NamedConfig]
+    ) -> Mapping[tuple[str, str], Record]:
+        return self.ask(questions, configs)
 
 
 @dataclass(frozen=True)
@@ -128,11 +151,12 @@ def asking(
     asked: Asked,
     model: dict[str, Any],
     configs: Sequence[NamedConfig],
-) -> Iterator[Ask]:
+) -> Iterator[Asker]:
     """Yields ask(questions, configs): answers what is missing, with a progress bar unless the output is JSON or no
     terminal, and returns all records.
 
-    asked: what `options.read` gave. model: the parameters of `options.model_options`. configs: all that may be asked.
+    asked: what `options.read` gave. model: the parameters of `options.model_options`. configs: some that may be
+    asked; others can follow.
 
     Raises:
         EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
@@ -164,6 +188,7 @@ def asking(
             )
 
             def ask(questions: Sequence[Question], configs: Sequence[NamedConfig]) -> Mapping[tuple[str, str], Record]:
+                results.expect(configs)
                 bar = progress.add_task("asking", total=len(questions) * len(configs))
                 ask_questions(
                     vlm,
@@ -182,7 +207,7 @@ def asking(
                 console.show_cursor(
                     True
                 )  # rich hides it, and Ctrl-C, which ends the process where it stands, would leave it so
-                yield ask
+                yield Asker(ask, vlm, results, files)
 
 
 # Their content is in the header, as fingerprints
