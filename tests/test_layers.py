@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share a layer know nothing of each other. ARCHITECTURE.md draws this.
 LAYERS = (
     ("errors",),
-    ("arguments", "cluster", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning"),
+    ("arguments", "cluster", "messages", "rows", "stopwatch", "refvlm", "synthetic", "pruning", "verify"),
     ("llamacpp", "io"),
     ("vision", "decoder"),
     ("report", "chat", "chat_options", "inspection", "options"),

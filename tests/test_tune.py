@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from star_edge import PRESETS, PruneConfig, StarVLM, errors, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, cli, errors, refvlm
 from star_edge.evaluation.axes import STAGES, excludes, find_axes, make_axes, make_config
 from star_edge.evaluation.configs import OFF, NamedConfig
 from star_edge.evaluation.results import Records
@@ -223,10 +225,10 @@ def test_noise_of_times_costs_little():
 
 
 def test_bad_configs_are_dropped_early():
-    world = World(1, 400, tolerance=0.2)
+    world = World(3, 400, tolerance=0.1)
     trials = search(world, world.questions, 0.98).trials.values()
     bad = [t for t in trials if world.right(t.config.name).sum() < 0.8 * world.base.sum()]
-    assert bad and all(t.verdict == "accuracy" and t.n <= 80 for t in bad)
+    assert len(bad) >= 3 and all(t.verdict == "accuracy" and t.n <= 80 for t in bad)
     good = [t for t in trials if t.verdict == "kept" and t.n == 400]
     assert good and all(world.right(t.config.name).sum() >= 0.98 * world.base.sum() for t in good)
 
@@ -238,7 +240,9 @@ def test_a_config_that_is_not_faster_is_not_chosen():
     world.time = lambda name: 3 * time(OFF.name) if name in slow else time(name)
     choice = search(world, world.questions, 0.98)
     assert world.speed(choice.best.config.name) > max(map(world.speed, world.points)) / MIN_GAIN
-    assert {t.config.name for t in choice.trials.values() if t.verdict == "time"} <= slow
+    alone = {t.config.name for t in choice.trials.values() if sum(map(bool, world.points[t.config.name])) == 1}
+    verdicts = {name: choice.trials[name].verdict for name in alone}
+    assert {name for name, verdict in verdicts.items() if verdict == "time"} == alone & slow
 
 
 def test_nothing_is_kept():
@@ -432,59 +436,66 @@ def test_what_other_models_support(families, name):
     assert ("resolution" in stages) == ("redundancy" in stages) == (name == "qwen2vl")
 
 
-def test_command_and_its_file(star_edge, tmp_path):
-    questions = FOLDER / "questions.jsonl"
-    args = [
-        "tune",
-        str(questions),
-        "-t",
-        "1",
-        "-n",
-        "4",
-        "--limit",
-        "60",
-        "--keep",
-        "0.9",
-        "--axes",
-        "vision,resolution",
-    ]
-    args += ["-o", "found.json", "--out", "r.jsonl", "--json"]
-    data = json.loads(star_edge(*args).stdout)
-    assert data["n_choosing"] + data["n_guard"] == 60 and data["n_held_out"] == 0 and data["on_held_out"] is None
-    assert data["on_choosing"]["relative_accuracy"] >= 0.9 and data["is_checked"]
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs `star-edge tune` in this process; returns (stdout, stderr). It sets a signal handler, which is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = signal.getsignal(signal.SIGINT)
+
+    def run(*args, status=0):
+        monkeypatch.setattr(sys, "argv", ["star-edge", "tune", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert done.value.code == status, err
+        return out, err
+
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+QUESTIONS = str(FOLDER / "questions.jsonl")
+COMMON = ("-t", "1", "-n", "4", "--axes", "vision,resolution", "-o", "found.json")
+
+
+@pytest.mark.parametrize("limit", [24, pytest.param(60, marks=pytest.mark.slow)])
+def test_command_and_its_file(command, limit, tmp_path):
+    args = (QUESTIONS, *COMMON, "--limit", limit, "--keep", 0.9, "--out", "r.jsonl")
+    data = json.loads(command(*args, "--json")[0])
+    assert data["n_choosing"] + data["n_guard"] == limit and data["n_held_out"] == 0 and data["on_held_out"] is None
+    assert data["on_choosing"]["relative_accuracy"] >= 0.9
+    assert data["is_checked"] == (data["n_guard"] >= LEAST) == (limit == 60)
     assert data["left_out"].keys() == {"resolution"} and data["axes"] == ["vision"]
     assert data["model"]["fingerprints"].keys() == {"model", "mmproj"} and data["machine"]["threads"] == 1
-    kept = {trial["name"] for trial in data["trials"] if trial["verdict"] == "kept"}
-    assert data["name"] in kept | {"off"}
+    kept = {trial["name"]: trial for trial in data["trials"] if trial["verdict"] == "kept"}
+    assert data["name"] in {*kept, "off"}
+    if limit == 24 and kept:
+        assert kept[data["name"]]["speed_up"] == max(trial["speed_up"] for trial in kept.values())
     written = json.loads((tmp_path / "found.json").read_text())
     assert written == {k: v for k, v in data.items() if k not in ("trials", "written")}
-    config = load_config(str(tmp_path / "found.json"))
+    config = load_config("found.json")
     assert (None if config is None else config.to_dict()) == data["config"]
 
-    again = json.loads(star_edge(*args).stdout)
+    again = json.loads(command(*args, "--json")[0])
     assert again["asked"]["answers"] == 0 and data["asked"]["answers"] > 0
-    differ = {key for key in data if data[key] != again[key]}
-    assert differ <= {"asked"}  # all from r.jsonl
-    text = star_edge(*args[:-1]).stdout
-    assert data["name"] in text and "found.json" in text
-
-    run = json.loads(star_edge("run", "how many squares?", "--image", IMAGE, "--preset", "found.json", "--json").stdout)
-    assert (run["report"]["config"] or {}) == (data["config"] or {})
+    assert {key for key in data if data[key] != again[key]} <= {"asked"}  # all from r.jsonl
+    out, err = command(*args)
+    assert data["name"] in out and "found.json" in out and ("not checked" in out) == (limit == 24 and bool(config))
+    assert "resolution is left out: " in err and "questions for the choice" in err
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
-        assert vlm.generate("how many squares?", IMAGE, str(tmp_path / "found.json"), 4).report.config == config
+        assert vlm.generate("how many squares?", IMAGE, "found.json", 4).report.config == config
 
 
-def test_refusals(star_edge):
-    questions = str(FOLDER / "questions.jsonl")
-    assert "--keep" in star_edge("tune", questions, "--keep", "1.5", status=2).stderr
-    assert "JSONL" in star_edge("tune", status=2).stderr
-    assert ".json" in star_edge("tune", questions, "-o", "x.txt", status=2).stderr
-    assert "no such folder" in star_edge("tune", questions, "-o", "no/x.json", status=2).stderr
-    assert "'depth' is not an axis" in star_edge("tune", questions, "--axes", "vision,depth", status=2).stderr
-    error = star_edge("tune", questions, "-t", "1", "-n", "4", "--minutes", "0.001", status=2).stderr
-    assert "--minutes 0.001 is too short" in error
-    error = star_edge("tune", questions, "-t", "1", "-n", "4", "--axes", "redundancy", status=2).stderr
-    assert "none of the axes can be varied" in error
+def test_refusals(command):
+    assert "--keep" in command(QUESTIONS, "--keep", "1.5", status=2)[1]
+    assert "JSONL" in command(status=2)[1]
+    assert ".json" in command(QUESTIONS, "-o", "x.txt", status=2)[1]
+    assert "no such folder" in command(QUESTIONS, "-o", "no/x.json", status=2)[1]
+    assert "'depth' is not an axis" in command(QUESTIONS, "--axes", "vision,depth", status=2)[1]
+    assert "--minutes 0.001 is too short" in command(QUESTIONS, *COMMON, "--minutes", "0.001", status=2)[1]
+    assert "none of the axes can be varied" in command(QUESTIONS, *COMMON, "--axes", "redundancy", status=2)[1]
 
 
 def test_config_files(tmp_path):

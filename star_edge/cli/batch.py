@@ -14,8 +14,19 @@ from typing import Any
 
 import click
 
-from ..batch import Settings, Task, describe_model, each_image, names_several, open_results, read_tasks, run_tasks
+from ..batch import (
+    Settings,
+    Task,
+    describe_model,
+    each_image,
+    mark_every,
+    names_several,
+    open_results,
+    read_tasks,
+    run_tasks,
+)
 from ..errors import ConfigError, ImageError
+from ..verify import Agreement
 from .options import AFRESH, find_model, load_engine
 
 SOME_FAILED = 3  # exit status
@@ -35,6 +46,7 @@ class BatchOptions:
     use_ray: bool
     workers: int | None
     cache: bool
+    verify: int | None
 
     @property
     def is_wanted(self) -> bool:
@@ -68,6 +80,7 @@ class BatchOptions:
                 ("--fresh", self.fresh),
                 ("--ray", self.use_ray),
                 ("--no-cache", not self.cache),
+                ("--verify", self.verify),
             ):
                 if given:
                     raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
@@ -112,6 +125,12 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "same beginning) is used again. Results say where it was. --no-cache also reads one request to warm up: "
             "times of the results can be compared then.",
         ),
+        click.option(
+            "--verify",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="With --each or --tasks: answer every Nth pruned request unpruned as well, and count how many agree.",
+        ),
     ]
 
     @functools.wraps(command)
@@ -152,6 +171,7 @@ def run_batch(
             options.fresh,
         )
     waiting = [task for task in tasks if results is None or (str(task.id),) not in results.done]
+    waiting = mark_every(waiting, options.verify)
     progress = _Progress(
         len(tasks),
         len(tasks) - len(waiting),
@@ -202,6 +222,7 @@ class _Progress:
     def __init__(self, total: int, before: int, shown: bool) -> None:
         self.total, self.before, self.shown = total, before, shown
         self.answered = self.failed = 0
+        self.agreement = Agreement(1)
         self._causes: dict[str, list[str]] = {}  # errors that differ in the image's name alone
         self._start = time.monotonic()
         self._draw()
@@ -212,6 +233,8 @@ class _Progress:
             self._causes.setdefault(_without_names(result), []).append(result["error"])
         else:
             self.answered += 1
+        if "verified" in result:
+            self.agreement.count(result["verified"]["result"])
         self._draw()
 
     def _draw(self) -> None:
@@ -233,6 +256,14 @@ class _Progress:
         parts += [f"{self.before} done before"] if self.before else []
         parts += [f"{self.failed} failed"] if self.failed else []
         click.echo(("\r\033[K" if self.shown else "") + ", ".join(parts), err=True)
+        verified = self.agreement.to_dict()
+        if verified["same"] + verified["different"] + verified["failed"]:
+            share = "" if verified["share"] is None else f" ({100 * verified['share']:.1f}%)"
+            failed = f", {verified['failed']} not answered unpruned" if verified["failed"] else ""
+            click.echo(
+                f"verified: {verified['same']} the same as unpruned{share}, {verified['different']} different{failed}",
+                err=True,
+            )
         causes = sorted(self._causes.values(), key=len, reverse=True)
         for errors in causes[:_CAUSES]:
             click.echo(

@@ -176,15 +176,15 @@ class _Run:
         vlm, metric = self._asker.vlm, self._asked.metric
         best = OFF if guarded.best is None else guarded.best.config
         n_chosen = len(self._parts.choice) if guarded.best is None else guarded.best.n
-        figures = {}
+        figures: dict[str, dict[str, Any] | None] = {}
         for name, questions in (
             ("choosing", self._parts.choice[:n_chosen]),
             ("guard", self._parts.guard if guarded.is_checked or guarded.best is None else []),
             ("held_out", self._parts.report),
         ):
             row = summarise(questions, [best], self.ask(questions, [OFF, best]), metric)["configs"][0]
-            figures[name] = (len(questions), _figures(row) if questions else None)
-        last = next(row for _, row in reversed(figures.values()) if row is not None)
+            figures[name] = _figures(row) if questions else None
+        last = next(row for row in reversed(figures.values()) if row is not None)
         return {
             "star_edge": __version__,
             "config": None if best.prune is None else best.prune.to_dict(),
@@ -192,8 +192,10 @@ class _Run:
             "keep": self._keep,
             "measured_by": "relative_accuracy" if metric is not None else "agreement",
             "speed_up": last["speed_up"],
-            **{f"n_{name}": n for name, (n, _) in figures.items()},
-            **{f"on_{name}": row for name, (_, row) in figures.items()},
+            "n_choosing": n_chosen,
+            "n_guard": len(self._parts.guard),
+            "n_held_out": len(self._parts.report),
+            **{f"on_{name}": row for name, row in figures.items()},
             "is_checked": guarded.is_checked,
             "rejected_by_guard": [t.config.name for t in guarded.checked if t.verdict != "kept"],
             "is_complete": choice.is_complete,

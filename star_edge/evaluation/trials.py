@@ -19,7 +19,7 @@ Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, s
 
 LEAST = 20  # questions of a part; with fewer it is not made
 _SHARES = ((0.5, 0.25, 0.25), (0.6, 0.4, 0.0), (1.0, 0.0, 0.0))
-_FIRST = 10  # questions of the first batch; each further one doubles what has been asked
+_FIRST, _MOST = 10, 20  # questions of the first batch, and of later ones at most
 _MIN_PAIRS = 5  # times, before a median is looked at
 
 
@@ -131,7 +131,7 @@ class Part:
         """(start, end) of batches of the first n questions. None ends within an image's questions."""
         start = 0
         while start < n:
-            end = self._up_to(min(max(_FIRST, 2 * start), n))
+            end = self._up_to(min(max(_FIRST, 2 * start), start + _MOST, n))
             yield start, end
             start = end
 

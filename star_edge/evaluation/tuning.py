@@ -284,7 +284,7 @@ def guard(choice: Choice, chosen_on: Part, part: Part | None, is_over: Callable[
         choice: What the search found.
         chosen_on: The questions of the choice.
         part: The guard's questions. None: there are too few.
-        is_over: Whether the time is up.
+        is_over: Whether the time is up. The first config is checked all the same.
     """
     whole = len(chosen_on.questions)
     checked: list[Trial] = []
@@ -295,14 +295,15 @@ def guard(choice: Choice, chosen_on: Part, part: Part | None, is_over: Callable[
         if (trial.speed or 1.0) > speed:
             continue
         if trial.n < whole:  # alone it was asked about a part of the questions
-            trial = chosen_on.try_all([trial.config], 1.0, None, is_over)[0]
-            if trial.verdict == "unfinished" and not checked:
-                return Guarded(choice.best, checked, False)
+            whole_trial = chosen_on.try_all([trial.config], 1.0, None, is_over)[0]
+            if whole_trial.verdict != "unfinished":
+                trial = whole_trial
             if trial.verdict != "kept":
                 continue
         if part is None:
             return Guarded(trial, checked, False)
-        seen = part.try_all([trial.config], 1.0, None, is_over, part.rounding)[0]
+        late = is_over if checked else lambda: False  # the first is always checked
+        seen = part.try_all([trial.config], 1.0, None, late, part.rounding)[0]
         if seen.verdict == "unfinished":
             return Guarded(trial, checked, False)
         if seen.verdict == "kept" and seen.surplus + trial.surplus < -1e-9:

@@ -22,6 +22,7 @@ from .guard import Guard
 from .jobs import Engine, Pictures
 from .routes import error_handlers, make_routes
 from .settings import Policy
+from .verifying import Verifier
 
 
 def make_app(
@@ -73,6 +74,8 @@ def make_app(
         llama.close()
         raise
     engine = Engine(llama, handler, pictures, alias)
+    if policy.verify is not None:
+        engine.verifier = Verifier(engine, policy.verify)
     bodies = Bodies(policy.max_body_bytes, policy.max_held_bytes, policy.body_seconds)
     routes = make_routes(engine, policy, default, bodies)
     posts = {route.path for route in routes if "POST" in (route.methods or ())}

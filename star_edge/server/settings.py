@@ -25,6 +25,7 @@ class Policy:
         max_held_bytes: Bytes of all bodies that arrive, or whose requests wait.
         max_queue: Requests that wait while one is answered.
         body_seconds: Seconds that a body may take to arrive.
+        verify: Every so many pruned requests one is answered unpruned as well, when nobody waits. None: none.
         cors_origins: Other sites whose pages may call, such as https://example.org; "*" for any.
 
     Raises:
@@ -42,6 +43,7 @@ class Policy:
     max_queue: int = 64
     body_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()
+    verify: int | None = None
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
@@ -60,6 +62,8 @@ class Policy:
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{_option(name)} {getattr(self, name)} allows nothing", "use 1 or more")
+        if self.verify is not None and self.verify < 1:
+            raise ConfigError(f"{_option('verify')} {self.verify} verifies nothing", "use 1 or more, or leave it out")
         if self.max_queue < 0:
             raise ConfigError(f"{_option('max_queue')} {self.max_queue} is negative", "use 0 or more")
         if self.max_held_bytes < self.max_body_bytes:
