@@ -20,7 +20,7 @@ from ..errors import ConfigError, EvaluationError
 from ..evaluation.axes import STAGES, Supported, find_axes
 from ..evaluation.configs import OFF, NamedConfig
 from ..evaluation.summary import summarise
-from ..evaluation.trials import Part, Parts, Trial, split
+from ..evaluation.trials import LEAST, Part, Parts, Trial, split
 from ..evaluation.tuning import Choice, Guarded, Plan, Search, check_score, guard, plan
 from ..io.questions import Question
 from ..io.results_file import Record
@@ -227,6 +227,10 @@ class _Run:
 
     def _show(self, supported: Supported, planned: Plan) -> None:
         parts = self._parts
+        if len(parts.choice) < LEAST:
+            self._say(
+                f"{len(parts.choice)} questions are few: what is chosen is mostly chance, in accuracy and in time"
+            )
         for axis in supported.axes:
             self._say(f"axis {axis.name}: {len(axis.values)} values")
         said = f"{len(parts.choice)} questions for the choice"
