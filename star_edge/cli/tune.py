@@ -158,7 +158,10 @@ class _Run:
             supported.axes, part, self._is_over(2 * (len(parts.guard) + len(parts.report))), self._tell
         ).run()
         checking = Part(self.ask, parts.guard, metric, self._keep) if parts.guard and choice.best else None
-        return choice, guard(choice, part, checking, self._is_over(2 * len(parts.report)))
+        guarded = guard(choice, part, checking, self._is_over(2 * len(parts.report)))
+        for trial in guarded.checked:
+            self._tell(trial, "checked")
+        return choice, guarded
 
     def _is_over(self, n_answers: int) -> Any:
         """Whether there is no time left but that for so many answers."""
@@ -223,7 +226,8 @@ class _Run:
     def _tell(self, trial: Trial, phase: str) -> None:
         share = "" if trial.kept_share is None else f", {_share(trial.kept_share)}%"
         speed = "" if trial.speed is None else f", {trial.speed:.2f} times as fast"
-        self._say(f"{trial.config.name}: {_VERDICTS[trial.verdict]} ({trial.n} questions{share}{speed})")
+        about = "checked, " if phase == "checked" else ""
+        self._say(f"{about}{trial.config.name}: {_VERDICTS[trial.verdict]} ({trial.n} questions{share}{speed})")
 
     def _show(self, supported: Supported, planned: Plan) -> None:
         parts = self._parts
