@@ -18,6 +18,7 @@ from typing import Any
 
 import PIL.Image
 
+from .answers import Answer
 from .arguments import checked
 from .engine import StarVLM
 from .errors import ConfigError, ImageError, InputFileError, StarEdgeError
@@ -28,6 +29,7 @@ from .io.questions import FIELDS, Fields, find_field, image_folder, is_url, loca
 from .io.results_file import ResultsFile, Stamp
 from .pruning.config import PruneConfig, override
 from .suggestions import use_one_of
+from .verify import Agreement, compare, draw_seed
 
 TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "id": (str, int),
@@ -92,6 +94,7 @@ class Task:
         sources: The same with absolute paths.
         prompt: The question.
         settings: How it is answered.
+        verify: Whether it is answered unpruned as well.
     """
 
     id: str | int
@@ -99,6 +102,7 @@ class Task:
     sources: tuple[str, ...]
     prompt: str
     settings: Settings
+    verify: bool = False
 
     @property
     def key(self) -> str:
@@ -219,6 +223,17 @@ def _read_settings(fields: Fields, settings: Settings) -> Settings:
     return own
 
 
+def mark_every(tasks: Sequence[Task], n: int | None) -> list[Task]:
+    """The tasks, with every nth of those that are pruned and have images to be verified. None: none of them."""
+    if n is None:
+        return list(tasks)
+    agreement = Agreement(n)
+    return [
+        replace(task, verify=task.settings.prune is not None and bool(task.images) and agreement.is_due())
+        for task in tasks
+    ]
+
+
 # ---- answers ----
 
 
@@ -252,19 +267,15 @@ def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
     Returns:
         Plain JSON values: id, image (or images, unless there is one), prompt; and either error, or text, finish_reason,
         image_tokens (before pruning), average_tokens (per decoder layer), first_token_ms, cached_images (pictures that
-        were not encoded again), reused_tokens (see PruneReport) and notes.
+        were not encoded again), reused_tokens (see PruneReport) and notes. A pruned task to be verified has verified
+        too: result ("same" or "different") and the unpruned text and first_token_ms; or result "failed" and error.
     """
     s = task.settings
+    verify = task.verify and s.prune is not None and bool(task.images)
+    if verify and s.temperature and s.seed is None:  # both answers need the same
+        s = replace(s, seed=draw_seed())
     try:
-        done = vlm.generate(
-            task.prompt,
-            list(task.sources),
-            s.prune,
-            s.max_tokens,
-            chat=not s.raw,
-            temperature=s.temperature,
-            seed=s.seed,
-        )
+        done = _generate(vlm, task, s)
     except StarEdgeError as error:
         return failure(task, str(error))
     except Exception as error:  # one task's failure must not end the others
@@ -280,7 +291,30 @@ def answer(vlm: StarVLM, task: Task) -> dict[str, Any]:
         "cached_images": report.n_cached,
         "reused_tokens": report.reused_tokens,
         "notes": report.notes,
+        **({"verified": _verify(vlm, task, s, done.text)} if verify else {}),
     }
+
+
+def _generate(vlm: StarVLM, task: Task, s: Settings) -> Answer:
+    return vlm.generate(
+        task.prompt,
+        list(task.sources),
+        s.prune,
+        s.max_tokens,
+        chat=not s.raw,
+        temperature=s.temperature,
+        seed=s.seed,
+    )
+
+
+def _verify(vlm: StarVLM, task: Task, s: Settings, text: str) -> dict[str, Any]:
+    """The unpruned answer beside a pruned one."""
+    try:
+        unpruned = _generate(vlm, task, replace(s, prune=None))
+    except Exception as error:  # such as a context that the whole picture does not fit
+        return {"result": "failed", "error": " ".join(str(error).split())}
+    milliseconds = round(unpruned.report.milliseconds["first_token"], 1)
+    return {"result": compare(text, unpruned.text), "text": unpruned.text, "first_token_ms": milliseconds}
 
 
 def failure(task: Task, message: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ LAYERS = (
         "refvlm",
         "synthetic",
         "pruning",
+        "verify",
     ),
     ("llamacpp", "io"),
     ("vision", "decoder"),

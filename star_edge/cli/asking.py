@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import __version__
+from ..engine import StarVLM
 from ..errors import ConfigError, EvaluationError
 from ..evaluation.configs import NamedConfig
 from ..evaluation.metrics import METRICS, choose_metric
@@ -26,6 +27,28 @@ from ..io.results_file import Record
 from .options import AFRESH, LATER_OPTIONS, Choice, FilePath, load_engine, model_options, open_stdin, quiet_option
 
 Ask = Callable[[Sequence[Question], Sequence[NamedConfig]], Mapping[tuple[str, str], Record]]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """ask(questions, configs), with the engine and the results behind it.
+
+    Attributes:
+        ask: See `asking`.
+        vlm: The engine.
+        results: The results so far.
+        files: Fingerprints of the model's files, by "model" and "mmproj".
+    """
+
+    ask: Ask
+    vlm: StarVLM
+    results: Records
+    files: dict[str, str | None]
+
+    def __call__(
+        self, questions: Sequence[Question], configs: Sequence[NamedConfig]
+    ) -> Mapping[tuple[str, str], Record]:
+        return self.ask(questions, configs)
 
 
 @dataclass(frozen=True)
@@ -153,7 +176,7 @@ def asking(
     asked: Asked,
     model: dict[str, Any],
     configs: Sequence[NamedConfig],
-) -> Iterator[Ask]:
+) -> Iterator[Asker]:
     """Yields ask(questions, configs), which answers what is missing and returns all records.
 
     A progress bar shows how far it is, on a terminal and without --quiet and --json.
@@ -162,7 +185,7 @@ def asking(
         options: The options.
         asked: What `options.read` gave.
         model: The parameters of `options.model_options`.
-        configs: All configs that may be asked.
+        configs: Some configs that may be asked. Others can follow.
 
     Raises:
         EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
@@ -194,6 +217,7 @@ def asking(
             )
 
             def ask(questions: Sequence[Question], configs: Sequence[NamedConfig]) -> Mapping[tuple[str, str], Record]:
+                results.expect(configs)
                 bar = progress.add_task("asking", total=len(questions) * len(configs))
                 ask_questions(
                     vlm,
@@ -212,7 +236,7 @@ def asking(
                 console.show_cursor(
                     True
                 )  # rich hides it, and Ctrl-C, which ends the process where it stands, would leave it so
-                yield ask
+                yield Asker(ask, vlm, results, files)
 
 
 # Their content is in the header, as fingerprints

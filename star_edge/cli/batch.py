@@ -20,12 +20,14 @@ from ..batch import (
     Task,
     describe_model,
     each_image,
+    mark_every,
     names_several,
     open_results,
     read_tasks,
     run_tasks,
 )
 from ..errors import ConfigError, ImageError
+from ..verify import Agreement
 from .options import (
     AFRESH,
     LATER_OPTIONS,
@@ -63,6 +65,7 @@ class BatchOptions:
     use_ray: bool
     workers: int | None
     cache: bool
+    verify: int | None
 
     @property
     def is_wanted(self) -> bool:
@@ -99,6 +102,7 @@ class BatchOptions:
                 ("--fresh", self.fresh),
                 ("--ray", self.use_ray),
                 ("--no-cache", not self.cache),
+                ("--verify", self.verify),
             ):
                 if given:
                     raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
@@ -144,6 +148,12 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=True,
             help="With --each or --tasks: use again what an earlier request has encoded or read. Results say where. "
             "--no-cache makes times comparable: it uses nothing again, and reads one request to warm up.",
+        ),
+        click.option(
+            "--verify",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="With --each or --tasks: answer every Nth pruned request unpruned as well, and count how many agree.",
         ),
     ]
 
@@ -195,6 +205,7 @@ def run_batch(
             options.fresh,
         )
     waiting = [task for task in tasks if results is None or (str(task.id),) not in results.done]
+    waiting = mark_every(waiting, options.verify)
     progress = _Progress(
         len(tasks),
         len(tasks) - len(waiting),
@@ -254,6 +265,7 @@ class _Progress:
     def __init__(self, total: int, before: int, shown: bool, quiet: bool = False) -> None:
         self.total, self.before, self.shown, self.quiet = total, before, shown, quiet
         self.answered = self.failed = 0
+        self.agreement = Agreement(1)
         self._causes: dict[str, list[str]] = {}  # errors that differ in the image's name alone
         self._start = time.monotonic()
         self._draw()
@@ -264,6 +276,8 @@ class _Progress:
             self._causes.setdefault(_without_names(result), []).append(result["error"])
         else:
             self.answered += 1
+        if "verified" in result:
+            self.agreement.count(result["verified"]["result"])
         self._draw()
 
     def _draw(self) -> None:
@@ -286,6 +300,12 @@ class _Progress:
         parts += [f"{self.failed} failed"] if self.failed else []
         if not self.quiet:
             click.echo(("\r\033[K" if self.shown else "") + ", ".join(parts), err=True)
+            verified = self.agreement.to_dict()
+            if verified["same"] + verified["different"] + verified["failed"]:
+                share = "" if verified["share"] is None else f" ({100 * verified['share']:.1f}%)"
+                failed = f", {verified['failed']} not answered unpruned" if verified["failed"] else ""
+                same = f"{verified['same']} the same as unpruned{share}"
+                click.echo(f"verified: {same}, {verified['different']} different{failed}", err=True)
         causes = sorted(self._causes.values(), key=len, reverse=True)
         for errors in causes[:_CAUSES]:
             click.echo(

@@ -132,6 +132,13 @@ _GRACE_SECONDS = 10  # from a signal to the end of the process, even inside llam
     help="name=value pairs, or a JSON object a line.",
 )
 @click.option("--request-log-prompts", is_flag=True, help="The lines have the texts of messages too. Never pictures.")
+@click.option(
+    "--verify",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Answer every Nth pruned request unpruned as well, once its answer was sent and while nobody waits, and "
+    "count how many agree: /health, /metrics. A request that arrives ends it.",
+)
 @click.option("--ray", "use_ray", is_flag=True, help="Answer by replicas on Ray: RAY_ADDRESS, or this machine.")
 @click.option("--workers", type=click.IntRange(min=1), help="With --ray: replicas, each with a model of its own.")
 @click.option("--json", "as_json", is_flag=True, help="When ready, print one line of JSON with the address.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import ResultsFileError
 from ..io.questions import Question
-from ..io.results_file import Header, Record, ResultsFile, Stamp
+from ..io.results_file import START_AGAIN, Header, Record, ResultsFile, Stamp
 from .configs import NamedConfig
 
 
@@ -40,17 +41,17 @@ class Records:
     ) -> None:
         self.records: dict[tuple[str, str], Record] = {}
         self._file: ResultsFile | None = None
+        self._path = path
         if path is None:
             return
-
-        def stamp(value: str, what: str) -> Stamp:
-            return Stamp(value, lambda _: f"{what} has changed since {path} was begun")
-
+        self._stamps = {
+            ("task", q.id): self._stamp(q.fingerprint, f"question {q.id!r} (image, question or answer)")
+            for q in questions
+        } | {("config", c.name): self._stamp(c.fingerprint, f"config {c.name!r}") for c in configs}
         self._file = ResultsFile(
             path,
             {"task": "task_fingerprint", "config": "config_fingerprint"},
-            {("task", q.id): stamp(q.fingerprint, f"question {q.id!r} (image, question or answer)") for q in questions}
-            | {("config", c.name): stamp(c.fingerprint, f"config {c.name!r}") for c in configs},
+            self._stamps,
             header=Header("star_edge_eval", header, "star-edge eval"),
             fresh=fresh,
             found=self._keep,
@@ -65,6 +66,25 @@ class Records:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def expect(self, configs: Sequence[NamedConfig]) -> None:
+        """Further configs, of which the file may have answers.
+
+        Raises:
+            ResultsFileError: It has answers of another config of that name.
+        """
+        if self._file is None:
+            return
+        for config in configs:
+            if ("config", config.name) in self._stamps:
+                continue
+            stamp = self._stamps["config", config.name] = self._stamp(config.fingerprint, f"config {config.name!r}")
+            for (_, name), record in self.records.items():
+                if name == config.name and record["config_fingerprint"] != stamp.value:
+                    raise ResultsFileError(stamp.complain(record), START_AGAIN)
+
+    def _stamp(self, value: str, what: str) -> Stamp:
+        return Stamp(value, lambda _: f"{what} has changed since {self._path} was begun")
 
     def done(self, question: Question, config: NamedConfig) -> bool:
         """Whether there is an answer. Failed questions are asked again."""

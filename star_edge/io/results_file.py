@@ -21,7 +21,7 @@ if sys.platform != "win32":  # two runs into one file are not told apart there
 
 Record = dict[str, Any]
 
-_START_AGAIN = "use another --out, or --fresh to start again"
+START_AGAIN = "use another --out, or --fresh to start again"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class ResultsFile:
             if was != now:
                 raise ResultsFileError(
                     f"{self._name} was made with {field} {was!r}, and now it is {now!r}",
-                    f"use the same, or {_START_AGAIN}",
+                    f"use the same, or {START_AGAIN}",
                 )
         # As it stands there: the order of its fields may be that of another version
         self._start = lines[0] + b"\n"
@@ -194,7 +194,7 @@ class ResultsFile:
                     continue
                 raise ResultsFileError(
                     f"{self._name}, line {first + i} is not a result of star-edge",
-                    f"remove the line, or {_START_AGAIN}",
+                    f"remove the line, or {START_AGAIN}",
                 )
             key = self._key(record)
             stamps = {self._names[part[0]]: self._stamps.get(part) for part in zip(self._names, key)}
@@ -203,7 +203,7 @@ class ResultsFile:
                 continue
             for field, stamp in (*self._common.items(), *stamps.items()):
                 if stamp is not None and record[field] != stamp.value:
-                    raise ResultsFileError(stamp.complain(record[field]), _START_AGAIN)
+                    raise ResultsFileError(stamp.complain(record[field]), START_AGAIN)
             if is_mine:
                 if self._one_each and key in self.done:
                     continue

@@ -24,6 +24,7 @@ from .request_log import RequestLog
 from .routes import error_handlers, make_routes
 from .schema import Configs
 from .settings import Policy
+from .verifying import Verifier
 
 
 def make_app(
@@ -81,6 +82,8 @@ def make_app(
         raise
     engine = Engine(llama, handler, pictures, alias)
     engine.encodes_ahead = load.has_spare_cores and not load.uses_gpu if encode_ahead is None else encode_ahead
+    if policy.verify is not None:
+        engine.verifier = Verifier(engine, policy.verify)
     bodies = Bodies(policy.max_body_bytes, policy.max_held_bytes, policy.body_seconds)
     routes = make_routes(engine, policy, of_requests, bodies)
     posts = {route.path for route in routes if "POST" in (route.methods or ())}

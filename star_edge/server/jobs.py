@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -25,9 +26,11 @@ from ..io.images import ImageLimits, load_image
 from ..pruning.config import Keep, PruneConfig
 from ..report import PruneReport
 from ..request import Request
+from ..verify import answer_text, draw_seed
 from .metrics import Metrics
 from .request_log import Record
 from .schema import ChatRequest
+from .verifying import Verifier
 
 # Fields of a request that Llama.create_chat_completion takes by the same name
 _TO_LLAMA = {
@@ -88,6 +91,7 @@ class Engine:
     Attributes:
         waiting: Jobs whose turn has not come.
         answering: Jobs that have the Llama, 0 or 1.
+        verifier: Answers some requests again, see `verifying`. None: it does not.
     """
 
     def __init__(self, llama: Llama, handler: StarChatHandler, pictures: Pictures, model: str) -> None:
@@ -97,6 +101,7 @@ class Engine:
         self.encodes_ahead = False
         self.waiting = self.answering = 0
         self.jobs: set[Job] = set()
+        self.verifier: Verifier | None = None
         self.metrics = Metrics(lambda: self.waiting)
         # Its own thread: slow downloads and other routes may occupy all default ones.
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
@@ -128,8 +133,8 @@ class Engine:
 
     async def stop(self) -> None:
         """Ends every job. Returns when none uses the Llama."""
-        self.stop_jobs()
         while self.jobs:
+            self.stop_jobs()  # those that began meanwhile
             await anyio.sleep(0.01)
 
 
@@ -153,10 +158,13 @@ class Job:
         """messages, images: see `messages` and `Pictures`. on_end: called when the job no longer needs its request."""
         self._engine, self._body, self._messages, self._config, self._images = engine, body, messages, config, images
         self._arrived, self._on_end, self._record = arrived, on_end, record
-        self._scope = anyio.CancelScope()
+        self.scope = anyio.CancelScope()
         self._stopped = threading.Event()
         self._is_waiting = False
         self._ahead_ms: float | None = None
+        self._is_cancelled: Callable[[], bool] = self._stopped.is_set
+        self._again: Job | None = None  # the same request, to be verified
+        self._text = ""  # of the answer so far, for that
         self._error: Exception | None = None
         self._n_chunks = 0
         # No bound: the engine must not wait for a client that reads slowly, and an answer is never longer than the
@@ -172,7 +180,7 @@ class Job:
     def stop(self) -> None:
         """Ends the job: at once if its turn has not come, otherwise within about a token."""
         self._stopped.set()
-        self._scope.cancel()
+        self.scope.cancel()
 
     async def results(self) -> AsyncIterator[dict[str, Any]]:
         """The response, or the chunks of a stream. Raises the job's error."""
@@ -185,7 +193,7 @@ class Job:
         engine = self._engine
         self._count_waiting(1)
         try:
-            with self._scope:
+            with self.scope:
                 async with engine.next:
                     if engine.encodes_ahead and engine.answering and self._images and not self._body.star_edge.afresh:
                         await engine.in_thread_ahead(self._encode_ahead)
@@ -208,9 +216,44 @@ class Job:
             if isinstance(self._error, RequestCancelledError):
                 engine.metrics.generated(self._n_chunks)
             self._images, self._messages = {}, []
+            self._verify()
             self._on_end()
             engine.jobs.discard(self)
             self._send.close()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped.is_set()
+
+    def unpruned(self) -> Job:
+        """The same request without pruning, for `Verifier`. It gives way to any request that waits."""
+        again = copy.copy(self)
+        again._body, again._config = self._body.model_copy(update={"stream": False}), None
+        again._messages, again._images = copy.deepcopy(self._messages), dict(self._images)
+        again.scope, again._stopped = anyio.CancelScope(), threading.Event()
+        again._is_cancelled = lambda: again.is_stopped or self._engine.waiting > 0
+        return again
+
+    def answer_alone(self) -> Any:
+        """The response of a request that is not streamed. Runs in a thread that has the Llama."""
+        return self._begin()[0]
+
+    def _take_for_verifier(self) -> None:
+        """Keeps the request if it is to be verified. A seed that it lacks is drawn: both answers need the same."""
+        verifier = self._engine.verifier
+        if verifier is not None and self._config is not None and self._images and verifier.takes():
+            if self._body.seed is None:
+                self._body = self._body.model_copy(update={"seed": draw_seed()})
+            self._again = self.unpruned()
+
+    def _verify(self) -> None:
+        verifier, again, self._again = self._engine.verifier, self._again, None
+        if verifier is not None and again is not None:
+            if self._error is None:
+                verifier.verify(again, self._text)
+            else:
+                verifier.skip()
 
     def _count_waiting(self, change: int) -> None:
         if self._is_waiting != (change > 0):
@@ -220,6 +263,7 @@ class Job:
     async def _answer(self) -> None:
         engine = self._engine
         waited = time.perf_counter() - self._arrived
+        self._take_for_verifier()
         result, request = await engine.in_thread(self._begin)
         report = request.answered[1]
         engine.metrics.prompt(report, waited)
@@ -245,6 +289,8 @@ class Job:
                 await engine.in_thread(result.close)
 
     def _finish(self, result: dict[str, Any], report: PruneReport, waited: float) -> None:
+        if self._again is not None:
+            self._text += answer_text(result["choices"])
         if "star_edge" in result:
             result["star_edge"]["milliseconds"]["queue"] = 1e3 * waited
             if self._ahead_ms is not None:
@@ -289,7 +335,7 @@ class Job:
         engine.pictures.sources = self._images
         afresh = engine.handler.reader.afresh() if body.star_edge.afresh else contextlib.nullcontext()
         try:
-            with engine.handler.pruning(self._config), engine.handler.cancellable(self._stopped.is_set), afresh:
+            with engine.handler.pruning(self._config), engine.handler.cancellable(self._is_cancelled), afresh:
                 messages: Any = self._messages  # JSON that read_messages has checked
                 result = engine.llama.create_chat_completion(messages, **kwargs)
                 request = engine.handler.last_request

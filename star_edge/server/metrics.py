@@ -38,6 +38,12 @@ class Metrics:
             "From a request's arrival, its time in the queue included",
             buckets=_SECONDS,
         )
+        self._verified = make(
+            Counter,
+            "star_edge_verified",
+            "Answers that were compared with unpruned ones (--verify), by result",
+            "result",
+        )
         make(Gauge, "star_edge_queue_length", "Chat completions that wait for their turn").set_function(queue_length)
 
     def request(self, path: str, status: int) -> None:
@@ -59,6 +65,9 @@ class Metrics:
 
     def generated(self, n: int) -> None:
         self._generated.inc(n)
+
+    def verified(self, result: str) -> None:
+        self._verified.labels(result).inc()
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -169,9 +169,12 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
         return JSONResponse(_model(engine) | {"star_edge": supported})
 
     async def health(_: Request) -> Response:
-        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while one runs."""
+        """receiving: bodies that arrive. waiting: requests whose turn has not come. answering: 1 while one runs.
+        verified: what --verify has counted.
+        """
         counts = {"receiving": len(bodies.arriving), "waiting": engine.waiting, "answering": engine.answering}
-        return JSONResponse({"status": "ok", **counts})
+        verified = {} if engine.verifier is None else {"verified": engine.verifier.agreement.to_dict()}
+        return JSONResponse({"status": "ok", **counts, **verified})
 
     async def metrics(_: Request) -> Response:
         return Response(engine.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -26,6 +26,7 @@ class Policy:
         max_held_bytes: Bytes of all bodies that arrive, or whose requests wait.
         max_queue: Requests that wait while one is answered.
         body_seconds: Seconds that a body may take to arrive.
+        verify: Every so many pruned requests one is answered unpruned as well, when nobody waits. None: none.
         cors_origins: Other sites whose pages may call, such as https://example.org; "*" for any.
         request_log: File that gets a line for each POST request, "-" for stdout. None: none.
         request_log_format: "text" or "json".
@@ -49,6 +50,7 @@ class Policy:
     request_log: str | None = None
     request_log_format: Literal["text", "json"] = "text"
     request_log_prompts: bool = False
+    verify: int | None = None
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
@@ -67,6 +69,8 @@ class Policy:
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{_option(name)} {getattr(self, name)} allows nothing", "use 1 or more")
+        if self.verify is not None and self.verify < 1:
+            raise ConfigError(f"{_option('verify')} {self.verify} verifies nothing", "use 1 or more, or leave it out")
         if self.max_queue < 0:
             raise ConfigError(f"{_option('max_queue')} {self.max_queue} is negative", "use 0 or more")
         if self.max_held_bytes < self.max_body_bytes:
