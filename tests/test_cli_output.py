@@ -93,6 +93,7 @@ def bench_result(names=NAMES):
     spread = {"median": 12345.6, "min": 11111.1, "max": 22222.2}
     row = {
         "kind": "star_edge",
+        "image_tokens": 4096,
         "average_tokens": 1234.5,
         "first_token_ms": spread,
         "stages_ms": dict.fromkeys(STAGES, 1543.2),

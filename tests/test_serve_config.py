@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import openai
 import pytest
+from helpers import pages
 from helpers.serving import DEMO, Server, message
 
 from star_edge import errors, refvlm
@@ -59,7 +60,7 @@ def test_tuned_configs_by_name(server):
         config = ask(client, **options).star_edge["config"]
         assert {name: config[name] for name in named} == named
     assert ask(client, extra_body={"prune": "everything"}).star_edge["config"] is None
-    assert ask(client, extra_body={"prune": "fast"}).star_edge["config"]["vision_keep"] == 0.15
+    assert ask(client, extra_body={"prune": "fast"}).star_edge["config"]["vision_keep"] == 0.12
     for wrong in ("recipes", "receipts.json", "all.json"):
         with pytest.raises(openai.BadRequestError, match="use one of receipts, everything, off"):
             ask(client, extra_body={"prune": wrong})
@@ -285,9 +286,7 @@ def test_times_of_a_record():
 
 def test_the_page_s_client(server, tmp_path, monkeypatch, capsys):
     """The block after the marker runs as it is, but for the port, against the reference model."""
-    code = (
-        PAGE.read_text().split("<!-- executed: conversations -->", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
-    )
+    (code,) = pages.executed("docs/server-conversations.md", "conversations")
     assert "http://127.0.0.1:8000" in code
     (tmp_path / "receipt.png").symlink_to(refvlm.DEMO_IMAGE)
     monkeypatch.chdir(tmp_path)

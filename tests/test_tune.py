@@ -490,7 +490,7 @@ def test_command_and_its_file(command, limit, tmp_path):
 
 def test_refusals(command):
     assert "--keep" in command(QUESTIONS, "--keep", "1.5", status=2)[1]
-    assert "JSONL" in command(status=2)[1]
+    assert "TASKS is missing" in command(status=2)[1]
     assert ".json" in command(QUESTIONS, "-o", "x.txt", status=2)[1]
     assert "no such folder" in command(QUESTIONS, "-o", "no/x.json", status=2)[1]
     assert "'depth' is not an axis" in command(QUESTIONS, "--axes", "vision,depth", status=2)[1]

@@ -207,7 +207,7 @@ def test_a_request_that_waits_ends_it():
     body = types.SimpleNamespace(model_copy=lambda update: types.SimpleNamespace(**update))
 
     async def run():
-        again = Job(engine, body, [], None, {}, 0.0, lambda: None).unpruned()
+        again = Job(engine, body, [], None, {}, 0.0, lambda: None, None).unpruned()
         assert again._config is None and again._body.stream is False
         assert not again._is_cancelled()
         engine.waiting = 1

@@ -24,6 +24,7 @@ KINDS = {
     "newcomer": "test_newcomer.py",
     "script": "test_chat_handler.py",
     "server": "test_serve.py",
+    "conversations": "test_serve_config.py",
     "hub": "test_hub.py",
 }
 
