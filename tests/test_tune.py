@@ -368,6 +368,9 @@ def test_the_time_is_up(calls):
     is_over = lambda: next(left, None) is None
     choice = search(world, world.questions, 0.95, is_over=is_over)
     assert not choice.is_complete
+    n_asked = len(world.asked)
+    again = search(world, world.questions, 0.95, is_over=lambda: True)  # what is there is looked at, whatever the time
+    assert again.trials == choice.trials and again.best == choice.best and len(world.asked) == n_asked
     assert (choice.best is None) == (not choice.kept)
     assert all(t.verdict == "kept" for t in choice.kept)
 
