@@ -96,13 +96,23 @@ def test_lines_of_a_batch(vlm):
     assert "different" in found
 
 
-def test_sampled_answers_have_one_seed(vlm):
-    """Keep-all differs from unpruned by the seed alone. At this temperature two draws are hardly ever alike."""
-    tasks = mark_every(make_tasks(KEEP_ALL, 6, temperature=20.0, max_tokens=6), 1)
-    lines = results_of(vlm, tasks)
-    assert [line["verified"]["result"] for line in lines] == ["same"] * 6
-    again = results_of(vlm, tasks)
-    assert [line["text"] for line in lines] != [line["text"] for line in again]  # a seed of its own each time
+@pytest.mark.parametrize("temperature, seed", [(0.0, None), (1.0, None), (1.0, 7)])
+def test_sampled_answers_have_one_seed(vlm, monkeypatch, temperature, seed):
+    """Both answers of a request: its own seed, or one drawn for it."""
+    seeds = []
+    generate = vlm.generate
+
+    def spy(*args, **options):
+        seeds.append(options["seed"])
+        return generate(*args, **options)
+
+    monkeypatch.setattr(vlm, "generate", spy)
+    results_of(vlm, mark_every(make_tasks(KEEP_ALL, 2, temperature=temperature, seed=seed), 1))
+    assert len(seeds) == 4 and seeds[0] == seeds[1] and seeds[2] == seeds[3]
+    if temperature and seed is None:
+        assert None not in seeds and seeds[0] != seeds[2]
+    else:
+        assert seeds[0] == seeds[2] == seed
 
 
 def test_an_unpruned_answer_that_fails(vlm, monkeypatch):
@@ -233,7 +243,7 @@ def test_the_server(vlm):
             before = counts()
             client = server.client().chat.completions
             body = {"model": "m", "messages": [message(question, DEMO)], "max_tokens": 4, **options}
-            answer = client.create(**body, extra_body={"prune": prune})
+            answer = client.create(**body, extra_body={"prune": prune, "min_p": 0.0, "top_k": 0})
             if options.get("stream"):
                 for _ in answer:
                     pass
@@ -243,7 +253,8 @@ def test_the_server(vlm):
     fields = {"seed": 1}  # keeps all
     ask(QUESTIONS[0], 2, fields, temperature=0)
     assert counts()["same"] == 1
-    ask(QUESTIONS[0], 4, fields, temperature=5.0, stream=True)  # one seed for both answers
+    # one seed for both answers, which are drawn from the whole vocabulary
+    ask(QUESTIONS[0], 4, {**fields}, temperature=50.0, top_p=1.0, stream=True)
     assert counts()["same"] == 3
     ask(QUESTIONS[0], 2, None)  # not pruned: not counted
     before = counts()["different"]

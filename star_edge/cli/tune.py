@@ -61,7 +61,8 @@ def _stages(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str,
 @click.option(
     "--minutes",
     type=Number(0, min_open=True),
-    help="Stop the search in time for its checks to end by then, with the best so far. Default: no limit.",
+    help="Stop the search with the best so far, in time for its checks to end by then, but not before half of the "
+    "minutes. Default: no limit.",
 )
 @click.option(
     "-o",
@@ -176,7 +177,8 @@ class _Run:
             if self._end is None:
                 return False
             each = self._seconds / self._answers if self._answers > 20 else self._answer_seconds
-            return time.monotonic() > self._end - _SPARE_TIME * n_answers * each
+            latest = self._end - _SPARE_TIME * n_answers * each
+            return time.monotonic() > max(latest, (self._start + self._end) / 2)
 
         return is_over
 

@@ -149,7 +149,7 @@ class Part:
             configs: The configs.
             speed: How fast one must be, as `Trial.speed`.
             n: Only the first so many questions. None: all.
-            is_over: Whether the time is up. It is asked between batches.
+            is_over: Whether the time is up. Then nothing more is asked.
             rounding: So much may be lost beyond what `keep` allows.
 
         Returns:
@@ -159,7 +159,7 @@ class Part:
         trials: dict[str, Trial] = {}
         waiting = list(configs)
         for start, end in self._batches(n):
-            if is_over():
+            if is_over() and self._is_missing(self.questions[start:end], [OFF, *waiting]):
                 break
             records = self._ask(self.questions[start:end], [OFF, *waiting])
             for config in waiting:
@@ -168,6 +168,11 @@ class Part:
             if not waiting:
                 break
         return [trials.get(c.name, Trial(c, "unfinished", 0, None, 0.0, 0.0, None)) for c in configs]
+
+    def _is_missing(self, questions: Sequence[Question], configs: Sequence[NamedConfig]) -> bool:
+        """Whether anything has to be asked: answers that are there are looked at whatever the time."""
+        records = self._ask([], [])
+        return any((question.id, config.name) not in records for question in questions for config in configs)
 
     def _judge(
         self,

@@ -83,10 +83,9 @@ class Search:
     def run(self) -> Choice:
         """Searches."""
         limits, failed = self._alone()
-        if not self._is_over():
-            self._together(self._curves(limits, failed))
+        self._together(self._curves(limits, failed))
         kept = sorted(self._kept(0), key=lambda t: -(t.speed or 0.0))
-        complete = not self._is_over() and all(t.verdict != "unfinished" for t in self._trials.values())
+        complete = all(t.verdict != "unfinished" for t in self._trials.values())
         return Choice(self._best_trial() or next(iter(kept), None), kept, self._seen, complete)
 
     def _kept(self, n: int) -> list[Trial]:
@@ -113,12 +112,12 @@ class Search:
         """The strongest value of each axis that keeps enough (0: none), and the mildest that does not."""
         low = [0] * len(self._axes)
         high = [len(axis.values) + 1 for axis in self._axes]
-        while not self._is_over():
+        while True:
             points = {
                 i: self._single(i, (low[i] + high[i]) // 2) for i in range(len(self._axes)) if high[i] - low[i] > 1
             }
             if not points:
-                break
+                return low, high
             trials = self._ask(list(points.values()), MIN_GAIN, "alone", min(ALONE, self._whole))
             for (i, point), trial in zip(points.items(), trials):
                 if trial.verdict == "unfinished":
@@ -127,7 +126,6 @@ class Search:
                     high[i] = point[i]
                 else:  # kept, or not faster: a stronger one may be
                     low[i] = point[i]
-        return low, high
 
     def _curves(self, limits: Sequence[int], failed: Sequence[int]) -> list[_Curve]:
         curves = []
@@ -189,7 +187,7 @@ class Search:
         """Single steps and exchanges from the best point, as long as one is faster and keeps enough."""
         for _ in range(LOCAL_ROUNDS):
             at = self._best_point()
-            if at is None or self._is_over():
+            if at is None:
                 return
             best = self._best_speed()
             steps = [p for p in points if _is_step(at, p) and speed[p] > speed.get(at, 0.0) and self._is_open(p)]
