@@ -197,7 +197,7 @@ def test_more_tokens_than_ubatch_is_no_error():
 
 
 def test_non_causal_image_must_fit_one_ubatch(vlm, fails, monkeypatch):
-    original = vlm.tokenize
+    original = vlm.encoder.tokenize
 
     def non_causal(*args, **kwargs):
         prompt = original(*args, **kwargs)
@@ -207,7 +207,7 @@ def test_non_causal_image_must_fit_one_ubatch(vlm, fails, monkeypatch):
 
     monkeypatch.setattr(vlm.decoder, "n_ubatch", 100)
     with monkeypatch.context() as patch:
-        patch.setattr(vlm, "tokenize", non_causal)
+        patch.setattr(vlm.encoder, "tokenize", non_causal)
         with pytest.raises(
             errors.ContextLengthError, match="144 tokens must be processed at once.*n_ubatch is 100: use n_ubatch=144"
         ):

@@ -12,11 +12,12 @@ from helpers.choosing import by_score
 from helpers.models import random_image, random_prompt
 from helpers.reusing import QUESTIONS, answers, engine, first_tokens, fresh, same
 
-from star_edge import PruneConfig, StarVLM, errors
+from star_edge import PruneConfig, errors
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.context import DecoderContext, attach_tap
 from star_edge.llamacpp.tap import Tap
 from star_edge.vision.chunks import TextChunk
+from star_edge.vision.encoder import VisionEncoder
 
 PRESETS = ["off", "balanced", "fast", "star", "pyramiddrop"]
 
@@ -172,7 +173,7 @@ def test_what_is_decoded_for_a_further_question(families, decodes, family, flash
 def test_non_causal_images(families, monkeypatch, flash_attn):
     """Image rows that attend to each other both ways. What was read in one way is not used in the other."""
     models, images = families["llama"], [random_image(1), random_image(2)]
-    tokenize, causal = StarVLM.tokenize, [False]
+    tokenize, causal = VisionEncoder.tokenize, [False]
 
     def tokenized(*args, **kwargs):
         prompt = tokenize(*args, **kwargs)
@@ -181,7 +182,7 @@ def test_non_causal_images(families, monkeypatch, flash_attn):
                 chunk.causal = causal[0]
         return prompt
 
-    monkeypatch.setattr(StarVLM, "tokenize", tokenized)
+    monkeypatch.setattr(VisionEncoder, "tokenize", tokenized)
     for preset in (None, "balanced", PruneConfig(1.0, 0.25, 3, decoder_scorer="uniform")):
         with engine(models, flash_attn=flash_attn) as vlm:
             reused = []
