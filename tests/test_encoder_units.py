@@ -426,7 +426,7 @@ def test_every_front_takes_the_fields(star_edge, tmp_path):
     model = ["-m", str(fixture.text), "--mmproj", str(fixture.mmproj), "--ctx-size", "1024", "-n", "2"]
     ask = "what is <__media__>?"
     options = ["--redundancy", "exact", "--encoder-keep", "0.5", "--encoder-layer", "2", "--raw"]
-    done = star_edge("run", ask, "--image", "page.png", "--preset", "off", "--json", *model, *options)
+    done = star_edge("run", ask, "--image", "page.png", "--preset", "off", "--json", "--kept", *model, *options)
     report = json.loads(done.stdout)["report"]
     assert report["encoder_layer"] == 2 and 0 < report["n_redundant"] <= 42 - report["n_encoder_kept"] == 21
     assert report["config"]["redundancy"] == "exact" and report["images"][0]["encoder_kept"]

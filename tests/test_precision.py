@@ -241,7 +241,7 @@ def test_the_fronts_say_what_they_compute_in(cache):
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=1024, n_threads=1, mmproj_type="bf16") as vlm:
         answer = vlm.generate(question, images=[image], prune="off", max_tokens=4)
         assert answer.text.strip() == "red"
-        assert "the encoder computes in bf16; the file has f16" in answer.report.summary()["notes"]
+        assert "the encoder computes in bf16; the file has f16" in answer.report.notes
     handler = StarChatHandler(refvlm.MMPROJ, verbose=False, use_gpu=False, prune=None, mmproj_type="bf16")
     llama = llama_cpp.Llama(str(refvlm.TEXT_MODEL), chat_handler=handler, n_ctx=1024, n_threads=1, verbose=False)
     content = [{"type": "image_url", "image_url": {"url": str(image)}}, {"type": "text", "text": question}]
@@ -262,4 +262,4 @@ def test_results_in_another_type_are_not_gone_on_with(cache, tmp_path):
     assert "mmproj_type" not in out.read_text()
     assert CliRunner().invoke(cli, asked).exit_code == 0
     refused = CliRunner().invoke(cli, [*asked, "--mmproj-type", "bf16"])
-    assert isinstance(refused.exception, OutputError) and "mmproj_type" in str(refused.exception)
+    assert isinstance(refused.exception, OutputError) and "--mmproj-type" in str(refused.exception)

@@ -132,7 +132,7 @@ def test_a_response_goes_back_as_it_came(client):
     first = client.responses.create(**asked())
     turns = [*asked()["input"], *[item.model_dump() for item in first.output], {"role": "user", "content": "and now?"}]
     second = client.responses.create(model="any", input=turns, max_output_tokens=4, temperature=0)
-    assert second.star_edge["reused_tokens"] >= 54 and second.usage.input_tokens > first.usage.input_tokens
+    assert second.star_edge["reused_tokens"] >= 43 and second.usage.input_tokens > first.usage.input_tokens
 
 
 REFUSED = [
