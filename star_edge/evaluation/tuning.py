@@ -41,12 +41,12 @@ def candidates() -> list[list[NamedConfig]]:
     """Two families of configs, each from expensive to cheap.
 
     "both" prunes at both stages, with twice as many tokens below layer K as from it on. "vision" prunes after the
-    encoder only. With K at a third of the layers, both leave `budget` times the image's tokens per layer.
+    encoder only. With K at two thirds of the layers, both leave `budget` times the image's tokens per layer.
     """
     both, vision = [], []
     for budget in BUDGETS:
-        # over 2/3 the first stage keeps all, and the second makes up the budget: 1/3 + 2/3 n2 = budget
-        config = PruneConfig(1.5 * budget, 0.75 * budget) if budget < 2 / 3 else PruneConfig(1.0, (3 * budget - 1) / 2)
+        # over 5/6 the first stage keeps all, and the second makes up the budget: 2/3 + 1/3 n2 = budget
+        config = PruneConfig(1.2 * budget, 0.6 * budget) if budget < 5 / 6 else PruneConfig(1.0, 3 * budget - 2)
         both.append(NamedConfig(f"both {budget:g}", "both", config))
         vision.append(NamedConfig(f"vision {budget:g}", "vision", PruneConfig(budget)))
     return [both, vision]
