@@ -309,7 +309,7 @@ def test_attention_mass(families, decoders, decoder_rounding, family, mode):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_defaults_end_to_end(families, decoder_rounding, family):
-    """The default config: given what it kept, and what each kept token stands for, logits equal the reference's.
+    """The default config, but for the scorer: given what it kept, and what each kept token stands for, logits equal the reference's.
 
     The vision stage hands the decoder the mean embedding of each group, at the kept token's position, with log(mass) in
     the attention from layer 0; the decoder stage's masses take over at layer K.
@@ -323,7 +323,7 @@ def test_defaults_end_to_end(families, decoder_rounding, family):
         before, chunk, after = prompt.chunks
         embeddings = vlm.encoder.encode(chunk).embeddings.astype(np.float64)
         prompt.close()
-        state, report = vlm.read_prompt("ab<__media__>cde?", image, PruneConfig(0.5, 0.2, 3), chat=False)
+        state, report = vlm.read_prompt("ab<__media__>cde?", image, PruneConfig(0.5, 0.2, 3, decoder_scorer="text"), chat=False)
         picture, decoder = report.images[0], Decoder(str(models.text))
         tokens = Tokens(embeddings.astype(np.float32), picture.cells, picture.grid)
         selection = select("cluster", tokens, np.zeros(len(tokens)), len(picture.vision_kept), 1.0)
