@@ -323,7 +323,9 @@ def test_defaults_end_to_end(families, decoder_rounding, family):
         before, chunk, after = prompt.chunks
         embeddings = vlm.encoder.encode(chunk).embeddings.astype(np.float64)
         prompt.close()
-        state, report = vlm.read_prompt("ab<__media__>cde?", image, PruneConfig(0.5, 0.2, 3, decoder_scorer="text"), chat=False)
+        state, report = vlm.read_prompt(
+            "ab<__media__>cde?", image, PruneConfig(0.5, 0.2, 3, decoder_scorer="text"), chat=False
+        )
         picture, decoder = report.images[0], Decoder(str(models.text))
         tokens = Tokens(embeddings.astype(np.float32), picture.cells, picture.grid)
         selection = select("cluster", tokens, np.zeros(len(tokens)), len(picture.vision_kept), 1.0)

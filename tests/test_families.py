@@ -419,7 +419,12 @@ def test_both_stages(fixture, engines, rounding, mode):
         for case in prompt.cases:
             n_special = int(case.special[0].sum())  # they stay beside what is asked for
             n1 = case.n1 - n_special if case.prunes_vision else 1.0
-            config = PruneConfig(n1, case.n2 - n_special, case.layer, representatives="none", budget="crop")
+            config = PruneConfig(
+                *(n1, case.n2 - n_special, case.layer),
+                decoder_scorer="text",  # as the reference
+                representatives="none",
+                budget="crop",
+            )
             state, report = vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
             windows = [] if case.layer is None else [(case.layer, case.n2 * len(prompt.features))]
             assert state.in_place and report.windows == windows
