@@ -421,7 +421,8 @@ def test_both_stages(fixture, engines, rounding, mode):
             n1 = case.n1 - n_special if case.prunes_vision else 1.0
             config = PruneConfig(
                 *(n1, case.n2 - n_special, case.layer),
-                decoder_scorer="text",  # as the reference
+                decoder_scorer="text",  # as the reference, for which dropped rows are gone
+                seen_below=False,
                 representatives="none",
                 budget="crop",
             )
