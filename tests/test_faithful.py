@@ -309,7 +309,8 @@ def test_attention_mass(families, decoders, decoder_rounding, family, mode):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2vl"])
 def test_defaults_end_to_end(families, decoder_rounding, family):
-    """The default config, but for the scorer: given what it kept, and what each kept token stands for, logits equal the reference's.
+    """The default config, but for the scorer: given what it kept, and what each kept token stands for, logits equal the
+    reference's.
 
     The vision stage hands the decoder the mean embedding of each group, at the kept token's position, with log(mass) in
     the attention from layer 0; the decoder stage's masses take over at layer K.
