@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from star_edge.batch import Settings, read_tasks
 from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.pruning.config import override
 from star_edge.server.schema import parse_prune
+from star_edge.vision.stage import Room
 
 QUESTION = "what color is the star?"
 NEEDS = PruneConfig(0.05, 0.02, vision_tolerance=0.05)
@@ -111,3 +113,16 @@ def test_batches_and_requests_take_it(tmp_path):
     body = {"vision_keep": 0.3, "vision_tolerance": 0.2}
     assert parse_prune(body) == PruneConfig(**body)
     assert PruneConfig(**PRESETS["document"].to_dict()) == PRESETS["document"]
+
+
+def test_room_is_shared_by_what_would_be_dropped():
+    causal, whole = SimpleNamespace(causal=True), SimpleNamespace(causal=False)
+    assert Room((100,)).fill([causal, causal], [10, 20], [50, 100], 10) == [30, 60]
+    assert Room((1000,)).fill([causal, causal], [10, 20], [50, 100], 10) == [50, 100]
+    assert Room((20,)).fill([causal, causal], [10, 20], [50, 100], 10) == [10, 20]  # none: the least is another's check
+    # What fits into a sliding window stays in it; what does not has the context
+    assert Room((50, 200)).fill([causal], [20], [500], 10) == [40]
+    assert Room((50, 200)).fill([causal], [60], [500], 10) == [190]
+    # Rows that attend to each other are processed at once
+    assert Room((1000,), 64).fill([whole, causal], [10, 10], [100, 100], 10) == [64, 100]
+    assert Room((1000,), 64).fill([whole], [80], [100], 10) == [80]

@@ -92,7 +92,7 @@ def table(args: argparse.Namespace) -> None:
     for name, of_config in records.items():
         both = [(r, off[i]) for i, r in of_config.items() if i in off]
         cells = [name, str(len(both))]
-        cells.append(f"{100 * np.mean([r['average_tokens'] / r['tokens'] for r, _ in both]):.0f}")
+        cells.append(f"{100 * np.mean([r['average_tokens'] / o['tokens'] for r, o in both]):.0f}")
         for family in (*families, None):
             mine = [(r["right"], o["right"]) for r, o in both if family in (None, r["category"])]
             cells.append(f"{100 * sum(a for a, _ in mine) / max(1, sum(b for _, b in mine)):.1f}" if mine else "")
