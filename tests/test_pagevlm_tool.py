@@ -5,7 +5,9 @@ Needs no torch. Where torch is there, a random model's answers are compared too.
 """
 
 import itertools
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -232,3 +234,24 @@ def test_the_mmproj_has_qwen2_vls_graph(tool, files):
     for name, own in zip("qkv", (q, k, v)):
         assert np.abs(reference.tensors[f"v.blk.1.attn_{name}.weight"] - own).max() < 1e-3  # float16
     assert not reference.tensors["v.patch_embd.weight.1"].any()
+
+
+def test_table_of_compare(tmp_path):
+    """Relative accuracy, tokens over those of the whole picture; a question that the unpruned model was not asked does
+    not count.
+    """
+
+    def record(config, i, category, right, average, tokens=100):
+        return {"config": config, "id": i, "image": f"{i // 2}.png", "category": category, "right": right} | {
+            "tokens": tokens,
+            "average_tokens": average,
+        }
+
+    rows = [record("off", i, "page" if i < 2 else "scene", i != 3, 100) for i in range(4)]
+    rows += [record("half", i, "page" if i < 2 else "scene", i in (0, 2), 25, 50) for i in range(5)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(TOOL / "compare.py"), "table", str(tmp_path / "r.jsonl")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[0] == "| config | n | tokens, % | page | scene | all | interval |"
+    # Of two pictures drawn with replacement the ratio is 1/2 (the page alone), 1 (the scene alone) or 2/3
+    assert lines[3] == "| half | 4 | 25 | 50.0 | 100.0 | 66.7 | 50.0 to 100.0 |"
