@@ -36,8 +36,6 @@ static void * use_log(void * arg) {
         se_log_clear();
         se_log_callback(GGML_LOG_LEVEL_WARN, text, NULL);
         if (strcmp(se_log_text(), text) != 0) fail("another thread's log", 0);
-        if (se_log_rename_at("no such message", "from", "to") != SE_OK || se_log_renamed() != 0) fail("rename", 0);
-        se_log_rename_at(NULL, NULL, NULL);
     }
     return NULL;
 }
