@@ -46,8 +46,8 @@ RUNS: dict[str, tuple[str, float]] = {
         "--repeats 1 --no-memory",
         8,
     ),
-    "qwen2.5-vl-3b-page": (f"--shape qwen2.5-vl-3b {_PAGE} --repeats 5", 42),
-    "qwen2.5-vl-3b-photo": (f"--shape qwen2.5-vl-3b {_PHOTO} --repeats 5", 36),
+    "qwen2.5-vl-3b-page": (f"--shape qwen2.5-vl-3b {_PAGE} --repeats 3 --no-memory", 12),
+    "qwen2.5-vl-3b-photo": (f"--shape qwen2.5-vl-3b {_PHOTO} --repeats 5", 17),
     "qwen2.5-vl-3b-screenshot": (
         f"--shape qwen2.5-vl-3b {_PAGE.replace('page --', 'screenshot --')} --repeats 2 --no-memory",
         18,
