@@ -306,6 +306,7 @@ def test_progress_on_a_terminal(hub, tmp_path):
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # the bar is as wide as the terminal
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # a command with --quiet that ran in this process has set it
     process = subprocess.Popen(
         [sys.executable, "-c", FETCH, "local/refvlm"], stdout=subprocess.DEVNULL, stderr=follower, env=env
     )
