@@ -90,6 +90,9 @@ int main(void) {
     se_bind("ggml_backend_tensor_get", (uintptr_t) &ggml_backend_tensor_get);
     se_bind("ggml_backend_tensor_set", (uintptr_t) &ggml_backend_tensor_set);
     se_bind("ggml_backend_buffer_is_host", (uintptr_t) &ggml_backend_buffer_is_host);
+    se_bind("ggml_backend_buffer_get_type", (uintptr_t) &ggml_backend_buffer_get_type);
+    se_bind("ggml_backend_buft_get_device", (uintptr_t) &ggml_backend_buft_get_device);
+    se_bind("ggml_backend_dev_supports_op", (uintptr_t) &ggml_backend_dev_supports_op);
     se_bind("ggml_nbytes", (uintptr_t) &ggml_nbytes);
     se_bind("ggml_get_type_traits", (uintptr_t) &ggml_get_type_traits);
     if (se_bind_missing()) {
