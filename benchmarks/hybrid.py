@@ -72,7 +72,7 @@ def measure(plain, context, shape, repeat) -> dict[str, object]:
         assert state.in_place and (fresh or state.n_reused == N_PREFIX + n)
         return seconds, state
 
-    layers = [context.nearest_attention(k) for k in (3, n_layers // 3)]
+    layers = [context.nearest_attention(k) for k in (3, n_layers // 3, round(2 * n_layers / 3))]
     stages = {f"K={k}": DecoderStage([(k, [n_keep])], by_score) for k in layers}
     cases = {f"keep all, K={layers[1]}": DecoderStage([(layers[1], [0])], keep_all), **stages}
     of_stock()
