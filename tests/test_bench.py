@@ -275,7 +275,7 @@ def test_shapes_run(name, tmp_path):
         result = run(
             *files,
             {"n_ctx": shape_context(shape, 3)},
-            [OFF, replace(FAST, prune=replace(PRESETS["fast"], vision_tolerance=None))],
+            [OFF, replace(FAST, prune=replace(PRESETS["fast"], vision_tolerance=None, encoder_tolerance=None))],
             ("flash", "fewer"),
             request,
             fewer=(0.25,),

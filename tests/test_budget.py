@@ -24,6 +24,8 @@ from star_edge.server.schema import parse_prune
 
 RNG = np.random.default_rng(3)
 METHODS = [name for name, config in PRESETS.items() if config is not None]
+# Without the stages before and in the encoder, which have their own tests
+WHOLE = {"encoder_keep": 1.0, "encoder_tolerance": None, "redundancy": "off"}
 
 
 # ---- how a number is divided ----
@@ -160,7 +162,7 @@ def test_crops_of_a_picture_are_known(families, sliced, cached):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_crops_share_the_tokens_of_their_picture(families, sliced, method):
-    config = PRESETS[method]
+    config = replace(PRESETS[method], **WHOLE)
     with load(families, sliced) as vlm:
         for keep in (0.3, 50):
             stages = (
@@ -224,7 +226,7 @@ def test_a_frame_that_repeats_another_gets_few_tokens(families, method, repeat):
     models = families["qwen2vl"]
     frame, other = random_image(1, 168, 168), random_image(2, 168, 168)
     frames = [frame, frame if repeat == "same" else noisy(frame), other]
-    own = replace(PRESETS[method], vision_keep=0.4, vision_tolerance=None, decoder_keep=0.2, decoder_layer=3)
+    own = replace(PRESETS[method], **WHOLE, vision_keep=0.4, vision_tolerance=None, decoder_keep=0.2, decoder_layer=3)
     with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
         _, alone = vlm.read_prompt("what?", frames, own)
         _, shared = vlm.read_prompt("what?", frames, replace(own, budget="prompt"))
@@ -280,7 +282,7 @@ def test_one_image_is_as_ever(families):
     image = random_image(1, 168, 168)
     with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1, reuse=False) as vlm:
         for method in METHODS:
-            config = replace(PRESETS[method], vision_tolerance=None)
+            config = replace(PRESETS[method], **WHOLE, vision_tolerance=None)
             states = [vlm.read_prompt("what?", image, replace(config, budget=b)) for b in ("image", "prompt")]
             assert np.array_equal(states[0][0].logits, states[1][0].logits)
             assert kept_counts(states[0][1]) == kept_counts(states[1][1])

@@ -114,13 +114,19 @@ def test_clusters_by_distance_alone():
         assert np.flatnonzero(mine)[int(np.argmin(spread))] == kept  # the medoid
 
 
-def within(tokens, k, tolerance, most=None):
+def within(tokens, k, tolerance, most=None, reach=None):
     """Clusters with a tolerance, as loops in float64 from the definition in `representatives.cluster`."""
     n = len(tokens)
     mass = tokens.masses
     alone = cosine_distance(tokens.vectors.astype(float))
     np.fill_diagonal(alone, 0)
     mean = sum(mass[i] * mass[j] * alone[i, j] for i in range(n) for j in range(n)) / mass.sum() ** 2
+    if reach is not None:
+        row, column = np.divmod(tokens.cells, tokens.grid[1])
+        for i in range(n):
+            for j in range(n):
+                if max(abs(row[i] - row[j]), abs(column[i] - column[j])) > reach:
+                    alone[i, j] = np.inf
     far = tokens.distances().astype(float)
     chosen = [int(far.sum(axis=1).argmax())]
     while len(chosen) < k:
@@ -148,12 +154,13 @@ def within(tokens, k, tolerance, most=None):
 
 @pytest.mark.parametrize("tolerance", [0.15, 0.3, 0.6, 0.9, 1.2])
 @pytest.mark.parametrize(("k", "most"), [(1, None), (6, None), (6, 9), (20, None)])
-def test_a_tolerance_keeps_what_the_picture_needs(tolerance, k, most):
+@pytest.mark.parametrize("reach", [None, 1, 2])
+def test_a_tolerance_keeps_what_the_picture_needs(tolerance, k, most, reach):
     centres = RNG.standard_normal((9, 12))
     vectors = (centres[RNG.integers(0, 9, 30)] + 0.3 * RNG.standard_normal((30, 12))).astype(np.float32)
     tokens = Tokens(vectors, RNG.permutation(30), (5, 6), mass=RNG.integers(1, 4, 30).astype(float))
-    selection = select("cluster", tokens, np.zeros(30), k, 1.0, tolerance, most)
-    alone, bound, owner, too_few = within(tokens, k, tolerance, most)
+    selection = select("cluster", tokens, np.zeros(30), k, 1.0, tolerance, most, reach)
+    alone, bound, owner, too_few = within(tokens, k, tolerance, most, reach)
     assert selection.kept.tolist() == sorted(set(owner.values()))
     assert selection.kept[selection.group].tolist() == [owner[i] for i in range(30)]
     assert selection.mass.sum() == pytest.approx(tokens.mass.sum())

@@ -94,7 +94,16 @@ def test_encoder_without_a_profile_is_pruned_by_embeddings(families, monkeypatch
     """No attention is read, what needs it goes by diversity, and the report says both."""
     monkeypatch.setattr(profiles, "PROFILES", {})
     models = families["llama"]
-    config = replace(PRESETS[preset], vision_keep=0.5, vision_tolerance=None, decoder_keep=0.25, decoder_layer=2)
+    config = replace(
+        PRESETS[preset],
+        encoder_keep=1.0,
+        encoder_tolerance=None,
+        redundancy="off",
+        vision_keep=0.5,
+        vision_tolerance=None,
+        decoder_keep=0.25,
+        decoder_layer=2,
+    )
     with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
         state, report = vlm.read_prompt("what?", random_image(1), config)
         other, _ = vlm.read_prompt("what?", random_image(1), replace(config, vision_scorer="maxmin"))

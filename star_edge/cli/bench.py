@@ -223,7 +223,7 @@ def bench(
         fixed = [_without_tolerance(config) for config in configs]
         if configs != fixed:
             configs = fixed
-            dropped.append("random weights: vision_keep is what stays, without vision_tolerance")
+            dropped.append("random weights: vision_keep and encoder_keep are what stays, without a tolerance")
     if not configs:
         raise ConfigError("--no-unpruned leaves nothing of star_edge to measure", "add --preset NAME, or leave it out")
     names = () if "none" in baselines else baselines or tuple(BASELINES)
@@ -342,7 +342,9 @@ def _temporary_folder() -> Iterator[str]:
 
 
 def _without_tolerance(config: NamedConfig) -> NamedConfig:
-    return replace(config, prune=None if config.prune is None else replace(config.prune, vision_tolerance=None))
+    if config.prune is None:
+        return config
+    return replace(config, prune=replace(config.prune, vision_tolerance=None, encoder_tolerance=None))
 
 
 def _print(result: dict[str, Any], written: list[str]) -> None:

@@ -21,6 +21,9 @@ from .representatives import select
 from .scorers import DECODER_SCORERS, VISION_SCORERS, Scorer
 from .selection import Selection, Tokens, apart
 
+# Grid cells. 1 keeps a tenth more tokens, and from 4 on charts lose answers (ACCURACY.md, "The encoder stage")
+ENCODER_REACH = 2
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -36,7 +39,8 @@ class Policy:
         compares: Counting takes time in the square of the tokens (`budget.divide`).
         equal_images: Each image's attention is divided by its mean before images are compared. Attention adds up to 1
             in each image, so it is smaller where there are more tokens.
-        tolerance: `PruneConfig.vision_tolerance`, infinite for none.
+        tolerance: `PruneConfig.vision_tolerance` or `encoder_tolerance`, infinite for none.
+        reach: With a tolerance, the most rows or columns between a token and the one that represents it, or None.
     """
 
     scorer: Scorer
@@ -47,6 +51,7 @@ class Policy:
     compares: bool
     equal_images: bool
     tolerance: float = math.inf
+    reach: int | None = None
 
 
 @dataclass
@@ -91,6 +96,16 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
         equal_images=True,
         tolerance=math.inf if config.vision_tolerance is None else config.vision_tolerance,
     )
+
+
+def encoder_policy(config: PruneConfig, has_attention: bool) -> Policy:
+    """The policy of the encoder stage: the vision stage's, with its own tolerance.
+
+    Early hidden states say what is seen and hardly where, since places enter an encoder of today by RoPE alone. Two
+    like tokens far apart are two things: a token is represented by one near it.
+    """
+    tolerance = math.inf if config.encoder_tolerance is None else config.encoder_tolerance
+    return replace(vision_policy(config, has_attention), tolerance=tolerance, reach=ENCODER_REACH)
 
 
 def decoder_policy(config: PruneConfig) -> Policy:
@@ -138,7 +153,9 @@ def choose(policy: Policy, image: Candidates, n_keep: int, most: int | None = No
 
     def among(tokens: Tokens) -> Selection:
         scores = np.zeros(len(tokens)) if policy.share == 1.0 else policy.scorer.score(tokens, max(1, n_by_score))
-        return select(policy.representatives, tokens, scores, n_keep, policy.share, policy.tolerance, most)
+        return select(
+            policy.representatives, tokens, scores, n_keep, policy.share, policy.tolerance, most, policy.reach
+        )
 
     selection = apart(image.special, _drawn(policy, image.tokens), among)
     if policy.share == 1.0:

@@ -45,26 +45,27 @@ def _check_keep(name: str, keep: object) -> Keep:
     return float(keep)
 
 
-def _check_redundancy(value: object) -> Literal["off", "exact"] | float:
-    if value == "off" or value == "exact":
-        return "off" if value == "off" else "exact"
+def _check_redundancy(value: object) -> Literal["off", "auto", "exact"] | float:
+    for name in ("off", "auto", "exact"):
+        if value == name:
+            return name
     number: Any = value
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= number < 1:
         return float(number) or "exact"
     raise ConfigError(
-        f'redundancy={value!r} is neither "off" nor "exact" nor a number in (0, 1)',
+        f'redundancy={value!r} is neither "off", "auto" nor "exact", nor a number in (0, 1)',
         "a number is the largest difference of pixels that count as alike: 0.03, for example",
     )
 
 
-def _check_tolerance(value: object) -> float | None:
+def _check_tolerance(name: str, value: object) -> float | None:
     if value is None:
         return None
     number: Any = value
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < number < math.inf:
         return float(number)
     raise ConfigError(
-        f"vision_tolerance={value!r} is neither None nor a number over 0",
+        f"{name}={value!r} is neither None nor a number over 0",
         "use a share of the mean distance between tokens: 0.2, for example",
     )
 
@@ -143,11 +144,16 @@ class PruneConfig:
         seed: Seed of scorers that draw at random, >= 0.
         redundancy: Image tokens that are left out before the encoder, because their pixels are like those of a
             neighbour that stays. "off": none. "exact": equal pixels. A number in (0, 1): no colour of any pixel differs
-            by more than this, 1 being black to white. For encoders of any picture size. The neighbour's mass grows.
+            by more than this, 1 being black to white. For encoders of any picture size; the report says so of others.
+            "auto": equal pixels where the encoder can, without a word where it cannot. The neighbour's mass grows.
         encoder_keep: What stays within the encoder, from its layer M on.
         encoder_layer: M, 1 <= M <= layers of the encoder - 1. Layers 0..M-1 see the whole image. None: a quarter of the
             way in. The encoder stage chooses as the vision stage does (vision_scorer, vision_share, representatives),
             by hidden states and by the attention of a layer below M.
+        encoder_tolerance: What vision_tolerance is to the vision stage, for the encoder stage: it keeps more than
+            encoder_keep, until each token that leaves is within this distance of one that stays, at most two cells of
+            the grid away. The distance is 1 - cosine of hidden states that enter layer M, over its mean. Where an
+            encoder has no such stage, the report has no note on it.
         image_max_tokens: Most image tokens of a picture: a share of those that it takes at its own size, or a count. A
             larger picture is made smaller before the model gets it. All other fields count what it takes then. Models
             that make one number of tokens of any picture are not affected.
@@ -171,9 +177,10 @@ class PruneConfig:
     budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
-    redundancy: Literal["off", "exact"] | float = "off"
+    redundancy: Literal["off", "auto", "exact"] | float = "off"
     encoder_keep: Keep = 1.0
     encoder_layer: int | None = None
+    encoder_tolerance: float | None = None
     image_max_tokens: Keep = 1.0
 
     def __post_init__(self) -> None:
@@ -185,7 +192,8 @@ class PruneConfig:
                     f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
-        object.__setattr__(self, "vision_tolerance", _check_tolerance(self.vision_tolerance))
+        for name in ("vision_tolerance", "encoder_tolerance"):
+            object.__setattr__(self, name, _check_tolerance(name, getattr(self, name)))
         for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
             object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
@@ -274,9 +282,20 @@ class PruneConfig:
         """Whether the vision stage keeps as many tokens as a picture needs, vision_keep at least."""
         return self.vision_tolerance is not None and self._why_not_adapt() is None
 
+    @property
+    def encoder_adapts(self) -> bool:
+        """Whether the encoder stage keeps as many tokens as a picture needs, encoder_keep at least."""
+        return self.encoder_tolerance is not None and self._why_encoder_does_not() is None
+
     def _why_not_adapt(self) -> str | None:
-        if not self.prunes_in_vision:
-            return "vision_keep keeps all tokens"
+        return self._why_fixed() if self.prunes_in_vision else "vision_keep keeps all tokens"
+
+    def _why_encoder_does_not(self) -> str | None:
+        if self.encoder_keep == 1.0 and not isinstance(self.encoder_keep, int):
+            return "encoder_keep keeps all tokens"
+        return self._why_fixed()
+
+    def _why_fixed(self) -> str | None:
         if self.representatives != "cluster":
             return f'representatives="{self.representatives}"'
         return 'budget="prompt"' if self.budget == "prompt" else None
@@ -331,10 +350,18 @@ PRESETS: dict[str, PruneConfig | None] = {
     "off": None,
     # Averages of a half, a quarter and a tenth of the tokens, with K at two thirds of the layers, or more where a
     # picture needs more (vision_tolerance). "quality": answers stay. "balanced": scenes are cheap, pages stay legible.
-    # "fast": small text goes first. "document": pages, where little is merged and the decoder stage is late.
-    "quality": PruneConfig(vision_keep=0.6, decoder_keep=0.3, vision_tolerance=0.1),
-    "balanced": PruneConfig(vision_keep=0.3, decoder_keep=0.15, vision_tolerance=0.2),
-    "fast": PruneConfig(vision_keep=0.12, decoder_keep=0.06, vision_tolerance=0.4),
+    # "fast": small text goes first, and the encoder sees less too. "document": pages, where little is merged and the
+    # decoder stage is late.
+    "quality": PruneConfig(redundancy="auto", vision_keep=0.6, decoder_keep=0.3, vision_tolerance=0.1),
+    "balanced": PruneConfig(redundancy="auto", vision_keep=0.3, decoder_keep=0.15, vision_tolerance=0.2),
+    "fast": PruneConfig(
+        redundancy="auto",
+        encoder_keep=0.12,
+        encoder_tolerance=0.1,
+        vision_keep=0.12,
+        decoder_keep=0.06,
+        vision_tolerance=0.4,
+    ),
     "document": PruneConfig(
         redundancy=0.05,
         vision_keep=0.3,
@@ -359,7 +386,7 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
 
     What contradicts the changes is left out, because the caller need not know the config: a decoder stage that would
     keep more than the vision stage leaves, a vision stage that would leave less than the decoder stage keeps, windows
-    if decoder_keep is given, and vision_tolerance if vision_keep or a budget of all images is given, which then is
+    if decoder_keep is given, and a stage's tolerance if its keep or a budget of all images is given, which then is
     what stays.
 
     Args:
@@ -395,6 +422,8 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
     changes = _without_encoder_conflicts(config, changes, exceeds)
     if ("vision_keep" in changes or changes.get("budget") == "prompt") and "vision_tolerance" not in changes:
         config = replace(config, vision_tolerance=None)
+    if ("encoder_keep" in changes or changes.get("budget") == "prompt") and "encoder_tolerance" not in changes:
+        config = replace(config, encoder_tolerance=None)
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
             f"decoder_layer={changes['decoder_layer']} needs one decoder stage, and windows has {len(config.windows)}",
@@ -411,7 +440,7 @@ def _without_encoder_conflicts(
     for name, off in (("vision_keep", {"vision_keep": 1.0}), ("decoder_keep", {"decoder_keep": 1.0, "windows": ()})):
         if exceeds(changes.get(name, getattr(config, name)), encoder):
             if "encoder_keep" not in changes:
-                return {"encoder_layer": None, **changes, "encoder_keep": 1.0}
+                return {"encoder_layer": None, "encoder_tolerance": None, **changes, "encoder_keep": 1.0}
             changes = {**changes, **off}
     return changes
 
@@ -426,13 +455,14 @@ def one_token_notes(config: PruneConfig | None) -> list[str]:
 
 
 def tolerance_notes(config: PruneConfig | None) -> list[str]:
-    """A note if vision_tolerance changes nothing."""
-    why = None if config is None or config.vision_tolerance is None else config._why_not_adapt()
-    return (
-        []
-        if config is None or why is None
-        else [f"vision_tolerance={config.vision_tolerance:g} changes nothing: {why}"]
+    """A note for each tolerance that changes nothing."""
+    if config is None:
+        return []
+    tolerances = (
+        ("vision_tolerance", config.vision_tolerance, config._why_not_adapt()),
+        ("encoder_tolerance", config.encoder_tolerance, config._why_encoder_does_not()),
     )
+    return [f"{name}={value:g} changes nothing: {why}" for name, value, why in tolerances if value is not None and why]
 
 
 def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:

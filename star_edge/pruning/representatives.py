@@ -53,6 +53,7 @@ def cluster(
     n_rep: int,
     tolerance: float = math.inf,
     most: int | None = None,
+    reach: int | None = None,
 ) -> Selection:
     """Representatives are far from all kept tokens. A dropped token's mass goes to the nearest kept token.
 
@@ -66,7 +67,8 @@ def cluster(
     With a tolerance, more tokens are picked after step 2, each the farthest from all kept ones by 1 - cosine alone,
     until none is farther than the tolerance times the mean of that distance between two of the image's original tokens.
     PACT (arXiv 2504.08966, DBDPC) bounds the distances within its clusters in the same way. In step 3 a token goes to
-    a token within that bound, and a medoid is within it of its whole group.
+    a token within that bound, and a medoid is within it of its whole group. With a reach, tokens farther apart than
+    that on the grid count as farther than the tolerance.
 
     Args:
         tokens: The tokens.
@@ -75,11 +77,12 @@ def cluster(
         n_rep: Those of them that represent others.
         tolerance: Largest distance between a token and its representative, as above.
         most: Tokens that stay at most, whatever the tolerance asks for. None: all.
+        reach: With a tolerance, the most rows or columns between a token and its representative. None: any number.
     """
     n = len(scores)
     if n > MAX_CLUSTERED:
         return (
-            _by_bands(tokens, scores, k, n_rep, tolerance, n if most is None else most)
+            _by_bands(tokens, scores, k, n_rep, tolerance, n if most is None else most, reach)
             if k >= -(-n // MAX_CLUSTERED)
             else spread_evenly(tokens, scores, k, n_rep)
         )
@@ -100,6 +103,9 @@ def cluster(
         alone = tokens.vector_distances()
         mean = float(tokens.masses @ (alone @ tokens.masses)) / tokens.masses.sum() ** 2
         bound = max(tolerance * mean, ROUNDING)
+        beyond = None if reach is None else tokens.beyond(reach)
+        if beyond is not None:
+            alone[beyond] = np.inf
         too_few = _pick_within(alone, kept, bound, n if most is None else most)
         too_far = alone > bound
     chosen = np.flatnonzero(kept)
@@ -164,6 +170,7 @@ def select(
     share: float,
     tolerance: float = math.inf,
     most: int | None = None,
+    reach: int | None = None,
 ) -> Selection:
     """Keeps k tokens, or more if there is a tolerance.
 
@@ -175,6 +182,7 @@ def select(
         share: Part of k, 0..1, that represents dropped tokens.
         tolerance: As in `cluster`, and for that kind alone.
         most: As in `cluster`.
+        reach: As in `cluster`.
     """
     if k == len(scores):
         return Selection(np.arange(k), tokens.mass, None, np.asarray(scores, np.float32))
@@ -183,7 +191,7 @@ def select(
         n_rep = max(1, n_rep)
     ranks = np.asarray(scores, np.float64)
     if kind == "cluster":
-        selection = cluster(tokens, ranks, k, n_rep, tolerance, most)
+        selection = cluster(tokens, ranks, k, n_rep, tolerance, most, reach)
     else:
         selection = REPRESENTATIVES[kind](tokens, ranks, k, n_rep)
     selection.scores = np.asarray(scores, np.float32)
@@ -245,7 +253,9 @@ def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, too_f
     return np.sort(medoids)
 
 
-def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance: float, most: int) -> Selection:
+def _by_bands(
+    tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance: float, most: int, reach: int | None
+) -> Selection:
     """`cluster` on bands of the image that are small enough, each with its share of k."""
     n = len(scores)
     n_bands = -(-n // MAX_CLUSTERED)
@@ -260,7 +270,7 @@ def _by_bands(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance:
         part = tokens.part(slice(first, last))
         at_most = int(share) + (most - k) * (last - first - int(share)) // max(1, n - k)
         selection = cluster(
-            part, scores[first:last], int(share), int(share if n_rep == k else reps), tolerance, at_most
+            part, scores[first:last], int(share), int(share if n_rep == k else reps), tolerance, at_most, reach
         )
         assert selection.group is not None and selection.mass is not None  # clusters have both
         group.append(selection.group + sum(len(p) for p in kept))

@@ -138,6 +138,22 @@ class Tokens:
         np.maximum(far, 0.0, out=far)
         return far
 
+    def beyond(self, reach: int) -> np.ndarray | None:
+        """Pairs that are more than `reach` rows or columns of the grid apart, (n, n) bool, or None without a grid.
+
+        A token without a grid cell is beyond every other.
+        """
+        if self.grid is None:
+            return None
+        row, column = (part.astype(np.int32) for part in np.divmod(self.cells, self.grid[1]))
+        beyond: np.ndarray = np.abs(row[:, None] - row) > reach
+        beyond |= np.abs(column[:, None] - column) > reach
+        nowhere = self.cells < 0
+        beyond[nowhere] = True
+        beyond[:, nowhere] = True
+        np.fill_diagonal(beyond, False)
+        return beyond
+
     def place_distances(self) -> np.ndarray | None:
         """Distances on the grid divided by their mean, (n, n) float32, or None without a grid."""
         if self.grid is None or self.grid[0] * self.grid[1] == 1:

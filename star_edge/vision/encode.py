@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import EngineError
 from ..llamacpp.names import PIXELS
 from ..llamacpp.tap import Plan
-from ..pruning.choose import Candidates, choose, divide, vision_policy
+from ..pruning.choose import Candidates, choose, divide, encoder_policy
 from ..pruning.config import PruneConfig
 from ..pruning.scorers import VISION_SCORERS
 from ..pruning.selection import Selection, Tokens
@@ -69,7 +69,9 @@ class ImageEncoding:
         """
         notes = []
         if config.redundancy != "off" and self.composer is None:
-            notes.append(f"no tokens are left out before the encoder: {self._reason('encodes whole pictures only')}")
+            if config.redundancy != "auto":
+                whole = self._reason("encodes whole pictures only")
+                notes.append(f"no tokens are left out before the encoder: {whole}")
             config = replace(config, redundancy="off")
         if config.prunes_in_encoder:
             problem = self._reason("cannot run in two parts") if self.window is None else ""
@@ -77,8 +79,9 @@ class ImageEncoding:
                 window_layer(self.window, config.encoder_layer)
                 problem = next((p for image in images if (p := self.window.problem(image))), "")
             if problem:
-                notes.append(f"no encoder stage: {problem}")
-                config = replace(config, encoder_keep=1.0, encoder_layer=None)
+                if not config.encoder_adapts:  # as far as model and picture allow is what that stage promises
+                    notes.append(f"no encoder stage: {problem}")
+                config = replace(config, encoder_keep=1.0, encoder_layer=None, encoder_tolerance=None)
         return config, notes
 
     def _reason(self, what: str) -> str:
@@ -242,7 +245,7 @@ class ImageEncoding:
             firsts = [self._first(images[w.number], w, layer, config) for w in works]
             watch.take("encoder_stage", sum(first.score_seconds for first in firsts))
             with watch.step("encoder_stage"):
-                selections = self._choose(plan, config, works, firsts)
+                selections = self._choose(plan, config, works, firsts, notes)
             features: dict[int, UnitFeatures | None] = {}
             for w in works:
                 self.image = w.number
@@ -261,10 +264,16 @@ class ImageEncoding:
         return self.window.first(image, layer, wants, picture, None if picture is None else work.units)
 
     def _choose(
-        self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], firsts: Sequence[FirstPass]
+        self,
+        plan: PromptPlan,
+        config: PruneConfig,
+        works: Sequence[_Work],
+        firsts: Sequence[FirstPass],
+        notes: list[str],
     ) -> dict[int, Selection]:
         """What stays of the units that entered the encoder, by the image's number."""
-        assert self.window is not None  # which has made the first passes
+        window = self.window
+        assert window is not None  # which has made the first passes
         candidates = [
             Candidates(
                 Tokens(first.vectors, first.units, first.chunk.grid, self._mass(config, w.mass), first.attention),
@@ -276,18 +285,30 @@ class ImageEncoding:
         ]
         selections = {}
         for w, first, image, n in zip(works, firsts, candidates, self._shares(plan, config, works, candidates)):
-            selections[w.number] = choose(vision_policy(config, first.attention is not None), image, n)
+            policy = encoder_policy(config, first.attention is not None)
+            i = w.number
+            room = plan.n_encoder[i] - plan.n_encoder_least[i]  # none if the stage does not adapt to the picture
+            selection = choose(policy, image, n, min(len(w.units), n + room))
+            if config.encoder_adapts and selection.too_few:
+                notes.append(
+                    f"there is room for {len(selection.kept)} of {len(w.units)} image tokens, which is less than "
+                    "encoder_tolerance asks for"
+                )
+            needs = min(len(w.units), window.fitting(len(selection.kept), first.chunk))
+            if needs > len(selection.kept):  # the second pass runs on some numbers of units only
+                selection = choose(policy, image, needs, needs)
+            selections[i] = selection
         return selections
 
     def _shares(
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], candidates: Sequence[Candidates]
     ) -> list[int]:
-        """Units of each image that stay. Images of one group share them."""
+        """Units of each image that stay at least. Images of one group share them."""
         window = self.window
         assert window is not None  # which has made the first passes
-        n_keep = [min(len(w.units), plan.n_encoder[w.number] - plan.n_special[w.number]) for w in works]
+        n_keep = [min(len(w.units), plan.n_encoder_least[w.number] - plan.n_special[w.number]) for w in works]
         if len(works) > 1 and any(n < len(w.units) for n, w in zip(n_keep, works)):
-            policy = vision_policy(config, all(c.tokens.attention is not None for c in candidates))
+            policy = encoder_policy(config, all(c.tokens.attention is not None for c in candidates))
             n_keep = divide(policy, candidates, sum(n_keep))
         chunks = [plan.images[w.number] for w in works]
         return fitted(n_keep, lambda i, n: min(len(works[i].units), window.fitting(n, chunks[i])))
@@ -341,9 +362,9 @@ class ImageEncoding:
             sharers = [plan.images[k].content for k in group]
             if not all(sharers):
                 return None
-            counts = [plan.n_encoder[k] for k in group]
-            about += [layer, sharers, counts, config.budget, config.vision_scorer, config.vision_share]
-            about += [config.representatives, config.seed]
+            counts = [(plan.n_encoder_least[k], plan.n_encoder[k]) for k in group]
+            about += [layer, sharers, counts, config.encoder_tolerance, config.budget, config.vision_scorer]
+            about += [config.vision_share, config.representatives, config.seed]
         return cache.key(repr(about))
 
     def _cached(self, key: bytes | None, image: ImageChunk, attention: str | None) -> Encoded | None:

@@ -51,7 +51,9 @@ class PromptPlan:
             images.
         n_special: Special tokens of each image. If no profile tells them, they are known once the image is encoded.
         n_encoder: Tokens of each image that leave the encoder, special ones included: at most that many before the
-            images are encoded, for of some of them more can be left out than was asked for, or only fewer.
+            images are encoded, for of some of them more can be left out than was asked for, or only fewer, and an
+            encoder stage may adapt to the picture.
+        n_encoder_least: Tokens of each image that the encoder stage leaves at least. `n_encoder` unless it adapts.
         n_vision: Tokens of each image that the vision stage leaves, special ones included: at most that many if it
             adapts to the picture.
         n_least: Tokens of each image that the vision stage leaves at least. `n_vision` unless it adapts to the picture.
@@ -65,6 +67,7 @@ class PromptPlan:
     groups: list[list[int]]
     n_special: list[int]
     n_encoder: list[int]
+    n_encoder_least: list[int]
     n_vision: list[int]
     n_least: list[int]
     windows: list[tuple[int, list[int]]]
@@ -122,7 +125,7 @@ def plan_prompt(
         config: What is done, or None for no pruning.
         windows: (layer, keep) of the decoder stages that are possible.
         encoded: The images, if they are encoded already.
-        room: What a vision stage that adapts to the picture may fill.
+        room: What a stage that adapts to the picture may fill.
 
     Raises:
         ConfigError: A count is over an image's tokens.
@@ -153,10 +156,15 @@ def plan_prompt(
                 kept[i] = n_special[i] + n
         return kept
 
-    if config is not None and encoded is None:
-        left = keep_of("encoder_keep", config.encoder_keep, left)
-    n_encoder = n_least = n_vision = left
     n_text = sum(len(c.tokens) for c in chunks if isinstance(c, TextChunk))
+    n_encoder_least = left
+    if config is not None and encoded is None:
+        n_encoder_least = keep_of("encoder_keep", config.encoder_keep, left)
+        if not config.encoder_adapts:
+            left = n_encoder_least
+        elif not config.prunes_in_vision:  # which would make what stays fit
+            left = room.fill(images, n_encoder_least, left, n_text)
+    n_encoder = n_least = n_vision = left
     if config is not None:
         n_least = n_vision = left = keep_of("vision_keep", config.vision_keep, left)
         if config.adapts_to_picture:
@@ -165,7 +173,7 @@ def plan_prompt(
     for layer, keep in windows:
         left = keep_of("decoder_keep", keep, left)
         counts.append((layer, left))
-    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_vision, n_least, counts, n_text)
+    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_encoder_least, n_vision, n_least, counts, n_text)
 
 
 def _join_frames(groups: Sequence[list[int]], images: Sequence[ImageChunk]) -> list[list[int]]:
