@@ -11,7 +11,7 @@ from ..errors import ConfigError, EvaluationError
 from ..evaluation import plots
 from ..evaluation.summary import summarise, tables
 from .asking import QuestionOptions, asking, question_options
-from .grid import config_options, grid_configs
+from .grid import Grid, config_options
 from .options import FilePath, cli_words, examples, print_json
 from .tables import make_console, print_table
 
@@ -36,13 +36,7 @@ from .tables import make_console, print_table
 )
 def eval(
     options: QuestionOptions,
-    presets: tuple[str, ...],
-    vision_keep: str | None,
-    decoder_keep: str | None,
-    decoder_layer: str | None,
-    image_max_tokens: str | None,
-    sets: tuple[str, ...],
-    config_file: str | None,
+    grid: Grid,
     plot: str | None,
     **model: Any,
 ) -> None:
@@ -61,15 +55,7 @@ def eval(
     if plot:
         plots.check(plot)
     asked = options.read()
-    configs, dropped = grid_configs(
-        presets,
-        sets,
-        config_file,
-        vision_keep=vision_keep,
-        decoder_keep=decoder_keep,
-        decoder_layer=decoder_layer,
-        image_max_tokens=image_max_tokens,
-    )
+    configs, dropped = grid.configs()
     with asking(options, asked, model, configs) as ask:
         summary = summarise(asked.questions, configs, ask(asked.questions, configs), asked.metric)
     summary["notes"] = dropped
