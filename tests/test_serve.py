@@ -1,4 +1,4 @@
-"""star-edge serve: answers, the queue, the page, its clients, the end. Servers are real ones, in processes of their own."""
+"""star-edge serve: answers, the queue, its page and the end. Servers are real ones, in processes of their own."""
 
 import asyncio
 import json
