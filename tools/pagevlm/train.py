@@ -18,177 +18,31 @@ import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-import traceback  # noqa: E402
 from collections import defaultdict, deque  # noqa: E402
-from concurrent.futures import Future, ProcessPoolExecutor  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
-from random import Random  # noqa: E402
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches differ in shape
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from batches import IGNORED, BatchPlan, make_batch  # noqa: E402
+from batches import IGNORED, BatchPlan  # noqa: E402
+from compiling import compile_blocks  # noqa: E402
 from config import SIZES  # noqa: E402
+from curriculum import EVALUATION_GRIDS, SMOKE_STAGES, STAGES, Curriculum, Plan, questions_for  # noqa: E402
+from feeder import Feeder  # noqa: E402
 from model import PageVLM, whitened_cosines  # noqa: E402
 from muon import Muon  # noqa: E402
 from pictures import FAMILIES, KEY1, KEY2  # noqa: E402
 from render import Renderer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch import _dynamo as dynamo  # noqa: E402
 from vocabulary import IM_END  # noqa: E402
 from weights import load, load_encoder, save  # noqa: E402
-
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Rates are AdamW's; Muon, on the matrices of the blocks, takes twice that. Shares are of the time for training."""
-
-    tokens: int = 8192  # image tokens in a step
-    dense_share: tuple[float, float] = (
-        0.09,
-        0.22,
-    )  # patch labels alone, between these: until the labels of a text's keys are right
-    dense_accuracy: float = 0.85
-    # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
-    frozen_share: float = 0.25
-    rescaled_from: float = 0.25  # pictures at half and double size
-    decay_from: float = 0.4
-    passed_at: float = 0.5  # of the answers right: until then pictures stay small and rates level, but no longer than
-    passed_by: float = 0.65
-    rate: float = 1.1e-3
-    encoder_factor: float = 0.5  # of the rate, in the joint phase
-    dense_weight: float = 0.3  # of the patch loss in the joint phase
-    pointing_weight: float = 0.5  # of the loss of heads that do not look where the answer is
-    pointing_until: float = 0.5
-    pointing_gone: float = 0.8
-    end_weight: float = 0.2  # of the end of an answer, which is learnt at once
-    halved_share: float = (
-        0.06  # of the batches: pictures at half size, so that a smaller picture is no stranger to the model
-    )
-    doubled_share: float = 0.04
-    log_every: int = 20
-    save_seconds: float = 60.0
-    evaluation_seconds: float = 16.0
-    evaluation_pictures: int = 2  # of each family and grid, times a batch's size
-
-
-# Share of the time until which a mixture of grids holds, and weights of (tokens high, tokens wide). Either may stand
-# upright.
-STAGES: list[tuple[float, dict[Grid, float]]] = [
-    (0.10, {(8, 8): 4, (10, 12): 2, (12, 12): 2, (16, 16): 2}),
-    (0.40, {(8, 8): 5, (8, 12): 2, (12, 12): 2, (10, 12): 1, (16, 16): 1.5}),
-    (0.70, {(8, 8): 3, (8, 16): 2, (12, 12): 2, (16, 16): 3, (16, 24): 2, (24, 24): 1.5}),
-    (
-        9.99,
-        {
-            (8, 8): 2,
-            (8, 16): 1,
-            (12, 12): 1,
-            (10, 12): 1,
-            (16, 16): 2.5,
-            (16, 24): 2,
-            (20, 28): 1.5,
-            (24, 24): 1.5,
-            (16, 32): 1,
-            (32, 32): 3,
-        },
-    ),
-]
-EVALUATION_GRIDS: tuple[Grid, ...] = ((8, 8), (16, 16), (24, 24), (32, 32))
-SMOKE_STAGES: list[tuple[float, dict[Grid, float]]] = [(9.99, {(8, 8): 1})]
-
-
-def questions_for(tokens: int) -> int:
-    """Questions behind a picture: more where there is more to ask about. Odd, so that rows of the mask are multiples of
-    8.
-    """
-    return 2 * round((3 + 0.055 * tokens) / 2) + 1
-
-
-class Curriculum:
-    """Which batch comes at a step."""
-
-    def __init__(self, plan: Plan, seed: int, stages: list[tuple[float, dict[Grid, float]]]):
-        self.plan, self.seed, self.stages = plan, seed, stages
-        self.rng = Random(f"curriculum/{seed}")
-        self.pictures = 0
-
-    def next(self, share: float) -> BatchPlan:
-        plan, rng = self.plan, self.rng
-        mixture = next(m for until, m in self.stages if share < until)
-        grid = rng.choices(list(mixture), list(mixture.values()))[0]
-        if rng.random() < 0.5:
-            grid = grid[::-1]
-        scale, draw = 1.0, rng.random()
-        if share > plan.rescaled_from:
-            if draw < plan.halved_share and max(grid) <= 16:
-                scale = 0.5
-            elif draw > 1 - plan.doubled_share and min(grid) >= 16:
-                scale = 2.0
-        tokens = grid[0] * grid[1]
-        batch = BatchPlan(
-            "train", self.seed, self.pictures, grid, max(4, round(plan.tokens / tokens)), questions_for(tokens), scale
-        )
-        self.pictures += batch.pictures
-        return batch
-
-
-class Feeder:
-    """Batches made ahead by other processes, or here if those fail."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self.waiting: deque[tuple[BatchPlan, Future | None]] = deque()
-        self.pool = self._pool()
-        self.misses = 0
-
-    def _pool(self) -> ProcessPoolExecutor | None:
-        if not self.workers:
-            return None
-        return ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("fork"))
-
-    def submit(self, plan: BatchPlan) -> None:
-        future = None
-        if self.pool is not None:
-            try:
-                future = self.pool.submit(make_batch, plan)
-            except Exception:
-                traceback.print_exc()
-                self.pool = None
-        self.waiting.append((plan, future))
-
-    @property
-    def wanted(self) -> int:
-        return max(1, 3 * self.workers) - len(self.waiting)
-
-    def take(self) -> tuple[BatchPlan, dict[str, np.ndarray]]:
-        plan, future = self.waiting.popleft()
-        if future is not None:
-            self.misses += not future.done()
-            try:
-                return plan, future.result(timeout=60)
-            except Exception:
-                traceback.print_exc()
-        return plan, make_batch(plan)
-
-    def close(self) -> None:
-        """Ends the processes: one that lives on would keep the caller's pipe open."""
-        if self.pool is not None:
-            processes = list((getattr(self.pool, "_processes", None) or {}).values())
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.kill()
-            self.pool = None
 
 
 class Group:
@@ -263,6 +117,10 @@ class Trainer:
         self.passed = self.continued
         # where the decoder's own training begins
         self.dense_end = 0.0 if self.continued or args.encoder else plan.dense_share[1]
+
+    def seconds(self) -> float:
+        """Since the start of the process."""
+        return round(time.time() - STARTED, 1)
 
     # -- data
 
@@ -421,7 +279,7 @@ class Trainer:
             name: float(torch.stack([torch.as_tensor(v).float() for v in vs]).sum()) for name, vs in self.sums.items()
         }
         row: dict[str, object] = {
-            "seconds": round(time.time() - STARTED, 1),
+            "seconds": self.seconds(),
             "step": self.step,
             "phase": phase,
             "share": round(share, 4),
@@ -500,89 +358,6 @@ def resize(pixels: Tensor, scale: float) -> Tensor:
 def exact(logits: Tensor, targets: Tensor) -> Tensor:
     """Which answers are right in every token, the true ones before it given: (B, Q) of 0 and 1."""
     return ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(-1).float()
-
-
-# -- torch.compile, if it works here and pays
-
-
-class _TooLong(Exception):
-    pass
-
-
-def compile_blocks(trainer: Trainer, seconds: float) -> None:
-    """Compiles the blocks within a time, and keeps them so only if steps are then faster."""
-    if not trainer.cuda:
-        return
-    grids: list[tuple[Grid, int]] = [((8, 8), 12), ((12, 12), 12), ((16, 24), 6), ((32, 32), 4)]
-    samples = [(g, make_batch(BatchPlan("train", 99, 0, g, n, questions_for(g[0] * g[1])))) for g, n in grids]
-    full = trainer.plan.tokens // 144
-    timed = make_batch(BatchPlan("train", 99, 0, (12, 12), full, questions_for(144)))
-    blocks = [*trainer.model.vision.blocks, *trainer.model.blocks]
-
-    def passes(grid: Grid, arrays: dict[str, np.ndarray], frozen: bool = False) -> None:
-        batch = trainer.tensors(arrays)
-        with torch.set_grad_enabled(not frozen):
-            encoded = trainer.model.vision(trainer.pixels(batch, 1.0), trainer.compute)
-        logits = trainer.model.decode(trainer.model.image_tokens(encoded), grid, batch["ids"], batch["at"]).float()
-        trainer.answer_loss(logits, batch["targets"]).backward()
-        for p in trainer.model.parameters():
-            p.grad = None
-
-    def speed() -> float:
-        for _ in range(2):
-            passes((12, 12), timed)
-        torch.cuda.synchronize()
-        start = time.time()
-        for _ in range(5):
-            passes((12, 12), timed)
-        torch.cuda.synchronize()
-        return (time.time() - start) / 5
-
-    def too_long(signum: int, frame: object) -> None:
-        raise _TooLong
-
-    begun, eager, kept = time.time(), 0.0, False
-    previous = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(max(1, int(seconds)))
-    try:
-        eager = speed()
-        trainer.write({"eager_step": round(eager, 4), "seconds": round(time.time() - STARTED, 1)})
-        dynamo.config.recompile_limit = 32
-        for block in blocks:
-            block.compile(dynamic=True)
-        for grid, arrays in samples:
-            passes(grid, arrays)
-            trainer.write({"compiled": list(grid), "seconds": round(time.time() - STARTED, 1)})
-        passes(*samples[0], frozen=True)
-        passes(*samples[2], frozen=True)
-        compiled = speed()
-        left = trainer.deadline - time.time()
-        kept = compiled < 0.93 * eager
-        trainer.write(
-            {
-                "compiled_step": round(compiled, 4),
-                "kept": kept,
-                "took": round(time.time() - begun, 1),
-                "left": round(left, 1),
-            }
-        )
-    except BaseException as error:  # whatever a compiler throws: the run goes on without it
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        trainer.write(
-            {"compile_failed": f"{type(error).__name__}: {str(error)[:300]}", "took": round(time.time() - begun, 1)}
-        )
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-    if not kept:
-        for block in blocks:
-            block._compiled_call_impl = None
-        dynamo.reset()
-    for p in trainer.model.parameters():
-        p.grad = None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 _FIRST_STEP_SECONDS = 150  # a compiler that hangs in another thread is not stopped by an alarm
@@ -695,7 +470,7 @@ def main() -> None:
             "device": name,
             "torch": torch.__version__,
             "workers": args.workers,
-            "seconds": round(time.time() - STARTED, 1),
+            "seconds": trainer.seconds(),
         }
     )
     if not args.init and not args.encoder:
@@ -710,7 +485,7 @@ def main() -> None:
         trainer.evaluate(args.smoke)
     finally:
         feeder.close()
-    trainer.write({"done": trainer.step, "seconds": round(time.time() - STARTED, 1)})
+    trainer.write({"done": trainer.step, "seconds": trainer.seconds()})
     sys.stdout.flush()
     os._exit(0)  # processes that still draw are not waited for
 
