@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from batches import BatchPlan, make_batch
 from curriculum import Grid, questions_for
 from torch import _dynamo as dynamo
-
-if TYPE_CHECKING:
-    from train import Trainer
+from trainer import Trainer
 
 
 class _TooLong(Exception):
