@@ -14,19 +14,6 @@ from llama_cpp import LogitsProcessorList
 from star_edge import PRESETS, PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.io.images import ImageLimits, load_image
 
-
-@pytest.fixture(scope="module")
-def handler():
-    return StarChatHandler(clip_model_path=refvlm.MMPROJ, prune="balanced", verbose=False)
-
-
-@pytest.fixture(scope="module")
-def llm(handler):
-    llm = load(handler)
-    yield llm
-    llm.close()
-
-
 # ---- pruned ----
 
 

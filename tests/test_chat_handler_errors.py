@@ -11,27 +11,6 @@ from llama_cpp import _internals
 
 from star_edge import PruneConfig, StarChatHandler, errors, refvlm
 
-
-@pytest.fixture(scope="module")
-def handler():
-    return StarChatHandler(clip_model_path=refvlm.MMPROJ, prune="balanced", verbose=False)
-
-
-@pytest.fixture(scope="module")
-def llm(handler):
-    llm = load(handler)
-    yield llm
-    llm.close()
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """What a Llama without any handler makes of a text."""
-    llm = load(None)
-    yield complete(llm)
-    llm.close()
-
-
 BAD_MESSAGES = {
     "no list": 5,
     "no dicts": [5],
@@ -126,7 +105,7 @@ def test_a_loader_may_refuse_in_its_own_words(llm, handler, monkeypatch):
     assert text_of(ask(llm)) == " red"
 
 
-def test_bad_files(families, tmp_path, fresh):
+def test_bad_files(families, tmp_path, text_alone):
     with pytest.raises(errors.ModelFileError, match="nowhere.gguf does not exist"):
         StarChatHandler(clip_model_path=str(tmp_path / "nowhere.gguf"))
     llm = load(StarChatHandler(refvlm.MMPROJ), families["qwen2vl"].text)
@@ -139,7 +118,7 @@ def test_bad_files(families, tmp_path, fresh):
         if error:
             with pytest.raises(error, match="is a text model"):
                 ask(llm)
-            assert complete(llm) == fresh  # nothing was done to the Llama
+            assert complete(llm) == text_alone  # nothing was done to the Llama
             llm.chat_handler = StarChatHandler(refvlm.MMPROJ)
             assert text_of(ask(llm)) == " red"
         llm.close()
@@ -163,7 +142,7 @@ def test_templates_that_cannot_be_used():
     llm.close()
 
 
-def test_no_memory_for_the_context(monkeypatch, fresh):
+def test_no_memory_for_the_context(monkeypatch, text_alone):
     """The Llama gets a context as it had, and the next request may try again."""
     llm = load(StarChatHandler(refvlm.MMPROJ))
     create = llama_cpp.llama_init_from_model
@@ -175,7 +154,7 @@ def test_no_memory_for_the_context(monkeypatch, fresh):
         )
         ask(llm)
     assert not llm.context_params.cb_eval_user_data and llm.context_params.n_seq_max == 1
-    assert complete(llm) == fresh
+    assert complete(llm) == text_alone
     assert text_of(ask(llm)) == " red"
     assert llama_cpp.llama_n_seq_max(llm.ctx) >= 2
     llm.close()

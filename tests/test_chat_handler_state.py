@@ -14,47 +14,26 @@ from llama_cpp.llama_cache import LlamaRAMCache
 from star_edge import StarChatHandler, errors, refvlm
 from star_edge.reader import PromptReader
 
-
-@pytest.fixture(scope="module")
-def handler():
-    return StarChatHandler(clip_model_path=refvlm.MMPROJ, prune="balanced", verbose=False)
-
-
-@pytest.fixture(scope="module")
-def llm(handler):
-    llm = load(handler)
-    yield llm
-    llm.close()
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """What a Llama without any handler makes of a text."""
-    llm = load(None)
-    yield complete(llm)
-    llm.close()
-
-
 # ---- nothing is left behind ----
 
 
-def test_text_is_completed_as_before(llm, fresh):
+def test_text_is_completed_as_before(llm, text_alone):
     ask(llm)
-    assert complete(llm) == fresh
+    assert complete(llm) == text_alone
     list(ask(llm, stream=True))
-    assert complete(llm) == fresh
+    assert complete(llm) == text_alone
     stream = ask(llm, stream=True)  # not begun
-    assert complete(llm) == fresh
+    assert complete(llm) == text_alone
     stream = ask(llm, stream=True)
     next(stream)
     stream.close()
-    assert complete(llm) == fresh
+    assert complete(llm) == text_alone
     stream = ask(llm, stream=True)
     next(stream)
-    assert complete(llm) == fresh  # in the middle of the stream
+    assert complete(llm) == text_alone  # in the middle of the stream
     with pytest.raises(errors.EngineClosedError, match="ended this stream"):
         list(stream)
-    assert complete(llm) == fresh
+    assert complete(llm) == text_alone
 
 
 def test_states_of_texts_are_restored_as_before(llm, monkeypatch):
