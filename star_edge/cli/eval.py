@@ -42,10 +42,10 @@ def eval(
 ) -> None:
     """Ask questions with several configs and with the unpruned model, and compare answers and times.
 
-    TASKS is a file with one JSON object a line: image (a path or URL), question, and where they are known answer,
-    category and id. Field names of POPE, LLaVA and VQA files are understood. TASKS may also be a file of TextVQA,
-    DocVQA, ChartQA, OCRBench, MMBench or GQA as it is published. `-` reads JSON lines from stdin. Without answers,
-    agreement with the unpruned model is compared.
+    TASKS is a file with one JSON object a line: image (a path or URL), question, and optionally answer, category and
+    id. Field names of POPE, LLaVA and VQA files are understood. TASKS may also be a file of TextVQA, DocVQA, ChartQA,
+    OCRBench, MMBench or GQA as it is published. `-` reads JSON lines from stdin. Without answers, the score is
+    agreement with the unpruned model.
 
     A time to the first token is a median. Configs take turns question by question. Reading image files does not
     count.
@@ -61,7 +61,7 @@ def eval(
     summary["notes"] = dropped
     if not any(row["n"] for row in summary["configs"]):
         first = summary["errors"][0]
-        raise EvaluationError(f"no question could be answered; the first one ({first['task']}): {first['error']}")
+        raise EvaluationError(f"no question could be answered; question {first['task']}: {first['error']}")
     if plot:
         plots.save(summary, plot)
     if options.as_json:
