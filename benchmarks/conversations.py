@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from star_edge import __version__
-from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_encoder
+from star_edge.synthetic import SHAPES, model_files
 
 CONFIGS = {
     "off": None,
@@ -136,19 +136,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the models are kept; default: a temporary folder")
     options = parser.parse_args()
     load = os.getloadavg()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        text, mmproj = folder / "random-1.1b-q4_k_m.gguf", folder / "random-clip-l-336-f16.gguf"
-        if not text.exists():
-            write_decoder(text, TINYLLAMA_1B, "q4_k_m")
-        if not mmproj.exists():
-            write_encoder(mmproj, CLIP_L_336, TINYLLAMA_1B.n_embd, "f16")
+    with tempfile.TemporaryDirectory() as temporary, model_files(SHAPES["llava-1.1b"], options.folder) as files:
         template = Path(temporary) / "template.jinja"
         template.write_text(TEMPLATE)
         sides = {
-            "1 GiB": serve((text, mmproj), template, 2**30, options.repeats, options.configs or list(CONFIGS)),
-            "0": serve((text, mmproj), template, 0, 1, ["vision stage, 0.25"]),
+            "1 GiB": serve(files, template, 2**30, options.repeats, options.configs or list(CONFIGS)),
+            "0": serve(files, template, 0, 1, ["vision stage, 0.25"]),
         }
     result = {
         "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__},

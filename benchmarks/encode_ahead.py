@@ -25,7 +25,7 @@ from conversations import TEMPLATE, picture
 from rich.console import Console
 from rich.table import Table
 
-from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_encoder
+from star_edge.synthetic import SHAPES, model_files
 
 N_TOKENS = 48
 
@@ -72,14 +72,7 @@ def main() -> None:
     sides = [(t, ahead) for t in (n_cores, max(1, n_cores // 2)) for ahead in (False, True)]
     found: dict[tuple[int, bool], list[dict]] = {side: [] for side in sides}
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = folder / "random-1.1b-q4_k_m.gguf", folder / "random-clip-l-336-f16.gguf"
-        if not files[0].exists():
-            write_decoder(files[0], TINYLLAMA_1B, "q4_k_m")
-        if not files[1].exists():
-            write_encoder(files[1], CLIP_L_336, TINYLLAMA_1B.n_embd, "f16")
+    with tempfile.TemporaryDirectory() as temporary, model_files(SHAPES["llava-1.1b"], options.folder) as files:
         template = Path(temporary) / "template.jinja"
         template.write_text(TEMPLATE)
         number = 0

@@ -24,6 +24,7 @@ from helpers.models import random_prompt
 
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.context import DecoderContext, attach_tap
+from star_edge.llamacpp.saved_rows import restore_state, save_state
 from star_edge.llamacpp.tap import Tap
 from star_edge.pruning.selection import average_tokens
 from star_edge.synthetic import SHAPES, model_files
@@ -97,8 +98,8 @@ def measure(plain, context, shape, repeat) -> dict[str, object]:
             second.append(of_ours(stage, prompts[1], keep=True, fresh=False)[0])
             print("question 2", name, first, second, file=sys.stderr, flush=True)
         result[f"question 2, {name}"] = float(np.median(second) / np.median(first))
-    saving, state = timed(context.save_state)
-    restoring, _ = timed(lambda: context.restore_state(state, 700))
+    saving, state = timed(lambda: save_state(context.llama))
+    restoring, _ = timed(lambda: restore_state(context.llama, state, 700))
     return result | {"state_mib": len(state) / 2**20, "save_ms": 1e3 * saving, "restore_ms": 1e3 * restoring}
 
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import statistics
-import tempfile
 from pathlib import Path
 
 import llama_cpp
@@ -25,14 +24,14 @@ from rich.progress import track
 from rich.table import Table
 
 from star_edge import MEDIA_MARKER, PRESETS, PruneConfig, StarVLM, __version__
-from star_edge.synthetic import CLIP_L_336, TINYLLAMA_1B, write_decoder, write_encoder
+from star_edge.synthetic import SHAPES, model_files
 
 N_BEFORE, N_AFTER = 35, 40
-SHAPES = ((576, 58, 2), (288, 58, 11), (144, 29, 5))
+COUNTS = ((576, 58, 2), (288, 58, 11), (144, 29, 5))
 CONFIGS: dict[str, PruneConfig | None] = {
     name: PRESETS[name] for name in ("off", "quality", "balanced", "fast", "divprune")
 }
-CONFIGS |= {f"n1={n1}, n2={n2}, K={k}": PruneConfig(n1, n2, k) for n1, n2, k in SHAPES}
+CONFIGS |= {f"n1={n1}, n2={n2}, K={k}": PruneConfig(n1, n2, k) for n1, n2, k in COUNTS}
 TURNS = (("1", "b"), ("2", "c"))  # and the letter that each question repeats
 
 
@@ -101,20 +100,15 @@ def main() -> None:
         "--folder", type=Path, help="where the models are written and kept; default: a temporary folder"
     )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        text, mmproj = folder / "random-1.1b-q4_k_m.gguf", folder / "random-clip-l-336-f16.gguf"
-        if not text.exists():
-            write_decoder(text, TINYLLAMA_1B, "q4_k_m")
-        if not mmproj.exists():
-            write_encoder(mmproj, CLIP_L_336, TINYLLAMA_1B.n_embd, "f16")
-        with StarVLM(text, mmproj, n_ctx=2048) as vlm:
-            result = {
-                "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__},
-                "machine": {"processor": platform.processor() or platform.machine(), "threads": vlm.decoder.n_threads},
-                "reuse": bench(vlm, options.repeats),
-            }
+    with (
+        model_files(SHAPES["llava-1.1b"], options.folder) as (text, mmproj),
+        StarVLM(text, mmproj, n_ctx=2048) as vlm,
+    ):
+        result = {
+            "versions": {"star_edge": __version__, "llama-cpp-python": llama_cpp.__version__},
+            "machine": {"processor": platform.processor() or platform.machine(), "threads": vlm.decoder.n_threads},
+            "reuse": bench(vlm, options.repeats),
+        }
     if options.json:
         options.json.write_text(json.dumps(result, indent=2))
     table = Table("config", title=f"first token, seconds: 1.1B Llama Q4_K_M, {N_BEFORE} + 576 + {N_AFTER} tokens")

@@ -44,6 +44,7 @@ TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "image_max_tokens": (int, float),
     "budget": (str,),
     "redundancy": (str, int, float),
+    "encoder_tolerance": (int, float),
     "encoder_keep": (int, float),
     "encoder_layer": (int,),
     "max_tokens": (int,),
@@ -66,6 +67,7 @@ _OVERRIDES = (
     "decoder_layer",
     "budget",
     "redundancy",
+    "encoder_tolerance",
     "encoder_keep",
     "encoder_layer",
     "image_max_tokens",
@@ -165,10 +167,10 @@ def read_tasks(path: str | PathLike[str] | io.TextIOBase, prompt: str | None, se
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
     A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, vision_tolerance,
-    decoder_keep, decoder_layer, image_max_tokens, budget, redundancy, encoder_keep, encoder_layer, max_tokens,
-    temperature, seed, raw. The names of question files (`io.questions`) are understood too, answers and categories are
-    not used. Image paths are relative to the file's folder, of an open file to the current one. The id defaults to a
-    hash of the task.
+    decoder_keep, decoder_layer, image_max_tokens, budget, redundancy, encoder_keep, encoder_tolerance,
+    encoder_layer, max_tokens, temperature, seed, raw. The names of question files (`io.questions`) are understood
+    too, answers and categories are not used. Image paths are relative to the file's folder, of an open file to the
+    current one. The id defaults to a hash of the task.
 
     Args:
         path: The file, or one that is open as text.

@@ -19,30 +19,29 @@ from .pruning.selection import average_tokens
 from .vision.places import Place
 
 
-class PictureFigures(TypedDict):
-    """A picture of the prompt, without arrays. images: indices of its images (one, or its crops); the others are counts
-    over them, named as in ImageReport.
+class _Counts(TypedDict):
+    """Tokens. Names are those of ImageReport."""
+
+    n_tokens: int
+    n_special: int
+    n_redundant: int
+    n_encoder_kept: int
+    n_vision_kept: int
+    n_decoder_kept: int
+
+
+class PictureFigures(_Counts):
+    """A picture of the prompt, without arrays. images: indices of its images (one, or its crops); counts are over
+    them.
     """
 
     images: list[int]
-    n_tokens: int
-    n_special: int
-    n_redundant: int
-    n_encoder_kept: int
-    n_vision_kept: int
-    n_decoder_kept: int
 
 
-class ImageFigures(TypedDict):
+class ImageFigures(_Counts):
     """An image of the prompt, without arrays. Names are those of ImageReport."""
 
     picture: int
-    n_tokens: int
-    n_special: int
-    n_redundant: int
-    n_encoder_kept: int
-    n_vision_kept: int
-    n_decoder_kept: int
     cached: bool
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,12 @@ if gpu.ON:
     gpu.install()
 
 from helpers import bounds, stock
+from helpers.chatting import complete, load
 from helpers.families import MODES
 from helpers.models import CLIP, LFM2, LLAMA, QWEN2VL, QWEN2VL_VISION, QWEN35, Models, random_prompt
 from helpers.reference_hybrid import open_decoder
 
+from star_edge import StarChatHandler, cli, refvlm
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.synthetic import write_decoder, write_encoder
 
@@ -88,6 +91,53 @@ def star_edge(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def star_edge_here(tmp_path, monkeypatch, capsys):
+    """As `star_edge`, in this process: (*arguments, status=0) -> (stdout, stderr). The command sets a signal handler,
+    which is put back.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = signal.getsignal(signal.SIGINT)
+
+    def run(*args, status=0):
+        monkeypatch.setattr(sys, "argv", ["star-edge", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert done.value.code == status, err
+        return out, err
+
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+# ---- StarChatHandler ----
+
+
+@pytest.fixture(scope="module")
+def handler():
+    """A handler that prunes with the reference model's encoder, for `llm`."""
+    return StarChatHandler(clip_model_path=refvlm.MMPROJ, prune="balanced", verbose=False)
+
+
+@pytest.fixture(scope="module")
+def llm(handler):
+    """The reference model with that handler."""
+    llm = load(handler)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def text_alone():
+    """What a Llama without any handler makes of a text."""
+    llm = load(None)
+    yield complete(llm)
+    llm.close()
 
 
 # ---- the support table of docs/models.md (tests/helpers/support.py) ----

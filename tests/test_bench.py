@@ -2,20 +2,9 @@
 asserted.
 """
 
-import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
-from pathlib import Path
-
 import llama_cpp
 import numpy as np
 import pytest
-from helpers.synthetic_shapes import tiny
 from llama_cpp import Llama
 from llama_cpp.llama_chat_format import MTMDChatHandler
 
@@ -23,16 +12,14 @@ from star_edge import StarVLM, refvlm
 from star_edge.benchmarking import memory
 from star_edge.benchmarking.measure import order, run_sides, time_idle_hook
 from star_edge.benchmarking.plots import waterfall
-from star_edge.benchmarking.run import make_request, make_specs, run, shape_context, shape_request
+from star_edge.benchmarking.run import make_request, make_specs, run
 from star_edge.benchmarking.sides import STAGES, Sample, SideSpec, Workbench, stages_of
 from star_edge.benchmarking.summary import summarise, text_table
-from star_edge.cli import cli
-from star_edge.errors import ConfigError, ContextLengthError, EvaluationError, ModelFileError, OutputError
+from star_edge.errors import ContextLengthError
 from star_edge.evaluation.configs import OFF, NamedConfig
 from star_edge.io.images import load_image
 from star_edge.pruning.config import PRESETS, PruneConfig
 from star_edge.report import PruneReport
-from star_edge.synthetic import PICTURES, SHAPES, ModelShape, model_files
 from star_edge.synthetic.pictures import blocks
 
 QUESTION = "what color is the triangle?"
@@ -261,114 +248,6 @@ def test_the_token_layers_of_a_real_run(bench, request_):
     assert row["decoder_ideal"] == pytest.approx(n * (144 + t) / (2 * (72 + t) + (n - 2) * (18 + t)))
 
 
-# ---- synthetic shapes ----
-
-
-@pytest.mark.parametrize("name", list(SHAPES))
-def test_shapes_run(name, tmp_path):
-    """Each shape's graphs at a tiny size: stock and pruned answer, and the picture has the tokens that arithmetic
-    says.
-    """
-    shape = tiny(name)
-    with model_files(shape, tmp_path) as files:
-        request = shape_request(shape, (0.25,))
-        result = run(
-            *files,
-            {"n_ctx": shape_context(shape, 3)},
-            [OFF, replace(FAST, prune=replace(PRESETS["fast"], vision_tolerance=None, encoder_tolerance=None))],
-            ("flash", "fewer"),
-            request,
-            fewer=(0.25,),
-            repeats=1,
-            n_generate=3,
-            with_memory=False,
-        )
-        written = sorted(p.name for p in tmp_path.iterdir())
-        with model_files(shape, tmp_path):  # found again
-            assert sorted(p.name for p in tmp_path.iterdir()) == written and len(written) == 2
-    sides = {row["name"]: row for row in result["sides"]}
-    stock, fast = sides["stock, flash attn"], sides["fast"]
-    assert stock["image_tokens"] == fast["image_tokens"] == shape.n_image_tokens
-    # 35 + 40 and what the encoder puts around: two tokens, or three and one around the overview, two before each tile,
-    # one between rows
-    extra = {
-        "qwen2-vl-2b": 2,
-        "qwen2.5-vl-3b": 2,
-        "qwen3-vl-4b": 2,
-        "qwen3.5-4b": 2,
-        "qwen3.5-0.8b": 2,
-        "gemma-3-4b": 2,
-        "smolvlm-500m": 4 + 4 * 2 + 1,
-    }.get(name, 0)
-    assert stock["text_tokens"] == fast["text_tokens"] == 75 + extra
-    assert (
-        fast["average_tokens"] < stock["average_tokens"]
-        and fast["kv_cells"] < stock["kv_cells"]
-        and fast["kv_bytes"] < stock["kv_bytes"]
-    )
-    if name in (
-        "qwen2-vl-2b",
-        "qwen2.5-vl-3b",
-        "qwen3-vl-4b",
-        "qwen3.5-4b",
-        "qwen3.5-0.8b",
-        "llava-next-7b",
-    ):  # dynamic resolution, and crops: a smaller picture has fewer tokens
-        assert sides["stock, fewer tokens"]["image_tokens"] < shape.n_image_tokens
-    elif name != "smolvlm-500m":
-        assert "stock, fewer tokens" not in sides and any("smaller picture" in note for note in result["notes"])
-    has_profile = result["model"]["vision_stage"] == "yes"
-    assert has_profile == (fast["vision_kept"] < shape.n_image_tokens)
-    assert has_profile or any("no vision stage" in note for note in fast["notes"])
-    least = {"smolvlm-500m": 5, "gemma-3-4b": 1}.get(name, 0)  # one token of each image, which is all that so few leave
-    assert fast["decoder_kept"] < fast["vision_kept"] or fast["decoder_kept"] == least
-    assert fast["decoder_layer"] == 4
-
-
-@pytest.mark.parametrize(
-    "name, n_parameters",
-    [
-        ("llava-1.1b", 1.10e9),
-        ("llava-1.5-7b", 6.74e9),
-        ("smolvlm-500m", 362e6),
-        ("qwen2-vl-2b", 1.54e9),
-        ("qwen2.5-vl-3b", 3.09e9),
-        ("qwen3-vl-4b", 4.02e9),
-        ("gemma-3-4b", 3.88e9),
-    ],
-)
-def test_shapes_have_the_published_number_of_parameters(name, n_parameters):
-    """Of the text model, in billions: TinyLlama 1.10, Vicuna-7B 6.74, SmolLM2-360M 0.362, Qwen2.5-3B 3.09,
-    Qwen3-4B 4.02, Gemma 3 4B 3.88.
-    """
-    d = SHAPES[name].decoder
-    q, kv = d.n_heads * d.d_head, d.n_heads_kv * d.d_head
-    layer = 2 * d.n_embd * q + 2 * d.n_embd * kv + 3 * d.n_embd * d.n_ff
-    assert d.n_layers * layer + (1 if d.tied else 2) * d.n_vocab * d.n_embd == pytest.approx(n_parameters, rel=0.01)
-
-
-def test_temporary_files_go_away_and_half_written_ones_do_not_stay(tmp_path, monkeypatch):
-    shape = tiny("llava-1.5-7b")
-    with model_files(shape) as files:
-        assert all(f.exists() for f in files)
-    assert not any(f.exists() or f.parent.exists() for f in files)
-
-    def fail(path, *args, **kwargs):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("star_edge.synthetic.store.write_encoder", fail)
-    with (
-        pytest.raises(ConfigError, match="No space left.*GiB are free.*more room"),
-        model_files(shape, tmp_path / "new"),
-    ):
-        pass
-    assert [p.name[:11] for p in (tmp_path / "new").iterdir()] == ["random-text"]
-    small = ModelShape(shape.decoder, shape.encoder, "f16", (9, 9), 1, "")
-    with pytest.raises(ConfigError, match="cannot be written"), model_files(small, refvlm.TEXT_MODEL):
-        pass
-
-
 # ---- idle hook and memory ----
 
 
@@ -389,203 +268,7 @@ def test_memory_is_of_a_process_of_its_own(request_):
     assert memory.peak_rss() > len(ballast) and abs(again["peak_rss_bytes"] - used["peak_rss_bytes"]) < 2**26
 
 
-# ---- the command ----
-
-SIDE_KEYS = {
-    "name",
-    "kind",
-    "config",
-    "text_tokens",
-    "image_tokens",
-    "encoder_entered",
-    "encoder_kept",
-    "encoder_layer",
-    "vision_kept",
-    "decoder_kept",
-    "decoder_layer",
-    "average_tokens",
-    "first_token_ms",
-    "stages_ms",
-    "tokens_per_s",
-    "decoder_ms",
-    "speed_up",
-    "ideal",
-    "decoder_speed_up",
-    "decoder_ideal",
-    "of_ideal",
-    "selection_share",
-    "kv_cells",
-    "kv_bytes",
-    "n_ctx_needed",
-    "kv_bytes_needed",
-    "peak_rss_bytes",
-    "device_bytes",
-    "notes",
-}
-
-
-def star_edge(*args):
-    return cli.main(["bench", *map(str, args)], standalone_mode=False)
-
-
-def test_command(tmp_path, capsys):
-    """The reference model without files: table, JSON, picture."""
-    out, plot = tmp_path / "r.json", tmp_path / "r.svg"
-    common = ("-r", 2, "-n", 3, "--preset", "fast", "--decoder-keep", "0.25", "--baseline", "flash")
-    star_edge(*common, "--out", out, "--plot", plot, "--idle-hook", 4)
-    printed = capsys.readouterr().out
-    result = json.loads(out.read_text())
-    names = [row["name"] for row in result["sides"]]
-    assert names == ["stock, flash attn", "star_edge, unpruned", "fast", "decoder 0.25"]
-    assert "peak RSS" in printed and "ideal" in printed and "idle hook" in printed
-    svg = plot.read_text()
-    assert "waterfall" not in svg and "decoder 0.25" in svg and "encode" in svg
-    assert {
-        "title",
-        "date",
-        "versions",
-        "machine",
-        "model",
-        "repeats",
-        "generated_tokens",
-        "reference",
-        "n_layers",
-        "sides",
-        "idle_hook",
-        "notes",
-    } <= set(result)
-    assert result["repeats"] == 2 and result["generated_tokens"] == 3 and result["command"].startswith("star-edge")
-    for row in result["sides"]:
-        assert set(row) == SIDE_KEYS and tuple(row["stages_ms"]) == STAGES
-        assert len(row["first_token_ms"]["all"]) == 2 and row["peak_rss_bytes"] > 0
-        assert sum(row["stages_ms"].values()) == pytest.approx(row["first_token_ms"]["median"])
-    star_edge(*common, "--json", "--no-memory", "--no-unpruned")
-    again = json.loads(capsys.readouterr().out)
-    assert set(again) == set(result) and [row["name"] for row in again["sides"]] == [
-        "stock, flash attn",
-        "fast",
-        "decoder 0.25",
-    ]
-
-
-def test_command_on_a_shape(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(SHAPES, "llava-1.5-7b", tiny("llava-1.5-7b"))
-    args = (
-        "--shape",
-        "llava-1.5-7b",
-        "--folder",
-        tmp_path / "models",
-        "-r",
-        1,
-        "-n",
-        2,
-        "--preset",
-        "fast",
-        "--baseline",
-        "none",
-    )
-    star_edge(*args, "--no-memory", "--json")
-    result = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in result["sides"]] == ["star_edge, unpruned", "fast"] and result[
-        "reference"
-    ] == "star_edge, unpruned"
-    assert (
-        result["shape"] == "llava-1.5-7b"
-        and result["model"]["n_ctx"] == 256
-        and len(list((tmp_path / "models").iterdir())) == 2
-    )
-
-
-def test_a_link_is_written_through(tmp_path, monkeypatch):
-    """As /dev/stdout is one: once, in place, while a file is replaced after each repeat."""
-    link, target = tmp_path / "link.json", tmp_path / "target.json"
-    target.write_text("old")
-    link.symlink_to(target)
-    writes, write_text = [], Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, text: writes.append(self.name) or write_text(self, text))
-    common = ("-r", 2, "-n", 2, "--preset", "fast", "--baseline", "none", "--no-memory", "--no-unpruned", "--out")
-    star_edge(*common, link)
-    assert link.is_symlink() and json.loads(target.read_text())["repeats"] == 2 and writes == ["link.json"]
-    star_edge(*common, target)
-    assert writes[1:] == ["target.json.part"] * 3 and sorted(p.name for p in tmp_path.iterdir()) == [
-        "link.json",
-        "target.json",
-    ]
-
-
-def test_a_killed_command_keeps_its_finished_repeats(tmp_path):
-    """And says in a log how far it is."""
-    code = "import sys; from star_edge.cli import main; main()"
-    args = [
-        "bench",
-        "--preset",
-        "fast",
-        "--baseline",
-        "flash",
-        "--no-memory",
-        "-r",
-        "100000",
-        "-n",
-        "2",
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    started = subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True)
-    try:
-        lines = [started.stderr.readline().strip() for _ in range(3 + 3 * 3)]
-    finally:
-        started.kill()
-    assert lines[0] == "1 of 300003: warm-up" and lines[-1] == "12 of 300003: measuring"
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert result["repeats"] >= 2 and all(
-        len(row["first_token_ms"]["all"]) == result["repeats"] for row in result["sides"]
-    )
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_killed_command_leaves_no_model(number, tmp_path):
-    """At a real size, so that there is time to be killed in."""
-    code = "import sys; from star_edge.cli import main; main()"
-    args = ["bench", "--shape", "llava-1.1b", "--preset", "fast", "--baseline", "none", "--no-memory"]
-    started = subprocess.Popen(
-        [sys.executable, "-c", code, *args], env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
-    )
-    try:
-        while not list(
-            tmp_path.glob("star-edge-bench-*/random-text-*")
-        ):  # it is being written, or the mmproj, or loaded
-            assert started.poll() is None
-            time.sleep(0.05)
-        started.send_signal(number)
-        assert started.wait(300) == -number
-    finally:
-        started.kill()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "args, error, words",
-    [
-        (("--shape", "gemma-3-4b", "--image", "a.png"), ConfigError, "--image cannot be used with --shape"),
-        (("--folder", "x"), ConfigError, "--shape NAME"),
-        (("--image", str(refvlm.DEMO_IMAGE), "--image-size", "9x9"), ConfigError, "leave out one"),
-        (("--baseline", "none", "--baseline", "flash"), ConfigError, "excludes other"),
-        (("--preset", "off", "--no-unpruned"), ConfigError, "--no-unpruned"),
-        (("-m", str(refvlm.TEXT_MODEL)), ConfigError, "--mmproj"),
-        (("-m", "nowhere.gguf", "--mmproj", str(refvlm.MMPROJ)), ModelFileError, "nowhere.gguf"),
-        (("--prompt", "a <__media__>"), ConfigError, "leave it out"),
-        (("--preset", "nosuch"), ConfigError, "preset"),
-        (("--baseline", "converted"), ConfigError, "add --mmproj-type"),
-        (("--picture", "page", "--image", "a.png"), ConfigError, "--picture is for a generated picture"),
-        (("--plot", "a.gif"), EvaluationError, "endings"),
-        (("--out", "nosuch/a.json"), OutputError, "folder"),
-        (("-c", "32", "--preset", "fast"), ContextLengthError, "--ctx-size"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else None,
-)
-def test_wrong_inputs(args, error, words):
-    with pytest.raises(error, match=words):
-        star_edge(*args)
+# ---- which sides there are ----
 
 
 def test_several_smaller_pictures():
@@ -597,49 +280,6 @@ def test_several_smaller_pictures():
     request = make_request([blocks(560, 280)], "", "what?", (0.25, 0.09))
     sizes = [load_image(m[0]["content"][0]["image_url"]["url"]).shape for m in (request.messages, *request.fewer)]
     assert sizes == [(280, 560, 3), (140, 280, 3), (84, 168, 3)]
-
-
-@pytest.mark.parametrize(("kind", "low", "high"), [("photo", 1, 1), ("page", 0.5, 0.65), ("screenshot", 0.4, 0.6)])
-def test_pictures_are_as_redundant_as_such_pictures_are(kind, low, high):
-    """Squares of 28 pixels that are no copy of their left or upper neighbour. Of 40 rendered pages it was 0.52."""
-    assert all(f(*size).shape == (size[1], size[0], 3) for f in PICTURES.values() for size in ((1, 1), (300, 7)))
-    pixels = PICTURES[kind](896, 896)
-    assert np.array_equal(pixels, PICTURES[kind](896, 896))
-    squares = pixels.reshape(32, 28, 32, 28, 3).swapaxes(1, 2).reshape(32, 32, -1)
-    alike = np.zeros((32, 32), bool)
-    alike[:, 1:] |= (squares[:, 1:] == squares[:, :-1]).all(axis=-1)
-    alike[1:] |= (squares[1:] == squares[:-1]).all(axis=-1)
-    assert low <= 1 - alike.mean() <= high
-
-
-def test_encoder_stages_are_in_the_table(tmp_path):
-    """A page on a Qwen2.5-VL: tokens are left out before the encoder, and within it. Stock has smaller pictures too."""
-    shape = replace(tiny("qwen2.5-vl-3b"), picture=(448, 448), n_image_tokens=256)
-    configs = [
-        NamedConfig("redundancy", "redundancy", PruneConfig(0.5, 0.25, redundancy="exact")),
-        NamedConfig("encoder", "encoder", PruneConfig(0.25, 0.125, encoder_keep=0.25, encoder_layer=1)),
-    ]
-    with model_files(shape, tmp_path) as files:
-        result = run(
-            *files,
-            {"n_ctx": shape_context(shape, 2), "n_threads": 1},
-            configs,
-            ("flash", "fewer"),
-            shape_request(shape, (0.25, 0.1), "page"),
-            fewer=(0.25, 0.1),
-            repeats=1,
-            n_generate=2,
-            with_memory=False,
-        )
-    sides = {row["name"]: row for row in result["sides"]}
-    assert list(sides)[1:3] == ["stock, 25% of the tokens", "stock, 10% of the tokens"]
-    assert 256 > sides["stock, 25% of the tokens"]["image_tokens"] > sides["stock, 10% of the tokens"]["image_tokens"]
-    assert sides["redundancy"]["encoder_entered"] < 256 == sides["encoder"]["encoder_entered"]
-    assert sides["redundancy"]["stages_ms"]["redundancy"] > 0 == sides["encoder"]["stages_ms"]["redundancy"]
-    assert sides["encoder"]["encoder_kept"] == 64 and sides["encoder"]["stages_ms"]["encoder_stage"] > 0
-    header, rows = text_table(result)
-    assert "tokens into the encoder" in header and "  redundancy" in header and "  encoder stage" in header
-    assert all(len(row) == len(header) for row in rows)
 
 
 def test_stock_with_the_converted_file_is_a_side(tmp_path, monkeypatch):
@@ -665,29 +305,3 @@ def test_specs():
         ("stock", True, 36),
     ]
     assert [(s.kind, s.prune) for s in specs[3:]] == [("star_edge", None), ("star_edge", PRESETS["fast"])]
-
-
-_tables = importlib.util.spec_from_file_location("tables", Path(__file__).parent.parent / "benchmarks" / "tables.py")
-TABLES = importlib.util.module_from_spec(_tables)
-_tables.loader.exec_module(TABLES)
-
-
-# The configs of LLaVA shapes are counts, and more than the tiny ones have
-@pytest.mark.parametrize("name", [name for name in TABLES.RUNS if not name.startswith("llava")])
-def test_commands_of_the_published_tables(name, tmp_path, monkeypatch, capsys):
-    """Each at a tiny size, asked once. Stock with a smaller picture is a side, or a note says why not."""
-    monkeypatch.chdir(TABLES.ROOT)
-    monkeypatch.setenv("STAR_EDGE_CACHE", str(tmp_path))
-    args = TABLES.RUNS[name][0].split()
-    shape = args[args.index("--shape") + 1]
-    small = tiny(shape)  # with a larger picture: a tenth of its tokens are more than the least that an encoder takes
-    small = replace(small, picture=(2 * small.picture[0], 2 * small.picture[1]))
-    monkeypatch.setitem(SHAPES, shape, small)
-    quick = ("--repeats", 1, "-n", 2, "--idle-hook", 0, "--no-memory", "-t", 1, "-c", 640, "--out", tmp_path / "r.json")
-    star_edge(*args, *quick, "--json")
-    result = json.loads(capsys.readouterr().out)
-    left_out = [note for note in result["notes"] if "left out" in note and "smaller picture" not in note]
-    assert left_out == []
-    smaller = [row for row in result["sides"] if row["name"].startswith("stock,") and "tokens" in row["name"]]
-    assert smaller or any("smaller picture" in note for note in result["notes"])
-    TABLES.section(name, json.loads((tmp_path / "r.json").read_text()))

@@ -10,9 +10,8 @@ import os
 
 import openai
 import pytest
-from helpers.serving import DEMO, Server
+from helpers.serving import COLOR, DEMO, Server
 
-COLOR = "what color is the triangle?"
 PAINT = {
     "type": "function",
     "function": {

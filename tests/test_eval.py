@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from star_edge import PruneConfig, StarVLM, cli, refvlm
+from star_edge import PruneConfig, StarVLM, refvlm
 from star_edge.errors import ConfigError
 from star_edge.evaluation.configs import OFF, NamedConfig
 from star_edge.evaluation.metrics import kl_divergence
@@ -25,31 +25,11 @@ QUESTIONS = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text
 
 
 @pytest.fixture
-def star_edge(tmp_path, monkeypatch, capsys):
-    """Runs the command in this process; returns (stdout, stderr). It sets a signal handler, which is put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    before = signal.getsignal(signal.SIGINT)
-
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["star-edge", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert done.value.code == status, err
-        return out, err
-
-    yield run
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def ask(star_edge):
+def ask(star_edge_here):
     """`star-edge eval` on the model's questions, answers of at most 4 tokens, with one thread: two wait for each other
     on a busy machine.
     """
-    return lambda *args, status=0: star_edge("eval", *COMMON, *args, status=status)
+    return lambda *args, status=0: star_edge_here("eval", *COMMON, *args, status=status)
 
 
 def write(path, questions):
@@ -445,16 +425,16 @@ def test_a_header_cut_short_is_written_again(tmp_path):
     ],
     ids=lambda value: " ".join(value)[:40].replace("/", "_") if isinstance(value, list) else "",
 )
-def test_errors_are_one_line_with_status_2(star_edge, tmp_path, args, words):
+def test_errors_are_one_line_with_status_2(star_edge_here, tmp_path, args, words):
     write(tmp_path / "q.jsonl", [{"image": str(FOLDER / "0000.png"), "question": "?", "answer": "x"}])
-    _, err = star_edge("eval", *args, status=2)
+    _, err = star_edge_here("eval", *args, status=2)
     assert len(err.splitlines()) == 1 and err.startswith("error: "), err
     assert all(word in err for word in words), err
     assert not (tmp_path / "p.png").exists()
 
 
-def test_without_matplotlib(star_edge, tmp_path, monkeypatch):
+def test_without_matplotlib(star_edge_here, tmp_path, monkeypatch):
     write(tmp_path / "q.jsonl", QUESTIONS[:1])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _, err = star_edge("eval", "q.jsonl", "--plot", "p.png", status=2)
+    _, err = star_edge_here("eval", "q.jsonl", "--plot", "p.png", status=2)
     assert "star-edge[plot]" in err

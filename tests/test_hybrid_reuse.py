@@ -1,13 +1,12 @@
 """What hybrid decoders keep for the next prompt: two recurrent states, and rows that stay hidden in MAIN. Every answer
-equals a fresh engine's. That a further question does is in test_reuse.py, with all other decoders.
+equals a fresh engine's. That a further question does is in test_reuse.py, and what must not be used again in
+test_reuse_limits.py, with all other decoders.
 """
 
 import contextlib
 
-import llama_cpp
 import numpy as np
 import pytest
-from helpers import stock
 from helpers.models import random_image
 from helpers.reusing import QUESTIONS, answers, engine, fresh, same
 
@@ -71,37 +70,6 @@ def test_two_decoder_stages(families, family):
             report = same(vlm.read_prompt(*request, chat=False), fresh(models, request))
             assert bool(report.reused_tokens) is (i > 0) and report.in_place
             answers(vlm, request, 6)
-
-
-SURPRISES = {
-    "llama_memory_clear": lambda vlm: llama_cpp.llama_memory_clear(vlm.decoder.memory, True),
-    "other rows": lambda vlm: (
-        llama_cpp.llama_memory_clear(vlm.decoder.memory, True),
-        stock.decode(vlm.llama, tokens=np.arange(300, 400), positions=np.arange(100)),
-    ),
-    "kv_cache_clear": lambda vlm: vlm.llama._ctx.kv_cache_clear(),
-    "seq_rm": lambda vlm: vlm.llama._ctx.kv_cache_seq_rm(-1, 20, -1),
-    "eval": lambda vlm: (vlm.llama.reset(), vlm.llama.eval(list(range(300, 420)))),
-    "completion": lambda vlm: vlm.llama.create_completion("x" * 90, max_tokens=3),
-    "state": lambda vlm: vlm.llama.load_state(vlm.llama.save_state()),
-    "n_ubatch": lambda vlm: setattr(vlm.decoder, "n_ubatch", 16),
-    "inspect": lambda vlm: vlm.inspect("a", random_image(2), decoder_layers=[1]),
-}
-
-
-@pytest.mark.parametrize("idle", [False, True], ids=["read", "answered"])
-@pytest.mark.parametrize("surprise", SURPRISES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_after_a_surprise_everything_is_read(families, family, surprise, idle):
-    models = families[family]
-    request = (f"ab {M} {QUESTIONS[0]}", random_image(1), "star")
-    with engine(models) as vlm:
-        vlm.generate(*request, max_tokens=2, chat=False) if idle else vlm.read_prompt(*request, chat=False)
-        SURPRISES[surprise](vlm)
-        options = {"n_ubatch": 16} if surprise == "n_ubatch" else {}
-        report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
-        assert report.reused_tokens == 0
-        assert same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options)).reused_tokens > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

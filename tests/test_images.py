@@ -1,4 +1,4 @@
-"""Image loading and overlay drawing. All images are made here; HTTP is served from this process."""
+"""Image loading: sources, arrays, formats, limits, broken files. All images are made here."""
 
 from __future__ import annotations
 
@@ -11,54 +11,22 @@ import threading
 import urllib.parse
 import warnings
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+from helpers.pictures import encode, error_of, photo, png
 
 from star_edge.errors import ImageError, ImageTooLargeError
-from star_edge.io import panels
 from star_edge.io.images import ImageLimits, load_image
-from star_edge.io.overlay import Stage, draw_heatmap, draw_overlay
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def encode(image: PIL.Image.Image, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def photo(height: int = 40, width: int = 60) -> np.ndarray:
-    """Noise, so that no codec can shrink it to nothing and a cut always loses pixels."""
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(100))) + png_chunk(b"IEND", b"")
 
 
 def assert_rgb(array: np.ndarray, height: int, width: int) -> None:
     assert isinstance(array, np.ndarray) and array.dtype == np.uint8 and array.shape == (height, width, 3)
     assert array.flags.c_contiguous and array.flags.writeable
-
-
-def error_of(source, limits: ImageLimits = ImageLimits(), kind: type = ImageError) -> str:
-    with pytest.raises(ImageError) as caught:
-        load_image(source, limits)
-    assert type(caught.value) is kind
-    message = str(caught.value)
-    assert "\n" not in message and caught.value.cause and caught.value.remedy
-    return message
 
 
 # --- sources ---
@@ -351,7 +319,7 @@ def test_broken_exif_does_not_matter():
 def test_bomb_by_header(tmp_path):
     path = tmp_path / "bomb.png"
     for width, height in ((50_000, 50_000), (12_000, 9_000), (9_000, 9_000)):  # Pillow: error, warning, silence
-        path.write_bytes(png_claiming(width, height))
+        path.write_bytes(png(width, height))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert "bomb.png" in error_of(path, kind=ImageTooLargeError)
@@ -359,7 +327,7 @@ def test_bomb_by_header(tmp_path):
 
 
 def test_bomb_beyond_pillows_own_limit_with_ours_raised():
-    message = error_of(png_claiming(50_000, 50_000), ImageLimits(max_pixels=10**12), ImageTooLargeError)
+    message = error_of(png(50_000, 50_000), ImageLimits(max_pixels=10**12), ImageTooLargeError)
     assert "MAX_IMAGE_PIXELS" in message
 
 
@@ -367,7 +335,7 @@ def test_pillow_state_is_left_alone():
     before = PIL.Image.MAX_IMAGE_PIXELS, list(warnings.filters)
     load_image(photo())
     load_image(encode(PIL.Image.fromarray(photo())))
-    error_of(png_claiming(50_000, 50_000), kind=ImageTooLargeError)
+    error_of(png(50_000, 50_000), kind=ImageTooLargeError)
     assert (PIL.Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
 
 
@@ -484,281 +452,3 @@ def test_threads_leave_the_warning_filters_alone():
     for thread in threads:
         thread.join()
     assert not failures and list(warnings.filters) == before
-
-
-# --- HTTP ---
-
-SERVED = encode(PIL.Image.fromarray(photo()))
-
-
-class Handler(BaseHTTPRequestHandler):
-    agents: ClassVar[list[str]] = []
-    release = threading.Event()
-
-    def do_GET(self):
-        self.agents.append(self.headers.get("User-Agent", ""))
-        path = self.path.split("?")[0]
-        if path == "/missing.png":
-            return self.send_error(404)
-        if path.startswith("/to/"):
-            self.send_response(302)
-            self.send_header("Location", urllib.parse.unquote(path[4:]))
-            return self.end_headers()
-        self.send_response(200)
-        if path == "/declared.png":
-            self.send_header("Content-Length", str(10**12))
-        elif path == "/cut.png":
-            self.send_header("Content-Length", str(len(SERVED)))
-        self.end_headers()
-        if path == "/slow.png":
-            self.wfile.write(SERVED[:20])
-            self.wfile.flush()
-            self.release.wait(5)
-        elif path == "/dripping.png":
-            try:
-                while not self.release.wait(0.05):
-                    self.wfile.write(b"\0")
-                    self.wfile.flush()
-            except OSError:
-                pass
-        elif path == "/endless.png":
-            try:
-                while True:
-                    self.wfile.write(bytes(1 << 16))
-            except OSError:
-                pass
-        elif path == "/cut.png":
-            self.wfile.write(SERVED[: len(SERVED) // 2])
-        elif path == "/page.html":
-            self.wfile.write(b"<html>no image</html>")
-        elif path != "/empty.png":
-            self.wfile.write(SERVED)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    Handler.agents.clear()
-    Handler.release.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    Handler.release.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_http(server):
-    assert (load_image(server + "/a.png?x=1") == photo()).all()
-    assert (load_image(server.replace("http", "HTTP") + "/a.png", ImageLimits(max_bytes=len(SERVED))) == photo()).all()
-    assert all("star-edge" in agent for agent in Handler.agents)
-    relative = load_image(f"{server}/to/{urllib.parse.quote('/a.png', safe='')}")
-    absolute = load_image(f"{server}/to/{urllib.parse.quote(server + '/a.png', safe='')}")
-    assert (relative == photo()).all() and (absolute == photo()).all()
-
-
-def test_http_failures_name_the_url(server):
-    assert "404" in error_of(server + "/missing.png")
-    for path in ("/missing.png", "/page.html", "/empty.png", "/cut.png"):
-        assert server + path in error_of(server + path)
-    assert "secret" not in error_of(server + "/missing.png?token=secret")
-    for target in ("file:///etc/passwd", "ftp://127.0.0.1/a.png", "data:,x"):
-        message = error_of(f"{server}/to/{urllib.parse.quote(target, safe='')}")
-        assert "/to/" in message
-
-
-def test_http_failures_show_no_secrets(server):
-    host = server.removeprefix("http://")
-    for url in (
-        f"http://user:secret@{host}/a.png",
-        "http://user:secret@127.0.0.1/a.png",
-        f"{server}/a b.png?token=secret",
-    ):
-        with pytest.raises(ImageError) as caught:
-            load_image(url)
-        assert "secret" not in str(caught.value) and "secret" not in str(caught.value.__cause__)
-    target = urllib.parse.quote("ftp://user:secret@127.0.0.1/a.png?token=secret", safe="")
-    with pytest.raises(ImageError) as caught:
-        load_image(f"{server}/to/{target}")
-    # The path of this test's own URL spells the target, so only what follows it counts.
-    assert "secret" not in str(caught.value).split("redirected to")[1] and "secret" not in str(caught.value.__cause__)
-
-
-def test_http_redirect_loop(server):
-    assert "/to/" in error_of(f"{server}/to/")
-
-
-def test_http_byte_limit(server):
-    tight = ImageLimits(max_bytes=len(SERVED) - 1)
-    for path in ("/a.png", "/declared.png", "/endless.png"):
-        assert server + path in error_of(server + path, tight, ImageTooLargeError)
-
-
-def test_http_timeout(server):
-    limits = ImageLimits(timeout_s=0.2)
-    for path in ("/slow.png", "/dripping.png"):
-        message = error_of(server + path, limits)
-        assert "0.2 s" in message and path in message
-
-
-def test_http_off(server):
-    message = error_of(server + "/a.png", ImageLimits(allow_http=False))
-    assert server in message and "allow_http" in message and not Handler.agents
-    assert (load_image(SERVED, ImageLimits(allow_http=False)) == photo()).all()
-
-
-def test_http_refused_and_malformed(server):
-    host = "http://127.0.0.1"
-    for url in (
-        host + ":1/a.png",
-        "http://",
-        host + ":port/a",
-        host + "/a b",
-        "http://[/",
-        host + "/ä",
-        host + "/a\nb",
-    ):
-        assert "http://" in error_of(url, ImageLimits(timeout_s=2))
-
-
-# --- overlay ---
-
-PANEL_GAP = panels.MARGIN
-
-
-def panels_of(picture: PIL.Image.Image, count: int, height: int, width: int) -> list[np.ndarray]:
-    pixels = np.asarray(picture).astype(int)
-    assert picture.mode == "RGB"
-    assert picture.size == (PANEL_GAP + count * (width + PANEL_GAP), PANEL_GAP + height + panels.TITLE_HEIGHT)
-    lefts = [PANEL_GAP + i * (width + PANEL_GAP) for i in range(count)]
-    return [pixels[PANEL_GAP : PANEL_GAP + height, left : left + width] for left in lefts]
-
-
-def bright(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(120, 256, (height, width, 3), dtype=np.uint8)
-
-
-def test_overlay_enlarges_by_an_integer_and_keeps_kept_pixels():
-    image = bright(168, 168)
-    kept = np.zeros((6, 6))
-    kept[1, 2] = kept[4, 4] = kept[4, 5] = 1
-    original, panel = panels_of(draw_overlay(image, [Stage("stage", kept)]), 2, 336, 336)
-    enlarged = image.repeat(2, 0).repeat(2, 1)
-    assert (original == enlarged).all()
-    for row in range(6):
-        for column in range(6):
-            cell = np.s_[row * 56 : (row + 1) * 56, column * 56 : (column + 1) * 56]
-            inside = np.s_[row * 56 + 8 : row * 56 + 48, column * 56 + 8 : column * 56 + 48]
-            if kept[row, column]:
-                assert (panel[cell] == enlarged[cell]).all()
-            else:
-                assert (panel[inside] < 0.8 * enlarged[inside]).all()
-                assert panel[inside].std() > 3  # the content is still there
-    line = panel[1 * 56 + 28, 2 * 56 - 1]
-    assert (line == panel[1 * 56 + 28, 3 * 56]).all() and (line == panels._LINE).all()
-    assert (panel[4 * 56 + 28, 5 * 56 - 1] == enlarged[4 * 56 + 28, 5 * 56 - 1]).all()  # no line between two kept cells
-
-
-def test_overlay_of_a_grid_that_does_not_divide_the_image():
-    image = bright(400, 501)
-    kept = np.zeros((7, 9))
-    kept[2, 3] = kept[6, 8] = 1
-    original, panel = panels_of(draw_overlay(image, [Stage("a", kept)]), 2, 400, 501)
-    assert (original == image).all()
-    for row in range(7):
-        for column in range(9):
-            y, x = int((row + 0.5) * 400 / 7), int((column + 0.5) * 501 / 9)
-            assert (panel[y, x] == image[y, x]).all() == bool(kept[row, column])
-    assert (panel[-1, -1] == image[-1, -1]).all()
-
-
-def test_overlay_all_kept_all_dropped_fractions_and_bool():
-    image = bright(336, 336)
-    stages = [
-        Stage("all", np.ones((4, 4))),
-        Stage("none", np.zeros((4, 4))),
-        Stage("half", np.full((4, 4), 0.5)),
-        Stage("bool", np.ones((1, 1), bool)),
-    ]
-    original, all_kept, none, half, as_bool = panels_of(draw_overlay(image, stages), 5, 336, 336)
-    assert (all_kept == image).all() and (original == image).all() and (as_bool == image).all()
-    assert (none < image).all()
-    assert (half < image).all() and (half > none).all()
-
-
-def test_overlay_sizes():
-    _ = panels_of(draw_overlay(bright(100, 200), []), 1, 400, 800)
-    _ = panels_of(draw_overlay(bright(1000, 2048), [Stage("s", np.ones((2, 3)))]), 2, 500, 1024)
-    _ = panels_of(draw_overlay(bright(337, 1024), []), 1, 337, 1024)
-    for shape in ((1, 1), (1, 3000), (3000, 1), (5, 900)):
-        picture = draw_overlay(
-            bright(*shape), [Stage("narrow, and with a title that no panel can hold " * 5, np.eye(3))]
-        )
-        assert max(picture.size) <= 2 * 1024 + 3 * PANEL_GAP and min(picture.size) > 40
-    fine = draw_overlay(bright(336, 336), [Stage("finer than pixels", np.eye(1000))])
-    assert fine.size[0] == 2 * 336 + 3 * PANEL_GAP
-
-
-def test_titles_are_drawn_below_and_nothing_else():
-    def bar(title: str) -> np.ndarray:
-        picture = np.asarray(draw_overlay(bright(336, 336), [Stage(title, np.ones((2, 2)))]))
-        return picture[PANEL_GAP + 336 :, PANEL_GAP + 336 + PANEL_GAP :]
-
-    assert len(np.unique(bar(""))) == 1
-    assert (bar("layer 2").min() < 100) and (bar("layer 2") != bar("layer 3")).any()
-    two_lines = bar("layer\n2")
-    assert (two_lines == bar("layer 2")).all()
-
-
-@pytest.mark.parametrize(
-    "image",
-    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)],
-)
-def test_overlay_refuses_other_images(image):
-    with pytest.raises(ValueError, match="image must be"):
-        draw_overlay(image, [])
-    with pytest.raises(ValueError, match="image must be"):
-        draw_heatmap(image, np.ones((2, 2)), "t")
-
-
-@pytest.mark.parametrize(
-    "grid", [np.ones(4), np.ones((2, 2, 1)), np.ones((0, 3)), np.array([["a"]]), np.array([[np.nan]])]
-)
-def test_overlay_refuses_other_grids(grid):
-    with pytest.raises(ValueError, match="stage 's'"):
-        draw_overlay(bright(10, 10), [Stage("s", grid)])
-    with pytest.raises(ValueError, match="values"):
-        draw_heatmap(bright(10, 10), grid, "t")
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1])
-def test_overlay_refuses_grids_out_of_range(value):
-    with pytest.raises(ValueError, match="0..1"):
-        draw_overlay(bright(10, 10), [Stage("s", np.full((2, 2), value))])
-
-
-def test_heatmap():
-    image = np.full((168, 168, 3), 128, np.uint8)
-    values = np.linspace(0.001, 0.3, 16).reshape(4, 4)
-    picture = draw_heatmap(image, values, "attention")
-    assert picture.mode == "RGB"
-    assert picture.size == (3 * PANEL_GAP + 2 * 336 + panels.LEGEND_WIDTH, PANEL_GAP + 336 + panels.TITLE_HEIGHT)
-    pixels = np.asarray(picture).astype(int)
-    assert (pixels[PANEL_GAP : PANEL_GAP + 336, PANEL_GAP : PANEL_GAP + 336] == 128).all()
-    heat = pixels[PANEL_GAP : PANEL_GAP + 336, 2 * PANEL_GAP + 336 : 2 * PANEL_GAP + 2 * 336]
-    lightness = (heat[42::84, 42::84] @ [0.299, 0.587, 0.114]).ravel()
-    assert (np.diff(lightness) > 0).all() and lightness[-1] - lightness[0] > 100
-    scaled = np.asarray(draw_heatmap(image, values * 1000, "attention"))[:, : 2 * (PANEL_GAP + 336)]
-    assert (scaled == pixels[:, : 2 * (PANEL_GAP + 336)]).all()
-
-
-def test_heatmap_of_equal_values():
-    picture = np.asarray(draw_heatmap(bright(336, 336), np.full((3, 3), 0.2), "flat"))
-    assert picture.shape[0] == PANEL_GAP + 336 + panels.TITLE_HEIGHT

@@ -80,14 +80,19 @@ SURPRISES = {
     "completion": lambda vlm: vlm.llama.create_completion("x" * 90, max_tokens=3),
     "state": lambda vlm: vlm.llama.load_state(vlm.llama.save_state()),
     "n_ubatch": lambda vlm: setattr(vlm.decoder, "n_ubatch", 16),
-    "inspect": lambda vlm: vlm.inspect("a", random_image(2), decoder_layers=[0]),
+    "inspect": lambda vlm: vlm.inspect("a", random_image(2), decoder_layers=[1]),
 }
+OF_PARKED_ROWS = ("all sequences", "another sequence", "shift")  # hybrid decoders park none
 
 
 @pytest.mark.parametrize("idle", [False, True], ids=["read", "answered"])
-@pytest.mark.parametrize("surprise", SURPRISES)
-def test_after_a_surprise_everything_is_read(families, surprise, idle):
-    models = families["llama"]
+@pytest.mark.parametrize(
+    ("family", "surprise"),
+    [("llama", surprise) for surprise in SURPRISES]
+    + [(family, surprise) for family in ("qwen35", "lfm2") for surprise in SURPRISES if surprise not in OF_PARKED_ROWS],
+)
+def test_after_a_surprise_everything_is_read(families, family, surprise, idle):
+    models = families[family]
     for preset in (None, "star"):
         request = ("ab <__media__> " + QUESTIONS[0], random_image(1), preset)
         with engine(models) as vlm:

@@ -9,6 +9,7 @@ from helpers.reusing import answers, engine, first_tokens, fresh, same
 
 from star_edge import PruneConfig, StarVLM
 from star_edge.errors import ConfigError, EngineError
+from star_edge.llamacpp import saved_rows
 
 M = "<__media__>"
 ROOM = dict(prompt_cache_bytes=2**28)
@@ -82,7 +83,7 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first(families):
 def test_nothing_is_copied_while_one_conversation_goes_on(families, monkeypatch):
     a = turns("a", random_image(1), "balanced")
     with engine(families["llama"], **ROOM) as vlm:
-        monkeypatch.setattr(vlm.decoder, "save_rows", lambda *_: pytest.fail("rows were copied"))
+        monkeypatch.setattr(saved_rows, "save_rows", lambda *_: pytest.fail("rows were copied"))
         reused(vlm, a[0])
         assert reused(vlm, a[1]) > 0
         more = (a[1][0] + f" there. And in {M} this one?", [a[0][1], random_image(2)], "balanced")
@@ -165,7 +166,7 @@ def test_what_llama_cpp_does_not_take_back_is_read_again(families, family, monke
         for request in (a[0], b[0]):
             reused(vlm, request)
         with monkeypatch.context() as patch:
-            patch.setattr(vlm.decoder, "restore_rows", refuse)
+            patch.setattr(saved_rows, "restore_rows", refuse)
             assert same(vlm.read_prompt(*a[1], chat=False), fresh(families[family], a[1])).reused_tokens == 0
         for request in (b[1], a[1]):
             report = same(vlm.read_prompt(*request, chat=False), fresh(families[family], request))
@@ -178,14 +179,14 @@ def test_rows_that_come_back_to_other_cells_are_read_again(families, monkeypatch
     with engine(families["llama"], **ROOM) as vlm:
         for request in (a[0], b[0]):
             reused(vlm, request)
-        restore = vlm.decoder.restore_rows
+        restore = saved_rows.restore_rows
 
-        def elsewhere(sequence, data):
+        def elsewhere(llama, sequence, data):
             with contextlib.suppress(EngineError):
-                restore(sequence + 1, data)
-            restore(sequence, data)
+                restore(llama, sequence + 1, data)
+            restore(llama, sequence, data)
             vlm.decoder.remove(sequence + 1, 0)
 
-        monkeypatch.setattr(vlm.decoder, "restore_rows", elsewhere)
+        monkeypatch.setattr(saved_rows, "restore_rows", elsewhere)
         report = same(vlm.read_prompt(*a[1], chat=False), fresh(families["llama"], a[1]))
         assert report.reused_tokens == 0

@@ -7,13 +7,11 @@ import openai
 import pytest
 from helpers.models import random_image
 from helpers.reusing import answers, engine, fresh, same
-from helpers.serving import DEMO, Server, data_url, message
+from helpers.serving import COLOR, DEMO, Server, data_url, message
 from PIL import Image
 
 from star_edge import PruneConfig
 from star_edge.options import LoadOptions
-
-COLOR = "what color is the triangle?"
 
 
 @pytest.fixture(scope="module")

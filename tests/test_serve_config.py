@@ -8,7 +8,7 @@ import click
 import openai
 import pytest
 from helpers import pages
-from helpers.serving import DEMO, Server, message
+from helpers.serving import COLOR, DEMO, Server, message
 
 from star_edge import errors, refvlm
 from star_edge.cli import config_file
@@ -18,7 +18,6 @@ from star_edge.report import PruneReport
 from star_edge.server.request_log import Record, RequestLog, as_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "server-conversations.md"
-COLOR = "what color is the triangle?"
 
 
 @pytest.fixture(scope="module")

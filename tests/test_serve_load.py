@@ -17,13 +17,12 @@ import openai
 import psutil
 import pytest
 import uvicorn
-from helpers.serving import DEMO, Server, data_url, message
+from helpers.serving import COLOR, DEMO, Server, data_url, message
 
 from star_edge import refvlm
 from star_edge.server.app import make_app
 from star_edge.server.bodies import Bodies, Body, Refusal
 
-COLOR = "what color is the triangle?"
 QUESTIONS = Path(__file__).parent / "refvlm_questions"
 IDLE = {"status": "ok", "receiving": 0, "waiting": 0, "answering": 0}
 

@@ -7,9 +7,7 @@ import time
 import psutil
 import pytest
 from helpers.odd_requests import odd_requests, send
-from helpers.serving import DEMO, Server, message
-
-COLOR = "what color is the triangle?"
+from helpers.serving import COLOR, DEMO, Server, message
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,11 @@ import openai
 import pydantic
 import pytest
 from helpers.odd_requests import TOOLS
-from helpers.serving import DEMO, Server, message
+from helpers.serving import COLOR, DEMO, Server, message
 
 from star_edge.errors import PromptError
 from star_edge.server.messages import read_messages
 from star_edge.server.schema import read_request
-
-COLOR = "what color is the triangle?"
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ from typing import Literal
 
 import openai
 import pytest
-from helpers.serving import DEMO, Server
+from helpers.serving import COLOR, DEMO, Server
 from pydantic import BaseModel
 
 from star_edge.errors import ConfigError, PromptError
 from star_edge.server.messages import FieldError, read_messages
 from star_edge.server.responses import ResponseRequest
 
-COLOR = "what color is the triangle?"
 PAINT = {
     "type": "function",
     "name": "paint",

@@ -3,14 +3,12 @@
 import itertools
 import json
 import math
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from star_edge import PRESETS, PruneConfig, StarVLM, cli, errors, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, errors, refvlm
 from star_edge.evaluation.axes import STAGES, excludes, find_axes, make_axes, make_config
 from star_edge.evaluation.configs import OFF, NamedConfig
 from star_edge.evaluation.results import Records
@@ -440,23 +438,8 @@ def test_what_other_models_support(families, name):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs `star-edge tune` in this process; returns (stdout, stderr). It sets a signal handler, which is put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    before = signal.getsignal(signal.SIGINT)
-
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["star-edge", "tune", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert done.value.code == status, err
-        return out, err
-
-    yield run
-    signal.signal(signal.SIGINT, before)
+def command(star_edge_here):
+    return lambda *args, status=0: star_edge_here("tune", *args, status=status)
 
 
 QUESTIONS = str(FOLDER / "questions.jsonl")

@@ -53,7 +53,17 @@ class Asker:
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """What is asked and where answers go, as it was typed. quiet: no progress bar, no notes."""
+    """What is asked and where answers go, as it was typed.
+
+    Attributes:
+        tasks: TASKS, "-" for stdin.
+        prompt_suffix: None: that of a published benchmark, or nothing.
+        limit: Most questions, or None.
+        seed: Of the choice among them, or None: the first ones.
+        out: The file of results, or None.
+        fresh: Discard what that file holds.
+        quiet: No progress bar, no notes.
+    """
 
     tasks: str
     image_root: str | None
@@ -89,8 +99,10 @@ class QuestionOptions:
 class Asked:
     """What is asked.
 
-    metric: Its name; None without answers.
-    prompt_suffix: Text after each question.
+    Attributes:
+        questions: The questions, in the order in which they are asked.
+        metric: Its name; None without answers.
+        prompt_suffix: Text after each question.
     """
 
     questions: list[Question]
@@ -116,7 +128,7 @@ def question_options(
         click.option(
             "--image-root",
             type=FilePath(),
-            help="Image paths are relative to this folder. Default: the folder of TASKS.",
+            help="Folder that image paths are relative to. Default: the folder of TASKS.",
         ),
         click.option(
             "--metric",
@@ -124,7 +136,7 @@ def question_options(
             metavar="NAME",
             default="auto",
             show_default=True,
-            help=f"How answers are scored: {', '.join(['auto', *METRICS])}. auto takes what fits the answers.",
+            help=f"How answers are scored: {', '.join(['auto', *METRICS])}. auto takes the one that fits the answers.",
         ),
         click.option(
             "-n",
@@ -136,17 +148,17 @@ def question_options(
         ),
         click.option(
             "--prompt-suffix",
-            help=r"This text goes after each question; \n is a new line. Default: for a published benchmark the text "
-            "that LLaVA-1.5 was asked with, otherwise nothing.",
+            help=r"Text after each question; \n is a new line. Default: nothing, and for a published benchmark the "
+            "text that LLaVA-1.5 was asked with.",
         ),
         click.option("--limit", type=click.IntRange(min=1), help=limit_help),
         click.option("--seed", type=int, default=seed, show_default=True, help=seed_help),
         click.option(
             "--out",
             type=FilePath(dir_okay=False),
-            help="Results are appended to this file as they come. The same command goes on where it stopped.",
+            help="Append each result to this file. The same command, given again, goes on where it stopped.",
         ),
-        click.option("--fresh", is_flag=True, help="Start the file of --out again."),
+        click.option("--fresh", is_flag=True, help="Discard the results that the file of --out holds."),
         click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of tables."),
         quiet_option,
     ]
@@ -160,7 +172,9 @@ def question_options(
                     "TASKS is missing", f"give a file of questions, one JSON object a line, such as {FORMAT}"
                 )
             if options.fresh and options.out is None:
-                raise ConfigError("--fresh has no results to start again", "add --out FILE")
+                raise ConfigError(
+                    "--fresh discards the results of --out, and no --out was given", "add --out FILE, or leave it out"
+                )
             return command(options=options, **given)
 
         for parameter in reversed(parameters):
@@ -177,9 +191,9 @@ def asking(
     model: dict[str, Any],
     configs: Sequence[NamedConfig],
 ) -> Iterator[Asker]:
-    """Yields ask(questions, configs), which answers what is missing and returns all records.
+    """Yields an Asker. It answers what the file of results does not have, and returns all records.
 
-    A progress bar shows how far it is, on a terminal and without --quiet and --json.
+    On a terminal a progress bar shows how far it is, unless --quiet or --json is given.
 
     Args:
         options: The options.
@@ -188,7 +202,8 @@ def asking(
         configs: Some configs that may be asked. Others can follow.
 
     Raises:
-        EvaluationError: see `Records`. Errors of the model files as `load_engine` has them.
+        EvaluationError: As `Records`.
+        StarEdgeError: As `load_engine`.
     """
     settings = {
         name: value for name, value in model.items() if name not in _FILES and (name, value) not in LATER_OPTIONS

@@ -46,16 +46,17 @@ _PLACE = ("model", "mmproj", "hf_repo", "no_mmproj", "n_threads", "n_gpu_layers"
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """Whether there are many requests, and what becomes of them, as it was typed.
+    """The options of many requests, as they were typed.
 
     Attributes:
         each: Each image is a request.
         tasks_file: The file of tasks, "-" for stdin.
         out: The file of results. None: stdout.
-        fresh: Start that file again.
+        fresh: Discard what that file holds.
         use_ray: Answer on Ray.
         workers: Engines there.
-        cache: Use again what an earlier request has done.
+        cache: Reuse what an earlier request has encoded or read.
+        verify: Answer every Nth pruned request unpruned as well; None for none.
     """
 
     each: bool
@@ -84,7 +85,9 @@ class BatchOptions:
         if self.tasks_file is not None and images:
             raise ConfigError("--image and --tasks exclude each other", "the tasks name their images")
         if self.tasks_file == "-" and prompt == "-":
-            raise ConfigError("the prompt and --tasks both read stdin", "give one of them otherwise")
+            raise ConfigError(
+                "the prompt and --tasks both read stdin", "give the prompt as an argument, or the tasks as a file"
+            )
         if self.each and not images:
             raise ImageError("--each needs images", "add --image 'FOLDER/*.jpg'")
         if self.is_wanted:
@@ -107,7 +110,9 @@ class BatchOptions:
                 if given:
                     raise ConfigError(f"{name} is for many requests", "add --each or --tasks FILE")
         if self.fresh and self.out is None:
-            raise ConfigError("--fresh has no --out to start over", "leave it out")
+            raise ConfigError(
+                "--fresh discards the results of --out, and no --out was given", "add --out FILE, or leave it out"
+            )
         if self.workers is not None and not self.use_ray:
             raise ConfigError("--workers is for --ray", "add --ray, or leave it out")
 
@@ -121,22 +126,23 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "tasks_file",
             metavar="FILE|-",
             shell_complete=complete_file,
-            help="Answer the requests of this file, one JSON object a line: image or images, prompt, and if wanted id, "
-            "preset, max_tokens, ... `-` reads stdin.",
+            help="Answer the requests of this file. Each line is a JSON object: image or images, prompt, and "
+            "optionally id, preset, max_tokens, ... `-` reads stdin.",
         ),
         click.option(
             "--out",
             metavar="FILE",
             shell_complete=complete_file,
-            help="With --each or --tasks: results go to this file, one JSON object a line. The same command goes on "
-            "where it stopped. Default: stdout.",
+            help="With --each or --tasks: write results to this file, one JSON object a line. The same command, given "
+            "again, goes on where it stopped. Default: stdout.",
         ),
-        click.option("--fresh", is_flag=True, help="Start the file of --out again."),
+        click.option("--fresh", is_flag=True, help="Discard the results that the file of --out holds."),
         click.option(
             "--ray",
             "use_ray",
             is_flag=True,
-            help="With --each or --tasks: answer with several engines on Ray (RAY_ADDRESS, or started here).",
+            help="With --each or --tasks: answer with several engines on Ray, in the cluster of RAY_ADDRESS or in "
+            "one that is started here.",
         ),
         click.option(
             "--workers",
@@ -146,8 +152,8 @@ def batch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--cache/--no-cache",
             default=True,
-            help="With --each or --tasks: use again what an earlier request has encoded or read. Results say where. "
-            "--no-cache makes times comparable: it uses nothing again, and reads one request to warm up.",
+            help="With --each or --tasks: reuse what an earlier request has encoded or read. Results say where. "
+            "--no-cache makes times comparable: nothing is reused, and one request is read first, to warm up.",
         ),
         click.option(
             "--verify",

@@ -31,7 +31,7 @@ from ..evaluation.configs import NamedConfig
 from ..io.images import load_image
 from ..options import EncoderOptions
 from ..synthetic import DEFAULT_PICTURE, PICTURE_TITLES, PICTURES, SHAPES, model_files
-from .grid import config_options, grid_configs
+from .grid import Grid, config_options
 from .options import (
     Choice,
     FilePath,
@@ -147,13 +147,7 @@ def bench(
     images: tuple[str, ...],
     image_size: str,
     prompt: str,
-    presets: tuple[str, ...],
-    vision_keep: str | None,
-    decoder_keep: str | None,
-    decoder_layer: str | None,
-    image_max_tokens: str | None,
-    sets: tuple[str, ...],
-    config_file: str | None,
+    grid: Grid,
     baselines: tuple[str, ...],
     unpruned: bool,
     fewer_tokens: tuple[float, ...],
@@ -208,15 +202,7 @@ def bench(
             raise OutputError(f"the folder of {path} does not exist", "use an existing folder")
     if plot:
         plots.check(plot)
-    configs, dropped = grid_configs(
-        presets,
-        sets,
-        config_file,
-        vision_keep=vision_keep,
-        decoder_keep=decoder_keep,
-        decoder_layer=decoder_layer,
-        image_max_tokens=image_max_tokens,
-    )
+    configs, dropped = grid.configs()
     configs = [config for config in configs if unpruned or config.prune is not None]
     if shape is not None:
         # Embeddings of random weights say nothing about how many tokens a picture needs

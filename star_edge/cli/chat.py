@@ -29,14 +29,12 @@ from ..suggestions import did_you_mean
 from .batch import SOME_FAILED
 from .options import (
     cli_words,
-    encoder_prune_options,
     examples,
     load_engine,
-    make_config,
     model_options,
-    prune_options,
     quiet_option,
 )
+from .pruning import Pruning, prune_options
 from .run import summary
 from .sampling import Sampling, sampling_options
 from .waiting import Waiting
@@ -60,22 +58,12 @@ COMMANDS = {
 )
 @model_options
 @prune_options
-@encoder_prune_options
 @sampling_options
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each answer.")
 def chat(
     images: tuple[str, ...],
-    preset: str,
-    vision_keep: Any,
-    vision_tolerance: float | None,
-    decoder_keep: Any,
-    decoder_layer: int | None,
-    budget: str | None,
-    image_max_tokens: Any,
-    redundancy: str | float | None,
-    encoder_keep: Any,
-    encoder_layer: int | None,
+    pruning: Pruning,
     sampling: Sampling,
     quiet: bool,
     as_json: bool,
@@ -88,18 +76,7 @@ def chat(
 
     Through a pipe each line of stdin is a question or a command. The exit status is 3 when some could not be answered.
     """
-    config = make_config(
-        preset,
-        vision_keep,
-        decoder_keep,
-        decoder_layer,
-        budget,
-        redundancy=redundancy,
-        encoder_keep=encoder_keep,
-        encoder_layer=encoder_layer,
-        image_max_tokens=image_max_tokens,
-        vision_tolerance=vision_tolerance,
-    )
+    config = pruning.config()
     options = {"max_tokens": sampling.max_tokens, **sampling.options()}
     pictures = [_load(path) for path in images]
     waiting = Waiting(quiet)
@@ -108,7 +85,9 @@ def chat(
         vlm = load_engine(**model)
     is_terminal = sys.stdin.isatty()
     with vlm, _Interrupts(is_terminal) as interrupts:
-        conversation = _Conversation(vlm, config, preset, sampling.system, pictures, options, waiting, interrupts)
+        conversation = _Conversation(
+            vlm, config, pruning.preset, sampling.system, pictures, options, waiting, interrupts
+        )
         conversation.quiet, conversation.as_json = quiet, as_json
         if is_terminal:
             _complete()

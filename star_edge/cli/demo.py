@@ -21,21 +21,18 @@ from .options import (
     AFRESH,
     FilePath,
     check_picture_path,
-    encoder_prune_options,
     examples,
     load_engine,
-    make_config,
     print_json,
-    prune_options,
     quiet_option,
     save_overlay,
 )
+from .pruning import Pruning, prune_options
 from .tables import make_console, print_table
 
 
 @click.command(epilog=examples("star-edge demo", "star-edge demo --preset fast --overlay kept.png"))
 @prune_options
-@encoder_prune_options
 @click.option(
     "--repeats",
     type=click.IntRange(min=1),
@@ -53,16 +50,7 @@ from .tables import make_console, print_table
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON in place of the table.")
 @quiet_option
 def demo(
-    preset: str,
-    vision_keep: Any,
-    vision_tolerance: float | None,
-    decoder_keep: Any,
-    decoder_layer: int | None,
-    budget: str | None,
-    image_max_tokens: Any,
-    redundancy: str | float | None,
-    encoder_keep: Any,
-    encoder_layer: int | None,
+    pruning: Pruning,
     repeats: int,
     overlay: str,
     as_json: bool,
@@ -73,18 +61,7 @@ def demo(
     Nothing is downloaded. The picture is the first of the held-out set that has a question of every family, all of
     which the unpruned model answers correctly; pruning may change that, and the table shows it.
     """
-    config = make_config(
-        preset,
-        vision_keep,
-        decoder_keep,
-        decoder_layer,
-        budget,
-        redundancy=redundancy,
-        encoder_keep=encoder_keep,
-        encoder_layer=encoder_layer,
-        image_max_tokens=image_max_tokens,
-        vision_tolerance=vision_tolerance,
-    )
+    config = pruning.config()
     check_picture_path(overlay)
     rows: list[dict[str, Any]] = []
     with load_engine(None, None, **AFRESH) as vlm:

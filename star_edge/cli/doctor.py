@@ -29,7 +29,6 @@ from ..vision.resolution import Resolution
 from .options import (
     AFRESH,
     FilePath,
-    KeepType,
     cli_words,
     complete_file,
     examples,
@@ -38,6 +37,7 @@ from .options import (
     parse_size,
     print_json,
 )
+from .pruning import KeepType
 from .tables import make_console, print_table
 
 

@@ -11,7 +11,7 @@ from ..errors import ConfigError, EvaluationError
 from ..evaluation import plots
 from ..evaluation.summary import summarise, tables
 from .asking import QuestionOptions, asking, question_options
-from .grid import config_options, grid_configs
+from .grid import Grid, config_options
 from .options import FilePath, cli_words, examples, print_json
 from .tables import make_console, print_table
 
@@ -36,22 +36,16 @@ from .tables import make_console, print_table
 )
 def eval(
     options: QuestionOptions,
-    presets: tuple[str, ...],
-    vision_keep: str | None,
-    decoder_keep: str | None,
-    decoder_layer: str | None,
-    image_max_tokens: str | None,
-    sets: tuple[str, ...],
-    config_file: str | None,
+    grid: Grid,
     plot: str | None,
     **model: Any,
 ) -> None:
     """Ask questions with several configs and with the unpruned model, and compare answers and times.
 
-    TASKS is a file with one JSON object a line: image (a path or URL), question, and where they are known answer,
-    category and id. Field names of POPE, LLaVA and VQA files are understood. TASKS may also be a file of TextVQA,
-    DocVQA, ChartQA, OCRBench, MMBench or GQA as it is published. `-` reads JSON lines from stdin. Without answers,
-    agreement with the unpruned model is compared.
+    TASKS is a file with one JSON object a line: image (a path or URL), question, and optionally answer, category and
+    id. Field names of POPE, LLaVA and VQA files are understood. TASKS may also be a file of TextVQA, DocVQA, ChartQA,
+    OCRBench, MMBench or GQA as it is published. `-` reads JSON lines from stdin. Without answers, the score is
+    agreement with the unpruned model.
 
     A time to the first token is a median. Configs take turns question by question. Reading image files does not
     count.
@@ -61,21 +55,13 @@ def eval(
     if plot:
         plots.check(plot)
     asked = options.read()
-    configs, dropped = grid_configs(
-        presets,
-        sets,
-        config_file,
-        vision_keep=vision_keep,
-        decoder_keep=decoder_keep,
-        decoder_layer=decoder_layer,
-        image_max_tokens=image_max_tokens,
-    )
+    configs, dropped = grid.configs()
     with asking(options, asked, model, configs) as ask:
         summary = summarise(asked.questions, configs, ask(asked.questions, configs), asked.metric)
     summary["notes"] = dropped
     if not any(row["n"] for row in summary["configs"]):
         first = summary["errors"][0]
-        raise EvaluationError(f"no question could be answered; the first one ({first['task']}): {first['error']}")
+        raise EvaluationError(f"no question could be answered; question {first['task']}: {first['error']}")
     if plot:
         plots.save(summary, plot)
     if options.as_json:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import click
@@ -9,12 +12,50 @@ import click
 from ..errors import ConfigError
 from ..evaluation.configs import NamedConfig, choose_configs, parse_values
 from ..pruning.config import PRESETS
-from .options import KEEP_HELP, Command, FilePath, complete_preset
+from .options import FilePath
+from .pruning import KEEP_HELP, complete_preset
 
 
-def config_options(command: Command) -> Command:
-    """Adds the options that `grid_configs` takes."""
-    options = [
+@dataclass(frozen=True)
+class Grid:
+    """The options as they were typed.
+
+    Attributes:
+        presets: Values of --preset.
+        sets: Values of --set.
+        config_file: Value of --configs, or None.
+    """
+
+    presets: tuple[str, ...]
+    vision_keep: str | None
+    decoder_keep: str | None
+    decoder_layer: str | None
+    image_max_tokens: str | None
+    sets: tuple[str, ...]
+    config_file: str | None
+
+    def configs(self) -> tuple[list[NamedConfig], list[str]]:
+        """As `choose_configs`.
+
+        Raises:
+            ConfigError: A field does not take a value.
+        """
+        names = ("vision_keep", "decoder_keep", "decoder_layer", "image_max_tokens")
+        typed = {name: text for name in names if (text := getattr(self, name)) is not None}
+        grid = {name: parse_values(name, text) for name, text in typed.items()}
+        for name, values in grid.items():
+            fractions = [value for value in values if isinstance(value, float)]
+            if fractions and 1.0 not in fractions and any(type(value) is int and value == 1 for value in values):
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(
+                    f"{flag} {typed[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all"
+                )
+        return choose_configs(self.presets, grid, _parse_sets(self.sets), self.config_file)
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--preset, --vision-keep, ... and --configs. They reach the command as `grid`, a Grid."""
+    parameters = [
         click.option(
             "--preset",
             "presets",
@@ -54,34 +95,15 @@ def config_options(command: Command) -> Command:
             help='A file with a JSON list of configs: {"name": ..., "method": ..., fields of PruneConfig}.',
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
+    @functools.wraps(command)
+    def with_options(**given: Any) -> Any:
+        grid = Grid(**{field.name: given.pop(field.name) for field in fields(Grid)})
+        return command(grid=grid, **given)
 
-def grid_configs(
-    presets: tuple[str, ...], sets: tuple[str, ...], config_file: str | None, **budget: str | None
-) -> tuple[list[NamedConfig], list[str]]:
-    """As `choose_configs`, from the options as they were typed.
-
-    Args:
-        presets: Values of --preset.
-        sets: Values of --set.
-        config_file: Value of --configs.
-        **budget: Values of --vision-keep, --decoder-keep, --decoder-layer and --image-max-tokens.
-
-    Raises:
-        ConfigError: A field does not take a value.
-    """
-    grid = {name: parse_values(name, text) for name, text in budget.items() if text is not None}
-    for name, values in grid.items():
-        fractions = [value for value in values if isinstance(value, float)]
-        if fractions and 1.0 not in fractions and any(type(value) is int and value == 1 for value in values):
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(
-                f"{flag} {budget[name]} has fractions, and 1, which is a count: one token", "write 1.0 to keep all"
-            )
-    return choose_configs(presets, grid, _parse_sets(sets), config_file)
+    for parameter in reversed(parameters):
+        with_options = parameter(with_options)
+    return with_options
 
 
 def _parse_sets(sets: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -15,14 +15,13 @@ from .options import (
     complete_file,
     examples,
     load_engine,
-    make_config,
     model_options,
     print_json,
-    prune_options,
     quiet_option,
     save_overlay,
     save_picture,
 )
+from .pruning import Pruning, prune_options_after_encoder
 
 
 @click.command(
@@ -41,7 +40,7 @@ from .options import (
     help="Image file or URL; repeat for several. Without one: a plain text model.",
 )
 @model_options
-@prune_options
+@prune_options_after_encoder
 @click.option(
     "-L",
     "--layer",
@@ -88,13 +87,7 @@ def inspect(
     overlay: str | None,
     as_json: bool,
     quiet: bool,
-    preset: str,
-    vision_keep: Any,
-    vision_tolerance: float | None,
-    decoder_keep: Any,
-    decoder_layer: int | None,
-    budget: str | None,
-    image_max_tokens: Any,
+    pruning: Pruning,
     **model: Any,
 ) -> None:
     """Write the attention of any layer, and the kept tokens, to an .npz file and a picture.
@@ -102,15 +95,7 @@ def inspect(
     Arrays: tokens, image_of_token, decoder_L (heads, query, key), encoder_image_I_layer_L, and for each image
     kept_vision_I and kept_decoder_I (indices of kept image tokens) with scores_vision_I and scores_decoder_I.
     """
-    config = make_config(
-        preset,
-        vision_keep,
-        decoder_keep,
-        decoder_layer,
-        budget,
-        image_max_tokens=image_max_tokens,
-        vision_tolerance=vision_tolerance,
-    )
+    config = pruning.config()
     if not out.endswith(".npz"):
         raise ConfigError(f"{out} does not end in .npz", "arrays are written in NumPy's format")
     for path in filter(None, (picture, overlay)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import math
@@ -21,14 +20,12 @@ from .. import refvlm
 from ..chat import find_template
 from ..engine import StarVLM
 from ..errors import ConfigError, StarEdgeError
-from ..io.configs import resolve_prune
 from ..io.hub import fetch
 from ..io.video import Video, read_video
 from ..llamacpp.devices import can_offload
 from ..llamacpp.names import KV_TYPES
 from ..options import AFRESH as AFRESH  # for the commands
 from ..options import EncoderOptions, LoadOptions
-from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
 from ..report import ImageReport, PruneReport
 from ..suggestions import nearest
 from ..vision.precision import MMPROJ_TYPES
@@ -36,30 +33,11 @@ from .words import cli_words as cli_words  # for the commands
 from .words import in_cli_words as in_cli_words
 
 if TYPE_CHECKING:
-    _KeepParam = click.ParamType[Keep]
-    _RedundancyParam = click.ParamType[str | float]
     _ChoiceParam = click.Choice[str]
-else:  # not every click since 8.2 has generic types of parameters
-    _KeepParam = _RedundancyParam = click.ParamType
+else:  # not every click since 8.2 has a generic Choice
     _ChoiceParam = click.Choice
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class KeepType(_KeepParam):
-    """0.25 or 1.0 is a fraction, 144 a count."""
-
-    name = "fraction|count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Keep:
-        try:
-            return int(value)
-        except ValueError:
-            pass
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a fraction (0.25) nor a count of tokens (144)", param, ctx)
 
 
 class Number(click.FloatRange):
@@ -98,20 +76,6 @@ def _check_gpu(ctx: click.Context, param: click.Parameter, n_layers: int) -> int
     return n_layers
 
 
-class RedundancyType(_RedundancyParam):
-    """off, exact, or a number."""
-
-    name = "off|exact|number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | float:
-        if value in ("off", "exact"):
-            return str(value)
-        try:
-            return float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither off nor exact nor a number.", param, ctx)
-
-
 class Choice(_ChoiceParam):
     """One of some words. A mistyped one gets a suggestion."""
 
@@ -121,12 +85,6 @@ class Choice(_ChoiceParam):
         except click.BadParameter as error:
             near = nearest(value, self.choices)
             self.fail(f"{error.message} Did you mean {near}?" if near is not None else error.message, param, ctx)
-
-
-def complete_preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of presets, and .json files, for the shell."""
-    files = sorted(glob.glob(f"{glob.escape(incomplete)}*.json"))
-    return [CompletionItem(name) for name in (*PRESETS, *files) if name.startswith(incomplete)]
 
 
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -271,77 +229,6 @@ def model_options(command: Command) -> Command:
     return command
 
 
-KEEP_HELP = (
-    "with a point a fraction of the original (1.0 keeps all), a whole number a count for each image (1 keeps one token)"
-)
-
-
-def prune_options(command: Command) -> Command:
-    """--preset and the fields that override it. The parameters reach `make_config` as keyword arguments."""
-    options = [
-        click.option(
-            "--preset",
-            type=str,
-            default=DEFAULT_PRESET,
-            show_default=True,
-            metavar="NAME|FILE.json",
-            shell_complete=complete_preset,
-            help=f"One of {', '.join(PRESETS)}, or a file of star-edge tune.",
-        ),
-        click.option("--vision-keep", type=KeepType(), help=f"Image tokens to keep after the encoder: {KEEP_HELP}."),
-        click.option(
-            "--vision-tolerance",
-            type=click.FloatRange(min=0, min_open=True),
-            help="Keep more than --vision-keep where the picture needs it: until each dropped token is within this "
-            "share of the mean distance between tokens from the one that stands for it, such as 0.2. "
-            "--vision-keep without it leaves the preset's out.",
-        ),
-        click.option(
-            "--decoder-keep",
-            type=KeepType(),
-            help="Image tokens to keep from layer K on, likewise. A stage of the preset that contradicts "
-            "what is given here is left out.",
-        ),
-        click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
-        click.option(
-            "--budget",
-            type=Choice(["image", "crop", "prompt"]),
-            help="Who shares tokens: the crops of an image (default), none, or all images, such as the frames of a "
-            "video.",
-        ),
-        click.option(
-            "--image-max-tokens",
-            type=KeepType(),
-            help="Make larger pictures smaller, until they take so many image tokens: a fraction of those at full size "
-            "(0.5) or a count. With --preset off that is all that is done.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def encoder_prune_options(command: Command) -> Command:
-    """--redundancy, --encoder-keep and --encoder-layer, for `make_config` too."""
-    options = [
-        click.option(
-            "--redundancy",
-            type=RedundancyType(),
-            help="Tokens left out before the encoder because a neighbour shows the same: off (default), exact, or the "
-            "largest difference of pixels, such as 0.03.",
-        ),
-        click.option(
-            "--encoder-keep", type=KeepType(), help="Image tokens to keep within the encoder from its layer M on."
-        ),
-        click.option(
-            "--encoder-layer", type=int, help="Layer M, 1 to layers of the encoder - 1. Default: a quarter of them."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def load_engine(
     model: str | None = None,
     mmproj: str | None = None,
@@ -389,25 +276,6 @@ def find_model(
     if mmproj is not None:
         raise ConfigError("--mmproj was given without a text model", "add -m TEXT.gguf")
     return refvlm.TEXT_MODEL, refvlm.MMPROJ
-
-
-def make_config(
-    preset: str,
-    vision_keep: Keep | None,
-    decoder_keep: Keep | None,
-    decoder_layer: int | None,
-    budget: str | None,
-    **more: Any,
-) -> PruneConfig | None:
-    """The config of `prune_options`. more: the fields of the other options."""
-    return override(
-        resolve_prune(preset),
-        vision_keep=vision_keep,
-        decoder_keep=decoder_keep,
-        decoder_layer=decoder_layer,
-        budget=budget,
-        **more,
-    )
 
 
 def parse_size(text: str, option: str = "--image-size") -> tuple[int, int]:

@@ -20,18 +20,16 @@ from .options import (
     check_picture_path,
     cli_words,
     complete_file,
-    encoder_prune_options,
     examples,
     in_cli_words,
     load_engine,
-    make_config,
     model_options,
     print_json,
-    prune_options,
     quiet_option,
     report_json,
     save_overlay,
 )
+from .pruning import Pruning, prune_options
 from .sampling import Sampling, sampling_options
 from .waiting import Waiting
 
@@ -66,7 +64,6 @@ from .waiting import Waiting
 @batch_options
 @model_options
 @prune_options
-@encoder_prune_options
 @sampling_options
 @click.option("--raw", is_flag=True, help="The prompt is used as it is, without the model's chat template.")
 @click.option(
@@ -82,16 +79,7 @@ def run(
     frames: int | None,
     fps: float | None,
     batch: BatchOptions,
-    preset: str,
-    vision_keep: Any,
-    vision_tolerance: float | None,
-    decoder_keep: Any,
-    decoder_layer: int | None,
-    budget: str | None,
-    image_max_tokens: Any,
-    redundancy: str | float | None,
-    encoder_keep: Any,
-    encoder_layer: int | None,
+    pruning: Pruning,
     sampling: Sampling,
     raw: bool,
     overlay: str | None,
@@ -108,20 +96,9 @@ def run(
     With --each or --tasks there is one line of JSON for each request. The exit status is 3 when some of them failed, or
     when the answer is there and an overlay could not be drawn.
     """
-    config = make_config(
-        preset,
-        vision_keep,
-        decoder_keep,
-        decoder_layer,
-        budget,
-        redundancy=redundancy,
-        encoder_keep=encoder_keep,
-        encoder_layer=encoder_layer,
-        image_max_tokens=image_max_tokens,
-        vision_tolerance=vision_tolerance,
-    )
+    config = pruning.config()
     batch.check(images, overlay, prompt)
-    if batch.each and budget == "prompt":
+    if batch.each and pruning.budget == "prompt":
         raise ConfigError(
             "--budget prompt is for several images of one request, and --each makes a request of each",
             "leave out one of them",

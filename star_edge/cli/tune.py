@@ -56,13 +56,13 @@ def _stages(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str,
     default=",".join(STAGES),
     show_default=True,
     callback=_stages,
-    help="What may be varied. What the model does not support is left out.",
+    help="Axes that may vary. Those that the model does not support are left out.",
 )
 @click.option(
     "--minutes",
     type=Number(0, min_open=True),
-    help="Stop the search with the best so far, in time for its checks to end by then, but not before half of the "
-    "minutes. Default: no limit.",
+    help="Time limit. The search stops early enough for its checks, but not before half of the time is gone, and the "
+    "best config so far is taken. Default: no limit.",
 )
 @click.option(
     "-o",
@@ -70,7 +70,7 @@ def _stages(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str,
     type=FilePath(dir_okay=False),
     default="star-edge.json",
     show_default=True,
-    help="The config is written to this file.",
+    help="Write the config to this file.",
 )
 def tune(
     options: QuestionOptions,
@@ -83,10 +83,11 @@ def tune(
     """Find the fastest config that keeps the accuracy on your own questions, and write it to a file.
 
     TASKS is a file of questions as for `star-edge eval`. Without answers, agreement with the unpruned model is kept.
-    The file that is written can be given to --preset, and as `prune` in Python.
+    --preset takes the file that is written, and so does `prune` in Python.
 
-    Half of the images are for the choice. A quarter checks it, and can reject it. The last quarter is reported on. With
-    few questions the last part is left out, or both. With --out a run that was stopped goes on.
+    Half of the images serve to choose. A quarter checks the choice, and can reject it. The last quarter is for the
+    report alone. With few questions the report's part is left out, with fewer the check's as well. With --out, the same
+    command goes on where it stopped.
     """
     _check_target(config_out)
     asked = options.read()
@@ -104,7 +105,7 @@ def tune(
 
 
 class _Run:
-    """One run of the command: the clock, what was asked, and what is said on the way."""
+    """One run of the command: its clock, what it has asked, and what it says on the way."""
 
     def __init__(
         self, ask: Asker, parts: Parts, asked: Asked, keep: float, minutes: float | None, *, quiet: bool
@@ -117,7 +118,7 @@ class _Run:
         self._answer_seconds = 0.0
 
     def ask(self, questions: Sequence[Question], configs: Sequence[NamedConfig]) -> Mapping[tuple[str, str], Record]:
-        """As the engine's, and counts."""
+        """Asks, and counts answers and seconds."""
         results = self._asker.results
         new = sum(not results.done(question, config) for question in questions for config in configs)
         start = time.monotonic()
@@ -130,7 +131,7 @@ class _Run:
         """What can be varied.
 
         Raises:
-            EvaluationError: Nothing, or no question can be answered.
+            EvaluationError: Nothing can be varied, or no question can be answered.
         """
         supported = find_axes(self._asker.vlm, self._parts.choice, stages, max_tokens, self._asked.prompt_suffix)
         for stage, reason in supported.left_out.items():
@@ -240,9 +241,7 @@ class _Run:
     def _show(self, supported: Supported, planned: Plan) -> None:
         parts = self._parts
         if len(parts.choice) < LEAST:
-            self._say(
-                f"{len(parts.choice)} questions are few: what is chosen is mostly chance, in accuracy and in time"
-            )
+            self._say(f"{len(parts.choice)} questions are few: the choice is mostly chance, in accuracy and in time")
         for axis in supported.axes:
             self._say(f"axis {axis.name}: {len(axis.values)} values")
         said = f"{len(parts.choice)} questions for the choice"
@@ -266,7 +265,7 @@ _VERDICTS = {
 def _check_target(path: str) -> None:
     if not path.endswith(".json"):
         raise ConfigError(
-            f"--config-out {path} does not end in .json", "name it so: --preset tells files from presets by it"
+            f"--config-out {path} does not end in .json", "use that ending: --preset tells files from presets by it"
         )
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise _cannot_be_written(path, "there is no such folder")

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..llamacpp import saved_rows
 from ..llamacpp.context import MAIN, DecoderContext
 from ..pruning.config import Keep
 from ..rows import Segment
@@ -60,10 +61,11 @@ class HybridStem(reuse.KeptRows):
         return n_prefix if n >= n_prefix == self.n_prefix and self.prefix_state is not None else 0
 
     def save(self, context: DecoderContext, most: int) -> np.ndarray | None:
-        return context.save_rows(MAIN, most)  # what follows the stem too: it cannot be cut off without its state
+        # what follows the stem too: it cannot be cut off without its state
+        return saved_rows.save_rows(context.llama, MAIN, most)
 
     def restore(self, context: DecoderContext, data: np.ndarray) -> None:
-        context.restore_rows(MAIN, data)
+        saved_rows.restore_rows(context.llama, MAIN, data)
         context.owner.stem_end = context.span(MAIN)[1] + 1
 
     @property
@@ -96,7 +98,7 @@ class HybridCells(Cells):
         n = stem.n_usable(segments, n_prefix, layer)
         if n == stem.n_rows and layer == stem.layer:
             n_main = n if layer is None else stem.n_prefix
-            context.restore_state(stem.state, n_main - 1)
+            saved_rows.restore_state(context.llama, stem.state, n_main - 1)
             context.remove(MAIN, n_main)
             self.is_attached = True
             self.prefix_state = stem.prefix_state
@@ -104,7 +106,7 @@ class HybridCells(Cells):
                 self.state = stem.state
             return reuse.Attached(n_main, stem.hidden)
         if n:
-            context.restore_state(stem.prefix_state, n_prefix - 1)
+            saved_rows.restore_state(context.llama, stem.prefix_state, n_prefix - 1)
             context.remove(MAIN, n_prefix)
             self.prefix_state = stem.prefix_state
             return reuse.Attached(n_prefix)
@@ -117,11 +119,11 @@ class HybridCells(Cells):
 
     def read_prefix(self) -> None:
         if self.keep and self.n_cells and self.prefix_state is None:
-            self.prefix_state = self.context.save_state()
+            self.prefix_state = saved_rows.save_state(self.context.llama)
 
     def read_images(self) -> None:
         if self.keep and self.state is None:
-            self.state = self.context.save_state()
+            self.state = saved_rows.save_state(self.context.llama)
 
     def decoded(self) -> None:
         if self.last_row is not None:

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..llamacpp import saved_rows
 from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
 from ..rows import Segment
 
@@ -107,10 +108,10 @@ class Stem(KeptRows):
         return n_prefix if n > n_prefix and layer != self.layer else n
 
     def save(self, context: DecoderContext, most: int) -> np.ndarray | None:
-        return context.save_rows(PARKED, most)
+        return saved_rows.save_rows(context.llama, PARKED, most)
 
     def restore(self, context: DecoderContext, data: np.ndarray) -> None:
-        context.restore_rows(PARKED, data)
+        saved_rows.restore_rows(context.llama, PARKED, data)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from helpers import stock
 from llama_cpp import Llama
 
 from star_edge.llamacpp.context import MAIN, DecoderContext, attach_tap
+from star_edge.llamacpp.saved_rows import restore_state, save_state
 from star_edge.llamacpp.tap import Plan, Tap
 from star_edge.rows import Rows
 
@@ -57,8 +58,8 @@ def test_a_part_of_nothing_is_removed_by_sequence_minus_1(tapped):
 def test_the_last_position_is_the_smaller_of_the_two_memories(tapped):
     tapped.clear()
     add(tapped, 8, 0)
-    state = tapped.save_state()
-    tapped.restore_state(state, 4)
+    state = save_state(tapped.llama)
+    restore_state(tapped.llama, state, 4)
     assert tapped.span(MAIN)[1] == 4
 
 
@@ -67,12 +68,12 @@ def test_a_state_goes_back_to_another_position_with_all_that_it_was(tapped, at):
     """The rows after it are decoded as if those before were at other positions: the states alone are compared."""
     tapped.clear()
     add(tapped, 8, 0)
-    state = tapped.save_state()
+    state = save_state(tapped.llama)
     add(tapped, 5, 8)
-    assert not np.array_equal(tapped.save_state(), state)
-    tapped.restore_state(state, at)
+    assert not np.array_equal(save_state(tapped.llama), state)
+    restore_state(tapped.llama, state, at)
     tapped.remove(MAIN, at + 1)
-    again = tapped.save_state()
+    again = save_state(tapped.llama)
     assert np.flatnonzero(again != state).tolist() == [12, *([13, 14, 15] if at < 0 else [])]  # the position alone
     assert add(tapped, 4, at + 1) == list(range(at + 1, at + 5))
 

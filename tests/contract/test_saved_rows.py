@@ -5,6 +5,7 @@ import pytest
 from helpers.reusing import cells, engine
 
 from star_edge.llamacpp.context import MAIN, PARKED
+from star_edge.llamacpp.saved_rows import restore_rows, save_rows
 
 PROMPTS = ("the first prompt is of some length", "another one")
 
@@ -15,14 +16,14 @@ def test_rows_come_back_bit_for_bit_and_to_their_cells(families, family):
         decoder = vlm.decoder
         vlm.read_prompt(PROMPTS[0], chat=False, prune=None)
         sequence = MAIN if decoder.is_hybrid else PARKED
-        spans, data = cells(vlm), decoder.save_rows(sequence, 2**40)
+        spans, data = cells(vlm), save_rows(vlm.llama, sequence, 2**40)
         size = len(data)
-        assert decoder.save_rows(sequence, size - 1) is None
+        assert save_rows(vlm.llama, sequence, size - 1) is None
         own = data.copy()
         decoder.clear()
         vlm.read_prompt(PROMPTS[1], chat=False, prune=None)
         decoder.clear()
-        decoder.restore_rows(sequence, data)
+        restore_rows(vlm.llama, sequence, data)
         assert np.array_equal(own, data)
         assert cells(vlm)[sequence] == spans[sequence]
-        assert np.array_equal(decoder.save_rows(sequence, 2**40), data)
+        assert np.array_equal(save_rows(vlm.llama, sequence, 2**40), data)

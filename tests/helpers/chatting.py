@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 
 import numpy as np
 from llama_cpp import Llama
@@ -90,3 +91,14 @@ def bare(response):
     if isinstance(response, dict):
         return {k: bare(v) for k, v in response.items() if k not in ("id", "created", "star_edge")}
     return [bare(v) for v in response] if isinstance(response, list) else response
+
+
+def complete(llm):
+    """Tokens of an answer to a text without images."""
+    prompt = llm.tokenize(b"USER: is there a red star? ASSISTANT:", add_bos=True)
+    return [int(t) for t in itertools.islice(llm.generate(prompt, temp=0.0), 6)]
+
+
+def raise_it(error, *args, **options):
+    """Stands for a function that fails."""
+    raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -26,6 +27,8 @@ def data_url(path=refvlm.DEMO_IMAGE):
 
 
 DEMO = data_url()
+COLOR = "what color is the triangle?"
+LONG = {"max_tokens": 600, "extra_body": {"min_tokens": 600}}  # an answer of seconds: the end token is forbidden
 
 
 def message(question, *urls):
@@ -89,3 +92,21 @@ class Server:
             self.process.communicate()
             raise
         return self.process.returncode, stderr
+
+
+def ask(client, *urls, question=COLOR, **options):
+    options = {"model": "any", "temperature": 0, "max_tokens": 4, **options}
+    return client.chat.completions.create(messages=[message(question, *(urls or [DEMO]))], **options)
+
+
+def text_of(response):
+    return response.choices[0].message.content.strip()
+
+
+@contextlib.contextmanager
+def busy(server, key="none"):
+    """The engine is at a long answer inside the block."""
+    with ask(server.client(key), stream=True, **LONG) as stream:
+        next(iter(stream))
+        yield
+    server.wait(lambda: server.request("GET", "/health")[2]["waiting"] == 0)
