@@ -30,6 +30,7 @@ from ..verify import answer_text, draw_seed
 from .metrics import Metrics
 from .request_log import Record
 from .schema import ChatRequest
+from .videos import frames_of, read_videos
 from .verifying import Verifier
 
 # Fields of a request that Llama.create_chat_completion takes by the same name
@@ -66,7 +67,7 @@ class Pictures:
 
     def __init__(self, limits: ImageLimits) -> None:
         self.sources: dict[str, Source] = {}
-        self._limits = limits
+        self.limits = limits
 
     def __call__(self, name: str) -> np.ndarray:
         source = self.sources.get(name)
@@ -79,7 +80,7 @@ class Pictures:
         if isinstance(source, np.ndarray):
             return source
         try:
-            return load_image(source, self._limits)
+            return load_image(source, self.limits)
         except ImageTooLargeError as error:
             remedy = "shrink it, or start the server with a higher --max-image-bytes or --max-image-pixels"
             raise ImageTooLargeError(error.cause, remedy) from error
@@ -165,6 +166,7 @@ class Job:
         self._is_cancelled: Callable[[], bool] = self._stopped.is_set
         self._again: Job | None = None  # the same request, to be verified
         self._text = ""  # of the answer so far, for that
+        self._frames: list[dict[str, Any]] = []  # of its videos, if they are asked for
         self._error: Exception | None = None
         self._n_chunks = 0
         # No bound: the engine must not wait for a client that reads slowly, and an answer is never longer than the
@@ -297,6 +299,8 @@ class Job:
                 result["star_edge"]["milliseconds"]["ahead"] = self._ahead_ms
             if self._body.star_edge.kept:
                 result["star_edge"]["kept"] = _kept(report)
+            if self._body.star_edge.frames:
+                result["star_edge"]["frames"] = self._frames
             finish_reason = result["choices"][0]["finish_reason"]
             self._record.facts |= {"tokens": report.n_generated, "finish_reason": finish_reason}
             self._engine.metrics.generated(report.n_generated)
@@ -336,10 +340,13 @@ class Job:
         afresh = engine.handler.reader.afresh() if body.star_edge.afresh else contextlib.nullcontext()
         try:
             with engine.handler.pruning(self._config), engine.handler.cancellable(self._is_cancelled), afresh:
-                messages: Any = self._messages  # JSON that read_messages has checked
+                messages: Any  # JSON that read_messages has checked
+                messages, videos = read_videos(self._messages, engine.pictures.limits)
                 result = engine.llama.create_chat_completion(messages, **kwargs)
                 request = engine.handler.last_request
                 assert request is not None  # this one
+                if body.star_edge.frames:
+                    self._frames = frames_of(request.answered[1], videos)
                 if body.star_edge.kept:
                     _ = request.answered[1].places  # now, because this thread has the Llama; the report remembers them
                 return result, request
@@ -374,6 +381,9 @@ def _kept(report: PruneReport) -> list[dict[str, Any]]:
     return [
         {
             "picture": image.picture,
+            "video": image.video,
+            "second": image.second,
+            "same_as": image.same_as,
             "grid": image.grid,
             "cells": image.cells.tolist(),
             "place": None if place is None else [round(edge, 5) for edge in place],

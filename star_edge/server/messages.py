@@ -159,7 +159,10 @@ def _part(part: Any, at: str, urls: list[str]) -> dict[str, Any]:
 
 
 def _video(part: dict[str, Any], kind: str, at: str) -> Video:
-    """A video part: {"video_url": {"url": U}}, or U alone, with Qwen's nframes and fps beside it."""
+    """A video part: {"video_url": {"url": U}}, or U alone, with Qwen's nframes and fps beside it.
+
+    U is a data: URL of a video or an animated image, or as in Qwen's form a list of data: URLs of pictures, its frames.
+    """
     key = "video_url" if kind == "input_video" and "video_url" in part else kind.removeprefix("input_")
     value, count, rate = part.pop(key, None), part.pop("nframes", None), part.pop("fps", None)
     _refuse_more(part, at)
@@ -168,7 +171,13 @@ def _video(part: dict[str, Any], kind: str, at: str) -> Video:
         url = value.pop("url", None)
         _refuse_more(value, at)
         value = url
-    if not isinstance(value, str) or value[:5].lower() != "data:":
+    if isinstance(value, list):
+        if rate is not None:
+            raise FieldError(f"{at}.fps", "pictures have no times", "leave it out, and send nframes if you like")
+        for i, url in enumerate(value):
+            if not _is_data_url(url):
+                raise FieldError(f"{at}.{key}.{i}", "not a data: URL", 'send "data:image/jpeg;base64,..."')
+    elif not _is_data_url(value):
         cause = "missing" if value is None else "not a data: URL"
         raise FieldError(f"{at}.{key}", cause, 'send {"url": "data:video/mp4;base64,..."}')
     try:
@@ -176,6 +185,10 @@ def _video(part: dict[str, Any], kind: str, at: str) -> Video:
     except ConfigError as error:
         cause = error.cause.replace("count=", "nframes=").replace("rate=", "fps=")
         raise FieldError(at, cause, error.remedy) from error
+
+
+def _is_data_url(value: Any) -> bool:
+    return isinstance(value, str) and value[:5].lower() == "data:"
 
 
 def _url(part: dict[str, Any], kind: str, at: str) -> str:

@@ -37,13 +37,13 @@ _log = logging.getLogger(__name__)
 _BASE64 = re.compile(r"[0-9A-Za-z+/_\s-]{60,}={0,2}", re.ASCII)
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {
-    **{name: (_PAGE / name, "text/javascript") for name in ("app.js", "api.js", "draw.js", "words.js")},
+    **{name: (_PAGE / name, "text/javascript") for name in ("app.js", "api.js", "code.js", "draw.js", "media.js", "read.js", "words.js")},
     "style.css": (_PAGE / "style.css", "text/css"),
     "demo.png": (refvlm.DEMO_IMAGE, "image/png"),
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -191,6 +191,7 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
                 "version": __version__,
                 "needs_key": policy.api_key is not None,
                 "max_image_bytes": policy.max_image_bytes,
+                "max_body_bytes": policy.max_body_bytes,
                 "presets": {name: _changes(config) for name, config in known.items()},
                 "default": next((name for name, config in known.items() if config == configs.default), None),
                 "demo_questions": [question["question"] for question in refvlm.demo_questions()],

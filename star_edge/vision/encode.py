@@ -105,7 +105,7 @@ class ImageEncoding:
             for group in plan.groups:
                 done |= self._encode_group(plan, config, group, watch, notes)
         attention = config.encoder_attention if config is not None else None
-        seen: dict[bytes, int] = {}
+        seen: dict[bytes | str, int] = {}
         for i in range(len(plan.images)):
             if i not in done:
                 done[i] = self._encode_whole(plan.images, i, attention, config is not None, seen, done)
@@ -121,11 +121,18 @@ class ImageEncoding:
         i: int,
         attention: str | None,
         want_cells: bool,
-        seen: dict[bytes, int],
+        seen: dict[bytes | str, int],
         done: dict[int, Encoded],
     ) -> Encoded:
-        """One image. Crops of equal pixels are encoded once. seen: by what the encoder gets, the first such image."""
+        """One image. Images of equal pixels are encoded once, such as frames of a video, and crops that look alike.
+
+        seen: by what the encoder gets, or by a picture's pixels and a crop's place in it, the first such image.
+        """
         self.image, image = i, images[i]
+        if image.content in seen:
+            return replace(done[seen[image.content]], score_seconds=0.0, same_as=seen[image.content])
+        if image.content:
+            seen[image.content] = i
         crops = sum(other.picture == image.picture for other in images)
         if crops > 1 and not self.encoder.is_cached(image, attention, want_cells=want_cells):
             what = self._fingerprint(image)
