@@ -1,4 +1,4 @@
-"""Videos over HTTP: which frames were taken, small pictures of them, pictures as frames, bounds, a server without PyAV."""
+"""Videos over HTTP: which frames were taken, small pictures of them, pictures as frames, bounds, and no PyAV."""
 
 import base64
 import io

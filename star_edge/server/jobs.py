@@ -30,8 +30,8 @@ from ..verify import answer_text, draw_seed
 from .metrics import Metrics
 from .request_log import Record
 from .schema import ChatRequest
-from .videos import frames_of, read_videos
 from .verifying import Verifier
+from .videos import frames_of, read_videos
 
 # Fields of a request that Llama.create_chat_completion takes by the same name
 _TO_LLAMA = {

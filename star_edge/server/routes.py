@@ -36,8 +36,9 @@ from .settings import Policy
 _log = logging.getLogger(__name__)
 _BASE64 = re.compile(r"[0-9A-Za-z+/_\s-]{60,}={0,2}", re.ASCII)
 _PAGE = Path(__file__).parent / "page"
+_SCRIPTS = ("app", "api", "code", "draw", "media", "read", "words")
 _PAGE_FILES = {
-    **{name: (_PAGE / name, "text/javascript") for name in ("app.js", "api.js", "code.js", "draw.js", "media.js", "read.js", "words.js")},
+    **{f"{name}.js": (_PAGE / f"{name}.js", "text/javascript") for name in _SCRIPTS},
     "style.css": (_PAGE / "style.css", "text/css"),
     "demo.png": (refvlm.DEMO_IMAGE, "image/png"),
 }
