@@ -124,6 +124,13 @@ def test_pictures_are_frames(server):
     assert ask(server, wrapped).star_edge["frames"] == frames
 
 
+def test_tokens_of_frames_are_counted(server):
+    clip = video(gif(plain(WHITE), plain(BLACK), plain((9, 9, 200))), nframes=2)
+    content = [clip, {"type": "image_url", "image_url": {"url": DEMO}}, {"type": "text", "text": "what?"}]
+    status, _, counts = server.request("POST", "/v1/image_tokens", {"messages": [{"role": "user", "content": content}]})
+    assert status == 200 and counts == {"n_tokens": 3 * 144, "images": [{"n_tokens": 144, "n_full_tokens": 144}] * 3}
+
+
 def test_a_further_turn_has_the_same_video(server):
     clip = video(gif(plain(WHITE), Image.open(refvlm.DEMO_IMAGE).convert("RGB")))
     first = ask(server, clip)

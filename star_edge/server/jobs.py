@@ -31,7 +31,7 @@ from .metrics import Metrics
 from .request_log import Record
 from .schema import ChatRequest
 from .verifying import Verifier
-from .videos import frames_of, read_videos
+from .videos import frames_of, pictures_in, read_videos
 
 # Fields of a request that Llama.create_chat_completion takes by the same name
 _TO_LLAMA = {
@@ -108,19 +108,24 @@ class Engine:
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
         self.in_thread_ahead = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
 
-    async def count_tokens(self, images: dict[str, Source], image_max_tokens: Keep) -> dict[str, Any]:
+    async def count_tokens(
+        self, messages: list[dict[str, Any]], images: dict[str, Source], image_max_tokens: Keep
+    ) -> dict[str, Any]:
         """Image tokens of pictures, counted without encoding when nobody else has the Llama.
 
-        images: see `Pictures`. image_max_tokens: as in PruneConfig.
+        messages, images: as for `Job`. image_max_tokens: as in PruneConfig.
 
-        Returns plain JSON values: n_tokens, of all; and for each picture n_tokens, and n_full_tokens at its own size.
+        Returns plain JSON values: n_tokens, of all; and for each picture, of which each frame of a video is one, n_tokens,
+        and n_full_tokens at its own size.
         """
         count = self.handler.count_tokens
 
         def count_all() -> list[dict[str, int]]:
-            self.pictures.sources = images
+            read, _ = read_videos(messages, self.pictures.limits)
+            self.pictures.sources = pictures_in(read, images)
             try:
-                return [{"n_tokens": count(n, image_max_tokens), "n_full_tokens": count(n)} for n in images]
+                names = list(self.pictures.sources)
+                return [{"n_tokens": count(n, image_max_tokens), "n_full_tokens": count(n)} for n in names]
             finally:
                 self.pictures.sources = {}
 

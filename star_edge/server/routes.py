@@ -153,9 +153,11 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
         try:
             body = read_request(ticket.take_body())
             config, _ = configs.of(body)
-            images = await sources(read_messages(body.messages, engine.llama.n_ctx())[1])
-            body.messages = []  # the images are now in their sources only
-            return JSONResponse(await engine.count_tokens(images, 1.0 if config is None else config.image_max_tokens))
+            messages, urls = read_messages(body.messages, engine.llama.n_ctx())
+            images = await sources(urls)
+            body.messages, urls = [], []  # the images are now in their sources only
+            keep = 1.0 if config is None else config.image_max_tokens
+            return JSONResponse(await engine.count_tokens(messages, images, keep))
         except Exception as error:
             return _failed(error, engine, request.scope[RECORD])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,19 @@ def read_videos(messages: list[dict[str, Any]], limits: ImageLimits) -> tuple[li
         for m in messages
     ]
     return done, found
+
+
+def pictures_in(messages: list[dict[str, Any]], images: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures of messages that `read_videos` has read, in order: images by their names, and frames by names of
+    their own.
+    """
+    found: dict[str, Any] = {}
+    for part in (part for m in messages if isinstance(m["content"], list) for part in m["content"]):
+        if part["type"] == "image_url":
+            found[part["image_url"]["url"]] = images[part["image_url"]["url"]]
+        elif part["type"] == "video":
+            found |= {f"frame-{len(found) + i}": pixels for i, pixels in enumerate(part["video"].pictures)}
+    return found
 
 
 def frames_of(report: PruneReport, videos: Sequence[Frames]) -> list[dict[str, Any]]:

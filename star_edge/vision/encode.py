@@ -102,8 +102,11 @@ class ImageEncoding:
         done: dict[int, Encoded] = {}
         config = plan.config
         if config is not None and (config.redundancy != "off" or config.prunes_in_encoder):
+            first: dict[str, int] = {}
             for group in plan.groups:
-                done |= self._encode_group(plan, config, group, watch, notes)
+                twins = {} if config.prunes_in_encoder else _twins(plan.images, group, first)
+                done |= self._encode_group(plan, config, [i for i in group if i not in twins], watch, notes)
+                done |= {i: _same(done[j], j) for i, j in twins.items() if j in done}
         attention = config.encoder_attention if config is not None else None
         seen: dict[bytes | str, int] = {}
         for i in range(len(plan.images)):
@@ -130,14 +133,14 @@ class ImageEncoding:
         """
         self.image, image = i, images[i]
         if image.content in seen:
-            return replace(done[seen[image.content]], score_seconds=0.0, same_as=seen[image.content])
+            return _same(done[seen[image.content]], seen[image.content])
         if image.content:
             seen[image.content] = i
         crops = sum(other.picture == image.picture for other in images)
         if crops > 1 and not self.encoder.is_cached(image, attention, want_cells=want_cells):
             what = self._fingerprint(image)
             if what is not None and what in seen:
-                same = replace(done[seen[what]], score_seconds=0.0, cached=False, same_as=seen[what])
+                same = replace(_same(done[seen[what]], seen[what]), cached=False)
                 self.encoder.remember(image, same, attention, want_cells=want_cells)
                 return same
             if what is not None:
@@ -385,6 +388,17 @@ class ImageEncoding:
             encoded.embeddings, None, scores, encoded.kept, encoded.mass, encoded.redundant, encoded.layer or 0
         )
         cache.put(key, image, len(encoded.cells))
+
+
+def _same(encoded: Encoded, i: int) -> Encoded:
+    """The output of an image whose pixels are those of image i, which is encoded."""
+    return replace(encoded, score_seconds=0.0, same_as=i)
+
+
+def _twins(images: Sequence[ImageChunk], group: Sequence[int], first: dict[str, int]) -> dict[int, int]:
+    """Images of a group whose pixels an earlier image has, with its index. first: by pixels, the first such image."""
+    found = {i: first.setdefault(images[i].content, i) for i in group if images[i].content}
+    return {i: j for i, j in found.items() if i != j}
 
 
 def fitted(counts: Sequence[int], fit: Callable[[int, int], int]) -> list[int]:
