@@ -20,7 +20,7 @@ import PIL.Image
 
 WIDTHS = (320, 768, 1024, 1440)
 TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-PATIENCE_MS = 20_000
+PATIENCE_MS = 120_000
 
 
 @contextmanager

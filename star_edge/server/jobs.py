@@ -115,8 +115,8 @@ class Engine:
 
         messages, images: as for `Job`. image_max_tokens: as in PruneConfig.
 
-        Returns plain JSON values: n_tokens, of all; and for each picture, of which each frame of a video is one, n_tokens,
-        and n_full_tokens at its own size.
+        Returns plain JSON values: n_tokens, of all; and for each picture, or frame of a video, n_tokens, and
+        n_full_tokens at its own size.
         """
         count = self.handler.count_tokens
 
