@@ -51,6 +51,7 @@ def videos(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]
         part = asked.value.post_data_json["messages"][0]["content"][0]
         visit.expect(part["type"] == "image_url", f"a still picture is sent as {part['type']}")
         visit.expect(visit.text(".answer") == "0 7", f"the answer to a still GIF is {visit.text('.answer')}")
+        budgets(visit, gif)
         series(visit, folder, demo, white, black)
         video_file(visit, folder)
         refused_videos(visit, folder, demo)
@@ -106,6 +107,41 @@ def frames_drawn(visit: Visit) -> None:
     )
     drawn = len(means) == 4 and means[1] > 250 and means[3] < 5 and 5 < means[0] < 250 and means[0] == means[2]
     visit.expect(drawn, f"brightness of the frames: {means}")
+
+
+def budgets(visit: Visit, gif: Path) -> None:
+    """A dropped video, and who shares its tokens: each frame has its own share, or all of the question."""
+    page = visit.page
+    page.evaluate(
+        """(text) => {
+            const data = new DataTransfer();
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            data.items.add(new File([bytes], "dropped.gif", { type: "image/gif" }));
+            document.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        base64.b64encode(gif.read_bytes()).decode(),
+    )
+    page.locator("#picture-name", has_text="dropped.gif, 4 frames").wait_for()
+    page.locator("#settings summary").first.click()
+    page.select_option("#preset", "balanced")
+    for budget in ("crop", "prompt"):
+        page.select_option("#budget", budget)
+        with page.expect_request("**/v1/chat/completions") as asked:
+            visit.ask("what number is shown?")
+        prune = asked.value.post_data_json["prune"]
+        visit.expect(prune["budget"] == budget and ("vision_tolerance" in prune) == (budget == "crop"), f"{prune}")
+        page.select_option("#stage", "Vision stage")
+        vision = [int(text.split("\n")[1].split()[0]) for text in visit.captions()]
+        alike = vision[0] == vision[2]  # equal frames
+        visit.expect(alike == (budget == "crop"), f"with budget {budget} the frames keep {vision}")
+    page.select_option("#budget", "")
+    page.locator("#settings summary").first.click()
+    page.fill("#frames", "")
+    page.focus("#frames")
+    page.keyboard.type("e")  # which a number may have, but not alone
+    visit.ask("what number is shown?", wait=False)
+    visit.refused('"Frames" is not a number. Type one, or leave it empty.')
+    page.fill("#frames", "")
 
 
 def series(visit: Visit, folder: Path, *frames: PIL.Image.Image) -> None:
@@ -195,6 +231,7 @@ def refused_videos(visit: Visit, folder: Path, demo: PIL.Image.Image) -> None:
     visit.expect("without pruning this does not fit" in visit.text(".verdict"), visit.text(".verdict"))
     visit.expect(len(visit.captions()) == 8 and page.locator("#error").is_hidden(), f"{visit.captions()}")
     visit.look("stock without room")
+    visit.picture("stock-without-room", full_page=True)
 
 
 def without_pyav(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
@@ -207,6 +244,7 @@ def without_pyav(browser: Any, url: str, axe: str, pictures: Path | None) -> lis
         visit.ask("what number is shown?", wait=False)
         visit.refused('video files need PyAV: pip install "star-edge[video]".')
         visit.look("no PyAV")
+        visit.picture("no-pyav")
         demo = PIL.Image.open(refvlm.DEMO_IMAGE).convert("RGB")
         demo.save(gif, save_all=True, append_images=[PIL.Image.new("RGB", demo.size, "white")], duration=500)
         visit.choose_files(gif, name="clip.gif, 2 frames")
