@@ -11,6 +11,7 @@ from helpers.serving import DEMO, Server
 from PIL import Image
 
 from star_edge import refvlm
+from star_edge.server.front import picture_name
 
 MAX_BYTES = 200_000
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -174,6 +175,20 @@ def test_video_files_need_pyav_and_the_server_says_so(server):
     )
 
 
+def test_a_conversation_about_a_video_goes_to_the_replica_that_has_it():
+    def name(*parts):
+        content = [*parts, {"type": "text", "text": "what?"}]
+        return picture_name(json.dumps({"messages": [{"role": "user", "content": content}]}).encode())
+
+    image = {"type": "image_url", "image_url": {"url": DEMO}}
+    one, other = (video(gif(plain(color), plain(BLACK))) for color in (WHITE, (9, 9, 9)))
+    series = {"type": "video", "video": [DEMO, png(plain(BLACK))]}
+    assert name() == "" and name(one) == name({**one, "nframes": 2}) == name(one, one) != ""
+    assert len({name(one), name(other), name(series), ""}) == 4
+    assert name(one, image) == name(image) == name(image, other)
+    assert name({"type": "video", "video": []}) == ""
+
+
 def test_the_page_may_show_videos(server):
     """The page's policy lets it play what it holds itself, and nothing else."""
     _, headers, _ = server.request("GET", "/")
@@ -181,4 +196,3 @@ def test_the_page_may_show_videos(server):
     assert policy["media-src"] == ["blob:"] and policy["default-src"] == ["'none'"]
     setup = server.request("GET", "/page/setup.json")[2]
     assert setup["max_image_bytes"] == MAX_BYTES and setup["max_body_bytes"] == 32 * 2**20
-    json.dumps(setup)

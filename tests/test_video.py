@@ -354,7 +354,7 @@ def test_the_server_takes_videos(tmp_path):
     file = io.BytesIO()
     picture.save(file, "GIF", save_all=True, append_images=[Image.new("RGB", picture.size)], duration=500)
     url = "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
-    server = Server()
+    server = Server("--verify", "1")
     try:
         client = server.client()
 
@@ -366,6 +366,8 @@ def test_the_server_takes_videos(tmp_path):
 
         answer = ask({"type": "video_url", "video_url": {"url": url}, "nframes": 2})
         assert answer.star_edge["n_image_tokens"] == 288
+        counts = lambda: server.request("GET", "/health")[2]["verified"]
+        server.wait(lambda: counts()["same"] + counts()["different"] == 1)
         for part, field in (
             ({"type": "video_url", "video_url": {"url": url}, "nframes": 0}, "nframes=0"),
             ({"type": "video_url", "video_url": {"url": "https://127.0.0.1/a.mp4"}}, "not a data: URL"),

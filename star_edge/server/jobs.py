@@ -27,6 +27,7 @@ from ..pruning.config import Keep, PruneConfig
 from ..report import PruneReport
 from ..request import Request
 from ..verify import answer_text, draw_seed
+from .messages import videos_in
 from .metrics import Metrics
 from .request_log import Record
 from .schema import ChatRequest
@@ -249,7 +250,8 @@ class Job:
     def _take_for_verifier(self) -> None:
         """Keeps the request if it is to be verified. A seed that it lacks is drawn: both answers need the same."""
         verifier = self._engine.verifier
-        if verifier is not None and self._config is not None and self._images and verifier.takes():
+        has_pictures = self._images or videos_in(self._messages)
+        if verifier is not None and self._config is not None and has_pictures and verifier.takes():
             if self._body.seed is None:
                 self._body = self._body.model_copy(update={"seed": draw_seed()})
             self._again = self.unpruned()

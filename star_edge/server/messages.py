@@ -76,10 +76,15 @@ def read_messages(
         )
     places = places or [f"messages.{i}" for i in range(len(messages))]
     read = [_message(message, place, urls) for message, place in zip(messages, places)]
-    parts = [part for message in read if isinstance(message["content"], list) for part in message["content"]]
-    if sum(part["type"] == "video" for part in parts) > _MAX_VIDEOS:
+    if len(videos_in(read)) > _MAX_VIDEOS:
         raise FieldError("messages", f"more than {_MAX_VIDEOS} videos", "send fewer")
     return read, urls
+
+
+def videos_in(messages: list[dict[str, Any]]) -> list[Video]:
+    """The videos of messages that `read_messages` has read."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return [part["video"] for part in parts if part["type"] == "video"]
 
 
 def without_videos(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
