@@ -20,7 +20,7 @@ from llama_cpp import Llama
 
 from .answers import Answer, AnswerStream, AsyncAnswerStream, StreamJob
 from .arguments import Range, check_value, checked, parameters
-from .asked import Asked, Images, ask_chat, ask_prompt, check_sampling
+from .asked import Asked, FrameOf, Images, ask_chat, ask_prompt, check_sampling, frame_of
 from .chat import ChatFormat
 from .decoder.prefill import Prefill
 from .errors import EngineClosedError, UnsupportedModelError
@@ -422,19 +422,19 @@ class Answering:
                     pictures.append(request.fit(source.pixels))
                 else:
                     pictures.append(request.fit(load_message_image(source, self.image_limits)))
-            of_video = [source.video if isinstance(source, VideoFrame) else None for source in asked.images]
+            frames = [frame_of(source) for source in asked.images]
             ending.during = "while the prompt was read"
             ending.check()
             with request.running():
-                return request, request.read(self._chunks(asked.text, pictures, of_video), progress)
+                return request, request.read(self._chunks(asked.text, pictures, frames), progress)
 
-    def _chunks(self, text: str, pictures: Sequence[np.ndarray], of_video: Sequence[int | None]) -> Prompt:
-        """Splits a whole prompt into chunks. They must be closed. of_video: of each picture its video's index."""
+    def _chunks(self, text: str, pictures: Sequence[np.ndarray], frames: Sequence[FrameOf | None]) -> Prompt:
+        """Splits a whole prompt into chunks. They must be closed. frames: which frame each picture is, or None."""
         if self.encoder is None:
             tokens = self.llama.tokenize(text.encode(), add_bos=True, special=True)
             return Prompt([TextChunk(np.array(tokens, np.int32))])
         prompt = self.encoder.tokenize(text, pictures)
-        prompt.join_frames(of_video)
+        prompt.join_frames(frames)
         return prompt
 
     @contextlib.contextmanager

@@ -86,33 +86,45 @@ def ask_prompt(
     """
     checked = check_options(llama, options) if options else {}
     sources = [read_video(one, limits) if isinstance(one, Video) else one for one in image_list(images)]
-    flat, videos, of_video = frames_apart(sources)
+    flat, videos, frames = frames_apart(sources)
     text = whole_prompt(llama, template, prompt, len(sources), chat, videos)
     asked: list[ImageSource | VideoFrame] = [
-        cast(ImageSource, one) if video is None else VideoFrame(cast(np.ndarray, one), video)
-        for one, video in zip(flat, of_video)
+        cast(ImageSource, one) if frame is None else VideoFrame(cast(np.ndarray, one), *frame)
+        for one, frame in zip(flat, frames)
     ]
     return Asked(asked, text, checked)
 
 
-def frames_apart(pictures: Sequence[Any]) -> tuple[list[Any], dict[int, Frames], list[int | None]]:
+FrameOf = tuple[int, float | None]  # index of the video, and the frame's time there in seconds or None
+
+
+def frames_apart(pictures: Sequence[Any]) -> tuple[list[Any], dict[int, Frames], list[FrameOf | None]]:
     """Pictures and frames of videos, side by side.
 
     Args:
         pictures: Pictures, or sources of them, and Frames.
 
     Returns:
-        All of them, a picture for each frame; the videos, by their indices in `pictures`; and for each of the first the
-        index of its video, or None.
+        All of them, a picture for each frame; the videos, by their indices in `pictures`; and for each of the first
+        which frame it is, with the index of its video in the prompt, or None.
     """
     videos = {i: picture for i, picture in enumerate(pictures) if isinstance(picture, Frames)}
     flat: list[Any] = []
-    of_video: list[int | None] = []
+    frames: list[FrameOf | None] = []
     for i, picture in enumerate(pictures):
-        frames = videos[i].pictures if i in videos else (picture,)
-        flat += frames
-        of_video += [i if i in videos else None] * len(frames)
-    return flat, videos, of_video
+        if i not in videos:
+            flat.append(picture)
+            frames.append(None)
+            continue
+        number = sum(j < i for j in videos)
+        flat += videos[i].pictures
+        frames += [(number, videos[i].second(k)) for k in range(len(videos[i].pictures))]
+    return flat, videos, frames
+
+
+def frame_of(source: object) -> FrameOf | None:
+    """Which frame an image of a prompt is, or None."""
+    return (source.video, source.second) if isinstance(source, VideoFrame) else None
 
 
 def load_picture(source: ImageSource | Video, limits: ImageLimits) -> np.ndarray | Frames:

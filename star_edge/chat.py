@@ -282,8 +282,8 @@ class ChatFormat:
                     continue
                 frames = _frames(part, limits)
                 before, after = self._frame_texts(frames)
-                for text, pixels in zip(before, frames.pictures):
-                    parts += [*([text] if text else []), Picture(VideoFrame(pixels, n_videos))]
+                for i, (text, pixels) in enumerate(zip(before, frames.pictures)):
+                    parts += [*([text] if text else []), Picture(VideoFrame(pixels, n_videos, frames.second(i)))]
                 parts += [after] if after else []
                 n_videos += 1
             message.parts = parts

@@ -22,6 +22,7 @@ import numpy as np
 from llama_cpp import Llama
 
 from .arguments import checked
+from .asked import frame_of
 from .chat import ChatFormat, find_template
 from .chat_options import check_chat_options
 from .errors import ConfigError, EngineClosedError, EngineError, PromptError, StarEdgeError
@@ -407,7 +408,7 @@ class StarChatHandler(ChatHook):
         request = self._request
         assert request is not None
         prompt = Prompt(self._vision.chunks(chunks))
-        prompt.join_frames([source.video if isinstance(source, VideoFrame) else None for source in self._images])
+        prompt.join_frames([frame_of(source) for source in self._images])
         state = request.read(prompt)
         request.hand_over(state)
         self.last_request, self.last_report = request, request.report

@@ -262,10 +262,10 @@ class StarVLM(Answering):
             StarEdgeError: As for `generate`.
         """
         self._check_open()
-        pixels, videos, of_video = frames_apart(pictures)
+        pixels, videos, frames = frames_apart(pictures)
         self._check_takes(len(pictures))
         text = whole_prompt(self.llama, self._chat, prompt, len(pictures), chat, videos)
-        return self._chunks(text, [check_pixels(one) for one in pixels], of_video)
+        return self._chunks(text, [check_pixels(one) for one in pixels], frames)
 
     @checked(skip=("prompt", "images"))
     def inspect(

@@ -511,6 +511,8 @@ def _image_reports(images: Sequence[StagedImage], state: Prefill) -> list[ImageR
                 encoded.kept,
                 encoded.layer,
                 encoded.same_as,
+                chunk.video,
+                chunk.second,
             )
         )
     return reports

@@ -43,6 +43,8 @@ class ImageFigures(_Counts):
 
     picture: int
     cached: bool
+    video: int | None
+    second: float | None
 
 
 class _Figures(TypedDict):
@@ -101,6 +103,8 @@ class ImageDict(TypedDict):
     encoder_kept: list[int] | None
     encoder_layer: int | None
     same_as: int | None
+    video: int | None
+    second: float | None
 
 
 class ReportDict(_Figures):
@@ -137,6 +141,8 @@ class ImageReport:
         encoder_layer: Layer M of the encoder stage, which dropped the rest. None: there was none.
         same_as: Index of an earlier image of the prompt whose pixels are the same, so that it was encoded once; or
             None.
+        video: Index of the video whose frame it is, counted over the videos of the prompt. None: it is no frame.
+        second: Time of that frame in its video, in seconds. None: unknown.
     """
 
     picture: int
@@ -155,6 +161,8 @@ class ImageReport:
     encoder_kept: np.ndarray | None = None
     encoder_layer: int | None = None
     same_as: int | None = None
+    video: int | None = None
+    second: float | None = None
 
     @property
     def n_encoder_kept(self) -> int:
@@ -453,6 +461,8 @@ class PruneReport:
                     "n_vision_kept": len(i.vision_kept),
                     "n_decoder_kept": len(i.decoder_kept),
                     "cached": i.cached,
+                    "video": i.video,
+                    "second": i.second,
                 }
                 for i in self.images
             ],

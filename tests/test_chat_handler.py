@@ -119,9 +119,9 @@ def test_report_comes_back_with_the_response(llm, handler):
         "n_vision_kept": kept("balanced").vision,
         "n_decoder_kept": kept("balanced").decoder,
     }
-    assert summary["images"] == [{"picture": 0, **tokens, "cached": True}] and summary["pictures"] == [
-        {"images": [0], **tokens}
-    ]
+    of_no_video = {"video": None, "second": None}
+    assert summary["images"] == [{"picture": 0, **tokens, "cached": True, **of_no_video}]
+    assert summary["pictures"] == [{"images": [0], **tokens}]
     assert (summary["config"]["vision_keep"], summary["decoder_layer"], summary["n_layers"]) == (
         PRESETS["balanced"].vision_keep,
         4,

@@ -14,12 +14,12 @@ from helpers import bounds
 from helpers.families import IS_0_3_35, load_fixtures, tokenized
 from helpers.reference_units import UnitEncoder
 
-from star_edge import MEDIA_MARKER, PruneConfig, StarVLM
+from star_edge import MEDIA_MARKER, PruneConfig, StarVLM, Video
 from star_edge.errors import ConfigError, EngineError
 from star_edge.llamacpp.tap import MEAN_ALL, AttentionRead, Plan
 from star_edge.server.schema import parse_prune
 from star_edge.vision.chunks import ImageChunk
-from star_edge.vision.composed import GEOMETRIES
+from star_edge.vision.composed import GEOMETRIES, Composer
 from star_edge.vision.encode import ImageEncoding
 from star_edge.vision.encoder import VisionEncoder
 from star_edge.vision.redundancy import masses, representatives, with_more
@@ -414,6 +414,33 @@ def test_equal_tiles_are_encoded_once(name, monkeypatch):
                 assert len(runs) == len(every.images) and not any(image.same_as is not None for image in every.images)
                 assert sorted(once) == sorted(set(runs))  # of equal tiles one, and of no others
             assert len(once) == 1 or pixels.std() > 0
+
+
+def test_equal_frames_in_parts_are_encoded_once(monkeypatch):
+    """Frames of a video: the prompt is what it is when each is encoded, whoever shares a budget."""
+    fixture, runs, encode = FIXTURES["qwen2-vl"], [], Composer.encode
+
+    def recorded(self, picture, *args):
+        runs.append(picture)
+        return encode(self, picture, *args)
+
+    monkeypatch.setattr(Composer, "encode", recorded)
+    one = paper(fixture.prompts[0].pictures[0])
+    other = one[:, ::-1].copy()
+    for budget in ("image", "crop"):
+        asked = ("a <__media__> d", Video([one, other, one]))
+        config = PruneConfig(redundancy="exact", vision_keep=0.5, budget=budget)
+        with fixture.engine("fa") as engine:
+            state, report = engine.read_prompt(*asked, config, chat=False)
+            assert len(runs) == 2 and report.n_cached == 0
+            assert len(report.images[2].redundant) and report.images[2].n_encoder_kept < report.images[2].n_tokens
+            assert [image.same_as for image in report.images] == [None, None, 0]
+            runs.clear()
+        with fixture.engine("fa") as engine, monkeypatch.context() as patch:
+            patch.setattr("star_edge.vision.encode._twins", lambda *_: {})
+            each, _ = engine.read_prompt(*asked, config, chat=False)
+            assert np.array_equal(each.logits, state.logits) and len(runs) == (3 if budget == "image" else 2)
+            runs.clear()
 
 
 # ---- the fronts ----

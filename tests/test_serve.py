@@ -301,7 +301,7 @@ def test_the_page_needs_nothing_from_elsewhere(server):
     status, headers, html = server.request("GET", "/")
     policy = headers["Content-Security-Policy"]
     assert status == 200 and "default-src 'none'" in policy and "http" not in policy and "unsafe" not in policy
-    scripts = ("app.js", "api.js", "draw.js", "words.js")
+    scripts = ("app.js", "api.js", "code.js", "draw.js", "media.js", "read.js", "words.js")
     files = {name: server.request("GET", f"/page/{name}") for name in (*scripts, "style.css", "demo.png", "setup.json")}
     assert all(status == 200 for status, _, _ in files.values())
     for text in (html, *(files[name][2] for name in (*scripts, "style.css"))):

@@ -18,6 +18,7 @@ from star_edge.frame_texts import frame_texts
 from star_edge.io.images import ImageLimits, load_image
 from star_edge.io.video import Frames, frame_times, read_video
 from star_edge.messages import read_messages
+from star_edge.vision.encoder import VisionEncoder
 
 av = pytest.importorskip("av")
 
@@ -301,9 +302,31 @@ def test_frames_share_a_budget_and_pictures_beside_them_do_not(vlm, still):
     assert [len(image.vision_kept) for image in crop.images] == [72] * 3
 
 
-def test_equal_frames_are_encoded_once(vlm, still):
-    report = vlm.read_prompt("what?", Video(still), None)[1]
-    assert report.images[1].cached or report.images[1].same_as == 0
+def test_equal_frames_are_encoded_once(vlm, monkeypatch):
+    """The encoder runs for each that differs; found again in the next request, they are of an earlier one."""
+    runs, encode = [], VisionEncoder.encode
+
+    def counted(self, chunk, *args, **options):
+        runs.append(chunk.picture)
+        return encode(self, chunk, *args, **options)
+
+    monkeypatch.setattr(VisionEncoder, "encode", counted)
+    one, other = (np.random.default_rng(seed).integers(0, 255, (168, 168, 3), np.uint8) for seed in (1, 2))
+    for n_cached, encoded in ((0, [0, 2]), (5, [])):
+        report = vlm.read_prompt("what?", Video([one, one, other, one, other]), "balanced")[1]
+        assert runs == encoded and report.n_cached == n_cached
+        assert [image.same_as for image in report.images] == [None, 0, None, 0, 2]
+        runs.clear()
+
+
+def test_the_report_says_which_frames_were_taken(vlm, still):
+    """Five pictures, four a second: frames 1 and 3 of the first video, all of the second, of which no time is known."""
+    videos = [Video([*still, *still[:2]], count=2, source_rate=4), still[2], Video(still[1:])]
+    report = vlm.read_prompt("what?", videos, None)[1]
+    frames = [(0, 0.25), (0, 0.75), (None, None), (1, None), (1, None)]
+    assert [(image.video, image.second) for image in report.images] == frames
+    for form in (report.to_dict(), report.figures()):
+        assert [(image["video"], image["second"]) for image in form["images"]] == frames
 
 
 def test_handler_and_engine_agree(still):
@@ -313,6 +336,7 @@ def test_handler_and_engine_agree(still):
     llama.create_chat_completion([{"role": "user", "content": content}], max_tokens=2, temperature=0)
     kept = [len(image.vision_kept) for image in handler.last_report.images]
     assert sum(kept) == 3 * 54 and len(set(kept)) > 1  # 37.5% of 144 each, shared
+    assert [(image.video, image.second) for image in handler.last_report.images] == [(0, None)] * 3
     llama.close()
 
 
@@ -330,7 +354,7 @@ def test_the_server_takes_videos(tmp_path):
     file = io.BytesIO()
     picture.save(file, "GIF", save_all=True, append_images=[Image.new("RGB", picture.size)], duration=500)
     url = "data:image/gif;base64," + base64.b64encode(file.getvalue()).decode()
-    server = Server()
+    server = Server("--verify", "1")
     try:
         client = server.client()
 
@@ -342,6 +366,8 @@ def test_the_server_takes_videos(tmp_path):
 
         answer = ask({"type": "video_url", "video_url": {"url": url}, "nframes": 2})
         assert answer.star_edge["n_image_tokens"] == 288
+        counts = lambda: server.request("GET", "/health")[2]["verified"]
+        server.wait(lambda: counts()["same"] + counts()["different"] == 1)
         for part, field in (
             ({"type": "video_url", "video_url": {"url": url}, "nframes": 0}, "nframes=0"),
             ({"type": "video_url", "video_url": {"url": "https://127.0.0.1/a.mp4"}}, "not a data: URL"),

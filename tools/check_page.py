@@ -3,9 +3,9 @@
     python tools/check_page.py [--pictures FOLDER] [--docs]
 
 A real server answers with the shipped reference model: upload, question, stop, both sides, a further question, errors,
-the copied code. At each stop axe-core must find nothing serious or critical (WCAG 2.2 AA), in both colour schemes, and
-nothing may reach over the page's edge at widths of 320 to 1,440 pixels. --pictures keeps screenshots; --docs takes
-those of docs/ anew.
+the copied code; videos, pictures as frames, a server without PyAV (page_videos.py). At each stop axe-core must find
+nothing serious or critical (WCAG 2.2 AA), in both colour schemes, and nothing may reach over the page's edge at widths
+of 320 to 1,440 pixels. --pictures keeps screenshots; --docs takes those of docs/ anew.
 
 Needs a Chromium (CHROMIUM names one; on Debian: apt-get install chromium) and `pip install playwright
 axe-playwright-python`, which `make test-page` does. Where something is missing it says so and ends with status 0.
@@ -17,27 +17,20 @@ import argparse
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+from page_videos import counts, videos, without_pyav
+from page_visit import Visit, code, serving
 
 from star_edge import refvlm
 
 ROOT = Path(__file__).parent.parent
-WIDTHS = (320, 768, 1024, 1440)
 KEY = "correct-horse"
-TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-PATIENCE_MS = 120_000
 
 
 def skip(reason: str) -> None:
@@ -52,144 +45,6 @@ def find_browser() -> str:
         skip("there is no Chromium; install one, or name it in CHROMIUM")
     assert found is not None
     return found
-
-
-@contextmanager
-def serving(*options: str) -> Iterator[str]:
-    """The URL of a server with the reference model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "star_edge", "serve", "--port", str(port), "-t", "1", *options]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(f"{url}/health")
-                    break
-                except OSError:
-                    if server.poll() is not None:
-                        log.seek(0)
-                        raise SystemExit(f"the server ended: {log.read().decode()[-2000:]}") from None
-                    time.sleep(0.1)
-            yield url
-        finally:
-            server.terminate()
-            server.wait()
-
-
-def contrast(first: str, second: str) -> float:
-    """WCAG's contrast ratio of two colours as CSS computes them: rgb(r, g, b)."""
-
-    def luminance(colour: str) -> float:
-        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-    dark, light = sorted((luminance(first), luminance(second)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-class Visit:
-    """One page, and what was found on it."""
-
-    def __init__(self, browser: Any, url: str, axe: str, pictures: Path | None, width: int = 1024, **context: Any):
-        self.url, self.axe, self.pictures = url, axe, pictures
-        self.context = browser.new_context(viewport={"width": width, "height": 800}, **context)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
-        self.problems: list[str] = []
-        self.page.on("console", self._console)
-        self.page.on("pageerror", lambda error: self.problems.append(f"script: {error}"))
-        self.page.on("request", self._request)
-        self.page.goto(url)
-        self.page.wait_for_selector("#preset option", state="attached")
-
-    def _console(self, message: Any) -> None:
-        if (
-            message.type == "error" and "Failed to load resource" not in message.text
-        ):  # of the errors that are asked for
-            self.problems.append(f"console: {message.text}")
-
-    def _request(self, request: Any) -> None:
-        if not request.url.startswith((self.url, "data:", "blob:")):
-            self.problems.append(f"something was loaded from elsewhere: {request.url[:100]}")
-
-    def look(self, name: str) -> None:
-        """axe-core's serious and critical findings, in both colour schemes."""
-        if not self.page.evaluate("typeof axe === 'object'"):
-            self.page.evaluate(self.axe)
-        for scheme in ("light", "dark"):
-            self.page.emulate_media(color_scheme=scheme)
-            self.page.wait_for_timeout(400)  # transitions
-            run = "tags => axe.run(document, {runOnly: {type: 'tag', values: tags}})"
-            found = self.page.evaluate(run, TAGS)
-            print(f"  {name}, {scheme}: {len(found['passes'])} rules hold, {len(found['violations'])} do not")
-            for violation in found["violations"]:
-                places = "; ".join(str(node["target"]) for node in violation["nodes"][:4])
-                line = f"{name}, {scheme}: {violation['impact']}: {violation['id']}: {violation['help']} ({places})"
-                print(f"    {line}")
-                if violation["impact"] in ("serious", "critical"):
-                    self.problems.append(line)
-        self.page.emulate_media(color_scheme="light")
-
-    def edges(self) -> None:
-        """Contrast of what must be seen to be used (WCAG 1.4.11), which axe-core does not measure: 3 to 1 at least."""
-        for scheme in ("light", "dark"):
-            self.page.emulate_media(color_scheme=scheme)
-            for selector in ("#drop", "#demo", "#question", "#ask", "#modes label span", "#preset"):
-                colours = self.page.eval_on_selector(
-                    selector,
-                    "e => [getComputedStyle(e).borderTopColor, getComputedStyle(document.body).backgroundColor]",
-                )
-                ratio = contrast(*colours)
-                self.expect(ratio >= 3, f"the edge of {selector} has a contrast of {ratio:.2f}, {scheme}")
-        self.page.emulate_media(color_scheme="light")
-
-    def widths(self, name: str) -> None:
-        """Whether the page fits, from a phone to a desk."""
-        for width in WIDTHS:
-            self.page.set_viewport_size({"width": width, "height": 640 if width < 700 else 900})
-            self.page.wait_for_timeout(100)
-            over = self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            if over > 0:
-                self.problems.append(f"{name}: {over} pixels too wide at {width}")
-            self.picture(f"{name}-{width}", full_page=True)
-        self.page.set_viewport_size({"width": 1024, "height": 800})
-
-    def picture(self, name: str, **options: Any) -> None:
-        if self.pictures is not None:
-            self.page.screenshot(path=str(self.pictures / f"{name}.png"), **options)
-
-    def expect(self, condition: bool, what: str) -> None:
-        if not condition:
-            self.problems.append(what)
-
-    def choose(self, picture: PIL.Image.Image) -> None:
-        """Gives the page a picture, and waits until it has read it."""
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            picture.save(file.name)
-            self.page.set_input_files("#file", file.name)
-            name = re.compile(rf"{picture.width} . {picture.height} pixels")
-            self.page.locator("#picture-name", has_text=name).wait_for()
-
-    def ask(self, question: str, wait: bool = True) -> None:
-        self.page.fill("#question", question)
-        self.page.press("#question", "Enter")
-        if wait:
-            self.wait_done()
-
-    def wait_done(self) -> None:
-        self.page.locator("#status:text-is('Done.')").wait_for()
-
-    def text(self, selector: str) -> str:
-        return str(self.page.locator(selector).last.inner_text())
-
-    def close(self) -> list[str]:
-        self.context.close()
-        return self.problems
 
 
 def conversation(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
@@ -228,7 +83,7 @@ def conversation(browser: Any, url: str, axe: str, pictures: Path | None) -> lis
     page.locator(".code").last.click()
     visit.look("three turns, both sides, code")
     visit.widths("both")
-    code(visit)
+    code(visit, refvlm.DEMO_IMAGE)
     page.select_option("#preset", "share")
     page.check("#repeats")
     page.select_option("#size", "0.5")
@@ -238,22 +93,6 @@ def conversation(browser: Any, url: str, axe: str, pictures: Path | None) -> lis
     visit.expect("left out before the encoder" in notes and "image_max_tokens=0.5 cannot be kept to" in notes, notes)
     stopping(visit)
     return visit.close()
-
-
-def code(visit: Visit) -> None:
-    """The copied code runs, and asks what the page asked."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(refvlm.DEMO_IMAGE, Path(folder) / refvlm.DEMO_IMAGE.name)
-        for button, command in ((".copy-curl", ["bash"]), (".copy-python", [sys.executable])):
-            visit.page.locator(button).last.click()
-            text = visit.text(".snippet pre")
-            if command == ["bash"] and shutil.which("curl") is None:
-                continue
-            done = subprocess.run([*command, "-"], input=text, capture_output=True, text=True, cwd=folder)
-            answer = visit.page.locator(".turn").last.locator(".pruned .answer").inner_text()
-            visit.expect(
-                done.returncode == 0 and answer in done.stdout, f"{button}: {done.stdout[-300:]}{done.stderr[-600:]}"
-            )
 
 
 def stopping(visit: Visit) -> None:
@@ -416,6 +255,13 @@ def main() -> None:
             return
         with serving() as url:
             problems += conversation(browser, url, axe, pictures) + quiet(browser, url, axe, pictures)
+            problems += counts(browser, url, axe, pictures)
+        with serving("-c", "1024") as url:
+            problems += videos(browser, url, axe, pictures)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "av.py").write_text("raise ImportError('as if PyAV were not installed')\n")
+            with serving(environment={"PYTHONPATH": folder}) as url:
+                problems += without_pyav(browser, url, axe, pictures)
         with serving("--api-key", KEY) as url:
             problems += errors(browser, url, axe, pictures)
         for name, scene in (("llava-next", crops), ("qwen2-vl", units)):

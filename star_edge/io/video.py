@@ -92,6 +92,10 @@ class Frames:
     seconds: tuple[float, ...] | None
     duration: float | None
 
+    def second(self, i: int) -> float | None:
+        """The time of frame i. None: unknown."""
+        return None if self.seconds is None else self.seconds[i]
+
     def with_pictures(self, pictures: Sequence[np.ndarray]) -> Frames:
         """The same frames with other pixels, such as smaller ones."""
         return replace(self, pictures=tuple(pictures))
@@ -99,10 +103,17 @@ class Frames:
 
 @dataclass(frozen=True)
 class VideoFrame:
-    """A frame as one of a prompt's images. video: index of its video in the prompt."""
+    """A frame as one of a prompt's images.
+
+    Attributes:
+        pixels: (h, w, 3) uint8.
+        video: Index of its video in the prompt.
+        second: Its time in the video. None: unknown.
+    """
 
     pixels: np.ndarray
     video: int
+    second: float | None = None
 
 
 def read_video(video: Video, limits: ImageLimits = ImageLimits()) -> Frames:
@@ -224,7 +235,7 @@ def _open(source: object, limits: ImageLimits) -> tuple[BinaryIO, str]:
         except OSError as error:
             raise ImageError(f"{shown(path)} cannot be read ({reason_of(error)})", "check its permissions") from error
     if isinstance(source, str) and source.lstrip()[:5].lower() == "data:":
-        return io.BytesIO(_of_data_url(source.strip(), limits)), "data: URL"
+        return io.BytesIO(_of_data_url(source.strip(), limits)), "what the data: URL holds"
     if isinstance(source, str):
         raise ImageError("a video is not downloaded", "fetch it first, and give its path or its bytes")
     data, name = read_bytes(source, limits)

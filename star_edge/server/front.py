@@ -26,7 +26,7 @@ from starlette.routing import Route
 from ..errors import RequestCancelledError, StarEdgeError
 from .bodies import Bodies
 from .guard import TICKET, Guard
-from .messages import read_messages
+from .messages import read_messages, videos_in
 from .request_log import RECORD, RequestLog
 from .responses import ResponseRequest
 from .routes import cancel_when_gone, error_handlers
@@ -45,12 +45,17 @@ class ServerLostError(Exception):
 
 
 def picture_name(body: bytes, path: str = "/v1/chat/completions") -> str:
-    """A name for a request's first picture, the same for the same picture. "": it has none, or cannot be read."""
+    """A name for a request's first picture, the same for the same picture, or for its first video if it has no picture.
+
+    "": it has neither, or cannot be read.
+    """
     try:
         chat = ResponseRequest(body).chat if path == "/v1/responses" else read_request(body)
-        _, urls = read_messages(chat.messages, sys.maxsize)
+        messages, urls = read_messages(chat.messages, sys.maxsize)
     except (StarEdgeError, ValueError, RecursionError):
         return ""  # the server that gets it says what is wrong
+    for video in videos_in(messages):
+        urls += video.source if isinstance(video.source, list) else [video.source]
     return hashlib.sha256(urls[0].encode()).hexdigest() if urls else ""
 
 

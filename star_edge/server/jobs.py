@@ -27,10 +27,12 @@ from ..pruning.config import Keep, PruneConfig
 from ..report import PruneReport
 from ..request import Request
 from ..verify import answer_text, draw_seed
+from .messages import videos_in
 from .metrics import Metrics
 from .request_log import Record
 from .schema import ChatRequest
 from .verifying import Verifier
+from .videos import frames_of, pictures_in, read_videos
 
 # Fields of a request that Llama.create_chat_completion takes by the same name
 _TO_LLAMA = {
@@ -66,7 +68,7 @@ class Pictures:
 
     def __init__(self, limits: ImageLimits) -> None:
         self.sources: dict[str, Source] = {}
-        self._limits = limits
+        self.limits = limits
 
     def __call__(self, name: str) -> np.ndarray:
         source = self.sources.get(name)
@@ -79,7 +81,7 @@ class Pictures:
         if isinstance(source, np.ndarray):
             return source
         try:
-            return load_image(source, self._limits)
+            return load_image(source, self.limits)
         except ImageTooLargeError as error:
             remedy = "shrink it, or start the server with a higher --max-image-bytes or --max-image-pixels"
             raise ImageTooLargeError(error.cause, remedy) from error
@@ -107,19 +109,24 @@ class Engine:
         self.in_thread = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
         self.in_thread_ahead = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
 
-    async def count_tokens(self, images: dict[str, Source], image_max_tokens: Keep) -> dict[str, Any]:
+    async def count_tokens(
+        self, messages: list[dict[str, Any]], images: dict[str, Source], image_max_tokens: Keep
+    ) -> dict[str, Any]:
         """Image tokens of pictures, counted without encoding when nobody else has the Llama.
 
-        images: see `Pictures`. image_max_tokens: as in PruneConfig.
+        messages, images: as for `Job`. image_max_tokens: as in PruneConfig.
 
-        Returns plain JSON values: n_tokens, of all; and for each picture n_tokens, and n_full_tokens at its own size.
+        Returns plain JSON values: n_tokens, of all; and for each picture, or frame of a video, n_tokens, and
+        n_full_tokens at its own size.
         """
         count = self.handler.count_tokens
 
         def count_all() -> list[dict[str, int]]:
-            self.pictures.sources = images
+            read, _ = read_videos(messages, self.pictures.limits)
+            self.pictures.sources = pictures_in(read, images)
             try:
-                return [{"n_tokens": count(n, image_max_tokens), "n_full_tokens": count(n)} for n in images]
+                names = list(self.pictures.sources)
+                return [{"n_tokens": count(n, image_max_tokens), "n_full_tokens": count(n)} for n in names]
             finally:
                 self.pictures.sources = {}
 
@@ -165,6 +172,7 @@ class Job:
         self._is_cancelled: Callable[[], bool] = self._stopped.is_set
         self._again: Job | None = None  # the same request, to be verified
         self._text = ""  # of the answer so far, for that
+        self._frames: list[dict[str, Any]] = []  # of its videos, if they are asked for
         self._error: Exception | None = None
         self._n_chunks = 0
         # No bound: the engine must not wait for a client that reads slowly, and an answer is never longer than the
@@ -242,7 +250,8 @@ class Job:
     def _take_for_verifier(self) -> None:
         """Keeps the request if it is to be verified. A seed that it lacks is drawn: both answers need the same."""
         verifier = self._engine.verifier
-        if verifier is not None and self._config is not None and self._images and verifier.takes():
+        has_pictures = self._images or videos_in(self._messages)
+        if verifier is not None and self._config is not None and has_pictures and verifier.takes():
             if self._body.seed is None:
                 self._body = self._body.model_copy(update={"seed": draw_seed()})
             self._again = self.unpruned()
@@ -297,6 +306,8 @@ class Job:
                 result["star_edge"]["milliseconds"]["ahead"] = self._ahead_ms
             if self._body.star_edge.kept:
                 result["star_edge"]["kept"] = _kept(report)
+            if self._body.star_edge.frames:
+                result["star_edge"]["frames"] = self._frames
             finish_reason = result["choices"][0]["finish_reason"]
             self._record.facts |= {"tokens": report.n_generated, "finish_reason": finish_reason}
             self._engine.metrics.generated(report.n_generated)
@@ -336,10 +347,13 @@ class Job:
         afresh = engine.handler.reader.afresh() if body.star_edge.afresh else contextlib.nullcontext()
         try:
             with engine.handler.pruning(self._config), engine.handler.cancellable(self._is_cancelled), afresh:
-                messages: Any = self._messages  # JSON that read_messages has checked
+                messages: Any  # JSON that read_messages has checked
+                messages, videos = read_videos(self._messages, engine.pictures.limits)
                 result = engine.llama.create_chat_completion(messages, **kwargs)
                 request = engine.handler.last_request
                 assert request is not None  # this one
+                if body.star_edge.frames:
+                    self._frames = frames_of(request.answered[1], videos)
                 if body.star_edge.kept:
                     _ = request.answered[1].places  # now, because this thread has the Llama; the report remembers them
                 return result, request
@@ -374,6 +388,9 @@ def _kept(report: PruneReport) -> list[dict[str, Any]]:
     return [
         {
             "picture": image.picture,
+            "video": image.video,
+            "second": image.second,
+            "same_as": image.same_as,
             "grid": image.grid,
             "cells": image.cells.tolist(),
             "place": None if place is None else [round(edge, 5) for edge in place],

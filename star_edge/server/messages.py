@@ -76,10 +76,15 @@ def read_messages(
         )
     places = places or [f"messages.{i}" for i in range(len(messages))]
     read = [_message(message, place, urls) for message, place in zip(messages, places)]
-    parts = [part for message in read if isinstance(message["content"], list) for part in message["content"]]
-    if sum(part["type"] == "video" for part in parts) > _MAX_VIDEOS:
+    if len(videos_in(read)) > _MAX_VIDEOS:
         raise FieldError("messages", f"more than {_MAX_VIDEOS} videos", "send fewer")
     return read, urls
+
+
+def videos_in(messages: list[dict[str, Any]]) -> list[Video]:
+    """The videos of messages that `read_messages` has read."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return [part["video"] for part in parts if part["type"] == "video"]
 
 
 def without_videos(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,7 +164,10 @@ def _part(part: Any, at: str, urls: list[str]) -> dict[str, Any]:
 
 
 def _video(part: dict[str, Any], kind: str, at: str) -> Video:
-    """A video part: {"video_url": {"url": U}}, or U alone, with Qwen's nframes and fps beside it."""
+    """A video part: {"video_url": {"url": U}}, or U alone, with Qwen's nframes and fps beside it.
+
+    U is a data: URL of a video or an animated image, or as in Qwen's form a list of data: URLs of pictures, its frames.
+    """
     key = "video_url" if kind == "input_video" and "video_url" in part else kind.removeprefix("input_")
     value, count, rate = part.pop(key, None), part.pop("nframes", None), part.pop("fps", None)
     _refuse_more(part, at)
@@ -168,7 +176,13 @@ def _video(part: dict[str, Any], kind: str, at: str) -> Video:
         url = value.pop("url", None)
         _refuse_more(value, at)
         value = url
-    if not isinstance(value, str) or value[:5].lower() != "data:":
+    if isinstance(value, list):
+        if rate is not None:
+            raise FieldError(f"{at}.fps", "pictures have no times", "leave it out, and send nframes if you like")
+        for i, url in enumerate(value):
+            if not _is_data_url(url):
+                raise FieldError(f"{at}.{key}.{i}", "not a data: URL", 'send "data:image/jpeg;base64,..."')
+    elif not _is_data_url(value):
         cause = "missing" if value is None else "not a data: URL"
         raise FieldError(f"{at}.{key}", cause, 'send {"url": "data:video/mp4;base64,..."}')
     try:
@@ -176,6 +190,10 @@ def _video(part: dict[str, Any], kind: str, at: str) -> Video:
     except ConfigError as error:
         cause = error.cause.replace("count=", "nframes=").replace("rate=", "fps=")
         raise FieldError(at, cause, error.remedy) from error
+
+
+def _is_data_url(value: Any) -> bool:
+    return isinstance(value, str) and value[:5].lower() == "data:"
 
 
 def _url(part: dict[str, Any], kind: str, at: str) -> str:

@@ -36,14 +36,15 @@ from .settings import Policy
 _log = logging.getLogger(__name__)
 _BASE64 = re.compile(r"[0-9A-Za-z+/_\s-]{60,}={0,2}", re.ASCII)
 _PAGE = Path(__file__).parent / "page"
+_SCRIPTS = ("app", "api", "code", "draw", "media", "read", "words")
 _PAGE_FILES = {
-    **{name: (_PAGE / name, "text/javascript") for name in ("app.js", "api.js", "draw.js", "words.js")},
+    **{f"{name}.js": (_PAGE / f"{name}.js", "text/javascript") for name in _SCRIPTS},
     "style.css": (_PAGE / "style.css", "text/css"),
     "demo.png": (refvlm.DEMO_IMAGE, "image/png"),
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -152,9 +153,11 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
         try:
             body = read_request(ticket.take_body())
             config, _ = configs.of(body)
-            images = await sources(read_messages(body.messages, engine.llama.n_ctx())[1])
-            body.messages = []  # the images are now in their sources only
-            return JSONResponse(await engine.count_tokens(images, 1.0 if config is None else config.image_max_tokens))
+            messages, urls = read_messages(body.messages, engine.llama.n_ctx())
+            images = await sources(urls)
+            body.messages, urls = [], []  # the images are now in their sources only
+            keep = 1.0 if config is None else config.image_max_tokens
+            return JSONResponse(await engine.count_tokens(messages, images, keep))
         except Exception as error:
             return _failed(error, engine, request.scope[RECORD])
 
@@ -191,6 +194,7 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
                 "version": __version__,
                 "needs_key": policy.api_key is not None,
                 "max_image_bytes": policy.max_image_bytes,
+                "max_body_bytes": policy.max_body_bytes,
                 "presets": {name: _changes(config) for name, config in known.items()},
                 "default": next((name for name, config in known.items() if config == configs.default), None),
                 "demo_questions": [question["question"] for question in refvlm.demo_questions()],

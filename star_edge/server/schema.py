@@ -41,6 +41,10 @@ class ReportOptions(BaseModel):
         default=False,
         description="Add to the response's star_edge which image tokens each stage kept, and where they lie.",
     )
+    frames: bool = Field(
+        default=False,
+        description="Add to the response's star_edge the frames that were taken of videos, as small pictures.",
+    )
     afresh: bool = Field(
         default=False, description="Compute everything: use nothing that an earlier request left, and leave nothing."
     )

@@ -36,6 +36,7 @@ class ImageChunk:
         content: Identifies the picture's pixels and the chunk's place in it; "" if unknown.
         size: (height, width) in pixels of what the encoder gets, or None if that is not known.
         video: Index of the video whose frame it is, or None.
+        second: Time of that frame in its video. None: unknown, or it is no frame.
     """
 
     handle: object
@@ -50,6 +51,7 @@ class ImageChunk:
     content: str = ""
     size: tuple[int, int] | None = None
     video: int | None = None
+    second: float | None = None
 
     def positions_at(self, start: int) -> np.ndarray:
         """RoPE positions of its tokens if the first is at `start`."""
@@ -64,11 +66,14 @@ class Prompt:
     chunks: list[TextChunk | ImageChunk]
     _handle: object = None
 
-    def join_frames(self, videos: Sequence[int | None]) -> None:
-        """Says which pictures are frames of a video. videos: for each picture the index of its video, or None."""
+    def join_frames(self, frames: Sequence[tuple[int, float | None] | None]) -> None:
+        """Says which pictures are frames of a video.
+
+        frames: For each picture the index of its video, and its time there in seconds or None. None: it is no frame.
+        """
         for chunk in self.chunks:
             if isinstance(chunk, ImageChunk):
-                chunk.video = videos[chunk.picture]
+                chunk.video, chunk.second = frames[chunk.picture] or (None, None)
 
     def close(self) -> None:
         if self._handle is not None:

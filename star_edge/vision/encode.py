@@ -105,10 +105,13 @@ class ImageEncoding:
         done: dict[int, Encoded] = {}
         config = plan.config
         if config is not None and (config.redundancy != "off" or config.prunes_in_encoder):
+            first: dict[str, int] = {}
             for group in plan.groups:
-                done |= self._encode_group(plan, config, group, watch, notes)
+                twins = {} if config.prunes_in_encoder else _twins(plan.images, group, first)
+                done |= self._encode_group(plan, config, [i for i in group if i not in twins], watch, notes)
+                done |= {i: _same(done[j], j) for i, j in twins.items() if j in done}
         attention = config.encoder_attention if config is not None else None
-        seen: dict[bytes, int] = {}
+        seen: dict[bytes | str, int] = {}
         for i in range(len(plan.images)):
             if i not in done:
                 done[i] = self._encode_whole(plan.images, i, attention, config is not None, seen, done)
@@ -124,16 +127,23 @@ class ImageEncoding:
         i: int,
         attention: str | None,
         want_cells: bool,
-        seen: dict[bytes, int],
+        seen: dict[bytes | str, int],
         done: dict[int, Encoded],
     ) -> Encoded:
-        """One image. Crops of equal pixels are encoded once. seen: by what the encoder gets, the first such image."""
+        """One image. Images of equal pixels are encoded once, such as frames of a video, and crops that look alike.
+
+        seen: by what the encoder gets, or by a picture's pixels and a crop's place in it, the first such image.
+        """
         self.image, image = i, images[i]
+        if image.content in seen:
+            return _same(done[seen[image.content]], seen[image.content])
+        if image.content:
+            seen[image.content] = i
         crops = sum(other.picture == image.picture for other in images)
         if crops > 1 and not self.encoder.is_cached(image, attention, want_cells=want_cells):
             what = self._fingerprint(image)
             if what is not None and what in seen:
-                same = replace(done[seen[what]], score_seconds=0.0, cached=False, same_as=seen[what])
+                same = replace(_same(done[seen[what]], seen[what]), cached=False)
                 self.encoder.remember(image, same, attention, want_cells=want_cells)
                 return same
             if what is not None:
@@ -399,6 +409,17 @@ class ImageEncoding:
             encoded.embeddings, None, scores, encoded.kept, encoded.mass, encoded.redundant, encoded.layer or 0
         )
         cache.put(key, image, len(encoded.cells))
+
+
+def _same(encoded: Encoded, i: int) -> Encoded:
+    """The output of an image whose pixels are those of image i, which is encoded."""
+    return replace(encoded, score_seconds=0.0, same_as=i)
+
+
+def _twins(images: Sequence[ImageChunk], group: Sequence[int], first: dict[str, int]) -> dict[int, int]:
+    """Images of a group whose pixels an earlier image has, with its index. first: by pixels, the first such image."""
+    found = {i: first.setdefault(images[i].content, i) for i in group if images[i].content}
+    return {i: j for i, j in found.items() if i != j}
 
 
 def fitted(counts: Sequence[int], fit: Callable[[int, int], int]) -> list[int]:

@@ -1,14 +1,22 @@
 // What is asked of the server, and what goes wrong on the way.
 
-const CHAT = "v1/chat/completions";
+export const CHAT = "v1/chat/completions";
 
-// An error that says what to do. needsKey: the key is missing or wrong.
+// An error that says what to do. needsKey: the key is missing or wrong. code: that of the server's error.
 export class Problem extends Error {
-  constructor(message, needsKey = false) {
+  constructor(message, { needsKey = false, code = null } = {}) {
     super(message);
-    this.needsKey = needsKey;
+    [this.needsKey, this.code] = [needsKey, code];
+  }
+
+  // Whether the prompt does not fit the context.
+  get isTooLong() {
+    return this.code === "context_length_exceeded";
   }
 }
+
+// param: the place in the request, which its user has not written.
+const problemOf = ({ message, code, param }) => new Problem(sentence(param && message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message), { code });
 
 export function headers(key) {
   const sent = { "Content-Type": "application/json" };
@@ -30,13 +38,13 @@ async function failure(response, key) {
   const said = body?.error?.message;
   if (response.status === 401) {
     const cause = key ? "The server does not take this API key." : "This server wants an API key.";
-    return new Problem(`${cause} Type it into "API key" under Settings, and ask again.`, true);
+    return new Problem(`${cause} Type it into "API key" under Settings, and ask again.`, { needsKey: true });
   }
   if (response.status === 503) return new Problem(`${said || "The server is busy."} Ask again in a few seconds.`);
-  return new Problem(said ? sentence(said) : `The server answered with status ${response.status}. Its log says why.`);
+  return said ? problemOf(body.error) : new Problem(`The server answered with status ${response.status}. Its log says why.`);
 }
 
-const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+const sentence = (text) => (/^\w+=/.test(text) ? text[0] : text[0].toUpperCase()) + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 
 export async function getJSON(path, key) {
   const response = await reach(path, { headers: headers(key) });
@@ -66,7 +74,7 @@ export async function* stream(body, key, signal) {
       const data = event.split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
       if (!data || data === "[DONE]") continue;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Problem(sentence(chunk.error.message));
+      if (chunk.error) throw problemOf(chunk.error);
       yield chunk;
     }
   }
@@ -83,19 +91,31 @@ function shareConfig(percent) {
 
 // The request's `prune`. undefined: as the server was started. presets: the fields of each by name, from setup.json.
 export function pruneOf(settings, presets) {
-  const { preset, share, size, repeats } = settings;
+  const { preset, share, size, repeats, budget } = settings;
   const more = {};
   if (size < 1) more.image_max_tokens = size;
   if (repeats) more.redundancy = "exact";
+  if (budget) more.budget = budget;
   if (preset === "server" && !Object.keys(more).length) return undefined;
   if (preset === "share") return { ...shareConfig(share), ...more };
-  return Object.keys(more).length ? { ...presets[preset], ...more } : preset;
+  if (!Object.keys(more).length) return preset;
+  const config = { ...presets[preset], ...more };
+  if (budget === "prompt") delete config.vision_tolerance; // as --budget does: what all share has a number
+  return config;
 }
 
-// The messages of a conversation as one side has answered it, with the picture in its first question.
-export function messagesOf(turns, side, question, pictureUrl) {
+// The part of a message that a picture or a video is. media: of `readFiles`. nframes, fps: of a video; undefined: the server's.
+export function partOf({ isVideo, isSeries, files }, { nframes, fps }) {
+  const [{ url }] = files;
+  if (!isVideo) return { type: "image_url", image_url: { url } };
+  if (isSeries) return { type: "video", video: files.map((file) => file.url), nframes };
+  return { type: "video_url", video_url: { url }, nframes, fps };
+}
+
+// The messages of a conversation as one side has answered it, with a picture or a video in its first question.
+export function messagesOf(turns, side, question, part) {
   const messages = [];
-  const add = (text) => messages.push({ role: "user", content: messages.length ? text : [{ type: "image_url", image_url: { url: pictureUrl } }, { type: "text", text }] });
+  const add = (text) => messages.push({ role: "user", content: messages.length ? text : [part, { type: "text", text }] });
   for (const turn of turns) {
     const said = turn.answers[side] ?? Object.values(turn.answers)[0];
     if (said === undefined) continue;
@@ -104,61 +124,4 @@ export function messagesOf(turns, side, question, pictureUrl) {
   }
   add(question);
   return messages;
-}
-
-// ---- the same request outside the page ----
-
-const FILE = "PICTURE_FILE";
-
-// What is put in place of the picture's bytes, and the request without what only the page needs.
-function plain(body) {
-  const { star_edge: ignored, ...rest } = body;
-  const messages = rest.messages.map((message) => ({
-    ...message,
-    content: typeof message.content === "string" ? message.content : message.content.map((part) => (part.type === "image_url" ? { type: "image_url", image_url: { url: FILE } } : part)),
-  }));
-  return { ...rest, messages };
-}
-
-export function asCurl(body, model, file, needsKey) {
-  const json = JSON.stringify({ model, ...plain(body) }, null, 2).replace(/[\\$`]/g, "\\$&"); // what a shell would expand in a here-document
-  const picture = `data:image/png;base64,$(base64 < '${file.replaceAll("'", "'\\''")}' | tr -d '\\n')`;
-  const key = needsKey ? ` -H "Authorization: Bearer $STAR_EDGE_API_KEY"` : "";
-  return `curl ${location.origin}/${CHAT} -H 'Content-Type: application/json'${key} -d @- <<JSON\n${json.replace(FILE, picture)}\nJSON`;
-}
-
-function pythonOf(value, indent = "") {
-  const inner = `${indent}    `;
-  if (value === null) return "None";
-  if (typeof value === "boolean") return value ? "True" : "False";
-  if (value === FILE) return 'f"data:image/png;base64,{picture}"';
-  if (typeof value !== "object") return JSON.stringify(value);
-  const list = Array.isArray(value);
-  const items = list ? value.map((item) => pythonOf(item, inner)) : Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${pythonOf(item, inner)}`);
-  const [open, close] = list ? "[]" : "{}";
-  const short = `${open}${items.join(", ")}${close}`;
-  return short.length < 90 && !short.includes("\n") ? short : `${open}\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}${close}`;
-}
-
-export function asPython(body, model, file, needsKey) {
-  const { messages, max_tokens: maxTokens, temperature, prune, ...more } = plain(body);
-  const extra = prune === undefined ? more : { prune, ...more };
-  const key = needsKey ? 'os.environ["STAR_EDGE_API_KEY"]' : '"none"';
-  return `import base64
-${needsKey ? "import os\n" : ""}
-from openai import OpenAI
-
-client = OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key=${key})
-with open(${JSON.stringify(file)}, "rb") as file:
-    picture = base64.b64encode(file.read()).decode()
-messages = ${pythonOf(messages)}
-answer = client.chat.completions.create(
-    model=${JSON.stringify(model)},
-    messages=messages,
-    max_tokens=${maxTokens},
-    temperature=${temperature},
-    extra_body=${pythonOf(extra, "    ")},
-)
-print(answer.choices[0].message.content)
-print(answer.star_edge["average_tokens"], "of", answer.star_edge["n_image_tokens"], "image tokens for each layer")`;
 }

@@ -1,14 +1,18 @@
-import { Problem, asCurl, asPython, getJSON, messagesOf, pruneOf, stream } from "./api.js";
-import { draw, panelsOf } from "./draw.js";
-import { MODES, PRESETS, cacheText, median, readText, steps, time, verdict } from "./words.js";
+import { Problem, getJSON, messagesOf, partOf, pruneOf, stream } from "./api.js";
+import { asCurl, asPython } from "./code.js";
+import { draw } from "./draw.js";
+import { readFiles } from "./media.js";
+import { hideRead, showRead } from "./read.js";
+import { BUDGETS, MODES, MODES_OF_VIDEO, PRESETS, cacheText, median, readText, steps, time, verdict } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const MEASURE_AGAIN_MS = 3000; // first words that took less together are asked for twice more
 const NAMES = { pruned: "Pruned", stock: "Stock" };
 
-let setup = { max_image_bytes: Infinity, demo_questions: [], needs_key: false, presets: {}, default: null };
+let setup = { max_image_bytes: Infinity, max_body_bytes: Infinity, demo_questions: [], needs_key: false, presets: {}, default: null };
 let model = "star-edge";
-let picture = null; // {image: ImageBitmap, url: data URL, name}
+let media = null; // what `readFiles` gives of a picture or a video
+let choosing = 0; // files that were chosen last: they are read meanwhile
 let turns = []; // {turn: its element, question, answers: {side: text}}: what the next question goes on from
 let running = null; // AbortController of the question under way
 
@@ -17,66 +21,54 @@ const settings = () => ({
   share: Number($("share").value),
   size: Number($("size").value),
   repeats: $("repeats").checked,
+  budget: $("budget").value,
 });
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 
-// ---- the picture ----
+// ---- the picture or video ----
 
-async function usePicture(blob, name) {
+async function useFiles(files) {
+  const mine = ++choosing;
   showError(null);
-  if (blob.size > setup.max_image_bytes) {
-    return showError(new Problem(`The picture has ${blob.size} bytes and this server takes ${setup.max_image_bytes}. Make it smaller, or start the server with a higher --max-image-bytes.`));
-  }
-  let image;
+  let chosen;
   try {
-    image = await createImageBitmap(blob);
-  } catch {
-    return showError(new Problem("The browser cannot show this file as a picture. Choose a PNG, JPEG, WebP or GIF."));
+    chosen = await readFiles(files, setup);
+  } catch (error) {
+    return mine === choosing && showError(error instanceof Problem ? error : new Problem(`The file cannot be read (${error.message}). Choose it again.`));
   }
-  const url = await new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(blob);
-  });
+  if (mine !== choosing) return;
   newConversation();
-  picture = { image, url, name };
-  draw($("picture"), image);
-  $("drop").classList.add("has-picture");
-  $("picture-name").textContent = `${name}, ${image.width} × ${image.height} pixels`;
-  $("drop").setAttribute("aria-label", `${$("picture-name").textContent}. Choose another picture`);
+  media = chosen;
+  const { image, isVideo, isSeries, name, text } = media;
+  if (image) draw($("picture"), image);
+  $("drop").classList.toggle("has-picture", image !== null);
+  $("hint-title").textContent = image ? "Choose a picture or a video" : name;
+  $("picture-name").textContent = `${name}, ${text}`;
+  $("drop").setAttribute("aria-label", `${$("picture-name").textContent}. Choose another picture or video`);
   $("examples").hidden = true;
-  $("intro").textContent = "Ask about the picture. Further questions go on from there; another picture begins anew.";
+  $("frames-row").hidden = !isVideo;
+  $("fps-field").hidden = isSeries; // pictures have no times
+  $("intro").textContent = `Ask about the ${noun()}. Further questions go on from there; another ${noun()} begins anew.`;
+  explain();
+}
+
+const noun = () => (media.isVideo ? "video" : "picture");
+
+// What a number field asks for. undefined: nothing, so that the server's default holds.
+function numberIn(id) {
+  const field = $(id);
+  if (field.validity.badInput) throw new Problem(`"${field.labels[0].textContent.trim()}" is not a number. Type one, or leave it empty.`);
+  return field.value === "" ? undefined : Number(field.value);
 }
 
 function newConversation() {
   stop();
   turns = [];
   $("turns").replaceChildren();
-  $("read-part").hidden = $("again").hidden = true;
+  hideRead();
+  $("again").hidden = true;
   $("intro").hidden = false;
   say("");
-}
-
-function showRead(report, what) {
-  const panels = panelsOf(report, picture.image);
-  $("read-part").hidden = false;
-  $("read-text").textContent = panels.length ? `For "${what}". Dimmed: dropped. ${panels.problem}` : panels.problem;
-  $("panels").replaceChildren(
-    ...panels.map((panel) => {
-      const figure = document.createElement("figure");
-      const canvas = document.createElement("canvas");
-      canvas.setAttribute("role", "img");
-      canvas.setAttribute("aria-label", `${panel.title}: ${panel.count} stayed`);
-      panel.draw(canvas);
-      const caption = document.createElement("figcaption");
-      const [name, count] = [document.createElement("b"), document.createElement("span")];
-      [name.textContent, count.textContent] = [panel.title, panel.count];
-      caption.append(name, count);
-      figure.append(canvas, caption);
-      return figure;
-    }),
-  );
 }
 
 // ---- what goes on ----
@@ -102,7 +94,7 @@ async function watchQueue(name, signal, isReading) {
     const health = await getJSON("health", "").catch(() => null);
     if (signal.aborted || !isReading()) return;
     const others = health ? health.waiting : 0;
-    say(others ? `${name}: reading, or waiting for its turn (${others} in line)` : `${name}: reading the picture and the question`, true);
+    say(others ? `${name}: reading, or waiting for its turn (${others} in line)` : `${name}: reading the ${noun()} and the question`, true);
   }
 }
 
@@ -135,13 +127,13 @@ function stop() {
 function bodyOf(side, question, isFair) {
   const prune = side === "stock" ? "off" : pruneOf(settings(), setup.presets);
   return {
-    messages: messagesOf(turns, side, question, picture.url),
+    messages: messagesOf(turns, side, question, partOf(media, { nframes: numberIn("frames"), fps: numberIn("fps") })),
     ...(prune === undefined ? {} : { prune }),
     max_tokens: Number($("length").value) || 256,
     temperature: 0,
     repeat_penalty: 1,
     // Fair: nothing that an earlier question left in the caches shortens the time of one side alone.
-    star_edge: { kept: true, afresh: isFair },
+    star_edge: { kept: true, frames: media.isVideo, afresh: isFair },
   };
 }
 
@@ -158,8 +150,8 @@ function makeTurn(question, sides, bodies) {
     turn.querySelector(".sides").append(card);
   }
   const body = bodies[sides[0]];
-  const file = picture.name;
-  const snippet = (make) => make(body, model, file, setup.needs_key);
+  const { files } = media;
+  const snippet = (make) => make(body, model, files, setup.needs_key);
   const code = turn.querySelector(".snippet pre");
   turn.querySelector(".code").addEventListener("click", (event) => {
     const box = turn.querySelector(".snippet");
@@ -187,7 +179,7 @@ async function answer(side, body, card, signal) {
   const put = (part, text) => (card.querySelector(`.${part}`).textContent = text);
   since = performance.now();
   let [text, report, isReading] = ["", null, true];
-  say(`${NAMES[side]}: reading the picture and the question`, true);
+  say(`${NAMES[side]}: reading the ${noun()} and the question`, true);
   watchQueue(NAMES[side], signal, () => isReading);
   try {
     for await (const chunk of stream(body, $("key").value, signal)) {
@@ -254,32 +246,51 @@ async function compare(results, bodies, { turn, cards }, signal) {
   turn.querySelector(".verdict").textContent = show();
 }
 
+function showTooLong({ turn, cards: { stock } }, error) {
+  stock.querySelector(".answer").textContent = "(no answer)";
+  stock.querySelector(".notes").textContent = error.message;
+  turn.querySelector(".verdict").textContent = "Nothing to compare: without pruning this does not fit the context.";
+}
+
 async function ask(question) {
   stop();
   showError(null);
-  if (!picture) {
-    showError(new Problem("There is no picture yet. Choose one, or take the demo picture."));
+  if (!media) {
+    showError(new Problem("There is no picture yet. Choose one or a video, or take the demo picture."));
     return $("drop").focus();
   }
   const chosen = mode();
   const sides = chosen === "both" ? ["pruned", "stock"] : [chosen];
+  let bodies;
+  try {
+    bodies = Object.fromEntries(sides.map((side) => [side, bodyOf(side, question, chosen === "both")]));
+  } catch (error) {
+    return showError(error);
+  }
+  const { image, isVideo } = media;
   const mine = new AbortController();
   setRunning(mine);
-  const bodies = Object.fromEntries(sides.map((side) => [side, bodyOf(side, question, chosen === "both")]));
   const shown = makeTurn(question, sides, bodies);
   const results = {};
   try {
-    for (const side of sides) results[side] = await answer(side, bodies[side], shown.cards[side], mine.signal);
-    turns.push({ turn: shown.turn, question, answers: Object.fromEntries(sides.map((side) => [side, results[side].text])) });
+    for (const side of sides) {
+      try {
+        results[side] = await answer(side, bodies[side], shown.cards[side], mine.signal);
+      } catch (error) {
+        if (!error.isTooLong || !results.pruned) throw error;
+        showTooLong(shown, error); // stock alone: what pruning left has fit
+      }
+    }
+    turns.push({ turn: shown.turn, question, answers: Object.fromEntries(Object.entries(results).map(([side, { text }]) => [side, text])) });
     $("question").value = "";
     const { report } = results[sides[0]];
-    if (sides[0] === "pruned" && report) {
+    if (report && (isVideo || sides[0] === "pruned")) {
       const button = shown.turn.querySelector(".show");
-      button.addEventListener("click", () => (showRead(report, question), $("read-part").scrollIntoView({ block: "nearest" })));
+      button.addEventListener("click", () => showRead(report, image, question).then(() => $("read-part").scrollIntoView({ block: "nearest" })));
       button.hidden = false;
-      showRead(report, question);
+      await showRead(report, image, question);
     }
-    if (chosen === "both") await compare(results, bodies, shown, mine.signal);
+    if (results.pruned && results.stock) await compare(results, bodies, shown, mine.signal);
     say("Done.");
   } catch (error) {
     const isKept = turns.at(-1)?.turn === shown.turn;
@@ -290,7 +301,7 @@ async function ask(question) {
     if (!mine.signal.aborted) {
       say("");
       if (!Object.values(shown.cards).some((card) => card.querySelector(".answer").textContent)) shown.turn.remove();
-      if (turns.length && /context/.test(error.message)) error.message += ' Or begin a new conversation: its questions and answers take room too.';
+      if (error.isTooLong) error.message += ` On this page: ${isVideo ? "take fewer frames, " : ""}choose a smaller preset or resolution under Settings${turns.length ? ", or begin a new conversation: its questions and answers take room too" : ""}.`;
       showError(error instanceof Problem ? error : new Problem(`The page failed (${error.message}). Load it again.`));
     }
   } finally {
@@ -302,8 +313,10 @@ async function ask(question) {
 // ---- settings ----
 
 function explain() {
-  const { preset, share } = settings();
-  $("mode-text").textContent = MODES[mode()];
+  const { preset, share, budget } = settings();
+  $("mode-text").textContent = (media?.isVideo ? MODES_OF_VIDEO : MODES)[mode()];
+  $("budget-text").textContent = BUDGETS[budget];
+  $("frames").placeholder = $("fps").value ? "256" : "8";
   $("preset-text").textContent = PRESETS[preset] || "A config that the server was started with.";
   $("share-row").hidden = preset !== "share";
   $("share-text").textContent = `about ${share}%`;
@@ -319,7 +332,8 @@ function fillPresets() {
 // ---- events ----
 
 async function useDemo() {
-  await usePicture(await (await fetch("page/demo.png")).blob(), "demo.png");
+  const demo = await (await fetch("page/demo.png")).blob();
+  await useFiles([new File([demo], "demo.png", { type: "image/png" })]);
   $("examples").hidden = false;
   if (!$("question").value) $("question").value = setup.demo_questions[0];
 }
@@ -339,25 +353,25 @@ $("stop").addEventListener("click", stop);
 $("again").addEventListener("click", () => (newConversation(), $("question").focus()));
 $("drop").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", (event) => {
-  const [file] = event.target.files;
-  if (file) usePicture(file, file.name);
+  const files = [...event.target.files];
+  if (files.length) useFiles(files);
   event.target.value = ""; // the same file may be chosen again
 });
 $("demo").addEventListener("click", () => useDemo().catch(showError));
-for (const id of ["preset", "share", "modes"]) $(id).addEventListener("input", explain);
+for (const id of ["preset", "share", "modes", "budget", "fps"]) $(id).addEventListener("input", explain);
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
     $("drop").classList.toggle("over", kind === "dragover");
-    const file = kind === "drop" && event.dataTransfer.files[0];
-    if (file) usePicture(file, file.name);
+    const files = kind === "drop" ? [...event.dataTransfer.files] : [];
+    if (files.length) useFiles(files);
   });
 }
 document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
-  if (!file) return;
+  const files = [...event.clipboardData.files].filter((one) => /^(image|video)[/]/.test(one.type));
+  if (!files.length) return;
   event.preventDefault();
-  usePicture(file, file.name || "pasted.png");
+  useFiles(files);
 });
 
 new ResizeObserver(() => document.documentElement.style.setProperty("--form-height", `${$("form").offsetHeight}px`)).observe($("form"));

@@ -1,6 +1,7 @@
 // The picture, and what each stage kept of it. Dropped tokens are dimmed.
 
 const MAX_SIDE = 720; // pixels of a drawn picture
+const FRAME_SIDE = 480; // of a drawn frame, of which there may be many
 const WHOLE = [0, 0, 1, 1]; // top, left, bottom, right, as fractions of the picture
 const OVERLAP = 0.05; // of the smaller of two places: they do not lie beside each other
 
@@ -36,14 +37,13 @@ function stagesOf(report) {
     stages.push(["Into the encoder", (image) => { const out = new Set(image.redundant); return [...Array(image.n_tokens).keys()].filter((i) => !out.has(i)); }]);
   }
   if (report.encoder_layer !== null) stages.push([`Encoder stage, from layer ${report.encoder_layer}`, (image) => image.encoder_kept || [...Array(image.n_tokens).keys()]]);
-  stages.push(["Vision stage", (image) => image.vision_kept]);
+  stages.push([report.config ? "Vision stage" : "Every image token", (image) => image.vision_kept]);
   if (report.decoder_layer !== null) stages.push([`Decoder stage, from layer ${report.decoder_layer}`, (image) => image.decoder_kept]);
   return stages;
 }
 
-// Panels of a report: {title, count, note, draw(canvas)}. An empty list has a `problem` that says why.
-export function panelsOf(report, picture) {
-  const all = report.kept || [];
+// Panels of a picture: {stage, part, count, draw(canvas)}. An empty list has a `problem` that says why.
+export function panelsOf(report, picture, all = report.kept || [], side = MAX_SIDE) {
   const images = all.length === 1 ? [padded(all[0], picture)] : all;
   const placed = images.filter((image) => image.place && image.grid);
   if (!placed.length) {
@@ -52,25 +52,39 @@ export function panelsOf(report, picture) {
   }
   const panels = [];
   const layers = layersOf(placed);
-  for (const [title, kept] of stagesOf(report)) {
+  for (const [stage, kept] of stagesOf(report)) {
     for (const layer of layers) {
-      const n = layer.reduce((sum, image) => sum + kept(image).length, 0);
-      const total = layer.reduce((sum, image) => sum + image.n_tokens, 0);
       const part = layers.length === 1 ? "" : layer.length === 1 ? ", whole picture" : `, ${layer.length} tiles`;
-      panels.push({ title: title + part, count: `${n} of ${total} tokens`, draw: (canvas) => draw(canvas, picture, layer, kept) });
+      panels.push({ stage, part, count: count(layer, kept), draw: (canvas) => draw(canvas, picture, layer, kept, side) });
     }
   }
   panels.problem = placed.length < images.length ? `Places of ${images.length - placed.length} of ${images.length} crops are not known.` : "";
   return panels;
 }
 
+const count = (images, kept) => `${images.reduce((sum, image) => sum + kept(image).length, 0)} of ${images.reduce((sum, image) => sum + image.n_tokens, 0)} tokens`;
+
+// Panels of a video's frames, as those of a picture, each with its frame. pictures: what to draw of each of report.frames.
+// Where tokens have no place, a frame is drawn as it is.
+export function framePanelsOf(report, pictures) {
+  const panels = report.frames.flatMap((frame, i) => {
+    const images = report.kept.filter((image) => image.picture === frame.picture);
+    const found = panelsOf(report, pictures[i], images, FRAME_SIDE);
+    const problem = found.problem;
+    const drawn = found.length ? found : stagesOf(report).map(([stage, kept]) => ({ stage, part: "", count: count(images, kept), draw: (canvas) => draw(canvas, pictures[i], [], null, FRAME_SIDE) }));
+    return drawn.map((panel) => ({ ...panel, frame, problem }));
+  });
+  panels.problem = panels.find((panel) => panel.problem)?.problem ?? "";
+  return panels;
+}
+
 // Draws the picture. images: with place, grid and cells, whose dropped cells are dimmed. kept: an image's tokens that stayed.
-export function draw(canvas, picture, images = [], kept = null) {
+export function draw(canvas, picture, images = [], kept = null, side = MAX_SIDE) {
   const edge = (pick, start, i) => pick(...images.map((image) => image.place[i]), start);
   const near = (value, whole) => (Math.abs(value - whole) < 0.005 ? whole : value);
   const top = near(edge(Math.min, 0, 0), 0), left = near(edge(Math.min, 0, 1), 0);
   const bottom = near(edge(Math.max, 1, 2), 1), right = near(edge(Math.max, 1, 3), 1);
-  const scale = MAX_SIDE / Math.max((bottom - top) * picture.height, (right - left) * picture.width);
+  const scale = side / Math.max((bottom - top) * picture.height, (right - left) * picture.width);
   const [height, width] = [picture.height * scale, picture.width * scale];
   canvas.width = Math.max(1, Math.round((right - left) * width));
   canvas.height = Math.max(1, Math.round((bottom - top) * height));

@@ -16,17 +16,38 @@ export function median(values) {
 // "Read 36 of 144 image tokens for each layer, first word after 0.4 s."
 export function readText(report, firstToken) {
   const { average_tokens: read, n_image_tokens: all, n_full_tokens: full } = report;
-  const smaller = full && full > all ? ` (${full} at the picture's own size)` : "";
-  const tokens = Math.abs(read - all) < 0.05 ? `Read all ${all} image tokens${smaller}` : `Read ${number(read)} of ${all} image tokens${smaller}, on average over the layers`;
+  const n = report.pictures.length;
+  const smaller = full && full > all ? ` (${full} at ${n === 1 ? "the picture's" : "the frames'"} own size)` : "";
+  const of = n === 1 ? "" : ` of ${n} frames`;
+  const tokens = Math.abs(read - all) < 0.05 ? `Read all ${all} image tokens${of}${smaller}` : `Read ${number(read)} of ${all} image tokens${of}${smaller}, on average over the layers`;
   return `${tokens}. First word after ${time(firstToken)}.`;
 }
 
 // What the time does not contain because an earlier question has paid for it.
 export function cacheText(report) {
   const parts = [];
-  if (report.n_cached) parts.push("the picture was encoded for an earlier question");
+  const n = report.pictures.length;
+  if (report.n_cached) parts.push(n === 1 ? "the picture was encoded for an earlier question" : `${report.n_cached === n ? `all ${n}` : `${report.n_cached} of ${n}`} frames were encoded for an earlier question`);
   if (report.reused_tokens) parts.push(`${report.reused_tokens} tokens were read for an earlier question`);
   return parts.length ? `${parts.join(", and ")}.`.replace(/^./, (c) => c.toUpperCase()) : "";
+}
+
+const clock = (second) => (second === null ? "" : `, ${second.toFixed(1)} s`);
+
+// "Frame 2, 0.8 s". frames: of a report.
+export const frameName = (frames, frame) => `Frame ${frames.indexOf(frame) + 1}${clock(frame.second)}`;
+
+// "same as frame 1", or "".
+export function sameText(frames, frame) {
+  return frame.same_as === null ? "" : `same as frame ${frames.findIndex((other) => other.picture === frame.same_as) + 1}`;
+}
+
+// "3 frames were taken, of 0.5 s to 2.5 s. 1 of them is the same as an earlier one."
+export function framesText(frames) {
+  const [first, last, n] = [frames[0].second, frames.at(-1).second, frames.filter((frame) => frame.same_as !== null).length];
+  const times = first === null ? "" : frames.length === 1 ? `, of ${first.toFixed(1)} s` : `, of ${first.toFixed(1)} s to ${last.toFixed(1)} s`;
+  const taken = frames.length === 1 ? `1 frame was taken${times}` : `${frames.length} frames were taken${times}`;
+  return `${taken}.${n ? ` ${n} of them ${n === 1 ? "is" : "are"} the same as an earlier one.` : ""}`;
 }
 
 // "Pruned: 3.2 times sooner than stock, and the same answer."
@@ -39,13 +60,13 @@ export function verdict(pruned, stock, isSame) {
 
 const STEPS = {
   queue: "waiting for a turn",
-  preprocess: "picture made ready",
+  preprocess: "pictures made ready",
   redundancy: "repeating areas found",
   encode: "encoder",
   encoder_stage: "encoder stage",
   vision_stage: "vision stage",
   reuse: "earlier tokens taken up",
-  prefix: "text before the picture",
+  prefix: "text before the pictures",
   probe: "first decoder layers",
   decoder_scores: "attention read",
   decoder_stage: "decoder stage",
@@ -80,4 +101,18 @@ export const MODES = {
   pruned: "skips image tokens that do not matter.",
   stock: "llama.cpp as it is: every image token is read.",
   both: "one after the other, to compare.",
+};
+
+// llama.cpp's chat takes no video.
+export const MODES_OF_VIDEO = {
+  ...MODES,
+  stock: "llama.cpp as it is: the same frames as pictures, and every image token is read.",
+  both: "one after the other, to compare. Stock gets the same frames, as pictures.",
+};
+
+export const BUDGETS = {
+  "": "As the preset says: image, unless it says otherwise.",
+  image: "The frames of a video share their image tokens, and so do the crops of a picture.",
+  crop: "Nobody shares: each frame, and each crop of a picture, keeps its own share.",
+  prompt: "All pictures and frames of the question share their image tokens.",
 };
