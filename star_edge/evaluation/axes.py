@@ -25,6 +25,7 @@ Point = tuple[int, ...]  # for each axis 0 (off) or the number of its value, fro
 # Shares of the decoder's layers where K is looked for: from late, where few rows still matter, to early
 _DEPTHS = (0.9, 0.8, 0.75, 0.67, 0.58, 0.5, 0.42, 0.33, 0.25)
 _EIGHTH, _HALF = 0.125, 0.5
+_LEAST = 0.1  # that stays in the encoder where it keeps what a picture needs
 _PROBED = 3  # pictures
 _LOOKED_AT = 20  # questions, for pictures that can be read
 
@@ -57,6 +58,9 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
     def keep(field: str, *shares: float, **more: Any) -> tuple[dict[str, Any], ...]:
         return tuple({field: share, **more} for share in shares)
 
+    def needed(*tolerances: float) -> tuple[dict[str, Any], ...]:
+        return tuple({"encoder_keep": _LEAST, "encoder_tolerance": tolerance} for tolerance in tolerances)
+
     def decoder(share: float) -> tuple[dict[str, Any], ...]:
         # seen_below takes no time before the first token, and later tokens are right more often
         return tuple({"decoder_keep": share, "decoder_layer": k, "seen_below": True} for k in decoder_layers)
@@ -65,6 +69,7 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
         Axis("redundancy", "redundancy", keep("redundancy", "exact", 0.03, 0.06), _no_redundancy),  # type: ignore[arg-type]
         Axis("resolution", "resolution", keep("image_max_tokens", 0.75, 0.6, 0.5, 0.35, 0.25), _no_resolution),
         Axis("encoder", "encoder", keep("encoder_keep", 0.75, 0.6, 0.5, 0.35, 0.25), _no_encoder_stage),
+        Axis("encoder, as pictures need", "encoder", needed(0.05, 0.1, 0.2), _no_encoder_stage),
         Axis("vision", "vision", keep("vision_keep", 0.75, 0.6, 0.5, 0.375, 0.25, 0.15, 0.1, 0.06), _no_vision_stage),
         Axis("decoder, an eighth", "decoder", decoder(_EIGHTH), _no_decoder_stage),
         Axis("decoder, half", "decoder", decoder(_HALF), _no_decoder_stage),
@@ -78,7 +83,7 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
 def make_config(axes: Sequence[Axis], point: Point) -> NamedConfig:
     """The config at a point; OFF where every axis is off.
 
-    A vision stage cannot keep more than the encoder stage has left: it keeps as much then. A decoder stage keeps a
+    A vision stage cannot keep more than an encoder stage of a fixed share has left: it keeps as much then. A decoder stage keeps a
     share of what the vision stage leaves.
     """
     values: dict[str, Any] = {}
@@ -87,7 +92,7 @@ def make_config(axes: Sequence[Axis], point: Point) -> NamedConfig:
             values |= axis.values[number - 1]
     if not values:
         return OFF
-    encoder = values.get("encoder_keep", 1.0)
+    encoder = 1.0 if "encoder_tolerance" in values else values.get("encoder_keep", 1.0)
     if "vision_keep" in values:
         values["vision_keep"] = min(values["vision_keep"], encoder)
     if "decoder_keep" in values:
@@ -100,6 +105,7 @@ def make_config(axes: Sequence[Axis], point: Point) -> NamedConfig:
 _SHORT = {
     "image_max_tokens": "picture",
     "encoder_keep": "encoder",
+    "encoder_tolerance": "tolerance",
     "encoder_layer": "M",
     "vision_keep": "vision",
     "decoder_keep": "decoder",

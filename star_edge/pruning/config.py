@@ -197,7 +197,7 @@ class PruneConfig:
         for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
             object.__setattr__(self, name, _check_keep(name, getattr(self, name)))
         _check_order("vision_keep", self.vision_keep, "decoder_keep", self.decoder_keep)
-        for name in ("vision_keep", "decoder_keep"):
+        for name in () if self.encoder_adapts else ("vision_keep", "decoder_keep"):  # which then is the least alone
             _check_order("encoder_keep", self.encoder_keep, name, getattr(self, name))
         for name in ("decoder_layer", "encoder_layer"):
             layer = getattr(self, name)
