@@ -126,7 +126,7 @@ def within(tokens, k, tolerance, most=None, reach=None):
         for i in range(n):
             for j in range(n):
                 if max(abs(row[i] - row[j]), abs(column[i] - column[j])) > reach:
-                    alone[i, j] = np.inf
+                    alone[i, j] += tolerance * mean + 2
     far = tokens.distances().astype(float)
     chosen = [int(far.sum(axis=1).argmax())]
     while len(chosen) < k:

@@ -105,7 +105,7 @@ def cluster(
         bound = max(tolerance * mean, ROUNDING)
         beyond = None if reach is None else tokens.beyond(reach)
         if beyond is not None:
-            alone[beyond] = np.inf
+            alone[beyond] += np.float32(bound + 2)  # over the bound, and still in the order of what is unlike
         too_few = _pick_within(alone, kept, bound, n if most is None else most)
         too_far = alone > bound
     chosen = np.flatnonzero(kept)
