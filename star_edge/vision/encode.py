@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import EngineError
 from ..llamacpp.names import PIXELS
 from ..llamacpp.tap import Plan
-from ..pruning.choose import Candidates, choose, divide, vision_policy
+from ..pruning.choose import Candidates, choose, divide, prepare, vision_policy
 from ..pruning.config import PruneConfig
 from ..pruning.scorers import VISION_SCORERS
 from ..pruning.selection import Selection, Tokens
@@ -264,7 +264,6 @@ class ImageEncoding:
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], firsts: Sequence[FirstPass]
     ) -> dict[int, Selection]:
         """What stays of the units that entered the encoder, by the image's number."""
-        assert self.window is not None  # which has made the first passes
         candidates = [
             Candidates(
                 Tokens(first.vectors, first.units, first.chunk.grid, self._mass(config, w.mass), first.attention),
@@ -274,10 +273,10 @@ class ImageEncoding:
             )
             for w, first in zip(works, firsts)
         ]
-        selections = {}
-        for w, first, image, n in zip(works, firsts, candidates, self._shares(plan, config, works, candidates)):
-            selections[w.number] = choose(vision_policy(config, first.attention is not None), image, n)
-        return selections
+        policies = [vision_policy(config, first.attention is not None) for first in firsts]
+        prepare(list(zip(policies, candidates)), self.encoder.n_threads)
+        shares = self._shares(plan, config, works, candidates)
+        return {w.number: choose(p, image, n) for w, p, image, n in zip(works, policies, candidates, shares)}
 
     def _shares(
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], candidates: Sequence[Candidates]
