@@ -3,6 +3,10 @@
 On a GPU each is a copy or a wait. The numbers follow from what a stage needs, and do not grow with the layers.
 """
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers import gpu
@@ -207,3 +211,20 @@ def test_a_request(vlm, monkeypatch, config, prefill, token, encoder):
     assert decodes == prefill
     assert answer.report.n_sampled == 2 and tokens == token  # the first token is the prompt's
     assert traffic_of(vlm.encoder)[:3] == encoder
+
+
+def test_the_table_of_the_docs_is_reckoned_as_it_is_counted():
+    """benchmarks/traffic.py: counts and bytes of a prompt with a decoder stage, from the model's sizes."""
+    path = Path(__file__).parent.parent / "benchmarks" / "traffic.py"
+    spec = importlib.util.spec_from_file_location("traffic", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["traffic"] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        counted, reckoned = module.compare()
+        table = module.table()
+    finally:
+        del sys.modules["traffic"]
+    assert counted == reckoned
+    page = (path.parent.parent / "docs" / "gpu.md").read_text()
+    assert len(table) > 4 and all(line in page for line in table)

@@ -169,7 +169,7 @@ def project(parts: Sequence[Tokens], n_threads: int) -> None:
         _check(vectors)
         return _unit(vectors)
 
-    done = iter(spread(unit, blocks, n_threads))
+    done = iter(spread(unit, blocks, min(n_threads, len(blocks) // 2)))  # a block takes little longer than a thread
     for part in parts:
         part.unit_vectors = np.concatenate([next(done) for _ in _blocks(len(part))])
 
