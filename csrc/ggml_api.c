@@ -52,6 +52,17 @@ const char * se_bind_missing(void) {
 
 bool se_ggml_ready(void) { return se_bind_missing() == NULL; }
 
+/* Of a thread: a tap's callback runs in the one that computes its graph. */
+static _Thread_local se_traffic * account;
+
+void se_count_into(se_traffic * traffic) { account = traffic; }
+
+static void count_read(size_t size) {
+    if (!account) return;
+    account->n_reads++;
+    account->read_bytes += (int64_t) size;
+}
+
 static bool in_range(const struct ggml_tensor * t, size_t offset, size_t size) {
     const struct ggml_tensor * root = t->view_src ? t->view_src : t;
     return root->buffer && t->data && size <= se_ggml.nbytes(t) && offset <= se_ggml.nbytes(t) - size;
@@ -59,13 +70,20 @@ static bool in_range(const struct ggml_tensor * t, size_t offset, size_t size) {
 
 int se_read(const struct ggml_tensor * t, void * out, size_t offset, size_t size) {
     if (!in_range(t, offset, size)) return SE_ERR_SHAPE;
-    if (size) se_ggml.tensor_get(t, out, offset, size);
+    if (!size) return SE_OK;
+    count_read(size);
+    se_ggml.tensor_get(t, out, offset, size);
     return SE_OK;
 }
 
 int se_write(struct ggml_tensor * t, const void * data, size_t offset, size_t size) {
     if (!in_range(t, offset, size)) return SE_ERR_SHAPE;
-    if (size) se_ggml.tensor_set(t, data, offset, size);
+    if (!size) return SE_OK;
+    if (account) {
+        account->n_writes++;
+        account->written_bytes += (int64_t) size;
+    }
+    se_ggml.tensor_set(t, data, offset, size);
     return SE_OK;
 }
 
@@ -74,6 +92,7 @@ const void * se_borrow(const struct ggml_tensor * t, size_t offset, size_t size,
         *error = SE_ERR_SHAPE;
         return NULL;
     }
+    count_read(size);
     const struct ggml_tensor * root = t->view_src ? t->view_src : t;
     if (se_ggml.buffer_is_host(root->buffer)) return (const char *) t->data + offset;
     *to_free = malloc(size);

@@ -5,6 +5,7 @@
 
 #include "ggml-backend.h"
 #include "ggml.h"
+#include "star_edge.h"
 
 typedef struct {
     void (*tensor_get)(const struct ggml_tensor *, void *, size_t, size_t);
@@ -19,6 +20,9 @@ typedef struct {
 
 extern se_ggml_api se_ggml;
 bool se_ggml_ready(void);
+
+/* Where the calls below count what they move, for the calling thread; NULL: nowhere. */
+void se_count_into(se_traffic * traffic);
 
 /* ggml_backend_tensor_get/set abort on a bad range; these return SE_ERR_SHAPE instead. */
 int se_read(const struct ggml_tensor * tensor, void * out, size_t offset, size_t size);

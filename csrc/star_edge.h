@@ -118,6 +118,7 @@ typedef struct {
     void * source_out;
     size_t source_bytes;
     int64_t * cells;             /* out: (n_rows) KV cells that the rows were written to, or NULL */
+    int32_t only_cells;          /* 1: a plain decode of which the result need say nothing. No node is looked at once the cells are known */
     /* Attention: these layers (ascending), these query rows. The layer of an attention operation is the one after the
      * last layer output. Where the graph names none (encoders) the operations are counted. */
     const int32_t * attn_layers;
@@ -157,6 +158,14 @@ typedef struct {
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;
 
+/* What a tap cost the backend, since the last se_tap_take_traffic. An idle tap counts nothing. */
+typedef struct {
+    int64_t n_asked;             /* nodes that it was asked about while it was at work */
+    int64_t n_stops;             /* nodes that it said yes to: all up to there is computed and waited for, and the callback is called again */
+    int64_t n_reads, n_writes;   /* of tensors' memory. On a GPU each is a copy that is waited for; the host's own memory may be read in place */
+    int64_t read_bytes, written_bytes;
+} se_traffic;
+
 se_tap * se_tap_new(void);
 void se_tap_free(se_tap * tap);
 uintptr_t se_tap_callback_address(void); /* a ggml_backend_sched_eval_callback; its user_data is the se_tap */
@@ -188,6 +197,8 @@ int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capac
 size_t se_tap_watched_bytes(const se_tap * tap);
 /* What went wrong in plain decodes since the last call (a shift, a bias or an input that could not be applied), and forget it. */
 int se_tap_take_error(se_tap * tap);
+/* The traffic since the last call, and forget it. */
+void se_tap_take_traffic(se_tap * tap, se_traffic * traffic);
 /* Called before every plain decode: a new graph begins, in which position shift and cell bias are due. */
 void se_tap_begin(se_tap * tap);
 

@@ -46,7 +46,7 @@ static void take_cells(se_tap * tap, const struct ggml_tensor * node) {
     const struct ggml_tensor * cells = se_written_cells(node, tap->plan.n_rows);
     if (!cells) return;
     se_tap_fail(tap, se_read(cells, tap->plan.cells, 0, (size_t) tap->plan.n_rows * sizeof(int64_t)));
-    tap->cells_taken = true;
+    tap->cells_due = false;
 }
 
 static size_t hidden_bytes(const se_tap * tap) {
@@ -205,7 +205,7 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
     if (ends_rows) return true;
     if (has_window && p->extra_hidden && extra_of(tap, layer_out) >= 0) return true;
-    if (p->cells && !tap->cells_taken) take_cells(tap, node);
+    if (tap->cells_due) take_cells(tap, node);
 
     /* A layer may have both a recurrent state and attention, in any order (Falcon-H1): its rows come again from the next window. */
     if (has_window && !p->encoder && p->last < p->n_layer && se_state_written(node) >= p->last) skip(tap, node);
@@ -270,17 +270,32 @@ static bool done(se_tap * tap, struct ggml_tensor * node) {
     return true;
 }
 
-bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
-    se_tap * tap = user_data;
+static bool has_settings(const se_tap * tap) {
+    return tap->shift || tap->bias || tap->n_levels || tap->watch_out || tap->inputs[0].data;
+}
+
+static bool visit(se_tap * tap, struct ggml_tensor * node, bool asking) {
     const bool ends_level = tap->n_levels && se_tap_ends_level(tap, node);
     if (!asking) {
         if (ends_level) se_tap_next_level(tap);
         return done(tap, node);
     }
-    /* Idle: not even the node is looked at, whose memory the weights have long pushed out of the cache. */
-    if (!tap->armed && !tap->shift && !tap->bias && !tap->n_levels && !tap->watch_out && !tap->inputs[0].data) return false;
+    tap->traffic.n_asked++;
     se_tap_inputs_visit(tap, node);
-    return ask(tap, node) || ends_level;
+    const bool stops = ask(tap, node) || ends_level;
+    tap->traffic.n_stops += stops;
+    return stops;
+}
+
+bool se_tap_callback(struct ggml_tensor * node, bool asking, void * user_data) {
+    se_tap * tap = user_data;
+    /* Idle: not even the node is looked at, whose memory the weights have long pushed out of the cache. */
+    const bool idle = !tap->armed || (tap->plan.only_cells && !tap->cells_due);
+    if (asking && idle && !has_settings(tap)) return false;
+    se_count_into(&tap->traffic);
+    const bool answer = visit(tap, node, asking);
+    se_count_into(NULL);
+    return answer;
 }
 
 uintptr_t se_tap_callback_address(void) { return (uintptr_t) &se_tap_callback; }
@@ -339,6 +354,7 @@ static int check(const se_plan * p) {
         if (!p->count_only && (p->keep_node < 1 || p->n_nodes < p->keep_node)) return SE_ERR_ARGUMENT; /* not rehearsed */
     }
     if ((p->positions || p->cells) && p->n_rows < 1) return SE_ERR_ARGUMENT;
+    if (p->only_cells && (p->n_layer || p->n_attn_layers || p->positions || p->source_node || p->keep || p->count_only)) return SE_ERR_ARGUMENT;
     if (p->positions && p->n_pos_per_row != 1 && p->n_pos_per_row != 4) return SE_ERR_ARGUMENT;
     if (p->n_attn_layers > 0) {
         if (!p->attn_layers || !p->attn || p->attn_block < 1) return SE_ERR_ARGUMENT;
@@ -361,7 +377,8 @@ int se_tap_arm(se_tap * tap, const se_plan * plan) {
     tap->plan = *plan;
     tap->result = (se_result) { .last_unmasked = -1 };
     tap->first_node = NULL;
-    tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->cells_taken = tap->source_seen = false;
+    tap->past_window_start = tap->rope_seen = tap->hidden_taken = tap->source_seen = false;
+    tap->cells_due = plan->cells != NULL;
     tap->next_layer = 0;
     tap->last_out = -1;
     tap->at_last = NULL;
@@ -388,7 +405,7 @@ int se_tap_finish(se_tap * tap, se_result * result) {
         if (tap->next_layer < p->n_attn_layers) se_tap_fail(tap, SE_ERR_NO_ATTENTION);
         if (p->source_node && !tap->source_seen) se_tap_fail(tap, SE_ERR_NO_LAYER_OUT);
         if (p->positions && !tap->rope_seen) se_tap_fail(tap, SE_ERR_NO_ROPE);
-        if (p->cells && !tap->cells_taken) se_tap_fail(tap, SE_ERR_SHAPE);
+        if (tap->cells_due) se_tap_fail(tap, SE_ERR_SHAPE);
     }
     if (result) *result = tap->result;
     return se_tap_take_error(tap);
@@ -396,6 +413,11 @@ int se_tap_finish(se_tap * tap, se_result * result) {
 
 void se_tap_begin(se_tap * tap) {
     if (tap) se_tap_inputs_begin(tap);
+}
+
+void se_tap_take_traffic(se_tap * tap, se_traffic * traffic) {
+    if (tap && traffic) *traffic = tap->traffic;
+    if (tap) tap->traffic = (se_traffic) { 0 };
 }
 
 int se_tap_take_error(se_tap * tap) {

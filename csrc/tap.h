@@ -7,7 +7,7 @@
 #include "shrink.h"
 #include "star_edge.h"
 
-enum { MAX_INPUTS = 8, MAX_MASKS = 8, MAX_COPIES = 4 };
+enum { MAX_INPUTS = 8, MAX_MASKS = 8, MAX_COPIES = 16 };
 
 typedef struct {
     char name[GGML_MAX_NAME];
@@ -33,13 +33,15 @@ struct se_tap {
     void * watch_out;
     size_t watch_capacity, watch_size;
 
+    se_traffic traffic;
+
     /* one decode */
     bool armed;
     se_plan plan;
     se_result result;
     const struct ggml_tensor * first_node;
     bool past_window_start; /* the layer that the hidden state is injected at has gone by */
-    bool rope_seen, hidden_taken, cells_taken, source_seen;
+    bool rope_seen, hidden_taken, cells_due, source_seen;
     const struct ggml_tensor * at_last; /* the attention that ends the window, once it has run */
     int32_t last_v;         /* highest layer whose V the graph has written; -1: none */
     int32_t next_layer;     /* index into plan.attn_layers */
@@ -55,6 +57,8 @@ struct se_tap {
     int32_t * positions;    /* shifted positions, (n_positions): the same numbers for every backend's copy */
     int64_t n_positions;    /* 0: not known yet */
     size_t positions_capacity;
+    const struct ggml_tensor * positioned[MAX_COPIES]; /* tensors that have their positions: the input itself, and backends' copies */
+    int32_t n_positioned;
     struct ggml_tensor * biased[MAX_MASKS];
     int32_t n_biased;
     int32_t level;          /* the one that the masks are at */

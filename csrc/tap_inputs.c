@@ -65,6 +65,12 @@ static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
     if (!positions) return;
     tap->rope_seen = true;
     tap->result.rope = 1;
+    /* Two consumers in each layer read one tensor, and on a GPU each write is waited for: 72 in a decoder of 36 layers. One is enough, since a
+     * scheduler copies an input to a backend in one split alone, before its nodes are asked about (ggml_backend_sched_split_graph). */
+    for (int32_t i = 0; i < tap->n_positioned; i++) {
+        if (tap->positioned[i] == positions) return;
+    }
+    if (tap->n_positioned < MAX_COPIES) tap->positioned[tap->n_positioned++] = positions;
     if (tap->armed && tap->plan.positions) {
         const int64_t n = (int64_t) tap->plan.n_rows * tap->plan.n_pos_per_row;
         if (positions->ne[0] != n) se_tap_fail(tap, SE_ERR_SHAPE);
@@ -191,6 +197,7 @@ static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
 /* Position shift and cell bias are due again. */
 static void begin_graph(se_tap * tap) {
     tap->n_positions = 0;
+    tap->n_positioned = 0;
     tap->n_biased = 0;
     for (int i = 0; i < MAX_INPUTS; i++) tap->inputs[i].n_written = 0;
     tap->level = 0;

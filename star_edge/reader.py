@@ -30,7 +30,7 @@ from .llamacpp.handover import free_with, hand_over, uses_flash_attention
 from .llamacpp.mtmd import MEDIA_MARKER
 from .options import CacheOptions, EncoderOptions
 from .progress import Meter
-from .pruning.choose import Candidates, choose, decoder_policy, divide, vision_scorer
+from .pruning.choose import Candidates, choose, decoder_policy, divide, prepare, vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes, tolerance_notes
 from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
@@ -267,12 +267,14 @@ class PromptReader:
         notes += undone
         if meter is not None and plan.config is not None and plan.config.prunes_in_vision:
             meter.choose()
-        segments, images, next_position = run_vision_stage(plan, encoded, self.decoder.mrope, watch)
+        segments, images, next_position = run_vision_stage(
+            plan, encoded, self.decoder.mrope, watch, self.decoder.n_threads
+        )
         if config is not None and config.adapts_to_picture:
             notes += _adapt(plan, images)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
-        stage = _decoder_stage(plan, images) if windows else None
+        stage = _decoder_stage(plan, images, self.decoder.n_threads) if windows else None
         # A sliding-window cache hands out parked cells (llama_kv_cache::find_slot). Llama.set_cache stores every
         # sequence, the parked ones too.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
@@ -462,28 +464,29 @@ def _adapt(plan: PromptPlan, images: Sequence[StagedImage]) -> list[str]:
     return [f"there is room for {n} of {n_tokens} image tokens, which is less than vision_tolerance asks for"]
 
 
-def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage]) -> DecoderStage:
-    """The decoder stages of a plan, as `prefill` runs them."""
+def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: int) -> DecoderStage:
+    """The decoder stages of a plan, as `prefill` runs them. Choosing may take n_threads threads."""
     assert plan.config is not None  # which asked for them
     policy = decoder_policy(plan.config)
-
-    def candidates(seen: Seen) -> Candidates:
-        return _candidates(seen, images[seen.image], plan.n_special[seen.image])
+    candidates: dict[int, Candidates] = {}  # of the stage that chooses, by the image's index
 
     def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
         """How many rows of each image stay. Images that share a budget keep the best rows among all of them."""
+        candidates.update((s.image, _candidates(s, images[s.image], plan.n_special[s.image])) for s in seen)
+        losing = [candidates[s.image] for s in seen if n_keep[s.image] < len(s.rows)]
+        prepare([(policy, image) for image in losing], n_threads)
         counts = list(n_keep)
         for group in (group for group in plan.groups if len(group) > 1):
             total = sum(n_keep[i] - plan.n_special[i] for i in group)
-            for i, n in zip(group, divide(policy, [candidates(seen[i]) for i in group], total)):
+            for i, n in zip(group, divide(policy, [candidates[i] for i in group], total)):
                 counts[i] = plan.n_special[i] + n
         return counts
 
     return DecoderStage(
         plan.windows,
-        lambda seen, n: choose(policy, candidates(seen), n - plan.n_special[seen.image]),
+        lambda seen, n: choose(policy, candidates[seen.image], n - plan.n_special[seen.image]),
         policy.scorer.reads or "all",
-        share if any(len(group) > 1 for group in plan.groups) else None,
+        share,
         plan.config.seen_below,
     )
 

@@ -68,7 +68,7 @@ class Windows:
                 if at <= skip:
                     continue
                 wants = last_has_logits and is_last and s == len(segments) - 1
-                plan = Plan(want_cells=self.wants_cells)
+                plan = Plan(want_cells=self.wants_cells, only_cells=True)
                 outcome = self.decode(rows, plan, "prefill", segment.causal, wants)
                 cells += [outcome.cells] if plan.want_cells else []
         return np.concatenate(cells) if cells else np.empty(0, np.int64)

@@ -83,8 +83,8 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
 def make_config(axes: Sequence[Axis], point: Point) -> NamedConfig:
     """The config at a point; OFF where every axis is off.
 
-    A vision stage cannot keep more than an encoder stage of a fixed share has left: it keeps as much then. A decoder stage keeps a
-    share of what the vision stage leaves.
+    A vision stage cannot keep more than an encoder stage of a fixed share has left: it keeps as much then. A decoder
+    stage keeps a share of what the vision stage leaves.
     """
     values: dict[str, Any] = {}
     for axis, number in zip(axes, point):

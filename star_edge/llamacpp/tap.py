@@ -66,6 +66,7 @@ class Plan:
     hidden: np.ndarray | None = None  # out: (n_rows, n_embd) float32
     positions: np.ndarray | None = None  # (n_rows,) or (4, n_rows) int32
     want_cells: bool = False
+    only_cells: bool = False  # a plain decode: the outcome says nothing else
     attention: AttentionRead | None = None
     count_only: bool = False  # nothing is computed: what the graph is like is learned from it
     keep: KeepRows | None = None
@@ -98,6 +99,27 @@ class Outcome:
     n_rows: int = 0  # rows of the hidden state there, before they left
     n_out: int = 0  # rows of the last node, with the rows that stay: image tokens that the encoder has made
     error: int = 0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a tap cost the backend (docs/gpu.md). An idle tap counts nothing.
+
+    Attributes:
+        n_asked: Nodes that it was asked about while it was at work.
+        n_stops: Nodes at which it had the backend finish and wait.
+        n_reads: Reads of tensors' memory. On a GPU each is a copy that is waited for.
+        n_writes: Writes, likewise.
+        read_bytes: What was read.
+        written_bytes: What was written.
+    """
+
+    n_asked: int
+    n_stops: int
+    n_reads: int
+    n_writes: int
+    read_bytes: int
+    written_bytes: int
 
 
 class Tap:
@@ -163,6 +185,7 @@ class Tap:
         if plan.want_cells:
             outcome.cells = np.full(plan.n_rows, -1, np.int64)
             c.cells = pointer(outcome.cells, "int64_t", np.int64)
+        c.only_cells = plan.only_cells and plan.positions is None
         if plan.keep is not None:
             c.keep, c.n_keep = pointer(plan.keep.rows, "int32_t", np.int32), len(plan.keep.rows)
             c.keep_layer = plan.keep.layer
@@ -227,6 +250,12 @@ class Tap:
             outcome.attention = [
                 line[: int(np.prod(shape)) * n].reshape(*shape, n) for line, n in zip(buffer, n_columns) if n
             ]
+
+    def take_traffic(self) -> Traffic:
+        """The traffic since the last call."""
+        c = ffi.new("se_traffic *")
+        lib.se_tap_take_traffic(self._tap, c)
+        return Traffic(c.n_asked, c.n_stops, c.n_reads, c.n_writes, c.read_bytes, c.written_bytes)
 
     # ---- lasting settings ----
 

@@ -1,14 +1,18 @@
-"""Threads of the BLAS behind NumPy."""
+"""Threads that a choice takes: those that are asked for, and none of the BLAS behind NumPy."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _lock = threading.Lock()
 _depth = 0
@@ -39,3 +43,16 @@ def one_blas_thread() -> Iterator[None]:
             _depth -= 1
             if not _depth:
                 _limit.restore_original_limits()
+
+
+def spread(work: Callable[[Item], Result], items: Sequence[Item], n_threads: int) -> list[Result]:
+    """work(item) of each item, in order, on up to n_threads threads, which end with it.
+
+    NumPy lets go of the interpreter in products and in passes over large arrays. What is made of many small calls gains
+    nothing here.
+    """
+    n_threads = min(n_threads, len(items))
+    if n_threads < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(n_threads) as pool:
+        return list(pool.map(work, items))

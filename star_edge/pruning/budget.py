@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -25,11 +26,17 @@ class JointTokens(Tokens):
         image: Index of each token's image, ascending, (n,) int64.
         picture: Index of each token's picture, (n,) int64. Images of one picture are its crops.
         places: (row, column) of each token on the largest grid, (n, 2) float32, NaN for none.
+        parts: The tokens of each image.
     """
 
     image: np.ndarray = field(kw_only=True)
     picture: np.ndarray = field(kw_only=True)
     places: np.ndarray = field(kw_only=True)
+    parts: Sequence[Tokens] = field(kw_only=True)
+
+    @cached_property
+    def unit_vectors(self) -> np.ndarray:
+        return np.concatenate([part.unit_vectors for part in self.parts])
 
     def place_distances(self) -> np.ndarray | None:
         """Distances within the images divided by their mean, (n, n) float32, or None if all are 0.
@@ -37,23 +44,34 @@ class JointTokens(Tokens):
         A place is a place within its image: what returns at the same place of a later frame is near. The distance is 1
         to and from tokens without a place, and between crops of one picture, which show different places.
         """
-        row, column = np.nan_to_num(self.places.T)
-        apart: np.ndarray = (row[:, None] - row) ** 2
-        apart += (column[:, None] - column) ** 2
-        np.sqrt(apart, out=apart)
-        nowhere = np.isnan(self.places[:, 0])
-        unknown = (self.picture[:, None] == self.picture) & (self.image[:, None] != self.image)
-        unknown[nowhere] = unknown[:, nowhere] = True
-        np.copyto(apart, 0.0, where=unknown)
-        total = float(apart.sum())
-        if not total:
-            return None
-        apart /= total / (apart.size - np.count_nonzero(unknown))
-        np.copyto(apart, 1.0, where=unknown)
-        return apart
+        return _recent_places(self.places.tobytes(), self.image.tobytes(), self.picture.tobytes())
 
 
-def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = None) -> JointTokens:
+# Pictures of one size are sampled at the same places. Of at most MAX_JOINT tokens: 4 MiB each
+@lru_cache(maxsize=2)
+def _recent_places(places: bytes, image: bytes, picture: bytes) -> np.ndarray | None:
+    """`JointTokens.place_distances`, from the bytes of its attributes."""
+    where = np.frombuffer(places, np.float32).reshape(-1, 2)
+    of_image, of_picture = np.frombuffer(image, np.int64), np.frombuffer(picture, np.int64)
+    row, column = np.nan_to_num(where.T)
+    apart: np.ndarray = (row[:, None] - row) ** 2
+    apart += (column[:, None] - column) ** 2
+    np.sqrt(apart, out=apart)
+    nowhere = np.isnan(where[:, 0])
+    unknown = (of_picture[:, None] == of_picture) & (of_image[:, None] != of_image)
+    unknown[nowhere] = unknown[:, nowhere] = True
+    np.copyto(apart, 0.0, where=unknown)
+    total = float(apart.sum())
+    if not total:
+        return None
+    apart /= total / (apart.size - np.count_nonzero(unknown))
+    np.copyto(apart, 1.0, where=unknown)
+    return apart
+
+
+def join(
+    parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = None, with_vectors: bool = True
+) -> JointTokens:
     """Joins the tokens of several images.
 
     Args:
@@ -61,7 +79,10 @@ def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = No
         pictures: Index of each image's picture.
         most: If there are more tokens than this in all, each image is sampled evenly. Images of equal size are sampled
             at the same places.
+        with_vectors: False: `vectors` is (n, 0). Long ones are many bytes, and few counts read them.
     """
+    if not with_vectors and all("unit_vectors" in vars(part) for part in parts):
+        parts = [part.changed(vectors=part.vectors[:, :0]) for part in parts]
     n = sum(len(part) for part in parts)
     if most is not None and n > most:
         sampled = []
@@ -85,7 +106,7 @@ def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = No
         return np.concatenate(there, axis=-1) if len(there) == len(arrays) else None
 
     return JointTokens(
-        np.concatenate([part.vectors for part in parts]),
+        np.concatenate([part.vectors if with_vectors else part.vectors[:, :0] for part in parts]),
         np.full(sum(sizes), -1),
         None,
         None if all(part.mass is None for part in parts) else np.concatenate([part.masses for part in parts]),
@@ -94,8 +115,9 @@ def join(parts: Sequence[Tokens], pictures: Sequence[int], most: int | None = No
         parts[0].text_vectors,
         parts[0].seed,
         image=np.repeat(np.arange(len(parts)), sizes),
-        picture=np.repeat(np.asarray(pictures), sizes),
+        picture=np.repeat(np.asarray(pictures, np.int64), sizes),
         places=np.concatenate(places),
+        parts=parts,
     )
 
 
@@ -136,6 +158,7 @@ def divide(
     total: int,
     count: Callable[[JointTokens, int], np.ndarray],
     compares: bool,
+    reads_vectors: bool = False,
 ) -> list[int]:
     """Divides a budget of `total` tokens among images.
 
@@ -147,6 +170,7 @@ def divide(
         count: count(tokens, k) says how many of k chosen tokens each image has. An image's budget is in proportion, and
             at least FLOOR of an equal share and one token.
         compares: `count` takes time and memory in the square of the tokens, so it gets at most MAX_JOINT of them.
+        reads_vectors: `count` reads `Tokens.vectors`, and not `unit_vectors` alone.
 
     Returns:
         Tokens that stay of each image.
@@ -161,12 +185,18 @@ def divide(
         some = np.flatnonzero(sizes).tolist()
         counts = np.zeros(len(parts), int)
         counts[some] = divide(
-            [parts[i] for i in some], [pictures[i] for i in some], [n_original[i] for i in some], total, count, compares
+            [parts[i] for i in some],
+            [pictures[i] for i in some],
+            [n_original[i] for i in some],
+            total,
+            count,
+            compares,
+            reads_vectors,
         )
         return [int(n) for n in counts]
     if total == sizes.sum():
         return [int(n) for n in sizes]
-    tokens = join(parts, pictures, MAX_JOINT if compares else None)
+    tokens = join(parts, pictures, MAX_JOINT if compares else None, reads_vectors)
     k = max(1, round(total * len(tokens) / int(sizes.sum())))
     wanted = np.asarray(count(tokens, k), np.float64)
     equal = total * np.asarray(n_original) / sum(n_original)

@@ -19,7 +19,7 @@ from .blas import one_blas_thread
 from .config import PruneConfig
 from .representatives import select
 from .scorers import DECODER_SCORERS, VISION_SCORERS, Scorer
-from .selection import Selection, Tokens, apart
+from .selection import Selection, Tokens, apart, project
 
 # Grid cells. 1 keeps a tenth more tokens, and from 4 on charts lose answers (ACCURACY.md, "The encoder stage")
 ENCODER_REACH = 2
@@ -52,6 +52,11 @@ class Policy:
     equal_images: bool
     tolerance: float = math.inf
     reach: int | None = None
+
+    @property
+    def needs_distances(self) -> bool:
+        """Whether the tokens of an image are compared with each other when it chooses."""
+        return self.scorer.compares or self.representatives in ("cluster", "contextual")
 
 
 @dataclass
@@ -92,7 +97,7 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
         config.representatives,
         config.seed if name == "random" else None,
         by_score,
-        not by_score or name in ("maxmin", "scope"),
+        not by_score or VISION_SCORERS[name].compares,
         equal_images=True,
         tolerance=math.inf if config.vision_tolerance is None else config.vision_tolerance,
     )
@@ -124,6 +129,19 @@ def decoder_policy(config: PruneConfig) -> Policy:
 
 
 @one_blas_thread()
+def prepare(images: Sequence[tuple[Policy, Candidates]], n_threads: int) -> None:
+    """Works out ahead what choosing needs of the vectors of these images, on up to n_threads threads.
+
+    Where vectors are long it is most of the work. What is not done ahead, `divide` and `choose` do on one thread, with
+    the same result.
+
+    Raises:
+        EngineError: The model computed NaN or infinity.
+    """
+    project([image.tokens for policy, image in images if policy.needs_distances], n_threads)
+
+
+@one_blas_thread()
 def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int]:
     """How many ordinary tokens of each image stay if the images share a budget of `total`."""
     parts = []
@@ -132,13 +150,19 @@ def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int
         if image.special is not None:
             tokens = tokens.part(~image.special)
         if policy.equal_images and tokens.attention is not None:
-            tokens = replace(tokens, attention=tokens.attention / max(float(tokens.attention.mean()), 1e-30))
+            tokens = tokens.changed(attention=tokens.attention / max(float(tokens.attention.mean()), 1e-30))
         parts.append(tokens)
     count: Callable[[budget.JointTokens, int], np.ndarray] = budget.by_distinctness
     if policy.counts_by_score:
         count = lambda tokens, k: budget.by_score(tokens, policy.scorer.score(tokens, k), k)
     return budget.divide(
-        parts, [i.picture for i in images], [i.n_original for i in images], total, count, policy.compares
+        parts,
+        [i.picture for i in images],
+        [i.n_original for i in images],
+        total,
+        count,
+        policy.compares,
+        policy.scorer.reads == "each",
     )
 
 
@@ -170,4 +194,4 @@ def _share(representatives: str, share: float) -> float:
 def _drawn(policy: Policy, tokens: Tokens) -> Tokens:
     """The checked tokens, with a seed that depends on the image and the config alone."""
     tokens = tokens.checked()
-    return tokens if policy.seed is None else replace(tokens, seed=zlib.crc32(tokens.vectors.tobytes()) + policy.seed)
+    return tokens if policy.seed is None else tokens.changed(seed=zlib.crc32(tokens.vectors.tobytes()) + policy.seed)

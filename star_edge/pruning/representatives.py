@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from .selection import Selection, Tokens, top_k
 
 MAX_CLUSTERED = 4096  # tokens whose distances are held at once (64 MiB); larger images are clustered in bands
+
+MAX_PAIRS = 1 << 18  # pairs of tokens that are gathered at once, unless one group has more
 
 ROUNDING = 1e-5  # of 1 - cosine of float32 vectors: tokens this near are equal
 
@@ -86,7 +89,8 @@ def cluster(
             if k >= -(-n // MAX_CLUSTERED)
             else spread_evenly(tokens, scores, k, n_rep)
         )
-    far = tokens.distances()
+    alone = tokens.vector_distances() if tolerance < math.inf else None
+    far = tokens.distances(alone)
     kept = np.zeros(n, bool)
     kept[top_k(scores / np.sqrt(tokens.masses), k - n_rep)] = True
     if n_rep == k:
@@ -98,23 +102,53 @@ def cluster(
         kept[pick] = True
         np.minimum(nearest, far[pick], out=nearest)
         nearest[pick] = -1.0
-    too_far, too_few = None, False
-    if tolerance < math.inf:
-        alone = tokens.vector_distances()
-        mean = float(tokens.masses @ (alone @ tokens.masses)) / tokens.masses.sum() ** 2
-        bound = max(tolerance * mean, ROUNDING)
+    within, too_few = None, False
+    if alone is not None:
+        bound = max(tolerance * _mean_distance(tokens), ROUNDING)
         beyond = None if reach is None else tokens.beyond(reach)
         if beyond is not None:
             alone[beyond] += np.float32(bound + 2)  # over the bound, and still in the order of what is unlike
         too_few = _pick_within(alone, kept, bound, n if most is None else most)
-        too_far = alone > bound
+        within = _Within(alone, bound, np.float32(far.max() + 1))
     chosen = np.flatnonzero(kept)
-    group = _assign(far, chosen, too_far)
+    group = _assign(far, chosen, within)
     if n_rep == k:
-        chosen = _medoids(far, group, len(chosen), tokens.masses, too_far)
-        group = _assign(far, chosen, too_far)
+        chosen = _medoids(far, group, len(chosen), tokens.masses, within)
+        group = _assign(far, chosen, within)
     mass = np.bincount(group, weights=tokens.masses, minlength=len(chosen))
     return Selection(chosen, mass, group, too_few=too_few)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Which pairs of tokens may be in one group: those whose distance `alone` is at most the bound.
+
+    Attributes:
+        alone: `Tokens.vector_distances`, (n, n) float32.
+        bound: The largest distance.
+        penalty: More than any distance that is compared.
+    """
+
+    alone: np.ndarray
+    bound: float
+    penalty: np.float32
+
+    def broken(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Whether the pairs are farther apart, (len(rows), len(columns)) bool."""
+        apart: np.ndarray = _pairs(self.alone, rows, columns) > self.bound
+        return apart
+
+
+def _pairs(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """matrix[np.ix_(rows, columns)]: whole rows first, which is faster than element by element."""
+    pairs: np.ndarray = matrix[rows].take(columns, axis=1)
+    return pairs
+
+
+def _mean_distance(tokens: Tokens) -> float:
+    """Mean of 1 - cosine between two original tokens. Of products it is the product of the sums."""
+    total = tokens.masses @ tokens.unit_vectors.astype(np.float64)
+    return 1.0 - float(total @ total) / float(tokens.masses.sum()) ** 2
 
 
 def _pick_within(far: np.ndarray, kept: np.ndarray, bound: float, most: int) -> bool:
@@ -203,54 +237,60 @@ def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
     if selection.group is None:
         kept: np.ndarray = vectors[selection.kept]
         return kept
-    order = np.argsort(selection.group, kind="stable")
+    # In order of size: groups with another member are then the first ones, and are added to without an index. (Of few
+    # groups that are large, np.add.reduceat would be slower: it adds element by element.)
     sizes = np.bincount(selection.group, minlength=len(selection.kept))
     first = np.cumsum(sizes) - sizes
-    sums = np.empty((len(sizes), vectors.shape[1]), np.float32)
-    np.take(vectors, order[first], axis=0, out=sums)
-    for member in range(
-        1, sizes.max()
-    ):  # few groups are large: cheaper than np.add.reduceat, which adds element by element
-        larger = np.flatnonzero(sizes > member)
-        sums[larger] += vectors[order[first[larger] + member]]
-    sums /= sizes[:, None].astype(np.float32)
-    return sums
+    members = np.argsort(selection.group, kind="stable")
+    by_size = np.argsort(-sizes, kind="stable")
+    sizes, first = sizes[by_size], first[by_size]
+    sums = vectors[members[first]]
+    more = np.empty((int(np.count_nonzero(sizes > 1)), vectors.shape[1]), np.float32)
+    for member in range(1, int(sizes[0])):
+        n = int(np.count_nonzero(sizes > member))
+        np.take(vectors, members[first[:n] + member], axis=0, out=more[:n], mode="clip")  # "raise" would copy once more
+        sums[:n] += more[:n]
+    sums[: len(more)] /= sizes[: len(more), None].astype(np.float32)
+    means: np.ndarray = np.empty_like(sums)
+    means[by_size] = sums
+    return means
 
 
-def _assign(far: np.ndarray, chosen: np.ndarray, too_far: np.ndarray | None) -> np.ndarray:
+def _assign(far: np.ndarray, chosen: np.ndarray, within: _Within | None) -> np.ndarray:
     """For each token the index into `chosen` of the nearest, (n,) int64. Chosen tokens are their own nearest.
 
-    too_far: pairs that should not be in one group, (n, n) bool, or None. A token for which there are only such pairs
-    goes to the nearest.
+    within: pairs that may be in one group, or None for all. A token for which there are none goes to the nearest.
     """
-    away = far[:, chosen]
-    if too_far is not None:
-        away = away + np.where(too_far[:, chosen], np.float32(far.max() + 1), np.float32(0))
-    group: np.ndarray = away.argmin(axis=1)
+    rest = np.setdiff1d(np.arange(len(far)), chosen, assume_unique=True)
+    away = _pairs(far, rest, chosen)
+    if within is not None:
+        away += np.where(within.broken(rest, chosen), within.penalty, np.float32(0))
+    group = np.empty(len(far), np.int64)
+    group[rest] = away.argmin(axis=1)
     # equal tokens have distance 0: each chosen one still keeps a place of its own
     group[chosen] = np.arange(len(chosen))
     return group
 
 
-def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, too_far: np.ndarray | None) -> np.ndarray:
+def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, within: _Within | None) -> np.ndarray:
     """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances, among
-    those with the fewest members too far away.
+    those with the fewest members too far away. Of equal ones, the lowest index.
     """
     order = np.argsort(group, kind="stable")
-    edges = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=k))])
-    medoids = np.empty(k, np.int64)
-    for g in range(k):
-        members = order[edges[g] : edges[g + 1]]
-        if len(members) < 2:
-            medoids[g] = members[0]
-            continue
-        pairs = np.ix_(members, members)
-        if too_far is not None:
-            n_far = too_far[pairs].sum(axis=1)
-            members = members[n_far == n_far.min()]
-            pairs = np.ix_(members, order[edges[g] : edges[g + 1]])
-        medoids[g] = members[(far[pairs] @ mass[order[edges[g] : edges[g + 1]]]).argmin()]
-    return np.sort(medoids)
+    sizes = np.bincount(group, minlength=k)
+    first = np.cumsum(sizes) - sizes
+    costs, n_broken = np.zeros(len(order)), np.zeros(len(order), np.int64)  # in that order
+    for size in np.unique(sizes[sizes > 1]):
+        groups = first[sizes == size]
+        for some in np.array_split(groups, -(-len(groups) * size * size // MAX_PAIRS)):  # many small groups at once
+            at = some[:, None] + np.arange(size)
+            members = order[at]
+            pairs = members[:, :, None] * len(far) + members[:, None, :]
+            costs[at] = np.matmul(far.take(pairs), mass[members][:, :, None])[:, :, 0]
+            if within is not None:
+                n_broken[at] = (within.alone.take(pairs) > within.bound).sum(axis=2)
+    best = np.lexsort((costs, n_broken, group[order]))[first]
+    return np.sort(order[best])
 
 
 def _by_bands(

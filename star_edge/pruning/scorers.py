@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from .selection import Tokens
+from .selection import Tokens, cosines
 
 Score = Callable[[Tokens, int], np.ndarray]
 
@@ -26,10 +26,12 @@ class Scorer:
         score: The function (tokens, k) -> (n,) scores.
         reads: Vision stage: "received", "cls" or None. Decoder stage: which rows of the text after the last image
             score, "all" or "last" as a mean, "each" row by row.
+        compares: It compares all pairs of tokens.
     """
 
     score: Score
     reads: Literal["received", "cls", "all", "last", "each"] | None = None
+    compares: bool = False
 
 
 def attention(tokens: Tokens, k: int) -> np.ndarray:
@@ -70,8 +72,7 @@ def max_min_diversity(tokens: Tokens, k: int) -> np.ndarray:
     The first pick is the token whose nearest neighbour is farthest. Each further pick is the token that is farthest
     from all picks before it.
     """
-    unit = tokens.unit_vectors
-    far = 1.0 - unit @ unit.T
+    far = 1.0 - cosines(tokens.unit_vectors)
     np.fill_diagonal(far, np.inf)
     pick = int(far.min(axis=1).argmax())
     nearest = far[pick].copy()
@@ -91,8 +92,7 @@ def saliency_coverage(tokens: Tokens, k: int) -> np.ndarray:
     Each pick i has the largest product of its attention from CLS and its gain in coverage of all tokens,
     sum_u max(0, sim(u, i) - max_picked sim(u, .)).
     """
-    unit = tokens.unit_vectors
-    alike = np.maximum(unit @ unit.T, 0.0)
+    alike = np.maximum(cosines(tokens.unit_vectors), 0.0)
     covered = np.zeros(len(tokens), np.float32)
     salience = np.asarray(tokens.attention, np.float64)
     order: list[int] = []
@@ -134,8 +134,8 @@ def _by_order(order: np.ndarray | list[int], n: int) -> np.ndarray:
 VISION_SCORERS: dict[str, Scorer] = {
     "attention": Scorer(attention, "received"),
     "cls": Scorer(attention, "cls"),
-    "maxmin": Scorer(max_min_diversity),
-    "scope": Scorer(saliency_coverage, "cls"),
+    "maxmin": Scorer(max_min_diversity, compares=True),
+    "scope": Scorer(saliency_coverage, "cls", compares=True),
     "uniform": Scorer(uniform),
     "random": Scorer(random),
 }

@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from ..errors import EngineError
+from .blas import spread
 
 PLACE_WEIGHT = (
     0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
 )
 MAX_DIMENSIONS = 128  # of long vectors, for their distances
+BLOCK = 96  # rows of a product that are computed at once: as many as OpenBLAS's kernels take, times a few
 
 
 @dataclass
@@ -74,14 +77,10 @@ class Tokens:
         Raises:
             EngineError: The model computed NaN or infinity.
         """
-        for array in (self.vectors, self.attention, self.row_attention, self.text_vectors):
-            if (
-                array is not None and array.size and not (np.isfinite(array.min()) and np.isfinite(array.max()))
-            ):  # NaN passes through both
-                raise EngineError(
-                    "the model computed NaN or infinity for an image",
-                    "check the model's files: they may be damaged",
-                )
+        vectors = None if "unit_vectors" in vars(self) else self.vectors  # `project` has looked at them
+        for array in (vectors, self.attention, self.row_attention, self.text_vectors):
+            if array is not None:
+                _check(array)
         return self
 
     @property
@@ -94,7 +93,7 @@ class Tokens:
         def of(array: np.ndarray | None) -> np.ndarray | None:
             return None if array is None else array[..., rows]
 
-        return replace(
+        part = replace(
             self,
             vectors=self.vectors[rows],
             cells=self.cells[rows],
@@ -102,39 +101,50 @@ class Tokens:
             attention=of(self.attention),
             row_attention=of(self.row_attention),
         )
+        if "unit_vectors" in vars(self):
+            part.unit_vectors = self.unit_vectors[rows]
+        return part
+
+    def changed(self, **fields: Any) -> Tokens:
+        """The same tokens with other fields. `unit_vectors` stay what they are, if they are known."""
+        tokens = replace(self, **fields)
+        if "unit_vectors" in vars(self):
+            tokens.unit_vectors = self.unit_vectors
+        return tokens
 
     @cached_property
     def unit_vectors(self) -> np.ndarray:
-        """Vectors of length 1, (n, <= 2 MAX_DIMENSIONS) float32.
+        """Vectors of length 1, (n, <= 2 MAX_DIMENSIONS) float32. `project` works out those of several images.
 
         Longer vectors first go through a seeded random projection. It keeps angles up to about 1/sqrt(MAX_DIMENSIONS)
         (Johnson and Lindenstrauss 1984). Without it, all distances between 576 tokens of 4096 dimensions would cost
         more than the rest of the stage.
         """
-        vectors = np.asarray(self.vectors, np.float32)
-        if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
-            vectors = vectors @ _projection(vectors.shape[1])
-        unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return unit
+        return np.concatenate([_unit(self.vectors[rows]) for rows in _blocks(len(self))])
 
-    def distances(self) -> np.ndarray:
+    def distances(self, alone: np.ndarray | None = None) -> np.ndarray:
         """Distances of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
 
         Both parts are divided by their mean over all pairs. The weight then means the same for every model. A token
         without a grid cell is at the mean distance from all others.
+
+        alone: `vector_distances`, if they are known; not changed.
         """
-        far = self.vector_distances()
-        far /= max(float(far.mean()), 1e-12)
         places = self.place_distances()
+        if alone is None:
+            far = self.vector_distances()
+            far /= max(float(far.mean()), 1e-12)
+        else:
+            far = alone / max(float(alone.mean()), 1e-12)
         if places is not None:
             far += PLACE_WEIGHT * places
         np.fill_diagonal(far, 0.0)
         return far
 
     def vector_distances(self) -> np.ndarray:
-        """1 - cosine of all pairs of vectors, (n, n) float32."""
-        unit = self.unit_vectors
-        far: np.ndarray = 1.0 - unit @ unit.T
+        """1 - cosine of all pairs of vectors, (n, n) float32, at least 0."""
+        far = cosines(self.unit_vectors)
+        np.subtract(1.0, far, out=far)
         np.maximum(far, 0.0, out=far)
         return far
 
@@ -160,6 +170,69 @@ class Tokens:
             return None
         places = _recent_places if len(self) <= 1024 else _places  # 4 MiB each are kept, not more
         return places(self.grid, np.asarray(self.cells, np.int64).tobytes())
+
+
+def project(parts: Sequence[Tokens], n_threads: int) -> None:
+    """Works out `unit_vectors` of several images where they are not known, on up to n_threads threads.
+
+    Raises:
+        EngineError: As Tokens.checked.
+    """
+    parts = [part for part in parts if len(part) and "unit_vectors" not in vars(part)]
+    blocks = [part.vectors[rows] for part in parts for rows in _blocks(len(part))]
+
+    def unit(vectors: np.ndarray) -> np.ndarray:
+        _check(vectors)
+        return _unit(vectors)
+
+    done = iter(spread(unit, blocks, min(n_threads, len(blocks) // 2)))  # a block takes little longer than a thread
+    for part in parts:
+        part.unit_vectors = np.concatenate([next(done) for _ in _blocks(len(part))])
+
+
+def cosines(unit: np.ndarray) -> np.ndarray:
+    """Products of all pairs of vectors, (n, n) float32, symmetric. unit: (n, d) float32.
+
+    Block by block, with each block's mirror image. NumPy's own `unit @ unit.T` mirrors the whole matrix element by
+    element, which takes longer than the products where n is a power of two and all of a column is in one set of the
+    cache.
+    """
+    n = len(unit)
+    products = np.empty((n, n), np.float32)
+    for rows in _blocks(n):
+        block = unit[rows]
+        products[rows, rows] = block @ block.T
+        if rows.stop < n:
+            right = products[rows, rows.stop :]
+            np.matmul(block, unit[rows.stop :].T, out=right)
+            products[rows.stop :, rows] = right.T
+    return products
+
+
+def _blocks(n: int) -> list[slice]:
+    """Runs of BLOCK of n rows. They do not depend on the number of threads, and so does no rounding."""
+    return [slice(a, min(n, a + BLOCK)) for a in range(0, max(1, n), BLOCK)]
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """`Tokens.unit_vectors` of some rows."""
+    vectors = np.asarray(vectors, np.float32)
+    if vectors.shape[1] > 2 * MAX_DIMENSIONS:  # below, projecting costs what it saves
+        vectors = vectors @ _projection(vectors.shape[1])
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _check(array: np.ndarray) -> None:
+    """Raises EngineError unless all numbers are finite. A sum of squares that is finite says so at the speed of memory;
+    one of large numbers may overflow, and then each is looked at.
+    """
+    flat = array.reshape(-1)
+    if not np.isfinite(np.vdot(flat, flat)) and not np.isfinite(flat).all():
+        raise EngineError(
+            "the model computed NaN or infinity for an image",
+            "check the model's files: they may be damaged",
+        )
 
 
 @lru_cache(maxsize=2)

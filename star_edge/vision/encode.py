@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import EngineError
 from ..llamacpp.names import PIXELS
 from ..llamacpp.tap import Plan
-from ..pruning.choose import Candidates, choose, divide, encoder_policy
+from ..pruning.choose import Candidates, choose, divide, encoder_policy, prepare
 from ..pruning.config import PruneConfig
 from ..pruning.scorers import VISION_SCORERS
 from ..pruning.selection import Selection, Tokens
@@ -293,9 +293,11 @@ class ImageEncoding:
             )
             for w, first in zip(works, firsts)
         ]
+        policies = [encoder_policy(config, first.attention is not None) for first in firsts]
+        prepare(list(zip(policies, candidates)), self.encoder.n_threads)
+        shares = self._shares(plan, config, works, candidates)
         selections = {}
-        for w, first, image, n in zip(works, firsts, candidates, self._shares(plan, config, works, candidates)):
-            policy = encoder_policy(config, first.attention is not None)
+        for w, first, policy, image, n in zip(works, firsts, policies, candidates, shares):
             i = w.number
             room = plan.n_encoder[i] - plan.n_encoder_least[i]  # none if the stage does not adapt to the picture
             selection = choose(policy, image, n, min(len(w.units), n + room))

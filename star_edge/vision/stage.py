@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..pruning import budget
-from ..pruning.choose import Candidates, choose, divide, vision_policy
+from ..pruning.blas import spread
+from ..pruning.choose import Candidates, choose, divide, prepare, vision_policy
 from ..pruning.config import Keep, PruneConfig, keep_count
 from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
@@ -205,7 +206,7 @@ def encode_images(
 
 
 def run_vision_stage(
-    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, watch: Stopwatch
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, watch: Stopwatch, n_threads: int = 1
 ) -> tuple[list[Segment], list[StagedImage], int]:
     """Prunes each image after the encoder.
 
@@ -214,28 +215,20 @@ def run_vision_stage(
         encoded: Its images, encoded.
         mrope: Whether the decoder takes M-RoPE positions, (4, n).
         watch: Counts the time as "vision_stage" if there are images.
+        n_threads: Threads that choosing may take. They choose the same as one.
 
     Returns:
         The segments for the decoder, the images with what stayed of them, and the RoPE position after the prompt.
     """
     with watch.step("vision_stage") if encoded else nullcontext():
-        return _run_vision_stage(plan, encoded, mrope)
+        return _run_vision_stage(plan, encoded, mrope, n_threads)
 
 
 def _run_vision_stage(
-    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, n_threads: int
 ) -> tuple[list[Segment], list[StagedImage], int]:
-    config, images = plan.config, plan.images
-    candidates = [
-        Candidates(
-            Tokens(e.embeddings, e.cells[e.tokens], chunk.grid, e.mass, attention=e.scores),
-            None if e.special is None else e.special[e.tokens],
-            chunk.picture,
-            chunk.n_tokens - n_special,
-        )
-        for e, chunk, n_special in zip(encoded, images, plan.n_special)
-    ]
-    n_keep = _divide(plan, candidates)
+    config = plan.config
+    chosen = _choose(plan, encoded, n_threads)
     segments: list[Segment] = []
     staged: list[StagedImage] = []
     position = 0
@@ -247,14 +240,7 @@ def _run_vision_stage(
             position += n
             continue
         i = len(staged)
-        tokens = encoded[i].tokens
-        selection, embeddings = Selection(np.arange(len(tokens)), encoded[i].mass), encoded[i].embeddings
-        if n_keep[i] < len(tokens):
-            assert config is not None  # without one everything stays
-            policy = vision_policy(config, encoded[i].scores is not None)
-            n_ordinary, room = n_keep[i] - plan.n_special[i], plan.n_vision[i] - plan.n_least[i]
-            selection = choose(policy, candidates[i], n_ordinary, n_ordinary + room)
-            embeddings = merge(embeddings, selection)
+        tokens, (selection, embeddings) = encoded[i].tokens, chosen[i]
         selection = _of_image(selection, tokens, chunk.n_tokens)
         kept = selection.kept
         positions, n_positions = chunk.positions_at(position)[..., kept], chunk.n_positions
@@ -264,6 +250,34 @@ def _run_vision_stage(
         staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
     return segments, staged, position
+
+
+def _choose(plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int) -> list[tuple[Selection, np.ndarray]]:
+    """What stays of the tokens that left the encoder, and its embeddings, for each image."""
+    config = plan.config
+    candidates = [
+        Candidates(
+            Tokens(e.embeddings, e.cells[e.tokens], chunk.grid, e.mass, attention=e.scores),
+            None if e.special is None else e.special[e.tokens],
+            chunk.picture,
+            chunk.n_tokens - n_special,
+        )
+        for e, chunk, n_special in zip(encoded, plan.images, plan.n_special)
+    ]
+    policies = [None if config is None else vision_policy(config, e.scores is not None) for e in encoded]
+    losing = zip(policies, candidates, plan.n_least)
+    prepare([(policy, c) for policy, c, n in losing if policy is not None and n < len(c.tokens)], n_threads)
+    n_keep = _divide(plan, candidates)
+
+    def of_image(i: int) -> tuple[Selection, np.ndarray]:
+        image, policy = candidates[i], policies[i]
+        n, n_ordinary = len(image.tokens), n_keep[i] - plan.n_special[i]
+        if policy is None or n_keep[i] == n:
+            return Selection(np.arange(n), encoded[i].mass), encoded[i].embeddings
+        selection = choose(policy, image, n_ordinary, n_ordinary + plan.n_vision[i] - plan.n_least[i])
+        return selection, merge(encoded[i].embeddings, selection)
+
+    return spread(of_image, range(len(candidates)), n_threads)
 
 
 def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Selection:

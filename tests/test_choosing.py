@@ -1,0 +1,227 @@
+"""Choices against a reference in float64 that is written from the definitions: loops, one token at a time.
+
+Where arithmetic is exact, every tie is a true one and the lowest index wins it: choices are equal. Elsewhere they are
+equal wherever no decision of the reference was nearer than float32 can tell apart.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from star_edge.errors import EngineError
+from star_edge.pruning import selection
+from star_edge.pruning.blas import spread
+from star_edge.pruning.choose import Candidates, choose, decoder_policy, divide, prepare, vision_policy
+from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.representatives import ROUNDING, merge, select
+from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, cosines
+
+
+class Reference:
+    """Distances of all pairs in float64, and the choice of `representatives.cluster` among them.
+
+    margin: The smallest difference between the best and the second best of any decision; ties do not count.
+    """
+
+    def __init__(self, tokens):
+        vectors = np.asarray(tokens.vectors, np.float64)
+        d = vectors.shape[1]
+        if d > 2 * MAX_DIMENSIONS:
+            vectors = vectors @ np.random.default_rng(d).standard_normal((d, MAX_DIMENSIONS), np.float32)
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        self.mass = np.ones(len(unit)) if tokens.mass is None else tokens.mass
+        self.alone = np.maximum(1 - unit @ unit.T, 0)
+        self.far = self.alone / self.alone.mean()
+        if tokens.grid is not None:
+            place = np.stack(np.divmod(tokens.cells, tokens.grid[1]), axis=1).astype(float)
+            apart = np.linalg.norm(place[:, None] - place[None], axis=2)
+            self.far = self.far + PLACE_WEIGHT * apart / apart.mean()
+        np.fill_diagonal(self.far, 0)
+        self.margin = math.inf
+
+    def best(self, values):
+        """The index of the largest; the lowest of equal ones."""
+        values = np.asarray(values, float)
+        below = values[values < values.max()]
+        if len(below):
+            self.margin = min(self.margin, values.max() - below.max())
+        return int(np.flatnonzero(values == values.max())[0])
+
+    def pick(self, distances, kept):
+        rest = [i for i in range(len(distances)) if i not in kept]
+        return rest[self.best([min(distances[i, j] for j in kept) for i in rest])]
+
+    def assign(self, kept, bound):
+        group = np.empty(len(self.far), int)
+        for i in range(len(group)):
+            near = [j for j in kept if self.alone[i, j] <= bound] or kept
+            group[i] = kept.index(i) if i in kept else kept.index(near[self.best([-self.far[i, j] for j in near])])
+        return group
+
+    def medoid(self, members, bound):
+        broken = [sum(self.alone[i, j] > bound for j in members) for i in members]
+        fewest = [i for i, n in zip(members, broken) if n == min(broken)]
+        return fewest[self.best([-sum(self.far[i, j] * self.mass[j] for j in members) for i in fewest])]
+
+    def choose(self, scores, k, n_rep, tolerance=math.inf, most=None):
+        n, bound = len(self.far), math.inf
+        ranks = scores / np.sqrt(self.mass)
+        kept = sorted(range(n), key=lambda i: (-ranks[i], i))[: k - n_rep]
+        if n_rep == k:
+            kept = [self.best(self.far.sum(axis=1))]
+        while len(kept) < k:
+            kept.append(self.pick(self.far, kept))
+        if tolerance < math.inf:
+            mean = self.mass @ self.alone @ self.mass / self.mass.sum() ** 2
+            bound = max(tolerance * mean, ROUNDING)
+            self.margin = min(self.margin, np.abs(self.alone - bound)[self.alone != bound].min())
+            while len(kept) < (n if most is None else most):
+                i = self.pick(self.alone, kept)
+                if min(self.alone[i, j] for j in kept) <= bound:
+                    break
+                kept.append(i)
+        kept = sorted(kept)
+        group = self.assign(kept, bound)
+        if n_rep == k:
+            kept = sorted(self.medoid(np.flatnonzero(group == g).tolist(), bound) for g in range(len(kept)))
+            group = self.assign(kept, bound)
+        return kept, group, [self.mass[group == g].sum() for g in range(len(kept))]
+
+
+def exact_tokens(seed):
+    """Vectors whose cosines are sixteenths, some of them equal, each with its opposite: distances have the mean 1, and
+    float32 rounds nothing.
+    """
+    rng = np.random.default_rng(seed)
+    half = rng.choice([-1.0, 1.0], (rng.integers(10, 60), 16))
+    half = np.concatenate([half, half[: rng.integers(0, len(half))]])
+    mass = rng.choice([1.0, 4.0, 9.0], len(half)) if seed % 2 else np.ones(len(half))
+    order = rng.permutation(2 * len(half))
+    vectors = np.concatenate([half, -half])[order].astype(np.float32)
+    return Tokens(vectors, np.arange(len(order)), None, np.concatenate([mass, mass])[order]), rng
+
+
+def same(got, want):
+    kept, group, mass = want
+    return np.array_equal(got.kept, kept) and np.array_equal(got.group, group) and np.array_equal(got.mass, mass)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("tolerance", [math.inf, 0.75, 0.5])
+def test_ties_go_to_the_lowest_index(share, tolerance):
+    n_tied = 0
+    for seed in range(25):
+        tokens, rng = exact_tokens(seed)
+        n = len(tokens)
+        scores = rng.integers(0, 5, n).astype(np.float64)
+        k = int(rng.integers(2, n // 2))
+        most = None if seed % 3 else n // 2 + 1
+        reference = Reference(tokens)
+        want = reference.choose(scores, k, round(share * k), tolerance, most)
+        got = select("cluster", tokens, scores, k, share, tolerance, most)
+        assert same(got, want), f"seed {seed}"
+        distances = reference.far[want[0]]
+        n_tied += int((np.sort(distances, axis=0)[0] == np.sort(distances, axis=0)[1]).sum())
+    assert n_tied > 100  # tokens as near to one as to another
+
+
+@pytest.mark.parametrize("d", [48, 1024])
+@pytest.mark.parametrize(("share", "tolerance"), [(1.0, math.inf), (0.5, math.inf), (1.0, 0.6)])
+def test_choices_are_those_of_float64(d, share, tolerance):
+    n_told = 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        waves = rng.standard_normal((4, 4, d)).repeat(3, 0).repeat(3, 1).reshape(144, d)
+        mass = None if seed % 2 else rng.integers(1, 5, 144).astype(float)
+        vectors = (waves + 0.3 * rng.standard_normal((144, d))).astype(np.float32)
+        tokens = Tokens(vectors, np.arange(144), (12, 12), mass)
+        reference, scores = Reference(tokens), rng.random(144)
+        want = reference.choose(scores, 20, round(share * 20), tolerance)
+        got = select("cluster", tokens, scores, 20, share, tolerance)
+        told = reference.margin > 2e-6
+        assert same(got, want) or not told, f"seed {seed}"
+        assert np.abs(tokens.distances() - reference.far).max() < 1e-4
+        n_told += told
+    assert n_told >= 4
+
+
+def test_means_of_groups():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 70)).astype(np.float32)
+    group = np.minimum(rng.geometric(0.05, 300) - 1, 39)
+    group[:40] = np.arange(40)
+    kept = np.array([np.flatnonzero(group == g)[0] for g in range(40)])
+    means = merge(vectors, selection.Selection(kept, None, group))
+    want = np.array([vectors[group == g].astype(np.float64).mean(axis=0) for g in range(40)])
+    assert means.dtype == np.float32 and np.abs(means - want).max() < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 95, 96, 97, 256, 500])
+def test_cosines_are_symmetric(n):
+    unit = np.random.default_rng(n).standard_normal((n, 24)).astype(np.float32)
+    products = cosines(unit)
+    assert np.array_equal(products, products.T)
+    assert np.abs(products - unit.astype(np.float64) @ unit.T).max() < 1e-4
+
+
+def crops(seed, n=5):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.standard_normal((100 + 20 * i, 600)).astype(np.float32) for i in range(n)]
+    return [
+        Candidates(
+            Tokens(t, np.arange(len(t)), (10, len(t) // 10), None, rng.random(len(t)).astype(np.float32)),
+            None,
+            0,
+            len(t),
+        )
+        for t in tokens
+    ]
+
+
+@pytest.mark.parametrize("make_policy", [lambda c: vision_policy(c, True), decoder_policy])
+@pytest.mark.parametrize("config", [PruneConfig(0.3), PruneConfig(0.3, vision_scorer="maxmin", representatives="none")])
+def test_threads_and_preparing_change_nothing(make_policy, config):
+    """Bit for bit: rows are multiplied in blocks of one size, whoever does it."""
+    policy, found = make_policy(config), []
+    for n_threads in (None, 1, 2, 7):
+        images = crops(3)
+        if n_threads is not None:
+            prepare([(policy, image) for image in images], n_threads)
+        counts = divide(policy, images, 200)
+        selections = [choose(policy, image, n) for image, n in zip(images, counts)]
+        found.append([counts, [(s.kept.tolist(), None if s.mass is None else s.mass.tolist()) for s in selections]])
+        if n_threads is not None and policy.needs_distances:
+            assert all("unit_vectors" in vars(image.tokens) for image in images)
+    assert found[1] == found[2] == found[3]
+    if not policy.compares:  # where images are sampled first, rows stand in other blocks
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none(bad):
+    policy, images = vision_policy(PruneConfig(0.3), False), crops(1)
+    images[3].tokens.vectors[17, 4] = bad
+    with pytest.raises(EngineError, match="NaN or infinity"):
+        prepare([(policy, image) for image in images], 2)
+    with pytest.raises(EngineError, match="NaN or infinity"):
+        choose(policy, images[3], 10)
+
+
+def test_large_numbers_are_numbers():
+    """The sum of their squares is not, in float32."""
+    (image,) = crops(1, n=1)
+    image.tokens.vectors *= np.float32(2.0**60)
+    assert np.isinf(np.vdot(image.tokens.vectors, image.tokens.vectors))
+    assert image.tokens.checked() is image.tokens
+
+
+def test_spread():
+    assert spread(lambda i: i * i, range(50), 4) == [i * i for i in range(50)]
+    assert spread(abs, [], 4) == []
+
+    def fails(i):
+        raise KeyError(i)
+
+    with pytest.raises(KeyError):
+        spread(fails, [1, 2, 3], 2)
