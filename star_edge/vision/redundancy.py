@@ -21,21 +21,25 @@ def representatives(pixels: np.ndarray, grid: tuple[int, int], tolerance: float 
         tolerance: The largest difference of a value that units which are alike may have. 0: none.
     """
     rows, columns = grid
-    flat = pixels.reshape(rows * columns, -1)
-    stands = np.arange(rows * columns)
+    units = pixels.reshape(rows, columns, -1)
+    flat = units.reshape(rows * columns, -1)
+    stands = list(range(rows * columns))
 
-    def alike(a: int, b: int) -> bool:
-        if tolerance:
-            return bool(np.abs(flat[a] - flat[b]).max() <= tolerance)
-        return np.array_equal(flat[a], flat[b])
+    def near(a: np.ndarray, b: np.ndarray) -> list[bool]:
+        """Of pairs of units that may be alike: two within the tolerance of a third are within twice that."""
+        found: np.ndarray = (np.abs(a - b) <= 2 * tolerance).all(axis=1) if tolerance else (a == b).all(axis=1)
+        return found.tolist()
 
-    for unit in range(rows * columns):
-        row, column = divmod(unit, columns)
-        for there, neighbour in ((column > 0, unit - 1), (row > 0, unit - columns)):
-            if there and alike(unit, int(stands[neighbour])):
-                stands[unit] = stands[neighbour]
-                break
-    return stands
+    for row in range(rows):
+        left = [False, *near(units[row, 1:], units[row, :-1])]
+        above = near(units[row], units[row - 1]) if row else [False] * columns
+        for column in range(columns):
+            unit = row * columns + column
+            for there, neighbour in ((left[column], unit - 1), (above[column], unit - columns)):
+                if there and (not tolerance or np.abs(flat[unit] - flat[stands[neighbour]]).max() <= tolerance):
+                    stands[unit] = stands[neighbour]
+                    break
+    return np.array(stands)
 
 
 def with_more(stands: np.ndarray, n: int) -> np.ndarray:
