@@ -27,8 +27,8 @@ def representatives(pixels: np.ndarray, grid: tuple[int, int], tolerance: float 
 
     def near(a: np.ndarray, b: np.ndarray) -> list[bool]:
         """Of pairs of units that may be alike: two within the tolerance of a third are within twice that."""
-        found: np.ndarray = (np.abs(a - b) <= 2 * tolerance).all(axis=1) if tolerance else (a == b).all(axis=1)
-        return found.tolist()
+        found = (np.abs(a - b) <= 2 * tolerance).all(axis=1) if tolerance else (a == b).all(axis=1)
+        return [bool(pair) for pair in found]
 
     for row in range(rows):
         left = [False, *near(units[row, 1:], units[row, :-1])]
