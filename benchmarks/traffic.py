@@ -94,7 +94,7 @@ def token(model: Model, n_cells: int, seen_below: bool = True) -> Cost:
     """One token after it: positions; the mask, for each level of what is seen."""
     n_bytes = model.n_positions * 4
     cost = read(n_bytes) + written(n_bytes) + mask(1, n_cells)
-    return cost + Cost(stops=1) + mask(1, n_cells) if seen_below else cost
+    return cost + Cost(stops=1) + written(padded(n_cells) * 2) if seen_below else cost
 
 
 REQUESTS = (

@@ -316,6 +316,7 @@ se_tap * se_tap_new(void) {
 void se_tap_free(se_tap * tap) {
     if (!tap) return;
     for (int i = 0; i < MAX_INPUTS; i++) free(tap->inputs[i].data);
+    for (int i = 0; i < MAX_MASKS; i++) free(tap->level_masks[i].values);
     se_depends_free(tap->depends);
     se_shrink_free(tap->shrink);
     free(tap->skipped);

@@ -17,6 +17,12 @@ typedef struct {
     int n_written;
 } input_override;
 
+typedef struct {
+    void * values;
+    size_t capacity;
+    bool is_known; /* they are what the tensor has */
+} level_mask;
+
 struct se_tap {
     /* lasting settings */
     int32_t shift_from, shift;
@@ -60,6 +66,7 @@ struct se_tap {
     const struct ggml_tensor * positioned[MAX_COPIES]; /* tensors that have their positions: the input itself, and backends' copies */
     int32_t n_positioned;
     struct ggml_tensor * biased[MAX_MASKS];
+    level_mask level_masks[MAX_MASKS]; /* with levels: the same masks as the host has written them */
     int32_t n_biased;
     int32_t level;          /* the one that the masks are at */
     void * scratch;

@@ -148,11 +148,36 @@ static void bias_row(const se_tap * tap, const struct ggml_tensor * mask, void *
     }
 }
 
-static void write_mask(se_tap * tap, struct ggml_tensor * mask) {
+/* The mask as it is, or as the last level left it: then it is known, and need not come from the backend again. */
+static void * mask_values(se_tap * tap, struct ggml_tensor * mask, int32_t known) {
     const size_t size = se_ggml.nbytes(mask);
-    void * values = scratch(tap, size);
+    if (!tap->n_levels || known < 0) {
+        void * values = scratch(tap, size);
+        if (values) se_tap_fail(tap, se_read(mask, values, 0, size));
+        return values;
+    }
+    level_mask * kept = &tap->level_masks[known];
+    if (tap->level > 0 && kept->is_known) return kept->values;
+    if (size > kept->capacity) {
+        void * bigger = realloc(kept->values, size);
+        if (!bigger) {
+            se_tap_fail(tap, SE_ERR_MEMORY);
+            return NULL;
+        }
+        kept->values = bigger;
+        kept->capacity = size;
+    }
+    const int error = se_read(mask, kept->values, 0, size);
+    se_tap_fail(tap, error);
+    kept->is_known = !error;
+    return kept->values;
+}
+
+/* known: index of the mask in tap->biased, -1 if there was no room for it. */
+static void write_mask(se_tap * tap, struct ggml_tensor * mask, int32_t known) {
+    const size_t size = se_ggml.nbytes(mask);
+    void * values = mask_values(tap, mask, known);
     if (!values) return;
-    se_tap_fail(tap, se_read(mask, values, 0, size));
     const int64_t n_kv = mask->ne[0], n_rows = mask->ne[1] * mask->ne[2] * mask->ne[3];
     const int64_t n_cells = tap->n_levels ? tap->n_level_cells : tap->n_bias, n = n_kv < n_cells ? n_kv : n_cells;
     for (int64_t r = 0; r < n_rows; r++) (tap->n_levels ? level_row : bias_row)(tap, mask, values, r * n_kv, n);
@@ -166,12 +191,18 @@ static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
         bool done = false;
         for (int i = 0; i < tap->n_biased; i++) done = done || tap->biased[i] == mask;
         if (done) continue;
-        if (tap->n_biased < MAX_MASKS) tap->biased[tap->n_biased++] = mask;
-        else if (tap->n_levels) se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+        int32_t known = -1;
+        if (tap->n_biased < MAX_MASKS) {
+            known = tap->n_biased++;
+            tap->biased[known] = mask;
+            tap->level_masks[known].is_known = false;
+        } else if (tap->n_levels) {
+            se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+        }
         /* What a cast makes of the mask stays as it is when the mask changes. */
         const bool is_cast = tap->n_levels && !se_is_attention(node);
         if (is_cast || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32)) se_tap_fail(tap, SE_ERR_SHAPE);
-        else write_mask(tap, mask);
+        else write_mask(tap, mask, known);
     }
 }
 
@@ -181,7 +212,7 @@ bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node) {
 
 void se_tap_next_level(se_tap * tap) {
     tap->level++;
-    for (int i = 0; i < tap->n_biased; i++) write_mask(tap, tap->biased[i]);
+    for (int32_t i = 0; i < tap->n_biased; i++) write_mask(tap, tap->biased[i], i);
 }
 
 static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {

@@ -8,14 +8,19 @@ import math
 
 import numpy as np
 import pytest
+from helpers.models import random_image
 
+from star_edge import StarVLM, refvlm
 from star_edge.errors import EngineError
+from star_edge.io.images import load_image
 from star_edge.pruning import selection
 from star_edge.pruning.blas import spread
 from star_edge.pruning.choose import Candidates, choose, decoder_policy, divide, prepare, vision_policy
 from star_edge.pruning.config import PruneConfig
 from star_edge.pruning.representatives import ROUNDING, merge, select
 from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, cosines
+from star_edge.stopwatch import Stopwatch
+from star_edge.vision.stage import encode_images, run_vision_stage
 
 
 class Reference:
@@ -225,3 +230,21 @@ def test_spread():
 
     with pytest.raises(KeyError):
         spread(fails, [1, 2, 3], 2)
+
+
+def test_images_of_a_prompt_on_several_threads():
+    """The vision stage as a whole: the same rows for the decoder, whoever chose them."""
+    pictures = [random_image(i, 168, 168) for i in range(3)] + [refvlm.DEMO_IMAGE]
+    for config in (PruneConfig(0.3), PruneConfig(0.2, budget="prompt"), PruneConfig(0.1, vision_tolerance=0.1), None):
+        with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=1024, n_threads=1) as vlm:
+            tokenized = vlm.tokenize("what?", [load_image(picture) for picture in pictures])
+            plan, _ = vlm._reader.plan(tokenized, config)
+            encoded = encode_images(plan.images, vlm.encoder, config, Stopwatch())
+            found = [run_vision_stage(plan, encoded, False, Stopwatch(), n) for n in (1, 2, 5)]
+            tokenized.close()
+        for segments, images, position in found:
+            assert position == found[0][2] and len(images) == 4
+            for got, want in zip(segments, found[0][0]):
+                assert np.array_equal(got.rows.positions, want.rows.positions)
+                assert np.array_equal(got.rows.embeddings, want.rows.embeddings) or got.image is None
+                assert np.array_equal(got.mass, want.mass)

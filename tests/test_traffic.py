@@ -150,7 +150,7 @@ RESUME = (1, 1, 2)  # where states come in; cells; positions, states
 TOKEN = (0, 1, 1)  # positions
 MOVED = (0, 0, 1)  # positions
 MASSES = (0, 1, 1)  # in the mask
-LEVEL = (1, 1, 1)  # the mask once more, where what was dropped is no longer seen
+LEVEL = (1, 0, 1)  # the mask once more, where what was dropped is no longer seen
 
 
 def total(*parts):

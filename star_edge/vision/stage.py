@@ -15,7 +15,7 @@ from ..pruning import budget
 from ..pruning.blas import spread
 from ..pruning.choose import Candidates, choose, divide, prepare, vision_policy
 from ..pruning.config import Keep, PruneConfig, keep_count
-from ..pruning.representatives import merge
+from ..pruning.representatives import MAX_CLUSTERED, merge
 from ..pruning.selection import Selection, Tokens
 from ..rows import Rows, Segment
 from ..stopwatch import Stopwatch
@@ -277,7 +277,9 @@ def _choose(plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int) -> lis
         selection = choose(policy, image, n_ordinary, n_ordinary + plan.n_vision[i] - plan.n_least[i])
         return selection, merge(encoded[i].embeddings, selection)
 
-    return spread(of_image, range(len(candidates)), n_threads)
+    # An image takes memory in the square of its tokens: several at once take no more than the largest one that is whole
+    at_once = MAX_CLUSTERED**2 // max([1, *(len(image.tokens) for image in candidates)]) ** 2
+    return spread(of_image, range(len(candidates)), min(n_threads, max(1, at_once)))
 
 
 def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Selection:
