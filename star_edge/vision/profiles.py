@@ -231,6 +231,14 @@ def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None)
     )
 
 
+MAX_LEARNED_ROWS = 64  # of RADIO; published files have 10
+
+
+def _after_learned_rows(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """RADIO: as many learned rows as the file has, then 2 x 2 patches for each token."""
+    return on_raster(rows[len(rows) - 4 * layout.n_tokens :], layout)
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5, LLaVA-NeXT (each crop is an image), BakLLaVA, Granite-Vision. This llama.cpp joins CLS last
     # (clip_graph_llava).
@@ -264,6 +272,11 @@ PROFILES: dict[str, EncoderProfile] = {
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
     # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
     "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
+    # Kimi K2.5: any image size, 2 x 2 patches of the raster for a token
+    "kimik25": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
+    # Nemotron Nano V2 VL: squares of 2 x 2 patches are shuffled into a token. RADIO's learned rows stand before them, a
+    # class token first (clip_graph_nemotron_v2_vl)
+    "nemotron_v2_vl": EncoderProfile(_after_learned_rows, lambda n: 4 * n + MAX_LEARNED_ROWS, cls_row=lambda n: 0),
     # MiniCPM-V 4.6: patches are merged 2 x 2 within the encoder, after attention in such windows, and once more at its
     # end (clip_graph_minicpmv4_6)
     "minicpmv4_6": EncoderProfile(
