@@ -132,7 +132,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
     if encoder is None:
         vision = "no: there is no vision encoder"
     elif not encoder.profile.reads_attention:
-        vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
+        vision = f"by embeddings only: projector type {encoder.projector!r} {encoder.profile.why_embeddings}"
     else:
         vision = "yes"
     architecture = vlm.llama.metadata.get("general.architecture")
