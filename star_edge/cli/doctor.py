@@ -161,6 +161,8 @@ def _encoder_type(encoder: VisionEncoder) -> str:
     used = encoder.precision
     if used.is_converted:
         return f"{used.kind}, converted: the file has {used.of_file}"
+    if not used.kind:
+        return "none: it has no layers"
     best = fastest_type(used.info)
     if encoder.on_gpu or best == used.kind:
         return used.kind
