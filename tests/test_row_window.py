@@ -22,17 +22,25 @@ from star_edge.vision.encode import fitted
 from star_edge.vision.profiles import Layout
 from star_edge.vision.row_window import RowLayout, RowWindow, find_row_window
 
-WITH_REFERENCE = ("smolvlm", "idefics3", "gemma3", "llava", "llava-next", "bakllava", "internvl")
+WITH_REFERENCE = (
+    "smolvlm",
+    "idefics3",
+    "gemma3",
+    "llava",
+    "llava-next",
+    "bakllava",
+    "internvl",
+    "kimi-k2.5",
+    "nemotron-vl",
+)
 WITHOUT = (  # all kept is compared with stock
     "gemma4",
     "gemma4-e2b",
     "gemma4-moe",
     "granite-docling",
     "internvl3.5",
-    "kimi-k2.5",
     "lfm2-vl",
     "llava-vicuna",
-    "nemotron-vl",
 )
 FROM_LAYER_1 = ("kimi-k2.5", "nemotron-vl")  # whose graphs name no node before their first layer
 NO_LAYERS = ("gemma4-unified",)
@@ -67,8 +75,7 @@ class Opened:
         with self.encoder.tap.watching(PIXELS, out):
             self.encoder.run(self.chunk, Plan(count_only=True))
         out = out[: self.encoder.tap.watched() // 4]
-        side = round((len(out) / 3) ** 0.5)  # of those with a reference
-        return out.reshape(3, side, side)
+        return out.reshape(3, *self.chunk.size)
 
     def some(self, seed, share=0.4):
         """Tokens that can stay, ascending."""
