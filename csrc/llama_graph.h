@@ -165,7 +165,7 @@ enum se_shape_kind {
     SE_SHAPE_POOL,      /* dimensions 0 and 1 in windows of `window`, `step` apart; the others as they are (ggml_pool_2d) */
     SE_SHAPE_JOIN,      /* operands 0 and 1 one after the other along axes[0] (ggml_concat) */
     SE_SHAPE_IN_ORDER,  /* elements of operand 0 in their order, in memory without gaps (ggml_reshape, ggml_cont, ggml_cast) */
-    SE_SHAPE_VIEW,      /* a window into operand 0, or into what that looks into (ggml_view_impl) */
+    SE_SHAPE_VIEW,      /* a window into operand 0, or into what that looks into, or all of it in other dimensions (ggml_view_impl) */
     SE_SHAPE_PERMUTED   /* dimension i of operand 0 becomes axes[i] (ggml_permute, ggml_transpose) */
 };
 typedef struct {

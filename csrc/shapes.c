@@ -151,6 +151,12 @@ static bool in_order(se_shapes * e, const se_shapes * a) {
     return true;
 }
 
+/* Whether a view is of all elements of `a`, one after the other. */
+static bool is_whole(const se_shapes * e, const se_shapes * a, size_t offset) {
+    return offset == 0 && e->was.nb[0] == a->was.nb[0] && n_elements(&e->was) == n_elements(&a->was) && se_shape_is_contiguous(&e->was) &&
+           se_shape_is_contiguous(&a->was) && se_shape_is_contiguous(&a->now);
+}
+
 /* A window into `a`: which dimension it takes from where is seen by the strides. */
 static bool view(se_shapes * e, const struct ggml_tensor * node, const se_shapes * a) {
     const struct ggml_tensor * source = se_operand(node, 0);
@@ -158,6 +164,11 @@ static bool view(se_shapes * e, const struct ggml_tensor * node, const se_shapes
     const size_t before = source->view_src ? source->view_offs : 0;
     if (node->view_src != root || node->view_offs < before) return false;
     size_t offset = node->view_offs - before;
+    if (is_whole(e, a, offset)) { /* the same elements in other dimensions: a reshape */
+        if (!in_order(e, a)) return false;
+        se_shape_lay_contiguous(&e->now);
+        return true;
+    }
     int rows = -1; /* the dimension of rows in `a`: one, and strides above it are others now */
     for (int d = 0; d < SE_DIMS; d++) {
         if (!(a->shorter >> d & 1)) continue;

@@ -86,5 +86,6 @@ _OF_FAMILY: dict[str, Callable[[int, Sequence[float] | None, float | None], Text
     "glm4v": _glm4v,
     "internvl": _internvl,
     "gemma4v": _gemma4,
+    "gemma4uv": _gemma4,
     "idefics3": _smolvlm,
 }

@@ -127,7 +127,7 @@ class PromptReader:
         kind = f"projector type {encoder.projector!r}"
         whole = f"no: the encoder of {kind} encodes whole pictures only"
         parts = f"no: the encoder of {kind} cannot run in two parts"
-        by_embeddings = f"by embeddings alone: {kind} has no profile"
+        by_embeddings = f"by embeddings alone: {kind} {encoder.profile.why_embeddings}"
         return {
             "redundancy": whole if self.encoding.composer is None else "yes",
             "encoder_stage": parts if self.encoding.window is None else "yes",
@@ -349,8 +349,8 @@ class PromptReader:
                 else ""
             )
             notes.append(
-                f"projector type {encoder.projector!r} has no profile: the vision stage goes by embeddings "
-                f"alone{instead}"
+                f"projector type {encoder.projector!r} {encoder.profile.why_embeddings}: the vision stage goes by "
+                f"embeddings alone{instead}"
             )
         windows: list[tuple[int, Keep]] = []
         if prune is not None and prune.prunes_in_decoder:

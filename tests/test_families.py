@@ -9,6 +9,8 @@ The tool makes sure that pruning changes logits by 0.5 at least, and that no gre
 is a tie on this backend may go either way.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import bounds, stock, stock_attention, support
@@ -25,6 +27,7 @@ from star_edge.vision.window import find_window
 
 FIXTURES = load_fixtures()
 N_GENERATE = 8
+BOTH_WAYS = ("gemma3", "gemma4", "gemma4-moe", "gemma4-unified")
 
 
 @pytest.fixture(scope="module", params=list(FIXTURES))
@@ -141,6 +144,22 @@ def test_tokens_and_positions(fixture, engines):
                     assert np.array_equal(prompt.row_positions.reshape(-1, len(prompt.tokens))[:1, rows], dense[None])
                     base += n
             assert at == len(prompt.tokens) and base == prompt.next_position
+
+
+def test_which_images_are_causal(fixture, engines, rounding):
+    """As in transformers, which says of Gemma 3 and of Gemma 4's sizes but E2B and E4B that the rows of an image see
+    each other both ways. Its logits are not those of the other way.
+    """
+    vlm, prompt = engines(), fixture.prompts[0]
+    with tokenized(vlm, prompt) as chunks:
+        assert {chunk.causal for chunk in chunks if hasattr(chunk, "causal")} == {fixture.name not in BOTH_WAYS}
+        segments = prompt.segments(chunks)
+    if not fixture.name.startswith("gemma"):
+        return
+    for wrong in (False, True):
+        turned = [replace(s, causal=s.causal != (wrong and s.image is not None)) for s in segments]
+        state = prefill(afresh(vlm), turned, prompt.next_position)
+        assert bounds.are_close(state.logits, prompt.logits, rounding("f32")) != wrong
 
 
 # ---- exact: stock llama.cpp ----

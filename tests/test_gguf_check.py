@@ -146,6 +146,11 @@ WRONG_KEYS = [
     ("qwen2.5-vl", "projection_dim", 63),
     ("gemma3", "image_size", 10),
     ("gemma4", "attention.head_count", 16),
+    ("gemma4-unified", "patch_size", 16),
+    ("kimi-k2.5", "attention.head_count", 16),
+    ("kimi-k2.5", "projector.scale_factor", 4),
+    ("nemotron-vl", "image_size", 128),
+    ("nemotron-vl", "projector.scale_factor", 4),
     ("pixtral", "patch_size", 16),
 ]
 
@@ -269,6 +274,9 @@ REQUIRED = {
     "qwen2.5-vl": ["v.blk.1.attn_k.weight", "v.blk.1.attn_q.bias", "v.patch_embd.weight.1", "mm.0.bias"],
     "qwen3-vl": ["v.blk.0.attn_qkv.weight", "v.blk.0.attn_qkv.bias", "v.patch_embd.bias", "v.deepstack.0.fc2.weight"],
     "internvl": ["v.class_embd", "mm.model.mlp.0.bias", "v.position_embd.weight"],
+    "gemma4-unified": ["v.patch_norm.3.bias", "v.patch_embd.bias", "mm.a.input_projection.weight"],
+    "kimi-k2.5": ["mm.input_norm.bias", "v.position_embd.weight", "mm.2.bias"],
+    "nemotron-vl": ["v.class_embd", "v.position_embd.weight", "mm.model.mlp.3.weight"],
     "mistral3": ["mm.input_norm.weight", "mm.patch_merger.weight"],
     "minicpmv": ["resampler.query", "resampler.attn.q.bias", "v.position_embd.weight"],
     "minicpmv4.6": ["v.vit_merger.attn_q.weight", "v.vit_merger.ds_ffn_up.weight", "mm.up.weight"],

@@ -284,23 +284,26 @@ def test_narrow_pictures(family):
     assert result.returncode == 0, result.stderr[-2000:]
     said = json.loads(result.stdout.splitlines()[-1])
     assert said[4] == "ok" and len(said) == len(SHAPES)
-    if family == "gemma4":
+    if family in ("gemma4", "gemma4-e2b", "gemma4-moe"):
         assert all("patches along a side" in said[i] for i in (0, 1, 2, 3))
     if family in ("smolvlm", "idefics3"):
         assert all(said[i].startswith("ImageError") and "shape" in said[i] for i in (2, 3))
 
 
-def test_the_position_table_decides(tmp_path):
-    """Up to its last row pictures are answered: a column of 64 patches is, one of 65 is not."""
-    folder = FOLDER / "gemma4"
+@pytest.mark.parametrize(("family", "side"), [("gemma4", 8), ("gemma4-unified", 24)])
+def test_the_position_table_decides(family, side):
+    """Up to its last row pictures are answered: a column of 64 patches is, one of 65 is not. side: of a patch, in
+    pixels.
+    """
+    folder = FOLDER / family
     with StarVLM(folder / "text.gguf", folder / "mmproj.gguf", n_ctx=2048, n_threads=1) as vlm:
         table = vlm.encoder._n_positions
         assert table == 64
-        for height in range(100, 900, 40):
+        for height in range(100, 120 * side, 5 * side):
             picture = np.full((height, 100, 3), 99, np.uint8)
             try:
                 vlm.generate("x", [picture], "off", 1)
-                assert height < 800
+                assert height < 100 * side
             except errors.ImageError as error:
                 n = int(str(error).split("an image has ")[1].split()[0])
                 assert n > table

@@ -110,7 +110,20 @@ def test_values_that_f16_cannot_hold_are_refused(cache, tmp_path):
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("fixture", load_fixtures().values(), ids=lambda f: f.name)
+NO_LAYERS = "gemma4-unified"
+
+
+def test_an_encoder_without_layers_says_so(cache):
+    fixture = load_fixtures()[NO_LAYERS]
+    for kind in ("bf16", "auto", "file"):
+        with StarVLM(fixture.text, fixture.mmproj, n_ctx=512, n_threads=1, mmproj_type=kind) as vlm:
+            assert not vlm.encoder.precision.is_converted
+            note = "mmproj_type='bf16': the encoder has no layers whose matrices are converted"
+            assert vlm.encoder.notes == ([note] if kind == "bf16" else [])
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("fixture", [f for f in load_fixtures().values() if f.name != NO_LAYERS], ids=lambda f: f.name)
 def test_every_family_computes_what_its_converted_file_says(fixture, cache):
     """Also its repairs. The converted file, given as if it were the user's, is the same encoder."""
     image = fixture.prompts[0].pictures[0]

@@ -22,13 +22,33 @@ from star_edge.vision.encode import fitted
 from star_edge.vision.profiles import Layout
 from star_edge.vision.row_window import RowLayout, RowWindow, find_row_window
 
-WITH_REFERENCE = ("smolvlm", "idefics3", "gemma3", "llava", "llava-next", "bakllava", "internvl")
-WITHOUT = ("gemma4", "lfm2-vl", "llava-vicuna", "internvl3.5", "granite-docling")  # all kept is compared with stock
+WITH_REFERENCE = (
+    "smolvlm",
+    "idefics3",
+    "gemma3",
+    "llava",
+    "llava-next",
+    "bakllava",
+    "internvl",
+    "kimi-k2.5",
+    "nemotron-vl",
+)
+WITHOUT = (  # all kept is compared with stock
+    "gemma4",
+    "gemma4-e2b",
+    "gemma4-moe",
+    "granite-docling",
+    "internvl3.5",
+    "lfm2-vl",
+    "llava-vicuna",
+)
+FROM_LAYER_1 = ("kimi-k2.5", "nemotron-vl")  # whose graphs name no node before their first layer
+NO_LAYERS = ("gemma4-unified",)
 REFUSED = ("minicpmv", "minicpmv4.5", "granite-vision", "mobilevlm", "mobilevlm-v2")
 OTHERS = tuple(
     name
     for name in sorted(p.parent.name for p in FOLDER.glob("*/expected.json"))
-    if name not in WITH_REFERENCE + WITHOUT + REFUSED
+    if name not in WITH_REFERENCE + WITHOUT + REFUSED + NO_LAYERS
 )
 modes = pytest.mark.parametrize("mode", ["f32", "fa"])
 
@@ -55,8 +75,7 @@ class Opened:
         with self.encoder.tap.watching(PIXELS, out):
             self.encoder.run(self.chunk, Plan(count_only=True))
         out = out[: self.encoder.tap.watched() // 4]
-        side = round((len(out) / 3) ** 0.5)  # of those with a reference
-        return out.reshape(3, side, side)
+        return out.reshape(3, *self.chunk.size)
 
     def some(self, seed, share=0.4):
         """Tokens that can stay, ascending."""
@@ -94,7 +113,7 @@ def test_all_rows_that_stay_give_what_stock_gives(name, mode):
         stock, scores = o.whole()
         assert o.window.problem(o.chunk) == ""
         every = np.arange(o.n)
-        for layer in range(o.window.n_layers + 1):
+        for layer in range(int(name in FROM_LAYER_1), o.window.n_layers + 1):
             assert np.array_equal(one_pass(o, layer, every), stock)
             few = one_pass(o, layer, o.some(layer))
             assert np.array_equal(o.whole()[0], stock)
@@ -135,7 +154,7 @@ def test_some_rows_give_what_the_reference_gives(name, mode):
 def test_attention_of_the_first_pass_is_that_of_a_full_run(name):
     with opened(name) as o:
         layout = o.window.layout(o.chunk)
-        n_rows = layout.n_patches + bool(layout.cls)
+        n_rows = layout.n_patches + layout.n_beside
         layer = o.window.n_layers - 1
         read = AttentionRead([layer - 1], n_rows)
         full = o.encoder.encode(o.chunk, read=read).attention[0]
@@ -311,20 +330,21 @@ def test_a_refused_family_answers_without_it_and_says_so(name):
 # ---- rows and tokens ----
 
 
-@pytest.mark.parametrize("cls", ["", "first", "last"])
+@pytest.mark.parametrize(("cls", "n_cls"), [("", 1), ("first", 1), ("last", 1), ("first", 10), ("last", 3)])
 @pytest.mark.parametrize(("grid", "side"), [((3, 4), 1), ((3, 4), 2), ((2, 5), 3), ((1, 1), 4)])
-def test_layouts(grid, side, cls):
+def test_layouts(grid, side, cls, n_cls):
     """Rows of a token are the squares that it shows, written down one by one."""
-    layout = RowLayout(grid, side, cls)
+    layout, n_beside = RowLayout(grid, side, cls, n_cls), n_cls if cls else 0
     rows = layout.of_tokens()
     for token in range(grid[0] * grid[1]):
         y, x = divmod(token, grid[1])
         square = [(y * side + a) * grid[1] * side + x * side + b for a in range(side) for b in range(side)]
-        assert (rows[token] - (cls == "first")).tolist() == square
+        assert (rows[token] - n_beside * (cls == "first")).tolist() == square
     n = layout.fitting(2 if grid != (1, 1) else 1)
     tokens = np.sort(np.random.default_rng(1).permutation(grid[0] * grid[1])[:n])
     keep, after = layout.keep(tokens), layout.kept(n)
-    assert len(keep) == n * side**2 + bool(cls) and len(set(keep.tolist())) == len(keep)
+    assert len(keep) == n * side**2 + n_beside and len(set(keep.tolist())) == len(keep)
     assert np.array_equal(keep[after.of_tokens()], rows[tokens])
-    assert not cls or keep[after.cls_row] == layout.cls_row
+    beside = np.arange(n_beside)
+    assert np.array_equal(keep[after.cls_row + beside], layout.cls_row + beside)
     assert layout.cls_row == {"": -1, "first": 0, "last": grid[0] * grid[1] * side**2}[cls]

@@ -243,6 +243,13 @@ def part_of_each_head(g, n):
     g.gelu(g.cont(g.view(x, 2, n, 2, 1, 16, 16 * n, 32 * n, 8)))
 
 
+def viewed_whole(g, n):
+    """Four rows as one, each normalized for itself, and as one again (clip_graph_kimik25::build)."""
+    x = g.cont_as(rows(g, n), 32, n // 4, 1, 1)
+    x = g.norm(g.view(x, 8, n, 1, 1, 32, 32 * n, 32 * n, 0), 1e-5)
+    g.gelu(g.view(x, 32, n // 4, 1, 1, 128, 32 * n, 32 * n, 0))
+
+
 def stacked(g, n):
     x = rows(g, n)
     g.concat(x, g.scale(x, 2.0), 0)
@@ -254,7 +261,10 @@ def halves(g, n):
 
 BUILDS = {
     **{f"{'flash' if f else 'softmax'}{' fused' * u}": layer(f, u) for f in (False, True) for u in (False, True)},
-    **{b.__name__: b for b in (shuffle, average, without_last, without_first, part_of_each_head, stacked, halves)},
+    **{
+        b.__name__: b
+        for b in (shuffle, average, without_last, without_first, part_of_each_head, viewed_whole, stacked, halves)
+    },
 }
 
 
@@ -389,6 +399,12 @@ def padded_alike(g, n):
     g.pool(g.cont_as(g.transpose(rows(g, n)), 4, n // 4, 8, 1), 1, 4, 4, 4, 4, 1.0, 1.0)
 
 
+def viewed_across(g, n):
+    """Elements of a row, in columns of which each has some of every row."""
+    x = g.cont(g.transpose(rows(g, n)))
+    g.norm(g.view(x, 8, n, 1, 1, 32, 32 * n, 32 * n, 0), 1e-6)
+
+
 def crossing(g, n):
     rows(g, n)
     g.norm(g.leaf("CUDA0#layer_out-0#0", 8, n), 1e-6)
@@ -418,6 +434,7 @@ REFUSED = (
     overlapping,
     padded,
     padded_alike,
+    viewed_across,
     crossing,
     crossing_later,
     second_graph,

@@ -237,7 +237,8 @@ def test_texts_are_those_of_the_families_processors():
     assert frame_texts("qwen3vl_merger", 2, [0.25, 1.5], 3.0) == (["<0.2 seconds>", "<1.5 seconds>"], "")
     assert frame_texts("glm4v", 2, [0.9, 2.0], 3.0) == (["", "0"], "2")
     assert frame_texts("internvl", 2, None, None) == (["Frame1: ", "\nFrame2: "], "")
-    assert frame_texts("gemma4v", 2, [1, 61.5], 70) == (["00:01 ", " 01:01 "], "")
+    for projector in ("gemma4v", "gemma4uv"):
+        assert frame_texts(projector, 2, [1, 61.5], 70) == (["00:01 ", " 01:01 "], "")
     before, after = frame_texts("idefics3", 21, [float(i) for i in range(21)], 3723.9)
     assert before[0] == (
         "You are provided the following series of twenty-one frames from a 1:02:03 [H:MM:SS] video.\n"

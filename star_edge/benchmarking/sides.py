@@ -260,7 +260,7 @@ class Workbench:
         encoder = self._encoder
         if encoder is None or encoder.profile.reads_attention:
             return None
-        return f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
+        return f"by embeddings only: projector type {encoder.projector!r} {encoder.profile.why_embeddings}"
 
     @property
     def projector(self) -> str | None:

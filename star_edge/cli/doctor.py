@@ -132,7 +132,7 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
     if encoder is None:
         vision = "no: there is no vision encoder"
     elif not encoder.profile.reads_attention:
-        vision = f"by embeddings only: there is no profile of projector type {encoder.projector!r}"
+        vision = f"by embeddings only: projector type {encoder.projector!r} {encoder.profile.why_embeddings}"
     else:
         vision = "yes"
     architecture = vlm.llama.metadata.get("general.architecture")
@@ -161,6 +161,8 @@ def _encoder_type(encoder: VisionEncoder) -> str:
     used = encoder.precision
     if used.is_converted:
         return f"{used.kind}, converted: the file has {used.of_file}"
+    if not used.kind:
+        return "none: it has no layers"
     best = fastest_type(used.info)
     if encoder.on_gpu or best == used.kind:
         return used.kind

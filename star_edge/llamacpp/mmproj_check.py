@@ -13,12 +13,14 @@ from collections.abc import Callable
 from .gguf import GGUFInfo
 from .gguf_check import BF16, F16, F32, Header, type_name
 from .mmproj_header import MmprojHeader, V, check_kinds
+from .names import MAX_LEARNED_ROWS
 
 _LDP_SIDE = 24  # patches of a side: a constant of clip_graph_llava
 _RESAMPLER_BUCKETS = (
     70  # rows and columns of the position embeddings that MiniCPM-V's patches are put into (clip_image_batch_encode)
 )
 _RESAMPLER_HEAD = 128  # clip_graph_minicpmv
+_SAMPLES = 640  # of a token of sound: clip_graph_gemma4ua
 
 
 def check_mmproj(info: GGUFInfo) -> None:
@@ -189,10 +191,10 @@ def _qwen(c: MmprojHeader) -> None:
             c.linear(b + "fc2", c.linear(b + "fc1", 4 * c.d, why, bias=True), b + "fc1", n, bias=True)
 
 
-def _merges_two(c: MmprojHeader) -> None:
-    """Squares of 2 x 2, a constant of clip_n_output_tokens_x."""
-    if c.merge(2) != 2:
-        c.header.refuse(f"{c.merge_key} = {c.merge(2)}, and the graph of {c.projector} merges 2 x 2 patches")
+def _merges_two(c: MmprojHeader, default: int = 2) -> None:
+    """Squares of 2 x 2: a constant of clip_n_output_tokens_x, or what every published file has."""
+    if c.merge(default) != 2:
+        c.header.refuse(f"{c.merge_key} = {c.merge(default)}, and the graph of {c.projector} merges 2 x 2 patches")
 
 
 def _paddleocr(c: MmprojHeader) -> None:
@@ -254,6 +256,44 @@ def _gemma4(c: MmprojHeader) -> None:
     c.linear("mm.input_projection", c.d, f"{V}embedding_length = {c.d}")
 
 
+def _gemma4_unified(c: MmprojHeader) -> None:
+    """A matrix in place of an encoder: a token is a square of pixels."""
+    n = 3 * (c.patch * c.merge(3)) ** 2
+    why = f"{V}patch_size = {c.patch} and {c.merge_key} = {c.merge(3)}"
+    for end in (".weight", ".bias"):
+        c.vector("v.patch_norm.1" + end, n, why, required=True)
+        for i in (2, 3):
+            c.vector(f"v.patch_norm.{i}{end}", c.d, V + "embedding_length", required=True)
+    c.linear("v.patch_embd", n, why, c.d, bias=True)
+    c.header.tensor("v.position_embd.weight", (c.d, None, 2), f"{V}embedding_length = {c.d}")
+    c.linear("mm.input_projection", c.d, f"{V}embedding_length = {c.d}")
+    if c.header.get("clip.audio.projector_type") == "gemma4ua":
+        c.linear("mm.a.input_projection", _SAMPLES, f"{_SAMPLES} samples")
+
+
+def _kimi_k25(c: MmprojHeader) -> None:
+    _merges_two(c, 1)
+    _rotated_heads(c)
+    c.patches()
+    c.header.tensor("v.position_embd.weight", (c.d, None, None), f"{V}embedding_length = {c.d}")
+    c.layers()
+    why = f"{V}embedding_length = {c.d}"
+    for end in (".weight", ".bias"):
+        c.vector("mm.input_norm" + end, c.d, why, required=True)
+    c.linear("mm.2", c.linear("mm.1", 4 * c.d, why, bias=True), "mm.1", bias=True)
+
+
+def _nemotron_vl(c: MmprojHeader) -> None:
+    _merges_two(c, 1)
+    _fixed_grid(c, 2)
+    n_learned = (*c.header.tensor("v.class_embd", (c.d, None), V + "embedding_length").shape, 1)[1]
+    if n_learned > MAX_LEARNED_ROWS:
+        c.header.refuse(f"tensor v.class_embd has {n_learned} rows, and {MAX_LEARNED_ROWS} are the most")
+    why = f"{V}embedding_length = {c.d}"
+    c.vector("mm.model.mlp.0.weight", 4 * c.d, why, required=True)
+    c.linear("mm.model.mlp.3", c.linear("mm.model.mlp.1", 4 * c.d, why), "mm.model.mlp.1")
+
+
 def _resampler(c: MmprojHeader) -> None:
     h = c.header
     c.patches()
@@ -311,9 +351,12 @@ _PROJECTORS: dict[str, Callable[[MmprojHeader], None]] = {
     "qwen2.5vl_merger": _qwen,
     "qwen3vl_merger": _qwen,
     "gemma4v": _gemma4,
+    "gemma4uv": _gemma4_unified,
     "glm4v": _glm4v,
     "hunyuanvl": _hunyuan,
+    "kimik25": _kimi_k25,
     "lightonocr": _pixtral,
+    "nemotron_v2_vl": _nemotron_vl,
     "paddleocr": _paddleocr,
     "resampler": _resampler,
 }

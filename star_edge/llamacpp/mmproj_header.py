@@ -97,7 +97,9 @@ _TAKE_FUSED = (  # clip_graph::build_vit
     "resampler",
     "glm4v",
     "hunyuanvl",
+    "kimik25",
     "lightonocr",
+    "nemotron_v2_vl",
     "paddleocr",
 )
 # Projectors whose file may have up and down the wrong way round (clip_model_loader::load_tensors, is_ffn_swapped)
@@ -113,6 +115,7 @@ _SWAPPED = (
     "resampler",
     "minicpmv4_6",
 )
+_WITHOUT_LAYERS = ("gemma4uv",)  # of those whose graph is known
 _LARGEST_F16 = 65504.0  # llama.cpp rounds pixels to f16 before the first convolution
 _MAX_SIDE = 8192  # pixels: clip_model_loader's own bound for image_size
 
@@ -155,11 +158,12 @@ class MmprojHeader:
         self.projector = h.get("clip.projector_type") or h.get(V + "projector_type") or ""
         # Encoders of other graphs may have no heads or layers of the usual kind, and say 0 (Gemma 3n has a MobileNet).
         is_known = self.projector in projectors
+        has_layers = is_known and self.projector not in _WITHOUT_LAYERS
         self.d = h.whole(V + "embedding_length", 1, 2**20, 0)
-        self.heads = h.whole(V + "attention.head_count", int(is_known), 2**16, 0)
-        self.heads_kv = h.whole(V + "attention.head_count_kv", int(is_known), 2**16, self.heads)
+        self.heads = h.whole(V + "attention.head_count", int(has_layers), 2**16, 0)
+        self.heads_kv = h.whole(V + "attention.head_count_kv", int(has_layers), 2**16, self.heads)
         self.d_head = h.whole(V + "attention.head_dim", 0, 2**16, 0)
-        self.n_layers = h.whole(V + "block_count", int(is_known), 2**12, 0)
+        self.n_layers = h.whole(V + "block_count", int(has_layers), 2**12, 0)
         self.patch = h.whole(V + "patch_size", 1, 2**16 - 1, 0)
         self.image = h.whole(V + "image_size", 0, _MAX_SIDE, 0)
         h.whole(V + "preproc_image_size", 1, _MAX_SIDE)

@@ -13,6 +13,7 @@ ROW_POSITIONS, COLUMN_POSITIONS = "pos_h", "pos_w"  # Pixtral
 PLACED = ("inp_pos_emb", 1)  # Qwen3-VL: the node that adds position embeddings to patches, and which source they are
 ADDED = ("pos_embed", 1)  # GLM-4.xV, PaddleOCR-VL: the same (clip_graph::build_vit)
 CLASS_EMBEDDING, POSITION_EMBEDDINGS, POST_NORM = "v.class_embd", "v.position_embd.weight", "v.post_ln.weight"
+MAX_LEARNED_ROWS = 64  # of CLASS_EMBEDDING, where it has several: RADIO, whose published files have 10
 PATCH_NORM = "v.norm_embd.weight"
 
 # What decoders call the output of a layer, by architecture, where it is not what the C core takes for granted

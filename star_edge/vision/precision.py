@@ -23,7 +23,7 @@ import re
 import stat
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -129,9 +129,13 @@ def with_type(info: GGUFInfo, mmproj_type: str, on_gpu: bool) -> Precision:
     """
     found, of_file = matrices(info), type_of(info)
     as_is = Precision(info, of_file, of_file)
+    is_auto = mmproj_type == "auto"
+    if not found and not is_auto and mmproj_type != "file":
+        return replace(
+            as_is, note=f"mmproj_type={mmproj_type!r}: the encoder has no layers whose matrices are converted"
+        )
     if mmproj_type == "file" or not found:
         return as_is
-    is_auto = mmproj_type == "auto"
     if is_auto and on_gpu:
         return as_is
     unreadable = sorted({type_name(kind) for kind in found.values() if not is_readable(kind)})

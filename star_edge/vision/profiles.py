@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..llamacpp.names import PATCHES, WINDOW_INDEX
+from ..llamacpp.names import MAX_LEARNED_ROWS, PATCHES, WINDOW_INDEX
 
 # What the scores are read from; a GGUF of projector type T stores them under these keys.
 METADATA_KEYS = (
@@ -161,6 +161,7 @@ class EncoderProfile:
             ordinary token i shows cell i.
         cls_row: cls_row(n_tokens) is the index of the CLS row. None: there is none.
         cls_first: Profile of the same encoder in a graph that joins CLS first, if this depends on llama.cpp.
+        why_embeddings: What is so of the projector type where its tokens are chosen by their embeddings.
     """
 
     to_tokens: ToTokens | None
@@ -174,6 +175,7 @@ class EncoderProfile:
     cls_row: Callable[[int], int] | None = None
     cls_first: EncoderProfile | None = None
     n_last_rows: Callable[[int], int] | None = None
+    why_embeddings: str = "has no profile"
 
     @property
     def reads_attention(self) -> bool:
@@ -231,6 +233,11 @@ def _ldp(cls_row: Callable[[int], int], cls_first: EncoderProfile | None = None)
     )
 
 
+def _after_learned_rows(rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """RADIO: as many learned rows as the file has, then 2 x 2 patches for each token."""
+    return on_raster(rows[len(rows) - 4 * layout.n_tokens :], layout)
+
+
 PROFILES: dict[str, EncoderProfile] = {
     # LLaVA-1.5, LLaVA-NeXT (each crop is an image), BakLLaVA, Granite-Vision. This llama.cpp joins CLS last
     # (clip_graph_llava).
@@ -262,8 +269,17 @@ PROFILES: dict[str, EncoderProfile] = {
     "hunyuanvl": EncoderProfile(on_raster, lambda n: 4 * n, grid=framed_grid, special=frame),
     # Gemma 4: any image size, 3 x 3 patches averaged into a token
     "gemma4v": EncoderProfile(on_raster, lambda n: 9 * n, grid=given_grid, sized_grid=plain_grid),
+    # Gemma 4 12B: any image size, a matrix makes a token of a square of pixels (clip_graph_gemma4uv)
+    "gemma4uv": EncoderProfile(
+        None, grid=given_grid, sized_grid=plain_grid, why_embeddings="has no encoder with attention"
+    ),
     # PaddleOCR-VL: any image size, 2 x 2 patches of the raster for a token
     "paddleocr": EncoderProfile(on_raster, lambda n: 4 * n),
+    # Kimi K2.5: any image size, 2 x 2 patches of the raster for a token
+    "kimik25": EncoderProfile(on_raster, lambda n: 4 * n, grid=given_grid, sized_grid=plain_grid),
+    # Nemotron Nano V2 VL: squares of 2 x 2 patches are shuffled into a token. RADIO's learned rows stand before them, a
+    # class token first (clip_graph_nemotron_v2_vl)
+    "nemotron_v2_vl": EncoderProfile(_after_learned_rows, lambda n: 4 * n + MAX_LEARNED_ROWS, cls_row=lambda n: 0),
     # MiniCPM-V 4.6: patches are merged 2 x 2 within the encoder, after attention in such windows, and once more at its
     # end (clip_graph_minicpmv4_6)
     "minicpmv4_6": EncoderProfile(

@@ -8,7 +8,7 @@ before anything runs: an encoder whose graph needs all of them is encoded whole.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from .window import FirstPass, mean_states
 
 # Projector types whose tokens are squares of the raster of patches, in its order, and those whose tokens are single
 # rows that the graph's input `patches` names (tools/mtmd/models)
-SQUARES = ("gemma3", "idefics3", "internvl", "gemma4v", "lfm2")
+SQUARES = ("gemma3", "idefics3", "internvl", "gemma4v", "kimik25", "lfm2", "nemotron_v2_vl")
 SINGLE = ("mlp",)
+LEARNED_ROWS = ("nemotron_v2_vl",)  # with any number of learned rows beside the patches
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,34 @@ class RowLayout:
     Attributes:
         grid: (rows, columns) of the tokens.
         side: Patches along a token's side.
-        cls: Where the row stands that is no patch. "": there is none.
+        cls: Where the rows stand that are no patches. "": there are none.
+        n_cls: Their number: CLS, and what else an encoder has learned (RADIO).
     """
 
     grid: Grid
     side: int
     cls: str = ""
+    n_cls: int = 1
 
     @property
     def n_patches(self) -> int:
         return self.grid[0] * self.grid[1] * self.side**2
 
     @property
+    def n_beside(self) -> int:
+        """Rows that are no patches."""
+        return self.n_cls if self.cls else 0
+
+    @property
     def cls_row(self) -> int:
-        """Index of the row that is no patch, or -1."""
+        """Index of the first row that is no patch, or -1."""
         return {"first": 0, "last": self.n_patches, "": -1}[self.cls]
 
     def of_tokens(self) -> np.ndarray:
         """Rows of each token, (n_tokens, side^2) int64."""
         rows, columns = self.grid
         raster = np.arange(self.n_patches).reshape(rows, self.side, columns, self.side)
-        return raster.swapaxes(1, 2).reshape(-1, self.side**2) + (self.cls == "first")
+        return raster.swapaxes(1, 2).reshape(-1, self.side**2) + self.n_beside * (self.cls == "first")
 
     def fitting(self, n: int) -> int:
         """The smallest number of tokens, from n on, that can stay.
@@ -68,7 +76,7 @@ class RowLayout:
     def kept(self, n: int) -> RowLayout:
         """The same of n tokens that stay."""
         columns = self.grid[1] if self.side > 1 else n
-        return RowLayout((n // columns, columns), self.side, self.cls)
+        return replace(self, grid=(n // columns, columns))
 
     def keep(self, tokens: np.ndarray) -> np.ndarray:
         """Rows that stay with these tokens, in the order that makes them the next tokens of a smaller raster.
@@ -79,10 +87,11 @@ class RowLayout:
             (n,) int32.
         """
         after = self.kept(len(tokens))
-        rows = np.empty(after.n_patches + bool(self.cls), np.int32)
+        rows = np.empty(after.n_patches + self.n_beside, np.int32)
         rows[after.of_tokens()] = self.of_tokens()[tokens]
         if self.cls:
-            rows[after.cls_row] = self.cls_row
+            beside = np.arange(self.n_beside)
+            rows[after.cls_row + beside] = self.cls_row + beside
         return rows
 
 
@@ -136,8 +145,9 @@ class RowWindow:
         n_rows, profile = self.encoder.last_outcome.n_rows, self.encoder.profile
         cls = "" if profile.cls_row is None else "last" if profile.cls_row(n) else "first"
         side = math.isqrt(max(0, n_rows - bool(cls)) // n)
-        layout = RowLayout(chunk.grid, side, cls)
-        if side < 1 or layout.n_patches + bool(cls) != n_rows:
+        n_cls = n_rows - side**2 * n if self.encoder.projector in LEARNED_ROWS else 1
+        layout = RowLayout(chunk.grid, side, cls, n_cls)
+        if side < 1 or layout.n_patches + layout.n_beside != n_rows:
             return f"an image of {n} tokens has {n_rows} rows in the encoder"
         if self.encoder.projector in SINGLE:
             names = gathered[: self.encoder.tap.watched() // 4]
@@ -179,7 +189,7 @@ class RowWindow:
         assert picture is None and units is None  # nothing is left out before an encoder of one picture size
         layout = self._layout(chunk)
         rows_of = layout.of_tokens()
-        n_rows = layout.n_patches + bool(layout.cls)
+        n_rows = layout.n_patches + layout.n_beside
         states = np.empty((n_rows, int(self.encoder.metadata["clip.vision.embedding_length"])), np.float32)
         plan = Plan(n_rows=n_rows, window=(0, layer, self.n_layers), hidden=states, encoder=True)
         if want_attention:
