@@ -99,8 +99,8 @@ def _rivals() -> list[Method]:
 
 
 def _today() -> list[Method]:
-    """On the test split: today's defaults and presets, and what reaches averages of 50% and 25%, against others at equal
-    token-layers. All are seen below, as published methods are.
+    """On the test split: today's defaults and presets, and what reaches averages of 50% and 25%, against others at
+    equal token-layers. All are seen below, as published methods are.
     """
 
     def seen(name: str, windows: tuple[tuple[float, float], ...], scorer: str = "last", **fields: Any) -> Method:
