@@ -64,7 +64,7 @@ def test_attention_of_a_layer_is_what_the_engine_reads(installed):
         return tokens.row_attention.mean(axis=0)
 
     scorers.DECODER_SCORERS["probe"] = Scorer(probe, "each")
-    asking = installed.Asking(refvlm.TEXT_MODEL, 5)
+    asking = installed.Asking(refvlm.TEXT_MODEL, 4)
     config = PruneConfig(windows=((2, 0.5), (4, 0.25)), decoder_scorer="probe", representatives="none")
     row, picture = {"question": "how many red balls are there?", "image": "p"}, load_image(photo(168, 168))
     with StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=512, n_threads=1) as vlm:
@@ -211,6 +211,14 @@ def test_era_picks_the_largest_determinant_step_by_step(tool):
         picked.append(max(left, key=lambda i: np.linalg.det(kernel[np.ix_([*picked, i], [*picked, i])])))
     assert chosen.kept.tolist() == sorted(picked)
     assert chosen.mass.sum() == 12
+
+
+def test_era_goes_on_by_saliency_where_vectors_span_no_more(tool):
+    tokens = tokens_of(6, n=12, n_embd=3)
+    scores = np.linspace(0, 1, 12)
+    chosen = tool.rivals.era(tokens, scores, 8, 1)
+    assert len(np.unique(chosen.kept)) == 8 and chosen.mass.sum() == 12
+    assert {11, 10, 9, 8, 7} <= set(chosen.kept.tolist())
 
 
 def test_era_scores_are_high_where_one_head_looks(tool, asked):

@@ -39,6 +39,7 @@ def configs_of(path: Path) -> dict[str, PruneConfig | None]:
 def chosen(path: Path, n_pictures: int | None) -> list[dict]:
     """The questions about the first n_pictures of each family."""
     rows = [{"id": i, **json.loads(line)} for i, line in enumerate(path.read_text().splitlines())]
+    rows = [{"category": row.get("family"), **row} for row in rows]  # as star-edge eval reads it
     pictures: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         of_family = pictures[row["category"] if n_pictures else ""]

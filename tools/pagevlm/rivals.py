@@ -261,8 +261,12 @@ def era(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
     picked: list[int] = []
     for i in range(k):
         pick = int(gain.argmax())
+        if gain[pick] < 1e-6:  # more tokens than dimensions: the determinant says nothing of the rest
+            rest = np.setdiff1d(np.argsort(-relevance, kind="stable"), picked, assume_unique=True)
+            picked += rest[: k - i].tolist()
+            break
         picked.append(pick)
-        row = (kernel[pick] - rows[:i, pick] @ rows[:i]) / np.sqrt(max(gain[pick], 1e-12))
+        row = (kernel[pick] - rows[:i, pick] @ rows[:i]) / np.sqrt(gain[pick])
         rows[i] = row
         gain -= row**2
         gain[picked] = -np.inf
@@ -327,6 +331,7 @@ class Asking:
     """Keeps `ASKED` up to date. Attention by heads is read once for each picture."""
 
     def __init__(self, text: Path, n_encoder_layers: int) -> None:
+        """n_encoder_layers: those that run."""
         global ASKED
         layers = Layers(text)
         ASKED = Asked(layers, layers.sections is not None)
@@ -366,7 +371,7 @@ def main() -> None:
         for name, config in configs(Layers(text).n_layers, args.budgets)
         if any(name.startswith(only) for only in args.only)
     }
-    compare.ask(args, {"off": None, **wanted}, Asking(Path(text), 5 if args.refvlm else 6))
+    compare.ask(args, {"off": None, **wanted}, Asking(Path(text), 4 if args.refvlm else 6))
 
 
 if __name__ == "__main__":
