@@ -31,7 +31,7 @@ def tool():
 @pytest.fixture
 def installed(tool, monkeypatch):
     for table in (scorers.VISION_SCORERS, scorers.DECODER_SCORERS, representatives.REPRESENTATIVES):
-        for name in ("fsr", "fsr-words", "era", "trio", "pact", "probe"):
+        for name in ("fsr", "fsr-words", "era", "trio", "pact", "dbdpc", "probe"):
             monkeypatch.setitem(table, name, None)  # restored to its absence
     monkeypatch.setattr(stage, "merge", stage.merge)
     tool.rivals.install()
@@ -108,8 +108,8 @@ def asked(tool, layers, monkeypatch):
     return one
 
 
-@pytest.mark.parametrize("seed, k", [(0, 5), (1, 12), (2, 20)])
-def test_pact_clusters_the_keys_of_important_tokens(tool, asked, layers, seed, k):
+@pytest.mark.parametrize("seed, k, important", [(0, 5, 0.8), (1, 12, 0.8), (2, 20, 0.8), (1, 12, 1.0)])
+def test_pact_clusters_the_keys_of_important_tokens(tool, asked, layers, seed, k, important):
     tokens, layer = tokens_of(seed, n_embd=256), 2
     n, before = len(tokens), tokens.vectors.copy()
     asked.stages = [layer]
@@ -122,7 +122,7 @@ def test_pact_clusters_the_keys_of_important_tokens(tool, asked, layers, seed, k
         e = np.exp(keys[:, head // 2] @ query[head] / np.sqrt(layers.size))
         importance += e / e.sum() / layers.n_heads
     importance = importance[2:] * np.linalg.norm(before, axis=1)
-    first = sorted(np.argsort(-importance)[: max(k, int(0.8 * n))].tolist())
+    first = sorted(np.argsort(-importance)[: max(k, int(important * n))].tolist())
     # DBDPC, with the smallest cutoff that leaves at most k centres: one of the distances
     turned = unit(layers.rope(keys, positions)[2:].reshape(n, -1))
     far = 1 - turned @ turned.T
@@ -137,7 +137,8 @@ def test_pact_clusters_the_keys_of_important_tokens(tool, asked, layers, seed, k
 
     cutoff = min(c for c in far[np.ix_(first, first)].ravel() if len(centres(c)) <= k)
     expected = centres(cutoff)
-    chosen = tool.rivals.pact(tokens, np.zeros(n), k, 1)
+    method = tool.rivals.pact if important < 1 else tool.rivals.dbdpc
+    chosen = method(tokens, np.zeros(n), k, 1)
     assert chosen.kept.tolist() == expected
     members = {j: [j] for j in expected}
     for i in range(n):

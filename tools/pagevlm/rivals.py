@@ -79,7 +79,7 @@ ASKED: Asked
 # ---- PACT ----
 
 
-def pact(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+def pact(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, important: float = 0.8) -> Selection:
     """PACT (arXiv 2504.08966; github.com/orailix/PACT, configs/pact.json and scripts/pact_qwenvl2.0_7b.sh).
 
     1. EUTI: a token's score is the mean over heads of the softmax over keys of the mean query (both before RoPE, of all
@@ -90,6 +90,8 @@ def pact(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
     4. A centre has the mean state of its cluster, its own position, and log(size) on its logits.
 
     The published cutoff (0.1) fixes no number of tokens. Here it is the smallest that leaves at most k centres.
+
+    important: share of the tokens that step 1 lets go on.
     """
     model, layer = ASKED.layers, ASKED.stages.pop(0)
     hidden, positions = ASKED.rows(layer, Tokens(tokens.vectors, tokens.cells, tokens.grid))
@@ -99,8 +101,8 @@ def pact(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
     by_head = keys.repeat(model.n_heads // model.n_kv, axis=1)
     logits = np.einsum("hd,nhd->hn", query, by_head) / np.sqrt(model.size)
     e = np.exp(logits - logits.max(axis=1, keepdims=True))
-    important = (e / e.sum(axis=1, keepdims=True)).mean(axis=0)[n_prefix:] * np.linalg.norm(tokens.vectors, axis=1)
-    first = np.sort(np.argsort(-important, kind="stable")[: max(k, int(0.8 * len(tokens)))])
+    importance = (e / e.sum(axis=1, keepdims=True)).mean(axis=0)[n_prefix:] * np.linalg.norm(tokens.vectors, axis=1)
+    first = np.sort(np.argsort(-importance, kind="stable")[: max(k, int(important * len(tokens)))])
     turned = model.rope(keys, positions)[n_prefix:].reshape(len(tokens), -1)
     turned /= np.linalg.norm(turned, axis=1, keepdims=True)
     far = np.maximum(0, 1 - turned @ turned.T)
@@ -131,6 +133,11 @@ def pact(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
     # a view of the states that go on: the engine itself never changes a state
     tokens.vectors[kept] = sums / mass[:, None]
     return Selection(kept, mass)
+
+
+def dbdpc(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+    """PACT's clusters alone, of all tokens (its code's configs/dbdpc.json)."""
+    return pact(tokens, scores, k, n_rep, important=1.0)
 
 
 # ---- TRIO ----
@@ -301,6 +308,7 @@ def configs(n_layers: int, budgets: list[float]) -> Iterator[tuple[str, PruneCon
         if keep > 0:
             stage = {"decoder_keep": keep, "decoder_layer": early, "decoder_scorer": "last"}
             yield f"PACT, K={early} {budget:g}", PruneConfig(**stage, representatives="pact")
+            yield f"PACT's clusters alone, K={early} {budget:g}", PruneConfig(**stage, representatives="dbdpc")
         # TRIO's three counts are as 92 : 54 : 22 (its code's for LLaVA-1.5)
         widths = np.array([second - first, third - second, n_layers - third]) * (1, 54 / 92, 22 / 92)
         top = (budget * n_layers - first) / widths.sum()
@@ -315,7 +323,7 @@ def install() -> None:
     VISION_SCORERS["fsr-words"] = Scorer(fsr_words, "received")
     VISION_SCORERS["era"] = Scorer(era_scores)
     DECODER_SCORERS["trio"] = Scorer(trio, "each")
-    REPRESENTATIVES.update(pact=pact, fsr=fsr, era=era)
+    REPRESENTATIVES.update(pact=pact, dbdpc=dbdpc, fsr=fsr, era=era)
     vision_stage.merge = merge
 
 
