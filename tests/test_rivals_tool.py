@@ -31,7 +31,7 @@ def tool():
 @pytest.fixture
 def installed(tool, monkeypatch):
     for table in (scorers.VISION_SCORERS, scorers.DECODER_SCORERS, representatives.REPRESENTATIVES):
-        for name in ("fsr", "fsr-words", "era", "trio", "pact", "dbdpc", "probe"):
+        for name in ("fsr", "fsr-words", "era", "trio", "pact", "dbdpc", "probe", *tool.rivals.LESS):
             monkeypatch.setitem(table, name, None)  # restored to its absence
     monkeypatch.setattr(stage, "merge", stage.merge)
     tool.rivals.install()
@@ -225,6 +225,18 @@ def test_era_goes_on_by_saliency_where_vectors_span_no_more(tool):
 def test_era_scores_are_high_where_one_head_looks(tool, asked):
     asked.by_heads = np.array([[0.9, 0.25, 0.5], [0.0, 0.25, 0.5], [0.0, 0.25, 0.0], [0.0, 0.25, 0.0]])
     assert tool.rivals.era_scores(tokens_of(0, n=4), 1) == pytest.approx([1, 0, 0.5])
+
+
+def test_clusters_with_less_keep_what_the_clusters_keep(tool):
+    tokens, zeros = tokens_of(7), np.zeros(24)
+    whole = representatives.cluster(tokens, zeros, 6, 6)
+    less = {name: one(tokens, zeros, 6, 6) for name, one in tool.rivals.LESS.items()}
+    assert all(one.group is None for one in less.values())
+    assert np.array_equal(less["without means"].kept, whole.kept)
+    assert np.array_equal(less["without means"].mass, whole.mass)
+    assert np.array_equal(less["without masses"].kept, whole.kept) and less["without masses"].mass is None
+    nowhere = Tokens(tokens.vectors, tokens.cells)  # without a grid places do not count
+    assert np.array_equal(less["without places"].kept, representatives.cluster(nowhere, zeros, 6, 6).kept)
 
 
 def test_every_rival_reaches_its_budget(tool, installed):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import compare
@@ -283,6 +283,36 @@ def era(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
     return Selection(kept, np.bincount(group, minlength=k).astype(np.float64), group)
 
 
+# ---- clusters with less ----
+
+
+def without_means(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+    """The package's clusters, but each kept token has its own embedding."""
+    chosen = representatives.cluster(tokens, scores, k, n_rep)
+    return Selection(chosen.kept, chosen.mass)
+
+
+def without_masses(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+    """The package's choice alone: medoids of groups by embeddings and places."""
+    return Selection(representatives.cluster(tokens, scores, k, n_rep).kept)
+
+
+@dataclass
+class Placeless(Tokens):
+    """Tokens whose distance does not count places."""
+
+    def place_distances(self) -> None:
+        return None
+
+
+def without_places(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
+    """The package's choice alone, by embeddings alone."""
+    return without_masses(Placeless(*(getattr(tokens, f.name) for f in fields(Tokens))), scores, k, n_rep)
+
+
+LESS = {"without means": without_means, "without masses": without_masses, "without places": without_places}
+
+
 # ---- asking ----
 
 
@@ -304,6 +334,9 @@ def configs(n_layers: int, budgets: list[float]) -> Iterator[tuple[str, PruneCon
                 f"{name} {budget:g}",
                 PruneConfig(vision_keep=budget, vision_scorer=scorer, representatives=kind, vision_share=0.5),
             )
+        for name in LESS:
+            config = PruneConfig(vision_keep=budget, representatives=name, vision_share=1.0)
+            yield f"clusters {name} {budget:g}", config
         keep = (budget * n_layers - early) / (n_layers - early)
         if keep > 0:
             stage = {"decoder_keep": keep, "decoder_layer": early, "decoder_scorer": "last"}
@@ -323,7 +356,7 @@ def install() -> None:
     VISION_SCORERS["fsr-words"] = Scorer(fsr_words, "received")
     VISION_SCORERS["era"] = Scorer(era_scores)
     DECODER_SCORERS["trio"] = Scorer(trio, "each")
-    REPRESENTATIVES.update(pact=pact, dbdpc=dbdpc, fsr=fsr, era=era)
+    REPRESENTATIVES.update(pact=pact, dbdpc=dbdpc, fsr=fsr, era=era, **LESS)
     vision_stage.merge = merge
 
 
