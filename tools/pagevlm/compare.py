@@ -1,6 +1,6 @@
 """Answers of configs to held-out questions, without times: `star-edge eval` for many questions and few processors.
 
-python tools/pagevlm/compare.py ask QUESTIONS/questions.jsonl CONFIGS.json --out RESULTS.jsonl [--pictures N]
+python tools/pagevlm/compare.py ask QUESTIONS/questions.jsonl CONFIGS.json --out RESULTS.jsonl [options]
 python tools/pagevlm/compare.py table RESULTS.jsonl
 
 CONFIGS.json is a file of `star-edge eval --configs`, in which an entry may be {"name": "balanced", "preset":
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def configs_of(path: Path) -> dict[str, PruneConfig | None]:
 def chosen(path: Path, n_pictures: int | None) -> list[dict]:
     """The questions about the first n_pictures of each family."""
     rows = [{"id": i, **json.loads(line)} for i, line in enumerate(path.read_text().splitlines())]
+    rows = [{"category": row.get("family"), **row} for row in rows]  # as star-edge eval reads it
     pictures: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         of_family = pictures[row["category"] if n_pictures else ""]
@@ -47,8 +49,13 @@ def chosen(path: Path, n_pictures: int | None) -> list[dict]:
     return [row for row in rows if row["image"] in wanted]
 
 
-def ask(args: argparse.Namespace) -> None:
-    rows, configs = chosen(args.questions, args.pictures), configs_of(args.configs)
+def ask(
+    args: argparse.Namespace,
+    configs: dict[str, PruneConfig | None],
+    before: Callable[[StarVLM, dict, np.ndarray, PruneConfig | None], None] | None = None,
+) -> None:
+    """Asks every question with every config. before: called with each question, picture and config first."""
+    rows = chosen(args.questions, args.pictures)[: args.limit]
     done = set()
     if args.out.exists():
         done = {(r["config"], r["id"]) for r in map(json.loads, args.out.read_text().splitlines())}
@@ -62,6 +69,8 @@ def ask(args: argparse.Namespace) -> None:
                 if (name, row["id"]) in done:
                     continue
                 picture = load_image(args.questions.parent / row["image"])
+                if before is not None:
+                    before(vlm, row, picture, config)
                 answer = vlm.generate(row["question"], picture, config, max_tokens=8)
                 record = {"config": name, "id": row["id"], "image": row["image"], "category": row["category"]}
                 report = answer.report
@@ -101,19 +110,24 @@ def table(args: argparse.Namespace) -> None:
         print("|", " | ".join([*cells, f"{100 * low:.1f} to {100 * high:.1f}"]), "|")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    asking = commands.add_parser("ask")
+def add_options(asking: argparse.ArgumentParser) -> None:
     asking.add_argument("questions", type=Path)
-    asking.add_argument("configs", type=Path)
     asking.add_argument("--out", type=Path, required=True)
     asking.add_argument("--pictures", type=int, help="of each family, at most")
+    asking.add_argument("--limit", type=int, help="the first questions alone, at most")
     asking.add_argument("--cache", help="folder for what the encoder makes of pictures")
     asking.add_argument("--text", type=Path, default=MODEL / "pagevlm-text-q5_0.gguf")
     asking.add_argument("--mmproj", type=Path, default=MODEL / "pagevlm-mmproj-q8_0.gguf")
     asking.add_argument("--refvlm", action="store_true", help="ask the reference model that ships with the package")
-    asking.set_defaults(run=ask)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    asking = commands.add_parser("ask")
+    add_options(asking)
+    asking.add_argument("configs", type=Path)
+    asking.set_defaults(run=lambda args: ask(args, configs_of(args.configs)))
     tabling = commands.add_parser("table")
     tabling.add_argument("results", type=Path)
     tabling.set_defaults(run=table)

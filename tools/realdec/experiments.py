@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from methods import Method
 
 LATE = 2 / 3
@@ -96,6 +98,45 @@ def _rivals() -> list[Method]:
     ]
 
 
+def _today() -> list[Method]:
+    """On the test split: today's defaults and presets, and what reaches averages of 50% and 25%, against others at
+    equal token-layers. All are seen below, as published methods are.
+    """
+
+    def seen(name: str, windows: tuple[tuple[float, float], ...], scorer: str = "last", **fields: Any) -> Method:
+        return Method(name, windows, scorer, seen_below=True, **fields)
+
+    clusters: dict[str, Any] = {"representatives": "cluster", "share": 0.25}
+    methods = [
+        seen("preset balanced", ((LATE, 0.15),), first=0.3, tolerance=0.2, **clusters),
+        seen("preset document", ((0.8, 0.15),), first=0.3, tolerance=0.1),
+        seen("default stage, 25% kept", ((LATE, 0.25),), **clusters),
+        seen("the same, no representatives", ((LATE, 0.25),)),
+    ]
+    schedules = {
+        0.5: ((1 / 6, 0.75), (1 / 3, 0.55), (0.5, 0.4), (LATE, 0.15)),
+        0.25: ((0.1, 0.45), (0.2, 0.3), (1 / 3, 0.15), (0.5, 0.1)),
+    }
+    early = 0.1  # the second or third layer, as FastV
+    for average in (0.5, 0.25):
+        from_early = ((early, (average - early) / (1 - early)),)
+        name = f", {average:.0%}"
+        if average > 1 / 3:
+            methods.append(seen("K = L/3, last row" + name, ((1 / 3, (average - 1 / 3) / (2 / 3)),)))
+            methods.append(seen("plain STAR's decoder stage (K = L/3, text)" + name, methods[-1].windows, "text"))
+        else:
+            methods.append(seen("plain STAR's decoder stage (K = 0.1 L, text)" + name, from_early, "text"))
+        methods += [
+            seen("four stages, mild to strong" + name, schedules[average]),
+            seen("both stages (clusters first)" + name, ((LATE, 0.6 * average),), first=1.2 * average, **clusters),
+            seen("FastV (0.1 L)" + name, from_early),
+            seen("random from 0.1 L" + name, from_early, "random"),
+            seen("uniform from 0.1 L" + name, from_early, "uniform"),
+            seen("the answer's rows are known, 0.1 L" + name, from_early, "facts"),
+        ]
+    return methods
+
+
 EXPERIMENTS: dict[str, list[Method]] = {
     "depth": _depth(),
     "ranking": _ranking(),
@@ -103,4 +144,5 @@ EXPERIMENTS: dict[str, list[Method]] = {
     "schedule": _schedule(),
     "late": _late(),
     "rivals": _rivals(),
+    "today": _today(),
 }

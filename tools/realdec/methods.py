@@ -10,23 +10,29 @@ import numpy as np
 from star_edge.decoder.prefill import DecoderStage, Seen
 from star_edge.pruning.choose import Candidates, choose, decoder_policy
 from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.representatives import merge, select
 from star_edge.pruning.scorers import DECODER_SCORERS, Scorer
 from star_edge.pruning.selection import Selection, Tokens, average_tokens
+from star_edge.rows import Rows, Segment
 
 
 @dataclass(frozen=True)
 class Method:
-    """Decoder stages.
+    """Decoder stages, and what comes before them.
 
     Attributes:
         name: As tables show it.
         windows: (layer as a share of the layers, or as an int; share of the context rows that stay), ascending.
-        scorer: A name in DECODER_SCORERS or SCORERS, or "heads".
+        scorer: A name in DECODER_SCORERS or SCORERS, "heads", or "facts": the rows that state the answer, then others
+            at random. No method knows them.
         pool: Width of a maximum over neighbouring rows of the scores (SnapKV, arXiv 2404.14469); 1 is none.
         representatives: As in PruneConfig.
         share: Part of the budget that represents dropped rows.
         heads: Of the layer of the stage, for the scorer "heads".
         seen_below: The answer's tokens see dropped rows below the layer of the stage that dropped them.
+        first: Share of the rows that enter layer 0 at least: clusters of their embeddings, as the vision stage chooses
+            them, with masses and mean embeddings. 1: all.
+        tolerance: As `PruneConfig.vision_tolerance`, for `first`. None: `first` is what stays.
     """
 
     name: str
@@ -37,6 +43,8 @@ class Method:
     share: float = 0.0
     heads: tuple[int, ...] = ()
     seen_below: bool = False
+    first: float = 1.0
+    tolerance: float | None = None
 
     def layers(self, n_layers: int) -> list[int]:
         return [layer if isinstance(layer, int) else round(layer * n_layers) for layer, _ in self.windows]
@@ -47,18 +55,53 @@ class Method:
             (layer, max(1, round(keep * n_context))) for layer, (_, keep) in zip(self.layers(n_layers), self.windows)
         ]
 
-    def average(self, n_layers: int, n_context: int) -> float:
-        """Context rows for each layer, on average, as a share."""
-        return average_tokens(n_context, self.counts(n_layers, n_context), n_layers) / n_context
+    def average(self, n_layers: int, n_context: int, n_first: int | None = None) -> float:
+        """Context rows for each layer, on average, as a share. n_first: rows that enter layer 0, None for all."""
+        n_first = n_context if n_first is None else n_first
+        windows = [(layer, min(n, n_first)) for layer, n in self.counts(n_layers, n_context)]
+        return average_tokens(n_first, windows, n_layers) / n_context
 
-    def stage(self, n_layers: int, n_context: int, attention: Callable[[], np.ndarray] | None = None) -> DecoderStage:
-        """The stages as the engine runs them. attention: unpruned, (n_layers, n_heads, n_text, n_context)."""
-        windows = self.counts(n_layers, n_context)
+    def enter(self, context: Segment) -> Segment:
+        """The context's rows that enter layer 0."""
+        n = len(context.rows)
+        if self.first == 1.0:
+            return context
+        rows = context.rows
+        tokens = Tokens(rows.embeddings, np.arange(n), (1, n))
+        tolerance = np.inf if self.tolerance is None else self.tolerance
+        chosen = select("cluster", tokens, np.zeros(n), max(1, round(self.first * n)), 1.0, tolerance)
+        positions = rows.positions[..., chosen.kept]
+        merged = Rows(positions, embeddings=merge(rows.embeddings, chosen))
+        return Segment(merged, context.image, context.causal, chosen.mass)
+
+    def stage(
+        self,
+        n_layers: int,
+        n_context: int,
+        attention: Callable[[], np.ndarray] | None = None,
+        facts: np.ndarray | None = None,
+        n_first: int | None = None,
+    ) -> DecoderStage:
+        """The stages as the engine runs them.
+
+        Args:
+            n_layers: Layers of the decoder.
+            n_context: Rows of the context.
+            attention: Unpruned, (n_layers, n_heads, n_text, n_context).
+            facts: Which rows state the answer, (n_context,) bool.
+            n_first: Rows that enter layer 0, None for all.
+        """
+        n_first = n_context if n_first is None else n_first
+        windows = [(layer, min(n, n_first)) for layer, n in self.counts(n_layers, n_context)]
         plain = PruneConfig(representatives=self.representatives, decoder_share=self.share)
         if self.scorer == "heads":
             assert attention is not None and len(windows) == 1
             by_heads = attention()[windows[0][0], list(self.heads), -LAST_FEW:].mean(axis=(0, 1))
             scorer = Scorer(lambda tokens, k: by_heads, "all")
+        elif self.scorer == "facts":
+            assert facts is not None and len(windows) == 1
+            by_facts = facts + np.random.default_rng(0).random(n_context)
+            scorer = Scorer(lambda tokens, k: by_facts, "last")
         else:
             scorer = DECODER_SCORERS.get(self.scorer) or SCORERS[self.scorer]
         if self.pool > 1:

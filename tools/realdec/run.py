@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from experiments import EXPERIMENTS
@@ -79,9 +80,12 @@ def ask(decoder: RealDecoder, item, methods: list[Method]):
     n_layers = decoder.n_layers
     # those that share layer K come after each other, so that the rows below it are decoded once
     for method in sorted(methods, key=lambda m: (m.layers(n_layers)[0], m.seen_below)):
-        stage = method.stage(n_layers, prompt.n_context, attention)
-        reply = decoder.answer(prompt, stage, unpruned)
-        average = method.average(n_layers, prompt.n_context)
+        context = method.enter(prompt.segments[1])
+        n_first = len(context.rows)
+        stage = method.stage(n_layers, prompt.n_context, attention, prompt.rows_of(item.facts), n_first)
+        entered = replace(prompt, segments=[prompt.segments[0], context, prompt.segments[2]])
+        reply = decoder.answer(entered, stage, unpruned)
+        average = method.average(n_layers, prompt.n_context, n_first)
         yield {"method": method.name, "average": average, **record(reply, unpruned, is_right(reply.text, item))}
 
 
