@@ -202,8 +202,9 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         const int found = se_depends_visit(tap->depends, node, p->first, p->n_embd, p->n_rows);
         if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
         if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (Gemma 4) */
-    } else if (has_window && p->first > 0 && se_is_computed(node) && se_depends_on_layers(tap->depends, node)) {
-        se_tap_fail(tap, SE_ERR_LATE_INPUT);
+    } else if (has_window && p->first > 0) {
+        if (se_is_computed(node) && se_depends_on_layers(tap->depends, node)) se_tap_fail(tap, SE_ERR_LATE_INPUT);
+        else if (!se_depends_pass(tap->depends, node)) se_tap_fail(tap, SE_ERR_MEMORY);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
     if (ends_rows) return true;

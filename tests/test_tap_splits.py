@@ -439,6 +439,31 @@ def test_later_layers_may_read_the_input_again(graph):
         assert g.finish().error == lib.SE_ERR_LATE_INPUT
 
 
+def test_a_copy_is_of_the_last_node_of_its_name(graph):
+    """A view of an unnamed tensor is called " (view)" in every layer (LFM2's state). In the window a copy of that name is
+    of the window's own; before there was one it is of a skipped layer's.
+    """
+    g = graph
+    x, w = g.input("inp_embd", 8, 4), g.leaf("w", 8, 4)
+    inner = g.add("inner-0", x, w)
+    early = g.add(" (view)", inner, w)
+    out = g.add("l_out-0", inner, w)
+    own = g.add(" (view)", out, w)
+    copy, copied_inner = g.leaf("CPU# (view)#0", 8, 4), g.leaf("CPU#inner-0#0", 8, 4)
+    state, bad = g.add("state-1", copy, w), g.add("bad-1", copied_inner, w)
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    for window, computed, error in (
+        ([own, state], [" (view)", "state-1"], lib.SE_OK),
+        ([state, own], ["state-1", " (view)"], lib.SE_ERR_LATE_INPUT),
+        ([own, state, bad], [" (view)", "state-1", "bad-1"], lib.SE_ERR_LATE_INPUT),
+    ):
+        armed = g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        assert armed == lib.SE_OK
+        assert g.run([[inner, early, out], window[:1], window[1:]]) == computed
+        assert g.finish().error == error
+
+
 def test_memory_that_is_cleared_by_multiplication(graph):
     """0 times a NaN is a NaN: a leaf that is scaled by 0 is cleared, one that is scaled by anything else and a node's
     result are left alone.
