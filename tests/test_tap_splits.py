@@ -440,8 +440,8 @@ def test_later_layers_may_read_the_input_again(graph):
 
 
 def test_a_copy_is_of_the_last_node_of_its_name(graph):
-    """A view of an unnamed tensor is called " (view)" in every layer (LFM2's state). In the window a copy of that name is
-    of the window's own; before there was one it is of a skipped layer's.
+    """A view of an unnamed tensor is called " (view)" in every layer (LFM2's state). In the window a copy of that name
+    is of the window's own; before there was one it is of a skipped layer's.
     """
     g = graph
     x, w = g.input("inp_embd", 8, 4), g.leaf("w", 8, 4)

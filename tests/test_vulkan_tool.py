@@ -32,7 +32,7 @@ def test_ends_with_stock_too(): os.abort()
 def test_ends_with_us(): stock == "1" or os.abort()
 def test_ends_in_company_and_fails(request): len(request.session.items) == 1 or os.abort(); assert False
 def test_comes_last(): pass
-def test_waits(): time.sleep(60)
+def test_waits(): time.sleep(600)
 def test_comes_after(): pass
 """
 
@@ -45,10 +45,10 @@ def suite(tmp_path):
 
 @pytest.fixture
 def run(suite, tmp_path):
-    """(names, seconds) -> Batch, which has run."""
+    """(*names) -> Batch, which has run."""
 
-    def get(*names, seconds=100):
-        batch = vulkan_runs.Batch("some", [f"test_ends.py::test_{name}" for name in names], seconds)
+    def get(*names):
+        batch = vulkan_runs.Batch("some", [f"test_ends.py::test_{name}" for name in names], 1000)
         vulkan_runs.run(tmp_path, suite, batch, tmp_path / "logs")
         return batch
 
@@ -80,9 +80,24 @@ def test_what_becomes_of_tests_that_end_their_process(run):
     assert vulkan_runs.counts([batch]).startswith("3 passed, 3 failed, 1 skipped, 1 ended by stock")
 
 
-def test_what_becomes_of_tests_when_the_time_is_up(run):
-    batch = run("passes", "waits", "comes_after", seconds=8)
+def test_what_becomes_of_tests_when_the_time_is_up(run, monkeypatch):
+    """The clock is the test's own: what a process was at when its time was over, and what it had not begun."""
+    clock = [0.0]
+    outcomes = {"passes": "passed", "waits": "began", "comes_after": "collected"}
+
+    def until_the_end(root, variables, tests, log, seconds):
+        clock[0] += seconds
+        return -9, {f"test_ends.py::test_{name}": outcome for name, outcome in outcomes.items()}
+
+    monkeypatch.setattr(vulkan_runs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(vulkan_runs, "pytest", until_the_end)
+    batch = run(*outcomes)
     assert by_name(batch) == {"passes": "passed", "waits": "timeout", "comes_after": "not run"} and not batch.is_well
+
+
+def test_a_process_ends_when_its_time_is_up(suite, tmp_path):
+    status, _ = vulkan_runs.pytest(tmp_path, suite, ["test_ends.py::test_waits"], tmp_path / "log", 1)
+    assert status == -9
 
 
 @pytest.mark.parametrize(
@@ -111,7 +126,7 @@ def test_a_placement(suite, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(vulkan, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(vulkan, "environment", lambda libraries, placement, bits: suite)
     monkeypatch.setattr(vulkan, "device", lambda variables: "a device")
-    options = argparse.Namespace(all=False, jobs=2, seconds=100)
+    options = argparse.Namespace(all=False, jobs=2, seconds=1000)
     (tmp_path / "test_more.py").write_text("def test_more(): pass\n")
     chosen = ["test_ends.py", "test_more.py", "-k", "passes or more or skipped"]
     assert vulkan.run(Path(), "half", options, chosen)
