@@ -59,10 +59,10 @@ fuzz: $(VENV)/installed-tests
 test-processors: $(VENV)/installed-tests
 	$(BIN)/python tools/processors.py
 
-# The tests with the models on Mesa's software device: all layers there, half of them, the encoder alone. TESTS: files or options of pytest in place of
-# the suites. Builds ggml's Vulkan backend once, in .processors/vulkan.
+# Tests with the models on Mesa's software device: all layers there, half of them, the encoder alone. Builds ggml's Vulkan backend once, in
+# .processors/vulkan. PLACEMENT=half: that alone. ALL=1: whole files, not the selection. TESTS: files, ids or -k of pytest in place of the selection.
 test-vulkan: $(VENV)/installed-tests
-	$(BIN)/python tools/vulkan.py $(if $(PLACEMENT),--placement $(PLACEMENT)) $(TESTS)
+	$(BIN)/python tools/vulkan.py $(if $(PLACEMENT),--placement $(PLACEMENT)) $(if $(ALL),--all) $(TESTS)
 
 # The server's page in a headless Chromium, with axe-core: make test-page PICTURES=folder keeps screenshots. Without a Chromium it says so.
 test-page: $(VENV)/installed-tests

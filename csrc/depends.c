@@ -14,6 +14,7 @@ typedef struct {
 
 struct se_depends {
     tensor_set prelude, layers;
+    tensor_set passed; /* nodes of the window with names that others have too */
     tensor_set given[SE_MAX_EXTRA]; /* the hidden state of a layer that is given, and what nodes without a layer make of it alone */
     int given_layer[SE_MAX_EXTRA];
     int n_given;
@@ -25,6 +26,7 @@ void se_depends_free(se_depends * set) {
     if (!set) return;
     free(set->prelude.slots);
     free(set->layers.slots);
+    free(set->passed.slots);
     for (int i = 0; i < SE_MAX_EXTRA; i++) free(set->given[i].slots);
     free(set);
 }
@@ -37,6 +39,7 @@ static void clear(tensor_set * set) {
 void se_depends_clear(se_depends * set) {
     clear(&set->prelude);
     clear(&set->layers);
+    clear(&set->passed);
     for (int i = 0; i < set->n_given; i++) clear(&set->given[i]);
     set->n_given = 0;
 }
@@ -83,10 +86,21 @@ static bool contains(const tensor_set * set, const struct ggml_tensor * t) {
     return copied && contains_name(set, copied, length);
 }
 
+bool se_depends_pass(se_depends * set, const struct ggml_tensor * node) {
+    return !se_has_shared_name(node) || insert(&set->passed, node);
+}
+
+/* Whether `t` is a copy of a node of the window, though a node before it has the same name. */
+static bool is_copy_of_passed(const se_depends * set, const struct ggml_tensor * t) {
+    size_t length;
+    const char * copied = set->passed.count ? se_copied_name(t, &length) : NULL;
+    return copied && se_has_shared_name(t) && contains_name(&set->passed, copied, length);
+}
+
 bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node) {
     for (int i = 0; i < SE_MAX_OPERANDS; i++) {
         const struct ggml_tensor * t = se_operand(node, i);
-        if (t && contains(&set->layers, t)) return true;
+        if (t && contains(&set->layers, t) && !is_copy_of_passed(set, t)) return true;
     }
     return false;
 }

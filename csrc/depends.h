@@ -24,6 +24,10 @@ int se_depends_visit(se_depends * set, const struct ggml_tensor * node, int firs
  * and before `first` makes it. SE_INDEPENDENT, or -1: out of memory, or more than SE_MAX_EXTRA layers. */
 int se_depends_give(se_depends * set, const struct ggml_tensor * node, int layer);
 
+/* `node` belongs to the window, and does not depend on what is skipped. A copy with a name that nodes of several layers have is from now on
+ * a copy of this one. false: out of memory. */
+bool se_depends_pass(se_depends * set, const struct ggml_tensor * node);
+
 /* Whether one of its operands depends on what a layer has computed. */
 bool se_depends_on_layers(const se_depends * set, const struct ggml_tensor * node);
 

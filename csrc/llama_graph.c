@@ -37,6 +37,12 @@ const char * se_copied_name(const struct ggml_tensor * leaf, size_t * length) {
     return first + 1;
 }
 
+bool se_has_shared_name(const struct ggml_tensor * tensor) {
+    size_t length;
+    const char * copied = se_copied_name(tensor, &length);
+    return (copied ? copied : tensor->name)[0] == ' ';
+}
+
 bool se_has_name(const struct ggml_tensor * tensor, const char * name, size_t length) {
     return strncmp(tensor->name, name, length) == 0 && tensor->name[length] == '\0';
 }

@@ -39,6 +39,11 @@ bool se_is_leaf(const struct ggml_tensor * tensor);
  * copy. */
 const char * se_copied_name(const struct ggml_tensor * leaf, size_t * length);
 
+/* Whether nodes of several layers have the name of `tensor`, or of what it was copied from. ggml_view, ggml_reshape and others make
+ * "SOURCE (view)" of the source's name, which is empty where no cb has named it (what the state of an LFM2 layer is made of). Other names
+ * have a number, of a layer or of a node (ggml_visit_parents_graph). */
+bool se_has_shared_name(const struct ggml_tensor * tensor);
+
 bool se_has_name(const struct ggml_tensor * tensor, const char * name, size_t length);
 
 /* Whether `tensor` is the graph input `name`, or a copy of it. */

@@ -3,7 +3,7 @@
  * Life of a graph with the callback set (ggml_backend_sched_compute_splits): for each node in order the scheduler asks
  * (ask = true). Nodes answered false are gathered; one answered true closes the batch, the batch is computed and the callback
  * is called again (ask = false), when everything up to and with that node is done and synchronised. Returning false there ends
- * the current split; later splits still run, so they are ended at their first node.
+ * the current split; later splits still run, so they are ended at their first node, which is skipped.
  *
  * Rules that the code below follows:
  *  - Inputs are overwritten while asking about their first consumer (tap_inputs.c): nothing that reads them has run.
@@ -145,7 +145,10 @@ static bool follow_rows(se_tap * tap, struct ggml_tensor * node) {
 static bool ask(se_tap * tap, struct ggml_tensor * node) {
     if (!tap->armed) return false;
     const se_plan * p = &tap->plan;
-    if (tap->result.stopped) return true; /* a later split: end it at its first node */
+    if (tap->result.stopped) { /* a later split: end it at its first node, which may write the recurrent state of a layer */
+        skip(tap, node);
+        return true;
+    }
 
     if (!tap->first_node) tap->first_node = node;
     if (node == tap->first_node && ++tap->result.n_graphs > 1) {
@@ -199,8 +202,9 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
         const int found = se_depends_visit(tap->depends, node, p->first, p->n_embd, p->n_rows);
         if (found < 0) se_tap_fail(tap, SE_ERR_MEMORY);
         if (found == SE_LAYERS) skip(tap, node); /* the prelude runs: layers of the window may read it (Gemma 4) */
-    } else if (has_window && p->first > 0 && se_is_computed(node) && se_depends_on_layers(tap->depends, node)) {
-        se_tap_fail(tap, SE_ERR_LATE_INPUT);
+    } else if (has_window && p->first > 0) {
+        if (se_is_computed(node) && se_depends_on_layers(tap->depends, node)) se_tap_fail(tap, SE_ERR_LATE_INPUT);
+        else if (!se_depends_pass(tap->depends, node)) se_tap_fail(tap, SE_ERR_MEMORY);
     }
     if (has_window && p->hidden && layer_out == p->last - 1) return true;
     if (ends_rows) return true;

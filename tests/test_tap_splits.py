@@ -186,8 +186,8 @@ def test_nodes_that_were_off_stay_off(graph):
 
 
 def test_a_stop_ends_every_later_split(graph):
-    """The graph ends at the second attention; a later split computes its first node only, since it must answer
-    something.
+    """The graph ends at the second attention. The first node of a later split is skipped too: in a hybrid decoder it
+    may write the recurrent state of a layer that has not been reached, from memory that nobody has filled.
     """
     g = graph
     x = g.input("inp_embd", 8, 4, 2)
@@ -195,10 +195,10 @@ def test_a_stop_ends_every_later_split(graph):
     for i in range(3):
         nodes.append(g.node(f"attention {i}", g.ggml.ggml_soft_max_ext(g.context, nodes[-1], g.ffi.NULL, 1.0, 0.0)))
         nodes.append(g.add(f"l_out-{i}", nodes[-1], x))
-    tail = [g.add("far", x, x), g.add("farther", x, x)]
+    tails = [[g.add(f"far {i}", x, x), g.add(f"farther {i}", x, x)] for i in range(2)]
     g.allocate()
     assert g.arm(n_layer=3, first=0, last=1, n_rows=4) == lib.SE_OK
-    assert g.run([nodes, tail]) == ["k", "attention 0", "l_out-0", "attention 1", "far"]
+    assert g.run([nodes, *tails]) == ["k", "attention 0", "l_out-0", "attention 1"]
     result = g.finish()
     assert (result.error, result.stopped, result.n_attention, result.flash, result.last_unmasked) == (
         lib.SE_OK,
@@ -207,6 +207,7 @@ def test_a_stop_ends_every_later_split(graph):
         0,
         1,
     )
+    assert all(t.flags & COMPUTE for t in itertools.chain(nodes, *tails))
 
 
 def test_a_second_graph_is_noticed(graph):
@@ -436,6 +437,31 @@ def test_later_layers_may_read_the_input_again(graph):
         assert arm() == lib.SE_OK
         g.run([[per_layer, inner, out, *good, node]])
         assert g.finish().error == lib.SE_ERR_LATE_INPUT
+
+
+def test_a_copy_is_of_the_last_node_of_its_name(graph):
+    """A view of an unnamed tensor is called " (view)" in every layer (LFM2's state). In the window a copy of that name
+    is of the window's own; before there was one it is of a skipped layer's.
+    """
+    g = graph
+    x, w = g.input("inp_embd", 8, 4), g.leaf("w", 8, 4)
+    inner = g.add("inner-0", x, w)
+    early = g.add(" (view)", inner, w)
+    out = g.add("l_out-0", inner, w)
+    own = g.add(" (view)", out, w)
+    copy, copied_inner = g.leaf("CPU# (view)#0", 8, 4), g.leaf("CPU#inner-0#0", 8, 4)
+    state, bad = g.add("state-1", copy, w), g.add("bad-1", copied_inner, w)
+    g.allocate()
+    inject = np.ones(32, np.float32)
+    for window, computed, error in (
+        ([own, state], [" (view)", "state-1"], lib.SE_OK),
+        ([state, own], ["state-1", " (view)"], lib.SE_ERR_LATE_INPUT),
+        ([own, state, bad], [" (view)", "state-1", "bad-1"], lib.SE_ERR_LATE_INPUT),
+    ):
+        armed = g.arm(n_layer=2, first=1, last=2, n_rows=4, n_embd=8, inject=ffi.cast("float *", inject.ctypes.data))
+        assert armed == lib.SE_OK
+        assert g.run([[inner, early, out], window[:1], window[1:]]) == computed
+        assert g.finish().error == error
 
 
 def test_memory_that_is_cleared_by_multiplication(graph):
