@@ -93,7 +93,7 @@ def test_tasks_of_a_file(album):
         and two.settings == Settings(PRESETS["fast"], 5)
     )
     assert three.prompt == "all?" and three.sources == ("/x.png",)
-    assert three.settings == Settings(PruneConfig(0.25, 9), 256, 0.5, 3, True)
+    assert three.settings == Settings(PruneConfig(0.25, 9, redundancy="auto"), 256, 0.5, 3, True)
     assert off.settings.prune is None and off.images == ()
     assert len({task.key for task in (one, two, three, off)}) == 4
 

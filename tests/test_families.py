@@ -541,6 +541,28 @@ def test_encoder_stage(fixture, engines):
     assert len(generate(vlm.decoder, state, N_GENERATE)[1]) == N_GENERATE
 
 
+# ---- a further question (tests/test_reuse.py and test_hybrid_reuse.py have the rest) ----
+
+
+def test_reuse(fixture, engines):
+    """A further question about the same images: a fresh engine's bits, without decoding or encoding them again."""
+    prompt = fixture.prompts[-1]
+    config = PruneConfig(1.0 if fixture.vision_problem else 0.6, 1.0 if fixture.decoder_problem else 0.4)
+    ask = lambda vlm, text: vlm.read_prompt(prompt.text + text, prompt.pictures, config, chat=False)
+    vlm = engines("fa")
+    _, first = ask(vlm, "")
+    state, report = ask(vlm, " then")
+    with fixture.engine("fa") as fresh:
+        right, alone = ask(fresh, " then")
+    assert np.array_equal(state.logits, right.logits)
+    assert all(image.cached for image in report.images) and alone.reused_tokens == 0
+    if support.has_sliding_window(fixture):
+        assert report.reused_tokens == 0
+    else:
+        n_text = report.n_text_tokens - first.n_text_tokens
+        assert first.n_vision_kept <= report.reused_tokens < first.n_vision_kept + first.n_text_tokens and n_text >= 1
+
+
 # ---- docs/models.md: what it says is of the newest llama-cpp-python ----
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from star_edge.llamacpp.gguf import read_gguf_info
 from star_edge.vision.composed import GEOMETRIES
 from star_edge.vision.row_window import SINGLE, SQUARES
 
@@ -35,6 +36,7 @@ COLUMNS = {
     ],
     "quantized KV": [("test_keep_all_equals_stock", "q8_0"), ("test_both_stages", "q8_0")],
     "several images": [("test_whole_pipeline_equals_stock", "fa"), ("test_both_stages", "f32")],
+    "reuse": [("test_reuse", None)],
 }
 
 Results = Mapping[tuple[str, str, str | None], str]  # (family, function, mode) -> outcome of the test
@@ -52,8 +54,17 @@ def has_encoder_stage(fixture: object) -> bool:
     return fixture.name != "granite-vision" and fixture.projector in (*GEOMETRIES, *SQUARES, *SINGLE)
 
 
+def has_sliding_window(fixture: object) -> bool:
+    """Whether its decoder's cache forgets what has left a window. No row is kept for a further question then."""
+    architecture = read_gguf_info(fixture.text, ("general.architecture",)).values["general.architecture"]
+    key = f"{architecture}.attention.sliding_window"
+    return bool(read_gguf_info(fixture.text, (key,)).values[key])
+
+
 def cell(fixture: object, column: str) -> str:
     """fixture: tests.families.Fixture."""
+    if column == "reuse" and has_sliding_window(fixture):
+        return "encoder outputs"
     if column == "redundant tokens":  # the encoder takes pictures of any size
         return "yes" if fixture.projector in GEOMETRIES else "no"
     if column == "encoder stage":
