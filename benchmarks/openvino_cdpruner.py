@@ -122,8 +122,8 @@ def make(folder: Path, tiny: bool) -> Path:
     return done
 
 
-def picture() -> ov.Tensor:
-    rng = np.random.default_rng(0)
+def picture(seed: int) -> ov.Tensor:
+    rng = np.random.default_rng(seed)
     image = np.zeros((SIDE, SIDE, 3))
     for n in (4, 14, 56):
         at = np.arange(SIDE) * n // SIDE
@@ -155,11 +155,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         pipeline = genai.VLMPipeline(str(make(options.folder or Path(temporary), options.tiny)), "CPU")
-        image = picture()
         samples: dict[int, list[dict[str, float]]] = {ratio: [] for ratio in RATIOS}
         for repeat in range(options.repeats + 1):
             for i in range(len(RATIOS)):
                 ratio = RATIOS[(i + repeat) % len(RATIOS)]
+                image = picture(repeat * len(RATIOS) + i)  # a new one: the pipeline keeps prompts that it has seen
                 sample = ask(pipeline, image, ratio, 17)
                 if repeat:
                     samples[ratio].append(sample)
