@@ -56,7 +56,7 @@ RUNS: dict[str, tuple[str, float]] = {
     "qwen3.5-4b": (f"--shape qwen3.5-4b {_PHOTO} --repeats 3 --no-memory", 24),
     "llava-1.5-7b": (
         "--shape llava-1.5-7b --configs benchmarks/configs/llava-1.5-7b.json --preset balanced --preset fast "
-        "--no-unpruned --repeats 3 --idle-hook 32",
+        "--no-unpruned --repeats 5 --idle-hook 32",
         24,
     ),
     "llava-next-7b": (

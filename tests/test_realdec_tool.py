@@ -23,7 +23,7 @@ FILES = ("smollm2-135m-instruct-q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
 def tool():
     """The tool's modules: it is a folder of scripts, which import each other by bare names."""
     sys.path.insert(0, str(TOOL))
-    names = ("realdec", "tasks", "methods", "rows")
+    names = ("realdec", "prompts", "tasks", "methods", "rows")
     try:
         modules = {name: __import__(name) for name in names}
     finally:

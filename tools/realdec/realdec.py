@@ -15,6 +15,7 @@ import llama_cpp
 import numpy as np
 from gguf.quants import dequantize
 from llama_cpp import Llama
+from prompts import MAX_ANSWER, PROMPTS, sentence
 from tasks import Item
 
 from star_edge.decoder.prefill import DecoderStage, Prefill, prefill
@@ -26,17 +27,6 @@ from star_edge.rows import Rows, Segment
 
 # (tokens, number of tokens of the answer before them, cell and position of its first) -> logits after each
 Step = Callable[[list[int], int, tuple[int, int]], list[np.ndarray]]
-
-MAX_ANSWER = 14  # tokens
-# A chat model gets its template, a base model (Gemma 3 270M) plain text
-PROMPTS = {
-    "llama": (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\n",
-        "\n\n{question} Answer briefly.<|im_end|>\n<|im_start|>assistant\n{lead}",
-    ),
-    "gemma3": ("", "\n\nQuestion: {question}\nAnswer: {lead}"),
-}
 
 
 @dataclass
@@ -293,13 +283,13 @@ class RealDecoder:
                 reply.parts.append([])
             reply.logits += step(feed, len(reply.fed), at)
             reply.fed += feed
-        reply.text = " /".join(_sentence(self.text_of(part)) for part in reply.parts)
+        reply.text = " /".join(sentence(self.text_of(part)) for part in reply.parts)
 
     def _ends(self, tokens: Sequence[int]) -> bool:
         if llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, tokens[-1]) or len(tokens) == MAX_ANSWER:
             return True
         text = self.text_of(tokens)
-        return _sentence(text) != text
+        return sentence(text) != text
 
     def _next(self, tokens: list[int], n_before: int, at: tuple[int, int]) -> list[np.ndarray]:
         rows, cell = _answer_rows(tokens, n_before, at)
@@ -331,11 +321,6 @@ def _answer_rows(tokens: list[int], n_before: int, at: tuple[int, int]) -> tuple
     cell, position = (first + n_before for first in at)
     positions = np.arange(position, position + len(tokens), dtype=np.int32)
     return Rows(positions, tokens=np.array(tokens, np.int32)), cell
-
-
-def _sentence(text: str) -> str:
-    """The text up to the end of its first sentence or line, or of the turn."""
-    return re.split(r"[.\n|]|<\|im_end\|>|<\|endoftext\|>|<eos>|<end_of_turn>", text, maxsplit=1)[0]
 
 
 def is_right(answer: str, item: Item) -> bool:
