@@ -64,10 +64,14 @@ class Reference:
             group[i] = kept.index(i) if i in kept else kept.index(near[self.best([-self.far[i, j] for j in near])])
         return group
 
-    def medoid(self, members, bound):
+    def medoid(self, members, bound, representative):
         broken = [sum(self.alone[i, j] > bound for j in members) for i in members]
         fewest = [i for i, n in zip(members, broken) if n == min(broken)]
-        return fewest[self.best([-sum(self.far[i, j] * self.mass[j] for j in members) for i in fewest])]
+        size = {i: max(self.far[i, j] for j in members) for i in members}
+        wider = {i: size[i] - size[representative] for i in members}
+        self.margin = min([self.margin, *(abs(x - ROUNDING) for x in wider.values() if x not in (0, ROUNDING))])
+        small = [i for i in fewest if wider[i] <= ROUNDING] or fewest
+        return small[self.best([-sum(self.far[i, j] * self.mass[j] for j in members) for i in small])]
 
     def choose(self, scores, k, n_rep, tolerance=math.inf, most=None):
         n, bound = len(self.far), math.inf
@@ -89,7 +93,7 @@ class Reference:
         kept = sorted(kept)
         group = self.assign(kept, bound)
         if n_rep == k:
-            kept = sorted(self.medoid(np.flatnonzero(group == g).tolist(), bound) for g in range(len(kept)))
+            kept = sorted(self.medoid(np.flatnonzero(group == g).tolist(), bound, kept[g]) for g in range(len(kept)))
             group = self.assign(kept, bound)
         return kept, group, [self.mass[group == g].sum() for g in range(len(kept))]
 

@@ -22,7 +22,7 @@ from star_edge.vision.chunks import ImageChunk
 from star_edge.vision.composed import GEOMETRIES, Composer
 from star_edge.vision.encode import ImageEncoding
 from star_edge.vision.encoder import VisionEncoder
-from star_edge.vision.redundancy import masses, representatives, with_more
+from star_edge.vision.redundancy import REACH, masses, representatives, with_more
 from star_edge.vision.window import find_window
 
 FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3", "glm4.1v", "paddleocr-vl")
@@ -477,10 +477,31 @@ def test_every_front_takes_the_fields(star_edge, tmp_path):
 
 def test_representatives_by_hand():
     a, b, c = 0.0, 1.0, 2.0
-    pixels = np.array([[a, a, b], [a, b, b], [c, b, a]], np.float32).reshape(9, 1)
-    assert representatives(pixels, (3, 3)).tolist() == [0, 0, 2, 0, 4, 4, 6, 4, 8]
+    pixels = np.array([[a, a, b], [a, b, b], [c, a, a]], np.float32).reshape(9, 1)
+    # a is the ground: 1 has the most like it within reach (all of them, and is the first). No b is inside of b
+    assert representatives(pixels, (3, 3)).tolist() == [0, 0, 2, 0, 4, 5, 6, 0, 0]
     kept, mass = masses(representatives(pixels, (3, 3)))
-    assert kept.tolist() == [0, 2, 4, 6, 8] and mass.tolist() == [3, 1, 3, 1, 1]
+    assert kept.tolist() == [0, 2, 4, 5, 6] and mass.tolist() == [5, 1, 1, 1, 1]
+
+
+def test_a_flat_area_keeps_one_unit_of_25():
+    stands = representatives(np.zeros((100, 5), np.float32), (10, 10))
+    assert np.flatnonzero(stands == np.arange(100)).tolist() == [22, 27, 72, 77]
+    assert np.unique(stands, return_counts=True)[1].tolist() == [25] * 4
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_the_edge_of_a_thing_stays(tolerance):
+    """A bar on paper: paper may go, and the inside of the bar, for which its edge stands."""
+    picture = np.zeros((12, 12), np.float32)
+    picture[2:, 3:7] = 1  # it touches the lower border
+    picture += 0.02 * np.random.default_rng(5).random(picture.shape, np.float32) if tolerance else 0
+    stands = representatives(picture.reshape(144, 1), (12, 12), tolerance).reshape(12, 12)
+    stays = stands == np.arange(144).reshape(12, 12)
+    inside = np.zeros((12, 12), bool)
+    inside[3:, 4:6] = True
+    assert stays[(picture > 0.5) & ~inside].all() and not stays[inside].any()
+    assert stays[picture < 0.5].sum() <= 16
 
 
 def test_steps_that_are_small_do_not_add_up():
@@ -488,20 +509,39 @@ def test_steps_that_are_small_do_not_add_up():
     pixels = np.linspace(0, 1, 21, dtype=np.float32)[:, None]
     for grid in ((1, 21), (21, 1), (3, 7)):
         stands = representatives(pixels, grid, 0.101)
-        assert np.abs(pixels[stands] - pixels).max() <= 0.101 and 7 <= len(np.unique(stands)) < 21
+        assert np.abs(pixels[stands] - pixels).max() <= 0.101 and 5 <= len(np.unique(stands)) < 21
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.3])
-def test_each_is_like_what_stands_for_it(tolerance):
+@pytest.mark.parametrize("grid", [(8, 9), (1, 72), (72, 1), (2, 3), (1, 1)])
+@pytest.mark.parametrize("n_values", [2, 200])
+def test_what_stands_for_a_unit(tolerance, grid, n_values):
+    """Against the definition, pair by pair."""
     rng = np.random.default_rng(3)
-    pixels = rng.integers(0, 2, (8 * 9, 2)).astype(np.float32) + 0.2 * rng.random((8 * 9, 1)).astype(np.float32).round()
-    stands = representatives(pixels, (8, 9), tolerance)
-    assert (np.abs(pixels[stands] - pixels).max(axis=1) <= tolerance).all()
-    assert (stands[stands] == stands).all() and (stands <= np.arange(72)).all()
-    for unit in np.flatnonzero(stands == np.arange(72)):  # nothing that stays is like what stands for a neighbour
-        row, column = divmod(int(unit), 9)
-        for there, neighbour in ((column > 0, unit - 1), (row > 0, unit - 9)):
-            assert not there or np.abs(pixels[unit] - pixels[stands[neighbour]]).max() > tolerance
+    n = grid[0] * grid[1]
+    pixels = np.repeat(rng.integers(0, 2, (n, 2)) * (rng.random((n, 1)) < 0.3), n_values // 2, axis=1)
+    pixels = pixels.astype(np.float32) + 0.2 * rng.random((n, 1)).astype(np.float32).round()
+    pixels[::7, -2] += 1  # a difference that a sample of the values does not see
+    stands = representatives(pixels, grid, tolerance)
+    place = np.stack(np.divmod(np.arange(n), grid[1]), axis=1)
+    apart = np.abs(place[:, None] - place[None]).max(axis=2)
+    alike = (np.abs(pixels[:, None] - pixels[None]) <= tolerance).all(axis=2) & (apart > 0)
+    touching = apart == 1
+    flat = (alike & touching).any(axis=1)
+    inside = flat & (alike | ~touching).all(axis=1)
+    same_colour = (np.abs(pixels[:, None] - pixels[None]) <= tolerance).all(axis=2) & flat & flat[:, None]
+    may = inside | same_colour[same_colour.sum(axis=1).argmax()]
+    near = alike & (apart <= REACH)
+    out = np.flatnonzero(stands != np.arange(n))
+    assert (stands[stands] == stands).all() and may[out].all() and near[out, stands[out]].all()
+    stays = stands == np.arange(n)
+    assert not (near & stays)[np.ix_(may & stays, stays)].any()  # none stays that could have gone
+    assert (
+        not out.size
+        or (apart[out, stands[out]] == np.where(near & ~may, apart, n)[out].min(axis=1))[
+            (near & ~may)[out].any(axis=1)
+        ].all()
+    )
 
 
 def test_with_more_units():

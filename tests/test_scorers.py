@@ -148,6 +148,8 @@ def within(tokens, k, tolerance, most=None, reach=None):
         members = [i for i in range(n) if owner[i] == j]
         n_far = {i: sum(alone[i, m] > tolerance * mean for m in members) for i in members}
         best = [i for i in members if n_far[i] == min(n_far.values())]
+        size = {i: max(far[i, m] for m in members) for i in members}
+        best = [i for i in best if size[i] <= size[j] + 1e-5] or best
         medoids.append(min(best, key=lambda i: sum(far[i, m] * mass[m] for m in members)))
     return alone, tolerance * mean, assign(medoids), too_few
 

@@ -98,7 +98,7 @@ def token_layers(prune, n_layers=12):
     """Of encoder and decoder, over those of the unpruned model. Redundancy counts as if each step left out a tenth."""
     if prune is None:
         return 2.0
-    picture = prune.image_max_tokens * (1 - 0.1 * ("off", "exact", 0.03, 0.06).index(prune.redundancy))
+    picture = prune.image_max_tokens * (1 - 0.1 * ("off", "exact", 0.05, 0.1).index(prune.redundancy))
     first = (prune.encoder_layer or n_layers // 4) / n_layers if prune.encoder_keep < 1 else 1.0
     encoder = first + (1 - first) * prune.encoder_keep
     rows = min(prune.vision_keep, prune.encoder_keep)

@@ -66,7 +66,7 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
         return tuple({"decoder_keep": share, "decoder_layer": k, "seen_below": True} for k in decoder_layers)
 
     axes = [
-        Axis("redundancy", "redundancy", keep("redundancy", "exact", 0.03, 0.06), _no_redundancy),  # type: ignore[arg-type]
+        Axis("redundancy", "redundancy", keep("redundancy", "exact", 0.05, 0.1), _no_redundancy),  # type: ignore[arg-type]
         Axis("resolution", "resolution", keep("image_max_tokens", 0.75, 0.6, 0.5, 0.35, 0.25), _no_resolution),
         Axis("encoder", "encoder", keep("encoder_keep", 0.75, 0.6, 0.5, 0.35, 0.25), _no_encoder_stage),
         Axis("encoder, as pictures need", "encoder", needed(0.05, 0.1, 0.2), _no_encoder_stage),

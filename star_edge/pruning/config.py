@@ -142,10 +142,12 @@ class PruneConfig:
         positions: "original" keeps the RoPE positions of the full image. "renumbered" closes the gaps after the vision
             stage; it costs accuracy (arXiv 2506.21873) and exists to measure that.
         seed: Seed of scorers that draw at random, >= 0.
-        redundancy: Image tokens that are left out before the encoder, because their pixels are like those of a
-            neighbour that stays. "off": none. "exact": equal pixels. A number in (0, 1): no colour of any pixel differs
-            by more than this, 1 being black to white. For encoders of any picture size; the report says so of others.
-            "auto": equal pixels where the encoder can, without a word where it cannot. The neighbour's mass grows.
+        redundancy: Image tokens that are left out before the encoder, because their pixels are like those of one that
+            stays, at most two cells of the grid away. Of things of one colour only the inside may go; of the ground,
+            which is what most flat tokens show, all. "off": none. "exact": equal pixels. A number in (0, 1): no colour
+            of any pixel differs by more than this, 1 being black to white. For encoders of any picture size; the report
+            says so of others. "auto": equal pixels where the encoder can, without a word where it cannot. The mass of
+            the one that stays grows.
         encoder_keep: What stays within the encoder, from its layer M on.
         encoder_layer: M, 1 <= M <= layers of the encoder - 1. Layers 0..M-1 see the whole image. None: a quarter of the
             way in. The encoder stage chooses as the vision stage does (vision_scorer, vision_share, representatives),
@@ -363,7 +365,7 @@ PRESETS: dict[str, PruneConfig | None] = {
         vision_tolerance=0.4,
     ),
     "document": PruneConfig(
-        redundancy=0.05,
+        redundancy=0.1,
         vision_keep=0.3,
         windows=((0.8, 0.15),),
         vision_tolerance=0.1,

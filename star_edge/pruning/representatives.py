@@ -65,7 +65,9 @@ def cluster(
     2. n_rep more are picked one by one, each the farthest from all kept ones: max-min diversity as in DivPrune (arXiv
        2503.02175), by Tokens.distances. Small objects unlike the rest are found first; large areas get few tokens.
     3. Every token goes to the nearest kept token. If no token was chosen by score, each group's medoid replaces its
-       representative, and tokens are assigned once more (one step of k-medoids).
+       representative, and tokens are assigned once more (one step of k-medoids). Only members count whose farthest
+       other member is no farther than the representative's: a group is as small as the greedy choice made it, since
+       its size bounds what is lost (ACCURACY.md), and what was chosen for being unlike all others stays.
 
     With a tolerance, more tokens are picked after step 2, each the farthest from all kept ones by 1 - cosine alone,
     until none is farther than the tolerance times the mean of that distance between two of the image's original tokens.
@@ -113,7 +115,7 @@ def cluster(
     chosen = np.flatnonzero(kept)
     group = _assign(far, chosen, within)
     if n_rep == k:
-        chosen = _medoids(far, group, len(chosen), tokens.masses, within)
+        chosen = _medoids(far, group, chosen, tokens.masses, within)
         group = _assign(far, chosen, within)
     mass = np.bincount(group, weights=tokens.masses, minlength=len(chosen))
     return Selection(chosen, mass, group, too_few=too_few)
@@ -272,24 +274,34 @@ def _assign(far: np.ndarray, chosen: np.ndarray, within: _Within | None) -> np.n
     return group
 
 
-def _medoids(far: np.ndarray, group: np.ndarray, k: int, mass: np.ndarray, within: _Within | None) -> np.ndarray:
+def _medoids(
+    far: np.ndarray, group: np.ndarray, chosen: np.ndarray, mass: np.ndarray, within: _Within | None
+) -> np.ndarray:
     """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances, among
-    those with the fewest members too far away. Of equal ones, the lowest index.
+    those with the fewest members too far away, and of these among those whose farthest member is no farther than that
+    of the group's representative. Of equal ones, the lowest index.
+
+    chosen: The representatives, (k,) int64.
     """
+    k = len(chosen)
     order = np.argsort(group, kind="stable")
     sizes = np.bincount(group, minlength=k)
     first = np.cumsum(sizes) - sizes
     costs, n_broken = np.zeros(len(order)), np.zeros(len(order), np.int64)  # in that order
+    wider = np.zeros(len(order), bool)
     for size in np.unique(sizes[sizes > 1]):
-        groups = first[sizes == size]
+        groups = np.flatnonzero(sizes == size)
         for some in np.array_split(groups, -(-len(groups) * size * size // MAX_PAIRS)):  # many small groups at once
-            at = some[:, None] + np.arange(size)
+            at = first[some][:, None] + np.arange(size)
             members = order[at]
             pairs = members[:, :, None] * len(far) + members[:, None, :]
-            costs[at] = np.matmul(far.take(pairs), mass[members][:, :, None])[:, :, 0]
+            apart = far.take(pairs)
+            costs[at] = np.matmul(apart, mass[members][:, :, None])[:, :, 0]
+            farthest = apart.max(axis=2)
+            wider[at] = farthest > farthest[members == chosen[some][:, None]][:, None] + ROUNDING
             if within is not None:
                 n_broken[at] = (within.alone.take(pairs) > within.bound).sum(axis=2)
-    best = np.lexsort((costs, n_broken, group[order]))[first]
+    best = np.lexsort((costs, wider, n_broken, group[order]))[first]
     return np.sort(order[best])
 
 

@@ -1,6 +1,6 @@
 """Held-out pictures and questions: FAMILY/NNNN.png and questions.jsonl.
 
-python tools/pagevlm/make_questions.py --split test --out DIR [--pictures 100] [--questions 6]
+python tools/pagevlm/make_questions.py --split test --out DIR [--pictures 100] [--questions 6] [--clean]
 
 Every picture is drawn from (split, 0, number, family, grid) alone. Choose on `dev`, report on `test`.
 """
@@ -21,13 +21,15 @@ from render import Renderer
 GRIDS = ((8, 8), (12, 12), (16, 16), (8, 8), (24, 16), (12, 16), (24, 24), (8, 8), (16, 16), (32, 32))
 
 
-def pictures(split: str, n: int, renderer: Renderer, questions: int):
+def pictures(split: str, n: int, renderer: Renderer, questions: int, clean: bool):
     """Yields (file name, grey levels (height, width, 3), rows for questions.jsonl)."""
     for f, family in enumerate(FAMILIES):
         for i in range(n):
             grid = GRIDS[i % len(GRIDS)]
             p = draw(split, 0, i, family, grid)
             arrays = {name: torch.from_numpy(a) for name, a in cells([p]).items()}
+            if clean:
+                arrays |= {name: torch.zeros_like(arrays[name]) for name in ("noise", "shade")}
             generator = torch.Generator().manual_seed(1000 * i + f)
             pixels = renderer(arrays["cells"], arrays["palette"], arrays["noise"], arrays["shade"], generator)[0]
             name = f"{family}/{i:04d}.png"
@@ -52,11 +54,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=100, help="of each family (%(default)s)")
     parser.add_argument("--questions", type=int, default=6, help="about each picture, at most (%(default)s)")
+    parser.add_argument("--clean", action="store_true", help="no noise and no shade: as programs draw, not as paper is")
     args = parser.parse_args()
     for family in FAMILIES:
         (args.out / family).mkdir(parents=True, exist_ok=True)
     with open(args.out / "questions.jsonl", "w") as file:
-        for name, pixels, rows in pictures(args.split, args.pictures, Renderer("cpu"), args.questions):
+        for name, pixels, rows in pictures(args.split, args.pictures, Renderer("cpu"), args.questions, args.clean):
             Image.fromarray(pixels).save(args.out / name, optimize=True)
             for row in rows:
                 print(json.dumps(row), file=file)
