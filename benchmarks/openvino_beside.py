@@ -99,7 +99,7 @@ def make_sides(n_tokens: int) -> list[Side]:
             Side(f"star_edge, `{config}`{_CONVERTED}", "star_edge", step, pruned),
             Side(f"OpenVINO GenAI, CDPruner, {ratio}% dropped", "openvino", step, ratio=ratio),
             Side(smaller, "stock", step, spec),
-            Side(smaller + _CONVERTED, "converted", step, replace(spec, converted=True)),
+            Side(smaller + _CONVERTED, "converted", step, replace(spec, name=smaller + _CONVERTED, converted=True)),
         ]
     return sides
 
