@@ -4,15 +4,16 @@
     python benchmarks/openvino_beside.py run --openvino .openvino/bin/python [--folder DIR] [--openvino-folder DIR]
     python benchmarks/openvino_beside.py write      # the table, from the result
 
-On a quiet machine. Models are random, of the sizes of `star-edge bench --shape qwen2-vl-2b`, and are made on the spot
-unless the folders hold them; to make OpenVINO's takes 5 minutes and 17 GiB.
+On a quiet machine: 5 repeats take about 6 minutes, by arithmetic. Both processes together need 15 GiB of memory, most
+of it for an encoder of each stock side. Models are random, of the sizes of `star-edge bench --shape qwen2-vl-2b`, and
+are made on the spot unless the folders hold them; to make OpenVINO's takes 5 minutes and 17 GiB.
 
 Every side is asked once to warm up, then once in each repeat, in the order of evaluation.runner.order. Two processes
 stay alive: this one asks llama.cpp through the Workbench of `star-edge bench`, the other is
-benchmarks/openvino_cdpruner.py --serve. Both begin with the same PNG in base64 and end at the first token. All requests
+benchmarks/openvino_cdpruner.py --serve. Both begin with a PNG in base64 and end at the first token. All requests
 have a picture and letters of their own, as many tokens as the others: OpenVINO's pipeline keeps prompts that it has
-seen. The process that is not asked should sleep. Whether it does is measured: the result has the processor time that
-each took while the other was asked, with the pause before.
+seen. The process that is not asked sleeps: in a run of one repeat llama.cpp's took 0.01% of a processor meanwhile, and
+OpenVINO's less. Each run measures it, and the result has it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ STEPS = {"a quarter": (0.25, "balanced, encoder stage", 75), "a tenth": (0.1, "f
 _CONVERTED = f", mmproj converted to {TYPE}"
 # What is done before the decoder, of star_edge.benchmarking.sides.STAGES
 _BEFORE_DECODER = ("preprocess", "redundancy", "encode", "encoder_stage", "vision_stage")
+_NAMED = (
+    "star_edge",
+    "llama-cpp-python",
+    "openvino-genai",
+    "optimum-intel",
+    "transformers",
+)  # versions that the page has
 
 
 @dataclass(frozen=True)
@@ -135,9 +143,9 @@ class Engines:
         """Asks a side something new for one token.
 
         Returns:
-            first_token_ms; embeddings_ms: of it, what is done before the decoder; prompt_tokens: text and picture,
-            unpruned; of llama.cpp alone average_tokens: image tokens per decoder layer; of OpenVINO alone
-            genai_first_token_ms: by its own clock.
+            first_token_ms; embeddings_ms: of it, what is done before the decoder; prompt_tokens: of llama.cpp before
+            pruning, of OpenVINO after it; of llama.cpp alone average_tokens: image tokens per decoder layer; of
+            OpenVINO alone genai_first_token_ms: by its own clock.
 
         Raises:
             StarEdgeError: llama.cpp could not answer.
@@ -217,7 +225,7 @@ def measure(
                 samples[sides[i].name].append(sample)
                 say(f"repeat {repeat + 1}, {sides[i].name}: {sample['first_token_ms']:.0f} ms")
         about = machine(bench.llama.n_threads_batch)
-    rows = [_row(side, samples[side.name], n_image) for side in sides]
+    rows = [_row(side, samples[side.name], int(n_stock) - n_image) for side in sides]
     return {
         "title": f"{shape.about}, random weights, a photo",
         "date": date.today().isoformat(),
@@ -239,13 +247,13 @@ def measure(
     }
 
 
-def _row(side: Side, samples: Sequence[dict[str, float]], n_image: int) -> dict[str, Any]:
+def _row(side: Side, samples: Sequence[dict[str, float]], n_text: int) -> dict[str, Any]:
     times = [sample["first_token_ms"] for sample in samples]
     row = {
         "name": side.name,
         "kind": side.kind,
         "step": side.step,
-        "average_tokens": samples[0].get("average_tokens", n_image * (100 - side.ratio) / 100),
+        "average_tokens": samples[0].get("average_tokens", samples[0]["prompt_tokens"] - n_text),
         "first_token_ms": {"median": statistics.median(times), "min": min(times), "max": max(times), "all": times},
     }
     return row | {
@@ -264,12 +272,10 @@ def table(result: dict[str, Any]) -> str:
     """What was measured where, a row for each side, the ratios of medians, and how much the idle engines worked."""
     about, versions, rows = result["machine"], result["versions"], result["sides"]
     stock = next(row for row in rows if row["kind"] == "stock")["first_token_ms"]["median"]
+    used = ", ".join(f"{name} {versions[name]}" for name in _NAMED)
     lines = [
-        f"{result['title']}; {result['prompt_tokens']} tokens of prompt, {result['image_tokens']} of them of the "
-        f"picture. {about['processor']}, {about['threads']} threads; star_edge {versions['star_edge']}, "
-        f"llama-cpp-python {versions['llama-cpp-python']}, openvino-genai {versions['openvino-genai']}, optimum-intel "
-        f"{versions['optimum-intel']}, transformers {versions['transformers']}; {result['date']}. Medians of "
-        f"{result['repeats']} repeats.",
+        f"{result['title']}; a prompt of {result['prompt_tokens']} tokens. {about['processor']}, {about['threads']} "
+        f"threads; {used}; {result['date']}. Medians of {result['repeats']} repeats.",
         "",
         f"    {result['command']}",
         "",
