@@ -5,17 +5,25 @@ Optional: needs an environment of its own.
     .openvino/bin/python benchmarks/openvino_cdpruner.py [--folder DIR] [--repeats N] [--json FILE] [--tiny]
 
 Makes the model and its tokenizer in code (nothing is downloaded), exports both with 4-bit weights, and asks VLMPipeline
-the question of the shape: a picture of 560 x 560 pixels, which is 400 tokens, and 75 tokens of text, unpruned and with
-several pruning ratios in turn. Times to the first token are GenAI's own. --tiny tries the script on a model of a few
-megabytes.
+the question of the shape: 35 tokens of text, a picture of 560 x 560 pixels, which is 400 tokens, and 40 tokens of text,
+unpruned and with several pruning ratios in turn. --tiny tries the script on a model of a few megabytes.
+
+With --serve it answers requests from stdin instead, one line of JSON each: so benchmarks/openvino_beside.py measures it
+in turn with llama.cpp. Every request has a picture and a text of its own: the pipeline keeps prompts that it has seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
+import os
+import random
 import statistics
+import string
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +33,8 @@ import openvino_genai as genai
 import torch
 from openvino_tokenizers import convert_tokenizer
 from optimum.intel import OVModelForVisualCausalLM, OVWeightQuantizationConfig
+from other_process import serve, take_stdout
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Qwen2TokenizerFast,
@@ -34,7 +44,9 @@ from transformers import (
 )
 
 RATIOS = (0, 75, 90)  # per cent of the image tokens that are dropped
-SIDE, N_TEXT = 560, 75
+SIDE = 560
+# Letters around the picture. With what the template has at both ends, 6 and 13 tokens, they make 35 and 40 tokens
+N_BEFORE, N_AFTER = 29, 27
 TEXT = dict(
     hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960
 )
@@ -122,26 +134,70 @@ def make(folder: Path, tiny: bool) -> Path:
     return done
 
 
-def picture(seed: int) -> ov.Tensor:
+def question(seed: int) -> dict[str, str]:
+    """A picture as a data URL, and letters before and after it."""
     rng = np.random.default_rng(seed)
     image = np.zeros((SIDE, SIDE, 3))
     for n in (4, 14, 56):
         at = np.arange(SIDE) * n // SIDE
         image += rng.integers(0, 256, (n, n, 3))[at[:, None], at[None]]
-    return ov.Tensor((image / 3).astype(np.uint8)[None])
+    file = io.BytesIO()
+    Image.fromarray((image / 3).astype(np.uint8)).save(file, "PNG")
+    before, after = ("".join(random.Random(seed).choices(string.ascii_lowercase, k=n)) for n in (N_BEFORE, N_AFTER))
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"picture": url, "before": before, "after": after}
 
 
-def ask(pipeline: genai.VLMPipeline, image: ov.Tensor, ratio: int, n_generate: int) -> dict[str, float]:
+class Clock(genai.StreamerBase):
+    """Records when each token is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def write(self, token: int | list[int]) -> genai.StreamingStatus:
+        self.times.append(time.perf_counter())
+        return genai.StreamingStatus.RUNNING
+
+    def end(self) -> None:
+        pass
+
+
+def ask(
+    pipeline: genai.VLMPipeline, picture: str, before: str, after: str, ratio: int, n_generate: int = 1
+) -> dict[str, float]:
+    """One answer, timed from the encoded picture on.
+
+    Args:
+        pipeline: The model.
+        picture: A data URL.
+        before: Text before the picture.
+        after: Text after it.
+        ratio: Per cent of the image tokens that are dropped.
+        n_generate: Tokens of the answer.
+
+    Returns:
+        first_token_ms: From the call to the first token. genai_first_token_ms: the same by GenAI's own clock, which
+        starts with decoded pixels. embeddings_ms: of the former, what is done before the decoder. prompt_tokens: by
+        GenAI.
+        ms_per_token: of tokens after the first, if there are any.
+    """
     config = genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.pruning_ratio = n_generate, True, ratio
-    n_template = len("user\n") + len("\nassistant\n") + 5  # and <|im_start|>, <|im_end|>, the vision tokens
-    metrics = pipeline.generate("b" * (N_TEXT - n_template), images=[image], generation_config=config).perf_metrics
-    return {
-        "first_token_ms": metrics.get_ttft().mean,
-        "embeddings_ms": metrics.get_prepare_embeddings_duration().mean,
-        "ms_per_token": metrics.get_tpot().mean,
-        "input_tokens": metrics.get_num_input_tokens(),
+    clock = Clock()
+    start = time.perf_counter()
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGB"))
+    decoded = time.perf_counter()
+    metrics = pipeline.generate(
+        f"{before}<ov_genai_image_0>{after}", images=[ov.Tensor(pixels[None])], generation_config=config, streamer=clock
+    ).perf_metrics
+    found = {
+        "first_token_ms": 1e3 * (clock.times[0] - start),
+        "genai_first_token_ms": metrics.get_ttft().mean,
+        "embeddings_ms": 1e3 * (decoded - start) + metrics.get_prepare_embeddings_duration().mean,
+        "prompt_tokens": metrics.get_num_input_tokens(),
     }
+    return found | ({"ms_per_token": metrics.get_tpot().mean} if n_generate > 1 else {})
 
 
 def main() -> None:
@@ -150,17 +206,24 @@ def main() -> None:
         "--folder", type=Path, help="where the model is kept for the next time; default: a temporary folder"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="(%(default)s)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--serve", action="store_true", help="answer requests from stdin")
     options = parser.parse_args()
+    versions = {name: version(name) for name in ("openvino-genai", "openvino", "optimum-intel", "transformers")}
+    answers = take_stdout() if options.serve else None
     with tempfile.TemporaryDirectory() as temporary:
-        pipeline = genai.VLMPipeline(str(make(options.folder or Path(temporary), options.tiny)), "CPU")
+        folder = make(options.folder or Path(temporary), options.tiny)
+        pipeline = genai.VLMPipeline(str(folder), "CPU", INFERENCE_NUM_THREADS=options.threads)
+        if answers is not None:
+            serve(answers, {"versions": versions}, lambda **request: ask(pipeline, **request))
+            return
         samples: dict[int, list[dict[str, float]]] = {ratio: [] for ratio in RATIOS}
         for repeat in range(options.repeats + 1):
             for i in range(len(RATIOS)):
                 ratio = RATIOS[(i + repeat) % len(RATIOS)]
-                image = picture(repeat * len(RATIOS) + i)  # a new one: the pipeline keeps prompts that it has seen
-                sample = ask(pipeline, image, ratio, 17)
+                sample = ask(pipeline, **question(repeat * len(RATIOS) + i), ratio=ratio, n_generate=17)
                 if repeat:
                     samples[ratio].append(sample)
                 print(f"repeat {repeat}, {ratio}%: {sample}", flush=True)
@@ -176,11 +239,10 @@ def main() -> None:
     )
     for row in rows:
         print(
-            f"| {row['pruning_ratio']}% | {row['input_tokens']:.0f} | {row['first_token_ms']:.0f} | "
+            f"| {row['pruning_ratio']}% | {row['prompt_tokens']:.0f} | {row['first_token_ms']:.0f} | "
             f"{row['embeddings_ms']:.0f} | {row['speed_up']:.2f} | {row['ms_per_token']:.1f} |"
         )
     if options.json:
-        versions = {name: version(name) for name in ("openvino-genai", "openvino", "optimum-intel", "transformers")}
         options.json.write_text(
             json.dumps({"versions": versions, "repeats": options.repeats, "rows": rows}, indent=1) + "\n"
         )

@@ -5,8 +5,8 @@
     python benchmarks/tables.py list                             # names, commands, and minutes that each is estimated
     to take
 
-Each result is the JSON of one `star-edge bench`, whose command is in it. Results of other machines, such as those of
-benchmarks/gpu.sh, lie in the same folder under names of their own.
+Each result is the JSON of one `star-edge bench`, whose command is in it. Results of another kind lie in folders beside
+them: those of benchmarks/gpu.sh, and of benchmarks/openvino_beside.py, which writes its table itself.
 """
 
 from __future__ import annotations
@@ -85,16 +85,22 @@ def run(names: list[str], folder: str | None) -> None:
 
 
 def write() -> None:
-    """Replaces what stands between the marks of BENCHMARKS.md."""
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """BENCHMARKS.md from the results."""
     order = list(RUNS)
     files = sorted(
         RESULTS.glob("*.json"), key=lambda f: (order.index(f.stem) if f.stem in order else len(order), f.stem)
     )
     parts = [section(file.stem, json.loads(file.read_text())) for file in files]
-    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(parts or ["No results yet."]) + f"\n\n{END}{after}")
+    PAGE.write_text(put(PAGE.read_text(), BEGIN, "\n\n".join(parts or ["No results yet."])))
+
+
+def put(page: str, begin: str, new: str) -> str:
+    """The page with `new` between a mark and the END that follows it."""
+    before, mark, rest = page.partition(begin)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise ValueError(f"the page has no {begin} ... {END}")
+    return f"{before}{begin}\n\n{new}\n\n{END}{after}"
 
 
 def section(name: str, result: dict[str, Any]) -> str:

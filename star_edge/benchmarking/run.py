@@ -39,6 +39,8 @@ BASELINES = {
 # Text tokens of a synthetic shape's prompt, BOS and the chat template's own text included
 TEXT_BEFORE, TEXT_AFTER = 35, 40
 _TEMPLATE_BEFORE, _TEMPLATE_AFTER = len("USER:") + 1, len("\u2581ASSISTANT:".encode())  # SentencePiece's space
+# Letters of it that are not the template's. A byte is a token
+LETTERS_BEFORE, LETTERS_AFTER = TEXT_BEFORE - _TEMPLATE_BEFORE, TEXT_AFTER - _TEMPLATE_AFTER
 
 
 def make_specs(
@@ -98,12 +100,12 @@ def make_request(pictures: Sequence[np.ndarray], before: str, after: str, fewer:
 def shape_request(shape: ModelShape, fewer: Sequence[float], kind: str = DEFAULT_PICTURE) -> Request:
     """A request of TEXT_BEFORE text tokens, a picture, and TEXT_AFTER text tokens, with the chat template's own text.
 
-    A byte is a token. Encoders that put tokens around images add those. kind: of the picture, one of PICTURES.
+    Encoders that put tokens around images add those. kind: of the picture, one of PICTURES.
     """
     return make_request(
         [PICTURES[kind](*shape.picture)],
-        "a" * (TEXT_BEFORE - _TEMPLATE_BEFORE),
-        "b" * (TEXT_AFTER - _TEMPLATE_AFTER),
+        "a" * LETTERS_BEFORE,
+        "b" * LETTERS_AFTER,
         fewer,
     )
 

@@ -25,12 +25,12 @@ def blocks(width: int, height: int) -> np.ndarray:
     return (image / 3).astype(np.uint8)
 
 
-def photo(width: int, height: int) -> np.ndarray:
+def photo(width: int, height: int, seed: int = 1) -> np.ndarray:
     """Discs that hide each other, their sizes by a power law, each textured, in uneven light, with the sensor's noise.
 
     Such "dead leaves" have the edges, the sizes and the spectrum of natural images (Lee, Mumford and Huang, 2001).
     """
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     image = np.full((height, width, 3), 120, np.float32)
     side = min(width, height)
