@@ -64,7 +64,7 @@ def test_a_looser_tolerance_keeps_less(name):
     fixture = FIXTURES[name]
     busy = fixture.prompts[0].pictures[0]
     with fixture.engine("fa") as engine:
-        counts = [check(engine, fixture, replace(STRICT, encoder_tolerance=t), busy) for t in (1e-4, 0.5, 1.5)]
+        counts = [check(engine, fixture, replace(STRICT, encoder_tolerance=t), busy) for t in (1e-4, 0.75, 1.25)]
     (strict, n), (middle, _), (loose, _) = counts
     assert n == strict > middle > loose
 

@@ -114,6 +114,23 @@ def test_clusters_by_distance_alone():
         assert np.flatnonzero(mine)[int(np.argmin(spread))] == kept  # the medoid
 
 
+def edges(tokens, alone, bound):
+    """What touches something unlike it and is not of the ground, from the definition, token by token."""
+    n = len(tokens)
+    place = [divmod(int(cell), tokens.grid[1]) for cell in tokens.cells]
+    touches = [
+        [j for j in range(n) if j != i and max(abs(a - b) for a, b in zip(place[i], place[j])) <= 1] for i in range(n)
+    ]
+    flat = [i for i in range(n) if any(alone[i, j] <= bound for j in touches[i])]
+    ground = max(flat, key=lambda i: sum(alone[i, j] <= bound for j in flat), default=None)
+    return [
+        i
+        for i in range(n)
+        if (i not in flat or alone[ground, i] > bound)
+        and (i not in flat or any(alone[i, j] > bound for j in touches[i]))
+    ]
+
+
 def within(tokens, k, tolerance, most=None, reach=None):
     """Clusters with a tolerance, as loops in float64 from the definition in `representatives.cluster`."""
     n = len(tokens)
@@ -121,6 +138,7 @@ def within(tokens, k, tolerance, most=None, reach=None):
     alone = cosine_distance(tokens.vectors.astype(float))
     np.fill_diagonal(alone, 0)
     mean = sum(mass[i] * mass[j] * alone[i, j] for i in range(n) for j in range(n)) / mass.sum() ** 2
+    edge = [] if reach is None else edges(tokens, alone, tolerance * mean)
     if reach is not None:
         row, column = np.divmod(tokens.cells, tokens.grid[1])
         for i in range(n):
@@ -128,7 +146,8 @@ def within(tokens, k, tolerance, most=None, reach=None):
                 if max(abs(row[i] - row[j]), abs(column[i] - column[j])) > reach:
                     alone[i, j] += tolerance * mean + 2
     far = tokens.distances().astype(float)
-    chosen = [int(far.sum(axis=1).argmax())]
+    crowded = len(edge) > (most or n)
+    chosen = ([] if crowded else edge) or [int(far.sum(axis=1).argmax())]
     while len(chosen) < k:
         chosen.append(max((i for i in range(n) if i not in chosen), key=lambda i: min(far[i, j] for j in chosen)))
     while len(chosen) < (most or n):
@@ -136,12 +155,14 @@ def within(tokens, k, tolerance, most=None, reach=None):
         if min(alone[worst, j] for j in chosen) <= tolerance * mean:
             break
         chosen.append(worst)
-    too_few = max(min(alone[i, j] for j in chosen) for i in range(n)) > tolerance * mean
+    too_few = crowded or max(min(alone[i, j] for j in chosen) for i in range(n)) > tolerance * mean
 
     def assign(chosen):
         near = lambda i: [j for j in chosen if alone[i, j] <= tolerance * mean] or chosen
         return {i: i if i in chosen else min(near(i), key=lambda j: far[i, j]) for i in range(n)}
 
+    if reach is not None:
+        return alone, tolerance * mean, assign(chosen), too_few
     medoids = []
     owner = assign(chosen)
     for j in chosen:

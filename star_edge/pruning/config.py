@@ -359,7 +359,7 @@ PRESETS: dict[str, PruneConfig | None] = {
     "fast": PruneConfig(
         redundancy="auto",
         encoder_keep=0.12,
-        encoder_tolerance=0.05,
+        encoder_tolerance=0.1,
         vision_keep=0.12,
         decoder_keep=0.06,
         vision_tolerance=0.4,

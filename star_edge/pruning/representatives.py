@@ -72,8 +72,12 @@ def cluster(
     With a tolerance, more tokens are picked after step 2, each the farthest from all kept ones by 1 - cosine alone,
     until none is farther than the tolerance times the mean of that distance between two of the image's original tokens.
     PACT (arXiv 2504.08966, DBDPC) bounds the distances within its clusters in the same way. In step 3 a token goes to
-    a token within that bound, and a medoid is within it of its whole group. With a reach, tokens farther apart than
-    that on the grid count as farther than the tolerance.
+    a token within that bound, and a medoid is within it of its whole group.
+
+    With a reach, tokens farther apart than that on the grid count as farther than the tolerance; the edges of things
+    stay, whatever they are like; and no medoid replaces what was chosen. An edge is a token that touches one unlike it,
+    if it is not part of the ground. Those within the tolerance are alike. The ground is what is like the token that
+    has the most like it, of those that are like one that they touch.
 
     Args:
         tokens: The tokens.
@@ -82,7 +86,8 @@ def cluster(
         n_rep: Those of them that represent others.
         tolerance: Largest distance between a token and its representative, as above.
         most: Tokens that stay at most, whatever the tolerance asks for. None: all.
-        reach: With a tolerance, the most rows or columns between a token and its representative. None: any number.
+        reach: With a tolerance and tokens on a grid, the most rows or columns between a token and its representative.
+            None: any number.
     """
     n = len(scores)
     if n > MAX_CLUSTERED:
@@ -91,11 +96,17 @@ def cluster(
             if k >= -(-n // MAX_CLUSTERED)
             else spread_evenly(tokens, scores, k, n_rep)
         )
+    most = n if most is None else most
     alone = tokens.vector_distances() if tolerance < math.inf else None
+    bound = math.inf if alone is None else max(tolerance * _mean_distance(tokens), ROUNDING)
     far = tokens.distances(alone)
-    kept = np.zeros(n, bool)
+    kept, too_few = np.zeros(n, bool), False
+    if alone is not None and reach is not None:
+        kept = _edges(tokens, alone <= bound)
+        if kept.sum() > most - (k - n_rep):
+            kept, too_few = np.zeros(n, bool), True
     kept[top_k(scores / np.sqrt(tokens.masses), k - n_rep)] = True
-    if n_rep == k:
+    if not kept.any():
         kept[int(far.sum(axis=1).argmax())] = True
     nearest = far[kept].min(axis=0)
     nearest[kept] = -1.0
@@ -104,17 +115,16 @@ def cluster(
         kept[pick] = True
         np.minimum(nearest, far[pick], out=nearest)
         nearest[pick] = -1.0
-    within, too_few = None, False
+    within = None
     if alone is not None:
-        bound = max(tolerance * _mean_distance(tokens), ROUNDING)
         beyond = None if reach is None else tokens.beyond(reach)
         if beyond is not None:
             alone[beyond] += np.float32(bound + 2)  # over the bound, and still in the order of what is unlike
-        too_few = _pick_within(alone, kept, bound, n if most is None else most)
+        too_few |= _pick_within(alone, kept, bound, most)
         within = _Within(alone, bound, np.float32(far.max() + 1))
     chosen = np.flatnonzero(kept)
     group = _assign(far, chosen, within)
-    if n_rep == k:
+    if n_rep == k and reach is None:
         chosen = _medoids(far, group, chosen, tokens.masses, within)
         group = _assign(far, chosen, within)
     mass = np.bincount(group, weights=tokens.masses, minlength=len(chosen))
@@ -145,6 +155,24 @@ def _pairs(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndar
     """matrix[np.ix_(rows, columns)]: whole rows first, which is faster than element by element."""
     pairs: np.ndarray = matrix[rows].take(columns, axis=1)
     return pairs
+
+
+def _edges(tokens: Tokens, alike: np.ndarray) -> np.ndarray:
+    """Tokens that touch one unlike them and are not part of the ground, (n,) bool. None without a grid.
+
+    alike: Pairs of tokens, (n, n) bool.
+    """
+    beyond = tokens.beyond(1)
+    if beyond is None:
+        return np.zeros(len(tokens), bool)
+    touching = ~beyond
+    np.fill_diagonal(touching, False)
+    flat = (alike & touching).any(axis=1)
+    edges: np.ndarray = ~flat | (touching & ~alike).any(axis=1)
+    if flat.any():
+        most = int((alike[:, flat].sum(axis=1) * flat).argmax())
+        edges &= ~(flat & alike[most])
+    return edges
 
 
 def _mean_distance(tokens: Tokens) -> float:
