@@ -136,7 +136,7 @@ class ImageReport:
         decoder_mass: The same for decoder_kept, (n2,) float64.
         special: Special tokens (row ends, tile separators), which always stay, (n_tokens,) bool. None: none.
         cached: Whether the encoder's output was kept from an earlier request.
-        redundant: Tokens that were left out before the encoder because a neighbour shows the same, ascending indices.
+        redundant: Tokens that were left out before the encoder because one near them shows the same, ascending indices.
         encoder_kept: Tokens that left the encoder, ascending indices. None: all.
         encoder_layer: Layer M of the encoder stage, which dropped the rest. None: there was none.
         same_as: Index of an earlier image of the prompt whose pixels are the same, so that it was encoded once; or

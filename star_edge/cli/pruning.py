@@ -129,8 +129,8 @@ _ENCODER_OPTIONS = (
     click.option(
         "--redundancy",
         type=RedundancyType(),
-        help="Tokens left out before the encoder because a neighbour shows the same: off, auto (equal pixels, where "
-        "the encoder can), exact, or the largest difference of pixels, such as 0.03.",
+        help="Tokens left out before the encoder because one near them shows the same: off, auto (equal pixels, where "
+        "the encoder can), exact, or the largest difference of pixels, such as 0.1.",
     ),
     click.option(
         "--encoder-keep", type=KeepType(), help="Image tokens to keep within the encoder from its layer M on."
