@@ -18,7 +18,7 @@ from star_edge import PRESETS, PruneConfig, refvlm
 from star_edge.cli import batch as cli_batch
 from star_edge.cli import main
 from star_edge.errors import ConfigError
-from star_edge.pruning.config import override
+from star_edge.pruning.presets import override
 
 IMAGE = str(refvlm.DEMO_IMAGE)
 RUN = [sys.executable, "-c", "from star_edge.cli import main; main()"]

@@ -21,7 +21,8 @@ from star_edge.io.configs import load_config, resolve_prune
 from star_edge.io.image_bytes import PASS_ONE_OF
 from star_edge.io.questions import read_questions
 from star_edge.options import EncoderOptions, LoadOptions
-from star_edge.pruning.config import PruneConfig, override
+from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.presets import override
 from star_edge.server.messages import suggestion
 from star_edge.suggestions import did_you_mean, nearest, use_one_of
 
