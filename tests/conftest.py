@@ -25,7 +25,7 @@ if gpu.ON:
     gpu.install()
 
 from helpers import bounds, stock
-from helpers.chatting import complete, load
+from helpers.chatting import ask, complete, load, text_of
 from helpers.families import MODES
 from helpers.models import CLIP, LFM2, LLAMA, QWEN2VL, QWEN2VL_VISION, QWEN35, Models, random_prompt
 from helpers.reference_hybrid import open_decoder
@@ -130,6 +130,19 @@ def llm(handler):
     llm = load(handler)
     yield llm
     llm.close()
+
+
+@pytest.fixture
+def refuses(llm):
+    """Asserts that the handler refuses a request, at once and streamed, and answers the next one."""
+
+    def check(error, words, *messages, **options):
+        for stream in (False, True):
+            with pytest.raises(error, match=words):
+                list(ask(llm, *messages, stream=stream, **options))
+        assert text_of(ask(llm)) == " red"
+
+    return check
 
 
 @pytest.fixture(scope="module")
