@@ -95,18 +95,18 @@ def star_edge(tmp_path):
 
 @pytest.fixture
 def star_edge_here(tmp_path, monkeypatch, capsys):
-    """As `star_edge`, in this process: (*arguments, status=0) -> (stdout, stderr). The command sets a signal handler,
-    which is put back.
+    """As `star_edge`, in this process: (*arguments, status=0, program="star-edge") -> (stdout, stderr). The command
+    sets a signal handler, which is put back.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     before = signal.getsignal(signal.SIGINT)
 
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["star-edge", *map(str, args)])
+    def run(*args, status=0, program="star-edge"):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as done:
-            cli.main()
+            cli.main(program)
         out, err = capsys.readouterr()
         assert done.value.code == status, err
         return out, err
