@@ -157,6 +157,24 @@ static bool is_whole(const se_shapes * e, const se_shapes * a, size_t offset) {
            se_shape_is_contiguous(&a->was) && se_shape_is_contiguous(&a->now);
 }
 
+/* Bytes from the start of a row to the end of its last element. A row is what lies below `stride`. */
+static size_t row_extent(const se_shape * s, size_t stride) {
+    size_t n = s->nb[0];
+    for (int d = 0; d < SE_DIMS; d++) {
+        if (s->ne[d] > 1 && s->nb[d] < stride) n += (size_t) (s->ne[d] - 1) * s->nb[d];
+    }
+    return n;
+}
+
+/* Whether a window lies in a part of each row of `a`, such as the queries among queries, keys and values. */
+static bool is_within_rows(const se_shapes * e, const se_shapes * a, int rows, size_t offset) {
+    for (int d = rows + 1; d < SE_DIMS; d++) {
+        if (a->was.ne[d] != 1) return false;
+    }
+    const size_t stride = a->was.nb[rows], part = row_extent(&a->was, stride);
+    return part <= stride && offset % stride + row_extent(&e->was, stride) <= part;
+}
+
 /* A window into `a`: which dimension it takes from where is seen by the strides. */
 static bool view(se_shapes * e, const struct ggml_tensor * node, const se_shapes * a) {
     const struct ggml_tensor * source = se_operand(node, 0);
@@ -175,7 +193,7 @@ static bool view(se_shapes * e, const struct ggml_tensor * node, const se_shapes
         if (rows >= 0) return false;
         rows = d;
     }
-    if (rows < 0 || !se_shape_is_contiguous(&a->was)) return false;
+    if (rows < 0 || !(se_shape_is_contiguous(&a->was) || is_within_rows(e, a, rows, offset))) return false;
     const size_t stride = a->was.nb[rows];
     const int64_t left_out = (int64_t) (offset / stride); /* rows before the window */
     if (left_out >= a->was.ne[rows]) return false;

@@ -13,7 +13,8 @@ from .errors import StarEdgeError
 from .io.video import Video
 from .llamacpp.mtmd import MEDIA_MARKER
 from .progress import Progress
-from .pruning.config import PRESETS, PruneConfig
+from .pruning.config import PruneConfig
+from .pruning.presets import PRESETS
 from .report import ImageReport, PruneReport
 
 __version__ = "0.1.0"

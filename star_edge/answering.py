@@ -29,7 +29,8 @@ from .io.images import ImageLimits, load_message_image
 from .io.video import VideoFrame
 from .llamacpp.guarded import request_of
 from .progress import Progress
-from .pruning.config import DEFAULT_PRESET, PruneConfig
+from .pruning.config import PruneConfig
+from .pruning.presets import DEFAULT_PRESET
 from .reader import PromptReader
 from .request import Ending, IsCancelled, Request, asked_at, cancellable, cancellation
 from .vision.chunks import Prompt, TextChunk

@@ -27,7 +27,8 @@ from .io.fingerprints import changed_fields, fingerprint, fingerprint_file
 from .io.images import FORMATS
 from .io.questions import FIELDS, Fields, find_field, image_folder, is_url, locate, parse_question, read_objects
 from .io.results_file import ResultsFile, Stamp
-from .pruning.config import PruneConfig, override
+from .pruning.config import PruneConfig
+from .pruning.presets import override
 from .suggestions import use_one_of
 from .verify import Agreement, compare, draw_seed
 

@@ -37,7 +37,8 @@ from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
 from .options import CacheOptions, EncoderOptions, describe_options, names_of
-from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
+from .pruning.config import Keep, PruneConfig
+from .pruning.presets import DEFAULT_PRESET
 from .reader import PromptReader
 from .report import PruneReport
 from .request import Request, cancellable, cancellation

@@ -28,7 +28,8 @@ from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
-from .pruning.config import DEFAULT_PRESET, Keep, PruneConfig
+from .pruning.config import Keep, PruneConfig
+from .pruning.presets import DEFAULT_PRESET
 from .reader import PromptReader
 from .report import PruneReport
 from .request import Ending

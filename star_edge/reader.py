@@ -21,8 +21,9 @@ import numpy as np
 from llama_cpp import Llama
 
 from .decoder.hybrid import at_attention
-from .decoder.prefill import DecoderStage, Prefill, Seen, prefill
+from .decoder.prefill import Prefill, prefill
 from .decoder.saved import SavedStems
+from .decoder_stage import adapt, decoder_stage
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, tapped_context
 from .llamacpp.guarded import guard
@@ -30,9 +31,8 @@ from .llamacpp.handover import free_with, hand_over, uses_flash_attention
 from .llamacpp.mtmd import MEDIA_MARKER
 from .options import CacheOptions, EncoderOptions
 from .progress import Meter
-from .pruning.choose import Candidates, choose, decoder_policy, divide, prepare, vision_scorer
+from .pruning.choose import vision_scorer
 from .pruning.config import Keep, PruneConfig, one_token_notes, tolerance_notes
-from .pruning.selection import Tokens
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
 from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
@@ -271,10 +271,10 @@ class PromptReader:
             plan, encoded, self.decoder.mrope, watch, self.decoder.n_threads
         )
         if config is not None and config.adapts_to_picture:
-            notes += _adapt(plan, images)
+            notes += adapt(plan, images)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)
         windows = plan.windows
-        stage = _decoder_stage(plan, images, self.decoder.n_threads) if windows else None
+        stage = decoder_stage(plan, images, self.decoder.n_threads) if windows else None
         # A sliding-window cache hands out parked cells (llama_kv_cache::find_slot). Llama.set_cache stores every
         # sequence, the parked ones too.
         keep = self.reuse and not self.decoder.n_swa and self.decoder.stage_problem is None and self.llama.cache is None
@@ -429,66 +429,6 @@ class PromptReader:
         self.context.continue_prompt(n, state.next_position, state.gap)
         ids: list[int] = tokens.tolist()
         return ids
-
-
-def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
-    """The rows of an image in a decoder stage."""
-    rows = image.selection.kept[seen.rows]
-    tokens = Tokens(
-        seen.hidden,
-        image.encoded.cells[rows],
-        image.chunk.grid,
-        seen.mass,
-        seen.attention,
-        seen.row_attention,
-        seen.text_hidden,
-    )
-    special = image.encoded.special
-    return Candidates(
-        tokens, None if special is None else special[rows], image.chunk.picture, image.chunk.n_tokens - n_special
-    )
-
-
-def _adapt(plan: PromptPlan, images: Sequence[StagedImage]) -> list[str]:
-    """Lowers the plan's counts of decoder stages to what a vision stage that adapts to the picture has left.
-
-    Returns:
-        A note if there was no room for what the pictures need.
-    """
-    kept = [len(image.selection.kept) for image in images]
-    plan.windows = [(layer, [min(n, left) for n, left in zip(counts, kept)]) for layer, counts in plan.windows]
-    full = [i for i, image in enumerate(images) if image.selection.too_few]
-    if not full:
-        return []
-    n, n_tokens = sum(kept[i] for i in full), sum(images[i].chunk.n_tokens for i in full)
-    return [f"there is room for {n} of {n_tokens} image tokens, which is less than vision_tolerance asks for"]
-
-
-def _decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: int) -> DecoderStage:
-    """The decoder stages of a plan, as `prefill` runs them. Choosing may take n_threads threads."""
-    assert plan.config is not None  # which asked for them
-    policy = decoder_policy(plan.config)
-    candidates: dict[int, Candidates] = {}  # of the stage that chooses, by the image's index
-
-    def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
-        """How many rows of each image stay. Images that share a budget keep the best rows among all of them."""
-        candidates.update((s.image, _candidates(s, images[s.image], plan.n_special[s.image])) for s in seen)
-        losing = [candidates[s.image] for s in seen if n_keep[s.image] < len(s.rows)]
-        prepare([(policy, image) for image in losing], n_threads)
-        counts = list(n_keep)
-        for group in (group for group in plan.groups if len(group) > 1):
-            total = sum(n_keep[i] - plan.n_special[i] for i in group)
-            for i, n in zip(group, divide(policy, [candidates[i] for i in group], total)):
-                counts[i] = plan.n_special[i] + n
-        return counts
-
-    return DecoderStage(
-        plan.windows,
-        lambda seen, n: choose(policy, candidates[seen.image], n - plan.n_special[seen.image]),
-        policy.scorer.reads or "all",
-        share,
-        plan.config.seen_below,
-    )
 
 
 def _image_reports(images: Sequence[StagedImage], state: Prefill) -> list[ImageReport]:

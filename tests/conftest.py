@@ -25,7 +25,7 @@ if gpu.ON:
     gpu.install()
 
 from helpers import bounds, stock
-from helpers.chatting import complete, load
+from helpers.chatting import ask, complete, load, text_of
 from helpers.families import MODES
 from helpers.models import CLIP, LFM2, LLAMA, QWEN2VL, QWEN2VL_VISION, QWEN35, Models, random_prompt
 from helpers.reference_hybrid import open_decoder
@@ -95,18 +95,18 @@ def star_edge(tmp_path):
 
 @pytest.fixture
 def star_edge_here(tmp_path, monkeypatch, capsys):
-    """As `star_edge`, in this process: (*arguments, status=0) -> (stdout, stderr). The command sets a signal handler,
-    which is put back.
+    """As `star_edge`, in this process: (*arguments, status=0, program="star-edge") -> (stdout, stderr). The command
+    sets a signal handler, which is put back.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     before = signal.getsignal(signal.SIGINT)
 
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["star-edge", *map(str, args)])
+    def run(*args, status=0, program="star-edge"):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as done:
-            cli.main()
+            cli.main(program)
         out, err = capsys.readouterr()
         assert done.value.code == status, err
         return out, err
@@ -130,6 +130,19 @@ def llm(handler):
     llm = load(handler)
     yield llm
     llm.close()
+
+
+@pytest.fixture
+def refuses(llm):
+    """Asserts that the handler refuses a request, at once and streamed, and answers the next one."""
+
+    def check(error, words, *messages, **options):
+        for stream in (False, True):
+            with pytest.raises(error, match=words):
+                list(ask(llm, *messages, stream=stream, **options))
+        assert text_of(ask(llm)) == " red"
+
+    return check
 
 
 @pytest.fixture(scope="module")

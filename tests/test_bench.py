@@ -18,7 +18,8 @@ from star_edge.benchmarking.summary import summarise, text_table
 from star_edge.errors import ContextLengthError
 from star_edge.evaluation.configs import OFF, NamedConfig
 from star_edge.io.images import load_image
-from star_edge.pruning.config import PRESETS, PruneConfig
+from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.presets import PRESETS
 from star_edge.report import PruneReport
 from star_edge.synthetic.pictures import blocks
 

@@ -11,7 +11,8 @@ from star_edge.benchmarking.run import run, shape_context, shape_request
 from star_edge.benchmarking.summary import text_table
 from star_edge.errors import ConfigError
 from star_edge.evaluation.configs import OFF, NamedConfig
-from star_edge.pruning.config import PRESETS, PruneConfig
+from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.presets import PRESETS
 from star_edge.synthetic import PICTURES, SHAPES, ModelShape, model_files
 
 FAST = NamedConfig("fast", "presets", PRESETS["fast"])

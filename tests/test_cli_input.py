@@ -5,7 +5,6 @@ batch.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,32 +15,24 @@ import pytest
 
 from star_edge import PRESETS, PruneConfig, refvlm
 from star_edge.cli import batch as cli_batch
-from star_edge.cli import main
 from star_edge.errors import ConfigError
-from star_edge.pruning.config import override
+from star_edge.pruning.presets import override
 
 IMAGE = str(refvlm.DEMO_IMAGE)
 RUN = [sys.executable, "-c", "from star_edge.cli import main; main()"]
 
 
 @pytest.fixture
-def star_edge(monkeypatch, capsys, tmp_path):
-    """Runs the command in this process; returns what it printed on stdout and stderr."""
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.chdir(tmp_path)
+def star_edge(star_edge_here):
+    """Runs the command in this process; returns what it printed on stdout and stderr. A refusal is one line."""
 
     def run(*args, status=2):
-        monkeypatch.setattr(sys, "argv", ["star-edge", *args])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        assert ended.value.code == status, err
+        out, err = star_edge_here(*args, status=status)
         if status == 2:
             assert len(err.splitlines()) == 1 and err.startswith("error: "), err
         return out, err
 
-    yield run
-    signal.signal(signal.SIGINT, before)
+    return run
 
 
 # ---- words ----

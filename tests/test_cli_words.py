@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from dataclasses import replace
 
 import click
@@ -13,7 +11,7 @@ import pytest
 from star_edge import StarChatHandler, StarVLM, refvlm
 from star_edge.batch import Settings, read_tasks
 from star_edge.chat import find_template
-from star_edge.cli import COMMANDS, cli, main
+from star_edge.cli import COMMANDS, cli
 from star_edge.cli.words import cli_words, in_cli_words
 from star_edge.errors import ConfigError, InputFileError, StarEdgeError
 from star_edge.evaluation.configs import file_configs, parse_values
@@ -21,7 +19,8 @@ from star_edge.io.configs import load_config, resolve_prune
 from star_edge.io.image_bytes import PASS_ONE_OF
 from star_edge.io.questions import read_questions
 from star_edge.options import EncoderOptions, LoadOptions
-from star_edge.pruning.config import PruneConfig, override
+from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.presets import override
 from star_edge.server.messages import suggestion
 from star_edge.suggestions import did_you_mean, nearest, use_one_of
 
@@ -33,22 +32,15 @@ def command(name):
 
 
 @pytest.fixture
-def star_edge(monkeypatch, capsys, tmp_path):
+def star_edge(star_edge_here):
     """Runs the command in this process, and returns its one line on stderr."""
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.chdir(tmp_path)
 
-    def run(*args, program="star-edge"):
-        monkeypatch.setattr(sys, "argv", [program, *args])
-        with pytest.raises(SystemExit) as ended:
-            main(program)
-        out, err = capsys.readouterr()
-        assert ended.value.code == 2 and not out
-        assert len(err.splitlines()) == 1 and err.startswith("error: "), err
+    def run(*args, **options):
+        out, err = star_edge_here(*args, status=2, **options)
+        assert not out and len(err.splitlines()) == 1 and err.startswith("error: "), err
         return err
 
-    yield run
-    signal.signal(signal.SIGINT, before)
+    return run
 
 
 # ---- suggestions ----

@@ -19,7 +19,7 @@ from star_edge.cli.options import save_overlay
 from star_edge.errors import ConfigError
 from star_edge.io.images import ImageLimits
 from star_edge.io.panels import MARGIN, TITLE_HEIGHT
-from star_edge.pruning.config import PRESETS
+from star_edge.pruning.presets import PRESETS
 
 FIXTURE = load_fixtures()["llava-next"]
 PROMPT = FIXTURE.prompts[1]

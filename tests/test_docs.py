@@ -11,7 +11,7 @@ import pytest
 import star_edge
 from star_edge import errors, hub
 from star_edge.io.images import ImageLimits, load_image
-from star_edge.pruning import config
+from star_edge.pruning import config, presets
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -133,7 +133,7 @@ CALLABLES = (
     star_edge.StarChatHandler.load_image,
     star_edge.PruneReport.picture,
     config.PruneConfig.decoder_windows,
-    config.override,
+    presets.override,
     config.keep_count,
     load_image,
     hub.fetch,

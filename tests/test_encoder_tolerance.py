@@ -9,7 +9,7 @@ from helpers.families import load_fixtures
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.pruning.choose import ENCODER_REACH
-from star_edge.pruning.config import override
+from star_edge.pruning.presets import override
 from star_edge.server.schema import parse_prune
 
 FIXTURES = load_fixtures()

@@ -22,7 +22,6 @@ from star_edge.vision.chunks import ImageChunk
 from star_edge.vision.composed import GEOMETRIES, Composer
 from star_edge.vision.encode import ImageEncoding
 from star_edge.vision.encoder import VisionEncoder
-from star_edge.vision.redundancy import REACH, masses, representatives, with_more
 from star_edge.vision.window import find_window
 
 FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "pixtral", "mistral3", "glm4.1v", "paddleocr-vl")
@@ -470,86 +469,3 @@ def test_every_front_takes_the_fields(star_edge, tmp_path):
     assert config == PruneConfig(redundancy=0.03, encoder_keep=0.5, encoder_layer=1)
     with pytest.raises(ConfigError, match="encoder_keep=1"):
         parse_prune({"encoder_keep": 1})
-
-
-# ---- redundancy: numbers alone ----
-
-
-def test_representatives_by_hand():
-    a, b, c = 0.0, 1.0, 2.0
-    pixels = np.array([[a, a, b], [a, b, b], [c, a, a]], np.float32).reshape(9, 1)
-    # a is the ground: 1 has the most like it within reach (all of them, and is the first). No b is inside of b
-    assert representatives(pixels, (3, 3)).tolist() == [0, 0, 2, 0, 4, 5, 6, 0, 0]
-    kept, mass = masses(representatives(pixels, (3, 3)))
-    assert kept.tolist() == [0, 2, 4, 5, 6] and mass.tolist() == [5, 1, 1, 1, 1]
-
-
-def test_a_flat_area_keeps_one_unit_of_25():
-    stands = representatives(np.zeros((100, 5), np.float32), (10, 10))
-    assert np.flatnonzero(stands == np.arange(100)).tolist() == [22, 27, 72, 77]
-    assert np.unique(stands, return_counts=True)[1].tolist() == [25] * 4
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 0.1])
-def test_the_edge_of_a_thing_stays(tolerance):
-    """A bar on paper: paper may go, and the inside of the bar, for which its edge stands."""
-    picture = np.zeros((12, 12), np.float32)
-    picture[2:, 3:7] = 1  # it touches the lower border
-    picture += 0.02 * np.random.default_rng(5).random(picture.shape, np.float32) if tolerance else 0
-    stands = representatives(picture.reshape(144, 1), (12, 12), tolerance).reshape(12, 12)
-    stays = stands == np.arange(144).reshape(12, 12)
-    inside = np.zeros((12, 12), bool)
-    inside[3:, 4:6] = True
-    assert stays[(picture > 0.5) & ~inside].all() and not stays[inside].any()
-    assert stays[picture < 0.5].sum() <= 16
-
-
-def test_steps_that_are_small_do_not_add_up():
-    """A gradient: each unit is like the next, and the first is not like the last."""
-    pixels = np.linspace(0, 1, 21, dtype=np.float32)[:, None]
-    for grid in ((1, 21), (21, 1), (3, 7)):
-        stands = representatives(pixels, grid, 0.101)
-        assert np.abs(pixels[stands] - pixels).max() <= 0.101 and 5 <= len(np.unique(stands)) < 21
-
-
-@pytest.mark.parametrize("tolerance", [0.0, 0.3])
-@pytest.mark.parametrize("grid", [(8, 9), (1, 72), (72, 1), (2, 3), (1, 1)])
-@pytest.mark.parametrize("n_values", [2, 200])
-def test_what_stands_for_a_unit(tolerance, grid, n_values):
-    """Against the definition, pair by pair."""
-    rng = np.random.default_rng(3)
-    n = grid[0] * grid[1]
-    pixels = np.repeat(rng.integers(0, 2, (n, 2)) * (rng.random((n, 1)) < 0.3), n_values // 2, axis=1)
-    pixels = pixels.astype(np.float32) + 0.2 * rng.random((n, 1)).astype(np.float32).round()
-    pixels[::7, -2] += 1  # a difference that a sample of the values does not see
-    stands = representatives(pixels, grid, tolerance)
-    place = np.stack(np.divmod(np.arange(n), grid[1]), axis=1)
-    apart = np.abs(place[:, None] - place[None]).max(axis=2)
-    alike = (np.abs(pixels[:, None] - pixels[None]) <= tolerance).all(axis=2) & (apart > 0)
-    touching = apart == 1
-    flat = (alike & touching).any(axis=1)
-    inside = flat & (alike | ~touching).all(axis=1)
-    same_colour = (np.abs(pixels[:, None] - pixels[None]) <= tolerance).all(axis=2) & flat & flat[:, None]
-    may = inside | same_colour[same_colour.sum(axis=1).argmax()]
-    near = alike & (apart <= REACH)
-    out = np.flatnonzero(stands != np.arange(n))
-    assert (stands[stands] == stands).all() and may[out].all() and near[out, stands[out]].all()
-    stays = stands == np.arange(n)
-    assert not (near & stays)[np.ix_(may & stays, stays)].any()  # none stays that could have gone
-    assert (
-        not out.size
-        or (apart[out, stands[out]] == np.where(near & ~may, apart, n)[out].min(axis=1))[
-            (near & ~may)[out].any(axis=1)
-        ].all()
-    )
-
-
-def test_with_more_units():
-    stands = np.array([0, 0, 0, 3, 3, 0, 3, 0])
-    assert with_more(stands, 2).tolist() == stands.tolist()
-    for n in range(2, 9):
-        more = with_more(stands, n)
-        assert (more == np.arange(8)).sum() == n and masses(more)[1].sum() == 8
-    for n in (1, 9):
-        with pytest.raises(ValueError):
-            with_more(stands, n)

@@ -24,7 +24,8 @@ from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.io.images import load_image
 from star_edge.llamacpp.context import PARKED, DecoderContext, attach_tap
 from star_edge.llamacpp.tap import Tap
-from star_edge.pruning.config import choose_layer, keep_count, override
+from star_edge.pruning.config import choose_layer, keep_count
+from star_edge.pruning.presets import override
 from star_edge.pruning.selection import average_tokens, top_k
 
 COLOR = "what color is the triangle?"

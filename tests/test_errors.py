@@ -4,7 +4,6 @@ import io
 import struct
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -337,118 +336,6 @@ def test_chat_templates(vlm):
         ChatFormat(vlm.llama, "{{ raise_exception('only assistants') }}").format("what?", 1)
     with pytest.raises(errors.UnsupportedModelError, match="chat template cannot be used"):
         ChatFormat(vlm.llama, "{{ foo(")
-
-
-# ---- consumers that fail ----
-
-
-def test_exception_in_a_streaming_consumer(vlm, fails):
-    def consume():
-        for _ in vlm.generate("what number is shown?", refvlm.DEMO_IMAGE, stream=True):
-            raise ZeroDivisionError("in the consumer")
-
-    fails(ZeroDivisionError, ["in the consumer"], consume)
-
-
-def test_ctrl_c_while_generating(vlm, fails, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(vlm.llama, "sample", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            ask(vlm)
-    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
-
-
-def test_ctrl_c_while_decoding(vlm, fails, monkeypatch):
-    """Interrupted among the windows: rows are parked, and the tap has just been armed."""
-    import llama_cpp
-
-    original, calls = llama_cpp.llama_decode, []
-
-    def interrupted(ctx, batch):
-        calls.append(1)
-        status = original(ctx, batch)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return status
-
-    with monkeypatch.context() as patch:
-        patch.setattr(llama_cpp, "llama_decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            ask(vlm)
-    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
-
-
-def test_interrupt_right_after_arming(vlm, fails, monkeypatch):
-    """The tap is disarmed wherever an interrupt strikes."""
-    original = native.lib.se_tap_arm
-
-    class Interrupting:
-        def __getattr__(self, name):
-            return getattr(native.lib, name)
-
-        def se_tap_arm(self, *args):
-            original(*args)
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("star_edge.llamacpp.tap.lib", Interrupting())
-        with pytest.raises(KeyboardInterrupt):
-            ask(vlm)
-    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
-
-
-def test_threads_wait_for_each_other(vlm):
-    """Two threads, one engine: every answer is right, none fails."""
-    questions = refvlm.demo_questions()
-    expected = [vlm.generate(q["question"], refvlm.DEMO_IMAGE, max_tokens=4).text for q in questions]
-    answers = [[], []]
-
-    def work(n):
-        for _ in range(3):
-            answers[n].append([vlm.generate(q["question"], refvlm.DEMO_IMAGE, max_tokens=4).text for q in questions])
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert answers == [[expected] * 3] * 2
-
-
-def test_failing_decode_is_typed(vlm, fails, monkeypatch):
-    import llama_cpp
-
-    for status, error in ((1, errors.ContextLengthError), (-3, errors.EngineError)):
-        with monkeypatch.context() as patch:
-            patch.setattr(llama_cpp, "llama_decode", lambda ctx, batch, status=status: status)
-            with pytest.raises(error):
-                ask(vlm)
-    fails(errors.ConfigError, [], lambda: ask(vlm, prune="zzz"))
-
-
-def test_abandoned_and_outdated_streams(vlm, fails):
-    first = vlm.generate("what number is shown?", refvlm.DEMO_IMAGE, stream=True)
-    next(first)
-    fails(errors.EngineClosedError, ["newer request"], lambda: (ask(vlm), next(first)))
-
-
-def test_closed_engine():
-    engine = StarVLM(refvlm.TEXT_MODEL, n_ctx=128)
-    engine.close()
-    engine.close()
-    for call in (
-        lambda: engine.generate("hello"),
-        lambda: engine.tokenize("hello", []),
-        lambda: engine.inspect("hello"),
-    ):
-        with pytest.raises(errors.EngineClosedError, match="closed"):
-            call()
-    engine = StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, n_ctx=256)
-    stream = engine.generate(QUESTION, refvlm.DEMO_IMAGE, stream=True)
-    engine.close()
-    with pytest.raises(errors.EngineClosedError, match="the engine is closed"):
-        next(stream)
 
 
 # ---- the extension beside another llama-cpp-python ----

@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 from helpers import bounds, stock, stock_attention, support
 from helpers.choosing import generate, keep_all
-from helpers.families import IS_0_3_35, MODES, N_THREADS, OTHER_FEATURES, OTHER_TOKENS, load_fixtures, tokenized
+from helpers.families import (
+    IS_0_3_35,
+    MODES,
+    N_THREADS,
+    OTHER_FEATURES,
+    OTHER_MASK,
+    OTHER_TOKENS,
+    load_fixtures,
+    tokenized,
+)
 
 from star_edge import MEDIA_MARKER, PruneConfig
 from star_edge.decoder.prefill import DecoderStage, prefill
@@ -62,6 +71,12 @@ def engines(fixture):
 def decoder_stage(fixture):
     if fixture.decoder_problem:
         pytest.skip(f"no decoder stage: {fixture.decoder_problem}")
+
+
+@pytest.fixture
+def same_mask(fixture):
+    if fixture.mask_differs:
+        pytest.skip(OTHER_MASK)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +161,7 @@ def test_tokens_and_positions(fixture, engines):
             assert at == len(prompt.tokens) and base == prompt.next_position
 
 
-def test_which_images_are_causal(fixture, engines, rounding):
+def test_which_images_are_causal(fixture, engines, same_mask, rounding):
     """As in transformers, which says of Gemma 3 and of Gemma 4's sizes but E2B and E4B that the rows of an image see
     each other both ways. Its logits are not those of the other way.
     """
@@ -375,7 +390,7 @@ def test_decoder_scores_are_stocks_attention(fixture, engines, decoder_stage, mo
 
 
 @pytest.mark.parametrize("mode", ["f32", "f16", "fa"])
-def test_unpruned_decoder(fixture, engines, rounding, mode):
+def test_unpruned_decoder(fixture, engines, same_mask, rounding, mode):
     """The engine without a stage is stock, and stock is transformers: root mean square of 3% of a deviation is too much
     for any rounding.
     """
@@ -390,7 +405,7 @@ def test_unpruned_decoder(fixture, engines, rounding, mode):
 
 
 @pytest.mark.parametrize("mode", ["f32", "f16", "fa"])
-def test_pruned_decoder(fixture, engines, decoder_stage, rounding, mode):
+def test_pruned_decoder(fixture, engines, decoder_stage, same_mask, rounding, mode):
     """Scores at K, what stays, logits and the greedy answer with tokens removed at K and positions kept."""
     vlm = engines(mode)
     for prompt in fixture.prompts:
@@ -429,7 +444,7 @@ def assert_pruned(vlm, prompt, case, rounding, features=None, answers=False):
 
 
 @pytest.mark.parametrize("mode", ["f32", "fa", "q8_0"])
-def test_both_stages(fixture, engines, rounding, mode):
+def test_both_stages(fixture, engines, same_mask, rounding, mode):
     """Plain STAR on both stages: the same tokens stay, and logits and answer are transformers'. q8_0: tokens and budget
     alone.
     """

@@ -13,7 +13,7 @@ from helpers.models import CLIP, random_image
 from helpers.reusing import engine, fresh, same
 
 from star_edge import PruneConfig, errors
-from star_edge.pruning.config import PRESETS
+from star_edge.pruning.presets import PRESETS
 from star_edge.synthetic import write_encoder
 from star_edge.vision import cache as image_cache
 from star_edge.vision.encoder import VisionEncoder

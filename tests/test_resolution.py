@@ -15,7 +15,7 @@ from PIL import Image
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
 from star_edge.batch import Settings, read_tasks
 from star_edge.evaluation.configs import choose_configs
-from star_edge.pruning.config import override
+from star_edge.pruning.presets import override
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ANY_SIZE = ("qwen2-vl", "qwen3-vl", "pixtral")

@@ -18,7 +18,7 @@ from helpers.presets import kept
 from helpers.serving import COLOR, DEMO, LONG, Server, ask, busy, data_url, message, text_of
 
 from star_edge import PruneConfig, StarChatHandler, StarVLM, errors, refvlm
-from star_edge.pruning.config import PRESETS
+from star_edge.pruning.presets import PRESETS
 from star_edge.server import remote
 from star_edge.server.app import make_app
 from star_edge.server.schema import parse_prune

@@ -250,6 +250,15 @@ def viewed_whole(g, n):
     g.gelu(g.view(x, 32, n // 4, 1, 1, 128, 32 * n, 32 * n, 0))
 
 
+def parts_of_parts(g, n):
+    """Halves of queries and keys, which are parts of a row, each for itself and joined (clip_graph::build_rope_2d)."""
+    y = g.matmul(g.leaf("qkv", 8, 24), rows(g, n))
+    for start in (0, 32):
+        part = g.view(y, 4, 2, n, 1, 16, 96, 96 * n, start)
+        first, second = (g.norm(g.view(part, 2, 2, n, 1, 16, 96, 96 * n, half), 1e-6) for half in (0, 8))
+        g.concat(first, second, 0)
+
+
 def stacked(g, n):
     x = rows(g, n)
     g.concat(x, g.scale(x, 2.0), 0)
@@ -263,7 +272,17 @@ BUILDS = {
     **{f"{'flash' if f else 'softmax'}{' fused' * u}": layer(f, u) for f in (False, True) for u in (False, True)},
     **{
         b.__name__: b
-        for b in (shuffle, average, without_last, without_first, part_of_each_head, viewed_whole, stacked, halves)
+        for b in (
+            shuffle,
+            average,
+            without_last,
+            without_first,
+            part_of_each_head,
+            viewed_whole,
+            parts_of_parts,
+            stacked,
+            halves,
+        )
     },
 }
 
@@ -405,6 +424,13 @@ def viewed_across(g, n):
     g.norm(g.view(x, 8, n, 1, 1, 32, 32 * n, 32 * n, 0), 1e-6)
 
 
+def past_its_part(g, n):
+    """A window into the queries that goes on into the keys."""
+    y = g.matmul(g.leaf("qkv", 8, 24), rows(g, n))
+    part = g.view(y, 4, 2, n, 1, 16, 96, 96 * n, 0)
+    g.norm(g.view(part, 12, n, 1, 1, 96, 96 * n, 96 * n, 0), 1e-6)
+
+
 def crossing(g, n):
     rows(g, n)
     g.norm(g.leaf("CUDA0#layer_out-0#0", 8, n), 1e-6)
@@ -435,6 +461,7 @@ REFUSED = (
     padded,
     padded_alike,
     viewed_across,
+    past_its_part,
     crossing,
     crossing_later,
     second_graph,

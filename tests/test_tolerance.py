@@ -11,7 +11,7 @@ from helpers.models import random_image
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.batch import Settings, read_tasks
 from star_edge.errors import ConfigError, ContextLengthError
-from star_edge.pruning.config import override
+from star_edge.pruning.presets import override
 from star_edge.server.schema import parse_prune
 from star_edge.vision.stage import Room
 

@@ -23,7 +23,7 @@ from ..io.configs import resolve_prune
 from ..io.image_limits import ImageLimits
 from ..io.images import load_message_image
 from ..io.json_input import MAX_CHARACTERS
-from ..pruning.config import PRESETS
+from ..pruning.presets import PRESETS
 from ..report import PruneReport
 from ..suggestions import did_you_mean
 from .batch import SOME_FAILED

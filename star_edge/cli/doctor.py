@@ -20,7 +20,8 @@ from ..errors import StarEdgeError
 from ..io.images import load_image
 from ..llamacpp.devices import can_offload, cpu_features, list_devices, openmp_waits
 from ..llamacpp.native import ffi, lib
-from ..pruning.config import PRESETS, Keep, PruneConfig, choose_layer, keep_count
+from ..pruning.config import Keep, PruneConfig, choose_layer, keep_count
+from ..pruning.presets import PRESETS
 from ..pruning.selection import average_tokens
 from ..vision.chunks import ImageChunk
 from ..vision.encoder import VisionEncoder

@@ -11,7 +11,7 @@ import click
 
 from ..errors import ConfigError
 from ..evaluation.configs import NamedConfig, choose_configs, parse_values
-from ..pruning.config import PRESETS
+from ..pruning.presets import PRESETS
 from .options import FilePath
 from .pruning import KEEP_HELP, complete_preset
 

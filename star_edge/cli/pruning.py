@@ -12,7 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..io.configs import resolve_prune
-from ..pruning.config import DEFAULT_PRESET, PRESETS, Keep, PruneConfig, override
+from ..pruning.config import Keep, PruneConfig
+from ..pruning.presets import DEFAULT_PRESET, PRESETS, override
 from .options import Choice, Command
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from ..errors import ConfigError, MissingDependencyError
 from ..io.configs import read_named, resolve_prune
-from ..pruning.config import DEFAULT_PRESET, PRESETS
+from ..pruning.presets import DEFAULT_PRESET, PRESETS
 from ..server.settings import Policy
 from .config_file import config_option
 from .options import check_load_options, examples, find_model, fit_reference_model, in_cli_words, model_options

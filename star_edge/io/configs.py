@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from ..errors import ConfigError, InputFileError
-from ..pruning.config import PRESETS, PruneConfig
+from ..pruning.config import PruneConfig
+from ..pruning.presets import PRESETS
 from ..suggestions import did_you_mean, use_one_of
 from .json_input import read_json
 

@@ -1,4 +1,4 @@
-"""What to prune: `PruneConfig`, its named presets, and how a keep ratio becomes a number of tokens.
+"""What to prune: `PruneConfig`, and how a keep ratio becomes a number of tokens.
 
 Knows numbers only: no image, no model. The number of a model's layers and of an image's tokens come in as arguments.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal, TypeGuard, TypeVar
 
@@ -345,106 +344,6 @@ class PruneConfig:
                 f"windows are at layers {layers} of {n_layers}", "use ascending layers, and fewer windows if they meet"
             )
         return [(layer, keep) for layer, (_, keep) in zip(layers, self.windows)]
-
-
-_PLAIN: dict[str, Any] = {"representatives": "none", "vision_share": 0.0, "decoder_share": 0.0}
-PRESETS: dict[str, PruneConfig | None] = {
-    "off": None,
-    # Averages of a half, a quarter and a tenth of the tokens, with K at two thirds of the layers, or more where a
-    # picture needs more (vision_tolerance). "quality": answers stay. "balanced": scenes are cheap, pages stay legible.
-    # "fast": small text goes first, and the encoder sees less too. "document": pages, where little is merged and the
-    # decoder stage is late.
-    "quality": PruneConfig(redundancy="auto", vision_keep=0.6, decoder_keep=0.3, vision_tolerance=0.1),
-    "balanced": PruneConfig(redundancy="auto", vision_keep=0.3, decoder_keep=0.15, vision_tolerance=0.2),
-    "fast": PruneConfig(
-        redundancy="auto",
-        encoder_keep=0.12,
-        encoder_tolerance=0.1,
-        vision_keep=0.12,
-        decoder_keep=0.06,
-        vision_tolerance=0.4,
-    ),
-    "document": PruneConfig(
-        redundancy=0.1,
-        vision_keep=0.3,
-        windows=((0.8, 0.15),),
-        vision_tolerance=0.1,
-        decoder_representatives="none",
-    ),
-    # Published methods, at the budgets of their papers; other budgets through override
-    "star": PruneConfig(vision_keep=0.5, decoder_keep=0.25, decoder_scorer="text", **_PLAIN),
-    "fastv": PruneConfig(decoder_keep=0.5, decoder_layer=2, decoder_scorer="last", **_PLAIN),
-    "visionzip": PruneConfig(
-        vision_keep=1 / 9, vision_scorer="cls", representatives="contextual", vision_share=10 / 64
-    ),
-    "divprune": PruneConfig(vision_keep=0.098, vision_scorer="maxmin", **_PLAIN),
-    "pyramiddrop": PruneConfig(windows=((0.25, 0.5), (0.5, 0.25), (0.75, 0.125)), decoder_scorer="last", **_PLAIN),
-}
-DEFAULT_PRESET = "balanced"
-
-
-def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
-    """A copy of the config with some fields replaced.
-
-    What contradicts the changes is left out, because the caller need not know the config: a decoder stage that would
-    keep more than the vision stage leaves, a vision stage that would leave less than the decoder stage keeps, windows
-    if decoder_keep is given, and a stage's tolerance if its keep or a budget of all images is given, which then is
-    what stays.
-
-    Args:
-        config: The config, or None for no pruning.
-        **changes: Fields of PruneConfig. None leaves a field as it is.
-
-    Returns:
-        The new config; None if there was none and nothing changes.
-
-    Raises:
-        ConfigError: The changes contradict each other, or a value cannot be used.
-    """
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if not changes:
-        return config
-    config = config or PruneConfig()
-    PruneConfig(**changes)  # raises for every fault in the changes alone
-    if "decoder_layer" in changes and len(config.windows) == 1:
-        changes = {"decoder_keep": config.windows[0][1], **changes}
-    if "decoder_keep" in changes and config.windows:
-        config = replace(config, windows=())
-
-    def exceeds(then: Keep, first: Keep) -> bool:
-        return type(then) is type(first) and then > first and then != 1.0
-
-    vision, decoder = changes.get("vision_keep", config.vision_keep), changes.get("decoder_keep", config.decoder_keep)
-    if "decoder_keep" not in changes:
-        if exceeds(decoder, vision):
-            changes = {"decoder_layer": None, **changes, "decoder_keep": 1.0}
-        changes |= {"windows": tuple(w for w in config.windows if not exceeds(w[1], vision))} if config.windows else {}
-    elif "vision_keep" not in changes and exceeds(decoder, vision):
-        changes["vision_keep"] = 1.0
-    changes = _without_encoder_conflicts(config, changes, exceeds)
-    if ("vision_keep" in changes or changes.get("budget") == "prompt") and "vision_tolerance" not in changes:
-        config = replace(config, vision_tolerance=None)
-    if ("encoder_keep" in changes or changes.get("budget") == "prompt") and "encoder_tolerance" not in changes:
-        config = replace(config, encoder_tolerance=None)
-    if config.windows and "decoder_layer" in changes:
-        raise ConfigError(
-            f"decoder_layer={changes['decoder_layer']} needs one decoder stage, and windows has {len(config.windows)}",
-            "give decoder_keep too: it replaces the windows",
-        )
-    return replace(config, **changes)
-
-
-def _without_encoder_conflicts(
-    config: PruneConfig, changes: dict[str, Any], exceeds: Callable[[Keep, Keep], bool]
-) -> dict[str, Any]:
-    """The changes, with the encoder stage or the stages after it left out where they contradict each other."""
-    encoder = changes.get("encoder_keep", config.encoder_keep)
-    for name, off in (("vision_keep", {"vision_keep": 1.0}), ("decoder_keep", {"decoder_keep": 1.0, "windows": ()})):
-        if exceeds(changes.get(name, getattr(config, name)), encoder):
-            if "encoder_keep" not in changes:
-                return {"encoder_layer": None, "encoder_tolerance": None, **changes, "encoder_keep": 1.0}
-            changes = {**changes, **off}
-    return changes
 
 
 def one_token_notes(config: PruneConfig | None) -> list[str]:

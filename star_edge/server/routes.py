@@ -22,7 +22,8 @@ from starlette.routing import Route
 
 from .. import __version__, refvlm
 from ..errors import ImageError
-from ..pruning.config import PRESETS, PruneConfig
+from ..pruning.config import PruneConfig
+from ..pruning.presets import PRESETS
 from . import remote
 from .bodies import Bodies
 from .guard import TICKET

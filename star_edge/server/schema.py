@@ -21,7 +21,8 @@ from ..errors import (
     StarEdgeError,
     UnsupportedModelError,
 )
-from ..pruning.config import PRESETS, PruneConfig
+from ..pruning.config import PruneConfig
+from ..pruning.presets import PRESETS
 from .messages import FieldError, check_tool_choice, read_functions, read_tools, suggestion
 
 _OF_THE_CLIENT = (ConfigError, ContextLengthError, ImageError, PromptError, UnsupportedModelError)

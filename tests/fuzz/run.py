@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cases import Case
 from forking import run
-from targets import TARGETS, Case
+from targets import TARGETS
 
 CASE_SECONDS = 30
 SHRINKING_SECONDS = 20  # for one failure

@@ -9,7 +9,7 @@ from llama_cpp import Llama
 from PIL import Image
 
 from helpers.models import random_image
-from star_edge import refvlm
+from star_edge import StarVLM, refvlm
 
 TEXT = "USER: is there a red star? is there a blue square? what number is shown? ASSISTANT:"
 COLOR = "what color is the triangle?"
@@ -58,6 +58,16 @@ def user(*parts):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def engine(**options):
+    """A StarVLM of the reference model."""
+    return StarVLM(refvlm.TEXT_MODEL, refvlm.MMPROJ, **{"n_ctx": 512, "n_threads": 1, **options})
+
+
+def usable(vlm):
+    """Whether such an engine still answers as it should."""
+    return vlm.generate(COLOR, refvlm.DEMO_IMAGE, max_tokens=2).text == " red"
 
 
 def load(handler, text=refvlm.TEXT_MODEL, template=None, **options):

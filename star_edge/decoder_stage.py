@@ -1,0 +1,73 @@
+"""How the decoder stages of a prompt choose among the image rows that they see.
+
+`decoder.prefill` runs the stages and knows rows; `vision.stage` knows which tokens of which image these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .decoder.prefill import DecoderStage, Seen
+from .pruning.choose import Candidates, choose, decoder_policy, divide, prepare
+from .pruning.selection import Tokens
+from .vision.stage import PromptPlan, StagedImage
+
+
+def adapt(plan: PromptPlan, images: Sequence[StagedImage]) -> list[str]:
+    """Lowers the plan's counts of decoder stages to what a vision stage that adapts to the picture has left.
+
+    Returns:
+        A note if there was no room for what the pictures need.
+    """
+    kept = [len(image.selection.kept) for image in images]
+    plan.windows = [(layer, [min(n, left) for n, left in zip(counts, kept)]) for layer, counts in plan.windows]
+    full = [i for i, image in enumerate(images) if image.selection.too_few]
+    if not full:
+        return []
+    n, n_tokens = sum(kept[i] for i in full), sum(images[i].chunk.n_tokens for i in full)
+    return [f"there is room for {n} of {n_tokens} image tokens, which is less than vision_tolerance asks for"]
+
+
+def decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: int) -> DecoderStage:
+    """The decoder stages of a plan, as `prefill` runs them. Choosing may take n_threads threads."""
+    assert plan.config is not None  # which asked for them
+    policy = decoder_policy(plan.config)
+    candidates: dict[int, Candidates] = {}  # of the stage that chooses, by the image's index
+
+    def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
+        """How many rows of each image stay. Images that share a budget keep the best rows among all of them."""
+        candidates.update((s.image, _candidates(s, images[s.image], plan.n_special[s.image])) for s in seen)
+        losing = [candidates[s.image] for s in seen if n_keep[s.image] < len(s.rows)]
+        prepare([(policy, image) for image in losing], n_threads)
+        counts = list(n_keep)
+        for group in (group for group in plan.groups if len(group) > 1):
+            total = sum(n_keep[i] - plan.n_special[i] for i in group)
+            for i, n in zip(group, divide(policy, [candidates[i] for i in group], total)):
+                counts[i] = plan.n_special[i] + n
+        return counts
+
+    return DecoderStage(
+        plan.windows,
+        lambda seen, n: choose(policy, candidates[seen.image], n - plan.n_special[seen.image]),
+        policy.scorer.reads or "all",
+        share,
+        plan.config.seen_below,
+    )
+
+
+def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
+    """The rows of an image in a decoder stage."""
+    rows = image.selection.kept[seen.rows]
+    tokens = Tokens(
+        seen.hidden,
+        image.encoded.cells[rows],
+        image.chunk.grid,
+        seen.mass,
+        seen.attention,
+        seen.row_attention,
+        seen.text_hidden,
+    )
+    special = image.encoded.special
+    return Candidates(
+        tokens, None if special is None else special[rows], image.chunk.picture, image.chunk.n_tokens - n_special
+    )
