@@ -140,6 +140,34 @@ def test_auto_is_exact_where_the_encoder_can(vlm, picture):
     assert states[0][1].n_redundant == states[1][1].n_redundant > 0
 
 
+@pytest.mark.parametrize("redundancy", ["off", "exact"])
+def test_another_process_finds_it(picture, redundancy, tmp_path):
+    """In the directory of the cache, also where the picture needs all of its tokens."""
+    fixture = FIXTURES["qwen2-vl"]
+    noise, plain = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8), np.full_like(picture, 220)
+    config = replace(STRICT, redundancy=redundancy)
+    states = []
+    for _ in range(2):
+        with StarVLM(fixture.text, fixture.mmproj, n_ctx=1024, n_threads=1, image_cache_dir=tmp_path) as engine:
+            states += [engine.read_prompt("what?", shown, config) for shown in (plain, noise)]
+    for (first, report), (second, found) in zip(states[:2], states[2:]):
+        assert not report.images[0].cached and found.images[0].cached
+        assert np.array_equal(first.logits, second.logits)
+        before, after = (image.vision_mass for image in (report.images[0], found.images[0]))
+        assert before is after is None or np.array_equal(before, after)
+    assert states[0][1].n_encoder_kept < states[1][1].n_encoder_kept == states[1][1].n_image_tokens
+
+
+def test_what_must_be_processed_at_once_fits():
+    """Of Gemma 3 whole rows of tokens stay: as many as fit the decode of all rows of an image, and not one row more."""
+    fixture = FIXTURES["gemma3"]
+    busy = fixture.prompts[0].pictures[0]
+    with StarVLM(fixture.text, fixture.mmproj, n_ctx=1024, n_ubatch=20, n_threads=1) as engine:
+        _, report = engine.read_prompt("what?", busy, STRICT)
+    assert report.images[0].grid == (6, 6) and report.n_encoder_kept == 18
+    assert report.notes[-1].startswith("there is room for 18 of 36 image tokens")
+
+
 def test_where_it_changes_nothing(vlm, picture):
     for config, why in (
         (PruneConfig(encoder_tolerance=0.2), "encoder_keep keeps all tokens"),
@@ -163,6 +191,17 @@ def test_a_share_that_is_given_holds():
     assert override(fast, vision_keep=0.5).prunes_in_encoder is False  # which would leave less
     assert override(fast, vision_keep=0.5).encoder_tolerance is None
     assert override(fast, budget="prompt").encoder_tolerance is None
+    # What adapts keeps at least its share: it contradicts no stage after it
+    adapts = PruneConfig(0.3, 0.15, encoder_keep=0.1, encoder_tolerance=0.1)
+    for change in ({"image_max_tokens": 0.5}, {"budget": "crop"}, {"encoder_layer": 3}, {"encoder_tolerance": 0.3}):
+        assert override(adapts, **change) == replace(adapts, **change)
+    stage = {"encoder_keep": 0.12, "encoder_tolerance": 0.05}
+    assert override(PRESETS["balanced"], **stage) == replace(PRESETS["balanced"], **stage)
+    both = {"vision_keep": 0.5, "encoder_tolerance": 0.1}
+    assert override(adapts, **both) == replace(adapts, **both)
+    assert override(adapts, vision_keep=0.5).prunes_in_encoder is False
+    assert override(adapts, budget="prompt") == PruneConfig(0.3, 0.15, budget="prompt")
+    assert override(adapts, encoder_keep=0.05) == PruneConfig(encoder_keep=0.05)
     body = {"encoder_keep": 0.3, "encoder_tolerance": 0.2, "redundancy": "auto"}
     assert parse_prune(body) == PruneConfig(**body)
     assert PruneConfig(**fast.to_dict()) == fast

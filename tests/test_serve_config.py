@@ -185,6 +185,14 @@ def test_wrong_json(tmp_path, text, words):
         read(tmp_path, text, ".json")
 
 
+@pytest.mark.parametrize("pair", ["receipts", "receipts=", "=a.json"])
+def test_a_pair_that_is_none_stays_as_it_is(tmp_path, pair):
+    """It is read_named that says what is wrong with it."""
+    (found,) = read(tmp_path, f"prune-config = [{json.dumps(pair)}]")["prune_configs"]
+    with pytest.raises(errors.ConfigError, match="is not NAME=FILE|is not a name"):
+        read_named([found])
+
+
 def test_no_file(tmp_path):
     with pytest.raises(errors.ConfigError, match="nothing.toml cannot be read"):
         serve.main(["--config", str(tmp_path / "nothing.toml")], standalone_mode=False)

@@ -300,7 +300,10 @@ class ImageEncoding:
         for w, first, policy, image, n in zip(works, firsts, policies, candidates, shares):
             i = w.number
             room = plan.n_encoder[i] - plan.n_encoder_least[i]  # none if the stage does not adapt to the picture
-            selection = choose(policy, image, n, min(len(w.units), n + room))
+            most = min(len(w.units), n + room)
+            if window.fitting(most, first.chunk) > most < len(w.units):  # rounded up, it would be over the room
+                most = next((m for m in range(most, n, -1) if window.fitting(m, first.chunk) == m), n)
+            selection = choose(policy, image, n, most)
             if config.encoder_adapts and selection.too_few:
                 notes.append(
                     f"there is room for {len(selection.kept)} of {len(w.units)} image tokens, which is less than "
@@ -343,8 +346,9 @@ class ImageEncoding:
         is_special = np.zeros(image.n_tokens, bool) if special is None else special
         of_unit = np.flatnonzero(~is_special)
         unit_mass = self._mass(config, work.mass) if selection is None else selection.mass
+        is_whole = len(features.tokens) == image.n_tokens  # then each token stands for itself
         mass = None
-        if unit_mass is not None:
+        if unit_mass is not None and not is_whole:
             mass = np.ones(len(features.tokens))
             mass[~is_special[features.tokens]] = unit_mass
         out = np.setdiff1d(np.arange(len(of_unit)), work.units)
@@ -354,7 +358,7 @@ class ImageEncoding:
             cells_of(image.n_tokens, special),
             features.score_seconds,
             special,
-            kept=features.tokens if len(features.tokens) < image.n_tokens else None,
+            kept=None if is_whole else features.tokens,
             mass=mass,
             redundant=of_unit[out],
             layer=layer,
