@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.families import load_fixtures
 
-from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, Video, refvlm
 from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.pruning.choose import ENCODER_REACH
 from star_edge.pruning.config import override
@@ -158,6 +158,18 @@ def test_another_process_finds_it(picture, redundancy, tmp_path):
     assert states[0][1].n_encoder_kept < states[1][1].n_encoder_kept == states[1][1].n_image_tokens
 
 
+def test_each_frame_keeps_what_it_needs():
+    """However the frames of a video divide their least: there is room for all, and so each may have all of it."""
+    fixture = FIXTURES["gemma3"]
+    busy = fixture.prompts[0].pictures[0]
+    with fixture.engine("fa") as engine:
+        frames = [busy, *[np.full_like(busy, shade) for shade in (30, 220)]]
+        _, report = engine.read_prompt(
+            "what?", Video(frames), replace(STRICT, encoder_keep=0.3, encoder_tolerance=1e-9)
+        )
+    assert report.n_encoder_kept == report.n_image_tokens and not report.notes
+
+
 def test_what_must_be_processed_at_once_fits():
     """Of Gemma 3 whole rows of tokens stay: as many as fit the decode of all rows of an image, and not one row more."""
     fixture = FIXTURES["gemma3"]
@@ -174,8 +186,10 @@ def test_where_it_changes_nothing(vlm, picture):
         (replace(STRICT, representatives="none"), 'representatives="none"'),
         (replace(STRICT, budget="prompt"), 'budget="prompt"'),
     ):
-        _, report = vlm.read_prompt("what?", picture, config)
+        state, report = vlm.read_prompt("what?", picture, config)
         assert report.notes == [f"encoder_tolerance={config.encoder_tolerance:g} changes nothing: {why}"]
+        without, _ = vlm.read_prompt("what?", picture, replace(config, encoder_tolerance=None))
+        assert np.array_equal(state.logits, without.logits)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), True, "0.2"])

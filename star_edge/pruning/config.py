@@ -76,7 +76,7 @@ def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> No
     if isinstance(first, float) and isinstance(then, float) and first < then < 1.0:
         raise ConfigError(
             f"{then_name}={then} is more than {first_name}={first} leaves",
-            f"both are fractions of the image's original tokens: lower {then_name}, or use 1.0 for no decoder stage",
+            f"both are fractions of the image's original tokens: lower {then_name}, or use 1.0 for no such stage",
         )
 
 

@@ -215,7 +215,8 @@ class ImageEncoding:
             return whole
         picture = self.composer.look(image)
         if picture is None:
-            notes.append("no tokens are left out before the encoder: an image has other pixels than its tokens say")
+            if config.redundancy != "auto":
+                notes.append("no tokens are left out before the encoder: an image has other pixels than its tokens say")
             return whole
         pixels, tolerance = picture.pixels, 0.0
         if isinstance(config.redundancy, float):
@@ -296,11 +297,14 @@ class ImageEncoding:
         policies = [encoder_policy(config, first.attention is not None) for first in firsts]
         prepare(list(zip(policies, candidates)), self.encoder.n_threads)
         shares = self._shares(plan, config, works, candidates)
+        numbers = [w.number for w in works]
+        special = [plan.n_special[i] for i in numbers]
+        least, left = [n + s for n, s in zip(shares, special)], [len(w.units) + s for w, s in zip(works, special)]
+        mosts = plan.most_of(numbers, least, plan.n_encoder, left)
         selections = {}
-        for w, first, policy, image, n in zip(works, firsts, policies, candidates, shares):
+        for w, first, policy, image, n, most in zip(works, firsts, policies, candidates, shares, mosts):
             i = w.number
-            room = plan.n_encoder[i] - plan.n_encoder_least[i]  # none if the stage does not adapt to the picture
-            most = min(len(w.units), n + room)
+            most -= plan.n_special[i]
             if window.fitting(most, first.chunk) > most < len(w.units):  # rounded up, it would be over the room
                 most = next((m for m in range(most, n, -1) if window.fitting(m, first.chunk) == m), n)
             selection = choose(policy, image, n, most)
