@@ -232,6 +232,8 @@ class ImageCache:
         return CachedImage(embeddings, cells, scores, kept, mass, redundant, layer)
 
     def _write(self, key: bytes, image: CachedImage, n_tokens: int) -> None:
+        assert self.directory is not None
+        self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
         bits = sum(1 << i for i, kind in enumerate(_KINDS) if kind in image.scores)
         has_cells, has_kept = image.cells is not None, image.kept is not None
         n_redundant = 0 if image.redundant is None else len(image.redundant)

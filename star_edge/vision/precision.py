@@ -18,6 +18,7 @@ instructions), in seconds, and how far its features are from those of f32 (relat
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -155,7 +156,7 @@ def with_type(info: GGUFInfo, mmproj_type: str, on_gpu: bool) -> Precision:
     try:
         converted = _converted(info, kinds)
     except (OSError, ModelFileError) as error:
-        reason = error.cause if isinstance(error, ModelFileError) else f"{_folder()}: {error.strerror or error}"
+        reason = error.cause if isinstance(error, ModelFileError) else f"{_base()}: {error.strerror or error}"
         if is_auto:
             return Precision(info, of_file, of_file, f"the encoder computes in {of_file}: not converted ({reason})")
         if isinstance(error, ModelFileError):
@@ -170,9 +171,16 @@ def with_type(info: GGUFInfo, mmproj_type: str, on_gpu: bool) -> Precision:
 # ---- the cache ----
 
 
+def _base() -> str:
+    return os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("star_edge", appauthor=False)
+
+
 def _folder() -> Path:
-    base = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("star_edge", appauthor=False)
-    return Path(base).expanduser() / "mmproj"
+    """Raises FileNotFoundError where "~" stands for no folder."""
+    try:
+        return Path(_base()).expanduser() / "mmproj"
+    except RuntimeError as error:  # an unknown user, or one without a home
+        raise FileNotFoundError(errno.ENOENT, "there is no such home folder") from error
 
 
 def _converted(info: GGUFInfo, kinds: dict[str, int]) -> GGUFInfo:
