@@ -7,7 +7,7 @@ import pytest
 from helpers.families import load_fixtures
 
 from star_edge import PRESETS, PruneConfig, StarVLM, Video, refvlm
-from star_edge.errors import ConfigError, ContextLengthError
+from star_edge.errors import ConfigError, ContextLengthError, EngineClosedError
 from star_edge.pruning.choose import ENCODER_REACH
 from star_edge.pruning.config import override
 from star_edge.server.schema import parse_prune
@@ -132,6 +132,21 @@ def test_an_encoder_that_cannot_answers_without_it():
             state, report = engine.read_prompt("what?", refvlm.DEMO_IMAGE, config)
             assert np.array_equal(state.logits, stock.logits) and len(report.notes) == notes
             assert report.encoder_layer is None and report.n_redundant == 0
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava", "gemma3", "granite-vision", "mobilevlm", "minicpmv"])
+def test_an_engine_says_which_stages_it_has(name):
+    """As its requests have them."""
+    fixture = FIXTURES[name]
+    with fixture.engine("fa") as engine:
+        says = engine.stages
+        picture = fixture.prompts[0].pictures[0]
+        _, report = engine.read_prompt("what?", picture, PruneConfig(encoder_keep=0.5, redundancy="exact"))
+    no_stage = [note for note in report.notes if note.startswith("no encoder stage: ")]
+    assert says["encoder_stage"] == ("yes" if report.encoder_layer else no_stage[0].replace("no encoder stage", "no"))
+    assert (says["redundancy"] == "yes") == (not any("left out before the encoder" in note for note in report.notes))
+    with pytest.raises(EngineClosedError):
+        _ = engine.stages
 
 
 def test_auto_is_exact_where_the_encoder_can(vlm, picture):

@@ -71,7 +71,7 @@ def test_models_say_what_each_supports(server):
     says = model["star_edge"]
     assert set(says["stages"]) == {"redundancy", "encoder_stage", "vision_stage", "decoder_stage"}
     assert says["stages"]["vision_stage"] == says["stages"]["decoder_stage"] == "yes"
-    assert says["stages"]["redundancy"].startswith("no: ")
+    assert says["stages"]["redundancy"].startswith("no: ") and says["stages"]["encoder_stage"].startswith("no: ")
     assert says["configs"] == {"receipts": {"vision_keep": 0.5, "decoder_keep": 12}, "everything": None}
     assert says["default"] == {"name": "receipts", "config": {"vision_keep": 0.5, "decoder_keep": 12}}
     assert says["n_ctx"] == 768 and says["images"]["max_images"] == 1 and says["images"]["remote"] is False

@@ -461,10 +461,9 @@ def _without_encoder_conflicts(
 def one_token_notes(config: PruneConfig | None) -> list[str]:
     """A note for each stage that keeps a count of 1: people, and JSON writers of other languages, write 1 for 1.0."""
     names = ("encoder_keep", "vision_keep", "decoder_keep") if config is not None else ()
-    keeps = [(name, getattr(config, name)) for name in names]
-    return [
-        f"{name}=1 keeps one token of each image (1.0 keeps all)" for name, keep in keeps if _is_int(keep) and keep == 1
-    ]
+    ones = [name for name in names if _is_int(keep := getattr(config, name)) and keep == 1]
+    fewest = {"encoder_keep": ", or as few as the encoder can run on"}
+    return [f"{name}=1 keeps one token of each image{fewest.get(name, '')} (1.0 keeps all)" for name in ones]
 
 
 def tolerance_notes(config: PruneConfig | None) -> list[str]:

@@ -74,15 +74,18 @@ class ImageEncoding:
                 notes.append(f"no tokens are left out before the encoder: {whole}")
             config = replace(config, redundancy="off")
         if config.prunes_in_encoder:
-            problem = self._reason("cannot run in two parts") if self.window is None else ""
             if self.window is not None:
                 window_layer(self.window, config.encoder_layer)
-                problem = next((p for image in images if (p := self.window.problem(image))), "")
+            problem = next((p for image in images if (p := self.problem(image))), "")
             if problem:
                 if not config.encoder_adapts:  # as far as model and picture allow is what that stage promises
                     notes.append(f"no encoder stage: {problem}")
                 config = replace(config, encoder_keep=1.0, encoder_layer=None, encoder_tolerance=None)
         return config, notes
+
+    def problem(self, image: ImageChunk) -> str:
+        """Why there can be no encoder stage with an image, or ""."""
+        return self._reason("cannot run in two parts") if self.window is None else self.window.problem(image)
 
     def _reason(self, what: str) -> str:
         return f"the encoder of projector type {self.encoder.projector!r} {what}"
