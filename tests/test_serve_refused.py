@@ -88,6 +88,8 @@ def refused(server):
         ({"visoin_keep": 0.5}, "prune has no field 'visoin_keep': did you mean vision_keep?"),
         ("Fast", "there is no preset 'Fast': did you mean fast?"),
         ({"vision_keep": 0.5, "encoder_keep": 0.3}, "lower vision_keep, or use 1.0 for no such stage"),
+        ({"vision_keep": 0.5, "vision_tolerance": 10**400}, "vision_tolerance=a number of more than 300 digits is nei"),
+        ({"budget": "x" * 10**6}, f"budget='{'x' * 59}... is unknown"),
         ({"vision_keep": 1.5}, "not in (0, 1]"),
         ({"vision_keep": []}, "vision_keep=[] is a list"),
         ({"windows": 5}, "windows=5 is not a list of (layer, keep) pairs"),

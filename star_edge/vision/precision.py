@@ -29,7 +29,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ..errors import ConfigError, ModelFileError, UnsupportedModelError
+from ..errors import ConfigError, ModelFileError, UnsupportedModelError, quoted
 from ..llamacpp.devices import cpu_features
 from ..llamacpp.gguf import GGUFInfo, read_gguf_info
 from ..llamacpp.gguf_check import BF16, F16, F32, type_name
@@ -49,7 +49,7 @@ _MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|gate|down))\.w
 def check_type(mmproj_type: object) -> None:
     """Raises ConfigError unless it is in MMPROJ_TYPES."""
     if not isinstance(mmproj_type, str) or mmproj_type not in MMPROJ_TYPES:
-        raise ConfigError(f"mmproj_type={mmproj_type!r} is unknown", f"use one of {', '.join(MMPROJ_TYPES)}")
+        raise ConfigError(f"mmproj_type={quoted(mmproj_type)} is unknown", f"use one of {', '.join(MMPROJ_TYPES)}")
 
 
 def matrices(info: GGUFInfo) -> dict[str, int]:
