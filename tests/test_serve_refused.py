@@ -274,6 +274,7 @@ def test_a_request_that_arrives_too_slowly():
         (["--max-queue", "-1"], "is negative"),
         (["--max-held-bytes", "1000"], "is less than --max-body-bytes"),
         (["--body-seconds", "nan"], "allows nothing"),
+        (["--body-seconds", "inf"], "inf is no limit: use a number of seconds"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "k\u00e9y"], "cannot be sent in a header"),
         (["--cors-origin", "foo"], "'foo' is not a site"),
