@@ -274,7 +274,10 @@ class PromptReader:
                 encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
         finally:
             prompt.close()
-        if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
+        if any(
+            e.special is not chunk.special or e.kept is not None or len(e.tokens) != n
+            for e, chunk, n in zip(encoded, plan.images, plan.n_encoder)
+        ):
             plan, notes = self.plan(prompt, config, encoded)
         notes += undone
         if meter is not None and plan.config is not None and plan.config.prunes_in_vision:

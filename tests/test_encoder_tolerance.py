@@ -7,10 +7,11 @@ import pytest
 from helpers.families import load_fixtures
 
 from star_edge import PRESETS, PruneConfig, StarVLM, Video, refvlm
-from star_edge.errors import ConfigError, ContextLengthError, EngineClosedError
+from star_edge.errors import ConfigError, ContextLengthError, EngineClosedError, EngineError
 from star_edge.pruning.choose import ENCODER_REACH
 from star_edge.pruning.config import override
 from star_edge.server.schema import parse_prune
+from star_edge.vision import row_window
 
 FIXTURES = load_fixtures()
 ANY_SIZE = ("qwen2-vl", "qwen2.5-vl", "pixtral")
@@ -147,6 +148,37 @@ def test_an_engine_says_which_stages_it_has(name):
     assert (says["redundancy"] == "yes") == (not any("left out before the encoder" in note for note in report.notes))
     with pytest.raises(EngineClosedError):
         _ = engine.stages
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "gemma3"])
+def test_an_encoder_stage_that_fails_drops_nothing(name, monkeypatch):
+    """Neither in the encoder nor, in its place, after it."""
+    fixture = FIXTURES[name]
+    picture = fixture.prompts[0].pictures[0]
+
+    def fail(*_):
+        raise EngineError("it failed")
+
+    with fixture.engine("fa") as engine:
+        stock, _ = engine.read_prompt("what?", picture, None)
+        monkeypatch.setattr(type(engine._reader.encoding.window), "rest", fail)
+        for config in (PruneConfig(encoder_keep=0.5), STRICT):
+            state, report = engine.read_prompt("what?", picture, config)
+            assert report.notes == ["no encoder stage: it failed"] and report.n_vision_kept == report.n_image_tokens
+            assert np.array_equal(state.logits, stock.logits)
+
+
+def test_a_bounded_number_of_graphs_is_remembered(monkeypatch):
+    """Of encoders whose rows leave: a server sees many sizes of pictures, and each keeps another number of tokens."""
+    fixture = FIXTURES["gemma3"]
+    picture = fixture.prompts[0].pictures[0]
+    monkeypatch.setattr(row_window, "_KEPT", 3)
+    with fixture.engine("fa") as engine:
+        counts = [
+            engine.read_prompt("what?", picture, PruneConfig(encoder_keep=n))[1].n_encoder_kept
+            for n in (6, 12, 18, 24, 6)
+        ]
+        assert counts == [6, 12, 18, 24, 6] and len(engine._reader.encoding.window._rehearsals) == 3
 
 
 def test_auto_is_exact_where_the_encoder_can(vlm, picture):
