@@ -223,8 +223,10 @@ def test_what_must_be_processed_at_once_fits():
     busy = fixture.prompts[0].pictures[0]
     with StarVLM(fixture.text, fixture.mmproj, n_ctx=1024, n_ubatch=20, n_threads=1) as engine:
         _, report = engine.read_prompt("what?", busy, STRICT)
+        _, pruned = engine.read_prompt("what?", busy, replace(STRICT, vision_keep=0.3))  # which makes it fit
     assert report.images[0].grid == (6, 6) and report.n_encoder_kept == 18
     assert report.notes[-1].startswith("there is room for 18 of 36 image tokens")
+    assert pruned.n_encoder_kept == 36 and pruned.n_vision_kept == 11 and not pruned.notes
 
 
 def test_where_it_changes_nothing(vlm, picture):

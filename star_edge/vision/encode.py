@@ -303,7 +303,7 @@ class ImageEncoding:
         numbers = [w.number for w in works]
         special = [plan.n_special[i] for i in numbers]
         least, left = [n + s for n, s in zip(shares, special)], [len(w.units) + s for w, s in zip(works, special)]
-        mosts = plan.most_of(numbers, least, plan.n_encoder, left)
+        mosts = plan.most_of(numbers, least, plan.n_encoder, left, to_decoder=not config.prunes_in_vision)
         selections = {}
         for w, first, policy, image, n, most in zip(works, firsts, policies, candidates, shares, mosts):
             i = w.number

@@ -121,7 +121,9 @@ class PromptPlan:
         """KV cells that the prompt takes at most, which is during the probe."""
         return self.n_text + sum(self.n_vision)
 
-    def most_of(self, group: Sequence[int], least: list[int], planned: Sequence[int], left: Sequence[int]) -> list[int]:
+    def most_of(
+        self, group: Sequence[int], least: list[int], planned: Sequence[int], left: Sequence[int], *, to_decoder: bool
+    ) -> list[int]:
         """Tokens that each image of a group may keep at most, once the group's budget is divided.
 
         Together they are no more than planned: what one image does not take, another may.
@@ -131,10 +133,12 @@ class PromptPlan:
             least: Tokens that each of them keeps at least.
             planned: `n_encoder` or `n_vision`.
             left: Tokens that each of them has.
+            to_decoder: The decoder reads what stays. False: the vision stage comes first, and makes it fit.
         """
         free = sum(planned[i] for i in group) - sum(least)
         images = self.images
-        return _spread(max(0, free), least, self.room.at_once([images[i] for i in group], least, left))
+        most = self.room.at_once([images[i] for i in group], least, left) if to_decoder else left
+        return _spread(max(0, free), least, most)
 
 
 def plan_prompt(
@@ -298,7 +302,7 @@ def _choose(plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int) -> lis
     n_most = list(n_keep)
     for group in plan.groups:
         least, left = ([numbers[i] for i in group] for numbers in (n_keep, [len(c.tokens) for c in candidates]))
-        for i, n in zip(group, plan.most_of(group, least, plan.n_vision, left)):
+        for i, n in zip(group, plan.most_of(group, least, plan.n_vision, left, to_decoder=True)):
             n_most[i] = n
 
     def of_image(i: int) -> tuple[Selection, np.ndarray]:
