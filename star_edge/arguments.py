@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Mapping
 from os import PathLike, fspath
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import ConfigError
+from .errors import ConfigError, quoted
 from .suggestions import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,7 +83,7 @@ def check_value(name: str, value: Any, annotation: Any, allowed: Range | None = 
         converted = _convert(value, annotation)
     except _NotThisType:
         raise ConfigError(
-            f"{name}={_shown(value)} is a {type(value).__name__}", f"give {describe(annotation)}"
+            f"{name}={quoted(value)} is a {type(value).__name__}", f"give {describe(annotation)}"
         ) from None
     if isinstance(converted, float) and allowed is None:
         allowed = Range()
@@ -93,7 +93,7 @@ def check_value(name: str, value: Any, annotation: Any, allowed: Range | None = 
         and not isinstance(converted, bool)
         and converted not in allowed
     ):
-        raise ConfigError(f"{name}={_shown(value)} is out of range", f"use {allowed}")
+        raise ConfigError(f"{name}={quoted(value)} is out of range", f"use {allowed}")
     return converted
 
 
@@ -132,18 +132,6 @@ def unknown_argument(function: Callable[..., Any], name: str) -> ConfigError:
     return ConfigError(
         f"{owner} has no argument {name[:60]!r}", did_you_mean(name, names, f"it takes {', '.join(names)}")
     )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (str, bytes, numbers.Number, bool, type(None), list, tuple, dict)):
-        text = (
-            repr(value)
-            if not isinstance(value, int) or value.bit_length() < 1000
-            else "a number of more than 300 digits"
-        )
-    else:
-        text = "..."
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _convert(value: Any, annotation: Any) -> Any:

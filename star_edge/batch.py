@@ -207,7 +207,7 @@ def _check_fields(fields: Fields) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConfigError(
                 f"{field}={json.dumps(value)[:60]} is {_JSON_NAMES.get(type(value), 'null')}",
-                f"use {' or '.join(dict.fromkeys(_JSON_NAMES[kind] for kind in kinds))}",
+                f"use {' or '.join(_JSON_NAMES[kind] for kind in kinds if kind is not int or float not in kinds)}",
             )
     if "image" in fields and "images" in fields:
         raise ConfigError("it has both image and images", "give one of them")

@@ -186,6 +186,18 @@ class StarVLM(Answering):
         """Where the chat template comes from, as text for people. None without one."""
         return self._chat.origin if self._chat.exists else None
 
+    @property
+    def stages(self) -> dict[str, str]:
+        """What each stage can do with this model: "yes", or what it does instead and why. By name: redundancy,
+        encoder_stage, vision_stage, decoder_stage.
+
+        Raises:
+            EngineClosedError: The engine is closed.
+        """
+        with self._lock:
+            self._check_open()
+            return self._reader.stages
+
     # ---- prompts and pictures without an answer ----
 
     @checked(skip=("prompt", "images", "prune"))

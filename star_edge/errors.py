@@ -6,6 +6,26 @@ while running. Callers who do not know star_edge can catch those.
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
+_LONGEST = 60  # characters of a value that a message quotes
+
+
+def quoted(value: Any) -> str:
+    """A value as a message quotes it: as Python writes it, cut where it is long. "..." for one of a type that may print
+    anything.
+    """
+    if not isinstance(value, (str, bytes, numbers.Number, bool, type(None), list, tuple, dict)):
+        return "..."
+    if isinstance(value, int) and value.bit_length() >= 1000:
+        return "a number of more than 300 digits"
+    try:
+        text = str(value) if isinstance(value, numbers.Number) else repr(value)
+    except Exception:  # of something in a list
+        return "..."
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
 
 class StarEdgeError(Exception):
     """Base class of every error that star_edge raises on purpose.

@@ -15,7 +15,7 @@ from os import PathLike
 from typing import Any, ClassVar, TypeVar
 
 from .arguments import Range, check_value, parameters
-from .errors import ConfigError
+from .errors import ConfigError, quoted
 from .llamacpp.names import KV_TYPES
 from .suggestions import use_one_of
 from .vision.cache import DEFAULT_BYTES, check_bytes, check_directory
@@ -97,7 +97,7 @@ class LoadOptions(_Options):
         for name in ("type_k", "type_v"):
             kind: object = getattr(self, name)
             if not isinstance(kind, str) or kind not in KV_TYPES:
-                raise ConfigError(f"{name}={kind!r} is not a KV cache type", use_one_of(kind, KV_TYPES))
+                raise ConfigError(f"{name}={quoted(kind)} is not a KV cache type", use_one_of(kind, KV_TYPES))
         if self.type_v not in ("f32", "f16", "bf16") and not self.flash_attn:
             raise ConfigError(
                 f"type_v={self.type_v!r} needs flash attention", "use flash_attn=True or an unquantized type_v"

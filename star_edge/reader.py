@@ -43,6 +43,7 @@ from .vision.resolution import Fitted, Resolution
 from .vision.stage import PromptPlan, Room, StagedImage, plan_prompt, run_vision_stage
 
 _ANSWER_TOKENS = 256  # that a vision stage which adapts to the picture leaves room for
+_PROBE_SIDE = 224  # pixels of a picture that any encoder takes
 _IMAGE_TOKEN = 0  # stands for an image token where llama_cpp wants an id: nothing is decoded from it
 
 
@@ -120,19 +121,30 @@ class PromptReader:
         """What each stage can do with this model: "yes", or what it does instead and why. By name: redundancy,
         encoder_stage, vision_stage, decoder_stage.
         """
-        encoder, problem = self.encoder, self.decoder.stage_problem
-        found = {"decoder_stage": f"no: {problem}" if problem else "yes"}
+        encoder, in_decoder = self.encoder, self.decoder.stage_problem
+        found = {"decoder_stage": f"no: {in_decoder}" if in_decoder else "yes"}
         if encoder is None:
             return dict.fromkeys(("redundancy", "encoder_stage", "vision_stage"), "no: there is no encoder") | found
         kind = f"projector type {encoder.projector!r}"
         whole = f"no: the encoder of {kind} encodes whole pictures only"
-        parts = f"no: the encoder of {kind} cannot run in two parts"
+        problem = self._encoder_problem()
         by_embeddings = f"by embeddings alone: {kind} {encoder.profile.why_embeddings}"
         return {
             "redundancy": whole if self.encoding.composer is None else "yes",
-            "encoder_stage": parts if self.encoding.window is None else "yes",
+            "encoder_stage": f"no: {problem}" if problem else "yes",
             "vision_stage": "yes" if encoder.profile.reads_attention else by_embeddings,
         } | found
+
+    def _encoder_problem(self) -> str:
+        """Why the encoder can have no stage, or "". Known from the graph of a gray picture, which is not computed."""
+        encoder = self.encoder
+        assert encoder is not None  # the caller has looked
+        with self._with_encoder():
+            prompt = encoder.tokenize(MEDIA_MARKER, [np.full((_PROBE_SIDE, _PROBE_SIDE, 3), 128, np.uint8)])
+            try:
+                return self.encoding.problem(next(c for c in prompt.chunks if isinstance(c, ImageChunk)))
+            finally:
+                prompt.close()
 
     def begin(self) -> None:
         """Ends an unfinished request. Empties the cache, except for what the next prompt may use."""
@@ -262,7 +274,10 @@ class PromptReader:
                 encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
         finally:
             prompt.close()
-        if any(e.special is not chunk.special or e.kept is not None for e, chunk in zip(encoded, plan.images)):
+        if any(
+            e.special is not chunk.special or e.kept is not None or len(e.tokens) != n
+            for e, chunk, n in zip(encoded, plan.images, plan.n_encoder)
+        ):
             plan, notes = self.plan(prompt, config, encoded)
         notes += undone
         if meter is not None and plan.config is not None and plan.config.prunes_in_vision:

@@ -11,7 +11,8 @@ _LONGEST = 60  # characters of a name that are compared
 def nearest(name: object, known: Iterable[object]) -> str | None:
     """The known name that is most like `name`, or None if none is. Case does not count."""
     by_lower = {str(one).lower(): str(one) for one in known}
-    close = difflib.get_close_matches(str(name)[:_LONGEST].lower(), by_lower, 1)
+    text = str(name) if isinstance(name, (str, bool, type(None))) else ""  # others may print anything
+    close = difflib.get_close_matches(text[:_LONGEST].lower(), by_lower, 1)
     return by_lower[close[0]] if close else None
 
 

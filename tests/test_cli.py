@@ -127,6 +127,7 @@ def test_doctor(star_edge):
     assert data["versions"]["llama-cpp-python"] == data["versions"]["compiled against llama-cpp-python"]
     assert any(d["name"] == "CPU" for d in data["devices"])
     assert data["model"]["vision_stage"] == data["model"]["decoder_stage"] == "yes"
+    assert data["model"]["redundancy"].startswith("no: ") and data["model"]["encoder_stage"].startswith("no: ")
     assert data["model"]["encoder_repairs"] == []  # it was trained on what stock llama.cpp computes
     assert data["plan"]["presets"]["balanced"] == {
         "vision_kept": kept("balanced").vision,

@@ -96,11 +96,13 @@ def test_json_and_quiet(star_edge, vlm):
     assert done.stderr == ""
 
 
-def test_errors_leave_the_conversation_usable(star_edge, vlm):
+def test_errors_leave_the_conversation_usable(star_edge, vlm, tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
     lines = [
         "/image nowhere.png",
         "/imag x",
         "/preset fats",
+        f"/preset {tmp_path / 'empty.json'}",
         f"/image {IMAGE}",
         "y " * 3000,  # too long for the context: the picture waits for the next question
         COLOR,
@@ -109,9 +111,10 @@ def test_errors_leave_the_conversation_usable(star_edge, vlm):
     done = star_edge("chat", stdin="\n".join(lines), status=3)
     assert done.stdout.splitlines() == talk(vlm, ([IMAGE], COLOR), PLATE)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 4
+    assert len(errors) == 5
     assert "nowhere.png does not exist" in errors[0] and "did you mean /image?" in errors[1]
-    assert "fats" in errors[2] and "--ctx-size" in errors[3]
+    assert "fats" in errors[2] and "--ctx-size" in errors[4]
+    assert '{"config": {"vision_keep": 0.5}}' in errors[3]  # as a file has it
 
 
 def test_a_question_of_several_lines(star_edge, vlm):

@@ -5,6 +5,7 @@ batch.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,8 @@ import pytest
 
 from star_edge import PRESETS, PruneConfig, refvlm
 from star_edge.cli import batch as cli_batch
+from star_edge.cli.options import check_picture_path
+from star_edge.cli.tune import _check_target
 from star_edge.errors import ConfigError
 from star_edge.pruning.presets import override
 
@@ -262,3 +265,19 @@ def test_neither_side_always_follows_the_other(monkeypatch, star_edge):
     monkeypatch.setattr("star_edge.cli.demo.save_overlay", lambda *args: ([], []))
     star_edge("demo", "--repeats", "2", "--json", status=0)
     assert asked[:6] == ["stock", "pruned", "pruned", "stock", "stock", "pruned"]
+
+
+def test_where_results_go_is_looked_at_first(monkeypatch, tmp_path):
+    """A search takes hours: a folder that cannot be written is told before it."""
+    checks = ((_check_target, "a.json"), (check_picture_path, "a.png"))
+    for check, name in checks:
+        check(str(tmp_path / name))
+        with pytest.raises(ConfigError, match="there is no such folder"):
+            check(str(tmp_path / "no" / name))
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))
+    (tmp_path / "a.png").write_bytes(b"")  # it is the file that would be written again
+    for check, name in checks:
+        with pytest.raises(ConfigError, match="no permission to write there"):
+            check(str(tmp_path / name))
+    assert asked == [str(tmp_path), str(tmp_path / "a.png")]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from helpers.families import load_fixtures
 
-from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
-from star_edge.errors import ConfigError, ContextLengthError
+from star_edge import PRESETS, PruneConfig, StarVLM, Video, refvlm
+from star_edge.errors import ConfigError, ContextLengthError, EngineClosedError, EngineError
 from star_edge.pruning.choose import ENCODER_REACH
 from star_edge.pruning.presets import override
 from star_edge.server.schema import parse_prune
+from star_edge.vision import row_window
 
 FIXTURES = load_fixtures()
 ANY_SIZE = ("qwen2-vl", "qwen2.5-vl", "pixtral")
@@ -134,10 +135,98 @@ def test_an_encoder_that_cannot_answers_without_it():
             assert report.encoder_layer is None and report.n_redundant == 0
 
 
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava", "gemma3", "granite-vision", "mobilevlm", "minicpmv"])
+def test_an_engine_says_which_stages_it_has(name):
+    """As its requests have them."""
+    fixture = FIXTURES[name]
+    with fixture.engine("fa") as engine:
+        says = engine.stages
+        picture = fixture.prompts[0].pictures[0]
+        _, report = engine.read_prompt("what?", picture, PruneConfig(encoder_keep=0.5, redundancy="exact"))
+    no_stage = [note for note in report.notes if note.startswith("no encoder stage: ")]
+    assert says["encoder_stage"] == ("yes" if report.encoder_layer else no_stage[0].replace("no encoder stage", "no"))
+    assert (says["redundancy"] == "yes") == (not any("left out before the encoder" in note for note in report.notes))
+    with pytest.raises(EngineClosedError):
+        _ = engine.stages
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "gemma3"])
+def test_an_encoder_stage_that_fails_drops_nothing(name, monkeypatch):
+    """Neither in the encoder nor, in its place, after it."""
+    fixture = FIXTURES[name]
+    picture = fixture.prompts[0].pictures[0]
+
+    def fail(*_):
+        raise EngineError("it failed")
+
+    with fixture.engine("fa") as engine:
+        stock, _ = engine.read_prompt("what?", picture, None)
+        monkeypatch.setattr(type(engine._reader.encoding.window), "rest", fail)
+        for config in (PruneConfig(encoder_keep=0.5), STRICT):
+            state, report = engine.read_prompt("what?", picture, config)
+            assert report.notes == ["no encoder stage: it failed"] and report.n_vision_kept == report.n_image_tokens
+            assert np.array_equal(state.logits, stock.logits)
+
+
+def test_a_bounded_number_of_graphs_is_remembered(monkeypatch):
+    """Of encoders whose rows leave: a server sees many sizes of pictures, and each keeps another number of tokens."""
+    fixture = FIXTURES["gemma3"]
+    picture = fixture.prompts[0].pictures[0]
+    monkeypatch.setattr(row_window, "_KEPT", 3)
+    with fixture.engine("fa") as engine:
+        counts = [
+            engine.read_prompt("what?", picture, PruneConfig(encoder_keep=n))[1].n_encoder_kept
+            for n in (6, 12, 18, 24, 6)
+        ]
+        assert counts == [6, 12, 18, 24, 6] and len(engine._reader.encoding.window._rehearsals) == 3
+
+
 def test_auto_is_exact_where_the_encoder_can(vlm, picture):
     states = [vlm.read_prompt("what?", picture, PruneConfig(redundancy=r)) for r in ("auto", "exact")]
     assert np.array_equal(states[0][0].logits, states[1][0].logits)
     assert states[0][1].n_redundant == states[1][1].n_redundant > 0
+
+
+@pytest.mark.parametrize("redundancy", ["off", "exact"])
+def test_another_process_finds_it(picture, redundancy, tmp_path):
+    """In the directory of the cache, also where the picture needs all of its tokens."""
+    fixture = FIXTURES["qwen2-vl"]
+    noise, plain = np.random.default_rng(0).integers(0, 256, picture.shape, np.uint8), np.full_like(picture, 220)
+    config = replace(STRICT, redundancy=redundancy)
+    states = []
+    for _ in range(2):
+        with StarVLM(fixture.text, fixture.mmproj, n_ctx=1024, n_threads=1, image_cache_dir=tmp_path) as engine:
+            states += [engine.read_prompt("what?", shown, config) for shown in (plain, noise)]
+    for (first, report), (second, found) in zip(states[:2], states[2:]):
+        assert not report.images[0].cached and found.images[0].cached
+        assert np.array_equal(first.logits, second.logits)
+        before, after = (image.vision_mass for image in (report.images[0], found.images[0]))
+        assert before is after is None or np.array_equal(before, after)
+    assert states[0][1].n_encoder_kept < states[1][1].n_encoder_kept == states[1][1].n_image_tokens
+
+
+def test_each_frame_keeps_what_it_needs():
+    """However the frames of a video divide their least: there is room for all, and so each may have all of it."""
+    fixture = FIXTURES["gemma3"]
+    busy = fixture.prompts[0].pictures[0]
+    with fixture.engine("fa") as engine:
+        frames = [busy, *[np.full_like(busy, shade) for shade in (30, 220)]]
+        _, report = engine.read_prompt(
+            "what?", Video(frames), replace(STRICT, encoder_keep=0.3, encoder_tolerance=1e-9)
+        )
+    assert report.n_encoder_kept == report.n_image_tokens and not report.notes
+
+
+def test_what_must_be_processed_at_once_fits():
+    """Of Gemma 3 whole rows of tokens stay: as many as fit the decode of all rows of an image, and not one row more."""
+    fixture = FIXTURES["gemma3"]
+    busy = fixture.prompts[0].pictures[0]
+    with StarVLM(fixture.text, fixture.mmproj, n_ctx=1024, n_ubatch=20, n_threads=1) as engine:
+        _, report = engine.read_prompt("what?", busy, STRICT)
+        _, pruned = engine.read_prompt("what?", busy, replace(STRICT, vision_keep=0.3))  # which makes it fit
+    assert report.images[0].grid == (6, 6) and report.n_encoder_kept == 18
+    assert report.notes[-1].startswith("there is room for 18 of 36 image tokens")
+    assert pruned.n_encoder_kept == 36 and pruned.n_vision_kept == 11 and not pruned.notes
 
 
 def test_where_it_changes_nothing(vlm, picture):
@@ -146,8 +235,10 @@ def test_where_it_changes_nothing(vlm, picture):
         (replace(STRICT, representatives="none"), 'representatives="none"'),
         (replace(STRICT, budget="prompt"), 'budget="prompt"'),
     ):
-        _, report = vlm.read_prompt("what?", picture, config)
+        state, report = vlm.read_prompt("what?", picture, config)
         assert report.notes == [f"encoder_tolerance={config.encoder_tolerance:g} changes nothing: {why}"]
+        without, _ = vlm.read_prompt("what?", picture, replace(config, encoder_tolerance=None))
+        assert np.array_equal(state.logits, without.logits)
 
 
 @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), True, "0.2"])
@@ -163,6 +254,17 @@ def test_a_share_that_is_given_holds():
     assert override(fast, vision_keep=0.5).prunes_in_encoder is False  # which would leave less
     assert override(fast, vision_keep=0.5).encoder_tolerance is None
     assert override(fast, budget="prompt").encoder_tolerance is None
+    # What adapts keeps at least its share: it contradicts no stage after it
+    adapts = PruneConfig(0.3, 0.15, encoder_keep=0.1, encoder_tolerance=0.1)
+    for change in ({"image_max_tokens": 0.5}, {"budget": "crop"}, {"encoder_layer": 3}, {"encoder_tolerance": 0.3}):
+        assert override(adapts, **change) == replace(adapts, **change)
+    stage = {"encoder_keep": 0.12, "encoder_tolerance": 0.05}
+    assert override(PRESETS["balanced"], **stage) == replace(PRESETS["balanced"], **stage)
+    both = {"vision_keep": 0.5, "encoder_tolerance": 0.1}
+    assert override(adapts, **both) == replace(adapts, **both)
+    assert override(adapts, vision_keep=0.5).prunes_in_encoder is False
+    assert override(adapts, budget="prompt") == PruneConfig(0.3, 0.15, budget="prompt")
+    assert override(adapts, encoder_keep=0.05) == PruneConfig(encoder_keep=0.05)
     body = {"encoder_keep": 0.3, "encoder_tolerance": 0.2, "redundancy": "auto"}
     assert parse_prune(body) == PruneConfig(**body)
     assert PruneConfig(**fast.to_dict()) == fast

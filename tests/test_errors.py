@@ -1,5 +1,7 @@
 """Bad input: each kind has its own typed error that names the cause, and the engine answers the next request."""
 
+import dataclasses
+import functools
 import io
 import struct
 import subprocess
@@ -12,11 +14,12 @@ from helpers.pictures import png
 from helpers.presets import kept
 from PIL import Image
 
-from star_edge import PruneConfig, StarVLM, errors, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, errors, refvlm
 from star_edge.chat import ChatFormat
 from star_edge.cli.doctor import _describe
 from star_edge.io.images import ImageLimits
 from star_edge.llamacpp import native
+from star_edge.pruning.presets import override
 from star_edge.synthetic import DecoderShape, write_decoder
 
 QUESTION = "how many squares?"
@@ -401,3 +404,29 @@ def test_shapes_of_random_models_are_checked(tmp_path):
         write_decoder(tmp_path / "m.gguf", QWEN2VL.__class__(1, 32, 2, 2, 32), "q4_k_m")
     with pytest.raises(ValueError, match="q9"):
         write_decoder(tmp_path / "m.gguf", QWEN2VL, "q9")
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("it cannot be printed")
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PruneConfig)])
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, -(10**5000), np.array([1, 2]), Unprintable(), [Unprintable()], {"a": "x" * 10**6}],
+    ids=["long", "digits", "array", "unprintable", "in a list", "long in an object"],
+)
+def test_any_value_of_a_config_is_a_short_typed_error(field, value):
+    for make in (PruneConfig, functools.partial(override, PRESETS["fast"])):
+        with pytest.raises(errors.ConfigError) as caught:
+            make(**{field: value})
+        assert len(str(caught.value)) < 600 and field in str(caught.value)
+
+
+def test_tolerances_that_no_float_holds():
+    for name in ("vision_tolerance", "encoder_tolerance"):
+        with pytest.raises(errors.ConfigError, match=f"{name}=a number of more than 300 digits"):
+            PruneConfig(0.5, encoder_keep=0.5, **{name: 10**400})

@@ -3,6 +3,7 @@ bit.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,6 +147,18 @@ def test_files_that_are_not_whole_are_replaced(families, tmp_path):
         path.symlink_to(other)
         assert not same(vlm.read_prompt("a", image, BY_SCORE), want).images[0].cached
         assert not path.is_symlink() and {p.suffix for p in tmp_path.iterdir()} == {".starimg"}
+
+
+def test_a_directory_that_was_removed_is_made_again(families, tmp_path):
+    folder = tmp_path / "cache"
+    with engine(families["llama"], image_cache_bytes=0, image_cache_dir=folder) as vlm:
+        cached = lambda: vlm.read_prompt("a", random_image(1), None)[1].images[0].cached
+        assert [cached(), cached()] == [False, True]
+        shutil.rmtree(folder)
+        assert [cached(), cached()] == [False, True]
+        shutil.rmtree(folder)
+        folder.write_text("a file now")
+        assert [cached(), cached()] == [False, False] and folder.read_text() == "a file now"
 
 
 def test_another_encoder_or_setting_shares_nothing(families, tmp_path):

@@ -233,9 +233,12 @@ def test_no_room(mmproj, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_no_folder(mmproj, monkeypatch, tmp_path):
+@pytest.mark.parametrize("folder", ["file", "~nobody-has-that-name/cache"])
+def test_no_folder(mmproj, monkeypatch, tmp_path, folder):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("STAR_EDGE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("STAR_EDGE_CACHE", folder if folder[0] == "~" else str(tmp_path / folder))
+    monkeypatch.setattr(precision, "cpu_features", lambda: "AVX512_BF16 = 1")
+    assert "computes in f32: not converted" in with_type(read_gguf_info(mmproj["f32"]), "auto", False).note
     with pytest.raises(ConfigError, match="mmproj_type='f16': the converted file cannot be kept"):
         with_type(read_gguf_info(mmproj["f32"]), "f16", False)
 

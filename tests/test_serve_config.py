@@ -61,7 +61,7 @@ def test_tuned_configs_by_name(server):
     assert ask(client, extra_body={"prune": "everything"}).star_edge["config"] is None
     assert ask(client, extra_body={"prune": "fast"}).star_edge["config"]["vision_keep"] == 0.12
     for wrong in ("recipes", "receipts.json", "all.json"):
-        with pytest.raises(openai.BadRequestError, match="use one of receipts, everything, off"):
+        with pytest.raises(openai.BadRequestError, match="[Uu]se one of receipts, everything, off"):
             ask(client, extra_body={"prune": wrong})
 
 
@@ -71,7 +71,7 @@ def test_models_say_what_each_supports(server):
     says = model["star_edge"]
     assert set(says["stages"]) == {"redundancy", "encoder_stage", "vision_stage", "decoder_stage"}
     assert says["stages"]["vision_stage"] == says["stages"]["decoder_stage"] == "yes"
-    assert says["stages"]["redundancy"].startswith("no: ")
+    assert says["stages"]["redundancy"].startswith("no: ") and says["stages"]["encoder_stage"].startswith("no: ")
     assert says["configs"] == {"receipts": {"vision_keep": 0.5, "decoder_keep": 12}, "everything": None}
     assert says["default"] == {"name": "receipts", "config": {"vision_keep": 0.5, "decoder_keep": 12}}
     assert says["n_ctx"] == 768 and says["images"]["max_images"] == 1 and says["images"]["remote"] is False
@@ -183,6 +183,14 @@ def test_an_error_names_the_key(tmp_path, text, words):
 def test_wrong_json(tmp_path, text, words):
     with pytest.raises(errors.ConfigError, match=words):
         read(tmp_path, text, ".json")
+
+
+@pytest.mark.parametrize("pair", ["receipts", "receipts=", "=a.json"])
+def test_a_pair_that_is_none_stays_as_it_is(tmp_path, pair):
+    """It is read_named that says what is wrong with it."""
+    (found,) = read(tmp_path, f"prune-config = [{json.dumps(pair)}]")["prune_configs"]
+    with pytest.raises(errors.ConfigError, match="is not NAME=FILE|is not a name"):
+        read_named([found])
 
 
 def test_no_file(tmp_path):

@@ -84,7 +84,12 @@ def refused(server):
         ("nope", "no preset 'nope': use one of off"),
         ("/etc/passwd.json", "there is no preset"),
         (3, "prune is a int: use"),
-        ({"keep": 1}, "prune has no field 'keep': use vision_keep"),
+        ({"keep": 1}, "prune has no field 'keep': use one of vision_keep"),
+        ({"visoin_keep": 0.5}, "prune has no field 'visoin_keep': did you mean vision_keep?"),
+        ("Fast", "there is no preset 'Fast': did you mean fast?"),
+        ({"vision_keep": 0.5, "encoder_keep": 0.3}, "lower vision_keep, or use 1.0 for no such stage"),
+        ({"vision_keep": 0.5, "vision_tolerance": 10**400}, "vision_tolerance=a number of more than 300 digits is nei"),
+        ({"budget": "x" * 10**6}, f"budget='{'x' * 59}... is unknown"),
         ({"vision_keep": 1.5}, "not in (0, 1]"),
         ({"vision_keep": []}, "vision_keep=[] is a list"),
         ({"windows": 5}, "windows=5 is not a list of (layer, keep) pairs"),
@@ -116,6 +121,7 @@ def test_bad_image_urls(refused, url, words):
 
 def test_bad_requests(refused, server):
     refused("messages", {"messages": 5})
+    refused("... has 1000 digits", {"messages": [message(COLOR)], "seed": 10**999})
     refused("star_edge", {"messages": [message(COLOR)], "star_edge": {"keep": True}})
     refused("messages.0.content.0.no", {"messages": [{"role": "user", "content": [{"type": "image", "no": DEMO}]}]})
     refused("the grammar cannot be parsed", {"messages": [message(COLOR)], "grammar": "root :="})
@@ -268,6 +274,7 @@ def test_a_request_that_arrives_too_slowly():
         (["--max-queue", "-1"], "is negative"),
         (["--max-held-bytes", "1000"], "is less than --max-body-bytes"),
         (["--body-seconds", "nan"], "allows nothing"),
+        (["--body-seconds", "inf"], "inf is no limit: use a number of seconds"),
         (["--api-key", ""], "the API key is empty"),
         (["--api-key", "k\u00e9y"], "cannot be sent in a header"),
         (["--cors-origin", "foo"], "'foo' is not a site"),

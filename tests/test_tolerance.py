@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.models import random_image
 
-from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
+from star_edge import PRESETS, PruneConfig, StarVLM, Video, refvlm
 from star_edge.batch import Settings, read_tasks
 from star_edge.errors import ConfigError, ContextLengthError
 from star_edge.pruning.presets import override
@@ -75,6 +75,18 @@ def test_images_that_share_a_budget(vlm):
     _, report = vlm.read_prompt(QUESTION, pictures, replace(NEEDS, budget="prompt"))
     assert report.n_vision_kept == 14 and report.notes == ['vision_tolerance=0.05 changes nothing: budget="prompt"']
     assert override(NEEDS, budget="prompt") == replace(NEEDS, budget="prompt", vision_tolerance=None)
+    with_it, without = (
+        vlm.read_prompt(QUESTION, pictures, replace(NEEDS, budget="prompt", vision_tolerance=tolerance))[0]
+        for tolerance in (0.05, None)
+    )
+    assert np.array_equal(with_it.logits, without.logits)
+
+
+def test_each_frame_keeps_what_it_needs(vlm):
+    """However the frames of a video divide their least: there is room for all, and so each may have all of it."""
+    frames = [random_image(1, 168, 168)] * 3
+    _, report = vlm.read_prompt(QUESTION, Video(frames), replace(NEEDS, vision_tolerance=1e-9))
+    assert [len(image.vision_kept) for image in report.images] == [144] * 3 and not report.notes
 
 
 def test_notes_where_it_changes_nothing(vlm):

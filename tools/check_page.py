@@ -14,6 +14,7 @@ axe-playwright-python`, which `make test-page` does. Where something is missing 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from star_edge import refvlm
 
 ROOT = Path(__file__).parent.parent
 KEY = "correct-horse"
+OWN = {"vision_keep": 0.4, "decoder_keep": 0.2}
 
 
 def skip(reason: str) -> None:
@@ -151,6 +153,22 @@ def errors(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]
     return visit.close()
 
 
+def servers_own(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
+    """A smaller picture with the config that the server was started with: what that prunes stays."""
+    visit = Visit(browser, url, axe, pictures)
+    page = visit.page
+    visit.choose(PIL.Image.open(refvlm.DEMO_IMAGE))
+    page.locator("#settings summary").first.click()
+    page.fill("#key", KEY)
+    for size, expected in (("1", None), ("0.5", {**OWN, "image_max_tokens": 0.5})):
+        page.select_option("#size", size)
+        with page.expect_request("**/v1/chat/completions") as asked:
+            visit.ask("what number is shown?")
+        found = asked.value.post_data_json.get("prune")
+        visit.expect(found == expected, f"the server's own with a picture of {size}: {found}")
+    return visit.close()
+
+
 def crops(browser: Any, url: str, axe: str, pictures: Path | None) -> list[str]:
     """A picture that the model gets as an overview and four tiles: each stage has a panel for either."""
     visit = Visit(browser, url, axe, pictures, width=1440)
@@ -259,6 +277,9 @@ def main() -> None:
         with serving("-c", "1024") as url:
             problems += videos(browser, url, axe, pictures)
         with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "own.json").write_text(json.dumps({"config": OWN}))
+            with serving("--preset", f"{folder}/own.json", "--api-key", KEY) as url:
+                problems += servers_own(browser, url, axe, pictures)
             (Path(folder) / "av.py").write_text("raise ImportError('as if PyAV were not installed')\n")
             with serving(environment={"PYTHONPATH": folder}) as url:
                 problems += without_pyav(browser, url, axe, pictures)

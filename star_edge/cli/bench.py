@@ -44,6 +44,7 @@ from .options import (
     parse_size,
     print_json,
     quiet_option,
+    why_not_writable,
 )
 from .tables import make_console, print_table
 
@@ -198,8 +199,9 @@ def bench(
     if "none" in baselines and len(baselines) > 1:
         raise ConfigError("--baseline none excludes other baselines", "leave out one of them")
     for path in (out, plot):
-        if path and not Path(path).parent.is_dir():
-            raise OutputError(f"the folder of {path} does not exist", "use an existing folder")
+        reason = why_not_writable(path) if path else ""
+        if reason:
+            raise OutputError(f"{path} cannot be written ({reason})", "use an existing folder that can be written")
     if plot:
         plots.check(plot)
     configs, dropped = grid.configs()

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..answers import AnswerStream
 from ..engine import StarVLM
-from ..errors import ConfigError, ContextLengthError, RequestCancelledError, StarEdgeError
+from ..errors import ConfigError, ContextLengthError, InputFileError, RequestCancelledError, StarEdgeError
 from ..io.configs import resolve_prune
 from ..io.image_limits import ImageLimits
 from ..io.images import load_message_image
@@ -435,7 +435,9 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 def _tell(error: StarEdgeError, as_json: bool) -> None:
-    text = cli_words(" ".join(str(error).split()))
+    text = " ".join(str(error).split())
+    if not isinstance(error, InputFileError):  # fields of a file have the file's names
+        text = cli_words(text)
     if as_json:
         _print_json({"error": text})
     else:

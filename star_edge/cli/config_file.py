@@ -132,8 +132,8 @@ def _checked(param: click.Option, value: Any, where: str) -> Any:
 def _resolved(value: str, folder: Path, kind: str) -> str:
     """A path of the file, which is relative to it. kind: see `config_option`."""
     if kind == "named":
-        name, _, file = value.partition("=")
-        return f"{name}={_resolved(file, folder, 'file')}"
+        name, equals, file = value.partition("=")
+        return f"{name}={_resolved(file, folder, 'file')}" if equals and file else value
     try:
         path = folder / Path(value).expanduser()
         if value == "-" or (kind == "maybe" and not path.is_file()):

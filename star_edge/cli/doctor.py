@@ -130,12 +130,6 @@ def _or_reason(part: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any
 
 def _describe(vlm: StarVLM) -> dict[str, Any]:
     encoder, decoder = vlm.encoder, vlm.decoder
-    if encoder is None:
-        vision = "no: there is no vision encoder"
-    elif not encoder.profile.reads_attention:
-        vision = f"by embeddings only: projector type {encoder.projector!r} {encoder.profile.why_embeddings}"
-    else:
-        vision = "yes"
     architecture = vlm.llama.metadata.get("general.architecture")
     trained = vlm.llama.metadata.get(f"{architecture}.context_length", "")
     problem = decoder.stage_problem or decoder.layer_problems.get((_layer(vlm),))
@@ -152,8 +146,8 @@ def _describe(vlm: StarVLM) -> dict[str, Any]:
         "encoder_type": _encoder_type(encoder) if encoder else None,
         "encoder_repairs": encoder.repairs if encoder else [],
         "chat_template": vlm.chat_template_origin,
-        "vision_stage": vision,
-        "decoder_stage": f"no: {problem}" if problem else "yes",
+        **vlm.stages,
+        **({"decoder_stage": f"no: {problem}"} if problem else {}),
     }
 
 

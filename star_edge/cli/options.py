@@ -328,16 +328,24 @@ def save_picture(picture: Any, path: str) -> None:
         ) from error
 
 
+def why_not_writable(path: str) -> str:
+    """Why a file cannot be written, as far as that shows before there is anything to write; or ""."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        return "there is no such folder"
+    return "" if os.access(path if os.path.exists(path) else folder, os.W_OK) else "no permission to write there"
+
+
 def check_picture_path(path: str) -> None:
     """Checks what `save_picture` needs, before anything is computed.
 
     Raises:
-        ConfigError: The folder does not exist, or the ending is not an image format.
+        ConfigError: The folder does not exist or is not writable, or the ending is not an image format.
     """
     PIL.Image.init()
     known = PIL.Image.registered_extensions().get(Path(path).suffix.lower()) in PIL.Image.SAVE
-    if not known or not Path(path).parent.is_dir():
-        cause = "the folder does not exist" if known else f"{Path(path).suffix or 'no ending'} is not an image format"
+    cause = why_not_writable(path) if known else f"{Path(path).suffix or 'no ending'} is not an image format"
+    if cause:
         raise ConfigError(f"{path} cannot be written ({cause})", "use an existing folder and an ending such as .png")
 
 

@@ -22,7 +22,7 @@ from ..evaluation.tuning import Choice, Guarded, Plan, Search, check_score, guar
 from ..io.questions import Question
 from ..io.results_file import Record
 from .asking import Asked, Asker, QuestionOptions, asking, question_options
-from .options import FilePath, Number, examples, print_json
+from .options import FilePath, Number, examples, print_json, why_not_writable
 from .tables import make_console, print_table
 
 _SPARE_TIME = 1.25  # of the time that guard and report are expected to take
@@ -267,8 +267,9 @@ def _check_target(path: str) -> None:
         raise ConfigError(
             f"--config-out {path} does not end in .json", "use that ending: --preset tells files from presets by it"
         )
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise _cannot_be_written(path, "there is no such folder")
+    reason = why_not_writable(path)
+    if reason:
+        raise _cannot_be_written(path, reason)
 
 
 def _cannot_be_written(path: str, reason: str | None) -> ConfigError:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields
 
-from ..errors import ConfigError, InputFileError
+from ..errors import ConfigError, InputFileError, quoted
 from ..pruning.config import PruneConfig
 from ..pruning.presets import PRESETS
 from ..suggestions import did_you_mean, use_one_of
@@ -38,7 +38,7 @@ def resolve_prune(prune: PruneConfig | str | None) -> PruneConfig | None:
             use_one_of(prune, PRESETS, ", or a .json file of star-edge tune, or a PruneConfig"),
         )
     raise ConfigError(
-        f"prune={prune!r} is a {type(prune).__name__}", "use a PruneConfig, the name of a preset, or None"
+        f"prune={quoted(prune)} is a {type(prune).__name__}", "use a PruneConfig, the name of a preset, or None"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import PIL.Image
 
-from ..errors import ConfigError, ImageError, ImageTooLargeError, MissingDependencyError
+from ..errors import ConfigError, ImageError, ImageTooLargeError, MissingDependencyError, quoted
 from .image_bytes import read_bytes
 from .image_limits import ImageLimits, check_size, reason_of, shown
 from .images import ImageSource, load_image
@@ -61,12 +61,14 @@ class Video:
         if count is not None and (
             isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_FRAMES
         ):
-            raise ConfigError(f"count={count!r} is not 1 to {MAX_FRAMES} frames", "give a whole number in that range")
+            raise ConfigError(
+                f"count={quoted(count)} is not 1 to {MAX_FRAMES} frames", "give a whole number in that range"
+            )
         for name in ("rate", "source_rate"):
             value: Any = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (is_number and 0 < value <= 1000):
-                raise ConfigError(f"{name}={value!r} is not a number in (0, 1000]", "give frames per second")
+                raise ConfigError(f"{name}={quoted(value)} is not a number in (0, 1000]", "give frames per second")
         if self.rate is not None and self._is_series and self.source_rate is None:
             raise ConfigError(
                 f"rate={self.rate} needs to know how fast the pictures follow each other", "give source_rate too"

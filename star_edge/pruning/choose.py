@@ -39,7 +39,7 @@ class Policy:
         compares: Counting takes time in the square of the tokens (`budget.divide`).
         equal_images: Each image's attention is divided by its mean before images are compared. Attention adds up to 1
             in each image, so it is smaller where there are more tokens.
-        tolerance: `PruneConfig.vision_tolerance` or `encoder_tolerance`, infinite for none.
+        tolerance: `PruneConfig.vision_tolerance` or `encoder_tolerance`, infinite if the stage does not adapt.
         reach: With a tolerance, the most rows or columns between a token and the one that represents it, or None.
     """
 
@@ -99,7 +99,7 @@ def vision_policy(config: PruneConfig, has_attention: bool) -> Policy:
         by_score,
         not by_score or VISION_SCORERS[name].compares,
         equal_images=True,
-        tolerance=math.inf if config.vision_tolerance is None else config.vision_tolerance,
+        tolerance=_tolerance(config.vision_tolerance, config.adapts_to_picture),
     )
 
 
@@ -109,7 +109,7 @@ def encoder_policy(config: PruneConfig, has_attention: bool) -> Policy:
     Early hidden states say what is seen and hardly where, since places enter an encoder of today by RoPE alone. Two
     like tokens far apart are two things: a token is represented by one near it.
     """
-    tolerance = math.inf if config.encoder_tolerance is None else config.encoder_tolerance
+    tolerance = _tolerance(config.encoder_tolerance, config.encoder_adapts)
     return replace(vision_policy(config, has_attention), tolerance=tolerance, reach=ENCODER_REACH)
 
 
@@ -185,6 +185,11 @@ def choose(policy: Policy, image: Candidates, n_keep: int, most: int | None = No
     if policy.share == 1.0:
         selection.scores = None
     return selection
+
+
+def _tolerance(tolerance: float | None, adapts: bool) -> float:
+    """Infinite where the stage keeps a number of tokens: then it decides nothing, not even whom a token goes to."""
+    return tolerance if tolerance is not None and adapts else math.inf
 
 
 def _share(representatives: str, share: float) -> float:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal, TypeGuard, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..suggestions import use_one_of
 from .representatives import REPRESENTATIVES
 from .scorers import DECODER_SCORERS, VISION_SCORERS
@@ -32,27 +32,27 @@ def _check_keep(name: str, keep: object) -> Keep:
     """The keep ratio or count as Python's own float or int."""
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise ConfigError(
-            f"{name}={keep!r} is a {type(keep).__name__}", "use a fraction (0.25) or a count of tokens (144)"
+            f"{name}={quoted(keep)} is a {type(keep).__name__}", "use a fraction (0.25) or a count of tokens (144)"
         )
     if isinstance(keep, numbers.Integral):
         if keep < 1:
-            raise ConfigError(f"{name}={keep} keeps nothing", "keep at least one token of each image")
+            raise ConfigError(f"{name}={quoted(keep)} keeps nothing", "keep at least one token of each image")
         return int(keep)
     number: Any = keep  # numbers.Real has no order in typeshed
     if not 0.0 < number <= 1.0:  # NaN fails every comparison
-        raise ConfigError(f"{name}={keep} is not in (0, 1]", "1.0 keeps all; an int is a count of tokens")
+        raise ConfigError(f"{name}={quoted(keep)} is not in (0, 1]", "1.0 keeps all; an int is a count of tokens")
     return float(keep)
 
 
 def _check_redundancy(value: object) -> Literal["off", "auto", "exact"] | float:
     for name in ("off", "auto", "exact"):
-        if value == name:
+        if isinstance(value, str) and value == name:
             return name
     number: Any = value
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= number < 1:
         return float(number) or "exact"
     raise ConfigError(
-        f'redundancy={value!r} is neither "off", "auto" nor "exact", nor a number in (0, 1)',
+        f'redundancy={quoted(value)} is neither "off", "auto" nor "exact", nor a number in (0, 1)',
         "a number is the largest difference of pixels that count as alike: 0.03, for example",
     )
 
@@ -60,22 +60,27 @@ def _check_redundancy(value: object) -> Literal["off", "auto", "exact"] | float:
 def _check_tolerance(name: str, value: object) -> float | None:
     if value is None:
         return None
-    number: Any = value
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < number < math.inf:
-        return float(number)
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # of an int
+        number = math.inf
+    if 0 < number < math.inf:
+        return number
     raise ConfigError(
-        f"{name}={value!r} is neither None nor a number over 0",
+        f"{name}={quoted(value)} is neither None nor a number over 0",
         "use a share of the mean distance between tokens: 0.2, for example",
     )
 
 
 def _check_order(first_name: str, first: Keep, then_name: str, then: Keep) -> None:
     if isinstance(first, int) and isinstance(then, int) and then > first:
-        raise ConfigError(f"{then_name}={then} is more than {first_name}={first} leaves", f"lower {then_name}")
+        raise ConfigError(
+            f"{then_name}={quoted(then)} is more than {first_name}={quoted(first)} leaves", f"lower {then_name}"
+        )
     if isinstance(first, float) and isinstance(then, float) and first < then < 1.0:
         raise ConfigError(
-            f"{then_name}={then} is more than {first_name}={first} leaves",
-            f"both are fractions of the image's original tokens: lower {then_name}, or use 1.0 for no decoder stage",
+            f"{then_name}={quoted(then)} is more than {first_name}={quoted(first)} leaves",
+            f"both are fractions of the image's original tokens: lower {then_name}, or use 1.0 for no such stage",
         )
 
 
@@ -190,7 +195,7 @@ class PruneConfig:
             is_real = isinstance(share, numbers.Real) and not isinstance(share, bool)
             if not is_real or not 0 <= share <= 1:
                 raise ConfigError(
-                    f"{name}={share!r} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
+                    f"{name}={quoted(share)} is not in 0..1", "0 chooses all by score, 0.5 half of them, 1 none"
                 )
             object.__setattr__(self, name, float(share))
         for name in ("vision_tolerance", "encoder_tolerance"):
@@ -204,7 +209,7 @@ class PruneConfig:
             layer = getattr(self, name)
             if layer is not None and not (_is_int(layer) and layer >= 1):
                 raise ConfigError(
-                    f"{name}={layer!r} is not a layer >= 1", "use 1 to layers - 1, or None to have it chosen"
+                    f"{name}={quoted(layer)} is not a layer >= 1", "use 1 to layers - 1, or None to have it chosen"
                 )
         object.__setattr__(self, "redundancy", _check_redundancy(self.redundancy))
         for name, names in (
@@ -217,11 +222,11 @@ class PruneConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, (str, type(None))) or value not in tuple(names):
-                raise ConfigError(f"{name}={value!r} is unknown", use_one_of(value, names))
+                raise ConfigError(f"{name}={quoted(value)} is unknown", use_one_of(value, names))
         if not isinstance(self.seen_below, bool):
-            raise ConfigError(f"seen_below={self.seen_below!r} is neither True nor False", "use one of them")
+            raise ConfigError(f"seen_below={quoted(self.seen_below)} is neither True nor False", "use one of them")
         if not _is_int(self.seed) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r} is not a whole number >= 0", "use 0, 1, 2, ...")
+            raise ConfigError(f"seed={quoted(self.seed)} is not a whole number >= 0", "use 0, 1, 2, ...")
         for name in ("decoder_layer", "encoder_layer", "seed"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
@@ -232,7 +237,7 @@ class PruneConfig:
             isinstance(w, (tuple, list)) and len(w) == 2 for w in self.windows
         ):
             raise ConfigError(
-                f"windows={self.windows!r} is not a list of (layer, keep) pairs",
+                f"windows={quoted(self.windows)} is not a list of (layer, keep) pairs",
                 "write ((8, 0.5), (16, 0.25)), for example",
             )
         if self.windows and (self.decoder_layer is not None or self.decoder_keep != 1.0):
@@ -244,10 +249,10 @@ class PruneConfig:
         for layer, keep in self.windows:
             if not ((_is_int(layer) and layer >= 1) or (isinstance(layer, float) and 0 < layer < 1)):
                 raise ConfigError(
-                    f"windows: layer {layer!r} is neither a whole number >= 1 nor a fraction in (0, 1)",
+                    f"windows: layer {quoted(layer)} is neither a whole number >= 1 nor a fraction in (0, 1)",
                     "use 1 to layers - 1, or a fraction of the layers",
                 )
-            name = f"the window at {layer}"
+            name = f"the window at {quoted(layer)}"
             keep = _check_keep(name, keep)
             _check_order(last_name, last_keep, name, keep)
             last_name, last_keep = name, keep
@@ -349,10 +354,9 @@ class PruneConfig:
 def one_token_notes(config: PruneConfig | None) -> list[str]:
     """A note for each stage that keeps a count of 1: people, and JSON writers of other languages, write 1 for 1.0."""
     names = ("encoder_keep", "vision_keep", "decoder_keep") if config is not None else ()
-    keeps = [(name, getattr(config, name)) for name in names]
-    return [
-        f"{name}=1 keeps one token of each image (1.0 keeps all)" for name, keep in keeps if _is_int(keep) and keep == 1
-    ]
+    ones = [name for name in names if _is_int(keep := getattr(config, name)) and keep == 1]
+    fewest = {"encoder_keep": ", or as few as the encoder can run on"}
+    return [f"{name}=1 keeps one token of each image{fewest.get(name, '')} (1.0 keeps all)" for name in ones]
 
 
 def tolerance_notes(config: PruneConfig | None) -> list[str]:
@@ -385,7 +389,9 @@ def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:
     if isinstance(keep, float):
         return n_special + min(n, max(1, math.floor(keep * n + 0.5)))
     if keep > n_tokens:
-        raise ConfigError(f"{name}={keep} is over the image's {n_tokens} tokens", f"use 1 to {n}, or a fraction")
+        raise ConfigError(
+            f"{name}={quoted(keep)} is over the image's {n_tokens} tokens", f"use 1 to {n}, or a fraction"
+        )
     return n_special + min(n, keep)
 
 
@@ -411,6 +417,6 @@ def choose_layer(decoder_layer: int | None, n_layers: int) -> int:
         return max(1, min(n_layers - 1, round(2 * n_layers / 3)))
     if decoder_layer > n_layers - 1:
         raise ConfigError(
-            f"decoder_layer={decoder_layer} is outside 1..{n_layers - 1}", f"the model has {n_layers} layers"
+            f"decoder_layer={quoted(decoder_layer)} is outside 1..{n_layers - 1}", f"the model has {n_layers} layers"
         )
     return decoder_layer

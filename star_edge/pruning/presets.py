@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from .config import Keep, PruneConfig
 
 _PLAIN: dict[str, Any] = {"representatives": "none", "vision_share": 0.0, "decoder_share": 0.0}
@@ -83,14 +83,18 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
         changes |= {"windows": tuple(w for w in config.windows if not exceeds(w[1], vision))} if config.windows else {}
     elif "vision_keep" not in changes and exceeds(decoder, vision):
         changes["vision_keep"] = 1.0
+    loses_tolerance = "encoder_tolerance" not in changes and (
+        "encoder_keep" in changes or changes.get("budget") == "prompt"
+    )
+    if loses_tolerance:
+        changes = {**changes, "encoder_tolerance": None}
     changes = _without_encoder_conflicts(config, changes, exceeds)
     if ("vision_keep" in changes or changes.get("budget") == "prompt") and "vision_tolerance" not in changes:
         config = replace(config, vision_tolerance=None)
-    if ("encoder_keep" in changes or changes.get("budget") == "prompt") and "encoder_tolerance" not in changes:
-        config = replace(config, encoder_tolerance=None)
     if config.windows and "decoder_layer" in changes:
         raise ConfigError(
-            f"decoder_layer={changes['decoder_layer']} needs one decoder stage, and windows has {len(config.windows)}",
+            f"decoder_layer={quoted(changes['decoder_layer'])} needs one decoder stage, and windows has "
+            f"{len(config.windows)}",
             "give decoder_keep too: it replaces the windows",
         )
     return replace(config, **changes)
@@ -99,10 +103,20 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
 def _without_encoder_conflicts(
     config: PruneConfig, changes: dict[str, Any], exceeds: Callable[[Keep, Keep], bool]
 ) -> dict[str, Any]:
-    """The changes, with the encoder stage or the stages after it left out where they contradict each other."""
-    encoder = changes.get("encoder_keep", config.encoder_keep)
+    """The changes, with the encoder stage or the stages after it left out where they contradict each other.
+
+    A stage that adapts to the picture contradicts none after it, since its keep is the least that stays. It still gives
+    way to a share that is given for a later stage, of which it might leave less.
+    """
+
+    def value(name: str) -> Any:
+        return changes.get(name, getattr(config, name))
+
+    stage = ("encoder_keep", "encoder_tolerance", "representatives", "budget")
+    adapts = PruneConfig(**{name: value(name) for name in stage}).encoder_adapts
+    is_given = "encoder_keep" in changes or changes.get("encoder_tolerance") is not None
     for name, off in (("vision_keep", {"vision_keep": 1.0}), ("decoder_keep", {"decoder_keep": 1.0, "windows": ()})):
-        if exceeds(changes.get(name, getattr(config, name)), encoder):
+        if exceeds(value(name), value("encoder_keep")) and not (adapts and (is_given or name not in changes)):
             if "encoder_keep" not in changes:
                 return {"encoder_layer": None, "encoder_tolerance": None, **changes, "encoder_keep": 1.0}
             changes = {**changes, **off}

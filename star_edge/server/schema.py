@@ -23,6 +23,7 @@ from ..errors import (
 )
 from ..pruning.config import PruneConfig
 from ..pruning.presets import PRESETS
+from ..suggestions import use_one_of
 from .messages import FieldError, check_tool_choice, read_functions, read_tools, suggestion
 
 _OF_THE_CLIENT = (ConfigError, ContextLengthError, ImageError, PromptError, UnsupportedModelError)
@@ -31,6 +32,7 @@ _MAX_VALUES = (
 )
 _MAX_DEPTH = 100
 _MAX_STOPS = 64
+_MAX_DIGITS = 600  # of a whole number
 
 
 class ReportOptions(BaseModel):
@@ -200,7 +202,7 @@ def read_json_object(body: bytes | bytearray) -> dict[str, Any]:
     if n > _MAX_VALUES:
         raise PromptError(f"the request has {n} JSON values", f"send at most {_MAX_VALUES}")
     try:
-        values = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
+        values = json.loads(body, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
         _check_text(values)
     except UnicodeError as error:
         raise PromptError(
@@ -224,6 +226,12 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:30]} is not a finite number")
     return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:  # sys.get_int_max_str_digits() may be lower, and its error speaks to programmers
+        raise ValueError(f"{digits[:30]}... has {len(digits)} digits")
+    return int(digits)
 
 
 def _check_text(value: Any, depth: int = 0) -> None:
@@ -285,8 +293,8 @@ def parse_prune(value: Any, named: Mapping[str, PruneConfig | None] = {}) -> Pru
         if value in named:
             return named[value]
         if value not in PRESETS:
-            known = ", ".join((*named, *PRESETS))
-            raise ConfigError(f"prune: there is no preset {value[:60]!r}", f"use one of {known}, or an object")
+            remedy = use_one_of(value, (*named, *PRESETS), ", or an object")
+            raise ConfigError(f"prune: there is no preset {value[:60]!r}", remedy)
         return PRESETS[value]
     if not isinstance(value, dict):
         raise ConfigError(
@@ -296,7 +304,7 @@ def parse_prune(value: Any, named: Mapping[str, PruneConfig | None] = {}) -> Pru
     names = [field.name for field in fields(PruneConfig)]
     unknown = sorted(set(value) - set(names))
     if unknown:
-        raise ConfigError(f"prune has no field {unknown[0][:60]!r}", f"use {', '.join(names)}")
+        raise ConfigError(f"prune has no field {unknown[0][:60]!r}", use_one_of(unknown[0], names))
     for name in ("encoder_keep", "vision_keep", "decoder_keep", "image_max_tokens"):
         if type(value.get(name)) is int and value[name] == 1:  # JavaScript writes 1.0 like that
             raise ConfigError(

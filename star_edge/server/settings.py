@@ -67,8 +67,10 @@ class Policy:
             "max_held_bytes",
             "body_seconds",
         ):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{_option(name)} {getattr(self, name)} allows nothing", "use 1 or more")
+        if self.body_seconds == float("inf"):
+            raise ConfigError(f"{_option('body_seconds')} inf is no limit", "use a number of seconds")
         if self.verify is not None and self.verify < 1:
             raise ConfigError(f"{_option('verify')} {self.verify} verifies nothing", "use 1 or more, or leave it out")
         if self.max_queue < 0:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 
 DEFAULT_BYTES = 256 * 2**20
 DIRECTORY_BYTES = 2 * 2**30  # of all files in a directory together
@@ -232,6 +232,8 @@ class ImageCache:
         return CachedImage(embeddings, cells, scores, kept, mass, redundant, layer)
 
     def _write(self, key: bytes, image: CachedImage, n_tokens: int) -> None:
+        assert self.directory is not None
+        self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
         bits = sum(1 << i for i, kind in enumerate(_KINDS) if kind in image.scores)
         has_cells, has_kept = image.cells is not None, image.kept is not None
         n_redundant = 0 if image.redundant is None else len(image.redundant)
@@ -284,7 +286,7 @@ def check_bytes(n_bytes: int) -> None:
     """Raises ConfigError unless `n_bytes` is a whole number >= 0."""
     if isinstance(n_bytes, bool) or not isinstance(n_bytes, numbers.Integral) or n_bytes < 0:
         raise ConfigError(
-            f"image_cache_bytes={n_bytes!r} is not a whole number >= 0", "use bytes, or 0 for no cache in memory"
+            f"image_cache_bytes={quoted(n_bytes)} is not a whole number >= 0", "use bytes, or 0 for no cache in memory"
         )
 
 
@@ -297,10 +299,12 @@ def check_directory(directory: str | PathLike[str] | None) -> Path | None:
         name.encode()
     except (TypeError, UnicodeError) as error:
         raise ConfigError(
-            f"image_cache_dir={directory!r} is not a path", "give the path of a directory, or None"
+            f"image_cache_dir={quoted(directory)} is not a path", "give the path of a directory, or None"
         ) from error
     if not name.strip() or "\0" in name:
-        raise ConfigError(f"image_cache_dir={directory!r} names no directory", "give the path of a directory, or None")
+        raise ConfigError(
+            f"image_cache_dir={quoted(directory)} names no directory", "give the path of a directory, or None"
+        )
     return Path(os.path.expanduser(name))
 
 

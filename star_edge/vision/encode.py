@@ -74,15 +74,18 @@ class ImageEncoding:
                 notes.append(f"no tokens are left out before the encoder: {whole}")
             config = replace(config, redundancy="off")
         if config.prunes_in_encoder:
-            problem = self._reason("cannot run in two parts") if self.window is None else ""
             if self.window is not None:
                 window_layer(self.window, config.encoder_layer)
-                problem = next((p for image in images if (p := self.window.problem(image))), "")
+            problem = next((p for image in images if (p := self.problem(image))), "")
             if problem:
                 if not config.encoder_adapts:  # as far as model and picture allow is what that stage promises
                     notes.append(f"no encoder stage: {problem}")
                 config = replace(config, encoder_keep=1.0, encoder_layer=None, encoder_tolerance=None)
         return config, notes
+
+    def problem(self, image: ImageChunk) -> str:
+        """Why there can be no encoder stage with an image, or ""."""
+        return self._reason("cannot run in two parts") if self.window is None else self.window.problem(image)
 
     def _reason(self, what: str) -> str:
         return f"the encoder of projector type {self.encoder.projector!r} {what}"
@@ -215,7 +218,8 @@ class ImageEncoding:
             return whole
         picture = self.composer.look(image)
         if picture is None:
-            notes.append("no tokens are left out before the encoder: an image has other pixels than its tokens say")
+            if config.redundancy != "auto":
+                notes.append("no tokens are left out before the encoder: an image has other pixels than its tokens say")
             return whole
         pixels, tolerance = picture.pixels, 0.0
         if isinstance(config.redundancy, float):
@@ -296,11 +300,17 @@ class ImageEncoding:
         policies = [encoder_policy(config, first.attention is not None) for first in firsts]
         prepare(list(zip(policies, candidates)), self.encoder.n_threads)
         shares = self._shares(plan, config, works, candidates)
+        numbers = [w.number for w in works]
+        special = [plan.n_special[i] for i in numbers]
+        least, left = [n + s for n, s in zip(shares, special)], [len(w.units) + s for w, s in zip(works, special)]
+        mosts = plan.most_of(numbers, least, plan.n_encoder, left, to_decoder=not config.prunes_in_vision)
         selections = {}
-        for w, first, policy, image, n in zip(works, firsts, policies, candidates, shares):
+        for w, first, policy, image, n, most in zip(works, firsts, policies, candidates, shares, mosts):
             i = w.number
-            room = plan.n_encoder[i] - plan.n_encoder_least[i]  # none if the stage does not adapt to the picture
-            selection = choose(policy, image, n, min(len(w.units), n + room))
+            most -= plan.n_special[i]
+            if window.fitting(most, first.chunk) > most < len(w.units):  # rounded up, it would be over the room
+                most = next((m for m in range(most, n, -1) if window.fitting(m, first.chunk) == m), n)
+            selection = choose(policy, image, n, most)
             if config.encoder_adapts and selection.too_few:
                 notes.append(
                     f"there is room for {len(selection.kept)} of {len(w.units)} image tokens, which is less than "
@@ -343,8 +353,9 @@ class ImageEncoding:
         is_special = np.zeros(image.n_tokens, bool) if special is None else special
         of_unit = np.flatnonzero(~is_special)
         unit_mass = self._mass(config, work.mass) if selection is None else selection.mass
+        is_whole = len(features.tokens) == image.n_tokens  # then each token stands for itself
         mass = None
-        if unit_mass is not None:
+        if unit_mass is not None and not is_whole:
             mass = np.ones(len(features.tokens))
             mass[~is_special[features.tokens]] = unit_mass
         out = np.setdiff1d(np.arange(len(of_unit)), work.units)
@@ -354,7 +365,7 @@ class ImageEncoding:
             cells_of(image.n_tokens, special),
             features.score_seconds,
             special,
-            kept=features.tokens if len(features.tokens) < image.n_tokens else None,
+            kept=None if is_whole else features.tokens,
             mass=mass,
             redundant=of_unit[out],
             layer=layer,

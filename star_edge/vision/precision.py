@@ -18,6 +18,7 @@ instructions), in seconds, and how far its features are from those of f32 (relat
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ..errors import ConfigError, ModelFileError, UnsupportedModelError
+from ..errors import ConfigError, ModelFileError, UnsupportedModelError, quoted
 from ..llamacpp.devices import cpu_features
 from ..llamacpp.gguf import GGUFInfo, read_gguf_info
 from ..llamacpp.gguf_check import BF16, F16, F32, type_name
@@ -48,7 +49,7 @@ _MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|gate|down))\.w
 def check_type(mmproj_type: object) -> None:
     """Raises ConfigError unless it is in MMPROJ_TYPES."""
     if not isinstance(mmproj_type, str) or mmproj_type not in MMPROJ_TYPES:
-        raise ConfigError(f"mmproj_type={mmproj_type!r} is unknown", f"use one of {', '.join(MMPROJ_TYPES)}")
+        raise ConfigError(f"mmproj_type={quoted(mmproj_type)} is unknown", f"use one of {', '.join(MMPROJ_TYPES)}")
 
 
 def matrices(info: GGUFInfo) -> dict[str, int]:
@@ -155,7 +156,7 @@ def with_type(info: GGUFInfo, mmproj_type: str, on_gpu: bool) -> Precision:
     try:
         converted = _converted(info, kinds)
     except (OSError, ModelFileError) as error:
-        reason = error.cause if isinstance(error, ModelFileError) else f"{_folder()}: {error.strerror or error}"
+        reason = error.cause if isinstance(error, ModelFileError) else f"{_base()}: {error.strerror or error}"
         if is_auto:
             return Precision(info, of_file, of_file, f"the encoder computes in {of_file}: not converted ({reason})")
         if isinstance(error, ModelFileError):
@@ -170,9 +171,16 @@ def with_type(info: GGUFInfo, mmproj_type: str, on_gpu: bool) -> Precision:
 # ---- the cache ----
 
 
+def _base() -> str:
+    return os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("star_edge", appauthor=False)
+
+
 def _folder() -> Path:
-    base = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("star_edge", appauthor=False)
-    return Path(base).expanduser() / "mmproj"
+    """Raises FileNotFoundError where "~" stands for no folder."""
+    try:
+        return Path(_base()).expanduser() / "mmproj"
+    except RuntimeError as error:  # an unknown user, or one without a home
+        raise FileNotFoundError(errno.ENOENT, "there is no such home folder") from error
 
 
 def _converted(info: GGUFInfo, kinds: dict[str, int]) -> GGUFInfo:

@@ -56,7 +56,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, quoted
 from ..llamacpp.gguf import GGUFInfo, copy_with_metadata, read_tensor
 from ..llamacpp.names import CLASS_EMBEDDING, PATCH_NORM, PATCHES, POSITION_EMBEDDINGS, POSITIONS, POST_NORM
 from ..suggestions import use_one_of
@@ -169,7 +169,7 @@ def check_encoder(encoder: str) -> None:
     """Raises ConfigError unless it is "repaired" or "stock"."""
     if not isinstance(encoder, str) or encoder not in ("repaired", "stock"):
         raise ConfigError(
-            f"encoder={encoder!r} is unknown",
+            f"encoder={quoted(encoder)} is unknown",
             use_one_of(encoder, ("repaired", "stock"), " (what llama.cpp computes by itself)"),
         )
 

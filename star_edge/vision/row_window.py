@@ -26,6 +26,7 @@ from .window import FirstPass, mean_states
 SQUARES = ("gemma3", "idefics3", "internvl", "gemma4v", "kimik25", "lfm2", "nemotron_v2_vl")
 SINGLE = ("mlp",)
 LEARNED_ROWS = ("nemotron_v2_vl",)  # with any number of learned rows beside the patches
+_KEPT = 1024  # rehearsals: a stage that adapts to the picture has one for each number of tokens and size of picture
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ class RowWindow:
             outcome = self.encoder.run(chunk, Plan(count_only=True, keep=KeepRows(layer, layout.keep(tokens))))
             if outcome.n_out != len(tokens):
                 raise EngineError(f"the encoder would make {outcome.n_out} of {len(tokens)} tokens")
+            if len(self._rehearsals) >= _KEPT:
+                del self._rehearsals[next(iter(self._rehearsals))]
             self._rehearsals[key] = outcome
         return self._rehearsals[key]
 

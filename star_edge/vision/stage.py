@@ -38,6 +38,42 @@ class StagedImage:
     selection: Selection
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the decoder has room for.
+
+    Attributes:
+        n_cells: Sizes of a prompt, in KV cells, above which it loses something. The smallest one holds into which what
+            the vision stage keeps at least fits.
+        n_batch: Rows that are processed at once at most.
+    """
+
+    n_cells: Sequence[int] = ()
+    n_batch: int | None = None
+
+    def fill(self, images: Sequence[ImageChunk], least: list[int], most: list[int], n_text: int) -> list[int]:
+        """Tokens of each image that the vision stage may leave: between `least` and `most`, as far as there is room."""
+        most = self.at_once(images, least, most)
+        taken = n_text + sum(least)
+        free = next((n - taken for n in sorted(self.n_cells) if n >= taken), 0) if self.n_cells else sum(most)
+        return _spread(free, least, most)
+
+    def at_once(self, images: Sequence[ImageChunk], least: Sequence[int], most: Sequence[int]) -> list[int]:
+        """`most`, lowered where all of an image's rows are processed at once, but not below `least`."""
+        if self.n_batch is None:
+            return list(most)
+        return [n if image.causal else min(n, max(first, self.n_batch)) for image, first, n in zip(images, least, most)]
+
+
+def _spread(free: int, least: list[int], most: Sequence[int]) -> list[int]:
+    """`least`, and up to `free` more in all, in proportion to what is missing to `most`."""
+    dropped = [n - first for first, n in zip(least, most)]
+    if free < np.count_nonzero(dropped):
+        return least
+    more = budget.in_proportion(min(free, sum(dropped)), dropped)
+    return [first + n for first, n in zip(least, more)]
+
+
 @dataclass
 class PromptPlan:
     """What a prompt will take, before any of it is decoded.
@@ -61,6 +97,7 @@ class PromptPlan:
         windows: (layer K, tokens of each image that stay from there on) of each decoder stage. At most that many if the
             vision stage adapts to the picture.
         n_text: Text tokens of the prompt.
+        room: What the decoder has room for.
     """
 
     chunks: Sequence[TextChunk | ImageChunk]
@@ -73,6 +110,7 @@ class PromptPlan:
     n_least: list[int]
     windows: list[tuple[int, list[int]]]
     n_text: int
+    room: Room
 
     @property
     def images(self) -> list[ImageChunk]:
@@ -83,33 +121,24 @@ class PromptPlan:
         """KV cells that the prompt takes at most, which is during the probe."""
         return self.n_text + sum(self.n_vision)
 
+    def most_of(
+        self, group: Sequence[int], least: list[int], planned: Sequence[int], left: Sequence[int], *, to_decoder: bool
+    ) -> list[int]:
+        """Tokens that each image of a group may keep at most, once the group's budget is divided.
 
-@dataclass(frozen=True)
-class Room:
-    """What the decoder has room for.
+        Together they are no more than planned: what one image does not take, another may.
 
-    Attributes:
-        n_cells: Sizes of a prompt, in KV cells, above which it loses something. The smallest one holds into which what
-            the vision stage keeps at least fits.
-        n_batch: Rows that are processed at once at most.
-    """
-
-    n_cells: Sequence[int] = ()
-    n_batch: int | None = None
-
-    def fill(self, images: Sequence[ImageChunk], least: list[int], most: list[int], n_text: int) -> list[int]:
-        """Tokens of each image that the vision stage may leave: between `least` and `most`, as far as there is room."""
-        if self.n_batch is not None:
-            most = [
-                n if image.causal else min(n, max(first, self.n_batch)) for image, first, n in zip(images, least, most)
-            ]
-        taken = n_text + sum(least)
-        free = next((n - taken for n in sorted(self.n_cells) if n >= taken), 0) if self.n_cells else sum(most)
-        dropped = [n - first for first, n in zip(least, most)]
-        if free < np.count_nonzero(dropped):
-            return least
-        more = budget.in_proportion(min(free, sum(dropped)), dropped)
-        return [first + n for first, n in zip(least, more)]
+        Args:
+            group: Indices of the images.
+            least: Tokens that each of them keeps at least.
+            planned: `n_encoder` or `n_vision`.
+            left: Tokens that each of them has.
+            to_decoder: The decoder reads what stays. False: the vision stage comes first, and makes it fit.
+        """
+        free = sum(planned[i] for i in group) - sum(least)
+        images = self.images
+        most = self.room.at_once([images[i] for i in group], least, left) if to_decoder else left
+        return _spread(max(0, free), least, most)
 
 
 def plan_prompt(
@@ -174,7 +203,9 @@ def plan_prompt(
     for layer, keep in windows:
         left = keep_of("decoder_keep", keep, left)
         counts.append((layer, left))
-    return PromptPlan(chunks, config, groups, n_special, n_encoder, n_encoder_least, n_vision, n_least, counts, n_text)
+    return PromptPlan(
+        chunks, config, groups, n_special, n_encoder, n_encoder_least, n_vision, n_least, counts, n_text, room
+    )
 
 
 def _join_frames(groups: Sequence[list[int]], images: Sequence[ImageChunk]) -> list[list[int]]:
@@ -268,13 +299,18 @@ def _choose(plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int) -> lis
     losing = zip(policies, candidates, plan.n_least)
     prepare([(policy, c) for policy, c, n in losing if policy is not None and n < len(c.tokens)], n_threads)
     n_keep = _divide(plan, candidates)
+    n_most = list(n_keep)
+    for group in plan.groups:
+        least, left = ([numbers[i] for i in group] for numbers in (n_keep, [len(c.tokens) for c in candidates]))
+        for i, n in zip(group, plan.most_of(group, least, plan.n_vision, left, to_decoder=True)):
+            n_most[i] = n
 
     def of_image(i: int) -> tuple[Selection, np.ndarray]:
         image, policy = candidates[i], policies[i]
-        n, n_ordinary = len(image.tokens), n_keep[i] - plan.n_special[i]
+        n = len(image.tokens)
         if policy is None or n_keep[i] == n:
             return Selection(np.arange(n), encoded[i].mass), encoded[i].embeddings
-        selection = choose(policy, image, n_ordinary, n_ordinary + plan.n_vision[i] - plan.n_least[i])
+        selection = choose(policy, image, n_keep[i] - plan.n_special[i], n_most[i] - plan.n_special[i])
         return selection, merge(encoded[i].embeddings, selection)
 
     # An image takes memory in the square of its tokens: several at once take no more than the largest one that is whole

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, quoted
 from ..llamacpp.tap import MEAN_ALL, AttentionRead, Outcome, Plan
 from .chunks import ImageChunk
 from .composed import Composer, Grid, Picture, UnitFeatures, find_geometry
@@ -196,7 +196,8 @@ def window_layer(window: EncoderWindow, layer: int | None) -> int:
     """
     if layer is not None and layer > window.n_layers - 1:
         raise ConfigError(
-            f"encoder_layer={layer} is outside 1..{window.n_layers - 1}", f"the encoder has {window.n_layers} layers"
+            f"encoder_layer={quoted(layer)} is outside 1..{window.n_layers - 1}",
+            f"the encoder has {window.n_layers} layers",
         )
     return window.default_layer() if layer is None else layer
 

@@ -89,19 +89,29 @@ function shareConfig(percent) {
   return config;
 }
 
-// The request's `prune`. undefined: as the server was started. presets: the fields of each by name, from setup.json.
+// A config whose images share one budget, as --budget makes it: what they share has a number. So nothing adapts to the
+// picture, and an encoder stage that may then leave less than a later stage keeps is left out.
+function shared({ vision_tolerance, encoder_tolerance, ...config }) {
+  const { encoder_keep: encoder } = config;
+  const exceeds = (keep) => keep > encoder && keep < 1 === encoder < 1; // shares and counts are not compared
+  if (!exceeds(config.vision_keep) && !exceeds(config.decoder_keep)) return config;
+  const { encoder_keep, encoder_layer, ...rest } = config;
+  return rest;
+}
+
+// The request's `prune`. undefined: as the server was started. presets: the fields of each by name, from setup.json; of
+// "server" too where more is asked of the server's own.
 export function pruneOf(settings, presets) {
   const { preset, share, size, repeats, budget } = settings;
   const more = {};
   if (size < 1) more.image_max_tokens = size;
-  if (repeats) more.redundancy = "exact";
+  if (repeats && !(presets[preset]?.redundancy > 0)) more.redundancy = "exact"; // a number leaves out more
   if (budget) more.budget = budget;
   if (preset === "server" && !Object.keys(more).length) return undefined;
   if (preset === "share") return { ...shareConfig(share), ...more };
   if (!Object.keys(more).length) return preset;
   const config = { ...presets[preset], ...more };
-  if (budget === "prompt") delete config.vision_tolerance; // as --budget does: what all share has a number
-  return config;
+  return budget === "prompt" ? shared(config) : config;
 }
 
 // The part of a message that a picture or a video is. media: of `readFiles`. nframes, fps: of a video; undefined: the server's.

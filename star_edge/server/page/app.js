@@ -124,8 +124,16 @@ function stop() {
 
 // ---- questions ----
 
-function bodyOf(side, question, isFair) {
-  const prune = side === "stock" ? "off" : pruneOf(settings(), setup.presets);
+// The fields of the presets by name. Where the settings change the server's own config, it is asked what that is.
+async function knownPresets() {
+  const isChanged = settings().preset === "server" && pruneOf(settings(), {}) !== undefined;
+  if (!isChanged) return setup.presets;
+  const [{ star_edge: says }] = (await getJSON("v1/models", $("key").value)).data;
+  return { ...setup.presets, server: says.default.config };
+}
+
+function bodyOf(side, question, isFair, presets) {
+  const prune = side === "stock" ? "off" : pruneOf(settings(), presets);
   return {
     messages: messagesOf(turns, side, question, partOf(media, { nframes: numberIn("frames"), fps: numberIn("fps") })),
     ...(prune === undefined ? {} : { prune }),
@@ -261,15 +269,19 @@ async function ask(question) {
   }
   const chosen = mode();
   const sides = chosen === "both" ? ["pruned", "stock"] : [chosen];
+  const mine = new AbortController();
+  setRunning(mine);
   let bodies;
   try {
-    bodies = Object.fromEntries(sides.map((side) => [side, bodyOf(side, question, chosen === "both")]));
+    const presets = await knownPresets();
+    if (mine.signal.aborted) return;
+    bodies = Object.fromEntries(sides.map((side) => [side, bodyOf(side, question, chosen === "both", presets)]));
   } catch (error) {
+    if (running !== mine) return;
+    setRunning(null);
     return showError(error);
   }
   const { image, isVideo } = media;
-  const mine = new AbortController();
-  setRunning(mine);
   const shown = makeTurn(question, sides, bodies);
   const results = {};
   try {

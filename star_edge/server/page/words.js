@@ -89,6 +89,7 @@ export const PRESETS = {
   quality: "About half of the image tokens are read.",
   balanced: "About a quarter of the image tokens are read.",
   fast: "About a tenth of the image tokens is read. Small text may be lost.",
+  document: "For pages of text: what is not blank paper, until late in the decoder.",
   share: "A share of the image tokens that you choose, averaged over the layers.",
   star: "A published method: STAR, two stages.",
   fastv: "A published method: FastV, in the decoder alone.",
