@@ -184,21 +184,27 @@ static void write_mask(se_tap * tap, struct ggml_tensor * mask, int32_t known) {
     se_tap_fail(tap, se_write(mask, values, 0, size));
 }
 
+/* Cell bias, or the level that the consumer is in. A level is written when the first consumer in it is asked about: the attention of the
+ * levels before has run by then (se_tap_ends_level), and a mask that nothing reads any more is no longer there. Its memory is another
+ * tensor's (ggml_gallocr_free_node), as that of the full mask is where the last layers have a sliding window. */
 static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * mask = se_mask_input(node, s);
         if (!mask) continue;
-        bool done = false;
-        for (int i = 0; i < tap->n_biased; i++) done = done || tap->biased[i] == mask;
-        if (done) continue;
-        int32_t known = -1;
-        if (tap->n_biased < MAX_MASKS) {
-            known = tap->n_biased++;
-            tap->biased[known] = mask;
-            tap->level_masks[known].is_known = false;
-        } else if (tap->n_levels) {
-            se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+        int32_t known = 0;
+        while (known < tap->n_biased && tap->biased[known] != mask) known++;
+        if (known == tap->n_biased) {
+            if (tap->n_biased < MAX_MASKS) {
+                tap->biased[tap->n_biased++] = mask;
+                tap->level_masks[known].is_known = false;
+            } else {
+                known = -1;
+                if (tap->n_levels) se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+            }
+        } else if (!tap->n_levels || tap->level_masks[known].level == tap->level) {
+            continue;
         }
+        if (known >= 0) tap->level_masks[known].level = tap->level;
         /* What a cast makes of the mask stays as it is when the mask changes. */
         const bool is_cast = tap->n_levels && !se_is_attention(node);
         if (is_cast || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32)) se_tap_fail(tap, SE_ERR_SHAPE);
@@ -210,10 +216,7 @@ bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node) {
     return tap->level + 1 < tap->n_levels && se_layer_out_index(node, tap->layer_out) == tap->level_layers[tap->level + 1] - 1;
 }
 
-void se_tap_next_level(se_tap * tap) {
-    tap->level++;
-    for (int32_t i = 0; i < tap->n_biased; i++) write_mask(tap, tap->biased[i], i);
-}
+void se_tap_next_level(se_tap * tap) { tap->level++; }
 
 static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
     struct ggml_tensor * leaf = se_leaf_times_zero(node);
