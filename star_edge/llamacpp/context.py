@@ -168,6 +168,7 @@ class TappedContext(_internals.LlamaContext):
         self.check_cancelled()
         if not self._n_prompt:
             self.forget_stem()
+            self.tap.set_cell_bias(None)  # of a prompt that was read, in part or whole, and never answered
         elif self.n_parked:
             n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 - self._gap + self.n_parked
             if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
@@ -272,6 +273,11 @@ class DecoderContext:
             llama_cpp.LLAMA_ROPE_TYPE_IMROPE,
         )
         self.n_swa = llama_cpp.llama_model_n_swa(model)
+        # llama_kv_cache_iswa: such a cache may be smaller than the context, in steps of 256, and then find_slot gives
+        # the cells of rows that have left the window to later ones. What the tap knows of a cell would hold for those.
+        params = llama.context_params
+        n_window = -(-(self.n_swa * params.n_seq_max + params.n_ubatch) // 256) * 256
+        self.cells_move_on = self.n_swa > 0 and not params.swa_full and n_window < self.n_ctx
         self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
         self.is_hybrid = self.owner.is_hybrid
         self.tells_text_apart = llama.metadata.get("general.architecture") in TELLS_TEXT_APART
