@@ -125,7 +125,7 @@ static void set_mask_at(const struct ggml_tensor * mask, void * values, int64_t 
 
 /* The columns of one row as the level wants them. Whether a cell may be seen is asked of columns that no level hides before they are written,
  * so the row may be at any level already. */
-static void level_row(const se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
+static void level_row(se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
     const float * bias = tap->level_bias + (int64_t) tap->level * tap->n_level_cells;
     for (int64_t c = 0; c < n; c++) {
         const int32_t witness = tap->witness[c];
@@ -141,10 +141,14 @@ static void level_row(const se_tap * tap, const struct ggml_tensor * mask, void 
 }
 
 /* Puts the bias of each cell into its column of the mask (n_kv, n_tokens), where that is 0 and not -inf. Where
- * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn. */
-static void bias_row(const se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
+ * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn.
+ * What else stands there is a distance (ALiBi), which each head takes another part of: a bias would be taken so, too. */
+static void bias_row(se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
     for (int64_t c = 0; c < n; c++) {
-        if (tap->bias[c] != 0.0f && mask_at(mask, values, first + c) == 0.0f) set_mask_at(mask, values, first + c, tap->bias[c]);
+        const float bias = tap->bias[c], found = bias != 0.0f ? mask_at(mask, values, first + c) : 0.0f;
+        if (bias == 0.0f || isinf(found)) continue;
+        if (found == 0.0f) set_mask_at(mask, values, first + c, bias);
+        else if (found != (mask->type == GGML_TYPE_F32 ? bias : half_to_float(float_to_half(bias)))) se_tap_fail(tap, SE_ERR_SHAPE);
     }
 }
 
