@@ -141,7 +141,7 @@ class TappedContext(_internals.LlamaContext):
         super().kv_cache_clear()  # type: ignore[no-untyped-call]  # llama_cpp has no annotations there
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        if p0 < self._n_prompt:
+        if p0 < self._n_prompt or not self._n_prompt:  # 0: it may have been read, in part or whole, and never answered
             self.forget_prompt()
         if not self._n_prompt and self.forget_stem() and p0 > 0:
             return False  # as from a memory that cannot go back: the rows before p0 are to be read again
@@ -168,7 +168,6 @@ class TappedContext(_internals.LlamaContext):
         self.check_cancelled()
         if not self._n_prompt:
             self.forget_stem()
-            self.tap.set_cell_bias(None)  # of a prompt that was read, in part or whole, and never answered
         elif self.n_parked:
             n_used = llama_cpp.llama_memory_seq_pos_max(self.memory, MAIN) + 1 - self._gap + self.n_parked
             if n_used + batch.n_tokens() > llama_cpp.llama_n_ctx(self.ctx):  # an answer that long needs the cells
