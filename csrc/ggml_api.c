@@ -121,7 +121,7 @@ const char * se_error_text(int error) {
         case SE_ERR_NO_LAYER_OUT: return "the graph names no layer output (l_out) where the layer window begins or ends, or no node that the plan names";
         case SE_ERR_NO_ATTENTION: return "a layer that was named has no attention in this graph";
         case SE_ERR_NO_ROPE: return "positions were given, but the graph has no RoPE";
-        case SE_ERR_SHAPE: return "a tensor of the graph has an unexpected shape or type";
+        case SE_ERR_SHAPE: return "a tensor of the graph has an unexpected shape, type or content";
         case SE_ERR_CAPACITY: return "an output buffer is too small";
         case SE_ERR_SEVERAL_GRAPHS: return "the decode was split into several graphs";
         case SE_ERR_LATE_INPUT: return "a later layer reads more of an earlier one than its hidden state, so no window can begin there";

@@ -27,7 +27,7 @@ enum se_error {
     SE_ERR_NO_LAYER_OUT = 4,  /* the graph names no layer output where the window begins or ends, or not the plan's source_node */
     SE_ERR_NO_ATTENTION = 5,  /* a layer that the plan names has no attention */
     SE_ERR_NO_ROPE = 6,       /* positions were given, and no ROPE node was seen */
-    SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects */
+    SE_ERR_SHAPE = 7,         /* a tensor has another shape or type than the plan expects, or a mask other values */
     SE_ERR_CAPACITY = 8,      /* an output buffer of the plan is too small */
     SE_ERR_SEVERAL_GRAPHS = 9, /* the decode was split into more than one graph while a window was armed */
     SE_ERR_LATE_INPUT = 10,   /* a layer of the window reads more of the layers before it than their hidden state */

@@ -21,6 +21,7 @@ typedef struct {
     void * values;
     size_t capacity;
     bool is_known; /* they are what the tensor has */
+    int32_t level; /* the one that the tensor has been written for */
 } level_mask;
 
 struct se_tap {
@@ -68,7 +69,7 @@ struct se_tap {
     struct ggml_tensor * biased[MAX_MASKS];
     level_mask level_masks[MAX_MASKS]; /* with levels: the same masks as the host has written them */
     int32_t n_biased;
-    int32_t level;          /* the one that the masks are at */
+    int32_t level;          /* the one that the graph is in */
     void * scratch;
     size_t scratch_size;
 };
@@ -84,10 +85,10 @@ void se_tap_inputs_begin(se_tap * tap);
 /* Called while asking about a node: writes and reads the inputs that it is the consumer of. */
 void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node);
 
-/* Whether the node is the last of a level: the masks then change, and the graph must have come that far. */
+/* Whether the node is the last of a level: the graph must have come that far before the masks change. */
 bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node);
 
-/* Called when such a node is done: the masks go over to the next level. */
+/* Called when such a node is done: from its next consumer on, a mask is that of the next level. */
 void se_tap_next_level(se_tap * tap);
 
 #endif

@@ -125,7 +125,7 @@ static void set_mask_at(const struct ggml_tensor * mask, void * values, int64_t 
 
 /* The columns of one row as the level wants them. Whether a cell may be seen is asked of columns that no level hides before they are written,
  * so the row may be at any level already. */
-static void level_row(const se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
+static void level_row(se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
     const float * bias = tap->level_bias + (int64_t) tap->level * tap->n_level_cells;
     for (int64_t c = 0; c < n; c++) {
         const int32_t witness = tap->witness[c];
@@ -141,10 +141,14 @@ static void level_row(const se_tap * tap, const struct ggml_tensor * mask, void 
 }
 
 /* Puts the bias of each cell into its column of the mask (n_kv, n_tokens), where that is 0 and not -inf. Where
- * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn. */
-static void bias_row(const se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
+ * the bias already stands nothing changes: a backend's copy of the mask may have been made before or after the original's turn.
+ * What else stands there is a distance (ALiBi), which each head takes another part of: a bias would be taken so, too. */
+static void bias_row(se_tap * tap, const struct ggml_tensor * mask, void * values, int64_t first, int64_t n) {
     for (int64_t c = 0; c < n; c++) {
-        if (tap->bias[c] != 0.0f && mask_at(mask, values, first + c) == 0.0f) set_mask_at(mask, values, first + c, tap->bias[c]);
+        const float bias = tap->bias[c], found = bias != 0.0f ? mask_at(mask, values, first + c) : 0.0f;
+        if (bias == 0.0f || isinf(found)) continue;
+        if (found == 0.0f) set_mask_at(mask, values, first + c, bias);
+        else if (found != (mask->type == GGML_TYPE_F32 ? bias : half_to_float(float_to_half(bias)))) se_tap_fail(tap, SE_ERR_SHAPE);
     }
 }
 
@@ -184,21 +188,27 @@ static void write_mask(se_tap * tap, struct ggml_tensor * mask, int32_t known) {
     se_tap_fail(tap, se_write(mask, values, 0, size));
 }
 
+/* Cell bias, or the level that the consumer is in. A level is written when the first consumer in it is asked about: the attention of the
+ * levels before has run by then (se_tap_ends_level), and a mask that nothing reads any more is no longer there. Its memory is another
+ * tensor's (ggml_gallocr_free_node), as that of the full mask is where the last layers have a sliding window. */
 static void bias_mask(se_tap * tap, const struct ggml_tensor * node) {
     for (int s = 0; s < GGML_MAX_SRC; s++) {
         struct ggml_tensor * mask = se_mask_input(node, s);
         if (!mask) continue;
-        bool done = false;
-        for (int i = 0; i < tap->n_biased; i++) done = done || tap->biased[i] == mask;
-        if (done) continue;
-        int32_t known = -1;
-        if (tap->n_biased < MAX_MASKS) {
-            known = tap->n_biased++;
-            tap->biased[known] = mask;
-            tap->level_masks[known].is_known = false;
-        } else if (tap->n_levels) {
-            se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+        int32_t known = 0;
+        while (known < tap->n_biased && tap->biased[known] != mask) known++;
+        if (known == tap->n_biased) {
+            if (tap->n_biased < MAX_MASKS) {
+                tap->biased[tap->n_biased++] = mask;
+                tap->level_masks[known].is_known = false;
+            } else {
+                known = -1;
+                if (tap->n_levels) se_tap_fail(tap, SE_ERR_CAPACITY); /* it could not change later */
+            }
+        } else if (!tap->n_levels || tap->level_masks[known].level == tap->level) {
+            continue;
         }
+        if (known >= 0) tap->level_masks[known].level = tap->level;
         /* What a cast makes of the mask stays as it is when the mask changes. */
         const bool is_cast = tap->n_levels && !se_is_attention(node);
         if (is_cast || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32)) se_tap_fail(tap, SE_ERR_SHAPE);
@@ -210,10 +220,7 @@ bool se_tap_ends_level(const se_tap * tap, const struct ggml_tensor * node) {
     return tap->level + 1 < tap->n_levels && se_layer_out_index(node, tap->layer_out) == tap->level_layers[tap->level + 1] - 1;
 }
 
-void se_tap_next_level(se_tap * tap) {
-    tap->level++;
-    for (int32_t i = 0; i < tap->n_biased; i++) write_mask(tap, tap->biased[i], i);
-}
+void se_tap_next_level(se_tap * tap) { tap->level++; }
 
 static void clear_unwritten(se_tap * tap, const struct ggml_tensor * node) {
     struct ggml_tensor * leaf = se_leaf_times_zero(node);

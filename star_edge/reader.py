@@ -13,13 +13,13 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from os import PathLike
 from typing import cast
 
 import numpy as np
 from llama_cpp import Llama
 
+from .decoder.cells import possible_in_cells
 from .decoder.hybrid import at_attention
 from .decoder.prefill import Prefill, prefill
 from .decoder.saved import SavedStems
@@ -393,15 +393,9 @@ class PromptReader:
                 f"no decoder stage: the prompt is longer than the model's sliding window of {self.decoder.n_swa}"
             )
             plan = plan_prompt(prompt.chunks, prune, [], encoded, room)
-        if prune is not None and prune.representatives != "none":
-            problem = None
-            if 0 < self.decoder.n_swa < plan.n_cells:  # the bias is made for the cells of another cache
-                problem = "the prompt is longer than the model's sliding window"
-            elif not self.decoder.has_cells:
-                problem = "a recurrent decoder has no attention in which a token could count for several"
-            if problem:
-                plan.config = replace(prune, representatives="none")
-                notes.append(f"no representatives: {problem}")
+        if prune is not None:
+            plan.config, undone = possible_in_cells(decoder, prune, plan.n_cells, has_stage=bool(plan.windows))
+            notes += undone
         if plan.n_cells + 1 > self.decoder.n_ctx:
             raise ContextLengthError(
                 f"the prompt takes {plan.n_cells} tokens ({plan.n_text} text, {sum(plan.n_vision)} image) of a context "

@@ -4,6 +4,7 @@ import functools
 import threading
 import weakref
 
+import llama_cpp
 import numpy as np
 import pytest
 from helpers.chatting import COLOR, DEMO, OTHER, PLATE, ask, bare, complete, load, raise_it, streamed, text_of, user
@@ -69,6 +70,29 @@ def test_states_of_texts_are_restored_as_before(llm, monkeypatch):
         ask(llm)
     assert np.array_equal(go_on(llm), expected)
     llm.set_cache(None)
+
+
+def test_a_state_ends_a_stream_that_is_under_way(llm):
+    """Its prompt's positions and masses are not those of the state, and the stream cannot go on from another's rows."""
+    prompt = "is there a red star? " * 8
+    end = llm.tokenize(PLATE.encode(), add_bos=False)
+
+    def go_on(llm, state):
+        llm.load_state(state)
+        llm.eval(end)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
+
+    llm.reset()
+    llm.eval(llm.tokenize(prompt.encode()))
+    state = llm.save_state()
+    expected = go_on(llm, state)
+    stream = ask(llm, stream=True)
+    next(stream)
+    assert llm._ctx._n_prompt < state.n_tokens
+    assert np.array_equal(go_on(llm, state), expected)
+    with pytest.raises(errors.EngineClosedError, match="ended this stream"):
+        next(stream)
+    llm.reset()
 
 
 def test_requests_do_not_see_each_other(llm, handler):
@@ -195,7 +219,10 @@ def test_closed():
     llm = load(handler)
     stream = ask(llm, stream=True)
     next(stream)
+    state = llm.save_state()
     llm.close()
+    with pytest.raises(errors.EngineClosedError, match="the Llama is closed"):
+        llm.load_state(state)
     with pytest.raises(errors.EngineClosedError, match="the Llama is closed"):
         next(stream)
     with pytest.raises(errors.EngineClosedError, match="the Llama is closed"):

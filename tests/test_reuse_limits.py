@@ -2,6 +2,7 @@
 others need.
 """
 
+import contextlib
 from dataclasses import replace
 
 import llama_cpp
@@ -36,6 +37,40 @@ def test_sliding_windows_keep_nothing(families, tmp_path, window, has_stage):
                 assert report.reused_tokens == 0 and (report.images[0].cached or not i)
                 assert bool(report.windows) is (has_stage and preset is not None)
                 assert vlm.llama._ctx.stem is None and cells(vlm)[1:] == [(-1, -1)] * (N_SEQUENCES - 1)
+
+
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_cells_that_go_to_later_rows_have_no_count(families, tmp_path, swa_full):
+    """The cache of a sliding window may be smaller than the context. A token of a long answer then gets a cell of the
+    image, and must count once: the answer is that of a cache that is as large.
+    """
+    write_sliding(tmp_path / "text.gguf", replace(LLAMA, n_layers=4), 64)
+    models = replace(families["llama"], text=tmp_path / "text.gguf")
+    options = {"n_ctx": 448, "n_batch": 64, "n_ubatch": 64}
+    request = ("a <__media__> b", random_image(1))
+    config = PruneConfig(0.2, 0.1, decoder_layer=2)
+    plain = replace(config, representatives="none", seen_below=False)
+
+    def steps(config, **options):
+        """Logits of 240 steps after the prompt, (240, n_vocab), and the report."""
+        with engine(models, **options) as vlm:
+            state, report = vlm.read_prompt(*request, config, chat=False)
+            vlm._reader.hand_over(state)
+            logits = []
+            for i in range(240):
+                vlm.llama.eval([97 + i % 20])
+                logits.append(vlm.decoder.logits())
+            return np.array(logits), report
+
+    logits, report = steps(config, swa_full=swa_full, **options)
+    assert report.windows and (report.images[0].decoder_mass is None) is not swa_full
+    assert ["swa_full=False" in note for note in report.notes] == ([] if swa_full else [True, True])
+    wanted, _ = steps(config if swa_full else plain, swa_full=True, **options)
+    bound = 10 * np.abs(steps(None, swa_full=False, **options)[0] - steps(None, swa_full=True, **options)[0]).max()
+    assert np.abs(logits - wanted).max() <= bound
+    if not swa_full:
+        counted, _ = steps(config, swa_full=True, **options)
+        assert np.abs(counted - wanted).max() > bound
 
 
 def test_recurrent_decoders_keep_nothing(families, tmp_path):
@@ -102,6 +137,40 @@ def test_after_a_surprise_everything_is_read(families, family, surprise, idle):
             report = same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options))
             assert report.reused_tokens == 0
             assert same(vlm.read_prompt(*request, chat=False), fresh(models, request, **options)).reused_tokens > 20
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize(("family", "preset"), [("llama", "balanced"), ("qwen35", "balanced"), ("qwen35", "star")])
+def test_a_prompt_without_an_answer_leaves_nothing_to_a_text(families, family, preset, reuse):
+    """Masses belong to cells, and a hybrid decoder hides some: text that gets such a cell counts once, and is seen.
+
+    The prompt is read to its end, or cancelled before each of its decodes.
+    """
+    models = families[family]
+    text = list(range(300, 360))
+
+    def logits(vlm):
+        vlm.llama.reset()
+        vlm.llama.eval(text)
+        return vlm.decoder.logits()
+
+    with engine(models, reuse=reuse) as vlm:
+        expected = logits(vlm)
+        request = ("ab <__media__> " + QUESTIONS[0], random_image(1), preset)
+        vlm.read_prompt(*request, chat=False)
+        assert np.array_equal(logits(vlm), expected)
+        n_cancelled = 0
+        for most in range(1, 12):
+            calls = iter(range(most))
+            with (
+                vlm.cancellable(lambda calls=calls: next(calls, None) is None),
+                contextlib.suppress(errors.RequestCancelledError),
+            ):
+                vlm.generate(*request, max_tokens=1, chat=False)
+                continue
+            n_cancelled += 1
+            assert np.array_equal(logits(vlm), expected)
+        assert n_cancelled > 3
 
 
 def test_a_state_of_another_image_is_no_stem(families):

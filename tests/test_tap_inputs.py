@@ -4,10 +4,12 @@ import llama_cpp
 import numpy as np
 import pytest
 from helpers import bounds, gpu, stock_attention
+from helpers.decoders import write_alibi
 from helpers.reference import Decoder
 from helpers.tap_helpers import (
     ARCHS,
     HEADS,
+    SHAPE,
     D,
     L,
     decode,
@@ -132,6 +134,23 @@ def test_shift_leaves_smaller_positions_alone(tapped, fresh):
 
 
 # ---- cell bias ----
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_bias_in_a_mask_of_distances_is_refused(flash, tmp_path):
+    """With ALiBi each head takes a part of what the mask has: no bias makes a cell count the same in all of them."""
+    write_alibi(tmp_path / "text.gguf", SHAPE)
+    llama, tap = load(str(tmp_path / "text.gguf"), flash), Tap()
+    attach_tap(llama, tap)
+    context = DecoderContext(llama, tap)
+    rows = rows_of("llama", 24)
+    assert np.isfinite(decode(context, rows)[1]).all()
+    context.clear()
+    tap.set_cell_bias(np.where(np.arange(24) == 5, np.log(3), 0).astype(np.float32))
+    with pytest.raises(EngineError, match="content"):
+        decode(context, rows)
+    llama.close()
+    tap.close()
 
 
 @kinds

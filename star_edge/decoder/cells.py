@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
+from ..pruning.config import PruneConfig
 from ..rows import Segment
 from . import reuse
 
@@ -157,3 +158,31 @@ def runs_of(mask: np.ndarray) -> list[tuple[int, int]]:
     """[first, last) of each run of True in a mask (n,)."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
     return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
+
+
+def possible_in_cells(
+    context: DecoderContext, config: PruneConfig, n_cells: int, *, has_stage: bool
+) -> tuple[PruneConfig, list[str]]:
+    """The config without what cannot be said of this decoder's KV cells, and a note on each such thing.
+
+    Args:
+        context: The decoder.
+        config: What is asked for.
+        n_cells: Cells that the prompt takes at most.
+        has_stage: Whether there is a decoder stage.
+    """
+    notes, problem = [], ""
+    move_on = "with swa_full=False, KV cells of tokens that leave the sliding window go to later ones"
+    if 0 < context.n_swa < n_cells:  # the bias is made for the cells of another cache
+        problem = "the prompt is longer than the model's sliding window"
+    elif not context.has_cells:
+        problem = "a recurrent decoder has no attention in which a token could count for several"
+    elif context.cells_move_on:
+        problem = move_on
+    if problem and {config.representatives, config.decoder_representatives} - {"none", None}:
+        config = replace(config, representatives="none", decoder_representatives=None)
+        notes.append(f"no representatives: {problem}")
+    if context.cells_move_on and has_stage and config.seen_below:
+        config = replace(config, seen_below=False)
+        notes.append(f"the answer sees no dropped tokens: {move_on}")
+    return config, notes

@@ -141,7 +141,7 @@ class TappedContext(_internals.LlamaContext):
         super().kv_cache_clear()  # type: ignore[no-untyped-call]  # llama_cpp has no annotations there
 
     def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
-        if p0 < self._n_prompt:
+        if p0 < self._n_prompt or not self._n_prompt:  # 0: it may have been read, in part or whole, and never answered
             self.forget_prompt()
         if not self._n_prompt and self.forget_stem() and p0 > 0:
             return False  # as from a memory that cannot go back: the rows before p0 are to be read again
@@ -272,6 +272,11 @@ class DecoderContext:
             llama_cpp.LLAMA_ROPE_TYPE_IMROPE,
         )
         self.n_swa = llama_cpp.llama_model_n_swa(model)
+        # llama_kv_cache_iswa: such a cache may be smaller than the context, in steps of 256, and then find_slot gives
+        # the cells of rows that have left the window to later ones. What the tap knows of a cell would hold for those.
+        params = llama.context_params
+        n_window = -(-(self.n_swa * params.n_seq_max + params.n_ubatch) // 256) * 256
+        self.cells_move_on = self.n_swa > 0 and not params.swa_full and n_window < self.n_ctx
         self.has_cells = not llama_cpp.llama_model_is_recurrent(model)
         self.is_hybrid = self.owner.is_hybrid
         self.tells_text_apart = llama.metadata.get("general.architecture") in TELLS_TEXT_APART

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import llama_cpp
 import numpy as np
-from llama_cpp import Llama, LogitsProcessorList, StoppingCriteriaList, _internals
+from llama_cpp import Llama, LlamaState, LogitsProcessorList, StoppingCriteriaList, _internals
 from llama_cpp.llama_grammar import LlamaGrammar
 
 from ..arguments import Range, check, parameters
 from ..errors import ConfigError, ContextLengthError, EngineClosedError, EngineError
+from .context import tapped
 from .grammar import check_grammar
 
 if TYPE_CHECKING:
@@ -251,6 +252,17 @@ class _Guards(_Mixin):
         limit = options["stopping_criteria"] = _Limit(options.get("stopping_criteria"), options.get("max_tokens", 16))
         result: Any = super().create_completion(**options)
         return _labelled(result, limit) if isinstance(result, dict) else _labelled_chunks(result, limit)
+
+    def load_state(self, state: LlamaState) -> None:
+        """As in Llama. Ends an unfinished request: the positions and masses of its prompt are not those of the state.
+
+        Raises:
+            EngineClosedError: The Llama is closed.
+        """
+        if self._model.model is None:
+            raise EngineClosedError("the Llama is closed", "make a new one")
+        tapped(self).forget_prompt()
+        super().load_state(state)
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         limit = kwargs.get("stopping_criteria")

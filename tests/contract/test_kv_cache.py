@@ -1,11 +1,14 @@
 """What is taken for granted of llama.cpp's KV cache: which cells rows get, sequences, and sizes."""
 
 import ctypes
+from dataclasses import replace
 
 import llama_cpp
 import numpy as np
 import pytest
 from helpers import stock
+from helpers.decoders import write_sliding
+from helpers.models import LLAMA
 from llama_cpp import Llama, _internals
 
 from star_edge.llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext, attach_tap
@@ -79,6 +82,20 @@ def test_clearing_without_data_leaves_the_cache_empty(tapped):
     add(tapped, 4, 0) if llama_cpp.llama_memory_seq_pos_max(tapped.memory, MAIN) < 0 else None
     llama_cpp.llama_memory_clear(tapped.memory, False)
     assert llama_cpp.llama_memory_seq_pos_max(tapped.memory, MAIN) == -1
+
+
+@pytest.mark.parametrize(("n_ctx", "swa_full"), [(512, False), (512, True), (192, False)])
+def test_a_small_cache_of_a_sliding_window_gives_cells_to_later_rows(tmp_path, n_ctx, swa_full):
+    """The first layer of this model has the window: its cells are those that a plan brings back."""
+    write_sliding(tmp_path / "text.gguf", replace(LLAMA, n_layers=4), 64)
+    options = {"n_ctx": n_ctx, "n_batch": 64, "n_threads": 1, "swa_full": swa_full, "verbose": False}
+    llama, tap = Llama(str(tmp_path / "text.gguf"), **options), Tap()
+    attach_tap(llama, tap)
+    context, n = DecoderContext(llama, tap), min(n_ctx, 320)
+    cells = [cell for first in range(0, n, 64) for cell in add(context, 64, first)]
+    assert (cells != list(range(n))) == context.cells_move_on == (n_ctx == 512 and not swa_full)
+    llama.close()
+    tap.close()
 
 
 def test_llama_decode_returns_1_when_there_are_no_free_cells(families):

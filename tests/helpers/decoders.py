@@ -1,4 +1,4 @@
-"""Random text decoders whose cache is not a plain one: with a sliding window, and recurrent."""
+"""Random text decoders that are not plain ones: with a sliding window, with ALiBi, and recurrent."""
 
 from __future__ import annotations
 
@@ -34,6 +34,23 @@ def write_sliding(path: Path, shape: DecoderShape, window: int) -> None:
     matrices |= {"ffn_gate": (s.n_ff, s.n_embd), "ffn_up": (s.n_ff, s.n_embd), "ffn_down": (s.n_embd, s.n_ff)}
     for i in range(s.n_layers):
         w.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(s.n_embd, np.float32))
+        for name, (n, m) in matrices.items():
+            w.add_tensor(f"blk.{i}.{name}.weight", (rng.standard_normal((n, m)) / m**0.5).astype(np.float32))
+    _end(w, s, rng)
+
+
+def write_alibi(path: Path, shape: DecoderShape) -> None:
+    """Refact's graph: no RoPE, and a mask of distances."""
+    s, rng = shape, np.random.default_rng(0)
+    w = _start(path, "refact", s)
+    w.add_feed_forward_length(s.n_ff)
+    w.add_head_count(s.n_heads)
+    w.add_layer_norm_rms_eps(1e-5)
+    matrices = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (s.n_embd,) * 2)
+    matrices |= {"ffn_gate": (s.n_ff, s.n_embd), "ffn_up": (s.n_ff, s.n_embd), "ffn_down": (s.n_embd, s.n_ff)}
+    for i in range(s.n_layers):
+        for name in ("attn_norm", "ffn_norm"):
+            w.add_tensor(f"blk.{i}.{name}.weight", np.ones(s.n_embd, np.float32))
         for name, (n, m) in matrices.items():
             w.add_tensor(f"blk.{i}.{name}.weight", (rng.standard_normal((n, m)) / m**0.5).astype(np.float32))
     _end(w, s, rng)
