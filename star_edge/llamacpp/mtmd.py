@@ -217,7 +217,8 @@ def name_joined(bitmaps: Sequence[object]) -> None:
     """Gives bitmaps that libmtmd may join the names of both. Call it before mtmd_tokenize.
 
     Before llama-cpp-python 0.3.36, libmtmd takes adjacent bitmaps of one size for frames of a video if the encoder has
-    such frames (mtmd_bitmap::can_merge_with). Their chunk has only the name of the first.
+    such frames (mtmd_bitmap::can_merge_with). Their chunk has only the name of the first. What they are joined with is
+    unknown if the second has no more than a number (VisionEncoder.bitmap_name).
     """
     if hasattr(mtmd, "mtmd_bitmap_set_mergeable"):  # bitmaps stay apart unless it is called
         return
@@ -228,7 +229,21 @@ def name_joined(bitmaps: Sequence[object]) -> None:
     for bitmap, following in pairwise(bitmaps):
         if size(bitmap) == size(following):
             names = [mtmd.mtmd_bitmap_get_id(b) or b"" for b in (bitmap, following)]
-            mtmd.mtmd_bitmap_set_id(bitmap, names[0] + b"+" + names[1].partition(b":")[2])
+            content = names[1].partition(b":")[2]
+            if content:
+                mtmd.mtmd_bitmap_set_id(bitmap, names[0] + b"+" + content)
+
+
+def names_alone(names: Sequence[str]) -> list[str]:
+    """Names of the chunks that mtmd_tokenize has made: without the second's where it has a chunk of its own."""
+    numbers = {name.partition(":")[0] for name in names}
+
+    def alone(name: str) -> str:
+        number, _, content = name.partition(":")
+        own, joined, _ = content.partition("+")
+        return f"{number}:{own}" if joined and number.isdigit() and str(int(number) + 1) in numbers else name
+
+    return [alone(name) for name in names]
 
 
 def free_chunks(handle: object) -> None:

@@ -25,7 +25,7 @@ from ..errors import (
 from ..llamacpp.devices import can_offload
 from ..llamacpp.gguf import GGUFInfo, count_rows, read_gguf_info
 from ..llamacpp.mmproj_check import check_mmproj
-from ..llamacpp.mtmd import MEDIA_MARKER, Mtmd, RawImage, load_error, logged
+from ..llamacpp.mtmd import MEDIA_MARKER, Mtmd, RawImage, load_error, logged, names_alone
 from ..llamacpp.names import CLASS_EMBEDDING, POSITION_EMBEDDINGS
 from ..llamacpp.native import version_and_features
 from ..llamacpp.tap import CONCAT_FIRST, CONCAT_LAST, MEAN_ALL, NO_ATTENTION, AttentionRead, Outcome, Plan, Tap
@@ -261,6 +261,9 @@ class VisionEncoder:
             ImageError: An image has more patches along a side than the encoder has positions.
         """
         chunks = [self._chunk(raw) for raw in self._mtmd.chunks(handle)]
+        images = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
+        for image, name in zip(images, names_alone([image.content for image in images])):
+            image.content = name
         # Large pictures are cut into several chunks of one name (mtmd_tokenizer::split_batch_to_chunk), always in the
         # same way.
         parts: dict[str, list[ImageChunk]] = {}
