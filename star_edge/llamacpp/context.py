@@ -145,8 +145,8 @@ class TappedContext(_internals.LlamaContext):
             self.forget_prompt()
         if not self._n_prompt and self.forget_stem() and p0 > 0:
             return False  # as from a memory that cannot go back: the rows before p0 are to be read again
-        gap = self._gap
-        return super().kv_cache_seq_rm(seq_id, p0 + gap, p1 + gap if p1 >= 0 else p1)
+        gap = self._gap  # seq_id -1: the only sequence of a Llama, and not those where rows are parked
+        return super().kv_cache_seq_rm(MAIN if seq_id < 0 else seq_id, p0 + gap, p1 + gap if p1 >= 0 else p1)
 
     def check_cancelled(self) -> None:
         if self.is_cancelled is not None and self.is_cancelled():
