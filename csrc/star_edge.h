@@ -192,7 +192,7 @@ int se_tap_set_levels(se_tap * tap, const int32_t * layers, int32_t n_levels, co
 int se_tap_set_input(se_tap * tap, const char * name, const void * data, size_t n_bytes);
 /* Find out at which end of a CONCAT this leaf stands: se_result.concat, known when the whole graph has gone by. NULL: off. */
 int se_tap_find_concat(se_tap * tap, const char * leaf);
-/* Copy a graph input of that name out while the graph runs; *n_bytes is the size read, 0 if it was not seen. out NULL: off. */
+/* Copy a graph input of that name out while the graph runs; se_tap_watched_bytes says how many bytes came, 0 if it was not seen. NULL: off. */
 int se_tap_watch_input(se_tap * tap, const char * name, void * out, size_t capacity);
 size_t se_tap_watched_bytes(const se_tap * tap);
 /* What went wrong in plain decodes since the last call (a shift, a bias or an input that could not be applied), and forget it. */

@@ -25,7 +25,7 @@ from .decoder.prefill import Prefill, prefill
 from .decoder.saved import SavedStems
 from .decoder_stage import adapt, decoder_stage
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
-from .llamacpp.context import DecoderContext, tapped_context
+from .llamacpp.context import DecoderContext, check_takes_images, tapped_context
 from .llamacpp.guarded import guard
 from .llamacpp.handover import free_with, hand_over, uses_flash_attention
 from .llamacpp.mtmd import MEDIA_MARKER
@@ -63,7 +63,7 @@ class PromptReader:
     Raises:
         ModelFileError: The mmproj file cannot be read.
         ModelMismatchError: The mmproj file does not belong to the text model.
-        UnsupportedModelError: The mmproj file cannot be used.
+        UnsupportedModelError: The mmproj file cannot be used, or the text model cannot take images.
         ConfigError: The cache's directory cannot be used.
         EngineError: llama.cpp could not create the context. After any error the Llama works as before.
     """
@@ -82,6 +82,7 @@ class PromptReader:
         self.encoder: VisionEncoder | None = None
         self.places: Places | None = None
         if mmproj is not None:
+            check_takes_images(llama)
             flash_attn = encoder.encoder_flash_attn
             self.encoder = VisionEncoder(
                 mmproj,

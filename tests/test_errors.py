@@ -6,9 +6,11 @@ import io
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.gguf_files import rewrite
 from helpers.models import QWEN2VL, random_image
 from helpers.pictures import png
 from helpers.presets import kept
@@ -395,6 +397,16 @@ def test_prompts_past_the_sliding_window(vlm, monkeypatch):
     assert answer.report.decoder_layer is None and "sliding window of 40" in answer.report.notes[0]
     monkeypatch.setattr(vlm.decoder, "n_swa", 100)
     assert ask(vlm).report.decoder_layer == 4
+
+
+def test_a_glm_without_rope_sections_takes_no_images(tmp_path):
+    """llama.cpp would end the process at the first one. Text it answers."""
+    folder = Path(__file__).parent / "fixtures" / "glm4.1v"
+    text = rewrite(folder / "text.gguf", tmp_path / "text.gguf", remove=["glm4.rope.dimension_sections"])
+    with pytest.raises(errors.UnsupportedModelError, match="RoPE sections"):
+        StarVLM(text, folder / "mmproj.gguf", n_ctx=256, n_threads=1)
+    with StarVLM(text, n_ctx=256, n_threads=1) as vlm:
+        assert vlm.read_prompt("a", chat=False)[1].n_kv_cells
 
 
 def test_shapes_of_random_models_are_checked(tmp_path):

@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import Llama, _internals
 
-from ..errors import ContextLengthError, EngineError, RequestCancelledError
+from ..errors import ContextLengthError, EngineError, RequestCancelledError, UnsupportedModelError
 from ..progress import Meter
 from ..rows import Rows
 from .devices import can_offload
@@ -32,6 +32,9 @@ MAIN, PARKED, N_SEQUENCES = 0, 1, 7
 # to be looked up again for another.
 TELLS_TEXT_APART = ("cogvlm", "deepseek4", "gemma3n", "gemma4", "qwen4exp")
 
+# Decoders that end the process at an image unless their RoPE has sections (llama_model_glm4::graph, glm4_moe)
+NEED_SECTIONS = ("glm4", "glm4moe")
+
 EXPERTS_IN_HOST_MEMORY = (
     "a mixture of experts whose layers are not all on the GPU: put them there (n_gpu_layers=-1), "
     "or set op_offload=False"
@@ -41,6 +44,20 @@ EXPERTS_IN_HOST_MEMORY = (
 def set_threads(llama: Llama, n: int) -> None:
     """The number of threads that the next decodes of a Llama use."""
     llama_cpp.llama_set_n_threads(llama.ctx, n, n)
+
+
+def uses_mrope(llama: Llama) -> bool:
+    kinds = llama_cpp.LLAMA_ROPE_TYPE_MROPE, llama_cpp.LLAMA_ROPE_TYPE_IMROPE
+    return llama_cpp.llama_model_rope_type(llama._model.model) in kinds
+
+
+def check_takes_images(llama: Llama) -> None:
+    """Raises UnsupportedModelError if llama.cpp ends the process when this text model gets an image."""
+    if llama.metadata.get("general.architecture") in NEED_SECTIONS and not uses_mrope(llama):
+        raise UnsupportedModelError(
+            "this text model was converted without its RoPE sections, and cannot take images",
+            "convert it again with a newer convert_hf_to_gguf.py, or download another file",
+        )
 
 
 class TappedContext(_internals.LlamaContext):
@@ -145,8 +162,8 @@ class TappedContext(_internals.LlamaContext):
             self.forget_prompt()
         if not self._n_prompt and self.forget_stem() and p0 > 0:
             return False  # as from a memory that cannot go back: the rows before p0 are to be read again
-        gap = self._gap
-        return super().kv_cache_seq_rm(seq_id, p0 + gap, p1 + gap if p1 >= 0 else p1)
+        gap = self._gap  # seq_id -1: the only sequence of a Llama, and not those where rows are parked
+        return super().kv_cache_seq_rm(MAIN if seq_id < 0 else seq_id, p0 + gap, p1 + gap if p1 >= 0 else p1)
 
     def check_cancelled(self) -> None:
         if self.is_cancelled is not None and self.is_cancelled():
@@ -267,10 +284,7 @@ class DecoderContext:
             llama.n_ctx(), len(llama.input_ids)
         )  # llama.cpp pads its context; Llama's own buffer is not padded
         self.n_ubatch = min(llama_cpp.llama_n_ubatch(llama.ctx), llama_cpp.llama_n_batch(llama.ctx))
-        self.mrope = llama_cpp.llama_model_rope_type(model) in (
-            llama_cpp.LLAMA_ROPE_TYPE_MROPE,
-            llama_cpp.LLAMA_ROPE_TYPE_IMROPE,
-        )
+        self.mrope = uses_mrope(llama)
         self.n_swa = llama_cpp.llama_model_n_swa(model)
         # llama_kv_cache_iswa: such a cache may be smaller than the context, in steps of 256, and then find_slot gives
         # the cells of rows that have left the window to later ones. What the tap knows of a cell would hold for those.
