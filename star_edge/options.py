@@ -169,7 +169,7 @@ class CacheOptions(_Options):
     Attributes:
         image_cache_bytes: Bytes of encoder outputs that are kept in memory, 0 for none.
         image_cache_dir: A directory to keep them in as well (2 GiB at most), for later processes. Only you and people
-            you trust should be able to write there.
+            you trust should be able to write there. One that cannot be written to is read.
         reuse: Keep what the decoder read of a prompt, up to its last image, for the next prompt that begins alike.
         prompt_cache_bytes: Bytes of memory in which the same of earlier prompts waits while others are answered, for
             conversations that take turns. 0: the last prompt's alone is kept. With reuse=False nothing is kept.
