@@ -86,12 +86,14 @@ class Side:
     ratio: int = 0
 
 
-def make_sides(n_tokens: int) -> list[Side]:
+def make_sides(n_tokens: int, encoder_layer: int | None = None) -> list[Side]:
     """All sides. Those that are compared are neighbours, so that they are asked within a few seconds.
 
     Args:
         n_tokens: Image tokens of the full picture.
+        encoder_layer: Layer M of star_edge's encoder stage. None: the default.
     """
+    stage = "" if encoder_layer is None else f", its stage from layer {encoder_layer}"
     configs = {config.name: config.prune for config in file_configs(CONFIGS)}
     stock = "llama.cpp, stock, flash attention"
     sides = [
@@ -102,9 +104,10 @@ def make_sides(n_tokens: int) -> list[Side]:
     for i, (step, (share, config, ratio)) in enumerate(STEPS.items()):
         smaller = f"llama.cpp, stock, {step} of the tokens by a smaller picture"
         spec = SideSpec(smaller, "stock", image_max_tokens=round(share * n_tokens), fewer=i)
-        pruned = SideSpec(config, "star_edge", configs[config])
+        prune = configs[config] if encoder_layer is None else replace(configs[config], encoder_layer=encoder_layer)
+        pruned = SideSpec(config, "star_edge", prune)
         sides += [
-            Side(f"star_edge, `{config}`{_CONVERTED}", "star_edge", step, pruned),
+            Side(f"star_edge, `{config}`{stage}{_CONVERTED}", "star_edge", step, pruned),
             Side(f"OpenVINO GenAI, CDPruner, {ratio}% dropped", "openvino", step, ratio=ratio),
             Side(smaller, "stock", step, spec),
             Side(smaller + _CONVERTED, "converted", step, replace(spec, name=smaller + _CONVERTED, converted=True)),
@@ -184,6 +187,7 @@ def measure(
     openvino: OtherProcess,
     n_threads: int,
     repeats: int,
+    encoder_layer: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Asks all sides in turn.
@@ -193,6 +197,7 @@ def measure(
         openvino: OpenVINO, which has loaded its model for as many threads.
         n_threads: Threads of llama.cpp.
         repeats: Requests of each side after one to warm up.
+        encoder_layer: As in `make_sides`.
         say: Called with a line on each answer.
 
     Returns:
@@ -207,7 +212,7 @@ def measure(
     options: dict[str, Any] = {"n_ctx": shape_context(shape, 1), "n_threads": n_threads, "mmproj_type": TYPE}
     with Workbench(*files, **options) as bench:
         n_image, _ = bench.count_image_tokens(make_question(0)[0])  # loads the encoder, whose file is converted then
-        sides = make_sides(n_image)
+        sides = make_sides(n_image, encoder_layer)
         engines = Engines(bench, openvino)
         warm = {}
         for side in sides:
@@ -316,11 +321,19 @@ def run(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         openvino = stack.enter_context(OtherProcess(command))
         files = stack.enter_context(model_files(SHAPES[SHAPE], options.folder))
-        result = measure(files, openvino, options.threads, options.repeats, lambda line: print(line, flush=True))
+        result = measure(
+            files,
+            openvino,
+            options.threads,
+            options.repeats,
+            options.encoder_layer,
+            lambda line: print(line, flush=True),
+        )
     # Where the models and OpenVINO were is nobody's business
     result["command"] = (
         "python benchmarks/openvino_beside.py run --openvino .openvino/bin/python "
         f"--threads {options.threads} --repeats {options.repeats}"
+        + (f" --encoder-layer {options.encoder_layer}" if options.encoder_layer else "")
     )
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -336,6 +349,7 @@ def main() -> None:
     parser.add_argument("--folder", help="the same for the model of llama.cpp")
     parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each engine (%(default)s)")
+    parser.add_argument("--encoder-layer", type=int, help="layer M of star_edge's encoder stage; default: its own")
     parser.add_argument("--out", default=RESULT, help="default: where `write` looks")
     options = parser.parse_args()
     if options.what == "run":

@@ -148,7 +148,7 @@ def test_all_sides_in_turn_each_with_a_prompt_of_its_own(files, monkeypatch):
         "ask",
         lambda self, spec, request, n: asked.append((spec, request)) or of_llama(self, spec, request, n),
     )
-    result = beside.measure(files, openvino, 1, 2, log.append)
+    result = beside.measure(files, openvino, 1, 2, say=log.append)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["image_tokens"] == 144 and result["prompt_tokens"] == 35 + 1 + 144 + 1 + 40
     rows = {(row["step"], row["kind"]): row for row in result["sides"]}
