@@ -202,6 +202,12 @@ def test_a_loose_tolerance_changes_nothing():
         assert np.array_equal(plain.kept, loose.kept) and np.array_equal(plain.group, loose.group)
 
 
+def test_a_reach_without_a_tolerance_changes_nothing():
+    tokens = random_tokens(mass=RNG.uniform(1, 5, 30))
+    plain, reaching = (select("cluster", tokens, np.zeros(30), 7, 1.0, reach=reach) for reach in (None, 1))
+    assert np.array_equal(plain.kept, reaching.kept) and np.array_equal(plain.group, reaching.group)
+
+
 def test_a_tolerance_leaves_little_of_a_plain_picture_and_all_of_a_busy_one():
     plain = np.tile(RNG.standard_normal(300), (64, 1)).astype(np.float32)  # long: through the projection
     assert len(select("cluster", Tokens(plain, np.arange(64), (8, 8)), np.zeros(64), 2, 1.0, 0.2).kept) == 2

@@ -124,7 +124,7 @@ def cluster(
         within = _Within(alone, bound, np.float32(far.max() + 1))
     chosen = np.flatnonzero(kept)
     group = _assign(far, chosen, within)
-    if n_rep == k and reach is None:
+    if n_rep == k and (reach is None or within is None):
         chosen = _medoids(far, group, chosen, tokens.masses, within)
         group = _assign(far, chosen, within)
     mass = np.bincount(group, weights=tokens.masses, minlength=len(chosen))
