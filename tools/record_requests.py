@@ -1,4 +1,4 @@
-"""Records what about 200 requests answer, so that a change of the code's shape can be compared with the code before it.
+"""Records what some 300 requests answer, so that a change of the code's shape can be compared with the code before it.
 
     python tools/record_requests.py record FILE     asks, and writes one JSON line for each request
     python tools/record_requests.py compare A B     prints what differs; the status is 1 if anything does

@@ -43,8 +43,8 @@ def representatives(pixels: np.ndarray, grid: tuple[int, int], tolerance: float 
     stands[found] = near[found, staying[found].argmax(axis=1)]
     undecided[:n] &= ~found
     counts = np.append((alike & undecided[near]).sum(axis=1), 0)
-    while np.any(counts * undecided):
-        unit = int((counts * undecided).argmax())
+    while np.any(waiting := counts * undecided):
+        unit = int(waiting.argmax())
         members = near[unit, alike[unit]]
         members = members[undecided[members]]
         stands[members] = unit
