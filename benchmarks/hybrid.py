@@ -55,9 +55,9 @@ def measure(plain, context, shape, repeat) -> dict[str, object]:
     prompts.append(random_prompt(sizes, [N_PREFIX, (side, side), N_QUESTION]))
     prompts[1].segments[-1].rows.tokens = prompts[1].segments[-1].rows.tokens[::-1].copy()  # another question
     pieces = [
-        SimpleNamespace(rows=s.rows.slice(a, b), causal=True)
+        SimpleNamespace(rows=s.rows.slice(at, min(len(s.rows), at + context.n_ubatch)), causal=True)
         for s in prompts[0].segments
-        for a, b in s.pieces(context.n_ubatch)
+        for at in range(0, len(s.rows), context.n_ubatch)
     ]
 
     def of_stock():

@@ -96,9 +96,9 @@ def prompt_for(context, parts, seed=0):
 def in_pieces(prompt, n_ubatch):
     """The segments as stock decodes them with that n_ubatch."""
     return [
-        SimpleNamespace(rows=segment.rows.slice(a, b), causal=True)
+        SimpleNamespace(rows=segment.rows.slice(at, min(len(segment.rows), at + n_ubatch)), causal=True)
         for segment in prompt.segments
-        for a, b in segment.pieces(n_ubatch)
+        for at in range(0, len(segment.rows), n_ubatch)
     ]
 
 

@@ -24,7 +24,7 @@ Knows segments, layers and KV cells. Knows no pixels and no strings.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -340,12 +340,11 @@ class _Run:
         keep_row = np.ones(sum(len(s.rows) for s in segments), bool)
         live = []
         for segment, place, selection in zip(segments, self.places(segments), selections):
-            rows = segment.rows
             if selection is not None and place is not None:
                 keep_row[place] = False
                 keep_row[place.start + selection.kept] = True
-                rows = rows.take(selection.kept)
-            live.append(Segment(rows, segment.image, segment.causal, None if selection is None else selection.mass))
+                segment = _taken(segment, selection.kept, selection.mass)
+            live.append(segment)
         return live, keep_row
 
     def set_masses(self, segments: Sequence[Segment], cells: np.ndarray) -> None:
@@ -371,6 +370,12 @@ class _Run:
         """Decodes the rows that go on again, from layer 0. Below layer K they no longer see the dropped rows."""
         has_prefix = self.cells.restart(sum(len(s.rows) for s in prefix))
         kept = [] if has_prefix else list(prefix)
-        for segment, keep in zip(segments, kept_rows):
-            kept.append(Segment(segment.rows.take(keep), segment.image, segment.causal))
+        for segment, rows in zip(segments, kept_rows):
+            kept.append(_taken(segment, rows))
         self.windows.plain(kept, last_has_logits=True)
+
+
+def _taken(segment: Segment, kept: np.ndarray, mass: np.ndarray | None = None) -> Segment:
+    """The segment with those of its rows that are kept, and what they stand for."""
+    pruned = segment.pruned or len(kept) < len(segment.rows)
+    return replace(segment, rows=segment.rows.take(kept), mass=mass, pruned=pruned)

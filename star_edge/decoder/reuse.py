@@ -18,8 +18,9 @@ wait in host memory: saved.py.
 2. Between two prompts the stem's cells belong to sequence PARKED, and perhaps to others. llama_kv_cache::find_slot
    gives out no cell that has a sequence, so nothing overwrites them. Clearing or cutting the cache takes cells out of
    PARKED, which shows in its positions.
-3. The same rows come from the same decodes: pieces of n_ubatch rows, compared as the decoder got them (token ids or
-   embeddings, positions, masses). Names, configs and hashes prove nothing.
+3. The same rows come from the same decodes, compared as the decoder got them (token ids or embeddings, positions,
+   masses). What is in one decode follows from the rows after it too: images may share decodes (rows.decode_groups).
+   Names, configs and hashes prove nothing.
 4. Layer K itself is not kept. Resuming has overwritten it for the kept rows, from decodes of fewer rows, which round
    differently. A decode of the window [K, K) computes K and V of that layer from `hidden`, as the probe did, and gives
    each cell its position back. The layers below are not computed.
@@ -37,7 +38,7 @@ import numpy as np
 
 from ..llamacpp import saved_rows
 from ..llamacpp.context import MAIN, N_SEQUENCES, PARKED, DecoderContext
-from ..rows import Segment
+from ..rows import Part, Segment, decodes
 
 
 @dataclass
@@ -188,20 +189,18 @@ def attach(context: DecoderContext, segments: Sequence[Segment], n_prefix: int, 
 
 def common_rows(stem: Sequence[Segment], segments: Sequence[Segment], n_ubatch: int) -> int:
     """Rows of the whole decodes that both begin with, without the prompt's last decode, whose logits are needed."""
-    n = 0
-    for s, (old, new) in enumerate(zip(stem, segments)):
-        for a, b in zip(old.pieces(n_ubatch), new.pieces(n_ubatch)):
-            is_final = s == len(segments) - 1 and b[1] == len(new.rows)
-            if a != b or is_final or not _equal(old, new, *a):
-                return n
-            n += a[1] - a[0]
-        if len(old.rows) != len(new.rows):
+    n, n_rows = 0, sum(len(s.rows) for s in segments)
+    for old, new in zip(decodes(stem, n_ubatch), decodes(segments, n_ubatch)):
+        n_read = n + sum(last - first for _, first, last in new)
+        if n_read == n_rows or len(old) != len(new) or not all(map(_equal, old, new)):
             return n
+        n = n_read
     return n
 
 
-def _equal(one: Segment, other: Segment, first: int, last: int) -> bool:
-    if (one.image is None) != (other.image is None) or one.causal != other.causal:
+def _equal(old: Part, new: Part) -> bool:
+    (one, first, last), (other, *span) = old, new
+    if span != [first, last] or (one.image is None) != (other.image is None) or one.causal != other.causal:
         return False
     a, b = one.rows.slice(first, last), other.rows.slice(first, last)
     if a.embeddings is not None and b.embeddings is not None and not np.array_equal(a.embeddings[0], b.embeddings[0]):

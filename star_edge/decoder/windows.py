@@ -13,7 +13,7 @@ import numpy as np
 
 from ..llamacpp.context import DecoderContext
 from ..llamacpp.tap import MEAN_ALL, MEAN_HEADS, AttentionRead, Outcome, Plan
-from ..rows import Rows, Segment
+from ..rows import Rows, Segment, decode_groups, pieces
 from ..stopwatch import Stopwatch
 from .cells import Cells
 
@@ -61,16 +61,14 @@ class Windows:
         skip: rows at the beginning, in whole decodes, that are in the cache already.
         """
         cells: list[Any] = []
-        at = 0
-        for s, segment in enumerate(segments):
-            for rows, is_last in self.chunks(segment):
-                at += len(rows)
-                if at <= skip:
-                    continue
-                wants = last_has_logits and is_last and s == len(segments) - 1
-                plan = Plan(want_cells=self.wants_cells, only_cells=True)
-                outcome = self.decode(rows, plan, "prefill", segment.causal, wants)
-                cells += [outcome.cells] if plan.want_cells else []
+        at, n_rows = 0, sum(len(s.rows) for s in segments)
+        for rows, causal in self.decodes(segments):
+            at += len(rows)
+            if at <= skip:
+                continue
+            plan = Plan(want_cells=self.wants_cells, only_cells=True)
+            outcome = self.decode(rows, plan, "prefill", causal, last_has_logits and at == n_rows)
+            cells += [outcome.cells] if plan.want_cells else []
         return np.concatenate(cells) if cells else np.empty(0, np.int64)
 
     def run(
@@ -138,33 +136,29 @@ class Windows:
             hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None
         )
 
-    def decodes(self, segments: Sequence[Segment], joined: bool) -> Iterator[tuple[Rows, bool]]:
+    def decodes(self, segments: Sequence[Segment], joined: bool = False) -> Iterator[tuple[Rows, bool]]:
         """Rows of each decode of a window, and whether they are causal.
 
-        A segment is a decode of its own, as on stock llama.cpp: kernels round differently for another number of rows
-        (the CPU's flash attention changes its accumulator at 64).
+        As a rule a segment is a decode of its own, as on stock llama.cpp: kernels round differently for another number
+        of rows (the CPU's flash attention changes its accumulator at 64). What shares decodes in every window says
+        rows.decode_groups.
 
-        joined: consecutive segments share a decode. The result is then not bit-identical to stock, and each row costs
-        less. The CPU's kernels take 16 rows at a time, and a row left over costs nearly as much as two of those
+        joined: all consecutive segments share a decode. The result is then not bit-identical to stock, and each row
+        costs less. The CPU's kernels take 16 rows at a time, and a row left over costs nearly as much as two of those
         (measured, Q4_K on AVX2). A GPU is hardly busy with so few rows. Images whose rows attend to each other are
         never joined, and the last segment stays apart where Cells.resumes_apart says so.
         """
         runs: list[list[Segment]] = []
-        for segment in segments:
-            is_apart = self.cells.resumes_apart and segment is segments[-1]
-            if joined and runs and segment.causal and runs[-1][-1].causal and not is_apart:
-                runs[-1].append(segment)
+        for group in decode_groups(segments):
+            is_apart = self.cells.resumes_apart and group[-1] is segments[-1]
+            if joined and runs and group[0].causal and runs[-1][-1].causal and not is_apart:
+                runs[-1] += group
             else:
-                runs.append([segment])
+                runs.append(group)
         for run in runs:
-            whole = run[0] if len(run) == 1 else Segment(self.context.join([s.rows for s in run]))
-            for rows, _ in self.chunks(whole):
-                yield rows, run[0].causal
-
-    def chunks(self, segment: Segment) -> list[tuple[Rows, bool]]:
-        """Pieces of at most n_ubatch rows, so that one decode is one graph, and whether each is the last."""
-        n = len(segment.rows)
-        return [(segment.rows.slice(a, b), b == n) for a, b in segment.pieces(self.context.n_ubatch)]
+            for parts in pieces(run, self.context.n_ubatch):
+                rows = [segment.rows.slice(first, last) for segment, first, last in parts]
+                yield self.context.join(rows) if len(run) > 1 else rows[0], run[0].causal
 
     def decode(self, rows: Rows, plan: Plan, what: str, causal: bool, logits: bool = False) -> Outcome:
         if not causal:

@@ -417,8 +417,8 @@ class DecoderContext:
         return outcome
 
     def join(self, parts: Sequence[Rows]) -> Rows:
-        """Several runs of rows as one, for a window past layer 0, where a row is its hidden state. Text gets embeddings
-        of zeros.
+        """Several runs of rows as one: those of images, or any for a window past layer 0, where a row is its hidden
+        state. Text gets embeddings of zeros.
 
         With M-RoPE the positions of text become (p, p, p, 0), as in llm_graph_input_pos::set_input.
         """

@@ -277,7 +277,8 @@ def _run_vision_stage(
         positions, n_positions = chunk.positions_at(position)[..., kept], chunk.n_positions
         if config is not None and config.positions == "renumbered" and len(kept) < chunk.n_tokens:
             positions, n_positions = _text_positions(position, len(kept), mrope), len(kept)
-        segments.append(Segment(Rows(positions, embeddings=embeddings), i, chunk.causal, selection.mass))
+        rows, pruned = Rows(positions, embeddings=embeddings), len(kept) < chunk.n_tokens
+        segments.append(Segment(rows, i, chunk.causal, selection.mass, pruned))
         staged.append(StagedImage(chunk, encoded[i], selection))
         position += n_positions
     return segments, staged, position
