@@ -104,11 +104,8 @@ class Prompt:
             at += len(rows)
             if is_image:
                 stay = np.arange(len(rows)) if kept is None else kept[image]
-                made.append(
-                    Segment(
-                        Rows(self.row_positions[..., rows[stay]], embeddings=features[image][stay]), image, chunk.causal
-                    )
-                )
+                left = Rows(self.row_positions[..., rows[stay]], embeddings=features[image][stay])
+                made.append(Segment(left, image, chunk.causal, pruned=len(stay) < len(rows)))
                 image += 1
             elif len(rows):
                 made.append(Segment(Rows(self.row_positions[..., rows], tokens=self.tokens[rows])))
