@@ -315,12 +315,14 @@ def test_a_later_prompt_equals_a_fresh_engine(families, decoders, family, has_st
     (layer,) = models.at(3)
     stage = DecoderStage([(layer, [6, 5, 3])], by_score) if has_stage else None
 
-    def prompt(question=0, other=None, apart=False):
+    def prompt(question=0, other=None, apart=False, shorter=0):
         made = pruned_prompt(models)
         made.segments[-1].rows.tokens = np.roll(made.segments[-1].rows.tokens, question)
         if other is not None:
             rows = images(made)[other].rows
             rows.embeddings = rows.embeddings + 1.0
+        last = images(made)[-1]
+        last.rows = last.rows.slice(0, len(last.rows) - shorter)
         made.segments = alone(made.segments) if apart else made.segments
         return made
 
@@ -340,6 +342,8 @@ def test_a_later_prompt_equals_a_fresh_engine(families, decoders, family, has_st
         (only_the_first(prompt()), 5 + 17, 5 + 17),
         (only_the_first(prompt(1)), 5 + 17, 5 + 17),
         (prompt(), 5, 5 + 16),
+        (prompt(shorter=1), 5, 5 + 32),
+        (prompt(), 5, 5 + 32),
     ]
     kept = decoders(family, "fa", n_ubatch)
     llama, tap = load(models.text, "fa"), Tap()

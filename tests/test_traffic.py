@@ -164,6 +164,21 @@ def vlm():
         yield engine
 
 
+@pytest.fixture
+def decodes(monkeypatch):
+    """Stops, reads and writes of each decode of a prompt."""
+    seen, decode_rows = [], DecoderContext.decode
+
+    def counted(self, *args, **options):
+        self.tap.take_traffic()
+        outcome = decode_rows(self, *args, **options)
+        seen.append(traffic_of(self)[:3])
+        return outcome
+
+    monkeypatch.setattr(DecoderContext, "decode", counted)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("config", "prefill", "token", "encoder"),
     [
@@ -194,23 +209,32 @@ def vlm():
         ),
     ],
 )
-def test_a_request(vlm, monkeypatch, config, prefill, token, encoder):
+def test_a_request(vlm, decodes, config, prefill, token, encoder):
     """Whatever the model's layers: so many stops, reads and writes for each decode, each token and each image."""
-    decodes, decode_rows = [], DecoderContext.decode
-
-    def counted(self, *args, **options):
-        self.tap.take_traffic()
-        outcome = decode_rows(self, *args, **options)
-        decodes.append(traffic_of(self)[:3])
-        return outcome
-
-    monkeypatch.setattr(DecoderContext, "decode", counted)
     vlm.encoder.tap.take_traffic()
     answer = vlm.generate("what color is the star?", refvlm.DEMO_IMAGE, config, max_tokens=2)
     tokens = traffic_of(vlm.decoder)[:3]
     assert decodes == prefill
     assert answer.report.n_sampled == 2 and tokens == token  # the first token is the prompt's
     assert traffic_of(vlm.encoder)[:3] == encoder
+
+
+@pytest.mark.parametrize(
+    ("config", "one"),
+    [
+        (PruneConfig(0.3), [PREFIX, total(PREFIX, MOVED, MASSES), total(PREFIX, MOVED, MASSES)]),
+        (PruneConfig(0.3, 0.15), [PREFIX, total(PROBE, MASSES), total(PROBE, SCORES, MASSES), total(RESUME, MASSES)]),
+    ],
+)
+def test_images_side_by_side_cost_as_much_as_one(vlm, decodes, config, one):
+    """Once the vision stage has dropped tokens. While they are whole, each has a decode in every window."""
+    for n in (1, 2, 5):
+        decodes.clear()
+        _, report = vlm.read_prompt("what color is the star?", [refvlm.DEMO_IMAGE] * n, config)
+        assert decodes == one and len(report.images) == n and report.n_vision_kept == n * 43
+    decodes.clear()
+    vlm.read_prompt("what color is the star?", [refvlm.DEMO_IMAGE] * 3, PruneConfig(decoder_layer=3))
+    assert [n_stops for n_stops, _, _ in decodes] == [0, 2, 2, 2, 2, 1, 1, 1, 1]
 
 
 def test_the_table_of_the_docs_is_reckoned_as_it_is_counted():
