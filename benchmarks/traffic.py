@@ -70,8 +70,10 @@ def pieces(n: int) -> list[int]:
 
 
 def prefill(model: Model, before: int, images: int, after: int, kept: int) -> dict[str, Cost]:
-    """A prompt with a decoder stage and masses: `images` rows of one image, or of several that have lost tokens and have
-    nothing between them, so that they share decodes. `kept` of them stay.
+    """A prompt with a decoder stage and masses.
+
+    images: rows of one image, or of several that have lost tokens and have nothing between them: they share decodes.
+    kept: how many of these stay.
     """
     state = model.n_embd * 4
     cost = {"prefix": Cost(), "probe": Cost(), "scores": Cost(), "resume": Cost()}
