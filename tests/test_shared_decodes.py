@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from helpers import bounds, stock
 from helpers.choosing import by_score, by_share, generate, keep_all
-from helpers.families import FOLDER
+from helpers.families import FOLDER, load_fixtures, tokenized
 from helpers.models import random_image, random_prompt
 from helpers.reference_hybrid import open_decoder
 from helpers.reusing import answers, engine, fresh, same
 
-from star_edge import PruneConfig
+from star_edge import PruneConfig, StarVLM
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.decoder.windows import Windows
 from star_edge.llamacpp.context import DecoderContext, attach_tap
@@ -144,6 +144,22 @@ def test_what_is_decoded(families, decoders, sizes, family):
     whole = random_prompt(families[family], PARTS)
     prefill(decoders(family), whole.segments, whole.next_position, DecoderStage([(layer, [0] * 3)], keep_all))
     assert sizes == [5, 42, 45, 16, 13, *[42, 45, 16, 13]]
+
+
+def test_crops_of_a_picture(sizes):
+    """LLaVA-NeXT, a picture of one image and one of five: the five are in one decode once they have lost tokens."""
+    fixture = load_fixtures()["llava-next"]
+    prompt = fixture.prompts[1]
+    with StarVLM(fixture.text, fixture.mmproj, n_ctx=512, n_threads=1, reuse=False) as vlm:
+        with tokenized(vlm, prompt) as chunks:
+            before, between, after = (len(chunk.tokens) for chunk in chunks if hasattr(chunk, "tokens"))
+        for config in (PruneConfig(0.5), PruneConfig(0.5, 0.25, 1), PruneConfig(decoder_layer=1)):
+            sizes.clear()
+            _, report = vlm.read_prompt(prompt.text, prompt.pictures, config, chat=False)
+            first, *crops = (len(image.vision_kept) for image in report.images)
+            assert len(crops) == 5 and sum(crops) == (90 if config.prunes_in_vision else 180)
+            crops = [90] if config.prunes_in_vision else crops
+            assert sizes[: 4 + len(crops)] == [before, first, between, *crops, after]
 
 
 def test_images_are_resumed_together_where_layers_tell_text_apart(families, decoders, sizes, monkeypatch):
