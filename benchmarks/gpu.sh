@@ -7,8 +7,8 @@
 #                              own, results after each step
 #   benchmarks/gpu.sh install | doctor | test | bench [SHAPE...] | hook      one step. install takes the pack, or compiles where there is none
 #
-# OUT: folder for results (default benchmarks/results/gpu): doctor.json, tests.log, SHAPE.json, hook*.json,
-#     machine.txt: eight files, which is what some lent machines bring back.
+# OUT: folder for results (default benchmarks/results/gpu): doctor.json, tests.txt (each failure with its reason), tests.log, tests.jsonl, SHAPE.json,
+#     hook*.json, machine.txt. Some lent machines bring back eight files: leave out steps there.
 # SHAPES: what `run` benches. REPEATS (default 5).
 # GPU_ARCH: compute capability to compile for (default 90). PACK_PYTHON: Python of the GPU machine (default 3.12). PYTHON: there (default python3).
 # CUDA_TOOLKIT: a toolkit that is here already. Default: nvcc and its libraries as packages of the Python registry.
@@ -32,7 +32,7 @@ TOOLKIT_PACKAGES=(nvidia-cuda-nvcc==$CUDA.* nvidia-nvvm==$CUDA.* nvidia-cuda-crt
     nvidia-cublas==13.1.*)
 # What a machine with a scientific Python is likely to lack
 WHEELS=(gguf cffi pycparser diskcache jinja2 markupsafe click rich markdown-it-py mdurl pygments scikit-build-core packaging pathspec
-    typing-extensions pytest pluggy iniconfig psutil ninja threadpoolctl)
+    typing-extensions pytest pluggy iniconfig psutil ninja threadpoolctl platformdirs)
 
 say() { printf '== %s  %s\n' "$(date +%T)" "$*"; }
 
@@ -138,26 +138,32 @@ doctor() {
     "$PY" -c "import llama_cpp; print('GPU offload:', bool(llama_cpp.llama_supports_gpu_offload()))"
 }
 
-suite() { # a failure is a result: it is in the log, and the benchmarks are run all the same
+suite() { # a failure is a result: it is in the journal at once, and the benchmarks are run all the same
     mkdir -p "$OUT"
     local jobs=()
     "$PY" -c "import xdist" 2>/dev/null && jobs=(-n "${JOBS:-4}")
-    "$PY" -m pytest tests/test_exact.py tests/test_families.py tests/test_faithful.py tests/test_windows.py tests/test_vision.py \
-        tests/test_tap_inputs.py tests/test_reuse.py "${jobs[@]}" -m "not slow" --continue-on-collection-errors -rf --tb=short -v >"$OUT/tests.log" 2>&1 || true
-    tail -n 40 "$OUT/tests.log"
+    rm -f "$OUT/tests.jsonl"
+    # Within the step's time, and what the journal says is printed after it
+    PYTEST_JOURNAL=$OUT/tests.jsonl PYTHONPATH=tools timeout --signal=TERM --kill-after=5 "$((${TEST_SECONDS:-130} - 10))" \
+        "$PY" -m pytest -p pytest_journal tests/test_exact.py tests/test_families.py tests/test_faithful.py tests/test_windows.py tests/test_vision.py \
+        tests/test_tap_inputs.py tests/test_reuse.py tests/test_shared_decodes.py "${jobs[@]}" -m "not slow" --continue-on-collection-errors --tb=short \
+        >"$OUT/tests.log" 2>&1 || say "tests ended with status $?"
+    "$PY" tools/pytest_journal.py "$OUT/tests.jsonl" | tee "$OUT/tests.txt"
 }
 
 model() { # SHAPE: a random model of it in memory, everything on the GPU; in a dry run the reference model
     [ -n "${DRY_RUN:-}" ] || echo "--shape $1 --folder ${MODELS:-/dev/shm/star-edge} -ngl -1"
 }
 
-bench() { # SHAPE...
+bench() { # SHAPE...: presets at the share that stays at least, and what else the tables show of the shape
     mkdir -p "$OUT"
-    local shape configs
+    local shape files
     for shape in "$@"; do
-        configs=(--preset balanced --preset fast)
-        [ -f "benchmarks/configs/$shape.json" ] && configs+=(--configs "benchmarks/configs/$shape.json")
-        "$PY" -m star_edge bench $(model "$shape") --repeats "${REPEATS:-5}" --max-tokens 33 --no-memory "${configs[@]}" --out "$OUT/$shape.json" ||
+        files=(benchmarks/configs/encoder-photo.json)
+        [ -f "benchmarks/configs/$shape.json" ] && files+=("benchmarks/configs/$shape.json")
+        "$PY" -c 'import json, sys; print(json.dumps([c for f in sys.argv[1:] for c in json.load(open(f))]))' "${files[@]}" >"$GPU/configs.json"
+        "$PY" -m star_edge bench $(model "$shape") --baseline flash --baseline fewer --fewer-tokens 0.25 --fewer-tokens 0.1 \
+            --repeats "${REPEATS:-5}" --max-tokens 33 --no-memory --configs "$GPU/configs.json" --out "$OUT/$shape.json" ||
             say "$shape failed"
     done
 }
@@ -188,7 +194,7 @@ run() {
     limited "${BENCH_SECONDS:-80}" bench llava-1.5-7b
     limited "${HOOK_SECONDS:-50}" hook
     limited "${TEST_SECONDS:-130}" test
-    for shape in ${SHAPES:-llava-next-7b qwen2.5-vl-3b}; do
+    for shape in ${SHAPES:-llava-next-7b qwen2.5-vl-3b qwen3.5-4b}; do
         limited "${BENCH_SECONDS:-80}" bench "$shape"
     done
     say "done"

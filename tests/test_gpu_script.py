@@ -21,3 +21,11 @@ def test_it_takes_the_newest_version_that_is_allowed():
 def test_it_says_how_it_is_used():
     done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "gpu.sh pack" in done.stdout
+
+
+def test_the_pack_has_what_the_package_needs():
+    """But for what the head of the script asks of the machine, and the library that it compiles."""
+    project = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    needed = set(re.findall(r'^    "([a-z0-9-]+)', project, re.M)) - {"llama-cpp-python", "numpy", "pillow"}
+    packed = (ROOT / "benchmarks/gpu.sh").read_text().partition("\nWHEELS=(")[2].partition(")")[0].split()
+    assert needed and needed <= set(packed)

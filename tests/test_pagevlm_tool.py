@@ -159,6 +159,30 @@ def test_batches_hold_what_is_asked(tool):
             assert target[n - 1] == vocabulary.IM_END
 
 
+@pytest.mark.parametrize("grid", [(8, 11), (11, 15), (6, 8)])
+def test_places_and_labels_of_smaller_pictures_are_where_their_pixels_went(tool, grid):
+    batches, drawn = tool["batches"], (12, 16)
+    small = batches.make_batch(batches.BatchPlan("test", 0, 0, grid, 6, 9, drawn))
+    full = batches.make_batch(batches.BatchPlan("test", 0, 0, drawn, 6, 9))
+    assert np.array_equal(small["ids"], full["ids"]) and np.array_equal(small["cells"], full["cells"])
+    asked = full["place"][..., 0] >= 0
+    assert asked.sum() > 100 and (small["place"][~asked] == -1).all()
+    for axis, side in ((0, 0), (2, 1)):  # rows, columns: of patches, two a token
+        scale = grid[side] / drawn[side]
+        begin = full["place"][asked][:, axis] * scale  # in patches of the smaller picture
+        end = (full["place"][asked][:, axis + 1] + 1) * scale
+        first, last = small["place"][asked][:, axis], small["place"][asked][:, axis + 1]
+        near = 1e-9
+        assert (first <= begin + near).all() and (first + 1 > begin - near).all()
+        assert (last + 1 >= end - near).all() and (last < end + near).all()
+    # Whoever asks what a point of the smaller picture shows gets what stood there
+    whole = full["labels"][:, :, :, 0]
+    for row, column, part in ((0, 0, 0), (5, 7, 1), (2 * grid[0] - 1, 2 * grid[1] - 1, 1)):
+        y = int((row + 0.25 + 0.5 * part) * drawn[0] / grid[0])
+        x = int((column + 0.5) * drawn[1] / grid[1])
+        assert np.array_equal(small["labels"][:, row, column, part], whole[:, y, x])
+
+
 def random_weights(config, n_tokens, seed=0):
     """Weights by the names of model.py, for the shapes of a small model."""
     rng = np.random.default_rng(seed)
@@ -234,6 +258,20 @@ def test_the_mmproj_has_qwen2_vls_graph(tool, files):
     for name, own in zip("qkv", (q, k, v)):
         assert np.abs(reference.tensors[f"v.blk.1.attn_{name}.weight"] - own).max() < 1e-3  # float16
     assert not reference.tensors["v.patch_embd.weight.1"].any()
+
+
+def test_files_give_the_weights_back(tool, files):
+    """What a training run goes on from: names, order and shapes as they were written."""
+    folder, _, weights = files
+    for kind, most in (("f16", 1e-3), ("q8_0", 0.02)):
+        alone = folder / f"only-{kind}"
+        alone.mkdir()
+        for file in (tool["files"].text_file(kind), tool["files"].mmproj_file(kind)):
+            (alone / file).symlink_to(folder / file)
+        back = tool["weights"].read_gguf(alone)
+        assert back.keys() == weights.keys()
+        for name, own in weights.items():
+            assert back[name].shape == own.shape and np.abs(back[name] - own).max() < most, name
 
 
 def test_table_of_compare(tmp_path):

@@ -1,6 +1,6 @@
 """Tests in processes that may end at any time, and what is said of each test (tools/vulkan.py).
 
-A batch of tests runs in one process. Where that process ends by a signal, the journal (tools/vulkan_journal.py) says
+A batch of tests runs in one process. Where that process ends by a signal, the journal (tools/pytest_journal.py) says
 during which test; a new process goes on with the tests after it. The test itself is run again in a process of its own.
 If that ends too, stock llama.cpp is asked in a third one: the same test, with no callback in any context
 (tests/helpers/gpu.py). Where stock crashes as well the test shows nothing of star_edge, and is said to.
@@ -8,7 +8,6 @@ If that ends too, stock llama.cpp is asked in a third one: the same test, with n
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pytest_journal import read_journal
 
 # verdict on a test -> what is said of it; those of BAD make the run fail
 VERDICTS = {
@@ -68,8 +69,8 @@ def pytest(
     journal.unlink(missing_ok=True)
     tools = str(Path(__file__).parent)
     paths = os.pathsep.join(path for path in (tools, variables.get("PYTHONPATH")) if path)
-    variables = {**variables, "VULKAN_JOURNAL": str(journal), "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "vulkan_journal", *arguments]
+    variables = {**variables, "PYTEST_JOURNAL": str(journal), "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_journal", *arguments]
     with open(log, "a") as out:
         # a group of its own, so that what a test has started ends with it
         process = subprocess.Popen(
@@ -84,19 +85,6 @@ def pytest(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return status, read_journal(journal)
-
-
-def read_journal(journal: Path) -> dict[str, str]:
-    """id -> "passed", "failed" or "skipped"; "began" for a test that was not over, "collected" for one before that."""
-    outcomes: dict[str, str] = {}
-    over = set()
-    for line in journal.read_text().splitlines() if journal.exists() else ():
-        test, event = json.loads(line)
-        if event == "over":
-            over.add(test)
-        elif outcomes.get(test) != "failed":  # a failure stays one, whatever the teardown says
-            outcomes[test] = event
-    return {test: outcome if test in over or outcome == "collected" else "began" for test, outcome in outcomes.items()}
 
 
 def collect(root: Path, variables: dict[str, str], arguments: Sequence[str], log: Path) -> list[str]:

@@ -29,8 +29,9 @@ def compile_blocks(trainer: Trainer, seconds: float) -> None:
 
     def passes(grid: Grid, arrays: dict[str, np.ndarray], frozen: bool = False) -> None:
         batch = trainer.tensors(arrays)
+        pixels = trainer.drawn(batch)
         with torch.set_grad_enabled(not frozen):
-            encoded = trainer.model.vision(trainer.pixels(batch, 1.0), trainer.compute)
+            encoded = trainer.model.vision(pixels, trainer.compute)
         logits = trainer.model.decode(trainer.model.image_tokens(encoded), grid, batch["ids"], batch["at"]).float()
         trainer.answer_loss(logits, batch["targets"]).backward()
         for p in trainer.model.parameters():

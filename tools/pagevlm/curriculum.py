@@ -22,24 +22,26 @@ class Plan:
     dense_accuracy: float = 0.85
     # then the encoder waits: the decoder learns to find places in what stands still, and steps take half the time
     frozen_share: float = 0.25
-    rescaled_from: float = 0.25  # pictures at half and double size
+    smaller_from: float = 0.25  # pictures that were made smaller
     decay_from: float = 0.4
     passed_at: float = 0.5  # of the answers right: until then pictures stay small and rates level, but no longer than
     passed_by: float = 0.65
     rate: float = 1.1e-3
     encoder_factor: float = 0.5  # of the rate, in the joint phase
     dense_weight: float = 0.3  # of the patch loss in the joint phase
+    # where a run goes on from files without the heads that name labels: these learn alone, then with the encoder
+    new_heads_alone: float = 0.03
+    new_heads_dense: float = 0.15
     pointing_weight: float = 0.5  # of the loss of heads that do not look where the answer is
     pointing_until: float = 0.5
     pointing_gone: float = 0.8
     end_weight: float = 0.2  # of the end of an answer, which is learnt at once
-    halved_share: float = (
-        0.06  # of the batches: pictures at half size, so that a smaller picture is no stranger to the model
-    )
-    doubled_share: float = 0.04
+    # of the batches: pictures that were made smaller, down to half of their sides, as one who wants fewer tokens does
+    smaller_share: float = 0.1
     log_every: int = 20
     save_seconds: float = 60.0
     evaluation_seconds: float = 16.0
+    evaluation_sides: tuple[float, ...] = (0.7, 0.5)  # of smaller pictures
     evaluation_pictures: int = 2  # of each family and grid, times a batch's size
 
 
@@ -76,6 +78,11 @@ def questions_for(tokens: int) -> int:
     return 2 * round((3 + 0.055 * tokens) / 2) + 1
 
 
+def smaller(grid: Grid, side: float) -> Grid:
+    """Tokens (high, wide) of a picture of `side` of its sides."""
+    return max(4, round(side * grid[0])), max(4, round(side * grid[1]))
+
+
 class Curriculum:
     """Which batch comes at a step."""
 
@@ -90,15 +97,12 @@ class Curriculum:
         grid = rng.choices(list(mixture), list(mixture.values()))[0]
         if rng.random() < 0.5:
             grid = grid[::-1]
-        scale, draw = 1.0, rng.random()
-        if share > plan.rescaled_from:
-            if draw < plan.halved_share and max(grid) <= 16:
-                scale = 0.5
-            elif draw > 1 - plan.doubled_share and min(grid) >= 16:
-                scale = 2.0
+        drawn = None
+        if share > plan.smaller_from and rng.random() < plan.smaller_share:
+            drawn, grid = grid, smaller(grid, rng.uniform(0.5, 1.0))
         tokens = grid[0] * grid[1]
         batch = BatchPlan(
-            "train", self.seed, self.pictures, grid, max(4, round(plan.tokens / tokens)), questions_for(tokens), scale
+            "train", self.seed, self.pictures, grid, max(4, round(plan.tokens / tokens)), questions_for(tokens), drawn
         )
         self.pictures += batch.pictures
         return batch

@@ -1,4 +1,5 @@
-"""Write a trained model as GGUF files for llama.cpp: decoder, and encoder with merger, each in f16 and q8_0.
+"""Write a trained model as GGUF files for llama.cpp: decoder, and encoder with merger, each in f16 and q8_0, and the
+decoder in q5_0 too.
 
 python tools/pagevlm/export.py RUN --out DIR
 """
@@ -6,9 +7,12 @@ python tools/pagevlm/export.py RUN --out DIR
 from __future__ import annotations
 
 import argparse
+import ctypes
+import logging
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 from config import PATCH, PIXEL_MEAN, PIXEL_STD, ModelConfig
 from files import KINDS, NAME, mmproj_file, text_file
@@ -162,6 +166,14 @@ def write_mmproj(path: Path, c: ModelConfig, weights: Weights, kind: str) -> Non
     w.close()
 
 
+def quantize(source: Path, target: Path) -> None:
+    """q5_0 by llama.cpp's own quantizer."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_0
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)):
+        raise SystemExit(f"llama.cpp could not quantize {source}")
+
+
 def _under(weights: Weights, prefix: str) -> Weights:
     """The weights of a part, by their names in it."""
     return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
@@ -180,8 +192,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder with part-*.npz")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     config, weights, about = read(args.run)
     export(config, weights, args.out)
+    quantize(args.out / text_file("f16"), args.out / text_file("q5_0"))
     print(f"step {about.get('step')}")
     for file in sorted(args.out.glob(f"{NAME}-*.gguf")):
         print(f"{file}: {file.stat().st_size:,} bytes")

@@ -173,7 +173,7 @@ _HEAD_SIZES[PART] = N_PARTS
 
 
 class PageVLM(nn.Module):
-    """Encoder, merger, decoder, and what exists for training only: `patch_head`, `term_maps`, `numbers`."""
+    """Encoder, merger, decoder, and what exists for training only: `patch_heads`, `term_maps`, `numbers`."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -185,8 +185,9 @@ class PageVLM(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.norm_eps)
         self.head = Linear(c.width, len(TOKENS), False)
-        self.patch_head = Linear(c.v_width, sum(_HEAD_SIZES.values()), True)
-        self.term_maps = Linear(c.width, 12 * c.width, False, parts=12)
+        # one set of labels at full size, two where a picture was made smaller
+        self.patch_heads = nn.ModuleList(Linear(c.v_width, n * sum(_HEAD_SIZES.values()), True) for n in (1, 2))
+        self.term_maps = nn.ModuleList(Linear(c.width, n * 12 * c.width, False, parts=n * 12) for n in (1, 2))
         words = [*LEXICON, *COLORS, *SHAPES]
         self.numbers = nn.Embedding(len(TERMS) - 1 - len(words), c.width)
         nn.init.normal_(self.numbers.weight, std=0.5)
@@ -194,7 +195,8 @@ class PageVLM(nn.Module):
         self.register_buffer("prefix", torch.tensor(PREFIX), persistent=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
         nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.normal_(self.patch_head.weight, std=0.02)
+        for head in self.patch_heads:
+            nn.init.normal_(head.weight, std=0.02)
         with torch.no_grad():
             for blocks in (self.blocks, self.vision.blocks):
                 for block in blocks:  # keeps the residual stream's size the same for any depth
@@ -221,7 +223,7 @@ class PageVLM(nn.Module):
         """As `decode`, with the loss of heads in mid-depth that do not look where the answer is read, and their mass
         there.
 
-        place: (B, Q, T, 3), see batches.py.
+        place: (B, Q, T, 4), see batches.py.
         """
         batch, n_slots, length = ids.shape
         n_prefix = len(PREFIX) + image.shape[1]
@@ -286,12 +288,12 @@ class PageVLM(nn.Module):
         text; share right.
 
         So what a question names and what an image token holds are alike from the start. image: (B, n, width); labels:
-        (B, rows, columns, N_LABELS).
+        (B, rows, columns, sets, N_LABELS).
         """
-        wanted = merged_order(labels)[..., [WORD, KEY1, KEY2]].long()  # (B, 4 n, 3)
-        wanted = wanted.unflatten(1, (-1, 4)).flatten(2)  # (B, n, 12)
+        wanted = merged_order(labels)[..., [WORD, KEY1, KEY2]].long()  # (B, 4 n, sets, 3)
+        wanted = wanted.unflatten(1, (-1, 4)).flatten(2)  # (B, n, 12 sets)
         table = torch.cat([self.embedding.weight[self.term_ids], self.numbers.weight])  # of terms 1 and up
-        seen = self.term_maps(image).unflatten(-1, (12, self.c.width))
+        seen = self.term_maps[labels.shape[3] - 1](image).unflatten(-1, (-1, self.c.width))
         scores = (seen @ table.to(seen.dtype).T).float() * self.c.width**-0.5
         shown = wanted > 0
         target = wanted[shown] - 1
@@ -323,10 +325,11 @@ class PageVLM(nn.Module):
     def patch_loss(self, encoded: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of naming what each patch shows and what it belongs to, and shares right.
 
-        encoded: (B, patches, v_width) in the merger's order; labels: (B, rows, columns, N_LABELS).
+        encoded: (B, patches, v_width) in the merger's order; labels: (B, rows, columns, sets, N_LABELS).
         """
-        wanted = merged_order(labels).flatten(0, 1).long()
-        logits = self.patch_head(encoded).flatten(0, 1).float().split(list(_HEAD_SIZES.values()), -1)
+        wanted, sets = merged_order(labels).flatten(0, 2).long(), labels.shape[3]
+        logits = self.patch_heads[sets - 1](encoded).unflatten(-1, (sets, -1)).flatten(0, 2).float()
+        logits = logits.split(list(_HEAD_SIZES.values()), -1)
         loss, right = encoded.new_zeros((), dtype=torch.float32), {}
         for kind, scores in zip(_HEAD_SIZES, logits):
             target = wanted[:, kind]
@@ -340,13 +343,13 @@ class PageVLM(nn.Module):
 
 
 def patch_hits(place: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which patches are meant: (B, n, 3) of row, first and last column to bool (B, n, tokens, 4)."""
+    """Which patches are meant: (B, n, 4) of first and last row and column to bool (B, n, tokens, 4)."""
     y, x = torch.meshgrid(
         torch.arange(2 * grid[0], device=place.device), torch.arange(2 * grid[1], device=place.device), indexing="ij"
     )
     y, x = merged_order(torch.stack([y, x], -1)[None])[0].unbind(-1)
-    row, first, last = place[..., None].unbind(2)
-    return ((y == row) & (x >= first) & (x <= last)).unflatten(-1, (-1, 4))
+    top, bottom, first, last = place[..., None].unbind(2)
+    return ((y >= top) & (y <= bottom) & (x >= first) & (x <= last)).unflatten(-1, (-1, 4))
 
 
 def slot_mask(n_prefix: int, n_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -96,7 +96,7 @@ def main() -> None:
             name: torch.from_numpy(arrays[name]).long()
             for name in ("labels", "ids", "at", "targets", "place", "family")
         }
-        features = sum(vectors[kind][batch["labels"][..., kind]] for kind in range(N_LABELS))
+        features = sum(vectors[kind][batch["labels"][..., 0, kind]] for kind in range(N_LABELS))
         image = model.image_tokens(merged_order(F.layer_norm(features, (_FEATURES,))))
         logits, pointing_loss, mass = model.decode_and_point(image, grid, batch["ids"], batch["at"], batch["place"])
         targets = batch["targets"]

@@ -99,17 +99,14 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, help="image tokens in a step")
     parser.add_argument("--compile-seconds", type=float, default=75, help="0: do without torch.compile")
-    parser.add_argument("--init", type=Path, help="go on from another run's weights")
+    parser.add_argument("--init", type=Path, help="go on from another run's weights, or from GGUF files")
     parser.add_argument(
         "--encoder", type=Path, help="take the encoder from another run's weights, and train the decoder at once"
     )
     parser.add_argument("--smoke", action="store_true", help="the smallest pictures only")
     parser.add_argument("--rate", type=float)
     parser.add_argument(
-        "--halved-share", type=float, help=f"of the batches: pictures at half size ({Plan.halved_share})"
-    )
-    parser.add_argument(
-        "--doubled-share", type=float, help=f"of the batches: pictures at double size ({Plan.doubled_share})"
+        "--smaller-share", type=float, help=f"of the batches: pictures that were made smaller ({Plan.smaller_share})"
     )
     parser.add_argument("--unsupervised", action="store_true", help="in this process, without a second try")
     args = parser.parse_args()
@@ -124,8 +121,7 @@ def main() -> None:
             for k, v in {
                 "tokens": args.tokens,
                 "rate": args.rate,
-                "halved_share": args.halved_share,
-                "doubled_share": args.doubled_share,
+                "smaller_share": args.smaller_share,
             }.items()
             if v is not None
         },
@@ -151,7 +147,7 @@ def main() -> None:
     if not args.init and not args.encoder:
         batch = trainer.tensors(arrays)
         with torch.no_grad():
-            filters = whitened_cosines(trainer.model.c.v_width, trainer.pixels(batch, 1.0)[:64], trainer.model.vision)
+            filters = whitened_cosines(trainer.model.c.v_width, trainer.drawn(batch)[:64], trainer.model.vision)
             trainer.model.vision.patch.weight.copy_(filters)
     if args.compile_seconds > 0:
         compile_blocks(trainer, min(args.compile_seconds, args.seconds / 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections import defaultdict, deque
 
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from batches import IGNORED, BatchPlan
-from config import SIZES
-from curriculum import EVALUATION_GRIDS, SMOKE_STAGES, STAGES, Curriculum, Plan, questions_for
+from config import PATCH, SIZES
+from curriculum import EVALUATION_GRIDS, SMOKE_STAGES, STAGES, Curriculum, Plan, questions_for, smaller
 from feeder import Feeder
 from model import PageVLM
 from muon import Muon
@@ -70,9 +71,11 @@ class Trainer:
         self.compute = torch.bfloat16 if self.cuda else torch.float32
         torch.manual_seed(args.seed)
         self.about = {"size": args.size, "seed": args.seed, "step": 0}
+        self.new_heads = False
         if args.init:
             self.model, about = load(args.init)
             self.about["init_step"] = about.get("step")
+            self.new_heads = about.get("new_heads", False)
             self.model.to(self.device)
         else:
             self.model = PageVLM(SIZES[args.size]).to(self.device)
@@ -82,7 +85,7 @@ class Trainer:
         self.render = Renderer(self.device)
         self.curriculum = Curriculum(plan, args.seed, SMOKE_STAGES if args.smoke else STAGES)
         m = self.model
-        self.encoder_group = Group([m.vision, m.patch_head], [m.vision.blocks], self.cuda)
+        self.encoder_group = Group([m.vision, m.patch_heads], [m.vision.blocks], self.cuda)
         self.decoder_group = Group(
             [m.merge_in, m.merge_out, m.embedding, m.blocks, m.norm, m.head, m.term_maps, m.numbers],
             [m.merge_in, m.merge_out, m.blocks, m.term_maps],
@@ -112,26 +115,34 @@ class Trainer:
             out[name] = out[name].long()
         return out
 
-    def pixels(self, batch: dict[str, Tensor], scale: float) -> Tensor:
-        pixels = self.render(batch["cells"], batch["palette"], batch["noise"], batch["shade"])
-        return resize(pixels, scale)
+    def drawn(self, batch: dict[str, Tensor]) -> Tensor:
+        """Pictures as they are drawn."""
+        pixels: Tensor = self.render(batch["cells"], batch["palette"], batch["noise"], batch["shade"])
+        return pixels
+
+    def pixels(self, batch: dict[str, Tensor], plan: BatchPlan) -> Tensor:
+        """Pictures as the model sees them."""
+        pixels = self.drawn(batch)
+        return pixels if plan.drawn is None else resize(pixels, plan.grid, random.Random(plan.first))
 
     # -- steps
 
     def train_step(self, plan: BatchPlan, arrays: dict[str, np.ndarray], phase: str, share: float) -> None:
         batch = self.tensors(arrays)
-        pixels = self.pixels(batch, plan.scale)
-        labelled = plan.scale == 1.0
+        pixels = self.pixels(batch, plan)
+        suffix = "" if plan.drawn is None else "_smaller"
+        # what is new has to learn first: until then it says nothing about the rest
+        learns = self.new_heads and share < self.plan.new_heads_alone
         with torch.set_grad_enabled(phase != "frozen"):
             encoded = self.model.vision(pixels, self.compute)
         loss: Tensor | None = None
-        if phase != "frozen" and labelled:
-            patch_loss, right = self.model.patch_loss(encoded, batch["labels"])
+        if phase != "frozen":
+            patch_loss, right = self.model.patch_loss(encoded.detach() if learns else encoded, batch["labels"])
             loss = patch_loss * (1.0 if phase == "dense" else self.plan.dense_weight)
-            self.note({"patch_loss": patch_loss.detach(), **right})
+            self.note({f"{k}{suffix}": v for k, v in {"patch_loss": patch_loss.detach(), **right}.items()})
         if phase != "dense":
             image = self.model.image_tokens(encoded)
-            pointing = labelled and self.pointing_weight(share) > 0
+            pointing = self.pointing_weight(share) > 0
             logits, pointing_loss, mass = self.model.decode_and_point(
                 image, plan.grid, batch["ids"], batch["at"], batch["place"] if pointing else None
             )
@@ -139,15 +150,14 @@ class Trainer:
             answer_loss = self.answer_loss(logits, batch["targets"])
             loss = answer_loss if loss is None else loss + answer_loss
             if pointing_loss is not None and mass is not None:
-                token_loss, token_right = self.model.token_loss(image, batch["labels"])
+                token_loss, token_right = self.model.token_loss(image.detach() if learns else image, batch["labels"])
                 loss = loss + self.pointing_weight(share) * token_loss
-                self.note({"token_loss": token_loss.detach(), "token_right": token_right})
+                self.note({f"token_loss{suffix}": token_loss.detach(), f"token_right{suffix}": token_right})
                 loss = loss + self.pointing_weight(share) * pointing_loss
-                self.note({"pointing_loss": pointing_loss.detach(), "pointing": mass})
+                self.note({f"pointing_loss{suffix}": pointing_loss.detach(), f"pointing{suffix}": mass})
             with torch.no_grad():
                 right = exact(logits, batch["targets"])
-                self.note({"loss" if labelled else f"loss_x{plan.scale}": answer_loss.detach()})
-                suffix = "" if labelled else f"_x{plan.scale}"
+                self.note({f"loss{suffix}": answer_loss.detach()})
                 for i, family in enumerate(FAMILIES):
                     own = batch["family"] == i
                     self.note(
@@ -156,8 +166,7 @@ class Trainer:
                             f"n_{family}{suffix}": own.sum() * right.shape[1],
                         }
                     )
-                if labelled:
-                    self.note({"right": right.mean()})
+                self.note({f"right{suffix}": right.mean()})
                 self.note({f"right_{plan.grid[0] * plan.grid[1]}{suffix}": right.mean()})
         assert loss is not None
         loss.backward()
@@ -193,7 +202,7 @@ class Trainer:
 
     def phase(self, share: float) -> str:
         if self.continued:
-            return "joint"
+            return "dense" if self.new_heads and share < self.plan.new_heads_dense else "joint"
         if share < self.dense_end:
             return "dense"
         return "frozen" if share < self.dense_end + self.plan.frozen_share else "joint"
@@ -290,8 +299,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, smoke: bool) -> None:
-        """Held-out pictures, true letters given: the share of answers right by family and grid, and at half the
-        size.
+        """Held-out pictures, true letters given: the share of answers right by family and grid, at full size and made
+        smaller.
         """
         plans = []
         for grid in EVALUATION_GRIDS[: 1 if smoke else None]:
@@ -299,9 +308,9 @@ class Trainer:
             n = max(12, min(48, 6 * round(self.plan.tokens / tokens / 6)))
             for part in range(1 if smoke else self.plan.evaluation_pictures):
                 plans.append(BatchPlan("dev", 0, 100000 * tokens + part * n, grid, n, questions_for(tokens)))
-                half = (grid[0] // 2, grid[1] // 2)
-                if min(half) >= 4:
-                    plans.append(BatchPlan("dev", 0, 100000 * tokens + part * n, half, n, questions_for(tokens), 0.5))
+                for side in self.plan.evaluation_sides:
+                    own = smaller(grid, side)
+                    plans.append(BatchPlan("dev", 0, 100000 * tokens + part * n, own, n, questions_for(tokens), grid))
         for plan in plans:
             self.feeder.submit(plan)
         results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -310,12 +319,13 @@ class Trainer:
         while kept and time.time() < self.deadline - 4:
             plan, arrays = self.feeder.take()
             batch = self.tensors(arrays)
-            encoded = self.model.vision(self.pixels(batch, plan.scale), self.compute)
+            encoded = self.model.vision(self.pixels(batch, plan), self.compute)
             right = exact(
                 self.model.decode(self.model.image_tokens(encoded), plan.grid, batch["ids"], batch["at"]).float(),
                 batch["targets"],
             )
-            name = f"{plan.drawn_grid[0]}x{plan.drawn_grid[1]}" + ("" if plan.scale == 1 else " halved")
+            name = f"{plan.drawn_grid[0]}x{plan.drawn_grid[1]}"
+            name += "" if plan.drawn is None else f" as {plan.grid[0]}x{plan.grid[1]}"
             for i, family in enumerate(FAMILIES):
                 own = right[batch["family"] == i]
                 if own.numel():
@@ -324,13 +334,20 @@ class Trainer:
             self.write({"held_out": name, **{f: round(float(np.mean(v)), 4) for f, v in by_family.items()}})
 
 
-def resize(pixels: Tensor, scale: float) -> Tensor:
-    """Half size by averages, double size by interpolation; whole grey levels."""
-    if scale == 0.5:
-        return F.avg_pool2d(pixels, 2).round()
-    if scale == 2.0:
-        return F.interpolate(pixels, scale_factor=2, mode="bilinear").clamp(0, 255).round()
-    return pixels
+def resize(pixels: Tensor, grid: tuple[int, int], rng: random.Random) -> Tensor:
+    """Smaller pictures of whole image tokens, (B, 3, 28 high, 28 wide), whole grey levels.
+
+    As programs do it, one way or another: averages or a cubic, and half of the time a little too large first, which is
+    what an image library and then llama.cpp make of it.
+    """
+    size = (2 * PATCH * grid[0], 2 * PATCH * grid[1])
+    mode = rng.choice(("bilinear", "bicubic"))
+    if rng.random() < 0.5:
+        most = min(1.1, pixels.shape[2] / size[0], pixels.shape[3] / size[1])
+        own = [round(side * rng.uniform(1.0, most)) for side in size]
+        pixels = F.interpolate(pixels, own, mode=mode, antialias=True).clamp(0, 255).round()
+        mode = "bilinear"
+    return F.interpolate(pixels, size, mode=mode, antialias=True).clamp(0, 255).round()
 
 
 def exact(logits: Tensor, targets: Tensor) -> Tensor:

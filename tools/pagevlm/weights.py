@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # files are read without torch
     from model import PageVLM
 
 _PART_BYTES = 15 * 2**20
+_OF_ENCODER = ("vision.", "patch_heads.")
+_OF_TRAINING = ("patch_heads.", "term_maps.", "numbers.")
 
 
 def save(model: PageVLM, folder: Path, about: dict) -> None:
@@ -61,11 +63,76 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict]:
     return config, arrays, about
 
 
+def read_gguf(folder: Path) -> dict[str, np.ndarray]:
+    """Weights in float32 of the files that export.py wrote (or of what was quantized from them): all but those that
+    exist for training only.
+    """
+    import gguf
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.gguf")):
+        for t in gguf.GGUFReader(file).tensors:
+            tensors[t.name] = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32)
+    out: dict[str, np.ndarray] = {}
+
+    def take(name: str, *sources: str) -> None:
+        for part in ("weight", "bias"):
+            own = [tensors[f"{source}.{part}"] for source in sources if f"{source}.{part}" in tensors]
+            if own:
+                out[f"{name}.{part}"] = np.concatenate(own)
+
+    for i in range(sum(name.endswith("ffn_gate.weight") for name in tensors)):
+        block = f"blk.{i}."
+        for name, own in (
+            ("q", ["attn_q"]),
+            ("kv", ["attn_k", "attn_v"]),
+            ("out", ["attn_output"]),
+            ("gate_up", ["ffn_gate", "ffn_up"]),
+            ("down", ["ffn_down"]),
+            ("norm1", ["attn_norm"]),
+            ("norm2", ["ffn_norm"]),
+        ):
+            take(f"blocks.{i}.{name}", *(block + source for source in own))
+    for i in range(sum(name.startswith("v.blk") and name.endswith("ffn_up.weight") for name in tensors)):
+        block = f"v.blk.{i}."
+        for name, own in (
+            ("qkv", ["attn_q", "attn_k", "attn_v"]),
+            ("out", ["attn_out"]),
+            ("up", ["ffn_up"]),
+            ("down", ["ffn_down"]),
+            ("norm1", ["ln1"]),
+            ("norm2", ["ln2"]),
+        ):
+            take(f"vision.blocks.{i}.{name}", *(block + source for source in own))
+    filters = tensors["v.patch_embd.weight"]
+    out["vision.patch.weight"] = filters.reshape(len(filters), -1)
+    for name, own in (
+        ("vision.post_norm", "v.post_ln"),
+        ("merge_in", "mm.0"),
+        ("merge_out", "mm.2"),
+        ("embedding", "token_embd"),
+        ("norm", "output_norm"),
+        ("head", "output"),
+    ):
+        take(name, own)
+    return out
+
+
 def load(folder: Path) -> tuple[PageVLM, dict]:
-    """The model in torch, and what was said about it."""
+    """The model in torch, and what was said about it. A folder of GGUF files has no weights of what exists for training
+    only: these are new, and `about` says so ("new_heads").
+    """
     import torch
     from model import PageVLM
 
+    if not any(folder.glob("part-*.npz")):
+        model = PageVLM(ModelConfig())
+        arrays = read_gguf(folder)
+        lacking = model.load_state_dict({name: torch.from_numpy(a) for name, a in arrays.items()}, strict=False)
+        strange = [*lacking.unexpected_keys, *(n for n in lacking.missing_keys if not n.startswith(_OF_TRAINING))]
+        if strange:
+            raise ValueError(f"{folder} does not hold the page model's weights: {strange[0]}")
+        return model, {"new_heads": True}
     config, arrays, about = read(folder)
     model = PageVLM(config)
     model.load_state_dict({name: torch.from_numpy(a) for name, a in arrays.items()})
@@ -77,8 +144,8 @@ def load_encoder(model: PageVLM, folder: Path) -> None:
     import torch
 
     _, arrays, _ = read(folder)
-    own = {name: torch.from_numpy(a) for name, a in arrays.items() if name.startswith(("vision.", "patch_head."))}
-    missing = [name for name in model.state_dict() if name.startswith(("vision.", "patch_head.")) and name not in own]
+    own = {name: torch.from_numpy(a) for name, a in arrays.items() if name.startswith(_OF_ENCODER)}
+    missing = [name for name in model.state_dict() if name.startswith(_OF_ENCODER) and name not in own]
     if missing:
         raise ValueError(f"{folder} has no {missing[0]}")
     model.load_state_dict(own, strict=False)
