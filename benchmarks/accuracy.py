@@ -77,7 +77,7 @@ def pages() -> Iterator[dict]:
     """For the page model (tools/pagevlm), 12 layers: `compare.py ask` takes them, and presets by name."""
     for name in ("quality", "balanced", "fast", "document"):
         yield {"name": name, "preset": name}
-    for alike in ("exact", 0.05, 0.15):
+    for alike in ("exact", 0.05, 0.1):
         yield {"name": f"redundancy {alike}", "redundancy": alike}
     for share in (0.5, 0.25):
         yield {"name": f"picture {share}", "image_max_tokens": share}

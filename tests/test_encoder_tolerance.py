@@ -8,8 +8,8 @@ from helpers.families import load_fixtures
 
 from star_edge import PRESETS, PruneConfig, StarVLM, Video, refvlm
 from star_edge.errors import ConfigError, ContextLengthError, EngineClosedError, EngineError
-from star_edge.pruning.choose import ENCODER_REACH
 from star_edge.pruning.presets import override
+from star_edge.pruning.selection import REACH
 from star_edge.server.schema import parse_prune
 from star_edge.vision import row_window
 
@@ -44,7 +44,7 @@ def check(engine, fixture, config, picture):
         assert n == report.n_image_tokens or image.vision_mass.sum() == image.n_tokens
         places = np.argwhere(image.kept_on_grid(image.encoder_kept))
         everywhere = np.argwhere(np.ones(image.grid, bool))
-        assert np.abs(everywhere[:, None] - places).max(axis=2).min(axis=1).max() <= ENCODER_REACH
+        assert np.abs(everywhere[:, None] - places).max(axis=2).min(axis=1).max() <= REACH
     return n, report.n_image_tokens
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from star_edge.vision.redundancy import REACH, masses, representatives, with_more
+from star_edge.pruning.selection import REACH, between
+from star_edge.vision.redundancy import masses, representatives, with_more
 
 
 def test_representatives_by_hand():
@@ -13,6 +14,33 @@ def test_representatives_by_hand():
     assert representatives(pixels, (3, 3)).tolist() == [0, 0, 2, 0, 4, 5, 6, 0, 0]
     kept, mass = masses(representatives(pixels, (3, 3)))
     assert kept.tolist() == [0, 2, 4, 5, 6] and mass.tolist() == [5, 1, 1, 1, 1]
+
+
+def test_the_gap_between_two_columns_stays():
+    """Words in columns 0 and 1, 3, and 6: the gap between the first two things is near both, that of two columns too.
+    What is right of them all may go, and blank rows.
+    """
+    picture = np.zeros((6, 12), np.float32)
+    words = [0, 1, 3, 6]
+    picture[1:5, words] = 1 + np.arange(16, dtype=np.float32).reshape(4, 4)
+    stands = representatives(picture.reshape(72, 1), (6, 12)).reshape(6, 12)
+    stays = stands == np.arange(72).reshape(6, 12)
+    assert stays[1:5, [*words, 2, 4, 5]].all() and stays[1:5, 7:].sum() <= 4 and stays[[0, 5]].sum() <= 4
+
+
+def test_what_lies_between():
+    """Against the definition, place by place, with tokens of a grid that has some of its cells only."""
+    rng, grid = np.random.default_rng(0), (5, 9)
+    cells = np.sort(rng.choice(45, 33, replace=False))
+    cells[rng.choice(33, 3, replace=False)] = -1
+    things = rng.random(33) < 0.5
+    row, column = np.divmod(cells, grid[1])
+    expected = []
+    for i in range(33):
+        steps = [column[j] - column[i] for j in range(33) if things[j] and cells[j] >= 0 and row[j] == row[i]]
+        sides = [any(0 < side * step <= REACH for step in steps) for side in (-1, 1)]
+        expected.append(cells[i] >= 0 and not things[i] and all(sides))
+    assert between(things, cells, grid).tolist() == expected and 3 < sum(expected) < 20
 
 
 def test_a_flat_area_keeps_one_unit_of_25():
@@ -61,7 +89,11 @@ def test_what_stands_for_a_unit(tolerance, grid, n_values):
     flat = (alike & touching).any(axis=1)
     inside = flat & (alike | ~touching).all(axis=1)
     same_colour = (np.abs(pixels[:, None] - pixels[None]) <= tolerance).all(axis=2) & flat & flat[:, None]
-    may = inside | same_colour[same_colour.sum(axis=1).argmax()]
+    ground = same_colour[same_colour.sum(axis=1).argmax()]
+    beside = ~ground & (place[:, None, 0] == place[:, 0])  # things on the row of each
+    steps = place[:, 1] - place[:, None, 1]
+    gap = np.logical_and(*((beside & (side * steps > 0) & (side * steps <= REACH)).any(axis=1) for side in (-1, 1)))
+    may = inside | (ground & ~gap)
     near = alike & (apart <= REACH)
     out = np.flatnonzero(stands != np.arange(n))
     assert (stands[stands] == stands).all() and may[out].all() and near[out, stands[out]].all()

@@ -7,7 +7,7 @@ from helpers import bounds
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.pruning.representatives import MAX_CLUSTERED, REPRESENTATIVES, merge, select
 from star_edge.pruning.scorers import DECODER_SCORERS, VISION_SCORERS
-from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, average_tokens
+from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, REACH, Tokens, average_tokens
 
 RNG = np.random.default_rng(5)
 
@@ -115,19 +115,24 @@ def test_clusters_by_distance_alone():
 
 
 def edges(tokens, alone, bound):
-    """What touches something unlike it and is not of the ground, from the definition, token by token."""
+    """What touches something unlike it and is not of the ground, or is a gap in that, from the definition, token by
+    token.
+    """
     n = len(tokens)
     place = [divmod(int(cell), tokens.grid[1]) for cell in tokens.cells]
     touches = [
         [j for j in range(n) if j != i and max(abs(a - b) for a, b in zip(place[i], place[j])) <= 1] for i in range(n)
     ]
     flat = [i for i in range(n) if any(alone[i, j] <= bound for j in touches[i])]
-    ground = max(flat, key=lambda i: sum(alone[i, j] <= bound for j in flat), default=None)
+    first = max(flat, key=lambda i: sum(alone[i, j] <= bound for j in flat), default=None)
+    ground = [i for i in flat if alone[first, i] <= bound]
+    things = [place[j] for j in range(n) if j not in ground]
+    steps = [[column - place[i][1] for row, column in things if row == place[i][0]] for i in range(n)]
+    gap = [i for i in ground if {-1, 1} <= {np.sign(step) for step in steps[i] if abs(step) <= REACH}]
     return [
         i
         for i in range(n)
-        if (i not in flat or alone[ground, i] > bound)
-        and (i not in flat or any(alone[i, j] > bound for j in touches[i]))
+        if (i not in ground or i in gap) and (i not in flat or any(alone[i, j] > bound for j in touches[i]))
     ]
 
 

@@ -19,10 +19,7 @@ from .blas import one_blas_thread
 from .config import PruneConfig
 from .representatives import select
 from .scorers import DECODER_SCORERS, VISION_SCORERS, Scorer
-from .selection import Selection, Tokens, apart, project
-
-# Grid cells. 1 keeps a tenth more tokens, and from 4 on charts lose answers (ACCURACY.md, "The encoder stage")
-ENCODER_REACH = 2
+from .selection import REACH, Selection, Tokens, apart, project
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def encoder_policy(config: PruneConfig, has_attention: bool) -> Policy:
     like tokens far apart are two things: a token is represented by one near it.
     """
     tolerance = _tolerance(config.encoder_tolerance, config.encoder_adapts)
-    return replace(vision_policy(config, has_attention), tolerance=tolerance, reach=ENCODER_REACH)
+    return replace(vision_policy(config, has_attention), tolerance=tolerance, reach=REACH)
 
 
 def decoder_policy(config: PruneConfig) -> Policy:

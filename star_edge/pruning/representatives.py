@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .selection import Selection, Tokens, top_k
+from .selection import Selection, Tokens, between, top_k
 
 MAX_CLUSTERED = 4096  # tokens whose distances are held at once (64 MiB); larger images are clustered in bands
 
@@ -76,8 +76,9 @@ def cluster(
 
     With a reach, tokens farther apart than that on the grid count as farther than the tolerance; the edges of things
     stay, whatever they are like; and no medoid replaces what was chosen. An edge is a token that touches one unlike it,
-    if it is not part of the ground. Those within the tolerance are alike. The ground is what is like the token that
-    has the most like it, of those that are like one that they touch.
+    if it is not part of the ground, or lies between two things side by side (selection.between). Those within the
+    tolerance are alike. The ground is what is like the token that has the most like it, of those that are like one that
+    they touch.
 
     Args:
         tokens: The tokens.
@@ -158,7 +159,8 @@ def _pairs(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndar
 
 
 def _edges(tokens: Tokens, alike: np.ndarray) -> np.ndarray:
-    """Tokens that touch one unlike them and are not part of the ground, (n,) bool. None without a grid.
+    """Tokens that touch one unlike them, and are not part of the ground or are a gap in it between two things side by
+    side, (n,) bool. None without a grid.
 
     alike: Pairs of tokens, (n, n) bool.
     """
@@ -171,7 +173,9 @@ def _edges(tokens: Tokens, alike: np.ndarray) -> np.ndarray:
     edges: np.ndarray = ~flat | (touching & ~alike).any(axis=1)
     if flat.any():
         most = int((alike[:, flat].sum(axis=1) * flat).argmax())
-        edges &= ~(flat & alike[most])
+        ground = flat & alike[most]
+        assert tokens.grid is not None  # `beyond` has asked
+        edges &= ~ground | between(~ground, tokens.cells, tokens.grid)
     return edges
 
 

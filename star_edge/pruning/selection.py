@@ -19,6 +19,9 @@ from .blas import spread
 PLACE_WEIGHT = (
     0.4  # share of the distance on the image in the distance between tokens; 0.2 to 0.4 were best (ACCURACY.md)
 )
+# Rows or columns of the grid between what is left out and what stands for it, or between things side by side. 1 keeps a
+# tenth more tokens, and from 4 on charts lose answers (ACCURACY.md, "An encoder stage that adapts to the picture")
+REACH = 2
 MAX_DIMENSIONS = 128  # of long vectors, for their distances
 BLOCK = 96  # rows of a product that are computed at once: as many as OpenBLAS's kernels take, times a few
 
@@ -303,3 +306,26 @@ def average_tokens(n_first: int, windows: Sequence[tuple[int, int]], n_layers: i
     """
     edges = [(0, n_first), *windows, (n_layers, 0)]
     return sum(n * (after - layer) for (layer, n), (after, _) in pairwise(edges)) / n_layers
+
+
+def between(things: np.ndarray, cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """What lies between two things side by side: one at most REACH columns to the left on its row, one as near to the
+    right.
+
+    Args:
+        things: (n,) bool.
+        cells: Grid cell of each, row by row, (n,) int64, -1 for none.
+        grid: (rows, columns).
+
+    Returns:
+        (n,) bool. False for what is a thing itself, or has no cell.
+    """
+    there = np.zeros((grid[0], grid[1] + 2 * REACH), bool)
+    row, column = np.divmod(cells, grid[1])
+    placed = cells >= 0
+    there[row[things & placed], column[things & placed] + REACH] = True
+
+    steps = np.arange(1, REACH + 1)
+    left, right = (there[row[:, None], column[:, None] + REACH + side * steps].any(axis=1) for side in (-1, 1))
+    gaps: np.ndarray = np.logical_and.reduce([placed, ~things, left, right])
+    return gaps

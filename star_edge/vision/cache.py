@@ -31,7 +31,7 @@ _KINDS = ("received", "cls")  # kinds of attention, in the order of a file
 # all before it. Little-endian. The header: magic, key, n_tokens, n, n_embd, 1 if there are cells, a bit for each kind,
 # 1 if not all tokens are kept, number of redundant tokens, layer of the encoder stage (0: none)
 _HEADER = struct.Struct("<8s32sIIIIIIII")
-_MAGIC = b"starimg3"  # to be raised when the format, or how scores or what is left out are computed, changes
+_MAGIC = b"starimg4"  # to be raised when the format, or how scores or what is left out are computed, changes
 _SUFFIX, _TEMPORARY = ".starimg", ".starimg-part"
 _CHECKSUM = 32
 _ABANDONED_SECONDS = 3600  # no process still writes a temporary file of that age

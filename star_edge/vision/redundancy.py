@@ -2,15 +2,16 @@
 
 They need not enter the encoder: what they show, a unit that stays shows too (PixelPrune, arXiv 2604.00886, leaves out
 patches that can be predicted from their neighbours). Which of them can go without costing answers was measured
-(ACCURACY.md): the ground can, and the inside of a thing of one colour, but not all of a bar. Knows pixels and grids, no
-model.
+(ACCURACY.md): the ground can, but for the gap between two things side by side, and the inside of a thing of one colour,
+but not all of a bar. Knows pixels and grids, no model.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-REACH = 2  # rows or columns between a unit that is left out and the one that stands for it, at most
+from ..pruning.selection import REACH, between
+
 _SAMPLE = 97  # every so many values are compared first: most units that differ do so there
 _CENTRES = 512  # colours that the ground's is looked for among, at most
 
@@ -20,7 +21,8 @@ def representatives(pixels: np.ndarray, grid: tuple[int, int], tolerance: float 
 
     A unit may be left out if all units that touch it are like it, or if it is part of the ground: flat, and of the
     colour that most flat units have. Flat is a unit that is like one that it touches. So the edge of a bar or a button
-    stays, though all of it has one colour.
+    stays, though all of it has one colour. Ground between two things side by side (selection.between) stays as well:
+    the gap between two columns is where an encoder may tell what belongs to what.
 
     It is left out if one that stays is like it and at most REACH rows and columns away. The nearest unit that may not
     be left out stands for it. For the others that is one of themselves: the one with the most undecided units like it
@@ -35,8 +37,9 @@ def representatives(pixels: np.ndarray, grid: tuple[int, int], tolerance: float 
     near, alike, touches = _look_around(pixels.reshape(*grid, -1), tolerance)
     flat: np.ndarray = np.any(alike[:, touches], axis=1)
     inside = flat & (alike | (near == n))[:, touches].all(axis=1)
-    # one more for what is outside the picture
-    undecided = np.append(inside | _ground(pixels, flat, tolerance), False)
+    ground = _ground(pixels, flat, tolerance)
+    ground &= ~between(~ground, np.arange(n), grid)
+    undecided = np.append(inside | ground, False)  # one more for what is outside the picture
     stands = np.arange(n)
     staying = alike & ~undecided[near]
     found = undecided[:n] & staying.any(axis=1)
