@@ -83,6 +83,8 @@ int se_attention_scores(const se_attention * a, int reduce, int n_threads, float
 typedef struct se_tap se_tap;
 
 enum { SE_MAX_EXTRA = 8, SE_MAX_LAYERS = 1024 };
+/* A sample of a tensor: its size, 8 bytes, and SE_SAMPLE_PIECES pieces of it, the middles of as many equal parts, as floats have their bounds. */
+enum { SE_SAMPLE_PIECES = 8, SE_SAMPLE_PIECE = 4096, SE_SAMPLE_BYTES = 32776 };
 enum se_concat { SE_CONCAT_NONE = 0, SE_CONCAT_FIRST = 1, SE_CONCAT_LAST = 2 };
 
 /* What one decode (or one encode) should do. All pointers stay owned by the caller and must outlive se_tap_finish. */
@@ -137,6 +139,13 @@ typedef struct {
     const int32_t * keep;
     int32_t n_keep, keep_layer;
     int32_t keep_node, n_nodes;
+    /* Whether a graph input looks like a known one: `sample` (SE_SAMPLE_BYTES) gets a sample of the input of that name when its first
+     * consumer is asked about. If it is one of `known` (n_known, SE_SAMPLE_BYTES), nothing is computed from there on, as with count_only,
+     * and se_result.known says which. For plans without a window, rows that leave and a source. NULL: no input is looked at. */
+    const char * compare_input;
+    const uint8_t * known;
+    int32_t n_known;
+    uint8_t * sample;
 } se_plan;
 
 typedef struct {
@@ -155,6 +164,8 @@ typedef struct {
     int32_t keep_node;           /* which of them, from 1 on, rows left at; 0: none */
     int32_t n_rows;              /* rows of the hidden state there, before */
     int32_t n_out;               /* rows of the last node, with the rows that stay */
+    int32_t sampled;             /* 1: the plan's compare_input was seen */
+    int32_t known;               /* which of the plan's known samples it has, from 1 on; 0: none */
     double score_seconds;        /* time spent in the score kernels, reading q and k included */
 } se_result;
 

@@ -358,6 +358,11 @@ static int check(const se_plan * p) {
         if (p->n_layer > 0 && (p->first != p->keep_layer || p->last != p->n_layer)) return SE_ERR_ARGUMENT;
         if (!p->count_only && (p->keep_node < 1 || p->n_nodes < p->keep_node)) return SE_ERR_ARGUMENT; /* not rehearsed */
     }
+    if (p->n_known < 0 || (p->n_known > 0 && !p->known)) return SE_ERR_ARGUMENT;
+    if (p->compare_input) {
+        if (!*p->compare_input || !p->sample) return SE_ERR_ARGUMENT;
+        if (p->n_layer || p->keep || p->source_node || p->count_only || p->only_cells) return SE_ERR_ARGUMENT; /* they need what would not be computed */
+    }
     if ((p->positions || p->cells) && p->n_rows < 1) return SE_ERR_ARGUMENT;
     if (p->only_cells && (p->n_layer || p->n_attn_layers || p->positions || p->source_node || p->keep || p->count_only)) return SE_ERR_ARGUMENT;
     if (p->positions && p->n_pos_per_row != 1 && p->n_pos_per_row != 4) return SE_ERR_ARGUMENT;

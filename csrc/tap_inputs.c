@@ -59,6 +59,39 @@ static void override_inputs(se_tap * tap, const struct ggml_tensor * node) {
     }
 }
 
+/* Takes the plan's sample of an input, and ends the graph if it is a known one. On a GPU each piece is a read that is waited for. */
+static void compare_input(se_tap * tap, const struct ggml_tensor * input) {
+    se_plan * p = &tap->plan;
+    const size_t size = se_ggml.nbytes(input), n_floats = size / sizeof(float);
+    const uint64_t header = size;
+    uint8_t * piece = p->sample + sizeof header;
+    memset(p->sample, 0, SE_SAMPLE_BYTES);
+    memcpy(p->sample, &header, sizeof header);
+    int error = SE_OK;
+    if (size <= (size_t) SE_SAMPLE_PIECES * SE_SAMPLE_PIECE) {
+        error = se_read(input, piece, 0, size);
+    } else {
+        for (size_t i = 0; i < SE_SAMPLE_PIECES && !error; i++, piece += SE_SAMPLE_PIECE) {
+            const size_t middle = n_floats * (2 * i + 1) / (2 * SE_SAMPLE_PIECES) * sizeof(float);
+            error = se_read(input, piece, middle - SE_SAMPLE_PIECE / 2, SE_SAMPLE_PIECE);
+        }
+    }
+    se_tap_fail(tap, error);
+    if (error) return;
+    tap->result.sampled = 1;
+    for (int32_t i = 0; i < p->n_known && !tap->result.known; i++) {
+        if (!memcmp(p->sample, p->known + (size_t) i * SE_SAMPLE_BYTES, SE_SAMPLE_BYTES)) tap->result.known = i + 1;
+    }
+    if (tap->result.known) p->count_only = 1;
+}
+
+static void compare_inputs(se_tap * tap, const struct ggml_tensor * node) {
+    for (int s = 0; s < GGML_MAX_SRC && !tap->result.sampled; s++) {
+        const struct ggml_tensor * src = node->src[s];
+        if (src && se_is_leaf(src) && se_is_input(src, tap->plan.compare_input)) compare_input(tap, src);
+    }
+}
+
 static void override_positions(se_tap * tap, const struct ggml_tensor * node) {
     int64_t n_used;
     struct ggml_tensor * positions = se_rope_positions(node, &n_used);
@@ -255,6 +288,7 @@ void se_tap_inputs_visit(se_tap * tap, const struct ggml_tensor * node) {
     if (tap->bias || tap->n_levels) bias_mask(tap, node);
     if (tap->joined[0]) look_for_concat(tap, node);
     if (tap->watch_out || tap->inputs[0].data) override_inputs(tap, node);
+    if (tap->armed && tap->plan.compare_input) compare_inputs(tap, node);
 }
 
 /* ---- settings ---- */

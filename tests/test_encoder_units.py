@@ -380,6 +380,11 @@ def test_other_families_answer_without_it(name):
 # ---- equal tiles ----
 
 
+def in_crops(fixture):
+    """A picture that the model cuts into crops."""
+    return max((picture for prompt in fixture.prompts for picture in prompt.pictures), key=lambda picture: picture.size)
+
+
 @pytest.mark.parametrize("name", ["llava-next", "smolvlm", "idefics3"])
 def test_equal_tiles_are_encoded_once(name, monkeypatch):
     """A blank picture in crops: the encoder runs for the first, and the prompt is what it is with a run for each."""
@@ -391,7 +396,7 @@ def test_equal_tiles_are_encoded_once(name, monkeypatch):
         return encoded
 
     monkeypatch.setattr(VisionEncoder, "encode", recorded)
-    picture = fixture.prompts[0].pictures[0]
+    picture = in_crops(fixture)
     half_blank = picture.copy()
     half_blank[: len(picture) // 2] = 128
     for pixels in (np.full_like(picture, 128), half_blank, picture):
@@ -413,6 +418,60 @@ def test_equal_tiles_are_encoded_once(name, monkeypatch):
                 assert len(runs) == len(every.images) and not any(image.same_as is not None for image in every.images)
                 assert sorted(once) == sorted(set(runs))  # of equal tiles one, and of no others
             assert len(once) == 1 or pixels.std() > 0
+
+
+@pytest.mark.parametrize("name", ["llava-next", "smolvlm"])  # of idefics3's fixture the one tile is the overview
+def test_a_photo_is_not_looked_at_twice(name, monkeypatch):
+    """Each crop is one run of the encoder. Only crops that look alike get a run that counts: a page's blank ones, and
+    those whose samples agree while some other pixel differs.
+    """
+    fixture, runs, run = FIXTURES[name], [], VisionEncoder.run
+
+    def recorded(self, chunk, plan):
+        try:
+            return run(self, chunk, plan)
+        finally:
+            kind = "look" if plan.count_only else "begun" if self.last_outcome.known is not None else "whole"
+            runs.append((kind, self.tap.take_traffic().n_reads))
+
+    shape = in_crops(fixture).shape
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    page = np.full(shape, 255, np.uint8)
+    with fixture.engine("fa") as engine, monkeypatch.context() as patch:
+        patch.setattr(VisionEncoder, "run", recorded)
+        for pixels in (noise, page):
+            engine.encoder.tap.take_traffic()
+            runs.clear()
+            _, report = ask(engine, fixture, None, [pixels], number=0)
+            n_same = sum(image.same_as is not None for image in report.images)
+            kinds = [kind for kind, _ in runs]
+            assert kinds.count("whole") == len(report.images) - n_same and len(report.images) > 1
+            if pixels is noise:
+                assert kinds == ["whole"] * len(report.images) and len({n for _, n in runs}) == 1
+            else:
+                assert (
+                    n_same
+                    and kinds.count("begun") >= n_same
+                    and n_same < kinds.count("look") <= 2 * kinds.count("begun")
+                )
+
+
+def test_crops_that_differ_where_no_sample_is_are_told_apart(monkeypatch):
+    """The sample of a crop is the only thing that is equal: each is encoded."""
+    fixture, runs = FIXTURES["llava-next"], []
+    pixels = np.full(in_crops(fixture).shape, 255, np.uint8)
+    looks = ImageEncoding._fingerprint
+
+    def alike(self, image):
+        runs.append(image)
+        return looks(self, image) + bytes([len(runs)])  # as if a pixel differed
+
+    with fixture.engine("fa") as engine, monkeypatch.context() as patch:
+        patch.setattr(ImageEncoding, "_fingerprint", alike)
+        _, report = ask(engine, fixture, None, [pixels], number=0)
+        assert all(image.same_as is None for image in report.images)
+        assert len(runs) == len(report.images)  # each once, whoever it is compared with
+    assert len({id(image) for image in runs}) == len(runs)
 
 
 def test_equal_frames_in_parts_are_encoded_once(monkeypatch):

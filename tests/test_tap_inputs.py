@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import bounds, gpu, stock_attention
 from helpers.decoders import write_alibi
+from helpers.families import load_fixtures
 from helpers.reference import Decoder
 from helpers.tap_helpers import (
     ARCHS,
@@ -28,9 +29,20 @@ from helpers.tap_helpers import tapped as tapped  # a fixture
 
 from star_edge.errors import EngineError
 from star_edge.llamacpp.context import PARKED, DecoderContext, attach_tap
-from star_edge.llamacpp.tap import MEAN_ALL, MEAN_HEADS, MEAN_ROWS, AttentionRead, Plan, Tap
+from star_edge.llamacpp.names import PIXELS
+from star_edge.llamacpp.tap import (
+    MEAN_ALL,
+    MEAN_HEADS,
+    MEAN_ROWS,
+    SAMPLE_BYTES,
+    AttentionRead,
+    Compare,
+    Plan,
+    Tap,
+)
 from star_edge.rows import Rows
 from star_edge.synthetic import EncoderShape, write_encoder
+from star_edge.vision.chunks import ImageChunk, LooksKnownError
 from star_edge.vision.encoder import MEDIA_MARKER, VisionEncoder
 
 # ---- positions ----
@@ -408,3 +420,35 @@ def test_shift_and_bias_in_every_ubatch(arch, flash, models, fresh):
     np.testing.assert_array_equal(shifted, c.logits())
     llama.close()
     tap.close()
+
+
+# ---- samples of encoder inputs ----
+
+
+def test_a_sample_is_of_the_pixels():
+    """Eight pieces, the middles of as many equal parts, after the size; only one that is equal to the byte is known."""
+    fixture = load_fixtures()["llava-next"]
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8)
+    with fixture.engine("fa") as engine:
+        encoder = engine.encoder
+        prompt = encoder.tokenize(MEDIA_MARKER, [pixels])
+        chunk = next(c for c in prompt.chunks if isinstance(c, ImageChunk))
+        seen = np.empty((3, *chunk.size), np.float32)
+        nothing = np.empty((0, SAMPLE_BYTES), np.uint8)
+        with encoder.tap.watching(PIXELS, seen):
+            sample = encoder.run(chunk, Plan(compare=Compare(PIXELS, nothing))).sample
+        n, piece = seen.size // 8, 1024  # floats
+        parts = seen.reshape(8, n)[:, n // 2 - piece // 2 : n // 2 + piece // 2]
+        assert sample.tobytes() == np.int64(seen.nbytes).tobytes() + np.ascontiguousarray(parts).tobytes()
+        other = sample.copy()
+        other[-1] ^= 1
+        before = encoder.encode(chunk, None).embeddings.copy()
+        encoder.run(chunk, Plan(compare=Compare(PIXELS, other[None])))
+        with pytest.raises(LooksKnownError) as found:
+            encoder.run(chunk, Plan(compare=Compare(PIXELS, np.stack([other, sample]))))
+        assert found.value.known == 1
+        assert np.array_equal(encoder.encode(chunk, None).embeddings, before)
+        with pytest.raises(EngineError):
+            encoder.run(chunk, Plan(count_only=True, compare=Compare(PIXELS, nothing)))
+        assert encoder.run(chunk, Plan(compare=Compare("no such input", nothing))).sample is None
+        prompt.close()

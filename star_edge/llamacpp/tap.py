@@ -19,6 +19,7 @@ from .native import check, ffi, lib
 
 MEAN_HEADS, MEAN_ROWS, MEAN_ALL = lib.SE_MEAN_HEADS, lib.SE_MEAN_ROWS, lib.SE_MEAN_ALL
 CONCAT_FIRST, CONCAT_LAST = lib.SE_CONCAT_FIRST, lib.SE_CONCAT_LAST  # of Outcome.concat
+SAMPLE_BYTES = int(lib.SE_SAMPLE_BYTES)
 NO_ATTENTION, NO_ROWS_LEAVE = lib.SE_ERR_NO_ATTENTION, lib.SE_ERR_ROWS  # of Outcome.error
 
 
@@ -57,6 +58,18 @@ class KeepRows:
 
 
 @dataclass
+class Compare:
+    """Whether an input of a graph looks like one of an earlier graph. If so, nothing is computed from it.
+
+    name: of the input.
+    known: (n, SAMPLE_BYTES) uint8, `Outcome.sample` of each earlier one.
+    """
+
+    name: str
+    known: np.ndarray
+
+
+@dataclass
 class Plan:
     """One decode or encode; see `se_plan` in csrc/star_edge.h. Arrays are C-contiguous and of the dtype given there."""
 
@@ -77,6 +90,7 @@ class Plan:
     source: tuple[str, int] | None = None  # name of a node, and which of its sources is replaced or taken
     source_in: np.ndarray | None = None
     source_out: np.ndarray | None = None
+    compare: Compare | None = None
 
 
 @dataclass
@@ -98,6 +112,8 @@ class Outcome:
     keep_node: int = 0  # which of them rows left at, from 1 on
     n_rows: int = 0  # rows of the hidden state there, before they left
     n_out: int = 0  # rows of the last node, with the rows that stay: image tokens that the encoder has made
+    sample: np.ndarray | None = None  # of the input that is compared, (SAMPLE_BYTES,) uint8
+    known: int | None = None  # which of the known ones has that sample; then nothing was computed
     error: int = 0
 
 
@@ -208,6 +224,14 @@ class Tap:
             c.source_out = pointer(plan.source_out, "float", np.float32)
             array = plan.source_in if plan.source_in is not None else plan.source_out
             c.source_bytes = 0 if array is None else array.nbytes
+        sample = np.zeros(0 if plan.compare is None else SAMPLE_BYTES, np.uint8)
+        if plan.compare is not None:
+            name = ffi.new("char[]", plan.compare.name.encode())
+            keep.append(name)
+            c.compare_input, c.sample = name, pointer(sample, "uint8_t", np.uint8)
+            c.known, c.n_known = pointer(plan.compare.known, "uint8_t", np.uint8), len(plan.compare.known)
+            if plan.compare.known.shape != (c.n_known, SAMPLE_BYTES):
+                raise EngineError(f"{what}: samples have shape {plan.compare.known.shape}")
         read = plan.attention
         buffer = None
         if read is not None:
@@ -242,6 +266,8 @@ class Tap:
             outcome.score_seconds = result.score_seconds
             outcome.n_nodes, outcome.keep_node = result.n_nodes, result.keep_node
             outcome.n_rows, outcome.n_out = result.n_rows, result.n_out
+            outcome.sample = sample if result.sampled else None
+            outcome.known = result.known - 1 if result.known else None
         check(outcome.error, what)
         if read is not None:
             assert buffer is not None

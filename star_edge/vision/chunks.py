@@ -120,6 +120,14 @@ class Encoded:
         return np.arange(len(self.embeddings)) if self.kept is None else self.kept
 
 
+class LooksKnownError(Exception):
+    """An image's pixels look like those of an earlier one, and nothing has been computed. known: which one."""
+
+    def __init__(self, known: int) -> None:
+        super().__init__(f"the image looks like number {known} of those that it was compared with")
+        self.known = known
+
+
 def cells_of(n_tokens: int, special: np.ndarray | None) -> np.ndarray:
     """Token i shows cell i. Special tokens show none and are not counted."""
     return np.arange(n_tokens) if special is None else np.where(special, -1, np.cumsum(~special) - 1)

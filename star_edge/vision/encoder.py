@@ -31,7 +31,7 @@ from ..llamacpp.native import version_and_features
 from ..llamacpp.tap import CONCAT_FIRST, CONCAT_LAST, MEAN_ALL, NO_ATTENTION, AttentionRead, Outcome, Plan, Tap
 from . import repair
 from .cache import CachedImage, ImageCache, file_digest, pixels_id
-from .chunks import Encoded, ImageChunk, Prompt, TextChunk, cells_of
+from .chunks import Encoded, ImageChunk, LooksKnownError, Prompt, TextChunk, cells_of
 from .precision import with_type
 from .profiles import METADATA_KEYS, POSITION_TABLES, Layout, find_profile, repeated_rows
 
@@ -321,13 +321,15 @@ class VisionEncoder:
 
     # ---- encode ----
 
-    def encode_once(self, chunk: ImageChunk, attention: str | None, *, want_cells: bool) -> Encoded:
+    def encode_once(
+        self, chunk: ImageChunk, attention: str | None, *, want_cells: bool, plan: Plan | None = None
+    ) -> Encoded:
         """Like `encode`, from the cache if it has everything that is asked for.
 
         Arrays stay valid, and may be read-only.
         """
         if self.cache is None or not chunk.content:
-            encoded = self.encode(chunk, attention, want_cells=want_cells)
+            encoded = self.encode(chunk, attention, want_cells=want_cells, plan=plan)
             return replace(encoded, embeddings=encoded.embeddings.copy())
         self._check_open()
         attention = attention if self.reads_attention(chunk) else None
@@ -339,7 +341,7 @@ class VisionEncoder:
             special = self._special(chunk, found.embeddings)
             cells = found.cells if want_cells and found.cells is not None else cells_of(n, special)
             return Encoded(found.embeddings, scores, cells, 0.0, special, cached=self.cache.is_of_earlier(key))
-        encoded = self.encode(chunk, attention, want_cells=want_cells)
+        encoded = self.encode(chunk, attention, want_cells=want_cells, plan=plan)
         encoded = replace(encoded, embeddings=encoded.embeddings.copy())
         self.remember(chunk, encoded, attention, want_cells=want_cells)
         return encoded
@@ -393,6 +395,7 @@ class VisionEncoder:
 
         Raises:
             EngineError: libmtmd failed.
+            LooksKnownError: The plan compares the image with earlier ones, and it looks like one of them.
         """
         self._check_open()
         attention = attention if self.reads_attention(chunk) else None
@@ -486,6 +489,8 @@ class VisionEncoder:
             problem = self._mtmd.encode(chunk.handle)
         if problem:
             raise EngineError(f"the vision encoder failed ({problem})")
+        if self.last_outcome.known is not None:
+            raise LooksKnownError(self.last_outcome.known)
         if self.last_outcome.concat == CONCAT_FIRST and self.profile.cls_first:
             self.profile = self.profile.cls_first
         return self.last_outcome
