@@ -3,14 +3,16 @@
     python benchmarks/choosing.py [--threads 1 2] [--repeats 5] [--beside CHECKOUT]
 
 --beside takes turns with another checkout of the repository, such as an older one (git worktree add), which chooses on
-one thread. Vectors are smooth over the picture, with some noise. Times are of the wall, and for one thread also of the
-processor, which other work on the machine does not lengthen.
+one thread. Its Python is used with the C core that is installed here. Vectors are smooth over the picture, with some
+noise. Times are of the wall, and for one thread also of the processor, which other work on the machine does not
+lengthen.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import statistics
 import sys
 import time
@@ -70,17 +72,23 @@ class Package:
         images = self.candidates(arrays)
         most = policy.tolerance < np.inf
 
+        n_images = min(n_threads, len(images)) if merges and hasattr(self.blas, "spread") else 1
+        of_each = {}  # a version of before chooses from an image on one thread
+        if "n_threads" in inspect.signature(self.choose.choose).parameters:
+            of_each = {"n_threads": max(1, n_threads // n_images)}
+
         def of_image(i: int) -> tuple[Any, Any]:
             image, n = images[i], counts[i]
-            chosen = self.choose.choose(policy, image, n, len(image.tokens) if most else None)
-            return chosen, self.representatives.merge(image.tokens.vectors, chosen) if merges else None
+            chosen = self.choose.choose(policy, image, n, len(image.tokens) if most else None, **of_each)
+            return chosen, self.representatives.merge(image.tokens.vectors, chosen, **of_each) if merges else None
 
         with self.blas.one_blas_thread():
             if hasattr(self.choose, "prepare"):
                 self.choose.prepare([(policy, image) for image in images], n_threads)
-            counts = self.choose.divide(policy, images, total) if len(images) > 1 else [total]
-            if merges and hasattr(self.blas, "spread"):
-                done: list[Any] = self.blas.spread(of_image, range(len(images)), n_threads)
+            for_all = {"n_threads": n_threads} if of_each else {}
+            counts = self.choose.divide(policy, images, total, **for_all) if len(images) > 1 else [total]
+            if n_images > 1:
+                done: list[Any] = self.blas.spread(of_image, range(len(images)), n_images)
                 return done
             return [of_image(i) for i in range(len(images))]
 
@@ -103,6 +111,7 @@ def main() -> None:
         before = ModuleType("before")
         before.__path__ = [str(options.beside / "star_edge")]
         sys.modules["before"] = before
+        sys.modules["before._core"] = importlib.import_module("star_edge._core")
         sides.insert(0, ("beside", Package.of("before"), 1))
     print("milliseconds, median: wall (processor, where it is one thread)")
     for case, (n_images, side, width, n_vision, n_decoder) in CASES.items():

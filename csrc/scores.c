@@ -71,9 +71,8 @@ SE_INLINE void multiply(const job * j, const float * q, const float * panels, fl
         for (int d = 0; d < dim; d++) {
             const vec k0 = vec_load(panel + (size_t) d * PANEL), k1 = vec_load(panel + (size_t) d * PANEL + LANES);
             for (int t = 0; t < TILE; t++) {
-                const vec x = vec_splat(q[t * dim + d]);
-                acc[t][0] = vec_mul_add(x, k0, acc[t][0]);
-                acc[t][1] = vec_mul_add(x, k1, acc[t][1]);
+                acc[t][0] = vec_scale_add(q[t * dim + d], k0, acc[t][0]);
+                acc[t][1] = vec_scale_add(q[t * dim + d], k1, acc[t][1]);
             }
         }
         for (int t = 0; t < TILE; t++) {

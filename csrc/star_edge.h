@@ -79,6 +79,45 @@ typedef struct {
 /* out is (n_head, n_rows, n_kv) float32, less the axes that `reduce` averages over. */
 int se_attention_scores(const se_attention * a, int reduce, int n_threads, float * out, int64_t out_size);
 
+/* ---- choosing among the tokens of an image ---- */
+
+/* out: (n, n) products of all pairs of vectors (n, d), symmetric to the bit. Like all below, the same for any number of threads. */
+int se_cosines(const float * unit, int32_t n, int32_t d, int32_t n_threads, float * out);
+
+typedef struct {
+    const float * products;    /* (n, n) of vectors of length 1. Distances are 1 - product, at least 0 */
+    int32_t n;
+    const float * places;      /* (n, n), symmetric: distances on the image, or NULL */
+    float place_weight;        /* far(i, j) = distance / mean distance of all pairs + place_weight * places, 0 for i = j */
+} se_points;
+
+/* Picks k points, the first the farthest from all others together, each further one the farthest from those before it. With r, how far
+ * the last one was from them (0 if it is the only one), first[i] is the lowest point within r / 2 of pick i. */
+int se_farthest(const se_points * points, int32_t k, int32_t * first);
+
+/* Out, (n) each, 0 or 1. flat: is like a point that touches it, which is one row, column or both away; like is a distance of at most
+ * `bound`. unlike: touches one that it is not like. ground: flat, and like the flat point that has the most flat ones like it. */
+int se_edges(const se_points * points, float bound, const int32_t * row, const int32_t * column, uint8_t * flat, uint8_t * unlike, uint8_t * ground);
+
+/* star_edge/pruning/representatives.py, cluster: what it means and where it comes from is said there. */
+typedef struct {
+    const double * mass;       /* (n) */
+    const int32_t * best;      /* (n_best) points that stay in any case */
+    int32_t n_best;
+    int32_t k, most;           /* points that stay at least, and at most with a bound */
+    float bound;               /* the largest distance between a point and the one that represents it; INFINITY: none */
+    const int32_t * row, * column; /* (n) places on the grid, with a bound; a point without one is far from all. Or NULL: no reach */
+    int32_t reach;
+    int32_t medoids;           /* 1: the medoid of each group takes over from its representative */
+    float rounding;            /* by how much a medoid may be farther from its group */
+} se_groups;
+
+/* kept: out, (n), ascending, of which n_kept are used. group: out, (n), index into kept. too_few: out, 1 if the bound asked for more. */
+int se_cluster(const se_points * points, const se_groups * groups, int32_t * kept, int32_t * n_kept, int32_t * group, int32_t * too_few);
+
+/* out: (k, d), the means of the vectors (n, d) of each of k groups. group: (n), 0..k-1; a group without members is 0. */
+int se_group_means(const float * vectors, int32_t n, int32_t d, const int32_t * group, int32_t k, int32_t n_threads, float * out);
+
 /* ---- the tap ---- */
 typedef struct se_tap se_tap;
 

@@ -42,13 +42,13 @@ def decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: in
         counts = list(n_keep)
         for group in (group for group in plan.groups if len(group) > 1):
             total = sum(n_keep[i] - plan.n_special[i] for i in group)
-            for i, n in zip(group, divide(policy, [candidates[i] for i in group], total)):
+            for i, n in zip(group, divide(policy, [candidates[i] for i in group], total, n_threads)):
                 counts[i] = plan.n_special[i] + n
         return counts
 
     return DecoderStage(
         plan.windows,
-        lambda seen, n: choose(policy, candidates[seen.image], n - plan.n_special[seen.image]),
+        lambda seen, n: choose(policy, candidates[seen.image], n - plan.n_special[seen.image], n_threads=n_threads),
         policy.scorer.reads or "all",
         share,
         plan.config.seen_below,

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.choosing import distances
 from helpers.gguf_files import rewrite
 from helpers.models import random_image
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -74,7 +75,7 @@ def test_distances_between_images():
     content = np.maximum(1 - unit @ unit.T, 0)
     want = content / content.mean() + PLACE_WEIGHT * place
     np.fill_diagonal(want, 0)
-    assert np.allclose(tokens.distances(), want, atol=1e-4)
+    assert np.allclose(distances(tokens), want, atol=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers.choosing import distances
 from helpers.models import random_image
 
 from star_edge import StarVLM, refvlm
@@ -17,8 +18,9 @@ from star_edge.pruning import selection
 from star_edge.pruning.blas import spread
 from star_edge.pruning.choose import Candidates, choose, decoder_policy, divide, prepare, vision_policy
 from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.core import Points, cosines, group_means
 from star_edge.pruning.representatives import ROUNDING, merge, select
-from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens, cosines
+from star_edge.pruning.selection import MAX_DIMENSIONS, PLACE_WEIGHT, Tokens
 from star_edge.stopwatch import Stopwatch
 from star_edge.vision.stage import encode_images, run_vision_stage
 
@@ -150,7 +152,7 @@ def test_choices_are_those_of_float64(d, share, tolerance):
         got = select("cluster", tokens, scores, 20, share, tolerance)
         told = reference.margin > 2e-6
         assert same(got, want) or not told, f"seed {seed}"
-        assert np.abs(tokens.distances() - reference.far).max() < 1e-4
+        assert np.abs(distances(tokens) - reference.far).max() < 1e-4
         n_told += told
     assert n_told >= 4
 
@@ -166,12 +168,102 @@ def test_means_of_groups():
     assert means.dtype == np.float32 and np.abs(means - want).max() < 1e-6
 
 
-@pytest.mark.parametrize("n", [1, 95, 96, 97, 256, 500])
-def test_cosines_are_symmetric(n):
-    unit = np.random.default_rng(n).standard_normal((n, 24)).astype(np.float32)
+# ---- the C core ----
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 24), (2, 1), (15, 3), (24, 128), (97, 24), (256, 130), (500, 24)])
+def test_cosines(n, d):
+    """Symmetric to the bit, the same for any number of threads, and as good as float32 sums of d products."""
+    unit = np.random.default_rng(n).standard_normal((n, d)).astype(np.float32)
+    unit[n // 2] = unit[0]
     products = cosines(unit)
-    assert np.array_equal(products, products.T)
-    assert np.abs(products - unit.astype(np.float64) @ unit.T).max() < 1e-4
+    assert np.array_equal(products, products.T) and np.array_equal(products[n // 2], products[0])
+    want = unit.astype(np.float64) @ unit.T.astype(np.float64)
+    assert np.abs(products - want).max() <= d * 2.0**-24 * (np.abs(unit) @ np.abs(unit).T).max()
+    for n_threads in (0, 2, 7, 1000):
+        assert np.array_equal(cosines(unit, n_threads), products)
+
+
+def test_threads_choose_the_same():
+    """Bit for bit, with so many tokens that each of several threads has its share."""
+    rng = np.random.default_rng(0)
+    unit = rng.standard_normal((700, 128)).astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    tokens = Tokens(unit, np.arange(700), (28, 25))
+    tokens.unit_vectors = unit
+    mass, few = rng.integers(1, 4, 700).astype(float), rng.permutation(700)[:20]
+    found = []
+    for n_threads in (1, 2, 5, 64):
+        points = Points(unit, tokens.place_distances(), PLACE_WEIGHT, n_threads)
+        parts = [cosines(unit, n_threads), points.farthest(90)]
+        for best, bound, near, medoids in (
+            ([], math.inf, None, True),
+            (few, math.inf, None, False),
+            ([], 0.8, None, True),
+            (few, 0.9, (*tokens.on_grid(), 2), False),
+        ):
+            parts += points.cluster(np.asarray(best, np.int64), mass, 90, 600, bound, ROUNDING, near, medoids)
+        found.append(parts)
+    for other in found[1:]:
+        assert all(np.array_equal(got, want) for got, want in zip(other, found[0], strict=True))
+    vectors, group = rng.standard_normal((3000, 700)).astype(np.float32), rng.integers(0, 400, 3000)
+    group[:400] = np.arange(400)
+    means = [group_means(vectors, group, 400, n_threads) for n_threads in (1, 2, 5, 64)]
+    assert all(np.array_equal(m, means[0]) for m in means)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_picks_that_count_for_the_first_that_shows_them(seed):
+    """`budget.by_distinctness` as loops in float64, where float32 rounds nothing."""
+    tokens, rng = exact_tokens(seed)
+    reference = Reference(tokens)
+    k = int(rng.integers(1, len(tokens)))
+    picks, radius = [reference.best(reference.far.sum(axis=1))], 0.0
+    while len(picks) < k:
+        picks.append(reference.pick(reference.far, picks))
+        radius = min(reference.far[picks[-1], j] for j in picks[:-1])
+    want = [int(np.flatnonzero(reference.far[i] <= radius / 2)[0]) for i in picks]
+    points = Points(tokens.unit_vectors, tokens.place_distances(), PLACE_WEIGHT, 1)
+    assert points.farthest(k).tolist() == want
+
+
+def test_numbers_that_are_none_choose_something():
+    """`Tokens.checked` lets none through. The core, given some, stays within its arrays and ends."""
+    unit = np.full((40, 8), math.nan, np.float32)
+    points = Points(unit, None, PLACE_WEIGHT, 2)
+    mass = np.ones(40)
+    for bound, near, medoids in ((math.inf, None, True), (0.1, (np.arange(40), np.arange(40), 1), False)):
+        kept, group, _ = points.cluster(np.empty(0, np.int64), mass, 5, 40, bound, ROUNDING, near, medoids)
+        assert 1 <= len(kept) <= 40 and set(group.tolist()) <= set(range(len(kept)))
+    assert all(len(found) == 40 for found in points.edges(0.1, np.arange(40), np.arange(40)))
+    assert set(points.farthest(7).tolist()) <= set(range(40))
+
+
+def test_arguments_that_the_core_refuses():
+    unit, none = np.eye(6, 8, dtype=np.float32), np.empty(0, np.int64)
+    points, mass = Points(unit, None, PLACE_WEIGHT, 1), np.ones(6)
+    for k, bound, best in (
+        (0, 1.0, none),
+        (7, 1.0, none),
+        (2, -1.0, none),
+        (2, math.nan, none),
+        (2, 1.0, [6]),
+        (2, 1.0, [-1]),
+    ):
+        with pytest.raises(ValueError):
+            points.cluster(np.asarray(best), mass, k, 6, bound, ROUNDING, None, True)
+    for call in (
+        lambda: points.farthest(0),
+        lambda: points.farthest(7),
+        lambda: points.edges(math.nan, np.arange(6), np.arange(6)),
+        lambda: cosines(np.empty((0, 4), np.float32)),
+        lambda: cosines(np.empty((4, 0), np.float32)),
+        lambda: group_means(unit, np.full(6, 2), 2),
+        lambda: group_means(unit, np.full(6, -1), 2),
+        lambda: Points(unit, None, math.nan, 1).farthest(1),
+    ):
+        with pytest.raises(ValueError):
+            call()
 
 
 def crops(seed, n=5):

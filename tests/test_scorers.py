@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers import bounds
+from helpers.choosing import distances
 
 from star_edge import PRESETS, PruneConfig, StarVLM, refvlm
 from star_edge.pruning.representatives import MAX_CLUSTERED, REPRESENTATIVES, merge, select
@@ -72,14 +73,14 @@ def test_distances():
     place = np.array([divmod(i, 6) for i in range(30)], float)
     apart = np.linalg.norm(place[:, None] - place[None], axis=2)
     want = far / far.mean() + PLACE_WEIGHT * apart / apart.mean()
-    assert np.abs(tokens.distances() - want * (1 - np.eye(30))).max() < 1e-4
-    nowhere = Tokens(tokens.vectors, np.where(np.arange(30) == 7, -1, np.arange(30)), (5, 6)).distances()
+    assert np.abs(distances(tokens) - want * (1 - np.eye(30))).max() < 1e-4
+    nowhere = distances(Tokens(tokens.vectors, np.where(np.arange(30) == 7, -1, np.arange(30)), (5, 6)))
     others = np.arange(30) != 7
     assert np.allclose(nowhere[7, others], (far / far.mean())[7, others] + PLACE_WEIGHT, atol=1e-4)
     assert np.allclose(
-        Tokens(tokens.vectors, tokens.cells, None).distances(), far / far.mean() * (1 - np.eye(30)), atol=1e-4
+        distances(Tokens(tokens.vectors, tokens.cells, None)), far / far.mean() * (1 - np.eye(30)), atol=1e-4
     )
-    assert not random_tokens(n=3, grid=None).distances()[[0, 1, 2], [0, 1, 2]].any()
+    assert not distances(random_tokens(n=3, grid=None))[[0, 1, 2], [0, 1, 2]].any()
 
 
 def test_long_vectors_keep_their_angles():
@@ -150,7 +151,7 @@ def within(tokens, k, tolerance, most=None, reach=None):
             for j in range(n):
                 if max(abs(row[i] - row[j]), abs(column[i] - column[j])) > reach:
                     alone[i, j] += tolerance * mean + 2
-    far = tokens.distances().astype(float)
+    far = distances(tokens)
     crowded = len(edge) > (most or n)
     chosen = ([] if crowded else edge) or [int(far.sum(axis=1).argmax())]
     while len(chosen) < k:
@@ -243,7 +244,7 @@ def test_clusters_around_tokens_chosen_by_score():
     scores = RNG.random(30)
     selection = select("cluster", tokens, scores, 8, 0.5)
     best = np.argsort(-scores / np.sqrt(tokens.mass), kind="stable")[:4]
-    far = tokens.distances().astype(float)
+    far = distances(tokens)
     chosen = best.tolist()
     while len(chosen) < 8:
         chosen.append(max((i for i in range(30) if i not in chosen), key=lambda i: min(far[i, j] for j in chosen)))

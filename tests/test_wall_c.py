@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from star_edge.llamacpp import native
+from star_edge.pruning import core
 
 CSRC = Path(__file__).parent.parent / "csrc"
 SOURCES = sorted([*CSRC.glob("*.c"), *CSRC.glob("*.h")])
@@ -138,7 +139,7 @@ def portable(tmp_path_factory):
         pytest.skip("no C compiler with the options of GCC")
     output = tmp_path_factory.mktemp("portable") / "core.so"
     include = Path(native.llama_cpp.__file__).parent.parent / "include"
-    names = ("scores.c", "parallel.c", "platform.c", "ggml_api.c")
+    names = ("scores.c", "cosines.c", "cluster.c", "parallel.c", "platform.c", "ggml_api.c")
     options = [
         "-std=c11",
         "-pedantic-errors",
@@ -228,3 +229,24 @@ def test_a_nan_stays_one_without_vector_types(portable):
     q, k = np.ones((1, 1, 8), np.float32), np.ones((4, 1, 8), np.float32)
     k[2] = np.nan
     assert np.isnan(scores(portable, q, k, np.zeros((1, 4), np.float32), 1)).all()
+
+
+@pytest.mark.parametrize("n", [3, 40, 97])
+def test_choices_without_vector_types(portable, n, monkeypatch):
+    """Where float32 rounds nothing, they are the same as with them."""
+    ffi, lib = portable
+    rng = np.random.default_rng(n)
+    unit = rng.choice([-0.25, 0.25], (n, 16)).astype(np.float32)
+    near, mass = (np.arange(n) // 5, np.arange(n) % 5, 2), rng.integers(1, 5, n).astype(float)
+    found = []
+    for library in (None, portable):
+        if library is not None:
+            monkeypatch.setattr(core, "ffi", ffi)
+            monkeypatch.setattr(core, "lib", lib)
+        points = core.Points(unit, None, 0.0, 2)
+        parts = [core.cosines(unit), points.farthest(n), core.group_means(unit, np.arange(n) % 3, 3)]
+        parts += points.edges(0.75, *near[:2])
+        for bound, places, medoids in ((np.inf, None, True), (0.75, None, True), (0.75, near, False)):
+            parts += points.cluster(np.empty(0, np.int64), mass, max(1, n // 4), n, bound, 1e-5, places, medoids)
+        found.append(parts)
+    assert all(np.array_equal(got, want) for got, want in zip(*found, strict=True))

@@ -12,7 +12,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .selection import Tokens, top_k
+from .core import Points
+from .selection import PLACE_WEIGHT, Tokens, top_k
 
 FLOOR = 0.25  # of an equal share: every image gets it
 MAX_JOINT = 1024  # tokens that are compared with each other
@@ -127,27 +128,15 @@ def by_score(tokens: JointTokens, scores: np.ndarray, k: int) -> np.ndarray:
     return np.bincount(tokens.image[best], minlength=tokens.image[-1] + 1)
 
 
-def by_distinctness(tokens: JointTokens, k: int) -> np.ndarray:
+def by_distinctness(tokens: JointTokens, k: int, n_threads: int = 1) -> np.ndarray:
     """How many of k distant tokens each image shows first, (n_images,) int64.
 
     The k tokens are picked one by one, each the farthest from all before it, as in `representatives.cluster`. They are
     at least a distance r apart. A token within r / 2 of a pick shows the same thing, and the pick counts for the first
     image that shows it. A frame that repeats an earlier one, up to noise, therefore counts nothing.
     """
-    far = tokens.distances()
-    pick = int(far.sum(axis=1).argmax())
-    picks, nearest = [pick], far[pick].copy()
-    nearest[pick] = -1.0
-    radius = np.inf
-    for _ in range(k - 1):
-        pick = int(nearest.argmax())
-        radius = max(0.0, float(nearest[pick]))
-        picks.append(pick)
-        np.minimum(nearest, far[pick], out=nearest)
-        nearest[pick] = -1.0
-    if np.isinf(radius):  # a single pick
-        radius = 0.0
-    first = (far[picks] <= radius / 2).argmax(axis=1)  # images come in order
+    points = Points(tokens.unit_vectors, tokens.place_distances(), PLACE_WEIGHT, n_threads)
+    first = points.farthest(k)  # images come in order
     return np.bincount(tokens.image[first], minlength=tokens.image[-1] + 1)
 
 

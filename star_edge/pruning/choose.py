@@ -139,8 +139,8 @@ def prepare(images: Sequence[tuple[Policy, Candidates]], n_threads: int) -> None
 
 
 @one_blas_thread()
-def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int]:
-    """How many ordinary tokens of each image stay if the images share a budget of `total`."""
+def divide(policy: Policy, images: Sequence[Candidates], total: int, n_threads: int = 1) -> list[int]:
+    """How many ordinary tokens of each image stay if the images share a budget of `total`. It may take n_threads."""
     parts = []
     for image in images:
         tokens = _drawn(policy, image.tokens)
@@ -149,7 +149,8 @@ def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int
         if policy.equal_images and tokens.attention is not None:
             tokens = tokens.changed(attention=tokens.attention / max(float(tokens.attention.mean()), 1e-30))
         parts.append(tokens)
-    count: Callable[[budget.JointTokens, int], np.ndarray] = budget.by_distinctness
+    count: Callable[[budget.JointTokens, int], np.ndarray]
+    count = lambda tokens, k: budget.by_distinctness(tokens, k, n_threads)
     if policy.counts_by_score:
         count = lambda tokens, k: budget.by_score(tokens, policy.scorer.score(tokens, k), k)
     return budget.divide(
@@ -164,18 +165,26 @@ def divide(policy: Policy, images: Sequence[Candidates], total: int) -> list[int
 
 
 @one_blas_thread()
-def choose(policy: Policy, image: Candidates, n_keep: int, most: int | None = None) -> Selection:
+def choose(policy: Policy, image: Candidates, n_keep: int, most: int | None = None, n_threads: int = 1) -> Selection:
     """Keeps n_keep of an image's ordinary tokens, and all special ones.
 
     With a tolerance n_keep is the least that stays, and `most` what stays at most (None: all). Selection.scores is None
-    if no token is chosen by score.
+    if no token is chosen by score. It may take n_threads threads, and chooses the same as with one.
     """
     n_by_score = n_keep - round(policy.share * n_keep)
 
     def among(tokens: Tokens) -> Selection:
         scores = np.zeros(len(tokens)) if policy.share == 1.0 else policy.scorer.score(tokens, max(1, n_by_score))
         return select(
-            policy.representatives, tokens, scores, n_keep, policy.share, policy.tolerance, most, policy.reach
+            policy.representatives,
+            tokens,
+            scores,
+            n_keep,
+            policy.share,
+            policy.tolerance,
+            most,
+            policy.reach,
+            n_threads,
         )
 
     selection = apart(image.special, _drawn(policy, image.tokens), among)

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from .selection import Selection, Tokens, between, top_k
+from .core import Points, group_means
+from .selection import PLACE_WEIGHT, Selection, Tokens, between, top_k
 
 MAX_CLUSTERED = 4096  # tokens whose distances are held at once (64 MiB); larger images are clustered in bands
-
-MAX_PAIRS = 1 << 18  # pairs of tokens that are gathered at once, unless one group has more
 
 ROUNDING = 1e-5  # of 1 - cosine of float32 vectors: tokens this near are equal
 
@@ -57,6 +55,7 @@ def cluster(
     tolerance: float = math.inf,
     most: int | None = None,
     reach: int | None = None,
+    n_threads: int = 1,
 ) -> Selection:
     """Representatives are far from all kept tokens. A dropped token's mass goes to the nearest kept token.
 
@@ -89,93 +88,37 @@ def cluster(
         most: Tokens that stay at most, whatever the tolerance asks for. None: all.
         reach: With a tolerance and tokens on a grid, the most rows or columns between a token and its representative.
             None: any number.
+        n_threads: Threads that this may take.
     """
     n = len(scores)
     if n > MAX_CLUSTERED:
         return (
-            _by_bands(tokens, scores, k, n_rep, tolerance, n if most is None else most, reach)
+            _by_bands(tokens, scores, k, n_rep, tolerance, n if most is None else most, reach, n_threads)
             if k >= -(-n // MAX_CLUSTERED)
             else spread_evenly(tokens, scores, k, n_rep)
         )
-    most = n if most is None else most
-    alone = tokens.vector_distances() if tolerance < math.inf else None
-    bound = math.inf if alone is None else max(tolerance * _mean_distance(tokens), ROUNDING)
-    far = tokens.distances(alone)
-    kept, too_few = np.zeros(n, bool), False
-    if alone is not None and reach is not None:
-        kept = _edges(tokens, alone <= bound)
-        if kept.sum() > most - (k - n_rep):
-            kept, too_few = np.zeros(n, bool), True
-    kept[top_k(scores / np.sqrt(tokens.masses), k - n_rep)] = True
-    if not kept.any():
-        kept[int(far.sum(axis=1).argmax())] = True
-    nearest = far[kept].min(axis=0)
-    nearest[kept] = -1.0
-    for _ in range(k - int(kept.sum())):
-        pick = int(nearest.argmax())
-        kept[pick] = True
-        np.minimum(nearest, far[pick], out=nearest)
-        nearest[pick] = -1.0
-    within = None
-    if alone is not None:
-        beyond = None if reach is None else tokens.beyond(reach)
-        if beyond is not None:
-            alone[beyond] += np.float32(bound + 2)  # over the bound, and still in the order of what is unlike
-        too_few |= _pick_within(alone, kept, bound, most)
-        within = _Within(alone, bound, np.float32(far.max() + 1))
-    chosen = np.flatnonzero(kept)
-    group = _assign(far, chosen, within)
-    if n_rep == k and (reach is None or within is None):
-        chosen = _medoids(far, group, chosen, tokens.masses, within)
-        group = _assign(far, chosen, within)
-    mass = np.bincount(group, weights=tokens.masses, minlength=len(chosen))
-    return Selection(chosen, mass, group, too_few=too_few)
+    bound = max(tolerance * _mean_distance(tokens), ROUNDING) if tolerance < math.inf else math.inf
+    most, medoids = n if most is None else most, n_rep == k and (reach is None or bound == math.inf)
+    points = Points(tokens.unit_vectors, tokens.place_distances(), PLACE_WEIGHT, n_threads)
+    best = top_k(scores / np.sqrt(tokens.masses), k - n_rep)
+    near, crowded = None, False
+    if reach is not None and bound < math.inf and (where := tokens.on_grid()) is not None:
+        near = (*where, reach)
+        edges = np.flatnonzero(_edges(points, bound, tokens, where))
+        crowded = len(edges) > most - len(best)
+        best = best if crowded else np.union1d(best, edges)
+    kept, group, too_few = points.cluster(best, tokens.masses, k, most, bound, ROUNDING, near, medoids)
+    mass = np.bincount(group, weights=tokens.masses, minlength=len(kept))
+    return Selection(kept, mass, group, too_few=too_few or crowded)
 
 
-@dataclass(frozen=True)
-class _Within:
-    """Which pairs of tokens may be in one group: those whose distance `alone` is at most the bound.
-
-    Attributes:
-        alone: `Tokens.vector_distances`, (n, n) float32.
-        bound: The largest distance.
-        penalty: More than any distance that is compared.
-    """
-
-    alone: np.ndarray
-    bound: float
-    penalty: np.float32
-
-    def broken(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Whether the pairs are farther apart, (len(rows), len(columns)) bool."""
-        apart: np.ndarray = _pairs(self.alone, rows, columns) > self.bound
-        return apart
-
-
-def _pairs(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """matrix[np.ix_(rows, columns)]: whole rows first, which is faster than element by element."""
-    pairs: np.ndarray = matrix[rows].take(columns, axis=1)
-    return pairs
-
-
-def _edges(tokens: Tokens, alike: np.ndarray) -> np.ndarray:
+def _edges(points: Points, bound: float, tokens: Tokens, where: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Tokens that touch one unlike them, and are not part of the ground or are a gap in it between two things side by
-    side, (n,) bool. None without a grid.
-
-    alike: Pairs of tokens, (n, n) bool.
+    side, (n,) bool. where: row and column of each.
     """
-    beyond = tokens.beyond(1)
-    if beyond is None:
-        return np.zeros(len(tokens), bool)
-    touching = ~beyond
-    np.fill_diagonal(touching, False)
-    flat = (alike & touching).any(axis=1)
-    edges: np.ndarray = ~flat | (touching & ~alike).any(axis=1)
-    if flat.any():
-        most = int((alike[:, flat].sum(axis=1) * flat).argmax())
-        ground = flat & alike[most]
-        assert tokens.grid is not None  # `beyond` has asked
-        edges &= ~ground | between(~ground, tokens.cells, tokens.grid)
+    flat, unlike, ground = points.edges(bound, *where)
+    assert tokens.grid is not None  # there are rows and columns
+    edges: np.ndarray = (~flat | unlike) & (~ground | between(~ground, tokens.cells, tokens.grid))
     return edges
 
 
@@ -183,24 +126,6 @@ def _mean_distance(tokens: Tokens) -> float:
     """Mean of 1 - cosine between two original tokens. Of products it is the product of the sums."""
     total = tokens.masses @ tokens.unit_vectors.astype(np.float64)
     return 1.0 - float(total @ total) / float(tokens.masses.sum()) ** 2
-
-
-def _pick_within(far: np.ndarray, kept: np.ndarray, bound: float, most: int) -> bool:
-    """Adds the farthest token to `kept`, (n,) bool, again and again, until all are within the bound or `most` stay.
-
-    Returns:
-        Whether some are still too far.
-    """
-    nearest = far[kept].min(axis=0)
-    nearest[kept] = -1.0
-    for _ in range(most - int(kept.sum())):
-        pick = int(nearest.argmax())
-        if nearest[pick] <= bound:
-            return False
-        kept[pick] = True
-        np.minimum(nearest, far[pick], out=nearest)
-        nearest[pick] = -1.0
-    return bool(nearest.max() > bound)
 
 
 def contextual(tokens: Tokens, scores: np.ndarray, k: int, n_rep: int) -> Selection:
@@ -239,6 +164,7 @@ def select(
     tolerance: float = math.inf,
     most: int | None = None,
     reach: int | None = None,
+    n_threads: int = 1,
 ) -> Selection:
     """Keeps k tokens, or more if there is a tolerance.
 
@@ -251,6 +177,7 @@ def select(
         tolerance: As in `cluster`, and for that kind alone.
         most: As in `cluster`.
         reach: As in `cluster`.
+        n_threads: Threads that this may take.
     """
     if k == len(scores):
         return Selection(np.arange(k), tokens.mass, None, np.asarray(scores, np.float32))
@@ -259,86 +186,30 @@ def select(
         n_rep = max(1, n_rep)
     ranks = np.asarray(scores, np.float64)
     if kind == "cluster":
-        selection = cluster(tokens, ranks, k, n_rep, tolerance, most, reach)
+        selection = cluster(tokens, ranks, k, n_rep, tolerance, most, reach, n_threads)
     else:
         selection = REPRESENTATIVES[kind](tokens, ranks, k, n_rep)
     selection.scores = np.asarray(scores, np.float32)
     return selection
 
 
-def merge(vectors: np.ndarray, selection: Selection) -> np.ndarray:
+def merge(vectors: np.ndarray, selection: Selection, n_threads: int = 1) -> np.ndarray:
     """The mean vector of each group, (k, n_embd) float32. vectors: (n, n_embd) float32."""
     if selection.group is None:
         kept: np.ndarray = vectors[selection.kept]
         return kept
-    # In order of size: groups with another member are then the first ones, and are added to without an index. (Of few
-    # groups that are large, np.add.reduceat would be slower: it adds element by element.)
-    sizes = np.bincount(selection.group, minlength=len(selection.kept))
-    first = np.cumsum(sizes) - sizes
-    members = np.argsort(selection.group, kind="stable")
-    by_size = np.argsort(-sizes, kind="stable")
-    sizes, first = sizes[by_size], first[by_size]
-    sums = vectors[members[first]]
-    more = np.empty((int(np.count_nonzero(sizes > 1)), vectors.shape[1]), np.float32)
-    for member in range(1, int(sizes[0])):
-        n = int(np.count_nonzero(sizes > member))
-        np.take(vectors, members[first[:n] + member], axis=0, out=more[:n], mode="clip")  # "raise" would copy once more
-        sums[:n] += more[:n]
-    sums[: len(more)] /= sizes[: len(more), None].astype(np.float32)
-    means: np.ndarray = np.empty_like(sums)
-    means[by_size] = sums
-    return means
-
-
-def _assign(far: np.ndarray, chosen: np.ndarray, within: _Within | None) -> np.ndarray:
-    """For each token the index into `chosen` of the nearest, (n,) int64. Chosen tokens are their own nearest.
-
-    within: pairs that may be in one group, or None for all. A token for which there are none goes to the nearest.
-    """
-    rest = np.setdiff1d(np.arange(len(far)), chosen, assume_unique=True)
-    away = _pairs(far, rest, chosen)
-    if within is not None:
-        away += np.where(within.broken(rest, chosen), within.penalty, np.float32(0))
-    group = np.empty(len(far), np.int64)
-    group[rest] = away.argmin(axis=1)
-    # equal tokens have distance 0: each chosen one still keeps a place of its own
-    group[chosen] = np.arange(len(chosen))
-    return group
-
-
-def _medoids(
-    far: np.ndarray, group: np.ndarray, chosen: np.ndarray, mass: np.ndarray, within: _Within | None
-) -> np.ndarray:
-    """The medoid of each group, ascending, (k,) int64: the member with the least mass-weighted sum of distances, among
-    those with the fewest members too far away, and of these among those whose farthest member is no farther than that
-    of the group's representative. Of equal ones, the lowest index.
-
-    chosen: The representatives, (k,) int64.
-    """
-    k = len(chosen)
-    order = np.argsort(group, kind="stable")
-    sizes = np.bincount(group, minlength=k)
-    first = np.cumsum(sizes) - sizes
-    costs, n_broken = np.zeros(len(order)), np.zeros(len(order), np.int64)  # in that order
-    wider = np.zeros(len(order), bool)
-    for size in np.unique(sizes[sizes > 1]):
-        groups = np.flatnonzero(sizes == size)
-        for some in np.array_split(groups, -(-len(groups) * size * size // MAX_PAIRS)):  # many small groups at once
-            at = first[some][:, None] + np.arange(size)
-            members = order[at]
-            pairs = members[:, :, None] * len(far) + members[:, None, :]
-            apart = far.take(pairs)
-            costs[at] = np.matmul(apart, mass[members][:, :, None])[:, :, 0]
-            farthest = apart.max(axis=2)
-            wider[at] = farthest > farthest[members == chosen[some][:, None]][:, None] + ROUNDING
-            if within is not None:
-                n_broken[at] = (within.alone.take(pairs) > within.bound).sum(axis=2)
-    best = np.lexsort((costs, wider, n_broken, group[order]))[first]
-    return np.sort(order[best])
+    return group_means(vectors, selection.group, len(selection.kept), n_threads)
 
 
 def _by_bands(
-    tokens: Tokens, scores: np.ndarray, k: int, n_rep: int, tolerance: float, most: int, reach: int | None
+    tokens: Tokens,
+    scores: np.ndarray,
+    k: int,
+    n_rep: int,
+    tolerance: float,
+    most: int,
+    reach: int | None,
+    n_threads: int,
 ) -> Selection:
     """`cluster` on bands of the image that are small enough, each with its share of k."""
     n = len(scores)
@@ -354,7 +225,14 @@ def _by_bands(
         part = tokens.part(slice(first, last))
         at_most = int(share) + (most - k) * (last - first - int(share)) // max(1, n - k)
         selection = cluster(
-            part, scores[first:last], int(share), int(share if n_rep == k else reps), tolerance, at_most, reach
+            part,
+            scores[first:last],
+            int(share),
+            int(share if n_rep == k else reps),
+            tolerance,
+            at_most,
+            reach,
+            n_threads,
         )
         assert selection.group is not None and selection.mass is not None  # clusters have both
         group.append(selection.group + sum(len(p) for p in kept))

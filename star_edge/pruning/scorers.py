@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from .selection import Tokens, cosines
+from .core import cosines
+from .selection import Tokens
 
 Score = Callable[[Tokens, int], np.ndarray]
 

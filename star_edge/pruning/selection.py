@@ -24,6 +24,7 @@ PLACE_WEIGHT = (
 REACH = 2
 MAX_DIMENSIONS = 128  # of long vectors, for their distances
 BLOCK = 96  # rows of a product that are computed at once: as many as OpenBLAS's kernels take, times a few
+_FAR = 1 << 18  # rows of a grid, and more: MAX_CLUSTERED times as many are an int32
 
 
 @dataclass
@@ -125,47 +126,17 @@ class Tokens:
         """
         return np.concatenate([_unit(self.vectors[rows]) for rows in _blocks(len(self))])
 
-    def distances(self, alone: np.ndarray | None = None) -> np.ndarray:
-        """Distances of all pairs, (n, n) float32: 1 - cosine, plus PLACE_WEIGHT times the distance on the grid.
+    def on_grid(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Row and column of each token on the grid, (n,) int32, or None without a grid.
 
-        Both parts are divided by their mean over all pairs. The weight then means the same for every model. A token
-        without a grid cell is at the mean distance from all others.
-
-        alone: `vector_distances`, if they are known; not changed.
-        """
-        places = self.place_distances()
-        if alone is None:
-            far = self.vector_distances()
-            far /= max(float(far.mean()), 1e-12)
-        else:
-            far = alone / max(float(alone.mean()), 1e-12)
-        if places is not None:
-            far += PLACE_WEIGHT * places
-        np.fill_diagonal(far, 0.0)
-        return far
-
-    def vector_distances(self) -> np.ndarray:
-        """1 - cosine of all pairs of vectors, (n, n) float32, at least 0."""
-        far = cosines(self.unit_vectors)
-        np.subtract(1.0, far, out=far)
-        np.maximum(far, 0.0, out=far)
-        return far
-
-    def beyond(self, reach: int) -> np.ndarray | None:
-        """Pairs that are more than `reach` rows or columns of the grid apart, (n, n) bool, or None without a grid.
-
-        A token without a grid cell is beyond every other.
+        A token without a grid cell is in a row of its own that is far from all others.
         """
         if self.grid is None:
             return None
         row, column = (part.astype(np.int32) for part in np.divmod(self.cells, self.grid[1]))
-        beyond: np.ndarray = np.abs(row[:, None] - row) > reach
-        beyond |= np.abs(column[:, None] - column) > reach
-        nowhere = self.cells < 0
-        beyond[nowhere] = True
-        beyond[:, nowhere] = True
-        np.fill_diagonal(beyond, False)
-        return beyond
+        nowhere = np.flatnonzero(self.cells < 0)
+        row[nowhere] = -(_FAR * (1 + np.arange(len(nowhere), dtype=np.int32)))
+        return row, column
 
     def place_distances(self) -> np.ndarray | None:
         """Distances on the grid divided by their mean, (n, n) float32, or None without a grid."""
@@ -191,25 +162,6 @@ def project(parts: Sequence[Tokens], n_threads: int) -> None:
     done = iter(spread(unit, blocks, min(n_threads, len(blocks) // 2)))  # a block takes little longer than a thread
     for part in parts:
         part.unit_vectors = np.concatenate([next(done) for _ in _blocks(len(part))])
-
-
-def cosines(unit: np.ndarray) -> np.ndarray:
-    """Products of all pairs of vectors, (n, n) float32, symmetric. unit: (n, d) float32.
-
-    Block by block, with each block's mirror image. NumPy's own `unit @ unit.T` mirrors the whole matrix element by
-    element, which takes longer than the products where n is a power of two and all of a column is in one set of the
-    cache.
-    """
-    n = len(unit)
-    products = np.empty((n, n), np.float32)
-    for rows in _blocks(n):
-        block = unit[rows]
-        products[rows, rows] = block @ block.T
-        if rows.stop < n:
-            right = products[rows, rows.stop :]
-            np.matmul(block, unit[rows.stop :].T, out=right)
-            products[rows.stop :, rows] = right.T
-    return products
 
 
 def _blocks(n: int) -> list[slice]:

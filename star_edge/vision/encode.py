@@ -352,7 +352,7 @@ class ImageEncoding:
             most -= plan.n_special[i]
             if window.fitting(most, first.chunk) > most < len(w.units):  # rounded up, it would be over the room
                 most = next((m for m in range(most, n, -1) if window.fitting(m, first.chunk) == m), n)
-            selection = choose(policy, image, n, most)
+            selection = choose(policy, image, n, most, self.encoder.n_threads)
             if config.encoder_adapts and selection.too_few:
                 notes.append(
                     f"there is room for {len(selection.kept)} of {len(w.units)} image tokens, which is less than "
@@ -360,7 +360,7 @@ class ImageEncoding:
                 )
             needs = min(len(w.units), window.fitting(len(selection.kept), first.chunk))
             if needs > len(selection.kept):  # the second pass runs on some numbers of units only
-                selection = choose(policy, image, needs, needs)
+                selection = choose(policy, image, needs, needs, self.encoder.n_threads)
             selections[i] = selection
         return selections
 
@@ -373,7 +373,7 @@ class ImageEncoding:
         n_keep = [min(len(w.units), plan.n_encoder_least[w.number] - plan.n_special[w.number]) for w in works]
         if len(works) > 1 and any(n < len(w.units) for n, w in zip(n_keep, works)):
             policy = encoder_policy(config, all(c.tokens.attention is not None for c in candidates))
-            n_keep = divide(policy, candidates, sum(n_keep))
+            n_keep = divide(policy, candidates, sum(n_keep), self.encoder.n_threads)
         chunks = [plan.images[w.number] for w in works]
         return fitted(n_keep, lambda i, n: min(len(works[i].units), window.fitting(n, chunks[i])))
 

@@ -299,24 +299,27 @@ def _choose(plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int) -> lis
     policies = [None if config is None else vision_policy(config, e.scores is not None) for e in encoded]
     losing = zip(policies, candidates, plan.n_least)
     prepare([(policy, c) for policy, c, n in losing if policy is not None and n < len(c.tokens)], n_threads)
-    n_keep = _divide(plan, candidates)
+    n_keep = _divide(plan, candidates, n_threads)
     n_most = list(n_keep)
     for group in plan.groups:
         least, left = ([numbers[i] for i in group] for numbers in (n_keep, [len(c.tokens) for c in candidates]))
         for i, n in zip(group, plan.most_of(group, least, plan.n_vision, left, to_decoder=True)):
             n_most[i] = n
 
+    # An image takes memory in the square of its tokens: several at once take no more than the largest one that is whole
+    at_once = MAX_CLUSTERED**2 // max([1, *(len(image.tokens) for image in candidates)]) ** 2
+    n_images = max(1, min(n_threads, at_once, sum(n < len(c.tokens) for n, c in zip(n_keep, candidates))))
+    of_each = max(1, n_threads // n_images)  # threads
+
     def of_image(i: int) -> tuple[Selection, np.ndarray]:
         image, policy = candidates[i], policies[i]
         n = len(image.tokens)
         if policy is None or n_keep[i] == n:
             return Selection(np.arange(n), encoded[i].mass), encoded[i].embeddings
-        selection = choose(policy, image, n_keep[i] - plan.n_special[i], n_most[i] - plan.n_special[i])
-        return selection, merge(encoded[i].embeddings, selection)
+        selection = choose(policy, image, n_keep[i] - plan.n_special[i], n_most[i] - plan.n_special[i], of_each)
+        return selection, merge(encoded[i].embeddings, selection, of_each)
 
-    # An image takes memory in the square of its tokens: several at once take no more than the largest one that is whole
-    at_once = MAX_CLUSTERED**2 // max([1, *(len(image.tokens) for image in candidates)]) ** 2
-    return spread(of_image, range(len(candidates)), min(n_threads, max(1, at_once)))
+    return spread(of_image, range(len(candidates)), n_images)
 
 
 def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Selection:
@@ -330,7 +333,7 @@ def _of_image(selection: Selection, tokens: np.ndarray, n_tokens: int) -> Select
     return Selection(tokens[selection.kept], selection.mass, None, scores, selection.too_few)
 
 
-def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
+def _divide(plan: PromptPlan, candidates: Sequence[Candidates], n_threads: int) -> list[int]:
     """Tokens of each image that stay at least, special ones included: the plan's counts, with shared budgets divided
     anew.
     """
@@ -341,7 +344,7 @@ def _divide(plan: PromptPlan, candidates: Sequence[Candidates]) -> list[int]:
             assert plan.config is not None  # without one everything stays
             policy = vision_policy(plan.config, all(image.tokens.attention is not None for image in images))
             total = sum(n_keep[i] - plan.n_special[i] for i in group)
-            for i, n in zip(group, divide(policy, images, total)):
+            for i, n in zip(group, divide(policy, images, total, n_threads)):
                 n_keep[i] = plan.n_special[i] + n
     return n_keep
 

@@ -1,10 +1,22 @@
-"""Choices of a decoder stage that are easy to reason about, and greedy generation after it."""
+"""Distances between tokens, choices of a decoder stage that are easy to reason about, greedy generation after it."""
 
 import numpy as np
 
 from helpers import stock
 from star_edge.pruning.representatives import select
-from star_edge.pruning.selection import Selection, Tokens
+from star_edge.pruning.selection import PLACE_WEIGHT, Selection, Tokens
+
+
+def distances(tokens):
+    """Of all pairs, (n, n) float64: 1 - cosine divided by its mean, plus PLACE_WEIGHT times that on the grid."""
+    unit = tokens.unit_vectors.astype(np.float64)
+    far = np.maximum(1 - unit @ unit.T, 0)
+    far /= far.mean()
+    places = tokens.place_distances()
+    if places is not None:
+        far += PLACE_WEIGHT * places
+    np.fill_diagonal(far, 0)
+    return far
 
 
 def keep_all(seen, n):

@@ -26,6 +26,8 @@ TESTS = (
     "test_row_window.py",
     "test_scores.py",
     "test_core_threads.py",
+    "test_choosing.py",
+    "test_scorers.py",
 )
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 THREAD = ("-fsanitize=thread", "-fno-omit-frame-pointer", "-g", "-O1")

@@ -1,4 +1,4 @@
-/* The core from several threads at once, for ThreadSanitizer: logs, scores, and a tap for each thread. Exit status 0: all results are right,
+/* The core from several threads at once, for ThreadSanitizer: logs, scores, choices, and a tap for each thread. Exit status 0: all results are right,
  * and no race was seen. */
 #include <math.h>
 #include <pthread.h>
@@ -53,6 +53,34 @@ static void * use_scores(void * arg) {
         }
     }
     free(out);
+    return NULL;
+}
+
+/* Several images are chosen from at once, each on threads of its own. */
+static void * use_cluster(void * arg) {
+    (void) arg;
+    enum { N = 640, WIDTH = 128, KEPT = 40 };
+    float * unit = malloc(sizeof(float) * N * WIDTH), * means = malloc(sizeof(float) * KEPT * WIDTH), * products = malloc(sizeof(float) * N * N);
+    double mass[N];
+    int32_t kept[N], group[N], first[2][N], n_kept, too_few;
+    for (int i = 0; i < N; i++) {
+        mass[i] = 1.0;
+        for (int j = 0; j < WIDTH; j++) unit[i * WIDTH + j] = (i * 31 + j * 17) % 64 > 31 ? 0.088388348f : -0.088388348f;
+        unit[i * WIDTH + i % WIDTH] *= -1.0f;
+    }
+    for (int i = 0; i < 8; i++) {
+        se_points points = { .products = products, .n = N };
+        se_groups groups = { .mass = mass, .k = KEPT, .most = N, .bound = INFINITY, .medoids = 1, .rounding = 1e-5f };
+        int error = se_cosines(unit, N, WIDTH, 1 + i % 4, products);
+        if (!error) error = se_cluster(&points, &groups, kept, &n_kept, group, &too_few);
+        if (!error) error = se_group_means(unit, N, WIDTH, group, KEPT, 1 + i % 4, means);
+        if (!error) error = se_farthest(&points, KEPT, first[i > 0]);
+        if (error) fail("cluster", error);
+        if (n_kept != KEPT || (i && memcmp(first[0], first[1], sizeof(int32_t) * KEPT) != 0)) fail("a choice differs", 0);
+    }
+    free(unit);
+    free(means);
+    free(products);
     return NULL;
 }
 
@@ -115,7 +143,8 @@ int main(void) {
     }
     together(use_log);
     together(use_scores);
+    together(use_cluster);
     together(use_tap);
-    puts("threads: log, scores and taps are right, and no race was seen");
+    puts("threads: log, scores, choices and taps are right, and no race was seen");
     return 0;
 }
