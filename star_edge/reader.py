@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from os import PathLike
 from typing import cast
 
@@ -40,7 +40,7 @@ from .vision.encode import ImageEncoding
 from .vision.encoder import VisionEncoder
 from .vision.places import Places
 from .vision.resolution import Fitted, Resolution
-from .vision.stage import PromptPlan, Room, StagedImage, plan_prompt, run_vision_stage
+from .vision.stage import Ahead, PromptPlan, Room, StagedImage, plan_prompt, run_vision_stage
 
 _ANSWER_TOKENS = 256  # that a vision stage which adapts to the picture leaves room for
 _PROBE_SIDE = 224  # pixels of a picture that any encoder takes
@@ -263,29 +263,38 @@ class PromptReader:
             if self.encoder is not None:
                 self.encoder.before_run = None
 
+    def _ahead(self, plan: PromptPlan) -> AbstractContextManager[Ahead | None]:
+        """What works on an image while the next one is encoded. Where the processor encodes, that has its threads."""
+        if self.encoder is None or not self.encoder.on_gpu or len(plan.images) < 2:
+            return nullcontext()
+        return Ahead(plan, max(1, self.decoder.n_threads - 1))  # one waits for the GPU
+
     def _read(
         self, prompt: Prompt, config: PruneConfig | None, start: float, meter: Meter | None
     ) -> tuple[Prefill, PruneReport]:
-        try:
-            watch = Stopwatch()
-            watch.seconds["preprocess"] = time.perf_counter() - start
-            undone: list[str] = []
-            with watch.step("preprocess"), self._with_encoder():  # which may be at work for the next request
-                plan, notes = self.plan(prompt, config)
-                encoded = self.encoding.encode(plan, watch, undone) if plan.images else []
-        finally:
-            prompt.close()
-        if any(
-            e.special is not chunk.special or e.kept is not None or len(e.tokens) != n
-            for e, chunk, n in zip(encoded, plan.images, plan.n_encoder)
-        ):
-            plan, notes = self.plan(prompt, config, encoded)
-        notes += undone
-        if meter is not None and plan.config is not None and plan.config.prunes_in_vision:
-            meter.choose()
-        segments, images, next_position = run_vision_stage(
-            plan, encoded, self.decoder.mrope, watch, self.decoder.n_threads
-        )
+        with ExitStack() as meanwhile:
+            try:
+                watch = Stopwatch()
+                watch.seconds["preprocess"] = time.perf_counter() - start
+                undone: list[str] = []
+                with watch.step("preprocess"), self._with_encoder():  # which may be at work for the next request
+                    plan, notes = self.plan(prompt, config)
+                    ahead = meanwhile.enter_context(self._ahead(plan))
+                    tell = None if ahead is None else ahead.begin
+                    encoded = self.encoding.encode(plan, watch, undone, tell) if plan.images else []
+            finally:
+                prompt.close()
+            if any(
+                e.special is not chunk.special or e.kept is not None or len(e.tokens) != n
+                for e, chunk, n in zip(encoded, plan.images, plan.n_encoder)
+            ):
+                plan, notes = self.plan(prompt, config, encoded)
+            notes += undone
+            if meter is not None and plan.config is not None and plan.config.prunes_in_vision:
+                meter.choose()
+            segments, images, next_position = run_vision_stage(
+                plan, encoded, self.decoder.mrope, watch, self.decoder.n_threads, ahead
+            )
         if config is not None and config.adapts_to_picture:
             notes += adapt(plan, images)
         self._check_images((image.chunk, len(image.selection.kept)) for image in images)

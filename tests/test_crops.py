@@ -4,6 +4,7 @@ test_families.py."""
 
 import json
 import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from PIL import Image
 from star_edge import PruneConfig, StarVLM, Video
 from star_edge.cli import cli
 from star_edge.cli.options import save_overlay
-from star_edge.errors import ConfigError
+from star_edge.errors import ConfigError, EngineError
 from star_edge.io.images import ImageLimits
 from star_edge.io.panels import MARGIN, TITLE_HEIGHT
+from star_edge.pruning import choose as choosing
 from star_edge.pruning.presets import PRESETS
+from star_edge.vision.stage import Ahead
 
 FIXTURE = load_fixtures()["llava-next"]
 PROMPT = FIXTURE.prompts[1]
@@ -201,3 +204,64 @@ def test_attention_over_frames(vlm):
     result = vlm.inspect("<__media__> what is it?", Video(frames, count=2), decoder_layers=[1], chat=False)
     assert result.pictures == [0, 1] and None not in result.places
     assert np.asarray(result.picture(frames[1], 1, 1)).shape[1] > 2 * 336
+
+
+# ---- crops while others are encoded ----
+
+
+@pytest.mark.parametrize("config", [PruneConfig(0.5, 0.25, 1), PruneConfig(0.3, vision_tolerance=0.2), None])
+def test_where_a_gpu_encodes_choosing_begins_meanwhile(vlm, config, monkeypatch):
+    """The prompt is the same to the bit. Each crop is begun once, in order, and not projected anew."""
+    vlm.encoder.cache.clear()
+    one, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    expected, begun, projected = one.logits.copy(), [], []
+    begin, project = Ahead.begin, choosing.project
+
+    def recorded(self, number, encoded):
+        begin(self, number, encoded)
+        begun.append((number, number in self._begun))
+
+    def counted(parts, n_threads):
+        projected.extend(part for part in parts if "unit_vectors" not in vars(part))
+        project(parts, n_threads)
+
+    monkeypatch.setattr(Ahead, "begin", recorded)
+    monkeypatch.setattr(choosing, "project", counted)
+    monkeypatch.setattr(vlm.encoder, "on_gpu", True)
+    vlm.encoder.cache.clear()
+    other, found = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    assert np.array_equal(other.logits, expected)
+    assert [i.vision_kept.tolist() for i in found.images] == [i.vision_kept.tolist() for i in report.images]
+    assert begun == [(number, config is not None) for number in range(6)]
+    in_decoder = 6 if config is not None and config.decoder_keep < 1 else 0
+    assert len(projected) == (6 + in_decoder if config is not None else 0)
+    begun.clear()
+    again, _ = vlm.read_prompt(PROMPT.text, PROMPT.pictures, config, chat=False)
+    assert np.array_equal(again.logits, expected) and not any(there for _, there in begun)  # cached
+
+
+def test_what_fails_meanwhile_fails_the_request(vlm, monkeypatch):
+    """And leaves no thread: whether the vectors of a crop are no numbers, or a later crop cannot be encoded."""
+    monkeypatch.setattr(vlm.encoder, "on_gpu", True)
+    encode_once, threads = type(vlm.encoder).encode_once, threading.active_count()
+
+    def damaged(seen, fails):
+        def encode(self, chunk, *args, **options):
+            encoded = encode_once(self, chunk, *args, **options)
+            seen.append(chunk)
+            if len(seen) == 5 and fails:
+                raise EngineError("it failed")
+            broken = np.full_like(encoded.embeddings, np.nan) if len(seen) == 3 else encoded.embeddings
+            return replace(encoded, embeddings=broken)
+
+        return encode
+
+    for fails, message in ((False, "NaN or infinity"), (True, "it failed")):
+        vlm.encoder.cache.clear()
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match=message):
+            patch.setattr(type(vlm.encoder), "encode_once", damaged([], fails))
+            vlm.read_prompt(PROMPT.text, PROMPT.pictures, PruneConfig(0.5), chat=False)
+        assert threading.active_count() == threads
+    vlm.encoder.cache.clear()
+    _, report = vlm.read_prompt(PROMPT.text, PROMPT.pictures, PruneConfig(0.5), chat=False)
+    assert [image.picture for image in report.images] == PICTURES

@@ -52,18 +52,12 @@ class _Work:
 
 
 class _Compared:
-    """Crops that the encoder has run on, to find those of equal pixels.
-
-    Attributes:
-        numbers: Their indices among the prompt's images.
-        samples: A sample of the pixels of each, (n, SAMPLE_BYTES) uint8.
-        fingerprints: By index, `ImageEncoding._fingerprint` where it was asked for.
-    """
+    """Crops that the encoder has run on, to find those of equal pixels."""
 
     def __init__(self) -> None:
-        self.numbers: list[int] = []
-        self.samples = np.empty((0, SAMPLE_BYTES), np.uint8)
-        self.fingerprints: dict[int, bytes | None] = {}
+        self.numbers: list[int] = []  # their indices among the prompt's images
+        self.samples = np.empty((0, SAMPLE_BYTES), np.uint8)  # of the pixels of each
+        self.fingerprints: dict[int, bytes | None] = {}  # by index, where they were asked for
 
     def add(self, number: int, sample: np.ndarray) -> None:
         self.numbers.append(number)
@@ -113,21 +107,30 @@ class ImageEncoding:
     def _reason(self, what: str) -> str:
         return f"the encoder of projector type {self.encoder.projector!r} {what}"
 
-    def encode(self, plan: PromptPlan, watch: Stopwatch, notes: list[str]) -> list[Encoded]:
+    def encode(
+        self,
+        plan: PromptPlan,
+        watch: Stopwatch,
+        notes: list[str],
+        tell: Callable[[int, Encoded], object] | None = None,
+    ) -> list[Encoded]:
         """Encodes the images whose output is not cached.
 
         Args:
             plan: The prompt's plan, with a config that `possible` has passed.
             watch: Steps "encode", "redundancy" and "encoder_stage", and "vision_stage" as far as attention is read.
             notes: Gets what could not be done.
+            tell: Is given the index and the output of each image that is encoded whole, before the next one is.
 
         Raises:
             EngineError: The encoder failed.
         """
         with watch.step("encode"):
-            return self._encode(plan, watch, notes)
+            return self._encode(plan, watch, notes, tell)
 
-    def _encode(self, plan: PromptPlan, watch: Stopwatch, notes: list[str]) -> list[Encoded]:
+    def _encode(
+        self, plan: PromptPlan, watch: Stopwatch, notes: list[str], tell: Callable[[int, Encoded], object] | None
+    ) -> list[Encoded]:
         done: dict[int, Encoded] = {}
         config = plan.config
         if config is not None and (config.redundancy != "off" or config.prunes_in_encoder):
@@ -142,6 +145,8 @@ class ImageEncoding:
         for i in range(len(plan.images)):
             if i not in done:
                 done[i] = self._encode_whole(plan.images, i, attention, config is not None, seen, compared, done)
+                if tell is not None:
+                    tell(i, done[i])
         encoded = [done[i] for i in range(len(done))]
         watch.take("vision_stage", sum(e.score_seconds for e in encoded))
         return encoded

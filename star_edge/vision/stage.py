@@ -6,6 +6,7 @@ Turns the chunks of a prompt into the segments that the decoder runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..pruning import budget
 from ..pruning.blas import spread
-from ..pruning.choose import Candidates, choose, divide, prepare, vision_policy
+from ..pruning.choose import Candidates, Policy, choose, divide, prepare, vision_policy
 from ..pruning.config import Keep, PruneConfig, keep_count
 from ..pruning.representatives import MAX_CLUSTERED, merge
 from ..pruning.selection import Selection, Tokens
@@ -236,8 +237,58 @@ def encode_images(
     return encoded
 
 
+class Ahead:
+    """Works out what choosing needs of an image's vectors while a GPU encodes the next one: most of the stage's work.
+
+    What is chosen does not depend on it. Leave the block before the images go.
+
+    Args:
+        plan: The prompt's plan.
+        n_threads: Threads that it may take.
+    """
+
+    def __init__(self, plan: PromptPlan, n_threads: int) -> None:
+        self._plan, self._n_threads = plan, n_threads
+        self._pool = ThreadPoolExecutor(1)
+        self._begun: dict[int, tuple[Encoded, Future[np.ndarray]]] = {}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, number: int, encoded: Encoded) -> None:
+        """Begins with an image. number: its index among the prompt's images."""
+        if encoded.cached or encoded.same_as is not None:  # the encoder has not run, nor was there time
+            return
+        image, policy = _candidates(self._plan, number, encoded), _policy(self._plan, encoded)
+        if policy is None or not policy.needs_distances or self._plan.n_least[number] >= len(image.tokens):
+            return
+
+        def unit_vectors() -> np.ndarray:
+            prepare([(policy, image)], self._n_threads)
+            return image.tokens.unit_vectors
+
+        self._begun[number] = encoded, self._pool.submit(unit_vectors)
+
+    def unit_vectors(self, number: int, encoded: Encoded) -> np.ndarray | None:
+        """`Tokens.unit_vectors` of an image, once they are there; None if nobody works them out.
+
+        Raises:
+            EngineError: The model computed NaN or infinity.
+        """
+        begun, vectors = self._begun.get(number, (None, None))
+        return vectors.result() if vectors is not None and begun is encoded else None
+
+
 def run_vision_stage(
-    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, watch: Stopwatch, n_threads: int = 1
+    plan: PromptPlan,
+    encoded: Sequence[Encoded],
+    mrope: bool,
+    watch: Stopwatch,
+    n_threads: int = 1,
+    ahead: Ahead | None = None,
 ) -> tuple[list[Segment], list[StagedImage], int]:
     """Prunes each image after the encoder.
 
@@ -247,19 +298,20 @@ def run_vision_stage(
         mrope: Whether the decoder takes M-RoPE positions, (4, n).
         watch: Counts the time as "vision_stage" if there are images.
         n_threads: Threads that choosing may take. They choose the same as one.
+        ahead: What has been begun meanwhile, or None.
 
     Returns:
         The segments for the decoder, the images with what stayed of them, and the RoPE position after the prompt.
     """
     with watch.step("vision_stage") if encoded else nullcontext():
-        return _run_vision_stage(plan, encoded, mrope, n_threads)
+        return _run_vision_stage(plan, encoded, mrope, n_threads, ahead)
 
 
 def _run_vision_stage(
-    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, n_threads: int
+    plan: PromptPlan, encoded: Sequence[Encoded], mrope: bool, n_threads: int, ahead: Ahead | None
 ) -> tuple[list[Segment], list[StagedImage], int]:
     config = plan.config
-    chosen = _choose(plan, encoded, n_threads)
+    chosen = _choose(plan, encoded, n_threads, ahead)
     segments: list[Segment] = []
     staged: list[StagedImage] = []
     position = 0
@@ -284,19 +336,32 @@ def _run_vision_stage(
     return segments, staged, position
 
 
-def _choose(plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int) -> list[tuple[Selection, np.ndarray]]:
+def _candidates(plan: PromptPlan, number: int, encoded: Encoded) -> Candidates:
+    """The tokens of an image that left the encoder. number: its index among the prompt's images."""
+    chunk = plan.images[number]
+    return Candidates(
+        Tokens(encoded.embeddings, encoded.cells[encoded.tokens], chunk.grid, encoded.mass, attention=encoded.scores),
+        None if encoded.special is None else encoded.special[encoded.tokens],
+        chunk.picture,
+        chunk.n_tokens - plan.n_special[number],
+    )
+
+
+def _policy(plan: PromptPlan, encoded: Encoded) -> Policy | None:
+    """How the stage chooses from an image."""
+    return None if plan.config is None else vision_policy(plan.config, encoded.scores is not None)
+
+
+def _choose(
+    plan: PromptPlan, encoded: Sequence[Encoded], n_threads: int, ahead: Ahead | None
+) -> list[tuple[Selection, np.ndarray]]:
     """What stays of the tokens that left the encoder, and its embeddings, for each image."""
-    config = plan.config
-    candidates = [
-        Candidates(
-            Tokens(e.embeddings, e.cells[e.tokens], chunk.grid, e.mass, attention=e.scores),
-            None if e.special is None else e.special[e.tokens],
-            chunk.picture,
-            chunk.n_tokens - n_special,
-        )
-        for e, chunk, n_special in zip(encoded, plan.images, plan.n_special)
-    ]
-    policies = [None if config is None else vision_policy(config, e.scores is not None) for e in encoded]
+    candidates = [_candidates(plan, i, e) for i, e in enumerate(encoded)]
+    policies = [_policy(plan, e) for e in encoded]
+    for i, (image, e) in enumerate(zip(candidates, encoded)):
+        vectors = None if ahead is None else ahead.unit_vectors(i, e)
+        if vectors is not None:
+            image.tokens.unit_vectors = vectors
     losing = zip(policies, candidates, plan.n_least)
     prepare([(policy, c) for policy, c, n in losing if policy is not None and n < len(c.tokens)], n_threads)
     n_keep = _divide(plan, candidates, n_threads)
