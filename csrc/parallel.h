@@ -1,4 +1,4 @@
-/* A parallel loop for the score kernels. */
+/* A parallel loop, for what is computed from many rows. */
 #ifndef SE_PARALLEL_H
 #define SE_PARALLEL_H
 

@@ -48,8 +48,8 @@ def one_blas_thread() -> Iterator[None]:
 def spread(work: Callable[[Item], Result], items: Sequence[Item], n_threads: int) -> list[Result]:
     """work(item) of each item, in order, on up to n_threads threads, which end with it.
 
-    NumPy lets go of the interpreter in products and in passes over large arrays. What is made of many small calls gains
-    nothing here.
+    The C core lets go of the interpreter, and NumPy does in products and in passes over large arrays. What is made of
+    many small calls gains nothing here.
     """
     n_threads = min(n_threads, len(items))
     if n_threads < 2:
