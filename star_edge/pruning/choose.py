@@ -17,7 +17,7 @@ import numpy as np
 from . import budget
 from .blas import one_blas_thread
 from .config import PruneConfig
-from .representatives import select
+from .representatives import MAX_CLUSTERED, select
 from .scorers import DECODER_SCORERS, VISION_SCORERS, Scorer
 from .selection import REACH, Selection, Tokens, apart, project
 
@@ -162,6 +162,16 @@ def divide(policy: Policy, images: Sequence[Candidates], total: int, n_threads: 
         policy.compares,
         policy.scorer.reads == "each",
     )
+
+
+def at_once(images: Sequence[Candidates], n_threads: int) -> tuple[int, int]:
+    """How many of these images are chosen from at the same time, and on how many threads each.
+
+    An image takes memory in the square of its tokens: several at once take no more than the largest one that is whole.
+    """
+    largest = max([1, *(len(image.tokens) for image in images)])
+    n_images = max(1, min(n_threads, len(images), MAX_CLUSTERED**2 // largest**2))
+    return n_images, max(1, n_threads // n_images)
 
 
 @one_blas_thread()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..llamacpp.mtmd import free_chunks
+from ..llamacpp.tap import SAMPLE_BYTES
 
 
 @dataclass
@@ -126,6 +127,23 @@ class LooksKnownError(Exception):
     def __init__(self, known: int) -> None:
         super().__init__(f"the image looks like number {known} of those that it was compared with")
         self.known = known
+
+
+class Compared:
+    """Crops that the encoder has run on, to find those of equal pixels."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []  # their indices among the prompt's images
+        self.samples = np.empty((0, SAMPLE_BYTES), np.uint8)  # of the pixels of each
+        self.fingerprints: dict[int, bytes | None] = {}  # by index, where they were asked for
+
+    def add(self, number: int, sample: np.ndarray) -> None:
+        self.numbers.append(number)
+        self.samples = np.concatenate([self.samples, sample[None]])
+
+    def like(self, known: int) -> list[int]:
+        """Indices of the images that have the sample of number `known` of those here."""
+        return [self.numbers[j] for j in np.flatnonzero((self.samples == self.samples[known]).all(axis=1))]
 
 
 def cells_of(n_tokens: int, special: np.ndarray | None) -> np.ndarray:

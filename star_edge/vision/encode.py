@@ -17,14 +17,15 @@ import numpy as np
 
 from ..errors import EngineError
 from ..llamacpp.names import PIXELS
-from ..llamacpp.tap import SAMPLE_BYTES, Compare, Plan
-from ..pruning.choose import Candidates, choose, divide, encoder_policy, prepare
+from ..llamacpp.tap import Compare, Plan
+from ..pruning.blas import spread
+from ..pruning.choose import Candidates, at_once, choose, divide, encoder_policy, prepare
 from ..pruning.config import PruneConfig
 from ..pruning.scorers import VISION_SCORERS
 from ..pruning.selection import Selection, Tokens
 from ..stopwatch import Stopwatch
 from .cache import CachedImage
-from .chunks import Encoded, ImageChunk, LooksKnownError, cells_of
+from .chunks import Compared, Encoded, ImageChunk, LooksKnownError, cells_of
 from .composed import Composer, Picture, UnitFeatures, find_geometry
 from .encoder import VisionEncoder
 from .profiles import PROFILES
@@ -49,23 +50,6 @@ class _Work:
     units: np.ndarray
     mass: np.ndarray
     picture: Picture | None = None
-
-
-class _Compared:
-    """Crops that the encoder has run on, to find those of equal pixels."""
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []  # their indices among the prompt's images
-        self.samples = np.empty((0, SAMPLE_BYTES), np.uint8)  # of the pixels of each
-        self.fingerprints: dict[int, bytes | None] = {}  # by index, where they were asked for
-
-    def add(self, number: int, sample: np.ndarray) -> None:
-        self.numbers.append(number)
-        self.samples = np.concatenate([self.samples, sample[None]])
-
-    def like(self, known: int) -> list[int]:
-        """Indices of the images that have the sample of number `known` of those here."""
-        return [self.numbers[j] for j in np.flatnonzero((self.samples == self.samples[known]).all(axis=1))]
 
 
 class ImageEncoding:
@@ -141,7 +125,7 @@ class ImageEncoding:
                 done |= {i: _same(done[j], j) for i, j in twins.items() if j in done}
         attention = config.encoder_attention if config is not None else None
         seen: dict[str, int] = {}
-        compared = _Compared()
+        compared = Compared()
         for i in range(len(plan.images)):
             if i not in done:
                 done[i] = self._encode_whole(plan.images, i, attention, config is not None, seen, compared, done)
@@ -160,7 +144,7 @@ class ImageEncoding:
         attention: str | None,
         want_cells: bool,
         seen: dict[str, int],
-        compared: _Compared,
+        compared: Compared,
         done: dict[int, Encoded],
     ) -> Encoded:
         """One image. Images of equal pixels are encoded once, such as frames of a video, and blank crops of a page.
@@ -351,23 +335,31 @@ class ImageEncoding:
         special = [plan.n_special[i] for i in numbers]
         least, left = [n + s for n, s in zip(shares, special)], [len(w.units) + s for w, s in zip(works, special)]
         mosts = plan.most_of(numbers, least, plan.n_encoder, left, to_decoder=not config.prunes_in_vision)
-        selections = {}
-        for w, first, policy, image, n, most in zip(works, firsts, policies, candidates, shares, mosts):
-            i = w.number
-            most -= plan.n_special[i]
+        room = []
+        for w, first, n, most in zip(works, firsts, shares, mosts):
+            most -= plan.n_special[w.number]
             if window.fitting(most, first.chunk) > most < len(w.units):  # rounded up, it would be over the room
                 most = next((m for m in range(most, n, -1) if window.fitting(m, first.chunk) == m), n)
-            selection = choose(policy, image, n, most, self.encoder.n_threads)
-            if config.encoder_adapts and selection.too_few:
-                notes.append(
-                    f"there is room for {len(selection.kept)} of {len(w.units)} image tokens, which is less than "
-                    "encoder_tolerance asks for"
-                )
-            needs = min(len(w.units), window.fitting(len(selection.kept), first.chunk))
-            if needs > len(selection.kept):  # the second pass runs on some numbers of units only
-                selection = choose(policy, image, needs, needs, self.encoder.n_threads)
-            selections[i] = selection
-        return selections
+            room.append(most)
+        n_at_once, n_threads = at_once(candidates, self.encoder.n_threads)
+
+        def of_image(at: int) -> Selection:
+            return choose(policies[at], candidates[at], shares[at], room[at], n_threads)
+
+        selections = spread(of_image, range(len(works)), n_at_once)
+        if config.encoder_adapts:
+            notes += [
+                f"there is room for {len(selection.kept)} of {len(w.units)} image tokens, which is less than "
+                "encoder_tolerance asks for"
+                for w, selection in zip(works, selections)
+                if selection.too_few
+            ]
+        for at, (w, first, selection) in enumerate(zip(works, firsts, selections)):
+            shares[at] = room[at] = min(len(w.units), window.fitting(len(selection.kept), first.chunk))
+        again = [at for at, selection in enumerate(selections) if room[at] > len(selection.kept)]
+        for at, selection in zip(again, spread(of_image, again, n_at_once)):
+            selections[at] = selection  # the second pass runs on some numbers of units only
+        return dict(zip(numbers, selections))
 
     def _shares(
         self, plan: PromptPlan, config: PruneConfig, works: Sequence[_Work], candidates: Sequence[Candidates]

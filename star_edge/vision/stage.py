@@ -14,9 +14,9 @@ import numpy as np
 
 from ..pruning import budget
 from ..pruning.blas import spread
-from ..pruning.choose import Candidates, Policy, choose, divide, prepare, vision_policy
+from ..pruning.choose import Candidates, Policy, at_once, choose, divide, prepare, vision_policy
 from ..pruning.config import Keep, PruneConfig, keep_count
-from ..pruning.representatives import MAX_CLUSTERED, merge
+from ..pruning.representatives import merge
 from ..pruning.selection import Selection, Tokens
 from ..rows import Rows, Segment
 from ..stopwatch import Stopwatch
@@ -371,10 +371,7 @@ def _choose(
         for i, n in zip(group, plan.most_of(group, least, plan.n_vision, left, to_decoder=True)):
             n_most[i] = n
 
-    # An image takes memory in the square of its tokens: several at once take no more than the largest one that is whole
-    at_once = MAX_CLUSTERED**2 // max([1, *(len(image.tokens) for image in candidates)]) ** 2
-    n_images = max(1, min(n_threads, at_once, sum(n < len(c.tokens) for n, c in zip(n_keep, candidates))))
-    of_each = max(1, n_threads // n_images)  # threads
+    n_images, of_each = at_once([c for n, c in zip(n_keep, candidates) if n < len(c.tokens)], n_threads)
 
     def of_image(i: int) -> tuple[Selection, np.ndarray]:
         image, policy = candidates[i], policies[i]
