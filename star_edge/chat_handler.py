@@ -37,7 +37,7 @@ from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .messages import read_messages
 from .options import CacheOptions, EncoderOptions, describe_options, names_of
-from .pruning.config import Keep, PruneConfig
+from .pruning.config import Keep, PruneConfig, Redundancy
 from .pruning.presets import DEFAULT_PRESET
 from .reader import PromptReader
 from .report import PruneReport
@@ -377,21 +377,22 @@ class StarChatHandler(ChatHook):
             pixels = check_pixels(self.image_loader(image_url), "what the image_loader returned")
         return pixels if self._request is None else self._request.fit(pixels)
 
-    def count_tokens(self, image_url: str, image_max_tokens: Keep = 1.0) -> int:
+    def count_tokens(self, image_url: str, image_max_tokens: Keep = 1.0, redundancy: Redundancy = "off") -> int:
         """Counts the image tokens of a picture, without encoding it, once the handler serves a Llama.
 
         Args:
             image_url: URL of an image_url part.
             image_max_tokens: As in PruneConfig: what the picture would be made smaller for.
+            redundancy: As in PruneConfig: what image_max_tokens does not count. The picture is larger for it.
 
         Returns:
-            Its tokens before any pruning, of all its crops, special tokens included.
+            Its tokens before any pruning, of all its crops, special tokens and redundant ones included.
 
         Raises:
-            ConfigError: The handler serves no Llama yet, or image_max_tokens cannot be used.
+            ConfigError: The handler serves no Llama yet, or image_max_tokens or redundancy cannot be used.
             ImageError: The image cannot be read or used, or is over the limits.
         """
-        config = PruneConfig(image_max_tokens=image_max_tokens)
+        config = PruneConfig(image_max_tokens=image_max_tokens, redundancy=redundancy)
         with self._lock:
             if self._reader is None:
                 raise ConfigError("this StarChatHandler serves no Llama yet", "call attach with the Llama first")

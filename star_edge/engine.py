@@ -28,7 +28,7 @@ from .llamacpp.llama_options import check_llama_options, load_llama
 from .llamacpp.mmproj_check import check_mmproj
 from .llamacpp.native import open_standard_streams
 from .options import CacheOptions, EncoderOptions, LoadOptions, describe_options, names_of
-from .pruning.config import Keep, PruneConfig
+from .pruning.config import Keep, PruneConfig, Redundancy
 from .pruning.presets import DEFAULT_PRESET
 from .reader import PromptReader
 from .report import PruneReport
@@ -233,24 +233,27 @@ class StarVLM(Answering):
         return state, request.report
 
     @checked(skip=("image",))
-    def count_tokens(self, image: ImageSource | Video, image_max_tokens: Keep = 1.0) -> int:
+    def count_tokens(
+        self, image: ImageSource | Video, image_max_tokens: Keep = 1.0, redundancy: Redundancy = "off"
+    ) -> int:
         """Counts the image tokens of a picture, or of a video's frames, without encoding it. A stream that is under way
         goes on.
 
         Args:
             image: As for `generate`.
             image_max_tokens: As in PruneConfig: what the picture would be made smaller for.
+            redundancy: As in PruneConfig: what image_max_tokens does not count. The picture is larger for it.
 
         Returns:
-            Its tokens before any pruning, of all its crops, special tokens included.
+            Its tokens before any pruning, of all its crops, special tokens and redundant ones included.
 
         Raises:
             UnsupportedModelError: The model was loaded without a vision encoder.
-            ConfigError: image_max_tokens cannot be used.
+            ConfigError: image_max_tokens or redundancy cannot be used.
             ImageError: The image cannot be read or used, or is over the limits.
             EngineClosedError: The engine is closed.
         """
-        config = PruneConfig(image_max_tokens=image_max_tokens)
+        config = PruneConfig(image_max_tokens=image_max_tokens, redundancy=redundancy)
         with self._lock:
             self._check_open()
             n_tokens = 0

@@ -215,7 +215,7 @@ class PromptReader:
         if self.encoder is None or config is None or not config.limits_images:
             return Fitted(pixels)
         with self._with_encoder():
-            return self._resolution.fit(pixels, config.image_max_tokens)
+            return self._resolution.fit(pixels, config.image_max_tokens, self.encoding.entering(config))
 
     def read(
         self, prompt: Prompt, config: PruneConfig | None, start: float, meter: Meter | None = None

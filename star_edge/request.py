@@ -209,7 +209,7 @@ class Request:
             return  # nobody asked for smaller ones
         if any(size.is_smaller for size in sizes):
             report.full_tokens = [size.n_full for size in sizes]
-        taken = [picture["n_tokens"] for picture in report.pictures]
+        taken = [picture["n_tokens"] - picture["n_redundant"] for picture in report.pictures]
         over = [n for n, size in zip(taken, sizes) if n > size.most]
         if over and self._config is not None:
             report.notes.append(

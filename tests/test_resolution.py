@@ -193,6 +193,71 @@ def test_the_chat_handler_does_the_same(qwen, tmp_path):
         llama.close()
 
 
+# ---- what is redundant does not count ----
+
+
+def letter(height, width, share, seed=0):
+    """White paper, but for noise in the first `share` of its height."""
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    pixels[: round(height * share)] = picture(round(height * share), width, seed)
+    return pixels
+
+
+def entered(vlm, pixels, redundancy, most=1.0):
+    """The report of a request, and tokens that entered the encoder."""
+    config = PruneConfig(redundancy=redundancy, image_max_tokens=most)
+    _, report = vlm.read_prompt("<__media__>a", pixels, config, chat=False)
+    return report, report.n_image_tokens - report.n_redundant
+
+
+@pytest.mark.parametrize("family", ANY_SIZE)
+def test_a_picture_stays_as_it_is_if_what_enters_is_little(family):
+    """Bit for bit a request without a limit."""
+    pixels = letter(448, 448, 0.2)
+    with engine(family) as vlm:
+        question, full = "<__media__>a", vlm.count_tokens(pixels)
+        whole, _ = vlm.read_prompt(question, pixels, PruneConfig(redundancy="exact"), chat=False)
+        logits = whole.logits.copy()
+        config = PruneConfig(redundancy="exact", image_max_tokens=0.6)
+        limited, report = vlm.read_prompt(question, pixels, config, chat=False)
+        assert np.array_equal(limited.logits, logits)
+        assert report.n_image_tokens == full and report.full_tokens == [] and report.notes == []
+        assert report.n_image_tokens - report.n_redundant <= 0.6 * full
+        assert vlm.count_tokens(pixels, 0.6, "exact") == full > vlm.count_tokens(pixels, 0.6)
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0.3), (0.3, 0.25), (0.8, 0.5), (0.4, 60)])
+def test_the_largest_of_which_so_many_enter(qwen, share, most):
+    """Against requests about the picture at every size: no more than the limit, and close to the best below it."""
+    pixels = letter(560, 448, share)
+    n = qwen.count_tokens(pixels)
+    goal = most if isinstance(most, int) else int(most * n + 0.5)
+    report, count = entered(qwen, pixels, "exact", most)
+    assert count <= goal and report.full_tokens == [n] and report.notes == []
+    found = []
+    for scale in np.arange(0.3, 1, 0.01):
+        size = (round(448 * scale), round(560 * scale))
+        small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        found.append(entered(qwen, small, "exact")[1])
+    assert count >= 0.85 * max(n for n in found if n <= goal)
+    assert report.n_image_tokens > qwen.count_tokens(pixels, most)
+    assert report.n_image_tokens == qwen.count_tokens(pixels, most, "exact")
+
+
+def test_where_nothing_is_redundant_the_limit_is_one_of_all_tokens(qwen):
+    pixels = picture(310, 250)
+    report, count = entered(qwen, pixels, 0.05, 0.4)
+    assert report.n_redundant == 0 and count == qwen.count_tokens(pixels, 0.4) == qwen.count_tokens(pixels, 0.4, 0.05)
+
+
+def test_an_encoder_of_whole_pictures_counts_all():
+    pixels = letter(448, 448, 0.2)
+    with engine("internvl") as vlm:
+        assert vlm.count_tokens(pixels, 0.5, "auto") == vlm.count_tokens(pixels, 0.5)
+        with pytest.raises(errors.ConfigError, match="redundancy"):
+            vlm.count_tokens(pixels, 0.5, "some")
+
+
 # ---- configs and commands ----
 
 
@@ -242,6 +307,7 @@ def test_commands(star_edge, tmp_path, qwen):
 
 def test_routes_of_the_server(qwen, tmp_path):
     Image.fromarray(picture(310, 250)).save(tmp_path / "a.png")
+    Image.fromarray(letter(310, 250, 0.3)).save(tmp_path / "b.png")
     full, half = qwen.count_tokens(tmp_path / "a.png"), qwen.count_tokens(tmp_path / "a.png", 0.5)
     part = {"type": "image_url", "image_url": {"url": data_url(tmp_path / "a.png")}}
     body = {"messages": [{"role": "user", "content": [part, part, {"type": "text", "text": "hi"}]}], "max_tokens": 1}
@@ -258,6 +324,12 @@ def test_routes_of_the_server(qwen, tmp_path):
         status, answer = post("/v1/chat/completions", {**body, "prune": {"image_max_tokens": 0.5}})
         assert status == 200 and answer["star_edge"]["n_image_tokens"] == 2 * half
         assert answer["star_edge"]["full_tokens"] == [full, full]
+        page = {"type": "image_url", "image_url": {"url": data_url(tmp_path / "b.png")}}
+        body["messages"][0]["content"] = [page, {"type": "text", "text": "hi"}]
+        sparing = {**body, "prune": {"image_max_tokens": 0.5, "redundancy": "exact"}}
+        status, counted = post("/v1/image_tokens", sparing)
+        status, answer = post("/v1/chat/completions", sparing)
+        assert counted["n_tokens"] == answer["star_edge"]["n_image_tokens"] > half
         for wrong, words in (
             ({"messages": []}, "messages"),
             ({**body, "prune": {"image_max_tokens": 1}}, "image_max_tokens=1 may be one token or all"),

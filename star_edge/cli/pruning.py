@@ -122,8 +122,9 @@ _PROMPT_OPTIONS = (
     click.option(
         "--image-max-tokens",
         type=KeepType(),
-        help="Make larger pictures smaller, until they take so many image tokens: a fraction of those at full size "
-        "(0.5) or a count. With --preset off that is all that is done.",
+        help="Make larger pictures smaller, until so many of their image tokens enter the encoder: a fraction of those "
+        "at full size (0.5) or a count. What --redundancy leaves out does not count. With --preset off that is all "
+        "that is done.",
     ),
 )
 _ENCODER_OPTIONS = (

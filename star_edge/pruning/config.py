@@ -18,6 +18,7 @@ from .representatives import REPRESENTATIVES
 from .scorers import DECODER_SCORERS, VISION_SCORERS
 
 Keep = float | int
+Redundancy = Literal["off", "auto", "exact"] | float
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -44,7 +45,7 @@ def _check_keep(name: str, keep: object) -> Keep:
     return float(keep)
 
 
-def _check_redundancy(value: object) -> Literal["off", "auto", "exact"] | float:
+def _check_redundancy(value: object) -> Redundancy:
     for name in ("off", "auto", "exact"):
         if isinstance(value, str) and value == name:
             return name
@@ -160,9 +161,10 @@ class PruneConfig:
             encoder_keep, until each token that leaves is within this distance of one that stays, at most two cells of
             the grid away. The distance is 1 - cosine of hidden states that enter layer M, over its mean. Where an
             encoder has no such stage, the report has no note on it.
-        image_max_tokens: Most image tokens of a picture: a share of those that it takes at its own size, or a count. A
-            larger picture is made smaller before the model gets it. All other fields count what it takes then. Models
-            that make one number of tokens of any picture are not affected.
+        image_max_tokens: Most image tokens of a picture that enter the encoder: a share of those that it takes at its
+            own size, or a count. A larger picture is made smaller before the model gets it, as little as that needs:
+            what redundancy leaves out does not count, so a page with much plain paper stays larger. All other fields
+            count what it takes then. Models that make one number of tokens of any picture are not affected.
 
     Raises:
         ConfigError: A value has the wrong type or is out of range.
@@ -183,7 +185,7 @@ class PruneConfig:
     budget: Literal["image", "crop", "prompt"] = "image"
     positions: Literal["original", "renumbered"] = "original"
     seed: int = 0
-    redundancy: Literal["off", "auto", "exact"] | float = "off"
+    redundancy: Redundancy = "off"
     encoder_keep: Keep = 1.0
     encoder_layer: int | None = None
     encoder_tolerance: float | None = None

@@ -23,7 +23,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from ..chat_handler import StarChatHandler
 from ..errors import ConfigError, ImageError, ImageTooLargeError, RequestCancelledError, StarEdgeError
 from ..io.images import ImageLimits, load_image
-from ..pruning.config import Keep, PruneConfig
+from ..pruning.config import PruneConfig
 from ..report import PruneReport
 from ..request import Request
 from ..verify import answer_text, draw_seed
@@ -110,23 +110,24 @@ class Engine:
         self.in_thread_ahead = functools.partial(anyio.to_thread.run_sync, limiter=anyio.CapacityLimiter(1))
 
     async def count_tokens(
-        self, messages: list[dict[str, Any]], images: dict[str, Source], image_max_tokens: Keep
+        self, messages: list[dict[str, Any]], images: dict[str, Source], prune: PruneConfig
     ) -> dict[str, Any]:
         """Image tokens of pictures, counted without encoding when nobody else has the Llama.
 
-        messages, images: as for `Job`. image_max_tokens: as in PruneConfig.
+        messages, images: as for `Job`. prune: what the pictures would be made smaller by.
 
         Returns plain JSON values: n_tokens, of all; and for each picture, or frame of a video, n_tokens, and
         n_full_tokens at its own size.
         """
         count = self.handler.count_tokens
+        smaller = prune.image_max_tokens, prune.redundancy
 
         def count_all() -> list[dict[str, int]]:
             read, _ = read_videos(messages, self.pictures.limits)
             self.pictures.sources = pictures_in(read, images)
             try:
                 names = list(self.pictures.sources)
-                return [{"n_tokens": count(n, image_max_tokens), "n_full_tokens": count(n)} for n in names]
+                return [{"n_tokens": count(n, *smaller), "n_full_tokens": count(n)} for n in names]
             finally:
                 self.pictures.sources = {}
 

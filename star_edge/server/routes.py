@@ -157,8 +157,7 @@ def make_routes(engine: Engine, policy: Policy, configs: Configs, bodies: Bodies
             messages, urls = read_messages(body.messages, engine.llama.n_ctx())
             images = await sources(urls)
             body.messages, urls = [], []  # the images are now in their sources only
-            keep = 1.0 if config is None else config.image_max_tokens
-            return JSONResponse(await engine.count_tokens(messages, images, keep))
+            return JSONResponse(await engine.count_tokens(messages, images, config or PruneConfig()))
         except Exception as error:
             return _failed(error, engine, request.scope[RECORD])
 

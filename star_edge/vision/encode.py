@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import EngineError
+from ..llamacpp.mtmd import MEDIA_MARKER
 from ..llamacpp.names import PIXELS
 from ..llamacpp.tap import Compare, Plan
 from ..pruning.blas import spread
@@ -83,6 +84,25 @@ class ImageEncoding:
                     notes.append(f"no encoder stage: {problem}")
                 config = replace(config, encoder_keep=1.0, encoder_layer=None, encoder_tolerance=None)
         return config, notes
+
+    def entering(self, config: PruneConfig) -> Callable[[np.ndarray], int] | None:
+        """Counts the tokens of a picture, (h, w, 3) uint8, that enter the encoder. None: all of any picture do.
+
+        What it counts is looked at, and not encoded. It raises ImageError if the encoder cannot take the picture.
+        """
+        if config.redundancy == "off" or self.composer is None:
+            return None
+
+        def count(pixels: np.ndarray) -> int:
+            prompt = self.encoder.tokenize(MEDIA_MARKER, [pixels])
+            try:
+                images = [chunk for chunk in prompt.chunks if isinstance(chunk, ImageChunk)]
+                works = [self._units(i, image, config, []) for i, image in enumerate(images)]
+                return sum(image.n_tokens if work is None else len(work.units) for image, work in zip(images, works))
+            finally:
+                prompt.close()
+
+        return count
 
     def problem(self, image: ImageChunk) -> str:
         """Why there can be no encoder stage with an image, or ""."""

@@ -7,6 +7,7 @@ them, without encoding: it takes a millisecond to some tens of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from .encoder import VisionEncoder
 _TINY = 32  # pixels along the longer side of the smallest picture that is tried
 _STEPS = 12
 _CLOSE = 1.02  # between a side that fits and one that does not
+_LOOKS = 6  # at a picture's pixels, which costs more than a size
+_LOOKS_CLOSE = 1.04
 _KEPT = 256  # sizes whose counts are remembered
 
 
@@ -71,7 +74,7 @@ class Resolution:
             self._counts[height, width] = n
         return self._counts[height, width]
 
-    def fit(self, pixels: np.ndarray, most: Keep) -> Fitted:
+    def fit(self, pixels: np.ndarray, most: Keep, entering: Callable[[np.ndarray], int] | None = None) -> Fitted:
         """The picture, made smaller if it takes more than `most` tokens; the largest that was found to take no more.
 
         Where no size takes so few, because the model makes as many of any picture or cuts it into crops of a fixed
@@ -80,6 +83,8 @@ class Resolution:
         Args:
             pixels: (h, w, 3) uint8.
             most: A share of the tokens that it takes at its own size, or a count, as in PruneConfig.image_max_tokens.
+            entering: How many tokens of a picture, (h, w, 3) uint8, enter the encoder. None: all of them. With it
+                those that enter are counted, so a picture with much that is redundant stays larger.
 
         Returns:
             The picture, `pixels` itself where it fits or where a smaller one takes as many.
@@ -99,8 +104,39 @@ class Resolution:
             size = self._largest(height, width, n, reachable) if n is None or n > reachable else None
         if size is None:
             return Fitted(pixels, FittedSize(n, goal, False))
-        picture = PIL.Image.fromarray(pixels).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
-        return Fitted(np.ascontiguousarray(picture, np.uint8), FittedSize(n, goal, True))
+        if entering is not None and n is not None:
+            return self._larger(pixels, size, n, goal, entering)
+        return Fitted(_resized(pixels, size), FittedSize(n, goal, True))
+
+    def _larger(
+        self, pixels: np.ndarray, size: tuple[int, int], n: int, goal: int, entering: Callable[[np.ndarray], int]
+    ) -> Fitted:
+        """The largest picture found of which at most `goal` tokens enter the encoder.
+
+        size: one that takes at most `goal` tokens. n: tokens of the picture itself, which are more.
+        """
+        count = entering(pixels)
+        if count <= goal:
+            return Fitted(pixels, FittedSize(n, goal, False))
+        smaller = FittedSize(n, goal, True)
+        height, width = pixels.shape[:2]
+        best, fits, too_large = _resized(pixels, size), max(size[0] / height, size[1] / width), 1.0
+        if n <= count * _CLOSE**2:  # next to nothing is redundant, so no larger picture would do
+            return Fitted(best, smaller)
+        scale = 1.0
+        for _ in range(_LOOKS):
+            if too_large <= fits * _LOOKS_CLOSE:
+                break
+            scale *= math.sqrt(goal / count)  # as if what enters grew with the area
+            if not fits * _CLOSE <= scale <= too_large / _CLOSE:
+                scale = math.sqrt(fits * too_large)
+            tried = _resized(pixels, _scaled(height, width, scale))
+            count = entering(tried)
+            if count <= goal:
+                best, fits = tried, scale
+            else:
+                too_large = scale
+        return Fitted(best, smaller)
 
     def _least(self, height: int, width: int) -> int:
         """Tokens of the smallest picture of that shape; 0 if the encoder cannot take it."""
@@ -138,6 +174,11 @@ class Resolution:
             return self.count(height, width)
         except ImageError:  # of a shape that rounding made, such as one pixel high
             return None
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    picture = PIL.Image.fromarray(pixels).resize(size[::-1], PIL.Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(picture, np.uint8)
 
 
 def _scaled(height: int, width: int, scale: float) -> tuple[int, int]:
