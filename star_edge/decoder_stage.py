@@ -52,6 +52,7 @@ def decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: in
         policy.scorer.reads or "all",
         share,
         plan.config.seen_below,
+        plan.look_ahead,
     )
 
 

@@ -88,6 +88,10 @@ class Cells(ABC):
             cells: Their cells, (n,) int64.
         """
 
+    def rewind(self, start: int) -> None:
+        """Frees the cells of all rows from `start` on, for the same rows in another window (ahead.py)."""
+        raise NotImplementedError  # a recurrent state cannot go back
+
     @abstractmethod
     def restart(self, start: int) -> bool:
         """Gives up the rows from `start` on. Returns whether those before it are still there."""
@@ -132,6 +136,10 @@ class ParkingCells(Cells):
         self.context.park(start, parking)
         for first, last in runs_of(keep_row):
             self.context.remove(parking, start + first, start + last)
+        self.n_cells = start
+
+    def rewind(self, start: int) -> None:
+        self.context.remove(MAIN, start)
         self.n_cells = start
 
     def restart(self, start: int) -> bool:

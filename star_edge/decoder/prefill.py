@@ -35,6 +35,7 @@ from ..pruning.selection import Selection
 from ..rows import Segment
 from ..stopwatch import Stopwatch
 from . import reuse
+from .ahead import look_ahead
 from .cells import ParkingCells, StemRows
 from .hybrid import HybridCells
 from .levels import Levels
@@ -75,6 +76,8 @@ class DecoderStage:
         divide: divide(seen of all images, n_keep) says how many rows of each image stay, where images may share a
             budget. It is called before `choose`. None: n_keep.
         seen_below: Rows after the prompt see a dropped row in the layers below the stage that dropped it.
+        look_ahead: The first and the last layer whose attention ranks, in a stage before the last one (ahead.py). None:
+            that at layer K does.
     """
 
     windows: Sequence[tuple[int, Sequence[int]]]
@@ -82,6 +85,7 @@ class DecoderStage:
     text_rows: str = "all"
     divide: Callable[[Sequence[Seen], Sequence[int]], Sequence[int]] | None = None
     seen_below: bool = False
+    look_ahead: tuple[int, int] | None = None
 
 
 @dataclass
@@ -223,6 +227,13 @@ class _Run:
         all_scores, all_selections, joined = [], [], False
         for w, (first, n_keep) in enumerate(stage.windows):
             # 3) choose
+            came_back = True
+            if stage.look_ahead is not None and stage.look_ahead[1] > first:
+                n_after = len(self.segments) - 1 - self.last_image
+                with self.watch.step("look_ahead"):
+                    end, came_back = look_ahead(
+                        self.windows, self.cells, live, n_after, start, first, stage.look_ahead, end, stage.text_rows
+                    )
             if self.context.meter is not None:
                 self.context.meter.choose()
             with self.watch.step("decoder_stage"):
@@ -240,7 +251,7 @@ class _Run:
             with self.watch.step("resume"):
                 assert end.hidden is not None
                 end = self.windows.run(live, first, ends[w + 1], end.hidden[keep_row], stage.text_rows, joined)
-            in_place = bool(np.array_equal(end.cells, own_cells))
+            in_place = came_back and bool(np.array_equal(end.cells, own_cells))
             # Masses belong to cells. Rows that did not come back to theirs stand for themselves alone, and the report
             # says so.
             stayed = [(rows, s) for rows, s in zip(kept_rows, selections) if s is not None]
@@ -273,6 +284,8 @@ class _Run:
         work = (n_prefix - self.attached.n_main) * n_layers + (n - n_prefix - n_known) * ends[0]
         for (first, n_keep), last in zip(stage.windows, ends[1:]):
             work += (n - n_prefix - n_images + sum(n_keep)) * (last - first)
+            if stage.look_ahead is not None:
+                work += self.windows.n_scoring * max(0, stage.look_ahead[1] - first)
         return int(work)
 
     def result(self, segments: Sequence[Segment], stem: StemRows | None, **fields: Any) -> Prefill:

@@ -35,6 +35,58 @@ class WindowEnd:
     row_attention: np.ndarray | None
 
 
+class ReceivedAttention:
+    """Adds up what the rows of a prompt receive from the text after the last image, decode by decode.
+
+    Args:
+        windows: The prompt's windows.
+        n_rows: Rows of the window.
+        text_rows: As in DecoderStage.
+    """
+
+    def __init__(self, windows: Windows, n_rows: int, text_rows: str) -> None:
+        self._context = windows.context
+        self._n_scoring, self._n_rows, self._text_rows = windows.n_scoring, n_rows, text_rows
+        self._columns = np.zeros(windows.context.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
+        self._lines: list[np.ndarray] = []
+        self._watch = windows.watch
+        self._weight = 0.0
+
+    def read(self, end: int, n: int, layers: list[int]) -> AttentionRead | None:
+        """What is read from the decode of the n rows before row `end`, or None if none of them scores."""
+        last = self._text_rows == "last"
+        n_taken = int(end == self._n_rows) if last else min(n, max(0, end - (self._n_rows - self._n_scoring)))
+        if not n_taken:
+            return None
+        self._weight = (1.0 if last else n_taken / self._n_scoring) / len(layers)
+        reduce = MEAN_HEADS if self._text_rows == "each" else MEAN_ALL
+        taken, n_threads = (n - n_taken, n_taken, 1), self._context.n_threads
+        return AttentionRead(layers, len(self._columns), taken, reduce, max_rows=n_taken, n_threads=n_threads)
+
+    def add(self, outcome: Outcome) -> None:
+        """Takes what that decode has brought back."""
+        self._watch.take("decoder_scores", outcome.score_seconds)
+        if not outcome.attention:
+            return
+        for attention in outcome.attention:
+            mean = attention if attention.ndim == 1 else attention.mean(axis=0)
+            self._columns[: attention.shape[-1]] += self._weight * mean
+        if self._text_rows == "each":
+            self._lines += list(np.mean([np.atleast_2d(attention) for attention in outcome.attention], axis=0))
+
+    def at(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What rows in these cells, (n,) int64, receive: (n,) float32 in all; and from each text row, (n_text, n)
+        float32, where that is asked for.
+        """
+
+        def at_cells(line: np.ndarray) -> np.ndarray:
+            at_rows: np.ndarray = np.pad(line, (0, max(0, len(self._columns) - len(line))))[cells]
+            return at_rows
+
+        lines = np.array([at_cells(line) for line in self._lines]) if self._lines else None
+        return self._columns[cells].astype(np.float32), lines
+
+
 class Windows:
     """The windows of one prompt.
 
@@ -90,9 +142,8 @@ class Windows:
         n_rows, is_end = sum(len(s.rows) for s in segments), last == ctx.n_layers
         hidden = None if is_end else np.empty((n_rows, ctx.n_embd), np.float32)
         cells = np.empty(n_rows, np.int64)
-        columns = np.zeros(ctx.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
-        lines: list[np.ndarray] = []
-        n_scoring, n_known, at = self.n_scoring, 0 if known is None else len(known), 0
+        received = ReceivedAttention(self, n_rows, text_rows)
+        n_known, at = 0 if known is None else len(known), 0
         for rows, causal in self.decodes(segments, joined):
             n, is_final = len(rows), at + len(rows) == n_rows
             plan = Plan(window=(first, last, ctx.n_layers), want_cells=True)
@@ -106,35 +157,16 @@ class Windows:
             elif not is_end:
                 assert hidden is not None
                 plan.hidden = hidden[at : at + n]
-                n_taken = int(is_final) if text_rows == "last" else min(n, max(0, at + n - (n_rows - n_scoring)))
-                weight = 1.0 if text_rows == "last" else n_taken / n_scoring
-                if n_taken:
-                    reduce = MEAN_HEADS if text_rows == "each" else MEAN_ALL
-                    taken = (n - n_taken, n_taken, 1)
-                    plan.attention = AttentionRead(
-                        [last], len(columns), taken, reduce, max_rows=n_taken, n_threads=ctx.n_threads
-                    )
+                plan.attention = received.read(at + n, n, [last])
             outcome = self.decode(rows, plan, "probe" if first == 0 else "resume", causal, logits=is_end and is_final)
             self.cells.decoded()
             assert outcome.cells is not None  # want_cells
             cells[at : at + n] = outcome.cells
-            for attention in outcome.attention:
-                lines += list(np.atleast_2d(attention)) if text_rows == "each" else []
-                columns[: attention.shape[-1]] += weight * (
-                    attention if attention.ndim == 1 else attention.mean(axis=0)
-                )
-            self.watch.take("decoder_scores", outcome.score_seconds)
+            received.add(outcome)
             at += n
-            if first == 0 and at == n_rows - n_scoring:
+            if first == 0 and at == n_rows - self.n_scoring:
                 self.cells.read_images()
-
-        def at_cells(line: np.ndarray) -> np.ndarray:
-            at_rows: np.ndarray = np.pad(line, (0, max(0, len(columns) - len(line))))[cells]
-            return at_rows
-
-        return WindowEnd(
-            hidden, cells, columns[cells].astype(np.float32), np.array([at_cells(x) for x in lines]) if lines else None
-        )
+        return WindowEnd(hidden, cells, *received.at(cells))
 
     def decodes(self, segments: Sequence[Segment], joined: bool = False) -> Iterator[tuple[Rows, bool]]:
         """Rows of each decode of a window, and whether they are causal.

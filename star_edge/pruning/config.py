@@ -58,6 +58,17 @@ def _check_redundancy(value: object) -> Redundancy:
     )
 
 
+def _check_layer(name: str, layer: object) -> int | float:
+    if _is_int(layer) and layer >= 1:
+        return int(layer)
+    if isinstance(layer, float) and 0 < layer < 1:
+        return float(layer)
+    raise ConfigError(
+        f"{name} {quoted(layer)} is neither a whole number >= 1 nor a fraction in (0, 1)",
+        "use 1 to layers - 1, or a fraction of the layers",
+    )
+
+
 def _check_tolerance(name: str, value: object) -> float | None:
     if value is None:
         return None
@@ -117,9 +128,15 @@ class PruneConfig:
         vision_keep: What stays after the vision encoder (stage 1).
         decoder_keep: What stays from decoder layer K on (stage 2).
         decoder_layer: K, 1 <= K <= layers - 1. Layers 0..K-1 see every token that the vision stage left. None: chosen
-            for the model (`choose_layer`).
+            for the model (`choose_layer`): two thirds of its layers, with look_ahead a third.
         vision_scorer: What the vision stage ranks tokens by, a name in scorers.VISION_SCORERS.
         decoder_scorer: What the decoder stages rank tokens by, a name in scorers.DECODER_SCORERS.
+        look_ahead: The question looks ahead before a decoder stage chooses: a layer after K, or a float in (0, 1), a
+            fraction of the model's layers. Image tokens stop at layer K. In each layer after it they have the keys and
+            values of the state in which they stopped; the text after the last image goes on over these to the layer of
+            look_ahead, and what it attends to in the last third of the way there (`look_ahead_layers`) ranks. So K may
+            be early: where layer K itself does not know yet what the question asks for. None: the attention at layer K
+            ranks.
         representatives: What becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even"
             keep their weight in every softmax. "none" drops them for good, as the paper does.
         decoder_representatives: The same for the decoder stages alone, or None for `representatives`. "none" leaves the
@@ -180,6 +197,7 @@ class PruneConfig:
     vision_share: float = 1.0
     decoder_share: float = 0.25
     vision_tolerance: float | None = None
+    look_ahead: int | float | None = None
     windows: tuple[tuple[int | float, Keep], ...] = ()
     seen_below: bool = True
     budget: Literal["image", "crop", "prompt"] = "image"
@@ -214,6 +232,8 @@ class PruneConfig:
                     f"{name}={quoted(layer)} is not a layer >= 1", "use 1 to layers - 1, or None to have it chosen"
                 )
         object.__setattr__(self, "redundancy", _check_redundancy(self.redundancy))
+        if self.look_ahead is not None:
+            object.__setattr__(self, "look_ahead", _check_layer("look_ahead", self.look_ahead))
         for name, names in (
             ("vision_scorer", VISION_SCORERS),
             ("decoder_scorer", DECODER_SCORERS),
@@ -249,16 +269,12 @@ class PruneConfig:
         last_name, last_keep = "vision_keep", self.vision_keep
         windows = []
         for layer, keep in self.windows:
-            if not ((_is_int(layer) and layer >= 1) or (isinstance(layer, float) and 0 < layer < 1)):
-                raise ConfigError(
-                    f"windows: layer {quoted(layer)} is neither a whole number >= 1 nor a fraction in (0, 1)",
-                    "use 1 to layers - 1, or a fraction of the layers",
-                )
+            layer = _check_layer("windows: layer", layer)
             name = f"the window at {quoted(layer)}"
             keep = _check_keep(name, keep)
             _check_order(last_name, last_keep, name, keep)
             last_name, last_keep = name, keep
-            windows.append((int(layer) if _is_int(layer) else layer, keep))
+            windows.append((layer, keep))
         return tuple(windows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -341,7 +357,8 @@ class PruneConfig:
             ConfigError: A layer is outside 1..n_layers - 1, or two windows are at one layer.
         """
         if not self.windows:
-            return [(choose_layer(self.decoder_layer, n_layers), self.decoder_keep)]
+            default = _LAYER if self.look_ahead is None else _LAYER_LOOKING_AHEAD
+            return [(choose_layer(self.decoder_layer, n_layers, default), self.decoder_keep)]
         layers = [
             choose_layer(layer if _is_int(layer) else max(1, round(layer * n_layers)), n_layers)
             for layer, _ in self.windows
@@ -351,6 +368,27 @@ class PruneConfig:
                 f"windows are at layers {layers} of {n_layers}", "use ascending layers, and fewer windows if they meet"
             )
         return [(layer, keep) for layer, (_, keep) in zip(layers, self.windows)]
+
+
+def look_ahead_layers(look_ahead: int | float, n_layers: int) -> tuple[int, int]:
+    """The first and the last layer whose attention ranks, where the question looks ahead: the last third of the way.
+
+    Which layers find what is asked for differs from model to model. A mean over some of them does without knowing: the
+    few heads that find it give it much more attention than others give anything (ACCURACY.md, "Looking ahead").
+
+    Args:
+        look_ahead: As in PruneConfig.
+        n_layers: Layers of the decoder.
+
+    Raises:
+        ConfigError: The layer is outside 2..n_layers - 1.
+    """
+    last = look_ahead if isinstance(look_ahead, int) else min(n_layers - 1, max(2, round(look_ahead * n_layers)))
+    if not 2 <= last <= n_layers - 1:
+        raise ConfigError(
+            f"look_ahead={quoted(look_ahead)} is outside 2..{n_layers - 1}", f"the model has {n_layers} layers"
+        )
+    return round(2 * last / 3), last
 
 
 def one_token_notes(config: PruneConfig | None) -> list[str]:
@@ -397,7 +435,10 @@ def keep_count(name: str, keep: Keep, n_tokens: int, n_special: int = 0) -> int:
     return n_special + min(n, keep)
 
 
-def choose_layer(decoder_layer: int | None, n_layers: int) -> int:
+_LAYER, _LAYER_LOOKING_AHEAD = 2 / 3, 1 / 3
+
+
+def choose_layer(decoder_layer: int | None, n_layers: int, default: float = _LAYER) -> int:
     """Layer K of a decoder stage: the one asked for, otherwise two thirds of the way in.
 
     A token that leaves before the layers that read it is lost. Those are over at two thirds in three of four models at
@@ -406,6 +447,7 @@ def choose_layer(decoder_layer: int | None, n_layers: int) -> int:
     Args:
         decoder_layer: The layer asked for, or None.
         n_layers: Layers of the decoder.
+        default: The share of them that None stands for.
 
     Returns:
         K, within 1..n_layers - 1.
@@ -416,7 +458,7 @@ def choose_layer(decoder_layer: int | None, n_layers: int) -> int:
     if n_layers < 2:
         raise ConfigError(f"a decoder stage needs 2 layers, and the decoder has {n_layers}", "use decoder_keep=1.0")
     if decoder_layer is None:
-        return max(1, min(n_layers - 1, round(2 * n_layers / 3)))
+        return max(1, min(n_layers - 1, round(default * n_layers)))
     if decoder_layer > n_layers - 1:
         raise ConfigError(
             f"decoder_layer={quoted(decoder_layer)} is outside 1..{n_layers - 1}", f"the model has {n_layers} layers"

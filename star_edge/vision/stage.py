@@ -99,6 +99,7 @@ class PromptPlan:
             vision stage adapts to the picture.
         n_text: Text tokens of the prompt.
         room: What the decoder has room for.
+        look_ahead: As in decoder.prefill.DecoderStage.
     """
 
     chunks: Sequence[TextChunk | ImageChunk]
@@ -112,6 +113,7 @@ class PromptPlan:
     windows: list[tuple[int, list[int]]]
     n_text: int
     room: Room
+    look_ahead: tuple[int, int] | None = None
 
     @property
     def images(self) -> list[ImageChunk]:

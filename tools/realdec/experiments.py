@@ -137,6 +137,20 @@ def _today() -> list[Method]:
     return methods
 
 
+def _ahead() -> list[Method]:
+    """The question looks ahead: at the averages of `_today`, from early layers. Rows are words, of which an answer takes
+    some neighbours, so a maximum over neighbours is compared as well.
+    """
+    methods = []
+    for average in (0.5, 0.25):
+        for share in (0.1, 0.2, 1 / 3)[: 3 if average > 1 / 3 else 2]:
+            windows = ((share, (average - share) / (1 - share)),)
+            for pool in (1, 5, 9):
+                name = f"ahead from {share:.2f} L{f', maximum of {pool}' if pool > 1 else ''}, {average:.0%}"
+                methods.append(Method(name, windows, "last", pool, seen_below=True, look_ahead=0.75))
+    return methods
+
+
 EXPERIMENTS: dict[str, list[Method]] = {
     "depth": _depth(),
     "ranking": _ranking(),
@@ -145,4 +159,5 @@ EXPERIMENTS: dict[str, list[Method]] = {
     "late": _late(),
     "rivals": _rivals(),
     "today": _today(),
+    "ahead": _ahead(),
 }

@@ -9,7 +9,7 @@ import numpy as np
 
 from star_edge.decoder.prefill import DecoderStage, Seen
 from star_edge.pruning.choose import Candidates, choose, decoder_policy
-from star_edge.pruning.config import PruneConfig
+from star_edge.pruning.config import PruneConfig, look_ahead_layers
 from star_edge.pruning.representatives import merge, select
 from star_edge.pruning.scorers import DECODER_SCORERS, Scorer
 from star_edge.pruning.selection import Selection, Tokens, average_tokens
@@ -33,6 +33,7 @@ class Method:
         first: Share of the rows that enter layer 0 at least: clusters of their embeddings, as the vision stage chooses
             them, with masses and mean embeddings. 1: all.
         tolerance: As `PruneConfig.vision_tolerance`, for `first`. None: `first` is what stays.
+        look_ahead: As in `PruneConfig`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Method:
     seen_below: bool = False
     first: float = 1.0
     tolerance: float | None = None
+    look_ahead: float | None = None
 
     def layers(self, n_layers: int) -> list[int]:
         return [layer if isinstance(layer, int) else round(layer * n_layers) for layer, _ in self.windows]
@@ -121,7 +123,11 @@ class Method:
             return choose(policy, Candidates(tokens, None, 0, n_context), n_keep)
 
         return DecoderStage(
-            [(layer, [n]) for layer, n in windows], choice, scorer.reads or "all", seen_below=self.seen_below
+            [(layer, [n]) for layer, n in windows],
+            choice,
+            scorer.reads or "all",
+            seen_below=self.seen_below,
+            look_ahead=None if self.look_ahead is None else look_ahead_layers(self.look_ahead, n_layers),
         )
 
 
