@@ -108,6 +108,10 @@ int se_state_written(const struct ggml_tensor * node) {
 
 int se_v_written(const struct ggml_tensor * node) { return node->op == GGML_OP_SET_ROWS ? cache_layer(node, 'v') : -1; }
 
+bool se_makes_query(const struct ggml_tensor * node, int layer) {
+    return numbered(node->name, "Qcur") == layer || numbered(node->name, "Qcur_normed") == layer;
+}
+
 int se_attended_layer(const struct ggml_tensor * node) {
     if (node->op == GGML_OP_FLASH_ATTN_EXT) return node->src[1] ? cache_layer(node->src[1], 'k') : -1;
     for (const struct ggml_tensor * t = node->src[0]; t; t = t->src[0]) {

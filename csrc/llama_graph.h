@@ -93,6 +93,10 @@ const struct ggml_tensor * se_written_cells(const struct ggml_tensor * node, int
 /* N of the cache_v_lN that a SET_ROWS writes to, otherwise -1 (llama_kv_cache names its tensors so; cpy_v). */
 int se_v_written(const struct ggml_tensor * node);
 
+/* Whether a node makes the query of a layer: "Qcur-N", or "Qcur_normed-N" where a norm follows (llm_graph_context::build_qkv and the graphs in
+ * src/models/). Nothing but the attention of that layer reads it. */
+bool se_makes_query(const struct ggml_tensor * node, int layer);
+
 /* N of the cache_k_lN that the SOFT_MAX or FLASH_ATTN_EXT `node` reads, otherwise -1. K is operand 1 of a FLASH_ATTN_EXT. A SOFT_MAX has
  * it in the product with q, with a scale, a soft cap or a bias between them (llm_graph_context::build_attn_mha). */
 int se_attended_layer(const struct ggml_tensor * node);

@@ -214,6 +214,9 @@ static bool ask(se_tap * tap, struct ggml_tensor * node) {
     /* A layer may have both a recurrent state and attention, in any order (Falcon-H1): its rows come again from the next window. */
     if (has_window && !p->encoder && p->last < p->n_layer && se_state_written(node) >= p->last) skip(tap, node);
 
+    /* A window of no layer is there for its keys and values. */
+    if (has_window && p->first == p->last && !p->n_attn_layers && se_makes_query(node, p->last)) skip(tap, node);
+
     if (is_attention) {
         const int32_t index = tap->attention;
         if (has_window && !p->encoder && p->last < p->n_layer && index == p->last) {

@@ -42,6 +42,7 @@ TASK_FIELDS: dict[str, tuple[type, ...]] = {
     "vision_tolerance": (int, float),
     "decoder_keep": (int, float),
     "decoder_layer": (int,),
+    "look_ahead": (int, float),
     "image_max_tokens": (int, float),
     "budget": (str,),
     "redundancy": (str, int, float),
@@ -66,6 +67,7 @@ _OVERRIDES = (
     "vision_tolerance",
     "decoder_keep",
     "decoder_layer",
+    "look_ahead",
     "budget",
     "redundancy",
     "encoder_tolerance",
@@ -168,7 +170,7 @@ def read_tasks(path: str | PathLike[str] | io.TextIOBase, prompt: str | None, se
     """Reads the tasks of a JSON Lines file. Images are not read yet.
 
     A line has "image" or "images" (a list), "prompt", and any of id, preset, vision_keep, vision_tolerance,
-    decoder_keep, decoder_layer, image_max_tokens, budget, redundancy, encoder_keep, encoder_tolerance,
+    decoder_keep, decoder_layer, look_ahead, image_max_tokens, budget, redundancy, encoder_keep, encoder_tolerance,
     encoder_layer, max_tokens, temperature, seed, raw. The names of question files (`io.questions`) are understood
     too, answers and categories are not used. Image paths are relative to the file's folder, of an open file to the
     current one. The id defaults to a hash of the task.

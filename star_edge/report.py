@@ -115,9 +115,10 @@ class PruneReport:
         n_kv_cells: KV cells that hold the prompt when generation starts, in every layer. Dropped rows that the next
             request may use also keep their cells, until an answer needs the room.
         milliseconds: Time of each step. Every moment counts for one step: preprocess, redundancy, encode,
-            encoder_stage, vision_stage, reuse, prefix, probe, decoder_scores, decoder_stage, resume or prefill,
-            fallback. first_token is the time from the call to the logits of the first answer token, all steps included.
-            generate is the engine's work after that, without what the caller does between two pieces of a stream.
+            encoder_stage, vision_stage, reuse, prefix, probe, look_ahead, decoder_scores, decoder_stage, resume
+            or prefill, fallback. first_token is the time from the call to the logits of the first answer token, all
+            steps included. generate is the engine's work after that, without what the caller does between two pieces of
+            a stream.
         n_generated: Tokens of the answer as `usage` counts them, without the one that ends it (EOS).
         n_sampled: The same with that token.
         in_place: False if kept rows did not return to their own KV cells and were decoded again (slower, same cache).

@@ -17,7 +17,7 @@ from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.context import DecoderContext, attach_tap
 from star_edge.llamacpp.names import KV_TYPES
-from star_edge.llamacpp.tap import Tap
+from star_edge.llamacpp.tap import AttentionRead, Plan, Tap
 from star_edge.pruning.config import look_ahead_layers
 
 PARTS = [5, (6, 7), 4, (9, 5), 13]
@@ -156,6 +156,18 @@ def test_rows_that_do_not_come_back(model, monkeypatch):
     assert np.array_equal(moved.logits, again.logits)
 
 
+def test_queries_of_rows_that_have_stopped_are_not_computed(model):
+    """Unless attention is read there."""
+    models, context, _, _ = model
+    segment = random_prompt(models, [9]).segments[0]
+    skipped, states = [], np.zeros((9, context.n_embd), np.float32)
+    for attention in (None, AttentionRead([2], context.n_ctx + 1024)):
+        context.clear()
+        plan = Plan(window=(2, 2, context.n_layers), inject=states, attention=attention)
+        skipped.append(context.decode(segment.rows, 0, plan, "test").n_skipped)
+    assert skipped[0] >= skipped[1] + 2  # a product and a rotation
+
+
 # ---- every family ----
 
 
@@ -197,7 +209,8 @@ def test_a_second_question_is_read_as_the_first_would_be(families):
 
 
 @pytest.mark.parametrize(
-    ("look_ahead", "n_layers", "layers"), [(8, 12, (5, 8)), (0.75, 30, (15, 22)), (0.75, 18, (9, 14)), (0.01, 6, (1, 2))]
+    ("look_ahead", "n_layers", "layers"),
+    [(8, 12, (5, 8)), (0.75, 30, (13, 22)), (0.75, 18, (8, 14)), (0.01, 6, (1, 2))],
 )
 def test_layers_that_rank(look_ahead, n_layers, layers):
     assert look_ahead_layers(look_ahead, n_layers) == layers

@@ -355,7 +355,7 @@ _STEPS = {
     "vision_stage": ("vision_stage",),
     "prefill": ("prefix", "prefill", "fallback"),
     "probe": ("probe",),
-    "decoder_stage": ("decoder_scores", "decoder_stage"),
+    "decoder_stage": ("look_ahead", "decoder_scores", "decoder_stage"),
     "resume": ("resume",),
 }
 

@@ -27,6 +27,7 @@ class KeepType(_KeepParam):
     """0.25 or 1.0 is a fraction, 144 a count."""
 
     name = "fraction|count"
+    forms = "a fraction (0.25) nor a count of tokens (144)"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Keep:
         try:
@@ -36,7 +37,14 @@ class KeepType(_KeepParam):
         try:
             return float(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a fraction (0.25) nor a count of tokens (144)", param, ctx)
+            self.fail(f"{value!r} is neither {self.forms}", param, ctx)
+
+
+class LayerType(KeepType):
+    """8 is a layer, 0.75 a fraction of the layers."""
+
+    name = "fraction|layer"
+    forms = "a fraction of the layers (0.75) nor a layer (8)"
 
 
 class RedundancyType(_RedundancyParam):
@@ -68,6 +76,7 @@ class Pruning:
     vision_tolerance: float | None
     decoder_keep: Keep | None
     decoder_layer: int | None
+    look_ahead: int | float | None
     budget: str | None
     image_max_tokens: Keep | None
     redundancy: str | float | None = None
@@ -114,6 +123,12 @@ _PROMPT_OPTIONS = (
         "what is given here is left out.",
     ),
     click.option("--decoder-layer", type=int, help="Layer K, 1 to layers - 1. Default: chosen for the model."),
+    click.option(
+        "--look-ahead",
+        type=LayerType(),
+        help="The question looks ahead to this layer, over tokens that have stopped at layer K, before they are "
+        "chosen: a layer after K or a fraction of the layers, such as 0.75. K is then a third of them, if not given.",
+    ),
     click.option(
         "--budget",
         type=Choice(["image", "crop", "prompt"]),

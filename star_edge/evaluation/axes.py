@@ -24,7 +24,9 @@ Point = tuple[int, ...]  # for each axis 0 (off) or the number of its value, fro
 
 # Shares of the decoder's layers where K is looked for: from late, where few rows still matter, to early
 _DEPTHS = (0.9, 0.8, 0.75, 0.67, 0.58, 0.5, 0.42, 0.33, 0.25)
-_EIGHTH, _HALF = 0.125, 0.5
+_EARLY = (0.42, 0.33, 0.25, 0.17, 0.1)  # where the question looks ahead
+_EIGHTH, _QUARTER, _HALF = 0.125, 0.25, 0.5
+_AHEAD = 0.75
 _LEAST = 0.1  # that stays in the encoder where it keeps what a picture needs
 _PROBED = 3  # pictures
 _LOOKED_AT = 20  # questions, for pictures that can be read
@@ -47,12 +49,15 @@ class Axis:
     problem: Callable[[PruneReport], str]
 
 
-def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list[Axis]:
+def make_axes(
+    decoder_layers: Sequence[int], encoder_layers: int | None, early_layers: Sequence[int] = ()
+) -> list[Axis]:
     """All axes.
 
     Args:
         decoder_layers: Layers K to try, from late to early.
         encoder_layers: Layers of the encoder, if an encoder stage may begin half way in too.
+        early_layers: Layers K to try where the question looks ahead, from late to early.
     """
 
     def keep(field: str, *shares: float, **more: Any) -> tuple[dict[str, Any], ...]:
@@ -61,9 +66,9 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
     def needed(*tolerances: float) -> tuple[dict[str, Any], ...]:
         return tuple({"encoder_keep": _LEAST, "encoder_tolerance": tolerance} for tolerance in tolerances)
 
-    def decoder(share: float) -> tuple[dict[str, Any], ...]:
+    def decoder(share: float, layers: Sequence[int] = decoder_layers, **more: Any) -> tuple[dict[str, Any], ...]:
         # seen_below takes no time before the first token, and later tokens are right more often
-        return tuple({"decoder_keep": share, "decoder_layer": k, "seen_below": True} for k in decoder_layers)
+        return tuple({"decoder_keep": share, "decoder_layer": k, "seen_below": True, **more} for k in layers)
 
     axes = [
         Axis("redundancy", "redundancy", keep("redundancy", "exact", 0.05, 0.1), _no_redundancy),  # type: ignore[arg-type]
@@ -73,6 +78,7 @@ def make_axes(decoder_layers: Sequence[int], encoder_layers: int | None) -> list
         Axis("vision", "vision", keep("vision_keep", 0.75, 0.6, 0.5, 0.375, 0.25, 0.15, 0.1, 0.06), _no_vision_stage),
         Axis("decoder, an eighth", "decoder", decoder(_EIGHTH), _no_decoder_stage),
         Axis("decoder, half", "decoder", decoder(_HALF), _no_decoder_stage),
+        Axis("decoder, looking ahead", "decoder", decoder(_QUARTER, early_layers, look_ahead=_AHEAD), _no_look_ahead),
     ]
     if encoder_layers is not None and encoder_layers >= 4:
         halfway = keep("encoder_keep", 0.75, 0.5, 0.35, 0.25, encoder_layer=encoder_layers // 2)
@@ -110,6 +116,7 @@ _SHORT = {
     "vision_keep": "vision",
     "decoder_keep": "decoder",
     "decoder_layer": "K",
+    "look_ahead": "ahead",
 }
 
 
@@ -145,6 +152,10 @@ def _no_vision_stage(report: PruneReport) -> str:
 
 def _no_decoder_stage(report: PruneReport) -> str:
     return "" if report.windows else _note(report, "decoder stage", "no decoder stage")
+
+
+def _no_look_ahead(report: PruneReport) -> str:
+    return _no_decoder_stage(report) or _note(report, "does not look ahead", "")
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,8 @@ def find_axes(
         raise EvaluationError(f"none of the first questions can be answered: {problem}", "see star-edge eval")
     axes: list[Axis] = []
     left_out: dict[str, str] = {}
-    for axis in make_axes(_decoder_layers(vlm), _encoder_layers(vlm)):
+    early = _decoder_layers(vlm, _EARLY)
+    for axis in make_axes(_decoder_layers(vlm, _DEPTHS), _encoder_layers(vlm), early):
         if axis.stage not in stages:
             continue
         reason = _why_not(vlm, axis, asked)
@@ -236,13 +248,13 @@ def _why_not(vlm: StarVLM, axis: Axis, asked: Sequence[tuple[str, list[Any]]]) -
     return reason
 
 
-def _decoder_layers(vlm: StarVLM) -> list[int]:
+def _decoder_layers(vlm: StarVLM, depths: Sequence[float]) -> list[int]:
     """K from late to early; one layer where the decoder can have no stage, so that its report says why."""
     decoder = vlm.decoder
     n = decoder.n_layers
     if n < 2:
         return []
-    layers = [max(1, min(n - 1, round(depth * n))) for depth in _DEPTHS]
+    layers = [max(1, min(n - 1, round(depth * n))) for depth in depths]
     if not decoder.stage_problem:
         layers = [decoder.nearest_attention(layer) for layer in layers]
     return sorted(set(layers), reverse=True)

@@ -131,12 +131,6 @@ class PruneConfig:
             for the model (`choose_layer`): two thirds of its layers, with look_ahead a third.
         vision_scorer: What the vision stage ranks tokens by, a name in scorers.VISION_SCORERS.
         decoder_scorer: What the decoder stages rank tokens by, a name in scorers.DECODER_SCORERS.
-        look_ahead: The question looks ahead before a decoder stage chooses: a layer after K, or a float in (0, 1), a
-            fraction of the model's layers. Image tokens stop at layer K. In each layer after it they have the keys and
-            values of the state in which they stopped; the text after the last image goes on over these to the layer of
-            look_ahead, and what it attends to in the last third of the way there (`look_ahead_layers`) ranks. So K may
-            be early: where layer K itself does not know yet what the question asks for. None: the attention at layer K
-            ranks.
         representatives: What becomes of dropped tokens, a name in representatives.REPRESENTATIVES. "cluster" and "even"
             keep their weight in every softmax. "none" drops them for good, as the paper does.
         decoder_representatives: The same for the decoder stages alone, or None for `representatives`. "none" leaves the
@@ -150,6 +144,12 @@ class PruneConfig:
             its letters and merges its paper. vision_keep is the least that stays; the context may hold it down
             (a note in the report says so). For representatives="cluster" alone, and not where all images share one
             budget (budget="prompt"). None: vision_keep is what stays.
+        look_ahead: The question looks ahead before a decoder stage chooses: a layer after K, or a float in (0, 1), a
+            fraction of the model's layers. Image tokens stop at layer K. In each layer after it they have the keys and
+            values of the state in which they stopped; the text after the last image goes on over these to the layer of
+            look_ahead, and what it attends to in the last two fifths of the way there (`look_ahead_layers`) ranks. So K may
+            be early: where layer K itself does not know yet what the question asks for. None: the attention at layer K
+            ranks.
         windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
             (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
             model's layers.
@@ -371,7 +371,8 @@ class PruneConfig:
 
 
 def look_ahead_layers(look_ahead: int | float, n_layers: int) -> tuple[int, int]:
-    """The first and the last layer whose attention ranks, where the question looks ahead: the last third of the way.
+    """The first and the last layer whose attention ranks, where the question looks ahead: the last two fifths of
+    the way.
 
     Which layers find what is asked for differs from model to model. A mean over some of them does without knowing: the
     few heads that find it give it much more attention than others give anything (ACCURACY.md, "Looking ahead").
@@ -388,7 +389,7 @@ def look_ahead_layers(look_ahead: int | float, n_layers: int) -> tuple[int, int]
         raise ConfigError(
             f"look_ahead={quoted(look_ahead)} is outside 2..{n_layers - 1}", f"the model has {n_layers} layers"
         )
-    return round(2 * last / 3), last
+    return round(3 * last / 5), last
 
 
 def one_token_notes(config: PruneConfig | None) -> list[str]:

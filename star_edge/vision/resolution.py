@@ -98,45 +98,50 @@ class Resolution:
         else:
             n = self.count(height, width)
             goal = max(1, math.floor(most * n + 0.5))
-        size = None
-        if n is None or n > goal:
-            reachable = max(goal, self._least(height, width))
-            size = self._largest(height, width, n, reachable) if n is None or n > reachable else None
-        if size is None:
+        if n is not None and n <= goal:
             return Fitted(pixels, FittedSize(n, goal, False))
         if entering is not None and n is not None:
-            return self._larger(pixels, size, n, goal, entering)
+            count = entering(pixels)
+            if count <= goal:
+                return Fitted(pixels, FittedSize(n, goal, False))
+            if n > count * _CLOSE**2:  # otherwise next to nothing is redundant, and no larger picture would do
+                larger = self._larger(pixels, n, count, goal, entering)
+                if larger is not None:
+                    return Fitted(larger, FittedSize(n, goal, True))
+        reachable = max(goal, self._least(height, width))
+        size = self._largest(height, width, n, reachable) if n is None or n > reachable else None
+        if size is None:
+            return Fitted(pixels, FittedSize(n, goal, False))
         return Fitted(_resized(pixels, size), FittedSize(n, goal, True))
 
     def _larger(
-        self, pixels: np.ndarray, size: tuple[int, int], n: int, goal: int, entering: Callable[[np.ndarray], int]
-    ) -> Fitted:
-        """The largest picture found of which at most `goal` tokens enter the encoder.
+        self, pixels: np.ndarray, n: int, count: int, goal: int, entering: Callable[[np.ndarray], int]
+    ) -> np.ndarray | None:
+        """The largest picture found of which at most `goal` tokens enter the encoder, or None.
 
-        size: one that takes at most `goal` tokens. n: tokens of the picture itself, which are more.
+        n: tokens of the picture itself. count: those of them that enter, more than `goal`.
         """
-        count = entering(pixels)
-        if count <= goal:
-            return Fitted(pixels, FittedSize(n, goal, False))
-        smaller = FittedSize(n, goal, True)
         height, width = pixels.shape[:2]
-        best, fits, too_large = _resized(pixels, size), max(size[0] / height, size[1] / width), 1.0
-        if n <= count * _CLOSE**2:  # next to nothing is redundant, so no larger picture would do
-            return Fitted(best, smaller)
+        best, fits, too_large = None, 0.0, 1.0
+        seen = {n: count}  # by the tokens of a size: sizes of one grid show nearly the same
         scale = 1.0
         for _ in range(_LOOKS):
             if too_large <= fits * _LOOKS_CLOSE:
                 break
             scale *= math.sqrt(goal / count)  # as if what enters grew with the area
             if not fits * _CLOSE <= scale <= too_large / _CLOSE:
-                scale = math.sqrt(fits * too_large)
-            tried = _resized(pixels, _scaled(height, width, scale))
-            count = entering(tried)
-            if count <= goal:
-                best, fits = tried, scale
-            else:
-                too_large = scale
-        return Fitted(best, smaller)
+                scale = math.sqrt(fits * too_large) if fits else too_large * 0.9
+            size = _scaled(height, width, scale)
+            tokens = self._count_or_none(*size)
+            if tokens is None:
+                return best
+            if tokens not in seen:
+                tried = _resized(pixels, size)
+                seen[tokens] = entering(tried)
+                best = tried if seen[tokens] <= goal else best
+            count = seen[tokens]
+            fits, too_large = (scale, too_large) if count <= goal else (fits, scale)
+        return best
 
     def _least(self, height: int, width: int) -> int:
         """Tokens of the smallest picture of that shape; 0 if the encoder cannot take it."""

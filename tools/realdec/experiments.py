@@ -138,8 +138,8 @@ def _today() -> list[Method]:
 
 
 def _ahead() -> list[Method]:
-    """The question looks ahead: at the averages of `_today`, from early layers. Rows are words, of which an answer takes
-    some neighbours, so a maximum over neighbours is compared as well.
+    """The question looks ahead: at the averages of `_today`, from early layers. Rows are words, of which an answer
+    takes some neighbours, so a maximum over neighbours is compared as well.
     """
     methods = []
     for average in (0.5, 0.25):

@@ -68,6 +68,7 @@ const STEPS = {
   reuse: "earlier tokens taken up",
   prefix: "text before the pictures",
   probe: "first decoder layers",
+  look_ahead: "looking ahead",
   decoder_scores: "attention read",
   decoder_stage: "decoder stage",
   resume: "other decoder layers",
