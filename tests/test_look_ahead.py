@@ -49,7 +49,7 @@ def ahead(reference, prompt, layer, layers, bias, text_rows, stopped=True):
     for il in range(layer, layers[1] + 1):
         after, _, weights = reference.layer(il, states, positions, column_bias=bias)
         if il >= layers[0]:
-            scoring = weights[:, end:] if text_rows == "all" else weights[:, -1:]
+            scoring = weights[:, end:] if text_rows == "all" else weights[:, -4:]
             found.append(scoring[:, :, image].mean(axis=(0, 1)))
         if stopped:
             after[first:end] = states[first:end]

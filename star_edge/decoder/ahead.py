@@ -27,6 +27,8 @@ from ..rows import Segment
 from .cells import Cells
 from .windows import ReceivedAttention, WindowEnd, Windows
 
+LAST_ROWS = 4  # that "last" stands for: ahead of one row and of all, on pictures (ACCURACY.md, "Looking ahead")
+
 
 def look_ahead(
     windows: Windows,
@@ -79,7 +81,7 @@ def look_ahead(
         cells.rewind(start)
         decode(stem, 0, Plan(window=(stopped, stopped, n_layers)))
     counted = list(range(max(layer, layers[0]), layers[1] + 1))
-    received = ReceivedAttention(windows, len(states), text_rows)
+    received = ReceivedAttention(windows, len(states), text_rows, LAST_ROWS)
     decode(text, n_stem, Plan(window=(layer, layers[1], n_layers)), received)
     attention, row_attention = received.at(found)
     return replace(end, attention=attention, row_attention=row_attention), bool(np.array_equal(found, end.cells))

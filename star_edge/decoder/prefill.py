@@ -72,7 +72,8 @@ class DecoderStage:
     Attributes:
         windows: (layer K, rows of each image that stay) of each stage.
         choose: choose(seen, n_keep) says which rows of an image stay, and what they stand for.
-        text_rows: Rows of the text after the last image that score: "all" or "last" as a mean, or "each".
+        text_rows: Rows of the text after the last image that score: "all" or "last" as a mean, or "each". "last" is one
+            row, with look_ahead the last few.
         divide: divide(seen of all images, n_keep) says how many rows of each image stay, where images may share a
             budget. It is called before `choose`. None: n_keep.
         seen_below: Rows after the prompt see a dropped row in the layers below the stage that dropped it.

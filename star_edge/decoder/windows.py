@@ -42,11 +42,13 @@ class ReceivedAttention:
         windows: The prompt's windows.
         n_rows: Rows of the window.
         text_rows: As in DecoderStage.
+        n_last: Rows that "last" stands for, of as many as there are.
     """
 
-    def __init__(self, windows: Windows, n_rows: int, text_rows: str) -> None:
+    def __init__(self, windows: Windows, n_rows: int, text_rows: str, n_last: int = 1) -> None:
         self._context = windows.context
-        self._n_scoring, self._n_rows, self._text_rows = windows.n_scoring, n_rows, text_rows
+        self._n_rows, self._text_rows = n_rows, text_rows
+        self._n_scoring = min(n_last, windows.n_scoring) if text_rows == "last" else windows.n_scoring
         self._columns = np.zeros(windows.context.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
         self._lines: list[np.ndarray] = []
         self._watch = windows.watch
@@ -54,11 +56,10 @@ class ReceivedAttention:
 
     def read(self, end: int, n: int, layers: list[int]) -> AttentionRead | None:
         """What is read from the decode of the n rows before row `end`, or None if none of them scores."""
-        last = self._text_rows == "last"
-        n_taken = int(end == self._n_rows) if last else min(n, max(0, end - (self._n_rows - self._n_scoring)))
+        n_taken = min(n, max(0, end - (self._n_rows - self._n_scoring)))
         if not n_taken:
             return None
-        self._weight = (1.0 if last else n_taken / self._n_scoring) / len(layers)
+        self._weight = n_taken / self._n_scoring / len(layers)
         reduce = MEAN_HEADS if self._text_rows == "each" else MEAN_ALL
         taken, n_threads = (n - n_taken, n_taken, 1), self._context.n_threads
         return AttentionRead(layers, len(self._columns), taken, reduce, max_rows=n_taken, n_threads=n_threads)

@@ -147,9 +147,9 @@ class PruneConfig:
         look_ahead: The question looks ahead before a decoder stage chooses: a layer after K, or a float in (0, 1), a
             fraction of the model's layers. Image tokens stop at layer K. In each layer after it they have the keys and
             values of the state in which they stopped; the text after the last image goes on over these to the layer of
-            look_ahead, and what it attends to in the last two fifths of the way there (`look_ahead_layers`) ranks. So K may
-            be early: where layer K itself does not know yet what the question asks for. None: the attention at layer K
-            ranks.
+            look_ahead, and what it attends to in the last two fifths of the way there (`look_ahead_layers`) ranks. So
+            K may be early, where layer K itself does not know yet what the question asks for. None: the attention at
+            layer K ranks.
         windows: Several decoder stages (PyramidDrop, arXiv 2410.17247) in place of decoder_layer and decoder_keep:
             (layer, keep) pairs with ascending layers. A layer is an int, or a float in (0, 1), a fraction of the
             model's layers.

@@ -145,7 +145,7 @@ def _ahead() -> list[Method]:
     for average in (0.5, 0.25):
         for share in (0.1, 0.2, 1 / 3)[: 3 if average > 1 / 3 else 2]:
             windows = ((share, (average - share) / (1 - share)),)
-            for pool in (1, 5, 9):
+            for pool in (1, 5):
                 name = f"ahead from {share:.2f} L{f', maximum of {pool}' if pool > 1 else ''}, {average:.0%}"
                 methods.append(Method(name, windows, "last", pool, seen_below=True, look_ahead=0.75))
     return methods
