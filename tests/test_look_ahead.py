@@ -49,8 +49,8 @@ def ahead(reference, prompt, layer, layers, bias, text_rows, stopped=True):
     for il in range(layer, layers[1] + 1):
         after, _, weights = reference.layer(il, states, positions, column_bias=bias)
         if il >= layers[0]:
-            scoring = weights[:, end:] if text_rows == "all" else weights[:, -4:]
-            found.append(scoring[:, :, image].mean(axis=(0, 1)))
+            scoring = weights[:, end:, image].mean(axis=0)
+            found.append(scoring.mean(axis=0) if text_rows == "all" else (scoring[-1] + scoring[-4:].mean(axis=0)) / 2)
         if stopped:
             after[first:end] = states[first:end]
         states = after
@@ -94,6 +94,17 @@ def test_what_ranks_is_attention_over_rows_that_have_stopped(model, layer, layer
         history, tokens = generate(context, state, 6)
         _, expected = reference.generate(pruned, 7, prompt.next_position, forced=[*tokens, 0])
         assert all(bounds.are_close(a, b, rounding) for a, b in zip(history, expected, strict=True))
+
+
+def test_a_question_of_two_rows(model):
+    """There are no four last rows."""
+    models, context, reference, rounding = model
+    context.clear()
+    prompt = random_prompt(models, [5, (6, 7), 2])
+    stage = DecoderStage([(2, [11])], by_score, "last", look_ahead=(3, 4))
+    got = prefill(context, prompt.segments, prompt.next_position, stage).scores[0][0]
+    right = ahead(reference, prompt, 2, (3, 4), np.zeros(len(prompt.image_of_row)), "last")
+    assert bounds.distance(got, right) <= bounds.share(rounding) * right.max()
 
 
 def test_keeping_all_is_exact(model):

@@ -27,7 +27,7 @@ from ..rows import Segment
 from .cells import Cells
 from .windows import ReceivedAttention, WindowEnd, Windows
 
-LAST_ROWS = 4  # that "last" stands for: ahead of one row and of all, on pictures (ACCURACY.md, "Looking ahead")
+LAST_ROWS = 4
 
 
 def look_ahead(
@@ -81,7 +81,17 @@ def look_ahead(
         cells.rewind(start)
         decode(stem, 0, Plan(window=(stopped, stopped, n_layers)))
     counted = list(range(max(layer, layers[0]), layers[1] + 1))
-    received = ReceivedAttention(windows, len(states), text_rows, LAST_ROWS)
+    received = ReceivedAttention(windows, len(states), text_rows, _last_rows(windows.n_scoring))
     decode(text, n_stem, Plan(window=(layer, layers[1], n_layers)), received)
     attention, row_attention = received.at(found)
     return replace(end, attention=attention, row_attention=row_attention), bool(np.array_equal(found, end.cells))
+
+
+def _last_rows(n_text: int) -> list[float]:
+    """What each row counts of those that "last" stands for: the mean of the last row and of the last four.
+
+    Either alone, and the mean of all rows, is behind that on one picture model or the other (ACCURACY.md, "Looking
+    ahead"). n_text: rows of text after the last image.
+    """
+    n = min(LAST_ROWS, n_text)
+    return [1 / n] * (n - 1) + [1 + 1 / n]

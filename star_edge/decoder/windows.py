@@ -42,37 +42,40 @@ class ReceivedAttention:
         windows: The prompt's windows.
         n_rows: Rows of the window.
         text_rows: As in DecoderStage.
-        n_last: Rows that "last" stands for, of as many as there are.
+        last_rows: What each of the rows counts that "last" stands for, in their order.
     """
 
-    def __init__(self, windows: Windows, n_rows: int, text_rows: str, n_last: int = 1) -> None:
+    def __init__(self, windows: Windows, n_rows: int, text_rows: str, last_rows: Sequence[float] = (1.0,)) -> None:
         self._context = windows.context
         self._n_rows, self._text_rows = n_rows, text_rows
-        self._n_scoring = min(n_last, windows.n_scoring) if text_rows == "last" else windows.n_scoring
+        n_scoring = windows.n_scoring
+        weights = np.array(last_rows if text_rows == "last" else np.ones(n_scoring), np.float64)
+        self._weights = weights / weights.sum()  # of the last rows of the window
+        self._is_mean = text_rows != "each" and bool(np.ptp(weights) == 0)
         self._columns = np.zeros(windows.context.n_ctx + 1024, np.float64)  # the cache is padded past n_ctx
         self._lines: list[np.ndarray] = []
         self._watch = windows.watch
-        self._weight = 0.0
+        self._taken = slice(0)  # rows of the decode at hand, as an index of `_weights`
 
     def read(self, end: int, n: int, layers: list[int]) -> AttentionRead | None:
         """What is read from the decode of the n rows before row `end`, or None if none of them scores."""
-        n_taken = min(n, max(0, end - (self._n_rows - self._n_scoring)))
+        stop = len(self._weights) - (self._n_rows - end)
+        n_taken = min(n, max(0, stop))
         if not n_taken:
             return None
-        self._weight = n_taken / self._n_scoring / len(layers)
-        reduce = MEAN_HEADS if self._text_rows == "each" else MEAN_ALL
+        self._taken = slice(stop - n_taken, stop)
+        reduce = MEAN_ALL if self._is_mean else MEAN_HEADS
         taken, n_threads = (n - n_taken, n_taken, 1), self._context.n_threads
         return AttentionRead(layers, len(self._columns), taken, reduce, max_rows=n_taken, n_threads=n_threads)
 
     def add(self, outcome: Outcome) -> None:
-        """Takes what that decode has brought back."""
+        """Takes what that decode has brought back: the mean over its layers."""
         self._watch.take("decoder_scores", outcome.score_seconds)
-        if not outcome.attention:
-            return
+        weights = self._weights[self._taken] / max(1, len(outcome.attention))
         for attention in outcome.attention:
-            mean = attention if attention.ndim == 1 else attention.mean(axis=0)
-            self._columns[: attention.shape[-1]] += self._weight * mean
-        if self._text_rows == "each":
+            received = weights.sum() * attention if attention.ndim == 1 else weights @ attention
+            self._columns[: attention.shape[-1]] += received
+        if self._text_rows == "each" and outcome.attention:
             self._lines += list(np.mean([np.atleast_2d(attention) for attention in outcome.attention], axis=0))
 
     def at(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -43,8 +43,8 @@ def attention(tokens: Tokens, k: int) -> np.ndarray:
     - Vision stage, "cls": what a patch receives from the CLS row (VisionZip, arXiv 2412.04467, section 3.1; FasterVLM,
       arXiv 2412.01818). An encoder without CLS gives "attention" instead, as in VisionZip.
     - Decoder stage, "text": mean over heads and the text rows after the last image (STAR, section 3.3).
-    - Decoder stage, "last": attention of the last row alone (FastV, arXiv 2403.06764, section 4.1), or of the last four
-      where the question looks ahead (decoder/ahead.py).
+    - Decoder stage, "last": attention of the last row alone (FastV, arXiv 2403.06764, section 4.1), or the mean of it
+      and of the last four where the question looks ahead (decoder/ahead.py).
     """
     return _read(tokens.attention)
 
