@@ -143,7 +143,7 @@ def _ahead() -> list[Method]:
     """
     methods = []
     for average in (0.5, 0.25):
-        for share in (0.1, 0.2, 1 / 3)[: 3 if average > 1 / 3 else 2]:
+        for share in (0.1, 1 / 3) if average > 1 / 3 else (0.1,):
             windows = ((share, (average - share) / (1 - share)),)
             for pool in (1, 5):
                 name = f"ahead from {share:.2f} L{f', maximum of {pool}' if pool > 1 else ''}, {average:.0%}"
