@@ -9,8 +9,12 @@ from collections.abc import Sequence
 
 from .decoder.prefill import DecoderStage, Seen
 from .pruning.choose import Candidates, choose, decoder_policy, divide, prepare
-from .pruning.selection import Tokens
+from .pruning.selection import Tokens, with_neighbours
 from .vision.stage import PromptPlan, StagedImage
+
+# What a token that touches one counts of its attention, where the question looks ahead. It does so for the first token
+# of an answer, and the next ones are read beside that: the last digits of a price (ACCURACY.md, "Looking ahead")
+BESIDE = 0.1
 
 
 def adapt(plan: PromptPlan, images: Sequence[StagedImage]) -> list[str]:
@@ -36,7 +40,8 @@ def decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: in
 
     def share(seen: Sequence[Seen], n_keep: Sequence[int]) -> list[int]:
         """How many rows of each image stay. Images that share a budget keep the best rows among all of them."""
-        candidates.update((s.image, _candidates(s, images[s.image], plan.n_special[s.image])) for s in seen)
+        beside = 0.0 if plan.look_ahead is None else BESIDE
+        candidates.update((s.image, _candidates(s, images[s.image], plan.n_special[s.image], beside)) for s in seen)
         losing = [candidates[s.image] for s in seen if n_keep[s.image] < len(s.rows)]
         prepare([(policy, image) for image in losing], n_threads)
         counts = list(n_keep)
@@ -56,15 +61,16 @@ def decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: in
     )
 
 
-def _candidates(seen: Seen, image: StagedImage, n_special: int) -> Candidates:
-    """The rows of an image in a decoder stage."""
+def _candidates(seen: Seen, image: StagedImage, n_special: int, beside: float) -> Candidates:
+    """The rows of an image in a decoder stage. beside: what a row that touches one counts of its attention."""
     rows = image.selection.kept[seen.rows]
+    cells, grid = image.encoded.cells[rows], image.chunk.grid
     tokens = Tokens(
         seen.hidden,
-        image.encoded.cells[rows],
-        image.chunk.grid,
+        cells,
+        grid,
         seen.mass,
-        seen.attention,
+        with_neighbours(seen.attention, cells, grid, beside) if beside else seen.attention,
         seen.row_attention,
         seen.text_hidden,
     )

@@ -12,13 +12,14 @@ from helpers.families import MODES, load_fixtures
 from helpers.models import random_image, random_prompt
 from helpers.reference import Decoder
 
-from star_edge import PruneConfig, StarVLM, errors
+from star_edge import PruneConfig, StarVLM, decoder_stage, errors
 from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.context import DecoderContext, attach_tap
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.llamacpp.tap import AttentionRead, Plan, Tap
 from star_edge.pruning.config import look_ahead_layers
+from star_edge.pruning.selection import with_neighbours
 
 PARTS = [5, (6, 7), 4, (9, 5), 13]
 FAMILIES = load_fixtures()
@@ -177,6 +178,38 @@ def test_queries_of_rows_that_have_stopped_are_not_computed(model):
         plan = Plan(window=(2, 2, context.n_layers), inject=states, attention=attention)
         skipped.append(context.decode(segment.rows, 0, plan, "test").n_skipped)
     assert skipped[0] >= skipped[1] + 2  # a product and a rotation
+
+
+def test_what_touches_a_token_counts_a_share_of_it():
+    """Against all pairs. A token without a place has no neighbours, and missing ones count nothing."""
+    rng = np.random.default_rng(0)
+    grid = (5, 7)
+    cells = np.append(np.sort(rng.choice(35, 20, replace=False)), -1)
+    values = rng.random(21).astype(np.float32) ** 4
+    row, column = np.divmod(cells, grid[1])
+    expected = values.copy()
+    for i in range(20):
+        for j in range(20):
+            if max(abs(row[i] - row[j]), abs(column[i] - column[j])) == 1:
+                expected[i] = max(expected[i], np.float32(0.1) * values[j])
+    got = with_neighbours(values, cells, grid, 0.1)
+    assert np.allclose(got, expected, rtol=1e-6) and not np.allclose(got, values)
+    assert np.array_equal(with_neighbours(values, cells, None, 0.1), values)
+
+
+def test_a_neighbour_stays_where_the_question_looks_ahead(families, monkeypatch):
+    """What the stage chooses by, of an image's rows on their grid."""
+    models, seen = families["qwen2vl"], []
+    monkeypatch.setattr(decoder_stage, "BESIDE", 0.9)  # a random model attends to nothing ten times as much
+    choose = decoder_stage.choose
+    monkeypatch.setattr(decoder_stage, "choose", lambda *a, **k: seen.append(a[1].tokens) or choose(*a, **k))
+    with StarVLM(models.text, models.mmproj, n_ctx=512, n_threads=1) as vlm:
+        for config in (PruneConfig(0.6, 0.2, 2, look_ahead=5), PruneConfig(0.6, 0.2, 2)):
+            _, report = vlm.read_prompt("<__media__>what is it?", random_image(3), config, chat=False)
+            tokens, raw = seen.pop(), report.images[0].decoder_scores
+            wanted = with_neighbours(raw, tokens.cells, tokens.grid, 0.9) if config.look_ahead else raw
+            assert np.array_equal(tokens.attention, wanted)
+            assert (not np.array_equal(wanted, raw)) == (config.look_ahead is not None)
 
 
 # ---- every family ----

@@ -281,3 +281,24 @@ def between(things: np.ndarray, cells: np.ndarray, grid: tuple[int, int]) -> np.
     left, right = (there[row[:, None], column[:, None] + REACH + side * steps].any(axis=1) for side in (-1, 1))
     gaps: np.ndarray = np.logical_and.reduce([placed, ~things, left, right])
     return gaps
+
+
+def with_neighbours(values: np.ndarray, cells: np.ndarray, grid: tuple[int, int] | None, share: float) -> np.ndarray:
+    """The larger of each token's value and of `share` times the largest among those that touch it, (n,) float32.
+
+    Args:
+        values: (n,) >= 0.
+        cells: Grid cell of each, row by row, (n,) int64, -1 for none: such a token has no neighbours.
+        grid: (rows, columns). None: no token has any.
+        share: In (0, 1].
+    """
+    if grid is None:
+        return values
+    placed = np.flatnonzero(cells >= 0)
+    row, column = np.divmod(cells[placed], grid[1])
+    there = np.zeros((grid[0] + 2, grid[1] + 2), np.float32)
+    there[row + 1, column + 1] = values[placed]
+    around = [there[row + i, column + j] for i in range(3) for j in range(3)]
+    found = np.array(values, np.float32)
+    found[placed] = np.maximum(found[placed], share * np.max(around, axis=0))
+    return found
