@@ -12,13 +12,14 @@ from helpers.families import MODES, load_fixtures
 from helpers.models import random_image, random_prompt
 from helpers.reference import Decoder
 
-from star_edge import PruneConfig, StarVLM, decoder_stage, errors
+from star_edge import PRESETS, PruneConfig, StarVLM, decoder_stage, errors
 from star_edge.decoder import prefill as prefill_module
 from star_edge.decoder.prefill import DecoderStage, prefill
 from star_edge.llamacpp.context import DecoderContext, attach_tap
 from star_edge.llamacpp.names import KV_TYPES
 from star_edge.llamacpp.tap import AttentionRead, Plan, Tap
 from star_edge.pruning.config import look_ahead_layers
+from star_edge.pruning.presets import override
 from star_edge.pruning.selection import with_neighbours
 
 PARTS = [5, (6, 7), 4, (9, 5), 13]
@@ -269,6 +270,13 @@ def test_a_config_looks_ahead():
     for wrong in (0, 1.0, -0.5, True, "8", float("nan")):
         with pytest.raises(errors.ConfigError, match="look_ahead"):
             PruneConfig(look_ahead=wrong)
+
+
+def test_a_preset_of_a_late_layer_looks_ahead_from_an_early_one():
+    config = override(PRESETS["document"], look_ahead=0.75)
+    assert config.decoder_windows(12) == [(4, 0.15)] and config.vision_keep == PRESETS["document"].vision_keep
+    assert override(PRESETS["document"], look_ahead=0.75, decoder_layer=2).decoder_windows(12) == [(2, 0.15)]
+    assert override(PRESETS["balanced"], look_ahead=0.75).decoder_windows(12) == [(4, 0.15)]
 
 
 def test_layers_that_cannot_be(families):

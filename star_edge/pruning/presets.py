@@ -68,7 +68,8 @@ def override(config: PruneConfig | None, **changes: Any) -> PruneConfig | None:
         return config
     config = config or PruneConfig()
     PruneConfig(**changes)  # raises for every fault in the changes alone
-    if "decoder_layer" in changes and len(config.windows) == 1:
+    # another K: the one asked for, or an early one, since the question looks ahead
+    if ("decoder_layer" in changes or "look_ahead" in changes) and len(config.windows) == 1:
         changes = {"decoder_keep": config.windows[0][1], **changes}
     if "decoder_keep" in changes and config.windows:
         config = replace(config, windows=())
