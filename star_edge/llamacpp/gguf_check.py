@@ -313,6 +313,17 @@ def _check_attention(header: Header, key: Callable[[str], str], n_layers: int) -
             header.refuse(f"{rot}, and {arch} turns all {size} values of a head")
         if arch in _EQUAL_HEADS and size_v != size:
             header.refuse(f"{key(f'attention.value_length{suffix}')} = {size_v}, and keys have {size} values in {arch}")
+    rank, rotated = header.get(key("attention.kv_lora_rank")), header.get(key("rope.dimension_count"))
+    is_latent = bool(header.get(key("attention.key_length_mla"))) and isinstance(rank, int) and isinstance(rotated, int)
+    if is_latent and full != rank + rotated:  # what a row of the cache holds (src/models/deepseek2.cpp)
+        header.refuse(
+            f"{key('attention.key_length')} = {full}, and {key('attention.kv_lora_rank')} = {rank} and "
+            f"{key('rope.dimension_count')} = {rotated} make {rank + rotated}"
+        )
+    if (
+        arch == "gemma4"
+    ):  # the two last layers with keys of their own are read by the others (llama_model::create_memory)
+        header.whole(key("attention.shared_kv_layers"), 0, max(0, n_layers - 2), default=0)
     sections = header.get(key("rope.dimension_sections"))
     if isinstance(sections, list) and (any(s < 0 for s in sections) or not 0 < sum(sections[:4]) <= full):
         header.refuse(f"{key('rope.dimension_sections')} = {sections} are not sections of the {full} values of a head")
