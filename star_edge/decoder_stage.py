@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .decoder.prefill import DecoderStage, Seen
+from .errors import ConfigError
+from .llamacpp.context import DecoderContext
 from .pruning.choose import Candidates, choose, decoder_policy, divide, prepare
+from .pruning.config import look_ahead_layers
 from .pruning.selection import Tokens, with_neighbours
 from .vision.stage import PromptPlan, StagedImage
 
@@ -30,6 +33,31 @@ def adapt(plan: PromptPlan, images: Sequence[StagedImage]) -> list[str]:
         return []
     n, n_tokens = sum(kept[i] for i in full), sum(images[i].chunk.n_tokens for i in full)
     return [f"there is room for {n} of {n_tokens} image tokens, which is less than vision_tolerance asks for"]
+
+
+def ranking_layers(
+    decoder: DecoderContext, look_ahead: int | float, layer: int, notes: list[str]
+) -> tuple[int, int] | None:
+    """The first and the last layer whose attention ranks, or None if the decoder cannot look ahead from layer K.
+
+    notes: Gets why it cannot.
+
+    Raises:
+        ConfigError: They are not after layer K.
+    """
+    first, last = look_ahead_layers(look_ahead, decoder.n_layers)
+    if last <= layer:
+        raise ConfigError(
+            f"look_ahead={look_ahead} is layer {last}, which is not after layer K = {layer}",
+            "raise look_ahead, or lower decoder_layer",
+        )
+    problem = "a hybrid decoder's states cannot go back" if decoder.is_hybrid else ""
+    if decoder.cells_move_on:
+        problem = "with swa_full=False, KV cells of tokens that leave the sliding window go to later ones"
+    if problem:
+        notes.append(f"the question does not look ahead: {problem}")
+        return None
+    return first, last
 
 
 def decoder_stage(plan: PromptPlan, images: Sequence[StagedImage], n_threads: int) -> DecoderStage:

@@ -23,7 +23,7 @@ from .decoder.cells import possible_in_cells
 from .decoder.hybrid import at_attention
 from .decoder.prefill import Prefill, prefill
 from .decoder.saved import SavedStems
-from .decoder_stage import adapt, decoder_stage
+from .decoder_stage import adapt, decoder_stage, ranking_layers
 from .errors import ConfigError, ContextLengthError, EngineError, LayerWindowError, UnsupportedModelError
 from .llamacpp.context import DecoderContext, check_takes_images, tapped_context
 from .llamacpp.guarded import guard
@@ -32,7 +32,7 @@ from .llamacpp.mtmd import MEDIA_MARKER
 from .options import CacheOptions, EncoderOptions
 from .progress import Meter
 from .pruning.choose import vision_scorer
-from .pruning.config import Keep, PruneConfig, look_ahead_layers, one_token_notes, tolerance_notes
+from .pruning.config import Keep, PruneConfig, one_token_notes, tolerance_notes
 from .report import ImageReport, PruneReport
 from .stopwatch import Stopwatch
 from .vision.chunks import Encoded, ImageChunk, Prompt, TextChunk
@@ -404,7 +404,7 @@ class PromptReader:
             )
             plan = plan_prompt(prompt.chunks, prune, [], encoded, room)
         if prune is not None and plan.windows and prune.look_ahead is not None:
-            plan.look_ahead = self._look_ahead(prune.look_ahead, plan.windows[0][0], notes)
+            plan.look_ahead = ranking_layers(self.decoder, prune.look_ahead, plan.windows[0][0], notes)
         if prune is not None:
             plan.config, undone = possible_in_cells(decoder, prune, plan.n_cells, has_stage=bool(plan.windows))
             notes += undone
@@ -420,27 +420,6 @@ class PromptReader:
         if not plan.n_cells:
             raise ConfigError("the prompt is empty", "give some text")
         return plan, notes
-
-    def _look_ahead(self, look_ahead: int | float, layer: int, notes: list[str]) -> tuple[int, int] | None:
-        """The layers whose attention ranks, or None if the decoder can have none above layer K.
-
-        Raises:
-            ConfigError: They are not above it.
-        """
-        decoder = self.decoder
-        first, last = look_ahead_layers(look_ahead, decoder.n_layers)
-        if last <= layer:
-            raise ConfigError(
-                f"look_ahead={look_ahead} is layer {last}, which is not after layer K = {layer}",
-                "raise look_ahead, or lower decoder_layer",
-            )
-        problem = "a hybrid decoder's states cannot go back" if decoder.is_hybrid else ""
-        if decoder.cells_move_on:
-            problem = "with swa_full=False, KV cells of tokens that leave the sliding window go to later ones"
-        if problem:
-            notes.append(f"the question does not look ahead: {problem}")
-            return None
-        return first, last
 
     def _check_images(self, images: Iterable[tuple[ImageChunk, int]]) -> None:
         """Checks that images which must be processed at once fit into one graph.

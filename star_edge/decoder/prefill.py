@@ -10,7 +10,8 @@ Every decode is a layer window [first, last) over some rows:
 With several decoder stages, at layers K1 < K2 < ..., each resume ends at the next layer and is its probe.
 
 Cost with one stage: K (n1 + T) + (L - K) (n2 + T) token-layers. Only q, k and v of layer K are computed twice, for the
-rows that stay: the scores need them before it is known which rows those are.
+rows that stay: the scores need them before it is known which rows those are. With `look_ahead` the text goes through
+the layers from K to the last that ranks once more (ahead.py).
 
 Cells: after the probe, the layers below K hold the right K and V in the cells of all probed rows. A kept row must
 therefore come back to its own cell: see cells.py, and hybrid.py for decoders with recurrent layers. This is checked
